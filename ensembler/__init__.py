@@ -1,0 +1,40 @@
+"""Ensembles of neural networks and how sure they are, from training to serving.
+
+The public names are imported when first used, so that ``import ensembler`` is quick and loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ensembler._lazy import exports
+
+if TYPE_CHECKING:
+    from ensembler.datasets import load as load_dataset
+    from ensembler.ensemble import Ensemble
+    from ensembler.errors import EnsemblerError
+    from ensembler.run import Run
+
+__all__ = ["Ensemble", "EnsemblerError", "Run", "__version__", "load_dataset"]
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "Ensemble": "ensembler.ensemble:Ensemble",
+        "EnsemblerError": "ensembler.errors:EnsemblerError",
+        "Run": "ensembler.run:Run",
+        "load_dataset": "ensembler.datasets:load",
+    },
+)
+
+try:
+    __version__ = version("ensembler")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+source"
+
+# In a source tree the rooms lie beside this folder, not inside it: let them be found there too.
+_here = Path(__file__).parent
+if not (_here / "trainers").is_dir() and (_here.parent / "trainers").is_dir():
+    __path__.append(str(_here.parent))

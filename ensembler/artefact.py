@@ -1,0 +1,136 @@
+"""A folder on disk that is whole or absent: what runs and bundles have in common.
+
+Layout: the artefact's own files, ``manifest.json`` (which holds the SHA-256 of every one of them) and
+``manifest.sha256`` (the manifest's own, as ``sha256sum`` writes it). Standard library only, so that serving can
+verify a bundle without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ensembler.errors import ArtefactError, CorruptError, UsageError
+
+__all__ = ["MANIFEST", "read", "sha256", "write"]
+
+MANIFEST = "manifest.json"
+_SEAL = "manifest.sha256"
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """Write an artefact whole or not at all.
+
+    Yields a hidden folder beside ``path`` to put the files in. When the block ends well, every file is hashed into
+    ``manifest["files"]``, flushed to disk, and the folder takes its name in one rename. When it ends with any
+    exception (a full disk, Ctrl-C) the hidden folder is removed; after a SIGKILL it stays behind as
+    ``.partial-*`` and is never taken for an artefact.
+
+    Raises:
+        UsageError: ``path`` exists already; nothing is ever overwritten.
+        ArtefactError: the disk is full, or the folder cannot be written.
+    """
+    if path.exists():
+        raise UsageError(f"{path} exists already: choose another path, or remove it first")
+    partial: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".partial-{path.name}-", dir=path.parent))
+        partial.chmod(0o777 & ~_umask())
+        yield partial
+        files = sorted(file for file in partial.rglob("*") if file.is_file())
+        manifest["files"] = {file.relative_to(partial).as_posix(): sha256(file) for file in files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (partial / _SEAL).write_text(_seal(partial), encoding="utf-8")
+        for file in [*files, partial / MANIFEST, partial / _SEAL, partial]:
+            _flush(file)
+        partial.rename(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise ArtefactError(f"cannot write {path}: {error.strerror or error}; nothing was left behind") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
+    """Read an artefact's manifest and verify every file it names.
+
+    Args:
+        path: the artefact's folder.
+        kind: ``"run"`` or ``"bundle"``, as its manifest says.
+        formats: the format numbers that the caller understands.
+
+    Raises:
+        ArtefactError: no such folder, not an artefact of this kind, or of an unknown format.
+        CorruptError: a file is missing, truncated or changed; it is named.
+    """
+    if not path.is_dir():
+        raise ArtefactError(f"no {kind} at {path}: there is no such folder")
+    if not (path / MANIFEST).is_file():
+        raise ArtefactError(f"{path} is not a {kind}: it has no {MANIFEST}")
+    try:
+        if (path / _SEAL).read_text(encoding="utf-8") != _seal(path):
+            raise CorruptError(_changed(path / MANIFEST, kind))
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CorruptError(f"{path / _SEAL} is missing: the {kind} is incomplete, copy or make it again") from error
+    except ValueError as error:
+        raise CorruptError(_changed(path / MANIFEST, kind)) from error
+    except OSError as error:
+        raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
+    if manifest.get("kind") != kind:
+        raise ArtefactError(f"{path} is a {manifest.get('kind')}, not a {kind}")
+    if manifest.get("format") not in formats:
+        known = ", ".join(map(str, formats))
+        raise ArtefactError(
+            f"{path} has {kind} format {manifest.get('format')}; this version of ensembler reads {known}: update ensembler"
+        )
+    for name, expected in manifest["files"].items():
+        try:
+            if sha256(path / name) != expected:
+                raise CorruptError(_changed(path / name, kind))
+        except FileNotFoundError as error:
+            message = f"{path / name} is missing: the {kind} is incomplete, copy or make it again"
+            raise CorruptError(message) from error
+        except OSError as error:
+            raise ArtefactError(f"cannot read {path / name}: {error.strerror or error}") from error
+    return dict(manifest)
+
+
+def _seal(path: Path) -> str:
+    return f"{sha256(path / MANIFEST)}  {MANIFEST}\n"
+
+
+def _changed(file: Path, kind: str) -> str:
+    return f"{file} has changed since it was written (its SHA-256 differs): copy or make the {kind} again"
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder for flushing
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,238 @@
+"""The ensemble itself: a network, the vertices, and the coefficients of its members."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from ensembler import architectures, datasets
+from ensembler.datasets import Split, normalise
+from ensembler.errors import ShapeError, UsageError
+from ensembler.run import Run, Sampling
+from ensembler.seeds import derive
+from ensembler.subspace import dirichlet
+from ensembler.weights import FlatWeights
+
+if TYPE_CHECKING:
+    from ensembler.uncertainty import Uncertainty
+
+__all__ = ["Ensemble", "choose_device", "has_batchnorm", "member_buffers", "sample_coefficients"]
+
+Prepare = Callable[[Tensor], Tensor]  # uint8 images (B, H, W, 3) to what the network takes
+
+
+class Ensemble:
+    """Members ``coefficients @ vertices`` of one network, ready to predict.
+
+    One copy of the network serves all members: each member's weights are written into it when its turn comes.
+
+    Args:
+        run: what was trained.
+        device: ``"cpu"``, ``"cuda"``, ...; by default CUDA where there is one.
+        batch_size: images a forward pass; by default what suits the device and the image size.
+
+    Attributes:
+        run: the run it was made of.
+        device: where it computes.
+    """
+
+    def __init__(self, run: Run, device: str | torch.device | None = None, batch_size: int | None = None) -> None:
+        self.run = run
+        self.device = choose_device(device)
+        record = run.manifest.dataset
+        height, width = record.image_shape[:2]
+        budget = (2048 if self.device.type == "cuda" else 256) * 32 * 32
+        self.batch_size = batch_size or max(1, budget // (height * width))
+        self._network = architectures.build(run.manifest.architecture, len(record.classes)).to(self.device).eval()
+        self._weights = FlatWeights(self._network)
+        self._weights.load_frozen(run.frozen)
+        self._vertices = self._weights.flatten(run.vertices)
+        self._coefficients = run.coefficients.to(self.device)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: str | torch.device | None = None, batch_size: int | None = None
+    ) -> Ensemble:
+        """Load a run's folder, every byte verified.
+
+        Raises:
+            ArtefactError: no run there; CorruptError: a file of it has changed.
+        """
+        return cls(Run.load(Path(path)), device, batch_size)
+
+    @property
+    def members(self) -> int:
+        """M."""
+        return len(self._coefficients)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in label order."""
+        return tuple(self.run.manifest.dataset.classes)
+
+    def network(self, member: int) -> nn.Module:
+        """The network with one member's weights and buffers in it, in evaluation mode.
+
+        The same module every time: the next call overwrites it.
+        """
+        torch.mv(self._vertices.T, self._coefficients[member], out=self._weights.vector)
+        self._weights.load_buffers({name: rows[member] for name, rows in self.run.buffers.items()})
+        return self._network
+
+    def predict_members(self, x: Tensor | NDArray[np.generic]) -> Tensor:
+        """Each member's probabilities.
+
+        Args:
+            x: images (B, H, W, 3) uint8; or (B, 3, H, W) float, already normalised as the network takes them.
+
+        Returns:
+            (M, B, C) float32 on the CPU, rows with sum 1.
+
+        Raises:
+            ShapeError: ``x`` is of neither form.
+        """
+        x = _checked(torch.as_tensor(x))
+        result = torch.empty(self.members, len(x), len(self.classes))
+        with torch.inference_mode():
+            for member, rows in enumerate(result):
+                network = self.network(member)
+                for start in range(0, len(x), self.batch_size):
+                    logits = network(self._prepare(x[start : start + self.batch_size]))
+                    rows[start : start + self.batch_size] = torch.softmax(logits.float(), dim=-1)
+        return result
+
+    def predict_proba(self, x: Tensor | NDArray[np.generic]) -> Tensor:
+        """The ensemble's probabilities (B, C): the mean of the members'. Takes what :meth:`predict_members` takes."""
+        return self.predict_members(x).mean(dim=0)
+
+    def uncertainty(self, x: Tensor | NDArray[np.generic]) -> Uncertainty:
+        """Entropies, mutual information and disagreement of each image; see :mod:`ensembler.uncertainty`."""
+        from ensembler.uncertainty import uncertainty
+
+        return uncertainty(self.predict_members(x).numpy())
+
+    def sample(self, members: int, seed: int = 0, train: Split | None = None) -> Ensemble:
+        """An ensemble of fresh members from the same simplexes.
+
+        Args:
+            members: M >= 1.
+            seed: of the draw.
+            train: the training images, from which a BatchNorm network's statistics are recomputed for every new
+                member; by default the run's own dataset is loaded again.
+
+        Raises:
+            UsageError: the run's members are fixed (a deep ensemble, snapshots), or ``members < 1``.
+        """
+        sampling = self.run.manifest.sampling
+        if sampling is None:
+            raise UsageError(f"the members of a run by {self.run.manifest.method} are fixed: nothing to sample from")
+        coefficients = sample_coefficients(sampling, len(self._vertices), members, seed)
+        if train is None and has_batchnorm(self._network):
+            dataset = datasets.load(self.run.manifest.dataset.name)
+            self.run.manifest.dataset.check(dataset)
+            train = dataset.train
+        buffers = member_buffers(
+            self._weights, self._vertices, coefficients, train, self._prepare, batch_size=self.batch_size
+        )
+        manifest = self.run.manifest.model_copy(update={"members": members, "files": {}})
+        sampled = replace(self.run, manifest=manifest, coefficients=coefficients, buffers=buffers)
+        return Ensemble(sampled, self.device, self.batch_size)
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        x = x.to(self.device)
+        if x.is_floating_point():
+            return x.float()
+        record = self.run.manifest.dataset
+        return normalise(x, tuple(record.mean), tuple(record.std))
+
+
+def choose_device(device: str | torch.device | None = None) -> torch.device:
+    """The device asked for, or CUDA where there is one, or the CPU.
+
+    Raises:
+        UsageError: the device is not one of this machine's.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"cannot compute on the device {device!r}: {reason}") from error
+    return chosen
+
+
+def sample_coefficients(sampling: Sampling, vertices: int, members: int, seed: int) -> Tensor:
+    """Coefficients (M, K) of members shared out among the simplexes, each Dirichlet in its own.
+
+    Raises:
+        UsageError: ``members < 1``.
+    """
+    if members < 1:
+        raise UsageError(f"an ensemble needs at least one member, not {members}")
+    rng = np.random.default_rng(derive(seed, "members"))
+    coefficients = torch.zeros(members, vertices)
+    count = len(sampling.simplexes)
+    for i, simplex in enumerate(sampling.simplexes):
+        rows = torch.arange(i, members, count)
+        coefficients[rows[:, None], torch.tensor(simplex)] = dirichlet(
+            len(rows), len(simplex), rng, sampling.concentration
+        )
+    return coefficients
+
+
+def has_batchnorm(network: nn.Module) -> bool:
+    """Whether the network keeps statistics that depend on its weights."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in network.modules())
+
+
+def member_buffers(
+    weights: FlatWeights,
+    vertices: Tensor,
+    coefficients: Tensor,
+    train: Split | None,
+    prepare: Prepare,
+    batch_size: int,
+) -> dict[str, Tensor]:
+    """Buffers of members that were never trained themselves, BatchNorm's recomputed from the training images.
+
+    A point between two solutions has activations that neither's statistics describe (Izmailov et al. 2018, sec. 3.2;
+    Garipov et al. 2018), so each member's are averaged anew over ``train``, in training mode, by torch's own
+    ``update_bn``. The weights and buffers that the network holds are overwritten.
+
+    Returns:
+        Buffer name to (M, ...), on the CPU; empty for a network without buffers.
+    """
+    coefficients = coefficients.to(vertices.device)
+    rows: list[dict[str, Tensor]] = []
+    for row in coefficients:
+        torch.mv(vertices.T, row, out=weights.vector)
+        if has_batchnorm(weights.module):
+            if train is None:
+                raise UsageError("a BatchNorm network needs its training images to make new members")
+            update_bn(_inputs(train, prepare, batch_size), weights.module)
+        rows.append({name: buffer.cpu() for name, buffer in weights.buffers().items()})
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+
+
+def _inputs(split: Split, prepare: Prepare, batch_size: int) -> Iterator[Tensor]:
+    for batch in split.batches(batch_size):
+        yield prepare(batch.images)
+
+
+def _checked(x: Tensor) -> Tensor:
+    images = x.dtype == torch.uint8 and x.dim() == 4 and x.shape[3] == 3
+    inputs = x.is_floating_point() and x.dim() == 4
+    if not images and not inputs:
+        raise ShapeError(
+            "expected images (B, H, W, 3) uint8, or normalised inputs (B, 3, H, W) float; "
+            f"found {tuple(x.shape)} of {x.dtype}"
+        )
+    return x

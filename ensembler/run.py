@@ -1,0 +1,239 @@
+"""A run on disk: what was trained, how, at what cost, and the vertices and coefficients that came of it.
+
+A run is a folder (see :mod:`ensembler.artefact` for how it is written and verified):
+
+``manifest.json``
+    :class:`Manifest`: method, architecture, dataset, seed, versions, cost, metrics, and the hash of every file.
+``vertices.safetensors``
+    each parameter under its own name, with a leading K axis.
+``members.safetensors``
+    ``coefficients`` (M, K) and each buffer as ``buffer.NAME``, with a leading M axis.
+``frozen.safetensors``
+    parameters that were not trained, if there are any.
+``history.jsonl``
+    one JSON object for each epoch of training.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ensembler import artefact
+from ensembler.datasets import Dataset
+from ensembler.errors import ArtefactError, DataError, DivergedError
+
+__all__ = ["Cost", "DatasetRecord", "Manifest", "Run", "Sampling", "latest", "new_path", "versions"]
+
+FORMAT = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class DatasetRecord(_Record):
+    """Which images, so that evaluation can find the same ones again, and what a network needs to see them."""
+
+    name: str
+    title: str
+    classes: list[str]
+    image_shape: list[int]
+    mean: list[float]
+    std: list[float]
+    train_examples: int
+    train_sha256: str
+    test_sha256: str
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> DatasetRecord:
+        return cls(
+            name=dataset.name,
+            title=dataset.title,
+            classes=list(dataset.classes),
+            image_shape=list(dataset.train.images.shape[1:]),
+            mean=list(dataset.mean),
+            std=list(dataset.std),
+            train_examples=len(dataset.train),
+            train_sha256=dataset.train.sha256,
+            test_sha256=dataset.test.sha256,
+        )
+
+    def check(self, dataset: Dataset) -> None:
+        """Refuse a dataset whose splits are not the recorded ones.
+
+        Raises:
+            DataError: the training or the test images differ; evaluation would not be of held-out data.
+        """
+        for part, expected, found in (
+            ("training", self.train_sha256, dataset.train.sha256),
+            ("test", self.test_sha256, dataset.test.sha256),
+        ):
+            if expected != found:
+                raise DataError(
+                    f"{dataset.title} has changed since the run was trained: its {part} images differ. "
+                    "Point --data at the original files, or train again"
+                )
+
+
+class Sampling(_Record):
+    """How further members can be drawn: barycentric coordinates in each of the simplexes."""
+
+    simplexes: list[list[int]]
+    concentration: float
+
+
+class Cost(_Record):
+    """What training cost. One example pass is one example forward and backward once."""
+
+    example_passes: int
+    batchnorm_examples: int
+    seconds: float
+    device: str
+
+
+class Manifest(_Record):
+    """Everything about a run but its numbers."""
+
+    kind: Literal["run"] = "run"
+    format: int = FORMAT
+    method: str
+    architecture: str
+    dataset: DatasetRecord
+    seed: int
+    vertices: int
+    members: int
+    parameters: int
+    sampling: Sampling | None
+    options: dict[str, Any]
+    cost: Cost
+    metrics: dict[str, Any]
+    created: str
+    versions: dict[str, str]
+    files: dict[str, str] = {}
+
+
+@dataclass(eq=False)
+class Run:
+    """A run in memory. Tensors are on the CPU.
+
+    Attributes:
+        manifest: see :class:`Manifest`.
+        vertices: parameter name to (K, ...).
+        coefficients: (M, K).
+        buffers: buffer name to (M, ...).
+        frozen: name to tensor, for parameters that were not trained.
+        history: one mapping for each epoch of training.
+    """
+
+    manifest: Manifest
+    vertices: Mapping[str, Tensor]
+    coefficients: Tensor
+    buffers: Mapping[str, Tensor]
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
+    history: Sequence[Mapping[str, Any]] = ()
+
+    def save(self, path: Path) -> Path:
+        """Write the run to ``path``, whole or not at all, and let ``latest`` beside it name it.
+
+        Raises:
+            UsageError: ``path`` exists.
+            ArtefactError: it cannot be written.
+            DivergedError: a weight is not finite.
+        """
+        for name, tensor in self.vertices.items():
+            if not torch.isfinite(tensor).all():
+                raise DivergedError(f"parameter {name!r} is not finite: train with a lower learning rate")
+        members = {"coefficients": self.coefficients} | {f"buffer.{name}": b for name, b in self.buffers.items()}
+        content = self.manifest.model_dump()
+        with artefact.write(path, content) as folder:
+            _save_tensors(self.vertices, folder / "vertices.safetensors")
+            _save_tensors(members, folder / "members.safetensors")
+            if self.frozen:
+                _save_tensors(self.frozen, folder / "frozen.safetensors")
+            lines = "".join(json.dumps(record) + "\n" for record in self.history)
+            (folder / "history.jsonl").write_text(lines, encoding="utf-8")
+        self.manifest.files = content["files"]
+        _point_latest_at(path)
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """Read a run and verify every byte of it.
+
+        Raises:
+            ArtefactError: no run there, or of a format this version cannot read.
+            CorruptError: a file is missing or changed; it is named.
+        """
+        content = artefact.read(path, "run", formats=(FORMAT,))
+        try:
+            manifest = Manifest.model_validate(content)
+            members = load_file(path / "members.safetensors")
+            frozen = path / "frozen.safetensors"
+            return cls(
+                manifest=manifest,
+                vertices=load_file(path / "vertices.safetensors"),
+                coefficients=members.pop("coefficients"),
+                buffers={name.removeprefix("buffer."): tensor for name, tensor in members.items()},
+                frozen=load_file(frozen) if frozen.name in manifest.files else {},
+                history=[json.loads(line) for line in (path / "history.jsonl").read_text("utf-8").splitlines()],
+            )
+        except (ValidationError, KeyError, ValueError, OSError) as error:
+            raise ArtefactError(f"{path} is not a run that this version of ensembler can read: {error}") from error
+
+
+def new_path(folder: Path, label: str) -> Path:
+    """A path in ``folder`` that names ``label`` and the time and that nothing has taken."""
+    stem = f"{label}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    names = (stem, *(f"{stem}-{n}" for n in range(2, 1_000_000)))
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def latest(folder: Path) -> Path:
+    """The newest run of ``folder``.
+
+    Raises:
+        ArtefactError: none is there yet.
+    """
+    link = folder / "latest"
+    if not link.is_dir():
+        raise ArtefactError(f"no run in {folder}: train one first (ensembler train-simplex), or name a run")
+    return link.resolve()
+
+
+def versions() -> dict[str, str]:
+    """The versions that a reported number depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("ensembler", "torch", "torchvision", "numpy", "scikit-learn", "netcal", "onnxruntime-gpu", "onnx"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _point_latest_at(path: Path) -> None:
+    """Replace the link in one step, so that a reader never finds it missing or half-made."""
+    with tempfile.TemporaryDirectory(prefix=".partial-latest-", dir=path.parent) as scratch:
+        link = Path(scratch) / "latest"
+        try:
+            link.symlink_to(path.name, target_is_directory=True)
+            link.replace(path.parent / "latest")
+        except OSError:
+            return  # no symbolic links here (some file systems, Windows without the right): the run itself is safe

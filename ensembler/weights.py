@@ -1,0 +1,160 @@
+"""A module's parameters as one flat vector, its gradients as another.
+
+The vertices of a subspace are vectors; a network is a tree of tensors. Here the tree's tensors become *views* of one
+contiguous vector, so that writing ``c @ V`` into the network is one matrix-vector product and reading its gradient
+costs nothing. The network's own layers are never touched: any ``nn.Module`` works as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ensembler.errors import ShapeError, UsageError
+
+__all__ = ["FlatWeights"]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where one parameter lies in the vector."""
+
+    name: str
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return self.shape.numel()
+
+    def view(self, vector: Tensor) -> Tensor:
+        """This parameter's view of a ``(P,)`` vector."""
+        return vector[self.offset : self.offset + self.size].as_strided(
+            self.shape, self.stride, vector.storage_offset() + self.offset
+        )
+
+
+class FlatWeights:
+    """A module's trainable parameters as views of ``vector`` and their gradients as views of ``grad``.
+
+    Tied parameters lie in the vector once. Frozen ones (``requires_grad=False``) stay outside it, as do buffers: see
+    :meth:`frozen` and :meth:`buffers`. A channels-last parameter stays channels-last: the vector holds the elements
+    in memory order. Move the module to its device, and choose its memory format, before flattening it.
+
+    Args:
+        module: any module; it keeps working as before, and keeps its parameter objects.
+
+    Attributes:
+        vector: (P,) the parameters.
+        grad: (P,) their gradients, accumulated by ``backward``; zero it between steps.
+
+    Raises:
+        UsageError: no trainable parameter, or parameters of several types or devices.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise UsageError(f"{type(module).__name__} has no trainable parameter: nothing to make an ensemble of")
+        kinds = {(p.dtype, p.device) for p in trainable.values()}
+        if len(kinds) > 1:
+            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+            raise UsageError(f"{type(module).__name__} mixes parameters of {found}: bring them to one type and device")
+        self._slots: list[_Slot] = []
+        offset = 0
+        for name, parameter in trainable.items():
+            self._slots.append(_Slot(name, offset, parameter.shape, _dense_stride(parameter)))
+            offset += parameter.numel()
+        ((dtype, device),) = kinds
+        self.vector = torch.empty(offset, dtype=dtype, device=device)
+        self.grad = torch.zeros_like(self.vector)
+        for slot, parameter in zip(self._slots, trainable.values(), strict=True):
+            view = slot.view(self.vector)
+            view.copy_(parameter.detach())
+            parameter.data = view
+            parameter.grad = slot.view(self.grad)
+
+    def __len__(self) -> int:
+        """The number of parameters P."""
+        return self.vector.numel()
+
+    def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Name the parts of ``vectors`` (K, P): each tensor under its parameter's name, with a leading K axis."""
+        self._check(vectors)
+        return {
+            slot.name: torch.stack([slot.view(row) for row in vectors.detach()]).contiguous() for slot in self._slots
+        }
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of :meth:`unflatten`: (K, P) on this module's device, from tensors with a leading K axis.
+
+        Raises:
+            ShapeError: a parameter is missing, unknown or of another shape; it is named.
+        """
+        expected = {slot.name for slot in self._slots}
+        if unknown := sorted(set(tensors) - expected):
+            raise ShapeError(f"the network has no parameter {unknown[0]!r}: these weights are another architecture's")
+        if missing := sorted(expected - set(tensors)):
+            raise ShapeError(f"no weights for parameter {missing[0]!r}: these weights are another architecture's")
+        count = len(tensors[self._slots[0].name])
+        vectors = self.vector.new_empty(count, len(self))
+        for slot in self._slots:
+            given = tensors[slot.name]
+            if tuple(given.shape) != (count, *slot.shape):
+                raise ShapeError(
+                    f"parameter {slot.name!r}: expected {(count, *slot.shape)}, found {tuple(given.shape)}: "
+                    "these weights are another architecture's"
+                )
+            for row, tensor in zip(vectors, given, strict=True):
+                slot.view(row).copy_(tensor)
+        return vectors
+
+    def buffers(self) -> dict[str, Tensor]:
+        """A copy of the persistent buffers (BatchNorm statistics and the like), by name."""
+        return {name: buffer.detach().clone() for name, buffer in self._persistent_buffers().items()}
+
+    def load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Write buffers back, in place."""
+        own = self._persistent_buffers()
+        if set(buffers) != set(own):
+            name = sorted(set(buffers) ^ set(own))[0]
+            raise ShapeError(f"buffer {name!r} is on one side only: these weights are another architecture's")
+        for name, buffer in own.items():
+            buffer.copy_(buffers[name])
+
+    def frozen(self) -> dict[str, Tensor]:
+        """The parameters that are not trained (``requires_grad=False``), by name."""
+        return {name: p.detach() for name, p in self.module.named_parameters() if not p.requires_grad}
+
+    def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write frozen parameters back, in place."""
+        for name, parameter in self.frozen().items():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                raise ShapeError(f"frozen parameter {name!r} is missing or of another shape")
+            parameter.copy_(tensors[name])
+
+    def _persistent_buffers(self) -> dict[str, Tensor]:
+        names = self.module.state_dict(keep_vars=True)
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in names}
+
+    def _check(self, vectors: Tensor) -> None:
+        if vectors.dim() != 2 or vectors.shape[1] != len(self):
+            raise ShapeError(f"expected vectors of shape (K, {len(self)}), found {tuple(vectors.shape)}")
+
+
+def _dense_stride(parameter: Tensor) -> tuple[int, ...]:
+    """The parameter's own strides if it fills its memory without gaps (channels-last does), else contiguous ones."""
+    strides = sorted(
+        (stride, size) for stride, size in zip(parameter.stride(), parameter.shape, strict=True) if size > 1
+    )
+    expected = 1
+    for stride, size in strides:
+        if stride != expected:
+            return torch.empty(parameter.shape, device="meta").stride()
+        expected *= size
+    return parameter.stride()

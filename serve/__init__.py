@@ -1,0 +1,18 @@
+"""Ship runs: export members to ONNX, run them without torch, serve them with their uncertainty."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ensembler._lazy import exports
+
+if TYPE_CHECKING:
+    from ensembler.serve.export import export
+    from ensembler.serve.runtime import Runtime
+
+__all__ = ["Runtime", "export"]
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {"Runtime": "ensembler.serve.runtime:Runtime", "export": "ensembler.serve.export:export"},
+)
