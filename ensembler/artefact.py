@@ -98,7 +98,7 @@ def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
     if manifest.get("format") not in formats:
         known = ", ".join(map(str, formats))
         raise ArtefactError(
-            f"{path} has {kind} format {manifest.get('format')}; this version of ensembler reads {known}: update ensembler"
+            f"{path} has {kind} format {manifest.get('format')}; this version of ensembler reads {known}: update it"
         )
     for name, expected in manifest["files"].items():
         try:

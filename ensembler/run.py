@@ -96,9 +96,14 @@ class Sampling(_Record):
 
 
 class Cost(_Record):
-    """What training cost. One example pass is one example forward and backward once."""
+    """What training cost. One example pass is one example forward and backward once.
+
+    ``parts`` splits the example passes by what they were spent on ("solution 1", "vertex 2", ...).
+    ``batchnorm_examples`` went forward only, to recompute BatchNorm statistics.
+    """
 
     example_passes: int
+    parts: dict[str, int]
     batchnorm_examples: int
     seconds: float
     device: str

@@ -1,2 +1,26 @@
 """Make runs: every way of turning a dataset and a network into an ensemble, on one training loop."""
-__all__: list[str] = []
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ensembler._lazy import exports
+
+if TYPE_CHECKING:
+    from ensembler.trainers.deep_ensemble import train_deep_ensemble
+    from ensembler.trainers.fge import train_fge
+    from ensembler.trainers.session import Session, Settings
+    from ensembler.trainers.simplex import train_simplex
+
+__all__ = ["Session", "Settings", "train_deep_ensemble", "train_fge", "train_simplex"]
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "Session": "ensembler.trainers.session:Session",
+        "Settings": "ensembler.trainers.session:Settings",
+        "train_deep_ensemble": "ensembler.trainers.deep_ensemble:train_deep_ensemble",
+        "train_fge": "ensembler.trainers.fge:train_fge",
+        "train_simplex": "ensembler.trainers.simplex:train_simplex",
+    },
+)

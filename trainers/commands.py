@@ -1,0 +1,217 @@
+"""The training commands: each names its method's options; those that all methods share are declared once.
+
+Annotations are evaluated here, not postponed: Typer reads them.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ensembler.errors import UsageError
+
+if TYPE_CHECKING:
+    from ensembler.run import Run
+    from ensembler.trainers.loop import Epoch
+    from ensembler.trainers.session import Session, Watcher
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+_option = functools.partial(typer.Option, rich_help_panel="Method")
+_image_option = functools.partial(typer.Option, rich_help_panel="Images")
+_training_option = functools.partial(typer.Option, rich_help_panel="Training")
+
+
+_Out = Annotated[Path | None, typer.Option(help="Folder of the new run. (default: one in runs/)")]
+
+
+@contextmanager
+def _session(
+    dataset: Annotated[str, _image_option(help="digits, cifar10, cifar100, fashion-mnist or folder:PATH.")] = "digits",
+    data: Annotated[
+        Path | None, _image_option(help="Folder of the dataset's files. (default: ~/.cache/ensembler/data)")
+    ] = None,
+    download: Annotated[bool, _image_option("--download", help="Fetch the dataset if it is not there.")] = False,
+    image_size: Annotated[int | None, _image_option(help="Bring every image to this many pixels a side.")] = None,
+    augmentation: Annotated[
+        str | None, _image_option(help="crop-flip, crop or none. (default: what suits the dataset)")
+    ] = None,
+    architecture: Annotated[
+        str, _training_option("--arch", help="cnn, resnet20, vgg16, torchvision:NAME or package.module:factory.")
+    ] = "cnn",
+    epochs: Annotated[float, _training_option(help="Passes over the training images for one solution.")] = 20,
+    batch_size: Annotated[
+        int | None, _training_option(help="Images a step. (default: 128, or 32 under 10,000 images)")
+    ] = None,
+    rate: Annotated[float, _training_option("--lr", help="Highest learning rate of a solution.")] = 0.1,
+    momentum: Annotated[float, _training_option(help="Nesterov momentum of SGD.")] = 0.9,
+    weight_decay: Annotated[float, _training_option(help="Weight decay of SGD.")] = 5e-4,
+    clip: Annotated[float, _training_option(help="Largest norm of the gradient; 0 for no limit.")] = 1.0,
+    init: Annotated[
+        Path | None, _training_option(help="A run whose first member is the solution to start from.")
+    ] = None,
+    seed: Annotated[int, _training_option(help="Of everything that is drawn.")] = 0,
+    device: Annotated[str | None, _training_option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
+) -> Iterator["Session"]:
+    """A session made of the shared options, its progress on the screen while the block runs."""
+    from ensembler import datasets
+    from ensembler.run import Run
+    from ensembler.trainers.session import Session, Settings
+
+    settings = Settings(
+        architecture=architecture,
+        epochs=epochs,
+        batch_size=batch_size,
+        rate=rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        clip=clip or None,
+        augmentation=augmentation,
+        seed=seed,
+        device=device,
+    )
+    start = None if init is None else Run.load(init)
+    images = datasets.load(dataset, data, download=download, image_size=image_size)
+    with _progress() as watch:
+        yield Session(images, settings, start, watch)
+
+
+def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
+    """Make a command of a method: its own options, then the shared ones, then ``--out``."""
+
+    def decorate(method: Callable[..., "Run"]) -> Callable[..., None]:
+        shared = inspect.signature(_session).parameters
+        own = [p for p in inspect.signature(method).parameters.values() if p.name != "session"]
+
+        @functools.wraps(method)
+        def command(out: Path | None, **options: Any) -> None:
+            if out is not None and out.exists():  # said before an hour of training, not after
+                raise UsageError(f"{out} exists already: choose another --out, or remove it first")
+            with _session(**{name: options.pop(name) for name in shared}) as session:
+                run = method(session, **options)
+            _save(run, out)
+
+        last = inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Out)
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared.values(), last)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        app.command(name)(command)
+        return command
+
+    return decorate
+
+
+@_trains("train-deep-ensemble")
+def train_deep_ensemble(
+    session: "Session", members: Annotated[int, _option(help="M, networks trained; 1 is a single network.")] = 4
+) -> "Run":
+    """Train M networks from independent beginnings (Lakshminarayanan et al. 2017)."""
+    from ensembler.trainers.deep_ensemble import train_deep_ensemble as method
+
+    return method(session, members)
+
+
+@_trains("train-fge")
+def train_fge(
+    session: "Session",
+    members: Annotated[int, _option(help="M, snapshots taken, one a cycle.")] = 5,
+    cycle: Annotated[float, _option(help="Epochs a cycle.")] = 2,
+    high: Annotated[float, _option(help="alpha_1, highest rate of a cycle.")] = 5e-2,
+    low: Annotated[float, _option(help="alpha_2, lowest rate of a cycle.")] = 5e-4,
+    start: Annotated[float, _option(help="Share of one solution's budget before the cycles.")] = 0.8,
+) -> "Run":
+    """Collect snapshots along a cyclic learning rate (FGE, Garipov et al. 2018)."""
+    from ensembler.trainers.fge import train_fge as method
+
+    return method(session, members, cycle, high, low, start)
+
+
+@_trains("train-simplex")
+def train_simplex(
+    session: "Session",
+    vertices: Annotated[int, _option(help="K, corners of the simplex.")] = 4,
+    members: Annotated[int, _option(help="M, points drawn for the ensemble.")] = 10,
+    vertex_epochs: Annotated[
+        float | None, _option(help="Epochs for each added vertex. (default: a quarter of --epochs)")
+    ] = None,
+    vertex_rate: Annotated[float, _option("--vertex-lr", help="Highest learning rate of an added vertex.")] = 0.1,
+    regularisation: Annotated[float, _option(help="lambda, the reward of log volume.")] = 1e-2,
+    concentration: Annotated[
+        float, _option(help="Dirichlet's alpha of the members; below 1 leans to the vertices.")
+    ] = 1.0,
+    samples_per_step: Annotated[int, _option(help="Points a step; the batch is split among them.")] = 1,
+) -> "Run":
+    """Grow a simplex of solutions vertex by vertex (SPRO, Benton et al. 2021)."""
+    from ensembler.trainers.simplex import train_simplex as method
+
+    return method(
+        session, vertices, members, vertex_epochs, vertex_rate, regularisation, concentration, samples_per_step
+    )
+
+
+@contextmanager
+def _progress() -> Iterator["Watcher"]:
+    """A bar with the time left on a terminal; one plain line an epoch elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+
+        def line(part: str, epoch: "Epoch", epochs: int) -> None:
+            typer.echo(f"{part}: epoch {epoch.number} of {epochs}, {_state(epoch)}", err=True)
+
+        yield line
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs, {task.fields[state]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def advance(part: str, epoch: "Epoch", epochs: int) -> None:
+        if part not in tasks:
+            tasks[part] = bar.add_task(part, total=epochs, state="")
+        bar.update(tasks[part], completed=epoch.number, state=_state(epoch))
+
+    with bar:
+        yield advance
+
+
+def _state(epoch: "Epoch") -> str:
+    return f"loss {epoch.loss:.3f}, accuracy {epoch.accuracy:.3f}"
+
+
+def _save(run: "Run", out: Path | None) -> None:
+    from rich.console import Console
+
+    from ensembler.run import new_path
+
+    manifest = run.manifest
+    path = run.save(out or new_path(Path("runs"), f"{manifest.method}-{manifest.architecture.replace(':', '-')}"))
+    cost, test = manifest.cost, manifest.metrics["test"]
+    lines = [
+        f"[bold]{manifest.method}[/] of {manifest.members} members on {manifest.dataset.title}: "
+        f"test accuracy {test['accuracy']:.4f}, NLL {test['nll']:.4f}",
+        f"members: mean accuracy {test['member_accuracy']:.4f}, disagreement "
+        + ("not known of one member" if test["disagreement"] is None else f"{test['disagreement']:.4f}"),
+    ]
+    if "log_volume" in manifest.metrics:
+        lengths = manifest.metrics["edge_lengths"]
+        lines.append(
+            f"simplex: log volume {manifest.metrics['log_volume']:.2f}, "
+            f"edges {min(lengths):.2f} to {max(lengths):.2f} long"
+        )
+    lines.append(f"cost: {cost.example_passes:,} example passes, {cost.seconds:.0f} s on {cost.device}")
+    lines.append(f"run: {path}")
+    Console(highlight=False).print("\n".join(lines), soft_wrap=True)

@@ -1,0 +1,195 @@
+"""The one training loop: every method of this room is a choice of its arguments.
+
+A step draws coefficients ``c``, writes ``c @ V`` into the network, runs it forward and backward, and gives each
+trainable vertex ``k`` its gradient ``c[k] * g``, plus the method's regulariser; any ``torch.optim`` optimiser does
+the rest. A single network is the case ``K = 1``, ``c = [1]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+
+from ensembler.datasets import Split, normalise
+from ensembler.errors import DivergedError, UsageError
+from ensembler.trainers.schedules import Schedule
+from ensembler.weights import FlatWeights
+
+__all__ = ["AUGMENTATIONS", "Batches", "Epoch", "Snapshot", "train"]
+
+AUGMENTATIONS = ("crop-flip", "crop", "none")
+
+Draw = Callable[[int], Tensor]
+Regulariser = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The trainable vertices (T, P) and the network's buffers at one iteration."""
+
+    vertices: Tensor
+    buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch did: means over the examples that passed, as they passed."""
+
+    number: int
+    rate: float
+    loss: float
+    accuracy: float
+    examples: int
+
+
+def train(
+    weights: FlatWeights,
+    vertices: Tensor,
+    batches: Batches,
+    optimiser: Callable[[list[Tensor]], Optimizer],
+    schedule: Schedule,
+    iterations: int,
+    *,
+    trainable: Sequence[int] = (0,),
+    draw: Draw | None = None,
+    samples: int = 1,
+    clip: float | None = None,
+    regulariser: Regulariser | None = None,
+    collect: Container[int] = (),
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> list[Snapshot]:
+    """Train some of the vertices, in place.
+
+    Args:
+        weights: the network; its weights are overwritten at every step.
+        vertices: (K, P), on the network's device.
+        batches: where the examples come from.
+        optimiser: makes the optimiser of the given (P,) tensors.
+        schedule: iteration, from 1, to learning rate.
+        iterations: how many steps.
+        trainable: the indices of the vertices that move; the others stay.
+        draw: S to coefficients (S, K); by default the one coefficient of a single network, 1.
+        samples: S >= 1, points a step. The batch is split among them, so a step costs one pass whatever S.
+        clip: the largest norm of the loss's gradient; a longer one is shortened to it. Without BatchNorm, this is what
+            lets a network leave its first plateau at a high rate.
+        regulariser: adds its gradient to the trainable vertices' (T, P), in place.
+        collect: the iterations after which a snapshot is taken.
+        on_epoch: called at the end of each epoch, and of the last, unfinished one.
+
+    Returns:
+        The snapshots, in order.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    device = vertices.device
+    moving = [vertices[k].detach().requires_grad_() for k in trainable]
+    # One moving vertex takes the network's own gradient vector, scaled through the loss: no copy of size P.
+    alone = len(moving) == 1
+    gradients = weights.grad[None] if alone else torch.zeros(len(moving), len(weights), device=device)
+    for vertex, gradient in zip(moving, gradients, strict=True):
+        vertex.grad = gradient
+    stepper = optimiser(moving)
+    weights.module.train()
+    snapshots: list[Snapshot] = []
+    totals = torch.zeros(3, device=device)
+    for iteration in range(1, iterations + 1):
+        for group in stepper.param_groups:
+            group["lr"] = schedule(iteration)
+        x, y = next(batches)
+        gradients.zero_()
+        drawn = draw(samples) if draw else torch.ones(samples, 1)
+        parts = zip(drawn, drawn.to(device), x.chunk(samples), y.chunk(samples), strict=False)
+        for c, on_device, x_part, y_part in parts:
+            torch.mv(vertices.T, on_device, out=weights.vector)
+            logits = weights.module(x_part)
+            loss = cross_entropy(logits, y_part, reduction="sum")
+            shares = c[list(trainable)] / len(y)
+            if alone:
+                (loss * shares.item()).backward()
+            else:
+                weights.grad.zero_()
+                (loss / len(y)).backward()
+                gradients.addr_(on_device[list(trainable)], weights.grad)
+            hits = (logits.detach().argmax(1) == y_part).sum()
+            totals += torch.stack([loss.detach(), hits, hits.new_tensor(len(y_part))])
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(moving, clip)
+        if regulariser:
+            regulariser(gradients)
+        stepper.step()
+        if iteration in collect:
+            snapshots.append(Snapshot(vertices[list(trainable)].clone(), weights.buffers()))
+        if iteration % batches.per_epoch == 0 or iteration == iterations:
+            total_loss, correct, examples = totals.tolist()
+            number = -(-iteration // batches.per_epoch)
+            epoch = Epoch(number, schedule(iteration), total_loss / examples, correct / examples, int(examples))
+            if not torch.isfinite(totals).all():
+                raise DivergedError(
+                    f"the training loss is {epoch.loss} in epoch {epoch.number}: "
+                    f"lower the learning rate (it is {epoch.rate:g} now)"
+                )
+            on_epoch(epoch)
+            totals.zero_()
+    return snapshots
+
+
+class Batches(Iterator[tuple[Tensor, Tensor]]):
+    """An endless, seeded stream of shuffled, augmented and normalised batches.
+
+    Every epoch holds every example once; its last batch may be smaller. All of it happens on whole batches of
+    tensors, on the device the images lie on.
+
+    Args:
+        split: the training images.
+        size: B, images a batch.
+        augmentation: ``"crop-flip"`` (4 pixels of padding, then a random crop and a random mirror image), ``"crop"``
+            or ``"none"``.
+        mean, std: of the normalisation.
+        generator: a CPU generator; the only source of randomness.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        size: int,
+        augmentation: str,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        generator: torch.Generator,
+    ) -> None:
+        if augmentation not in AUGMENTATIONS:
+            raise UsageError(f"unknown augmentation {augmentation!r}: use one of {', '.join(AUGMENTATIONS)}")
+        if size < 1:
+            raise UsageError(f"the batch size must be at least 1, not {size}")
+        self._split, self._size, self._augmentation = split, size, augmentation
+        self._mean, self._std, self._generator = mean, std, generator
+        self._order = torch.empty(0, dtype=torch.int64)
+        self.per_epoch = -(-len(split) // size)
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        if not len(self._order):
+            self._order = torch.randperm(len(self._split), generator=self._generator)
+        index, self._order = self._order[: self._size], self._order[self._size :]
+        batch = self._split[index.to(self._split.images.device)]
+        return normalise(self._augmented(batch.images), self._mean, self._std), batch.labels
+
+    def _augmented(self, images: Tensor, padding: int = 4) -> Tensor:
+        if self._augmentation == "none":
+            return images
+        count, height, width, _ = images.shape
+        offsets = torch.randint(0, 2 * padding + 1, (count, 2), generator=self._generator)
+        rows = offsets[:, :1] + torch.arange(height)
+        columns = offsets[:, 1:] + torch.arange(width)
+        if self._augmentation == "crop-flip":
+            mirrored = torch.rand(count, 1, generator=self._generator) < 0.5
+            columns = torch.where(mirrored, columns.flip(1), columns)
+        padded = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
+        picture = torch.arange(count)[:, None, None]
+        rows, columns, picture = (part.to(images.device) for part in (rows, columns, picture))
+        return padded[picture, rows[:, :, None], columns[:, None, :]]
