@@ -13,13 +13,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 
-__all__ = ["MANIFEST", "read", "sha256", "write"]
+__all__ = ["MANIFEST", "read", "replace_file", "sha256", "write"]
 
 MANIFEST = "manifest.json"
 _SEAL = "manifest.sha256"
@@ -29,6 +29,24 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write one file whole or not at all, in place of the one there may be.
+
+    Raises:
+        ArtefactError: the disk is full, or the file cannot be written.
+    """
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise ArtefactError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
 
 
 @contextmanager

@@ -17,14 +17,16 @@ from ensembler import architectures, datasets
 from ensembler.datasets import Split, normalise
 from ensembler.errors import ShapeError, UsageError
 from ensembler.run import Run, Sampling
-from ensembler.seeds import derive
+from ensembler.seeds import derive, generator
 from ensembler.subspace import dirichlet
 from ensembler.weights import FlatWeights
 
 if TYPE_CHECKING:
     from ensembler.uncertainty import Uncertainty
 
-__all__ = ["Ensemble", "choose_device", "has_batchnorm", "member_buffers", "sample_coefficients"]
+__all__ = ["BATCHNORM_EXAMPLES", "Ensemble", "choose_device", "has_batchnorm", "member_buffers", "sample_coefficients"]
+
+BATCHNORM_EXAMPLES = 8192  # enough for a channel's mean and variance; all images would cost more than training did
 
 Prepare = Callable[[Tensor], Tensor]  # uint8 images (B, H, W, 3) to what the network takes
 
@@ -204,15 +206,17 @@ def member_buffers(
     """Buffers of members that were never trained themselves, BatchNorm's recomputed from the training images.
 
     A point between two solutions has activations that neither's statistics describe (Izmailov et al. 2018, sec. 3.2;
-    Garipov et al. 2018), so each member's are averaged anew over ``train``, in training mode, by torch's own
-    ``update_bn``. The weights and buffers that the network holds are overwritten.
+    Garipov et al. 2018), so each member's are averaged anew in training mode, by torch's own ``update_bn``, over
+    :data:`BATCHNORM_EXAMPLES` training images. The weights and buffers that the network holds are overwritten.
 
     Returns:
         Buffer name to (M, ...), on the CPU; empty for a network without buffers.
     """
-    coefficients = coefficients.to(vertices.device)
+    if train is not None:
+        # Shuffled: images often lie sorted by class, and the variance within a class is not the variance.
+        train = train[torch.randperm(len(train), generator=generator(0, "batchnorm"))[:BATCHNORM_EXAMPLES]]
     rows: list[dict[str, Tensor]] = []
-    for row in coefficients:
+    for row in coefficients.to(vertices.device):
         torch.mv(vertices.T, row, out=weights.vector)
         if has_batchnorm(weights.module):
             if train is None:

@@ -1,3 +1,82 @@
+"""The evaluation command.
+
+Annotations are evaluated here, not postponed: Typer reads them.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
+__all__ = ["app"]
+
 app = typer.Typer()
+
+
+@app.command("eval")
+def evaluate(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Runs to compare. (default: the newest in runs/)")] = None,
+    shift: Annotated[str | None, typer.Option(help="cifar10c: the corruptions of CIFAR-10-C.")] = None,
+    examples: Annotated[int | None, typer.Option(help="Test images to use. (default: all)")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the dataset's files, and of CIFAR-10-C/.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the dataset if it is not there.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report. (default: one in reports/)")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report's JSON to this file, too.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a forward pass.")] = None,
+    seed: Annotated[int, typer.Option(help="Of generated corruptions and the choice of examples.")] = 0,
+) -> None:
+    """Score runs side by side: accuracy, NLL, Brier and ECE, clean and under shift."""
+    import time
+
+    from rich.console import Console
+
+    from ensembler.artefact import replace_file
+    from ensembler.eval.evaluation import evaluate
+    from ensembler.eval.plots import plot_reliability, plot_severity
+    from ensembler.eval.report import tables
+    from ensembler.run import latest, new_path
+
+    start = time.monotonic()
+    paths = runs or [latest(Path("runs"))]
+    with _progress() as watch:
+        report, diagrams = evaluate(
+            paths,
+            shift,
+            data=data,
+            download=download,
+            examples=examples,
+            device=device,
+            batch_size=batch_size,
+            seed=seed,
+            watch=watch,
+        )
+    folder = out or new_path(Path("reports"), "eval")
+    text = (report.model_dump_json(indent=2) + "\n").encode()
+    files = {folder / "report.json": text, folder / "reliability.png": plot_reliability(report, diagrams)}
+    if report.shift is not None:
+        files[folder / "severity.png"] = plot_severity(report)
+    for path, content in (files | ({json: text} if json else {})).items():
+        replace_file(path, content)
+    console = Console(highlight=False)
+    console.print(tables(report))
+    console.print(f"took {time.monotonic() - start:.0f} s; report: {folder} ({', '.join(path.name for path in files)})")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left, on a terminal alone."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("predicting")
+
+        def watch(label: str, done: int, total: int) -> None:
+            bar.update(task, description=label, completed=done, total=total)
+
+        yield watch

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,23 +33,12 @@ from ensembler.errors import ShapeError, UsageError
 
 __all__ = ["AVAILABLE", "HEADLINE", "SEVERITIES", "VALIDATION", "corrupt"]
 
-HEADLINE: tuple[str, ...] = (
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic_transform",
-    "pixelate",
-    "jpeg_compression",
-)
+_NOISE = ("gaussian_noise", "shot_noise", "impulse_noise")
+_BLUR = ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur")
+_WEATHER = ("snow", "frost", "fog", "brightness")
+_DIGITAL = ("contrast", "elastic_transform", "pixelate", "jpeg_compression")
+
+HEADLINE: tuple[str, ...] = (*_NOISE, *_BLUR, *_WEATHER, *_DIGITAL)
 VALIDATION: tuple[str, ...] = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES: tuple[int, ...] = (1, 2, 3, 4, 5)
 
@@ -88,14 +76,14 @@ def corrupt(
     """
     if corruption not in _REGISTRY:
         raise UsageError(f"corruption {corruption!r} is not available here; choose one of {', '.join(AVAILABLE)}")
-    if severity not in SEVERITIES:
+    if severity not in SEVERITIES or isinstance(severity, bool):
         raise UsageError(f"severity {severity!r} of {corruption} does not exist; choose one of 1, 2, 3, 4, 5")
     _check(images)
     positions = _positions(indices, len(images))
     apply, levels = _REGISTRY[corruption]
-    # Exact float64 and int64 arithmetic is what makes the bytes repeatable; not every accelerator has it.
+    # Not every accelerator has the float64 and int64 arithmetic that makes the bytes the same everywhere.
     device = images.device if images.device.type in _CHUNK else torch.device("cpu")
-    keys = _image_keys(f"{seed}/{corruption}/{severity}", positions.to(device))
+    keys = _image_keys(f"{seed:d}/{corruption}/{severity:d}", positions.to(device))
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
     size = max(1, _CHUNK[device.type] // max(1, images[:1].numel()))
     for start in range(0, len(images), size):
@@ -186,7 +174,7 @@ def _alias_table(cdf: Tensor) -> Tensor:
     kept, alias = mass.copy(), np.tile(np.arange(256), (256, 1))
     rows = np.arange(256)
     settled = np.zeros((256, 256), dtype=bool)
-    for _ in range(255):
+    for _ in range(255):  # the poorest column left is filled up by the richest
         poor = np.where(settled, total + 1, mass).argmin(1)
         rich = np.where(settled, -1, mass).argmax(1)
         kept[rows, poor] = mass[rows, poor]
@@ -205,7 +193,7 @@ def _sample(images: Tensor, table: Tensor, keys: Tensor) -> Tensor:
     column = bits & 255
     cells = clean.to(torch.int32).mul_(256).add_(column)
     drawn = table.to(images.device).index_select(0, cells.flatten()).view(cells.shape)
-    # Branch-free, since a branch on noise is mispredicted half the time: -1 where the column keeps its own byte, else 0.
+    # -1 where the column's own byte is drawn, else 0: a branch on noise would be mispredicted half the time.
     keeps = bits.bitwise_right_shift_(8).sub_(torch.bitwise_right_shift(drawn, 8, out=cells)).bitwise_right_shift_(31)
     drawn ^= column.bitwise_xor_(drawn).bitwise_and_(keeps)
     return drawn.bitwise_and_(255).to(torch.uint8).view(images.shape)
@@ -278,10 +266,10 @@ def _to_bytes(levels: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor, filters: Sequence[tuple[Taps, Taps]], border: Callable[[int, int], int]) -> Tensor:
-    """Sum of separable filters, each its (vertical, horizontal) taps; ``border`` maps an outside index to an inside one.
+    """Sum of separable filters, each its (vertical, horizontal) taps; ``border`` maps a place outside to one inside.
 
-    Shifted copies are added in a fixed order, one rounding at a time: a matrix product would be no faster here and
-    could round a slice otherwise than the whole.
+    Shifted copies are added in a fixed order, one rounding at a time: a matrix product is no faster for so few taps,
+    and could round a slice otherwise than the whole.
     """
     N, H, W, _ = images.shape
     r = max(len(taps) for pair in filters for taps in pair) - 1
@@ -290,10 +278,10 @@ def _blur(images: Tensor, filters: Sequence[tuple[Taps, Taps]], border: Callable
     for column in (*range(r), *range(r + W, W + 2 * r)):
         wide[:, :, column] = wide[:, :, r + border(column - r, W)]
     rows = torch.tensor([border(row - r, H) for row in range(H + 2 * r)], device=images.device)
-    total = 0.0
+    total = images.new_zeros(N, H * W * 3, dtype=torch.float32)
     for vertical, horizontal in filters:
         across = _convolve(wide.flatten(2), horizontal, r, 3)
-        total = _convolve(across.index_select(1, rows).flatten(1), vertical, r, W * 3) + total
+        total += _convolve(across.index_select(1, rows).flatten(1), vertical, r, W * 3)
     return _to_bytes(total).view(images.shape)
 
 
@@ -454,8 +442,8 @@ def jpeg_compression(images: Tensor, quality: int, keys: Tensor) -> Tensor:
             return torch.from_numpy(np.stack(list(pool.map(lambda image: _recode(image, quality), pixels))))
         pieces = np.array_split(pixels, min(N, max(workers, -(-N * H // _MOSAIC_HEIGHT))))
         parts = list(pool.map(lambda piece: _recode_planes(piece.reshape(-1, W, 3), quality), pieces))
-    luma, chroma = (torch.from_numpy(np.concatenate(planes)) for planes in zip(*parts, strict=True))
-    return _to_rgb(luma.view(N, H, W), _interpolate(chroma.view(N, H // 2, W // 2, 2)))
+    luma, halved = (torch.from_numpy(np.concatenate(planes)) for planes in zip(*parts, strict=True))
+    return _to_rgb(luma.view(N, H, W), _interpolate(halved.view(N, H // 2, W // 2, 3)[..., 1:]))
 
 
 def _encode(image: NDArray[np.uint8], quality: int) -> io.BytesIO:
@@ -469,12 +457,12 @@ def _recode(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
 
 
 def _recode_planes(image: NDArray[np.uint8], quality: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Decoded luma (H, W) and the two colour planes as JPEG stores them, (H / 2, W / 2, 2)."""
+    """Decoded luma (H, W), and (H / 2, W / 2, 3) whose last two channels are the colour planes as JPEG stores them."""
     file = _encode(image, quality)
     luma, halved = Image.open(file), Image.open(file)
     luma.draft("L", luma.size)
     halved.draft("YCbCr", (halved.width // 2, halved.height // 2))  # at half size the planes need no interpolation
-    return np.asarray(luma), np.asarray(halved)[..., 1:]
+    return np.asarray(luma), np.asarray(halved)
 
 
 def _interpolate(chroma: Tensor) -> Tensor:

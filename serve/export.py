@@ -31,13 +31,13 @@ from ensembler.seeds import derive
 from ensembler.serve.runtime import open_session, softmax
 from ensembler.serve.schemas import BundleManifest, Origin
 
-__all__ = ["BATCHES", "TOLERANCE", "export"]
+__all__ = ["BATCHES", "TOLERANCE", "export_run"]
 
 TOLERANCE = 1e-4  # the largest difference of a probability from PyTorch's
 BATCHES = (1, 2, 7)  # a graph whose batch was frozen at tracing fails at least two of them
 
 
-def export(run_path: str | Path, out: str | Path) -> Path:
+def export_run(run_path: str | Path, out: str | Path) -> Path:
     """Export every member of a run, whole or not at all.
 
     Args:
@@ -151,9 +151,10 @@ def _trace(graph: _Graph, dataset: DatasetRecord) -> onnx.ModelProto:
 
 def _check_shapes(model: onnx.ModelProto, image_shape: list[int], classes: int) -> None:
     """Refuse a graph whose batch is not one and the same free dimension at both ends."""
-    shapes = []
-    for value in (*model.graph.input, *model.graph.output):
-        shapes.append([dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim])
+    shapes = [
+        [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    ]
     batch = shapes[0][0]
     if not isinstance(batch, str) or shapes != [[batch, *image_shape], [batch, classes]]:
         raise ExportError(
@@ -234,7 +235,11 @@ def _silence() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -158,9 +158,7 @@ class Runtime:
         self._pool.shutdown()
 
 
-def open_session(
-    graph: Path, providers: Sequence[Any] = ("CPUExecutionProvider",)
-) -> onnxruntime.InferenceSession:
+def open_session(graph: Path, providers: Sequence[Any] = ("CPUExecutionProvider",)) -> onnxruntime.InferenceSession:
     """A session that computes in its caller's thread alone.
 
     Raises:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ensembler import architectures
 from ensembler.datasets import Dataset, Split, normalise
-from ensembler.ensemble import Ensemble, choose_device, has_batchnorm, member_buffers
+from ensembler.ensemble import BATCHNORM_EXAMPLES, Ensemble, choose_device, has_batchnorm, member_buffers
 from ensembler.errors import UsageError
 from ensembler.run import Cost, DatasetRecord, Manifest, Run, Sampling, versions
 from ensembler.seeds import derive, generator
@@ -163,7 +163,7 @@ class Session:
         """Buffers (M, ...) of sampled members, BatchNorm statistics recomputed; see
         :func:`ensembler.ensemble.member_buffers`."""
         if has_batchnorm(self.weights.module):
-            self._batchnorm_examples += len(coefficients) * len(self._images)
+            self._batchnorm_examples += len(coefficients) * min(len(self._images), BATCHNORM_EXAMPLES)
         return member_buffers(self.weights, vertices, coefficients, self._images, self._prepare, self._batch_size)
 
     def finish(
