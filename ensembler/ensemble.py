@@ -227,8 +227,9 @@ def member_buffers(
 
 
 def _inputs(split: Split, prepare: Prepare, batch_size: int) -> Iterator[Tensor]:
-    for batch in split.batches(batch_size):
-        yield prepare(batch.images)
+    """The images in batches of nearly equal size: ``update_bn`` gives each batch the same weight."""
+    for images in split.images.tensor_split(-(-len(split) // batch_size)):
+        yield prepare(images)
 
 
 def _checked(x: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ works on ``x / 255``, clips to [0, 1], multiplies by 255 and truncates to a byte
 32 x 32 pixels: other sizes work, and are corrupted by the same number of pixels or levels.
 
 The authors drew without a seed, so nothing made here equals the published files, and nothing made here may be
-reported as if it did. What is made here is the same everywhere: a random byte depends only on (seed, corruption,
-severity, index of the image, position in the image), and every sum is taken in a fixed order, so a slice of a batch
-holds the bytes that the whole batch would.
+reported as if it did. What is made here can be made again: a random byte depends only on (seed, corruption, severity,
+index of the image, position in the image), and every sum is taken in a fixed order, so a slice of a batch holds the
+bytes that the whole batch would.
 
 To add a corruption, write one function ``(images, level, keys) -> images`` named as the protocol names it, and
 register it with its five constants.
@@ -169,7 +169,7 @@ def _alias_table(cdf: Tensor) -> Tensor:
         the upper 24 bits and the alias in the lower 8.
     """
     total = 256 * _UNIT
-    shares = (cdf.clamp(0, 1) * total).round().to(torch.int64).numpy()
+    shares = (cdf.clamp(0, 1).cummax(1).values * total).round().to(torch.int64).numpy()
     mass = np.diff(shares, axis=1, prepend=0, append=total)
     kept, alias = mass.copy(), np.tile(np.arange(256), (256, 1))
     rows = np.arange(256)
@@ -218,17 +218,18 @@ def _speckle_table(sigma: float) -> Tensor:
 
 @lru_cache(maxsize=5)
 def _shot_table(rate: int) -> Tensor:
-    x, _ = _clean_and_next()
+    mean = _clean_and_next()[0] / 255 * rate
+    counts = torch.arange(rate + 1, dtype=torch.float64)[None]
+    probabilities = torch.exp(torch.special.xlogy(counts, mean) - mean - torch.lgamma(counts + 1))
     bytes_of_counts = np.uint8(np.clip(np.arange(rate + 1) / rate, 0, 1) * 255)
-    counts = torch.from_numpy(np.searchsorted(bytes_of_counts, np.arange(255), side="right"))
-    # P(K < k) = Q(k, mean) for a Poisson K, with Q the regularised upper incomplete gamma function.
-    return _alias_table(torch.special.gammaincc(counts.to(torch.float64)[None], x / 255 * rate))
+    most = np.searchsorted(bytes_of_counts, np.arange(255), side="right") - 1  # the largest count that gives v or less
+    return _alias_table(probabilities.cumsum(1)[:, torch.from_numpy(most)])
 
 
 @lru_cache(maxsize=5)
 def _impulse_table(amount: float) -> Tensor:
     x, above = _clean_and_next()
-    return _alias_table(torch.where(above <= x, amount / 2, 1 - amount / 2))
+    return _alias_table((above > x).to(torch.float64) * (1 - amount) + amount / 2)
 
 
 @_register(0.04, 0.06, 0.08, 0.09, 0.10)
@@ -261,8 +262,8 @@ Taps = tuple[float, ...]  # half a symmetric filter: the centre's weight, then i
 
 
 def _to_bytes(levels: Tensor) -> Tensor:
-    """Truncate float levels as the authors did, in place; what lies within 1/1000 under an integer is that integer."""
-    return levels.add_(2.0**-10).clamp_(0, 255).to(torch.int16).to(torch.uint8)
+    """Truncate float levels as the authors did, in place; what rounding left just under an integer is that integer."""
+    return levels.add_(2.0**-14).clamp_(0, 255).to(torch.int16).to(torch.uint8)
 
 
 def _blur(images: Tensor, filters: Sequence[tuple[Taps, Taps]], border: Callable[[int, int], int]) -> Tensor:
@@ -324,8 +325,7 @@ def _disk(radius: float, alias: float) -> list[tuple[Taps, Taps]]:
     smooth /= smooth.sum()
     around: NDArray[np.float64] = np.apply_along_axis(np.convolve, 0, disk / disk.sum(), smooth, "same")
     kernel = np.apply_along_axis(np.convolve, 1, around, smooth, "same")
-    # Weights under 2e-6 cannot move a byte by 1/1000; without them no filter reaches further than two pixels.
-    half = np.where(kernel < 2e-6, 0, kernel)[8:, 8:]
+    half = np.where(kernel < 1e-9, 0, kernel)[8:, 8:]
     left, values, right = np.linalg.svd(half[: (half[0] > 0).sum(), : (half[0] > 0).sum()])
     return [
         (tuple((left[:, i] * values[i]).tolist()), tuple(right[i].tolist()))
@@ -414,7 +414,10 @@ def _box_cells(size: int, cells: int) -> Tensor:
 
 @_register(0.95, 0.9, 0.85, 0.75, 0.65)
 def pixelate(images: Tensor, factor: float, keys: Tensor) -> Tensor:
-    """Shrink by a box filter to ``int(factor * size)`` and grow back, rounding as Pillow does after each axis."""
+    """Shrink by a box filter to ``int(factor * size)`` and grow back, as Pillow does: rows first, then columns.
+
+    Each axis is rounded by itself, so images so tall that Pillow begins with the columns differ by a level here.
+    """
     for axis in (2, 1):
         size = images.shape[axis]
         a, b = images.narrow(axis, 0, size - 1), images.narrow(axis, 1, size - 1)

@@ -144,7 +144,8 @@ def _top(p: Array, y: NDArray[np.int64]) -> tuple[Array, NDArray[np.bool_]]:
 def _edges(bins: int) -> Array:
     if bins < 1:
         raise UsageError(f"bins is {bins}; give at least 1")
-    return np.linspace(0.0, 1.0, bins + 1)
+    edges: Array = np.linspace(0.0, 1.0, bins + 1)
+    return edges
 
 
 def _check(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, NDArray[np.int64]]:
@@ -164,7 +165,8 @@ def _probabilities(values: ArrayLike, name: str, shape: str) -> Array:
     if found.ndim != len(shape.split(",")) or found.size == 0 or found.dtype.kind not in "fiu":
         raise ShapeError(f"{name} must be probabilities {shape}, none empty, found {found.dtype} {found.shape}")
     p = found.astype(np.float64)
-    rows = p.sum(axis=-1)
+    with np.errstate(invalid="ignore"):
+        rows = p.sum(axis=-1)
     # Comparisons with NaN are false, so a NaN is caught here too.
     bad = np.argwhere(~((np.abs(rows - 1.0) <= _SUM_TOLERANCE) & (p >= 0.0).all(axis=-1)))
     if len(bad):

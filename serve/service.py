@@ -56,6 +56,10 @@ def _setting(name: str, default: int) -> int:
     return int(text)
 
 
+def _max_batch() -> int:
+    return _setting("ENSEMBLER_MAX_BATCH", 1024)
+
+
 _WORKERS = _setting("ENSEMBLER_WORKERS", 1)
 
 
@@ -74,7 +78,8 @@ class Batch(bentoml.IODescriptor):
     async def from_http_request(cls, request: Request, serde: Any) -> Self:
         # BentoML's own reading would take NaN, log a stack trace for every bad request and answer it with a list of
         # pydantic's errors. Ours happens in the thread that predicts.
-        return cls.model_construct(images=_Body(await request.body()))
+        batch: Self = cls.model_construct(images=_Body(await request.body()))
+        return batch
 
 
 @bentoml.service(workers=_WORKERS, traffic={"timeout": 60})
@@ -83,14 +88,15 @@ class PredictiveUncertainty:
 
     def __init__(self) -> None:
         self.runtime = Runtime.load(_bundle(), threads=max(1, available_cpus() // _WORKERS))
-        self.max_batch = _setting("ENSEMBLER_MAX_BATCH", 1024)
+        self.max_batch = _max_batch()
 
     @bentoml.on_deployment
     @staticmethod
     def verify() -> None:
-        """Runs once, before any worker: a bad bundle stops the server instead of restarting its workers for ever."""
+        """Runs once, before any worker: what is wrong stops the server instead of restarting its workers for ever."""
         try:
             read_bundle(_bundle())
+            _max_batch()
         except EnsemblerError as error:
             raise BentoMLException(str(error)) from error
 

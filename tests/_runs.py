@@ -1,20 +1,25 @@
-"""Tiny runs with random weights, made by hand: what the serve room's tests export and serve."""
+"""Tiny runs and bundles made by hand: what the serve room's tests export and serve."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
-from ensembler import architectures
+from ensembler import architectures, artefact
 from ensembler.run import Cost, DatasetRecord, Manifest, Run
+from ensembler.serve.schemas import BundleManifest, Origin
 from ensembler.weights import FlatWeights
 
 CLASSES = [f"class {index}" for index in range(5)]
 SHAPE = [32, 32, 3]
+TINY = [4, 6, 3]
 
 
-def make_run(path: Path, architecture: str = "cnn", members: int = 3, classes: int = len(CLASSES)) -> Path:
+def make_run(path: Path, architecture: str = "cnn", members: int = 3) -> Path:
     """A run whose members are far apart: three random vertices, and other buffers for each member.
 
     Members 0 and 1 have the same coefficients, so that only their buffers, if any, tell them apart.
@@ -22,7 +27,7 @@ def make_run(path: Path, architecture: str = "cnn", members: int = 3, classes: i
     generator = torch.Generator().manual_seed(0)
     vertices = []
     for seed in range(3):
-        weights = FlatWeights(architectures.build(architecture, classes, seed))
+        weights = FlatWeights(architectures.build(architecture, len(CLASSES), seed))
         head = next(p for p in reversed(list(weights.module.parameters())) if p.dim() == 2)
         head.data.mul_(3)  # the initial head is nearly silent: speak up, or any two members would agree
         vertices.append(weights.vector)
@@ -32,7 +37,7 @@ def make_run(path: Path, architecture: str = "cnn", members: int = 3, classes: i
     record = DatasetRecord(
         name="none",
         title="made by hand",
-        classes=[f"class {index}" for index in range(classes)],
+        classes=CLASSES,
         image_shape=SHAPE,
         mean=[0.4, 0.5, 0.6],
         std=[0.2, 0.25, 0.3],
@@ -62,3 +67,52 @@ def make_run(path: Path, architecture: str = "cnn", members: int = 3, classes: i
 def _random_rows(buffer: torch.Tensor, members: int, generator: torch.Generator) -> torch.Tensor:
     rows = torch.stack([buffer] * members)
     return rows + torch.rand(rows.shape, generator=generator) if rows.is_floating_point() else rows
+
+
+def tiny_weights(members: int) -> np.ndarray:
+    """(M, 3, C): member m of :func:`make_bundle` gives ``images.mean((1, 2)) @ tiny_weights(M)[m]`` as its logits."""
+    return np.random.default_rng(0).normal(0, 0.02, (members, 3, len(CLASSES))).astype(np.float32)
+
+
+def make_bundle(path: Path, members: int = 3) -> Path:
+    """A bundle of linear classifiers of the mean colour of 4 x 6 images: its answers can be worked out by hand."""
+    graphs = [f"member-{member:03d}.onnx" for member in range(members)]
+    manifest = BundleManifest(
+        method="deep-ensemble",
+        architecture="linear",
+        dataset="made by hand",
+        classes=CLASSES,
+        image_shape=TINY,
+        members=members,
+        graphs=graphs,
+        parameters=3 * len(CLASSES),
+        training_cost={},
+        run=Origin(name="none", sha256="0" * 64),
+        opset=20,
+        max_difference=0.0,
+        created="2026-01-01T00:00:00+00:00",
+        versions={},
+    )
+    with artefact.write(path, manifest.model_dump()) as folder:
+        for graph, weights in zip(graphs, tiny_weights(members), strict=True):
+            (folder / graph).write_bytes(_linear(weights).SerializeToString())
+    return path
+
+
+def _linear(weights: np.ndarray) -> onnx.ModelProto:
+    nodes = [
+        helper.make_node("Cast", ["images"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["floats", "axes"], ["means"], keepdims=0),
+        helper.make_node("MatMul", ["means", "weights"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", *TINY])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", len(CLASSES)])],
+        [
+            numpy_helper.from_array(np.array([1, 2]), "axes"),
+            numpy_helper.from_array(weights, "weights"),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

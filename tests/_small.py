@@ -1,0 +1,45 @@
+"""A dataset small enough to train on in a second, and networks to match."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ensembler.datasets import Dataset, Split
+
+SETTINGS = {"architecture": "tests._small:network", "epochs": 2, "batch_size": 8, "device": "cpu"}
+
+
+class WithBatchNorm(nn.Module):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(4 * 3 * 3, num_classes)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def network(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 3 * 3, num_classes))
+
+
+def batchnorm(num_classes: int) -> nn.Module:
+    return WithBatchNorm(num_classes)
+
+
+def dataset(train: int = 30, classes: int = 3, size: int = 8) -> Dataset:
+    """Noisy images whose brightest third gives the class; sorted by class, as folders are."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> Split:
+        labels = (torch.arange(count) % classes).sort().values
+        images = torch.randint(0, 120, (count, size, size, 3), generator=generator)
+        for image, label in zip(images, labels, strict=True):
+            image[label * size // classes : (label + 1) * size // classes] += 100
+        return Split(images.to(torch.uint8), labels)
+
+    names = tuple(f"class {i}" for i in range(classes))
+    return Dataset(
+        "small", "small", names, "none", split(train), split(12), split(15), (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
+    )

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from ensembler import artefact
+from ensembler.ensemble import Ensemble
+from ensembler.errors import ArtefactError, CorruptError, ExportError, UsageError
+from ensembler.serve import Runtime, export_run
+from ensembler.serve import export as export_module
+from tests._runs import CLASSES, SHAPE, make_run
+
+BUNDLE_FILES = ["manifest.json", "manifest.sha256", "member-000.onnx", "member-001.onnx", "member-002.onnx"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs and bundles of two architectures, 3 members each: without and with buffers."""
+    folder = tmp_path_factory.mktemp("export")
+    for architecture in ("cnn", "resnet20"):
+        export_run(make_run(folder / "runs" / architecture, architecture), folder / architecture)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["cnn", "resnet20"])
+@pytest.mark.parametrize("batch", [1, 2, 7, 70])
+def test_members_agree_with_pytorch(folder: Path, architecture: str, batch: int) -> None:
+    images = np.random.default_rng(batch).integers(0, 256, (batch, *SHAPE), dtype=np.uint8)
+    expected = Ensemble.load(folder / "runs" / architecture, device="cpu").predict_members(images).numpy()
+    found = Runtime.load(folder / architecture).predict_members(images)
+    assert found.shape == (3, batch, len(CLASSES))
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_each_member_has_its_own_weights_and_buffers(folder: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, *SHAPE), dtype=np.uint8)
+    cnn = Runtime.load(folder / "cnn").predict_members(images)
+    resnet = Runtime.load(folder / "resnet20").predict_members(images)
+    assert np.array_equal(cnn[0], cnn[1])  # the same coefficients, and no buffers
+    assert np.abs(resnet[0] - resnet[1]).max() > 0.01  # the same coefficients, other BatchNorm statistics
+    for members in (cnn, resnet):
+        assert np.abs(members[0] - members[2]).max() > 0.01
+
+
+@pytest.mark.parametrize("architecture", ["cnn", "resnet20"])
+def test_the_batch_of_every_graph_is_symbolic(folder: Path, architecture: str) -> None:
+    for path in sorted((folder / architecture).glob("*.onnx")):
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)
+        (images,), (logits,) = model.graph.input, model.graph.output
+        taken, given = images.type.tensor_type, logits.type.tensor_type
+        assert (images.name, taken.elem_type) == ("images", onnx.TensorProto.UINT8)
+        assert (logits.name, given.elem_type) == ("logits", onnx.TensorProto.FLOAT)
+        assert taken.shape.dim[0].dim_param == given.shape.dim[0].dim_param != ""
+        assert [dim.dim_value for dim in taken.shape.dim[1:]] == SHAPE
+        assert [dim.dim_value for dim in given.shape.dim[1:]] == [len(CLASSES)]
+
+
+def test_the_manifest_says_what_was_exported(folder: Path) -> None:
+    manifest = Runtime.load(folder / "cnn").manifest
+    run = json.loads((folder / "runs" / "cnn" / "manifest.json").read_text())
+    assert (manifest.method, manifest.architecture, manifest.members) == ("spro-simplex", "cnn", 3)
+    assert (manifest.classes, manifest.image_shape) == (CLASSES, SHAPE)
+    assert manifest.training_cost == run["cost"]
+    assert manifest.run.sha256 == artefact.sha256(folder / "runs" / "cnn" / "manifest.json")
+    assert 0 < manifest.max_difference < 1e-5
+    assert manifest.opset >= 18
+
+
+def test_no_file_holds_a_path_of_this_machine(folder: Path) -> None:
+    for path in (folder / "cnn").iterdir():
+        content = path.read_bytes()
+        assert b"site-packages" not in content
+        assert str(Path(__file__).parents[1]).encode() not in content
+        assert str(folder).encode() not in content
+
+
+@pytest.mark.parametrize("name", BUNDLE_FILES)
+def test_a_flipped_byte_is_found_and_named(folder: Path, tmp_path: Path, name: str) -> None:
+    assert sorted(path.name for path in (folder / "cnn").iterdir()) == BUNDLE_FILES
+    bundle = shutil.copytree(folder / "cnn", tmp_path / "bundle")
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    named = "manifest.json" if name == "manifest.sha256" else name
+    with pytest.raises(CorruptError, match=rf"{named} has changed since it was written"):
+        Runtime.load(bundle)
+
+
+def test_an_existing_folder_is_refused_and_left_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("keep")
+    with pytest.raises(UsageError, match="exists already"):
+        export_run(folder / "runs" / "cnn", tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
+
+
+def test_a_missing_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="no run at"):
+        export_run(tmp_path / "nothing", tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_member_that_differs_is_named_and_leaves_no_bundle(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "_replace_weights", lambda model, graph: None)
+    with pytest.raises(ExportError, match=r"^member 1 of .*resnet20: ONNX differs from PyTorch by .* at a batch of 1"):
+        export_run(folder / "runs" / "resnet20", tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+ODD_NETWORKS = '''
+import torch
+from torch import nn
+
+
+class Odd(nn.Module):
+    """Tied weights, a constant that no state holds, and a parameter that is used or not."""
+
+    def __init__(self, classes, unused):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.second = nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(3, classes)
+        self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0]), persistent=False)
+        if unused:
+            self.unused = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(self.first(x.mean(dim=(2, 3)) * self.scale))))
+
+
+class Fixed(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.head = nn.Linear(3, classes)
+
+    def forward(self, x):
+        return self.head(x.mean(dim=(2, 3)).reshape(10 if len(x) == 10 else 2, 3))
+
+
+def tied(num_classes):
+    return Odd(num_classes, unused=False)
+
+
+def unused(num_classes):
+    return Odd(num_classes, unused=True)
+
+
+def fixed(num_classes):
+    return Fixed(num_classes)
+'''
+
+
+@pytest.fixture
+def odd_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "odd_networks.py").write_text(ODD_NETWORKS)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("factory", "traces"), [("tied", 1), ("unused", 3)])
+def test_a_weight_that_no_graph_holds_has_every_member_traced(
+    odd_networks: Path, monkeypatch: pytest.MonkeyPatch, factory: str, traces: int
+) -> None:
+    traced = []
+    trace = export_module._trace
+    monkeypatch.setattr(export_module, "_trace", lambda *args: traced.append(1) or trace(*args))
+    run = make_run(odd_networks / "run", f"odd_networks:{factory}")
+    images = np.random.default_rng(0).integers(0, 256, (3, *SHAPE), dtype=np.uint8)
+    found = Runtime.load(export_run(run, odd_networks / "bundle")).predict_members(images)
+    np.testing.assert_allclose(found, Ensemble.load(run, device="cpu").predict_members(images).numpy(), atol=1e-5)
+    assert len(traced) == traces
+
+
+def test_a_network_that_fixes_its_batch_is_refused(odd_networks: Path) -> None:
+    run = make_run(odd_networks / "run", "odd_networks:fixed")
+    with pytest.raises(ExportError, match=r"^member 0 of .*run: .*batch"):
+        export_run(run, odd_networks / "bundle")
+    assert not (odd_networks / "bundle").exists()
+
+
+def test_the_command_exports_the_latest_run_and_says_what_is_next(
+    odd_networks: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from ensembler.cli import app
+
+    make_run(odd_networks / "runs" / "mine", "odd_networks:tied", members=2)
+    result = CliRunner().invoke(app, ["export"], terminal_width=200)
+    assert result.exit_code == 0, result.output
+    assert "ensembler serve bundles/mine" in result.output
+    assert "2 x odd_networks:tied" in result.output
+    assert Runtime.load("bundles/mine").members == 2
+    assert capfd.readouterr() == ("", "")  # the exporter's chatter is not shown
+    again = CliRunner().invoke(app, ["export"])
+    assert again.exit_code == 1
+    assert "bundles/mine exists already" in again.output

@@ -1,0 +1,177 @@
+"""A run on disk is whole or absent, and every byte of it is checked."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from _runs import make_run
+
+from ensembler import artefact
+from ensembler.ensemble import Ensemble
+from ensembler.errors import ArtefactError, CorruptError, DivergedError, UsageError
+from ensembler.run import Run, latest, new_path
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".partial")]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path / "run", "resnet20")
+
+
+def test_a_run_comes_back_as_it_was_saved(run, tmp_path):
+    one = Run.load(run)
+    one.save(tmp_path / "again")
+    other = Run.load(tmp_path / "again")
+    assert one.manifest == other.manifest
+    for name in ("vertices", "buffers"):
+        left, right = getattr(one, name), getattr(other, name)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left)
+    assert torch.equal(one.coefficients, other.coefficients)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_flipped_byte_in_any_file_is_found_and_named(run):
+    for file in sorted(run.iterdir()):
+        content = file.read_bytes()
+        for position in {0, len(content) // 2, len(content) - 1} if content else ():
+            changed = bytearray(content)
+            changed[position] ^= 1
+            file.write_bytes(changed)
+            with pytest.raises(CorruptError, match=r"manifest\." if file.stem == "manifest" else file.name):
+                Ensemble.load(run)
+        file.write_bytes(content)
+    Ensemble.load(run)
+
+
+def test_a_missing_or_truncated_file_is_found_and_named(run):
+    for name in ("vertices.safetensors", "members.safetensors", "history.jsonl", "manifest.sha256"):
+        content = (run / name).read_bytes()
+        (run / name).unlink()
+        with pytest.raises(CorruptError, match=f"{name} is missing"):
+            Run.load(run)
+        (run / name).write_bytes(content[: len(content) // 2] or b"x")
+        with pytest.raises(CorruptError):
+            Run.load(run)
+        (run / name).write_bytes(content)
+
+
+def reseal(run: Path, **changes) -> None:
+    manifest = json.loads((run / "manifest.json").read_text()) | changes
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "manifest.sha256").write_text(f"{artefact.sha256(run / 'manifest.json')}  manifest.json\n")
+
+
+def test_what_is_no_run_is_refused(run, tmp_path):
+    with pytest.raises(ArtefactError, match="there is no such folder"):
+        Run.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtefactError, match=r"has no manifest\.json"):
+        Run.load(tmp_path / "empty")
+    reseal(run, format=99)
+    with pytest.raises(ArtefactError, match="run format 99"):
+        Run.load(run)
+    reseal(run, format=1, kind="bundle")
+    with pytest.raises(ArtefactError, match="is a bundle, not a run"):
+        Run.load(run)
+    reseal(run, kind="run", members="many")
+    with pytest.raises(ArtefactError, match="not a run that this version"):
+        Run.load(run)
+
+
+def test_nothing_is_overwritten(run):
+    with pytest.raises(UsageError, match="exists already"):
+        Run.load(run).save(run)
+
+
+def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
+    loaded = Run.load(run)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("ensembler.run.save_file", full)
+    with pytest.raises(ArtefactError, match="No space left on device; nothing was left behind"):
+        loaded.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
+    loaded = Run.load(run)
+    next(iter(loaded.vertices.values())).view(-1)[3] = float("nan")
+    with pytest.raises(DivergedError, match="is not finite"):
+        loaded.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_latest_names_the_newest(run, tmp_path):
+    assert latest(tmp_path) == run
+    Run.load(run).save(tmp_path / "newer")
+    assert latest(tmp_path) == tmp_path / "newer"
+    with pytest.raises(ArtefactError, match="train one first"):
+        latest(tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "newer")
+    with pytest.raises(ArtefactError, match="train one first"):
+        latest(tmp_path)
+
+
+def test_new_paths_are_free(tmp_path):
+    taken = new_path(tmp_path, "simplex")
+    taken.mkdir()
+    assert new_path(tmp_path, "simplex") != taken
+
+
+def test_two_writers_of_one_path_make_one_whole_run(run, tmp_path):
+    loaded, outcomes = Run.load(run), []
+
+    def save():
+        try:
+            outcomes.append(Run.load(run).save(tmp_path / "both"))
+        except (UsageError, ArtefactError) as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=save) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [isinstance(outcome, Path) for outcome in outcomes].count(True) == 1
+    assert torch.equal(Run.load(tmp_path / "both").coefficients, loaded.coefficients)
+    assert leftovers(tmp_path) == []
+
+
+SAVER = """
+import sys
+from pathlib import Path
+from ensembler.run import Run
+run = Run.load(Path(sys.argv[1]))
+print("saving", flush=True)
+for n in range(10**6):
+    run.save(Path(sys.argv[2]) / f"run-{n}")
+"""
+
+
+def test_a_kill_while_saving_leaves_whole_runs_or_none(run, tmp_path):
+    out = tmp_path / "out"
+    for delay in (0.0, 0.013, 0.05):
+        process = subprocess.Popen([sys.executable, "-c", SAVER, run, out], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        threading.Event().wait(delay)
+        process.kill()
+        process.communicate()
+        for path in out.glob("run-*"):
+            Run.load(path)
+        shutil.rmtree(out, ignore_errors=True)
