@@ -33,7 +33,7 @@ class OneBatch:
 
     def __init__(self, device: torch.device) -> None:
         stream = torch.Generator().manual_seed(0)
-        self.x = torch.randn(BATCH, 3, 32, 32, generator=stream).to(device)
+        self.x = torch.randn(BATCH, 3, 32, 32, generator=stream).to(device, memory_format=torch.channels_last)
         self.y = torch.randint(10, (BATCH,), generator=stream).to(device)
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:

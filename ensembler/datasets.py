@@ -142,10 +142,13 @@ def load(
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """What the network sees: uint8 (B, H, W, 3) to float32 (B, 3, H, W), zero mean and unit variance a channel."""
+    """What the network sees: uint8 (B, H, W, 3) to float32 (B, 3, H, W), zero mean and unit variance a channel.
+
+    The result keeps the images' memory order, which makes it channels-last: no copy, and the faster layout.
+    """
     scale = images.new_tensor([1 / (255 * s) for s in std], dtype=torch.float32)
     shift = images.new_tensor([m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    return (images.float().mul_(scale).sub_(shift)).permute(0, 3, 1, 2).contiguous()
+    return images.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
 
 
 _Parts = tuple[str, tuple[str, ...], str, Split, Split]

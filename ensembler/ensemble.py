@@ -51,7 +51,7 @@ class Ensemble:
         self.device = choose_device(device)
         record = run.manifest.dataset
         height, width = record.image_shape[:2]
-        budget = (2048 if self.device.type == "cuda" else 256) * 32 * 32
+        budget = (2048 if self.device.type == "cuda" else 64) * 32 * 32  # on a CPU, what its cache holds
         self.batch_size = batch_size or max(1, budget // (height * width))
         self._network = architectures.build(run.manifest.architecture, len(record.classes)).to(self.device).eval()
         self._weights = FlatWeights(self._network)

@@ -38,6 +38,10 @@ from ensembler.errors import ArtefactError, DataError, DivergedError
 __all__ = ["Cost", "DatasetRecord", "Manifest", "Run", "Sampling", "latest", "new_path", "versions"]
 
 FORMAT = 1
+_PACKAGES = (
+    *("ensembler", "torch", "torchvision", "numpy", "scikit-learn", "netcal"),
+    *("onnx", "onnxruntime-gpu", "onnxruntime", "bentoml"),
+)
 
 
 class _Record(BaseModel):
@@ -221,7 +225,7 @@ def latest(folder: Path) -> Path:
 def versions() -> dict[str, str]:
     """The versions that a reported number depends on."""
     found = {"python": platform.python_version()}
-    for package in ("ensembler", "torch", "torchvision", "numpy", "scikit-learn", "netcal", "onnxruntime-gpu", "onnx"):
+    for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -108,7 +108,7 @@ def _positions(indices: Tensor | Sequence[int] | None, count: int) -> Tensor:
     if indices is None:
         return torch.arange(count)
     positions = torch.as_tensor(indices)
-    if positions.is_floating_point() or positions.is_complex() or positions.shape != (count,):
+    if positions.dtype.is_floating_point or positions.dtype == torch.bool or positions.shape != (count,):
         raise ShapeError(
             f"indices must be {count} integers, one an image, found {positions.dtype} {tuple(positions.shape)}"
         )
@@ -325,7 +325,7 @@ def _disk(radius: float, alias: float) -> list[tuple[Taps, Taps]]:
     smooth /= smooth.sum()
     around: NDArray[np.float64] = np.apply_along_axis(np.convolve, 0, disk / disk.sum(), smooth, "same")
     kernel = np.apply_along_axis(np.convolve, 1, around, smooth, "same")
-    half = np.where(kernel < 1e-9, 0, kernel)[8:, 8:]
+    half = np.where(kernel < 1e-9, 0, kernel)[8:, 8:]  # symmetric; what is lighter moves no byte
     left, values, right = np.linalg.svd(half[: (half[0] > 0).sum(), : (half[0] > 0).sum()])
     return [
         (tuple((left[:, i] * values[i]).tolist()), tuple(right[i].tolist()))

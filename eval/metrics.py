@@ -115,7 +115,8 @@ def reliability(probs: ArrayLike, labels: ArrayLike, bins: int = 15) -> Reliabil
 
     def mean(values: Array) -> Array:
         sums = np.bincount(places, weights=values, minlength=bins)
-        return np.divide(sums, count, out=np.full(bins, np.nan), where=count > 0)
+        means: Array = np.divide(sums, count, out=np.full(bins, np.nan), where=count > 0)
+        return means
 
     return Reliability(mean(confidence), mean(correct.astype(np.float64)), count)
 

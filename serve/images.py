@@ -76,9 +76,12 @@ def check_images(images: object, image_shape: Sequence[int], max_batch: int | No
 
 
 def _flat(level: list[Any]) -> tuple[list[Any], tuple[int, ...]]:
-    """The numbers of nested lists, in order, and the lists' shape. Loops in C only: a body may hold millions."""
+    """The numbers of nested lists, in order, and the lists' shape, to six dimensions at most.
+
+    Its loops are C's, as a body may hold millions of numbers.
+    """
     shape: tuple[int, ...] = (len(level),)
-    while list in (kinds := set(map(type, level))):
+    while list in (kinds := set(map(type, level))) and len(shape) < 6:
         if len(kinds) > 1:
             raise ShapeError(f"images mix lists and other values at depth {len(shape)}: send lists of equal length")
         lengths = set(map(len, level))

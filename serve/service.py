@@ -129,24 +129,23 @@ class PredictiveUncertainty:
         if isinstance(images, _Body):
             images = images_from_json(images)
         checked = check_images(images, self.runtime.manifest.image_shape, self.max_batch)
-        return _answer(self.runtime, self.runtime.predict(checked))
+        return _as_answer(self.runtime, self.runtime.predict(checked))
 
 
-def _answer(runtime: Runtime, prediction: Prediction) -> Answer:
+def _as_answer(runtime: Runtime, prediction: Prediction) -> Answer:
     manifest = runtime.manifest
-    unknown = [None] * len(prediction.labels)
     information, disagreement = prediction.mutual_information, prediction.disagreement
-    rows = zip(
-        prediction.classes.tolist(),
-        prediction.labels,
-        prediction.probabilities.tolist(),
-        prediction.predictive_entropy.tolist(),
-        prediction.expected_entropy.tolist(),
-        unknown if information is None else information.tolist(),
-        unknown if disagreement is None else disagreement.tolist(),
-        strict=True,
-    )
-    names = [name for name in ImagePrediction.model_fields if name != "members_used"]
+    unknown = [None] * len(prediction.labels)
+    columns: dict[str, list[Any]] = {
+        "class_index": prediction.classes.tolist(),
+        "label": prediction.labels,
+        "probabilities": prediction.probabilities.tolist(),
+        "predictive_entropy": prediction.predictive_entropy.tolist(),
+        "expected_entropy": prediction.expected_entropy.tolist(),
+        "mutual_information": unknown if information is None else information.tolist(),
+        "disagreement": unknown if disagreement is None else disagreement.tolist(),
+        "members_used": [prediction.members_used] * len(prediction.labels),
+    }
     return Answer(
         model=ModelCard(
             method=manifest.method,
@@ -156,7 +155,7 @@ def _answer(runtime: Runtime, prediction: Prediction) -> Answer:
             bundle=runtime.sha256,
         ),
         predictions=[
-            ImagePrediction(**dict(zip(names, row, strict=True)), members_used=prediction.members_used) for row in rows
+            ImagePrediction(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)
         ],
     )
 

@@ -1,4 +1,4 @@
-"""Helpers of the tests are importable by name, and small networks by ``tests._small:network``."""
+"""The tests' helpers are importable as ``tests._small`` and ``tests._runs``, by the tests and as ``--arch``."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)  # the networks here are too small for two

@@ -135,6 +135,7 @@ def test_any_size_works(name: str, severity: int, count: int, height: int, width
         (IMAGES[:, :3], "contrast", 1, None, ShapeError, "at least 4"),
         (IMAGES, "contrast", 1, [1, 2], ShapeError, "indices must be 24 integers"),
         (IMAGES, "contrast", 1, torch.zeros(24), ShapeError, "found torch.float32"),
+        (IMAGES, "contrast", 1, torch.ones(24, dtype=torch.bool), ShapeError, "found torch.bool"),
     ],
 )
 def test_bad_input_is_named(images, name, severity, indices, error: type[EnsemblerError], message: str) -> None:
@@ -147,9 +148,7 @@ def test_bad_input_is_named(images, name, severity, indices, error: type[Ensembl
     [*NOISES, "gaussian_blur", "defocus_blur", "contrast", "brightness", "pixelate", "jpeg_compression"],
 )
 def test_severity_grows(name: str) -> None:
-    change = [
-        float((corrupt(IMAGES, name, severity).float() - IMAGES.float()).abs().mean()) for severity in SEVERITIES
-    ]
+    change = [float((corrupt(IMAGES, name, severity).float() - IMAGES.float()).abs().mean()) for severity in SEVERITIES]
     assert change == sorted(change)
     assert change[0] > 0.05
 

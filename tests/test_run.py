@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from _runs import make_run
 
 from ensembler import artefact
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, CorruptError, DivergedError, UsageError
 from ensembler.run import Run, latest, new_path
+from tests._runs import make_run
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from _small import SETTINGS, dataset
 
 from ensembler.architectures import build
 from ensembler.datasets import Split, normalise
@@ -21,6 +20,7 @@ from ensembler.trainers.loop import Batches, train
 from ensembler.trainers.schedules import after, constant, cosine, cyclic, cyclic_middles, one_cycle
 from ensembler.trainers.simplex import towards_volume
 from ensembler.weights import FlatWeights
+from tests._small import SETTINGS, dataset
 
 
 def session(**changes):
@@ -84,20 +84,18 @@ def test_the_step_is_autograd_through_the_explicit_sum(samples, trainable):
     batches = random_batches(2, size=7)
     coefficients = [torch.softmax(torch.randn(samples, 3, generator=generator), dim=1) for _ in range(4)]
 
-    explicit = [start[k].clone().requires_grad_() for k in range(3)]
-    optimiser = torch.optim.SGD(
-        [explicit[k] for k in trainable], lr=0.05, momentum=0.9, weight_decay=1e-3, nesterov=True
-    )
+    explicit = [
+        {name: rows[k].clone().requires_grad_() for name, rows in weights.unflatten(start).items()} for k in range(3)
+    ]
+    leaves = [leaf for k in trainable for leaf in explicit[k].values()]
+    optimiser = torch.optim.SGD(leaves, lr=0.05, momentum=0.9, weight_decay=1e-3, nesterov=True)
     module = build("tests._small:network", 3)
     for (x, y), drawn in zip(batches * 2, coefficients, strict=True):
         optimiser.zero_grad()
         loss = torch.zeros(())
         for c, x_part, y_part in zip(drawn, x.chunk(samples), y.chunk(samples), strict=True):
-            member, offset, named = c @ torch.stack(explicit), 0, {}
-            for name, parameter in module.named_parameters():
-                named[name] = member[offset : offset + parameter.numel()].view_as(parameter)
-                offset += parameter.numel()
-            logits = torch.func.functional_call(module, named, x_part)
+            member = {name: sum(c[k] * explicit[k][name] for k in range(3)) for name in explicit[0]}
+            logits = torch.func.functional_call(module, member, x_part)
             loss = loss + torch.nn.functional.cross_entropy(logits, y_part, reduction="sum") / len(y)
         loss.backward()
         optimiser.step()
@@ -114,7 +112,9 @@ def test_the_step_is_autograd_through_the_explicit_sum(samples, trainable):
         draw=lambda S: next(drawn),
         samples=samples,
     )
-    torch.testing.assert_close(vertices, torch.stack(explicit).detach(), rtol=1e-5, atol=1e-6)
+    for name, rows in weights.unflatten(vertices).items():
+        expected = torch.stack([vertex[name].detach() for vertex in explicit])
+        torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_volume_regulariser_is_autograd_of_minus_lambda_log_volume():
