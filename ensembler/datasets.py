@@ -61,8 +61,8 @@ class Split:
     def sha256(self) -> str:
         """Hash of the pixels and labels: names the split whatever its origin."""
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        digest.update(self.images.contiguous().numpy())
-        digest.update(self.labels.contiguous().numpy())
+        digest.update(self.images.contiguous().numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
     def batches(self, size: int) -> Iterator[Split]:

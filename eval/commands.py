@@ -62,7 +62,10 @@ def evaluate(
         replace_file(path, content)
     console = Console(highlight=False)
     console.print(tables(report))
-    console.print(f"took {time.monotonic() - start:.0f} s; report: {folder} ({', '.join(path.name for path in files)})")
+    console.print(
+        f"took {time.monotonic() - start:.0f} s; report: {folder} ({', '.join(path.name for path in files)})",
+        soft_wrap=True,
+    )
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -79,8 +80,9 @@ class Report(BaseModel):
 
 def mean_scores(cells: Sequence[CellScores]) -> CellScores:
     """The plain mean over cells of equal size: "mean corruption error (unnormalised)" and its companions."""
-    values = {name: [getattr(cell, name) for cell in cells] for name in CellScores.model_fields}
-    return CellScores(**{name: None if None in column else float(np.mean(column)) for name, column in values.items()})
+    columns = {name: [getattr(cell, name) for cell in cells] for name in CellScores.model_fields}
+    means = {name: None if None in column else float(np.mean(column)) for name, column in columns.items()}
+    return CellScores.model_validate(means)
 
 
 _METRICS = (
@@ -94,7 +96,7 @@ _METRICS = (
 
 def tables(report: Report) -> RenderableType:
     """The report for a terminal: what each run cost, then one table a metric, severities down, runs across."""
-    parts: list[RenderableType] = [_costs(report)]
+    scored: list[RenderableType] = []
     for title, name, scale, digits in _METRICS:
         table = Table(title=title, title_justify="left", title_style="bold")
         table.add_column("severity")
@@ -107,7 +109,8 @@ def tables(report: Report) -> RenderableType:
             rows.append(("mean 1-5", [run.shifted for run in report.runs if run.shifted is not None]))
         for label, columns in rows:
             table.add_row(label, *(_number(getattr(scores, name), scale, digits) for scores in columns))
-        parts += [Text(), table]
+        scored.append(table)
+    parts: list[RenderableType] = [_costs(report), Text(), Columns(scored, padding=(0, 3))]
     if report.shift is not None:
         parts += [Text(), Text(report.shift.note)]
         parts.append(Text(f"Means are over: {', '.join(report.shift.headline)}."))

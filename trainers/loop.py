@@ -111,10 +111,10 @@ def train(
             loss = cross_entropy(logits, y_part, reduction="sum")
             shares = c[list(trainable)] / len(y)
             if alone:
-                (loss * shares.item()).backward()
+                (loss * shares.item()).backward()  # type: ignore[no-untyped-call]
             else:
                 weights.grad.zero_()
-                (loss / len(y)).backward()
+                (loss / len(y)).backward()  # type: ignore[no-untyped-call]
                 gradients.addr_(on_device[list(trainable)], weights.grad)
             hits = (logits.detach().argmax(1) == y_part).sum()
             totals += torch.stack([loss.detach(), hits, hits.new_tensor(len(y_part))])

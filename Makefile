@@ -1,0 +1,49 @@
+# Everything happens in a virtual environment of its own; a bare machine needs Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: help demo test lint types smoke check clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+demo: $(VENV)/.installed  ## train, evaluate, export, serve and ask, in a few minutes; writes to demo-output/
+	rm -rf demo-output
+	$(BIN)/python examples/demo.py demo-output
+
+test: $(VENV)/.installed-dev  ## the test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/wheel/ensembler  ## mypy on the built wheel, from outside the source tree
+	cd $(VENV)/wheel && MYPYPATH=. ../bin/mypy --config-file $(CURDIR)/pyproject.toml -p ensembler
+
+smoke: $(VENV)/wheel/ensembler  ## the built wheel trains, evaluates and exports from a temporary folder
+	sh .ci/smoke "$(abspath $(BIN))/python" "$(abspath $(VENV))/wheel"
+
+check: test lint types smoke  ## all of the above but the demo
+
+clean:  ## remove what was built, not what was trained
+	rm -rf build *.egg-info $(VENV)/wheel .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ensembler needs Python 3.11 or newer; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.installed
+
+$(VENV)/wheel/ensembler: $(VENV)/.installed-dev $(wildcard ensembler/* trainers/* eval/* serve/*)
+	rm -rf $(VENV)/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(VENV)/wheel .
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/wheel $(VENV)/wheel/*.whl
+	rm -rf build

@@ -1,0 +1,138 @@
+"""The whole way in a few minutes: train, evaluate under shift, export, serve, ask. Offline; writes to one folder.
+
+python examples/demo.py [FOLDER]
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ENSEMBLER = Path(sysconfig.get_path("scripts")) / "ensembler"
+
+
+def step(title: str, *arguments: str) -> None:
+    """Run one command as a user would type it."""
+    print(f"\n\033[1m{title}\033[0m\n$ ensembler {shlex.join(arguments)}", flush=True)
+    subprocess.run([ENSEMBLER, *arguments], check=True)
+
+
+def wait_until_ready(address: str, server: subprocess.Popen[bytes], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            sys.exit("the service stopped before it was ready: see above")
+        try:
+            with urllib.request.urlopen(f"{address}/readyz", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    sys.exit(f"the service was not ready within {seconds:.0f} s")
+
+
+def ask(address: str) -> None:
+    """Three images the model should know less and less about."""
+    import bentoml
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from ensembler import load_dataset
+    from ensembler.eval import corrupt
+
+    test = load_dataset("digits").test
+    digit = test.images[:1]
+    noise = torch.randint(0, 256, digit.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = {
+        f"a test image, a {test.labels[0]}": digit,
+        "the same under impulse noise, severity 5": corrupt(digit, "impulse_noise", 5),
+        "the same at a contrast of 15 %": corrupt(digit, "contrast", 5),
+        "noise alone": noise,
+    }
+    with bentoml.SyncHTTPClient(address) as client:
+        answer = client.predictive_uncertainty(images=torch.cat(list(images.values())).tolist())
+    table = Table(title="POST /predictive-uncertainty", title_justify="left", title_style="bold")
+    for name in ("image", "class", "probability", "entropy (nats)", "mutual information", "disagreement"):
+        table.add_column(name)
+    for name, found in zip(images, answer["predictions"], strict=True):
+        numbers = (max(found["probabilities"]), found["predictive_entropy"], found["mutual_information"])
+        table.add_row(name, found["label"], *(f"{n:.4f}" for n in numbers), f"{found['disagreement']:.2f}")
+    Console().print(table)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo-output").resolve()
+    if folder.exists():
+        sys.exit(f"{folder} exists already: remove it, or name another folder")
+    folder.mkdir(parents=True)
+    os.chdir(folder)
+    start = time.monotonic()
+    step(
+        "1. A simplex of four vertices, ten members drawn from it",
+        "train-simplex",
+        "--vertices",
+        "4",
+        "--out",
+        "runs/simplex",
+    )
+    step(
+        "2. Its peer, a deep ensemble of about the same cost",
+        "train-deep-ensemble",
+        "--members",
+        "2",
+        "--out",
+        "runs/deep",
+    )
+    step(
+        "3. The control: one network trained for as long",
+        "train-deep-ensemble",
+        "--members",
+        "1",
+        "--epochs",
+        "35",
+        "--out",
+        "runs/single",
+    )
+    step(
+        "4. All three under shift",
+        "eval",
+        "runs/simplex",
+        "runs/deep",
+        "runs/single",
+        "--shift",
+        "cifar10c",
+        "--out",
+        "report",
+    )
+    step("5. The simplex's members to ONNX", "export", "runs/simplex", "--out", "bundle")
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    arguments = ["serve", "bundle", "--port", port]
+    print(f"\n\033[1m6. Served, and asked over HTTP\033[0m\n$ ensembler {shlex.join(arguments)}", flush=True)
+    with Path("service.log").open("wb") as log:
+        server = subprocess.Popen([ENSEMBLER, *arguments], stdout=log, stderr=subprocess.STDOUT)
+    try:
+        wait_until_ready(f"http://127.0.0.1:{port}", server)
+        ask(f"http://127.0.0.1:{port}")
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(30)
+    print(f"\nThe whole way took {time.monotonic() - start:.0f} s. Everything lies in {folder}:")
+    print("  runs/      the three runs, each a folder of safetensors and a manifest")
+    print("  report/    report.json, severity.png, reliability.png")
+    print("  bundle/    the members as ONNX; serve them again with: ensembler serve bundle")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The command line as a user meets it: what it prints, what it refuses, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from ensembler.cli import app
+from ensembler.run import Run
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--arch", "tests._small:network", "--epochs", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of 90 images of three classes, told apart by where they are bright."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("top", "middle", "bottom")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = rng.integers(0, 100, (8, 8, 3), dtype=np.uint8)
+            pixels[label * 3 : label * 3 + 2] += 120
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+    return ["--dataset", f"folder:{tmp_path / 'images'}"]
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_train_then_eval_the_latest_run(tmp_path, images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = call("train-simplex", "--vertices", 3, "--members", 4, *SMALL, *images)
+    assert result.exit_code == 0, result.output
+    assert "simplex of 4 members on images of images" in result.stdout
+    assert "log volume" in result.stdout
+    assert "vertex 3: epoch 1 of 1" in result.stderr
+    run = Run.load(tmp_path / "runs" / "latest")
+    assert run.manifest.options["regularisation"] == 0.01
+    assert run.manifest.options["batch_size"] == 32
+    assert run.history[0]["part"] == "solution 1"
+
+    result = call("eval", "--shift", "cifar10c", "--json", "out/found.json", "--out", "report", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "generated with CIFAR-10-C's 32 x 32 constants" in " ".join(result.stdout.split())
+    found = json.loads(Path("out/found.json").read_text())
+    assert found["runs"][0]["name"] == (tmp_path / "runs" / "latest").resolve().name
+    assert sorted(path.name for path in Path("report").iterdir()) == [
+        "reliability.png",
+        "report.json",
+        "severity.png",
+    ]
+
+
+def test_every_method_trains_and_deep_ensembles_are_compared(tmp_path, images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in ("train-deep-ensemble", "train-fge"):
+        result = call(command, "--members", 2, *SMALL, *images, "--out", command)
+        assert result.exit_code == 0, result.output
+    result = call(
+        "train-simplex", "--init", "train-deep-ensemble", "--vertices", 2, *SMALL, *images, "--out", "simplex"
+    )
+    assert result.exit_code == 0, result.output
+    result = call("eval", "train-deep-ensemble", "train-fge", "simplex", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    for title in ("1: deep-ensemble", "2: fge", "3: simplex"):
+        assert title in result.stdout
+
+
+def test_bad_input_gets_one_clear_line(tmp_path, images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").mkdir()
+    for arguments, message in (
+        (["train-simplex", "--dataset", "nothing"], "error: unknown dataset 'nothing'"),
+        (["train-simplex", "--arch", "nothing", *images], "error: unknown architecture 'nothing'"),
+        (["train-simplex", "--vertices", "1", *images], "at least 2 vertices"),
+        (["train-simplex", "--device", "nothing", *images], "cannot compute on the device 'nothing'"),
+        (["train-simplex", "--init", "nowhere", *images], "no run at nowhere"),
+        (["train-fge", "--out", "taken", *images], "taken exists already"),
+        (["train-fge", "--dataset", "folder:nowhere"], "no folder of images"),
+        (["train-deep-ensemble", "--lr", "1e30", "--clip", "0", *SMALL, *images], "the training loss is"),
+        (["eval"], "no run in runs: train one first"),
+        (["eval", "taken"], "taken is not a run"),
+        (["export"], "no run in runs"),
+        (["serve", "taken"], "taken is not a bundle"),
+    ):
+        result = call(*arguments)
+        assert result.exit_code == 1, (arguments, result.output)
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+    assert not Path("runs").exists()
+    assert call("train-simplex", "--vertices", "many").exit_code == 2
+
+
+def start(folder, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "ensembler.cli", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_ctrl_c_leaves_no_run_and_no_traceback(tmp_path, images):
+    process = start(tmp_path, "train-simplex", *SMALL, "--epochs", 10_000, *images)
+    assert "epoch 1" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "nothing half-done was left behind" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_kill_at_any_moment_leaves_no_run_or_a_whole_one(tmp_path, images):
+    rng, began = random.Random(0), time.monotonic()
+    arguments = ["train-simplex", "--vertices", 2, *SMALL, *images]
+    assert start(tmp_path, *arguments, "--out", tmp_path / "whole").communicate() and Run.load(tmp_path / "whole")
+    duration = time.monotonic() - began
+    for attempt in range(5):
+        process = start(tmp_path, *arguments, "--out", tmp_path / "killed" / str(attempt))
+        time.sleep(rng.uniform(0.4, 1.05) * duration)
+        process.kill()
+        process.communicate()
+        if (tmp_path / "killed" / str(attempt)).exists():
+            Run.load(tmp_path / "killed" / str(attempt))
+
+
+def test_help_names_every_command_and_every_command_has_help():
+    overview = call("--help").stdout
+    for command in ("train-deep-ensemble", "train-fge", "train-simplex", "eval", "export", "serve"):
+        assert command in overview
+        assert call(command, "--help").exit_code == 0
+    assert call("--version").stdout.startswith("ensembler ")

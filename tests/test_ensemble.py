@@ -1,0 +1,141 @@
+"""Loading and predicting: each member is ``c @ V``, and the ensemble is the mean of probabilities."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ensembler import Ensemble
+from ensembler.architectures import build
+from ensembler.datasets import normalise
+from ensembler.ensemble import choose_device
+from ensembler.errors import ShapeError, UsageError
+from ensembler.run import Run
+from ensembler.trainers import Session, Settings, train_deep_ensemble, train_simplex
+from tests._runs import make_run
+from tests._small import SETTINGS, dataset
+
+
+def images(count=5, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+
+
+def by_hand(run: Run, x: torch.Tensor) -> torch.Tensor:
+    """Each member in a network of its own, its weights summed name by name."""
+    result = []
+    for member, row in enumerate(run.coefficients):
+        network = build(run.manifest.architecture, len(run.manifest.dataset.classes))
+        state = {name: sum(c * v for c, v in zip(row, rows, strict=True)) for name, rows in run.vertices.items()}
+        network.load_state_dict(state | {name: rows[member] for name, rows in run.buffers.items()})
+        result.append(torch.softmax(network.eval()(x), dim=1))
+    return torch.stack(result).detach()
+
+
+@pytest.mark.parametrize("architecture", ["cnn", "resnet20"])
+def test_members_and_their_mean(tmp_path, architecture):
+    ensemble = Ensemble.load(make_run(tmp_path / "run", architecture), device="cpu", batch_size=2)
+    x = images()
+    record = ensemble.run.manifest.dataset
+    expected = by_hand(ensemble.run, normalise(torch.from_numpy(x), tuple(record.mean), tuple(record.std)))
+    members = ensemble.predict_members(x)
+    torch.testing.assert_close(members, expected, rtol=1e-4, atol=1e-6)
+    mean = ensemble.predict_proba(x)
+    torch.testing.assert_close(mean, expected.mean(0), rtol=1e-4, atol=1e-6)
+    of_logits = torch.softmax(expected.log().mean(0), dim=1)
+    assert (mean - of_logits).abs().max() > 1e-3, "the members must differ for this test to mean anything"
+
+
+def test_normalised_input_is_taken_as_it_is(tmp_path):
+    ensemble = Ensemble.load(make_run(tmp_path / "run"), device="cpu")
+    record = ensemble.run.manifest.dataset
+    x = images()
+    inputs = normalise(torch.from_numpy(x), tuple(record.mean), tuple(record.std))
+    torch.testing.assert_close(ensemble.predict_members(x), ensemble.predict_members(inputs), rtol=1e-4, atol=1e-6)
+
+
+def test_other_input_is_refused(tmp_path):
+    ensemble = Ensemble.load(make_run(tmp_path / "run"), device="cpu")
+    for wrong in (images()[0], images().astype(np.int32), images()[..., :1], np.zeros((3, 3072), dtype=np.float32)):
+        with pytest.raises(ShapeError, match="expected images"):
+            ensemble.predict_members(wrong)
+    assert ensemble.predict_members(images(0)).shape == (3, 0, 5)
+
+
+def test_uncertainty_of_a_batch(tmp_path):
+    ensemble = Ensemble.load(make_run(tmp_path / "run"), device="cpu")
+    doubt = ensemble.uncertainty(images())
+    assert doubt.mutual_information.shape == (5,)
+    single = Ensemble.load(make_run(tmp_path / "single", members=1), device="cpu")
+    assert single.uncertainty(images()).mutual_information is None
+
+
+def trained(architecture="tests._small:network", **options):
+    session = Session(dataset(), Settings(**(SETTINGS | {"architecture": architecture})))
+    return train_simplex(session, vertices=3, members=2, **options)
+
+
+def test_fresh_members_come_from_the_same_simplex():
+    ensemble = Ensemble(trained(), "cpu")
+    one, same, other = ensemble.sample(7, seed=1), ensemble.sample(7, seed=1), ensemble.sample(7, seed=2)
+    assert one.members == 7
+    assert torch.equal(one.run.coefficients, same.run.coefficients)
+    assert not torch.equal(one.run.coefficients, other.run.coefficients)
+    torch.testing.assert_close(one.run.coefficients.sum(1), torch.ones(7))
+    assert ensemble.members == 2
+    x = dataset().test.images
+    assert one.predict_members(x).shape == (7, 15, 3)
+    with pytest.raises(UsageError, match="at least one member"):
+        ensemble.sample(0)
+
+
+def test_fresh_members_of_a_batchnorm_network_need_its_images(monkeypatch):
+    ensemble = Ensemble(trained("tests._small:batchnorm"), "cpu")
+    sampled = ensemble.sample(3, train=dataset().train)
+    assert sampled.run.buffers["body.1.running_mean"].shape == (3, 4)
+    monkeypatch.setattr("ensembler.datasets.load", lambda name: dataset())
+    again = ensemble.sample(3)
+    assert torch.equal(again.run.buffers["body.1.running_mean"], sampled.run.buffers["body.1.running_mean"])
+
+
+def test_fixed_members_cannot_be_drawn_again():
+    session = Session(dataset(), Settings(**SETTINGS))
+    with pytest.raises(UsageError, match="members of a run by deep-ensemble are fixed"):
+        Ensemble(train_deep_ensemble(session, members=2), "cpu").sample(3)
+
+
+def test_devices():
+    assert choose_device("cpu") == torch.device("cpu")
+    for wrong in ("nonsense", "cuda:99"):
+        with pytest.raises(UsageError, match="cannot compute on the device"):
+            choose_device(wrong)
+
+
+def test_architectures_by_name(tmp_path, monkeypatch):
+    sizes = {"cnn": 288_298, "resnet20": 272_282, "vgg16": 15_245_130}
+    for name, size in sizes.items():
+        assert sum(p.numel() for p in build(name, 10).parameters()) == size
+    assert isinstance(build("torchvision:resnet18", 7).fc, nn.Linear)
+    assert build("torchvision:resnet18", 7).fc.out_features == 7
+    (tmp_path / "mine.py").write_text("from torch import nn\ndef make(num_classes): return nn.Linear(2, num_classes)\n")
+    monkeypatch.chdir(tmp_path)
+    assert build("mine:make", 4).out_features == 4
+    for name, message in (
+        ("nothing", "unknown architecture 'nothing': use cnn"),
+        ("torchvision:nothing", "torchvision has no classifier"),
+        ("mine:absent", "cannot import the architecture 'mine:absent'"),
+        ("absent:make", "cannot import the architecture 'absent:make'"),
+        ("math:sqrt", "cannot be called as sqrt"),
+        ("builtins:dict", "returned dict, not a torch"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            build(name, 4)
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    one = build("cnn", 10, seed=3)[0].weight
+    torch.manual_seed(2)
+    assert torch.equal(one, build("cnn", 10, seed=3)[0].weight)
+    assert not torch.equal(one, build("cnn", 10, seed=4)[0].weight)
