@@ -32,11 +32,13 @@ from torch import Tensor
 
 from ensembler.errors import DataError, UsageError
 
-__all__ = ["NAMES", "Dataset", "Split", "load", "normalise"]
+__all__ = ["AUGMENTATIONS", "NAMES", "Dataset", "Split", "augment", "load", "normalise"]
 
 NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder:PATH")
+AUGMENTATIONS = ("crop-flip", "crop", "none")
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 _SPLIT_SEED = 20260101
+_PADDING = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +151,27 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     scale = images.new_tensor([1 / (255 * s) for s in std], dtype=torch.float32)
     shift = images.new_tensor([m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
     return images.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
+
+
+def augment(images: Tensor, augmentation: str, generator: torch.Generator) -> Tensor:
+    """A random variant of every image of a batch (B, H, W, 3), drawn from a CPU generator.
+
+    ``"crop"`` pads 4 black pixels and crops to the old size at a random place; ``"crop-flip"`` mirrors half the images
+    as well; ``"none"`` changes nothing.
+    """
+    if augmentation == "none":
+        return images
+    count, height, width, _ = images.shape
+    offsets = torch.randint(0, 2 * _PADDING + 1, (count, 2), generator=generator)
+    rows = offsets[:, :1] + torch.arange(height)
+    columns = offsets[:, 1:] + torch.arange(width)
+    if augmentation == "crop-flip":
+        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = torch.nn.functional.pad(images, (0, 0, _PADDING, _PADDING, _PADDING, _PADDING))
+    picture = torch.arange(count)[:, None, None]
+    rows, columns, picture = (part.to(images.device) for part in (rows, columns, picture))
+    return padded[picture, rows[:, :, None], columns[:, None, :]]
 
 
 _Parts = tuple[str, tuple[str, ...], str, Split, Split]

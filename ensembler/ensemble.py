@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from ensembler import architectures, datasets
-from ensembler.datasets import Split, normalise
+from ensembler.datasets import Split, augment, normalise
 from ensembler.errors import ShapeError, UsageError
-from ensembler.run import Run, Sampling
+from ensembler.run import DatasetRecord, Run, Sampling
 from ensembler.seeds import derive, generator
 from ensembler.subspace import dirichlet
 from ensembler.weights import FlatWeights
@@ -28,7 +28,7 @@ __all__ = ["BATCHNORM_EXAMPLES", "Ensemble", "choose_device", "has_batchnorm", "
 
 BATCHNORM_EXAMPLES = 8192  # enough for a channel's mean and variance; all images would cost more than training did
 
-Prepare = Callable[[Tensor], Tensor]  # uint8 images (B, H, W, 3) to what the network takes
+_BATCHNORM_BATCH = 128
 
 
 class Ensemble:
@@ -141,9 +141,8 @@ class Ensemble:
             dataset = datasets.load(self.run.manifest.dataset.name)
             self.run.manifest.dataset.check(dataset)
             train = dataset.train
-        buffers = member_buffers(
-            self._weights, self._vertices, coefficients, train, self._prepare, batch_size=self.batch_size
-        )
+        record = self.run.manifest.dataset
+        buffers = member_buffers(self._weights, self._vertices, coefficients, train, record, _BATCHNORM_BATCH)
         manifest = self.run.manifest.model_copy(update={"members": members, "files": {}})
         sampled = replace(self.run, manifest=manifest, coefficients=coefficients, buffers=buffers)
         return Ensemble(sampled, self.device, self.batch_size)
@@ -200,14 +199,15 @@ def member_buffers(
     vertices: Tensor,
     coefficients: Tensor,
     train: Split | None,
-    prepare: Prepare,
+    record: DatasetRecord,
     batch_size: int,
 ) -> dict[str, Tensor]:
     """Buffers of members that were never trained themselves, BatchNorm's recomputed from the training images.
 
     A point between two solutions has activations that neither's statistics describe (Izmailov et al. 2018, sec. 3.2;
     Garipov et al. 2018), so each member's are averaged anew in training mode, by torch's own ``update_bn``, over
-    :data:`BATCHNORM_EXAMPLES` training images. The weights and buffers that the network holds are overwritten.
+    :data:`BATCHNORM_EXAMPLES` training images, augmented as in training: without the augmentation, a ResNet-20 lost 5
+    points of accuracy. The weights and buffers that the network holds are overwritten.
 
     Returns:
         Buffer name to (M, ...), on the CPU; empty for a network without buffers.
@@ -221,15 +221,16 @@ def member_buffers(
         if has_batchnorm(weights.module):
             if train is None:
                 raise UsageError("a BatchNorm network needs its training images to make new members")
-            update_bn(_inputs(train, prepare, batch_size), weights.module)
+            update_bn(_inputs(train, record, batch_size), weights.module)
         rows.append({name: buffer.cpu() for name, buffer in weights.buffers().items()})
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
-def _inputs(split: Split, prepare: Prepare, batch_size: int) -> Iterator[Tensor]:
-    """The images in batches of nearly equal size: ``update_bn`` gives each batch the same weight."""
+def _inputs(split: Split, record: DatasetRecord, batch_size: int) -> Iterator[Tensor]:
+    """Training inputs in batches of nearly equal size: ``update_bn`` gives each batch the same weight."""
+    stream = generator(0, "batchnorm augmentation")
     for images in split.images.tensor_split(-(-len(split) // batch_size)):
-        yield prepare(images)
+        yield normalise(augment(images, record.augmentation, stream), tuple(record.mean), tuple(record.std))
 
 
 def _checked(x: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ensembler import artefact
-from ensembler.datasets import Dataset
-from ensembler.errors import ArtefactError, DataError, DivergedError
+from ensembler.datasets import AUGMENTATIONS, Dataset
+from ensembler.errors import ArtefactError, DataError, DivergedError, UsageError
 
 __all__ = ["Cost", "DatasetRecord", "Manifest", "Run", "Sampling", "latest", "new_path", "versions"]
 
@@ -57,12 +57,21 @@ class DatasetRecord(_Record):
     image_shape: list[int]
     mean: list[float]
     std: list[float]
+    augmentation: str
     train_examples: int
     train_sha256: str
     test_sha256: str
 
     @classmethod
-    def of(cls, dataset: Dataset) -> DatasetRecord:
+    def of(cls, dataset: Dataset, augmentation: str | None = None) -> DatasetRecord:
+        """The record of a dataset, trained on with the given augmentation, or else the dataset's own.
+
+        Raises:
+            UsageError: an unknown augmentation.
+        """
+        augmentation = augmentation or dataset.augmentation
+        if augmentation not in AUGMENTATIONS:
+            raise UsageError(f"unknown augmentation {augmentation!r}: use one of {', '.join(AUGMENTATIONS)}")
         return cls(
             name=dataset.name,
             title=dataset.title,
@@ -70,6 +79,7 @@ class DatasetRecord(_Record):
             image_shape=list(dataset.train.images.shape[1:]),
             mean=list(dataset.mean),
             std=list(dataset.std),
+            augmentation=augmentation,
             train_examples=len(dataset.train),
             train_sha256=dataset.train.sha256,
             test_sha256=dataset.test.sha256,

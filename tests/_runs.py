@@ -41,6 +41,7 @@ def make_run(path: Path, architecture: str = "cnn", members: int = 3) -> Path:
         image_shape=SHAPE,
         mean=[0.4, 0.5, 0.6],
         std=[0.2, 0.25, 0.3],
+        augmentation="none",
         train_examples=100,
         train_sha256="0" * 64,
         test_sha256="1" * 64,

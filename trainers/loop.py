@@ -15,14 +15,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from ensembler.datasets import Split, normalise
+from ensembler.datasets import Split, augment, normalise
 from ensembler.errors import DivergedError, UsageError
 from ensembler.trainers.schedules import Schedule
 from ensembler.weights import FlatWeights
 
-__all__ = ["AUGMENTATIONS", "Batches", "Epoch", "Snapshot", "train"]
-
-AUGMENTATIONS = ("crop-flip", "crop", "none")
+__all__ = ["Batches", "Epoch", "Snapshot", "train"]
 
 Draw = Callable[[int], Tensor]
 Regulariser = Callable[[Tensor], None]
@@ -148,8 +146,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
     Args:
         split: the training images.
         size: B, images a batch.
-        augmentation: ``"crop-flip"`` (4 pixels of padding, then a random crop and a random mirror image), ``"crop"``
-            or ``"none"``.
+        augmentation: see :func:`ensembler.datasets.augment`.
         mean, std: of the normalisation.
         generator: a CPU generator; the only source of randomness.
     """
@@ -163,8 +160,6 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         std: tuple[float, ...],
         generator: torch.Generator,
     ) -> None:
-        if augmentation not in AUGMENTATIONS:
-            raise UsageError(f"unknown augmentation {augmentation!r}: use one of {', '.join(AUGMENTATIONS)}")
         if size < 1:
             raise UsageError(f"the batch size must be at least 1, not {size}")
         self._split, self._size, self._augmentation = split, size, augmentation
@@ -177,19 +172,5 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
             self._order = torch.randperm(len(self._split), generator=self._generator)
         index, self._order = self._order[: self._size], self._order[self._size :]
         batch = self._split[index.to(self._split.images.device)]
-        return normalise(self._augmented(batch.images), self._mean, self._std), batch.labels
-
-    def _augmented(self, images: Tensor, padding: int = 4) -> Tensor:
-        if self._augmentation == "none":
-            return images
-        count, height, width, _ = images.shape
-        offsets = torch.randint(0, 2 * padding + 1, (count, 2), generator=self._generator)
-        rows = offsets[:, :1] + torch.arange(height)
-        columns = offsets[:, 1:] + torch.arange(width)
-        if self._augmentation == "crop-flip":
-            mirrored = torch.rand(count, 1, generator=self._generator) < 0.5
-            columns = torch.where(mirrored, columns.flip(1), columns)
-        padded = torch.nn.functional.pad(images, (0, 0, padding, padding, padding, padding))
-        picture = torch.arange(count)[:, None, None]
-        rows, columns, picture = (part.to(images.device) for part in (rows, columns, picture))
-        return padded[picture, rows[:, :, None], columns[:, None, :]]
+        images = augment(batch.images, self._augmentation, self._generator)
+        return normalise(images, self._mean, self._std), batch.labels

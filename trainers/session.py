@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ensembler import architectures
-from ensembler.datasets import Dataset, Split, normalise
+from ensembler.datasets import Dataset, Split
 from ensembler.ensemble import BATCHNORM_EXAMPLES, Ensemble, choose_device, has_batchnorm, member_buffers
 from ensembler.errors import UsageError
 from ensembler.run import Cost, DatasetRecord, Manifest, Run, Sampling, versions
@@ -98,7 +98,7 @@ class Session:
         self._start = time.monotonic()
         self._images = Split(self.dataset.train.images.to(self.device), self.dataset.train.labels.to(self.device))
         self._batch_size = settings.batch_size or (128 if len(self._images) >= 10_000 else 32)
-        self._augmentation = settings.augmentation or self.dataset.augmentation
+        self._record = DatasetRecord.of(self.dataset, settings.augmentation)
         self.per_epoch = self._batches("").per_epoch
 
     def iterations(self, epochs: float) -> int:
@@ -164,7 +164,7 @@ class Session:
         :func:`ensembler.ensemble.member_buffers`."""
         if has_batchnorm(self.weights.module):
             self._batchnorm_examples += len(coefficients) * min(len(self._images), BATCHNORM_EXAMPLES)
-        return member_buffers(self.weights, vertices, coefficients, self._images, self._prepare, self._batch_size)
+        return member_buffers(self.weights, vertices, coefficients, self._images, self._record, self._batch_size)
 
     def finish(
         self,
@@ -192,14 +192,18 @@ class Session:
         manifest = Manifest(
             method=method,
             architecture=self.architecture,
-            dataset=DatasetRecord.of(self.dataset),
+            dataset=self._record,
             seed=self.settings.seed,
             vertices=len(vertices),
             members=len(coefficients),
             parameters=len(self.weights),
             sampling=sampling,
             options=asdict(self.settings)
-            | {"batch_size": self._batch_size, "augmentation": self._augmentation, "architecture": self.architecture}
+            | {
+                "batch_size": self._batch_size,
+                "augmentation": self._record.augmentation,
+                "architecture": self.architecture,
+            }
             | options,
             cost=Cost(
                 example_passes=sum(self._parts.values()),
@@ -232,10 +236,9 @@ class Session:
 
     def _batches(self, part: str) -> Batches:
         stream = generator(self.settings.seed, "batches", part)
-        return Batches(self._images, self._batch_size, self._augmentation, self.dataset.mean, self.dataset.std, stream)
-
-    def _prepare(self, images: Tensor) -> Tensor:
-        return normalise(images, self.dataset.mean, self.dataset.std)
+        return Batches(
+            self._images, self._batch_size, self._record.augmentation, self.dataset.mean, self.dataset.std, stream
+        )
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._start
