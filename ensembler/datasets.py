@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ensembler.errors import DataError, UsageError
 
-__all__ = ["AUGMENTATIONS", "NAMES", "Dataset", "Split", "augment", "load", "normalise"]
+__all__ = ["AUGMENTATIONS", "NAMES", "Dataset", "Split", "augment", "default_root", "load", "normalise"]
 
 NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder:PATH")
 AUGMENTATIONS = ("crop-flip", "crop", "none")
@@ -109,7 +109,7 @@ def load(
 
     Args:
         name: one of :data:`NAMES`.
-        root: where the files lie, or go; by default ``$ENSEMBLER_DATA`` or ``~/.cache/ensembler/data``.
+        root: where the files lie, or go; by default :func:`default_root`.
         download: fetch what is missing.
         image_size: bring every image to this many pixels a side; by default as it is.
         validation: share of the training images held out, in (0, 1).
@@ -122,7 +122,7 @@ def load(
         raise UsageError(f"the validation share must lie between 0 and 1, not {validation}")
     if image_size is not None and image_size < 1:
         raise UsageError(f"the image size must be at least 1 pixel, not {image_size}")
-    root = root or Path(os.environ.get("ENSEMBLER_DATA") or Path.home() / ".cache" / "ensembler" / "data")
+    root = root or default_root()
     if name == "digits":
         title, classes, augmentation, train, test = _digits()
     elif name in ("cifar10", "cifar100"):
@@ -141,6 +141,11 @@ def load(
     pixels = train.images.reshape(-1, 3)
     mean, std = _moments(pixels)
     return Dataset(name, title, classes, augmentation, train, held_out, test, mean, std)
+
+
+def default_root() -> Path:
+    """Where datasets lie unless the user says otherwise: ``$ENSEMBLER_DATA`` or ``~/.cache/ensembler/data``."""
+    return Path(os.environ.get("ENSEMBLER_DATA") or Path.home() / ".cache" / "ensembler" / "data")
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from ensembler import architectures, datasets
+from ensembler import architectures
 from ensembler.datasets import Split, augment, normalise
 from ensembler.errors import ShapeError, UsageError
 from ensembler.run import DatasetRecord, Run, Sampling
@@ -128,7 +128,7 @@ class Ensemble:
             members: M >= 1.
             seed: of the draw.
             train: the training images, from which a BatchNorm network's statistics are recomputed for every new
-                member; by default the run's own dataset is loaded again.
+                member; by default the run's own dataset is loaded again, from its usual place.
 
         Raises:
             UsageError: the run's members are fixed (a deep ensemble, snapshots), or ``members < 1``.
@@ -136,12 +136,10 @@ class Ensemble:
         sampling = self.run.manifest.sampling
         if sampling is None:
             raise UsageError(f"the members of a run by {self.run.manifest.method} are fixed: nothing to sample from")
+        record = self.run.manifest.dataset
         coefficients = sample_coefficients(sampling, len(self._vertices), members, seed)
         if train is None and has_batchnorm(self._network):
-            dataset = datasets.load(self.run.manifest.dataset.name)
-            self.run.manifest.dataset.check(dataset)
-            train = dataset.train
-        record = self.run.manifest.dataset
+            train = record.load().train
         buffers = member_buffers(self._weights, self._vertices, coefficients, train, record, _BATCHNORM_BATCH)
         manifest = self.run.manifest.model_copy(update={"members": members, "files": {}})
         sampled = replace(self.run, manifest=manifest, coefficients=coefficients, buffers=buffers)

@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ensembler import artefact
+from ensembler import artefact, datasets
 from ensembler.datasets import AUGMENTATIONS, Dataset
 from ensembler.errors import ArtefactError, DataError, DivergedError, UsageError
 
@@ -84,6 +84,18 @@ class DatasetRecord(_Record):
             train_sha256=dataset.train.sha256,
             test_sha256=dataset.test.sha256,
         )
+
+    def load(self, root: Path | None = None, *, download: bool = False) -> Dataset:
+        """The same images again; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
+
+        Raises:
+            DataError: they are missing, or are not the same.
+        """
+        height, width = self.image_shape[:2]
+        size = height if height == width else None
+        dataset = datasets.load(self.name, root, download=download, image_size=size)
+        self.check(dataset)
+        return dataset
 
     def check(self, dataset: Dataset) -> None:
         """Refuse a dataset whose splits are not the recorded ones.

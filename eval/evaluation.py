@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ensembler import datasets
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
@@ -28,7 +27,7 @@ __all__ = ["Diagrams", "evaluate"]
 
 @dataclass(frozen=True)
 class Diagrams:
-    """One run's reliability, clean and pooled over all cells of the shift."""
+    """One run's reliability, clean and pooled over the shift's headline cells."""
 
     clean: Reliability
     shifted: Reliability | None
@@ -73,7 +72,7 @@ def evaluate(
     indices = _choose(len(dataset.test), examples, seed)
     test = dataset.test[indices]
     labels = test.labels.numpy()
-    shifted = None if shift is None else find_shift(shift, dataset.name, dataset.test, indices, data, seed)
+    shifted = None if shift is None else find_shift(shift, dataset, indices, data, seed)
     cells: list[Cell | None] = [None, *(shifted.cells() if shifted else ())]
 
     ensembles = [Ensemble(run, device, batch_size) for run in runs]
@@ -88,7 +87,7 @@ def evaluate(
             found[run][cell] = _score(members, probabilities, labels)
             if cell is None:
                 clean.append(reliability(probabilities, labels))
-            else:
+            elif shifted is not None and cell.corruption in shifted.headline:
                 pooled[run].append(probabilities)
             label = "clean" if cell is None else f"{cell.corruption} {cell.severity}"
             watch(label, number * len(runs) + run + 1, len(cells) * len(runs))
@@ -122,8 +121,7 @@ def _common_dataset(runs: list[Run], paths: Sequence[Path], data: Path | None, d
                 f"{path} was trained on {run.manifest.dataset.title} and {paths[0]} on {first.title}: "
                 "evaluate runs of one dataset together"
             )
-    size = first.image_shape[0] if first.image_shape[0] == first.image_shape[1] else None
-    dataset = datasets.load(first.name, data, download=download, image_size=size)
+    dataset = first.load(data, download=download)
     for run in runs:
         run.manifest.dataset.check(dataset)
     return dataset

@@ -49,7 +49,7 @@ def plot_severity(report: Report) -> bytes:
 
 
 def plot_reliability(report: Report, diagrams: Sequence[Diagrams]) -> bytes:
-    """Accuracy against confidence in 15 bins, one row a run: clean, and pooled over the shift's cells."""
+    """Accuracy against confidence in 15 bins, one row a run: clean, and pooled over the shift's headline cells."""
     shifted = report.shift is not None
     rows, columns = len(diagrams), 2 if shifted else 1
     figure = _figure(4.2 * columns, 3.6 * rows + 0.4)
@@ -58,7 +58,7 @@ def plot_reliability(report: Report, diagrams: Sequence[Diagrams]) -> bytes:
         run = report.runs[number]
         _reliability(row[0], diagram.clean, number, f"{_legend(report, number)}\nclean, ECE {run.clean.ece:.2%}")
         if diagram.shifted is not None and report.shift is not None:
-            title = f"{_legend(report, number)}\nunder shift ({report.shift.source}), all cells pooled"
+            title = f"{_legend(report, number)}\nunder shift ({report.shift.source}), severities pooled"
             _reliability(row[1], diagram.shifted, number, title)
     _title(figure, report)
     return _png(figure)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensembler.datasets import Split
+from ensembler.datasets import Dataset, Split, default_root
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
 
@@ -88,15 +88,15 @@ class Shift:
         return torch.from_numpy(rows[(cell.severity - 1) * count + self.indices.numpy()])
 
 
-def find_shift(name: str, dataset: str, test: Split, indices: Tensor, root: Path | None, seed: int = 0) -> Shift:
+def find_shift(name: str, dataset: Dataset, indices: Tensor, root: Path | None = None, seed: int = 0) -> Shift:
     """The shift of that name for a dataset's test images.
 
     Args:
         name: ``"cifar10c"``.
-        dataset: the dataset's name; the official files serve ``"cifar10"`` alone.
-        test: the whole clean test set.
-        indices: (N,) which of its images to use.
-        root: the folder of ``CIFAR-10-C/``, or that folder itself; where it is missing, images are generated.
+        dataset: whose test images; the official files serve ``"cifar10"`` alone.
+        indices: (N,) which of its test images to use.
+        root: the folder of ``CIFAR-10-C/``, or that folder itself; by default where datasets lie. Where the files are
+            missing, images are generated.
         seed: of the generated ones.
 
     Raises:
@@ -105,8 +105,9 @@ def find_shift(name: str, dataset: str, test: Split, indices: Tensor, root: Path
     """
     if name not in SHIFTS:
         raise UsageError(f"unknown shift {name!r}: use {', '.join(SHIFTS)}")
-    chosen = test[indices]
-    folders = [] if root is None or dataset != "cifar10" else [root / "CIFAR-10-C", root]
+    test, chosen = dataset.test, dataset.test[indices]
+    root = root or default_root()
+    folders = [root / "CIFAR-10-C", root] if dataset.name == "cifar10" else []
     folder = next((folder for folder in folders if (folder / "labels.npy").is_file()), None)
     if folder is None:
         return Shift(name, "generated", AVAILABLE, chosen, indices, seed=seed)

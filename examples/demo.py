@@ -53,15 +53,15 @@ def ask(address: str) -> None:
     digit = test.images[:1]
     noise = torch.randint(0, 256, digit.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = {
-        f"a test image, a {test.labels[0]}": digit,
-        "the same under impulse noise, severity 5": corrupt(digit, "impulse_noise", 5),
-        "the same at a contrast of 15 %": corrupt(digit, "contrast", 5),
-        "noise alone": noise,
+        f"a {test.labels[0]}": digit,
+        "+ impulse noise": corrupt(digit, "impulse_noise", 5),
+        "+ low contrast": corrupt(digit, "contrast", 5),
+        "only noise": noise,
     }
     with bentoml.SyncHTTPClient(address) as client:
         answer = client.predictive_uncertainty(images=torch.cat(list(images.values())).tolist())
     table = Table(title="POST /predictive-uncertainty", title_justify="left", title_style="bold")
-    for name in ("image", "class", "probability", "entropy (nats)", "mutual information", "disagreement"):
+    for name in ("image", "class", "probability", "entropy", "mutual inf.", "disagreement"):
         table.add_column(name)
     for name, found in zip(images, answer["predictions"], strict=True):
         numbers = (max(found["probabilities"]), found["predictive_entropy"], found["mutual_information"])

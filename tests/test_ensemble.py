@@ -94,7 +94,7 @@ def test_fresh_members_of_a_batchnorm_network_need_its_images(monkeypatch):
     ensemble = Ensemble(trained("tests._small:batchnorm"), "cpu")
     sampled = ensemble.sample(3, train=dataset().train)
     assert sampled.run.buffers["body.1.running_mean"].shape == (3, 4)
-    monkeypatch.setattr("ensembler.datasets.load", lambda name: dataset())
+    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset())
     again = ensemble.sample(3)
     assert torch.equal(again.run.buffers["body.1.running_mean"], sampled.run.buffers["body.1.running_mean"])
 

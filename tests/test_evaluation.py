@@ -111,34 +111,42 @@ def official(folder, count=12, corruptions=("fog", "shot_noise")):
         np.save(folder / f"{name}.npy", rows)
     test = Split(torch.zeros(count, 8, 8, 3, dtype=torch.uint8), torch.arange(count) % 3)
     np.save(folder / "labels.npy", np.tile(test.labels.numpy(), 5))
-    return test
+    return dataclasses.replace(dataset(), name="cifar10", test=test)
 
 
 @pytest.mark.parametrize("below", [True, False])
 def test_official_files_are_read_in_their_order(tmp_path, below):
     folder = tmp_path / "CIFAR-10-C"
-    test = official(folder)
+    images = official(folder)
     indices = torch.tensor([1, 7])
-    shift = find_shift("cifar10c", "cifar10", test, indices, tmp_path if below else folder)
+    shift = find_shift("cifar10c", images, indices, tmp_path if below else folder)
     assert shift.source == "official"
     assert shift.corruptions == ("shot_noise", "fog")
     assert "gaussian_noise" in shift.not_covered
-    images = shift.images(Cell("shot_noise", 4))
-    assert images.shape == (2, 8, 8, 3)
-    assert images[:, 0, 0, 0].tolist() == [161, 167]
-    assert torch.equal(shift.test.labels, test.labels[indices])
+    corrupted = shift.images(Cell("shot_noise", 4))
+    assert corrupted.shape == (2, 8, 8, 3)
+    assert corrupted[:, 0, 0, 0].tolist() == [161, 167]
+    assert torch.equal(shift.test.labels, images.test.labels[indices])
 
 
 def test_official_files_serve_cifar10_alone(tmp_path):
-    test = official(tmp_path / "CIFAR-10-C")
-    shift = find_shift("cifar10c", "digits", test, torch.arange(12), tmp_path)
-    assert shift.source == "generated"
+    images = official(tmp_path / "CIFAR-10-C")
+    for name, source in (("cifar10", "official"), ("digits", "generated")):
+        assert (
+            find_shift("cifar10c", dataclasses.replace(images, name=name), torch.arange(12), tmp_path).source == source
+        )
+
+
+def test_official_files_are_found_where_datasets_lie(tmp_path, monkeypatch):
+    images = official(tmp_path / "CIFAR-10-C")
+    monkeypatch.setenv("ENSEMBLER_DATA", str(tmp_path))
+    assert find_shift("cifar10c", images, torch.arange(12)).source == "official"
 
 
 def test_official_files_that_are_not_what_they_should_be_are_named(tmp_path):
     folder = tmp_path / "CIFAR-10-C"
-    test = official(folder)
-    find = lambda: find_shift("cifar10c", "cifar10", test, torch.arange(12), tmp_path)  # noqa: E731
+    images = official(folder)
+    find = lambda: find_shift("cifar10c", images, torch.arange(12), tmp_path)  # noqa: E731
     find()
     fog, labels = np.load(folder / "fog.npy"), np.load(folder / "labels.npy")
     for wrong, message in ((fog[:-1], r"fog\.npy holds \(59, 8, 8, 3\)"), (fog.astype(float), "of float64, not")):

@@ -278,9 +278,18 @@ def test_options_out_of_range_are_refused():
     ):
         with pytest.raises(UsageError, match=message):
             train_simplex(session(), **({"vertices": 2} | arguments))
-    for arguments in ({"epochs": 0}, {"epochs": math.nan}, {"rate": -1}, {"batch_size": -4}, {"augmentation": "x"}):
-        with pytest.raises(UsageError):
-            session(**arguments)
+    for name, wrong in (
+        ("epochs", (0, math.nan, math.inf)),
+        ("rate", (-1, math.nan)),
+        ("batch_size", (0, -4)),
+        ("augmentation", ("x",)),
+        ("momentum", (-0.1, 1.0)),
+        ("weight_decay", (-1e-9,)),
+        ("clip", (0, -1)),
+    ):
+        for value in wrong:
+            with pytest.raises(UsageError, match=name):
+                session(**{name: value})
     with pytest.raises(UsageError, match="share of the budget"):
         train_fge(session(), start=1.5)
     with pytest.raises(UsageError, match="cannot compute on the device 'tpu9'"):

@@ -7,6 +7,7 @@ the rest. A single network is the case ``K = 1``, ``c = [1]``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -95,7 +96,7 @@ def train(
     stepper = optimiser(moving)
     weights.module.train()
     snapshots: list[Snapshot] = []
-    totals = torch.zeros(3, device=device)
+    totals, examples = torch.zeros(2, dtype=torch.float64, device=device), 0
     for iteration in range(1, iterations + 1):
         for group in stepper.param_groups:
             group["lr"] = schedule(iteration)
@@ -114,8 +115,8 @@ def train(
                 weights.grad.zero_()
                 (loss / len(y)).backward()  # type: ignore[no-untyped-call]
                 gradients.addr_(on_device[list(trainable)], weights.grad)
-            hits = (logits.detach().argmax(1) == y_part).sum()
-            totals += torch.stack([loss.detach(), hits, hits.new_tensor(len(y_part))])
+            totals += torch.stack([loss.detach(), (logits.detach().argmax(1) == y_part).sum()])
+            examples += len(y_part)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(moving, clip)
         if regulariser:
@@ -124,16 +125,15 @@ def train(
         if iteration in collect:
             snapshots.append(Snapshot(vertices[list(trainable)].clone(), weights.buffers()))
         if iteration % batches.per_epoch == 0 or iteration == iterations:
-            total_loss, correct, examples = totals.tolist()
             number = -(-iteration // batches.per_epoch)
-            epoch = Epoch(number, schedule(iteration), total_loss / examples, correct / examples, int(examples))
-            if not torch.isfinite(totals).all():
+            epoch = Epoch(number, schedule(iteration), *(totals / examples).tolist(), examples)
+            if not math.isfinite(epoch.loss):
                 raise DivergedError(
                     f"the training loss is {epoch.loss} in epoch {epoch.number}: "
                     f"lower the learning rate (it is {epoch.rate:g} now)"
                 )
             on_epoch(epoch)
-            totals.zero_()
+            totals, examples = torch.zeros_like(totals), 0
     return snapshots
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,15 @@ from ensembler.uncertainty import disagreement
 from ensembler.weights import FlatWeights
 
 __all__ = ["Session", "Settings", "Solution", "Watcher", "stack_buffers"]
+
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "epochs": (lambda value: 0 < value < math.inf, "positive"),
+    "batch_size": (lambda value: value >= 1, "at least 1"),
+    "rate": (lambda value: 0 < value < math.inf, "positive"),
+    "momentum": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "weight_decay": (lambda value: 0 <= value < math.inf, "at least 0"),
+    "clip": (lambda value: value > 0, "positive"),
+}
 
 Watcher = Callable[[str, Epoch, int], None]  # part, what its epoch did, epochs in all
 
@@ -85,9 +95,9 @@ class Session:
 
     def __post_init__(self) -> None:
         settings, init = self.settings, self.init
-        for name in ("epochs", "rate"):
-            if not getattr(settings, name) > 0:
-                raise UsageError(f"{name} must be positive, not {getattr(settings, name)}")
+        for name, value in asdict(settings).items():
+            if name in _RANGES and value is not None and not _RANGES[name][0](value):
+                raise UsageError(f"{name} must be {_RANGES[name][1]}, not {value}")
         self.device = choose_device(settings.device)
         self.architecture = init.manifest.architecture if init else settings.architecture
         self.weights = FlatWeights(self._network(settings.seed))
