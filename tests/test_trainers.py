@@ -15,9 +15,9 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, DivergedError, UsageError
 from ensembler.run import Run
 from ensembler.subspace import log_volume
-from ensembler.trainers import Session, Settings, train_deep_ensemble, train_fge, train_simplex
+from ensembler.trainers import Session, Settings, train_deep_ensemble, train_fge, train_simplex, train_snapshots
 from ensembler.trainers.loop import Batches, train
-from ensembler.trainers.schedules import after, constant, cosine, cyclic, cyclic_middles, one_cycle
+from ensembler.trainers.schedules import after, constant, cosine, cyclic, cyclic_middles, one_cycle, repeated
 from ensembler.trainers.simplex import towards_volume
 from ensembler.weights import FlatWeights
 from tests._small import SETTINGS, dataset
@@ -174,6 +174,22 @@ def test_fge_snapshots_are_the_weights_in_mid_cycle_of_one_uninterrupted_trainin
     assert all(torch.equal(tensor, expected[name]) for name, tensor in run.vertices.items())
     assert torch.equal(run.coefficients, torch.eye(3))
     assert run.manifest.cost.example_passes == 30 + 30 + 30 + 8 + 8
+
+
+def test_snapshot_rate_restarts_and_each_cycle_ends_in_a_snapshot():
+    T, M, rate = 12, 3, 0.1
+    schedule = repeated(cosine(rate, T // M), T // M)
+    for t in range(1, T + 1):  # Huang et al. 2017, equation 2
+        expected = rate / 2 * (math.cos(math.pi * ((t - 1) % math.ceil(T / M)) / math.ceil(T / M)) + 1)
+        assert schedule(t) == pytest.approx(expected, rel=1e-12)
+    run = train_snapshots(session(epochs=3), members=3)
+    assert run.manifest.cost.example_passes == 3 * 30
+    reference = session(epochs=3)
+    snapshots = reference.train(
+        "snapshots", reference.fresh().vector[None].clone(), repeated(cosine(0.1, 4), 4), 12, collect=(4, 8, 12)
+    )
+    expected = reference.weights.unflatten(torch.cat([snapshot.vertices for snapshot in snapshots]))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in run.vertices.items())
 
 
 def test_the_cost_counts_every_example_that_passed():

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from ensembler.trainers.fge import train_fge
     from ensembler.trainers.session import Session, Settings
     from ensembler.trainers.simplex import train_simplex
+    from ensembler.trainers.snapshot import train_snapshots
 
-__all__ = ["Session", "Settings", "train_deep_ensemble", "train_fge", "train_simplex"]
+__all__ = ["Session", "Settings", "train_deep_ensemble", "train_fge", "train_simplex", "train_snapshots"]
 
 __getattr__, __dir__ = exports(
     __name__,
@@ -22,5 +23,6 @@ __getattr__, __dir__ = exports(
         "train_deep_ensemble": "ensembler.trainers.deep_ensemble:train_deep_ensemble",
         "train_fge": "ensembler.trainers.fge:train_fge",
         "train_simplex": "ensembler.trainers.simplex:train_simplex",
+        "train_snapshots": "ensembler.trainers.snapshot:train_snapshots",
     },
 )

@@ -132,6 +132,18 @@ def train_fge(
     return method(session, members, cycle, high, low, start)
 
 
+@_trains("train-snapshots")
+def train_snapshots(
+    session: "Session",
+    members: Annotated[int, _option(help="M, snapshots taken, one a cycle.")] = 5,
+    cycle: Annotated[float | None, _option(help="Epochs a cycle. (default: --epochs divided by M)")] = None,
+) -> "Run":
+    """Collect snapshots at the end of cosine cycles (SSE, Huang et al. 2017)."""
+    from ensembler.trainers.snapshot import train_snapshots as method
+
+    return method(session, members, cycle)
+
+
 @_trains("train-simplex")
 def train_simplex(
     session: "Session",

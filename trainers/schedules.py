@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ensembler.errors import UsageError
 
-__all__ = ["Schedule", "after", "constant", "cosine", "cyclic", "cyclic_middles", "one_cycle"]
+__all__ = ["Schedule", "after", "constant", "cosine", "cyclic", "cyclic_middles", "one_cycle", "repeated"]
 
 Schedule = Callable[[int], float]
 
@@ -63,6 +63,11 @@ def cyclic(high: float, low: float, cycle: int) -> Schedule:
 def cyclic_middles(cycle: int, cycles: int) -> list[int]:
     """The iterations in mid-cycle, where :func:`cyclic` is lowest and a snapshot is due: one a cycle."""
     return [cycle // 2 + cycle * n for n in range(cycles)]
+
+
+def repeated(schedule: Schedule, cycle: int) -> Schedule:
+    """``schedule`` begun anew every ``cycle`` iterations: warm restarts."""
+    return lambda iteration: schedule((iteration - 1) % cycle + 1)
 
 
 def after(iterations: int, first: Schedule, then: Schedule) -> Schedule:
