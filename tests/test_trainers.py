@@ -215,15 +215,35 @@ def test_a_simplex_grows_around_its_solution_and_spans_a_volume():
     for name, tensor in single.vertices.items():
         assert torch.equal(run.vertices[name][0], tensor[0])
     V = torch.cat([tensor.flatten(1) for tensor in run.vertices.values()], dim=1)
-    assert run.manifest.metrics["log_volume"] == pytest.approx(log_volume(V).item(), abs=1e-6)
-    assert math.isfinite(run.manifest.metrics["log_volume"])
+    (geometry,) = run.manifest.metrics["simplexes"]
+    assert geometry["log_volume"] == pytest.approx(log_volume(V).item(), abs=1e-6)
+    assert math.isfinite(geometry["log_volume"])
     assert run.coefficients.shape == (6, 4)
     assert run.manifest.metrics["test"]["disagreement"] is not None
 
 
+def test_several_simplexes_stand_on_independent_solutions_and_share_the_members():
+    run = train_simplex(session(), vertices=3, members=5, simplexes=2)
+    deep = train_deep_ensemble(session(), members=2)
+    for name, tensor in deep.vertices.items():
+        assert torch.equal(run.vertices[name][[0, 3]], tensor)
+    lies_in = [(row[:3] > 0).all().item() for row in run.coefficients]
+    assert lies_in == [True, False, True, False, True]
+    for row, first in zip(run.coefficients, lies_in, strict=True):
+        assert torch.equal(row[3:] if first else row[:3], torch.zeros(3))
+        assert row.sum().item() == pytest.approx(1)
+    assert len(run.manifest.metrics["simplexes"]) == 2
+    assert run.manifest.cost.example_passes == 2 * (60 + 2 * 16)
+    assert Ensemble(run, "cpu").sample(9).members == 9
+    with pytest.raises(UsageError, match="too few for 3 simplexes"):
+        train_simplex(session(), members=2, simplexes=3)
+    with pytest.raises(UsageError, match="never from one run"):
+        train_simplex(session(init=deep), simplexes=2)
+
+
 def test_more_lambda_more_volume():
     volumes = [
-        train_simplex(session(), vertices=3, regularisation=strength).manifest.metrics["log_volume"]
+        train_simplex(session(), vertices=3, regularisation=strength).manifest.metrics["simplexes"][0]["log_volume"]
         for strength in (0.0, 0.05, 0.5)
     ]
     assert volumes == sorted(volumes)

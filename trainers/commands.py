@@ -158,12 +158,21 @@ def train_simplex(
         float, _option(help="Dirichlet's alpha of the members; below 1 leans to the vertices.")
     ] = 1.0,
     samples_per_step: Annotated[int, _option(help="Points a step; the batch is split among them.")] = 1,
+    simplexes: Annotated[int, _option(help="S, each around a solution of its own; several are ESPRO.")] = 1,
 ) -> "Run":
-    """Grow a simplex of solutions vertex by vertex (SPRO, Benton et al. 2021)."""
+    """Grow a simplex of solutions vertex by vertex (SPRO, Benton et al. 2021), or several (ESPRO)."""
     from ensembler.trainers.simplex import train_simplex as method
 
     return method(
-        session, vertices, members, vertex_epochs, vertex_rate, regularisation, concentration, samples_per_step
+        session,
+        vertices,
+        members,
+        vertex_epochs,
+        vertex_rate,
+        regularisation,
+        concentration,
+        samples_per_step,
+        simplexes,
     )
 
 
@@ -218,11 +227,10 @@ def _save(run: "Run", out: Path | None) -> None:
         f"members: mean accuracy {test['member_accuracy']:.4f}, disagreement "
         + ("not known of one member" if test["disagreement"] is None else f"{test['disagreement']:.4f}"),
     ]
-    if "log_volume" in manifest.metrics:
-        lengths = manifest.metrics["edge_lengths"]
+    for simplex in manifest.metrics.get("simplexes", ()):
+        lengths = simplex["edge_lengths"]
         lines.append(
-            f"simplex: log volume {manifest.metrics['log_volume']:.2f}, "
-            f"edges {min(lengths):.2f} to {max(lengths):.2f} long"
+            f"simplex: log volume {simplex['log_volume']:.2f}, edges {min(lengths):.2f} to {max(lengths):.2f} long"
         )
     lines.append(f"cost: {cost.example_passes:,} example passes, {cost.seconds:.0f} s on {cost.device}")
     lines.append(f"run: {path}")

@@ -1,8 +1,8 @@
-"""SPRO: a simplex of solutions, grown one vertex at a time (Benton et al. 2021, sec. 4 and 5).
+"""SPRO and ESPRO: simplexes of solutions, grown one vertex at a time (Benton et al. 2021, sec. 4 and 5).
 
-Vertices: a trained solution and K - 1 more. Coefficients: points drawn uniformly, Dirichlet(1), in training and, with
-a concentration of the user's choice, for the members. A new vertex starts at the centroid of the present ones and is
-the only one that moves. It minimises
+Vertices: a trained solution and K - 1 more, once for each simplex. Coefficients: points drawn uniformly, Dirichlet(1),
+in training and, with a concentration of the user's choice, for the members, each of which lies in one simplex. A new
+vertex starts at the centroid of the present ones and is the only one that moves. It minimises
 
     mean over sampled points of loss(c @ V)  -  lambda * log volume(V)
 
@@ -42,21 +42,24 @@ def train_simplex(
     regularisation: float = 1e-2,
     concentration: float = 1.0,
     samples_per_step: int = 1,
+    simplexes: int = 1,
 ) -> Run:
-    """Grow a simplex around a solution and draw an ensemble from it.
+    """Grow simplexes, each around a solution of its own, and draw an ensemble from them.
 
     Args:
         session: the dataset and settings; with ``session.init``, that solution is the first vertex.
-        vertices: K >= 2.
-        members: M >= 1, points drawn once for the run.
+        vertices: K >= 2, of each simplex.
+        members: M, points drawn once for the run and shared out among the simplexes; at least one for each.
         vertex_epochs: spent on each added vertex; by default a quarter of the solution's.
         vertex_rate: highest learning rate of an added vertex; a cosine takes it to 0.
         regularisation: lambda >= 0.
         concentration: of the Dirichlet that the members are drawn from; below 1 leans to the vertices.
-        samples_per_step: S >= 1, points a step; the batch is split among them.
+        samples_per_step: points a step, at least 1; the batch is split among them.
+        simplexes: S >= 1; one is SPRO, several are ESPRO.
 
     Returns:
-        A run of method ``simplex``, from which further members can be drawn.
+        A run of method ``simplex``, or ``simplexes`` where S > 1, from which further members can be drawn. Simplex s
+        has the vertices s K to (s + 1) K - 1.
     """
     epochs = session.settings.epochs / 4 if vertex_epochs is None else vertex_epochs
     if vertices < 2:
@@ -65,36 +68,47 @@ def train_simplex(
         ("vertex_epochs", epochs),
         ("vertex_rate", vertex_rate),
         ("samples_per_step", samples_per_step),
+        ("simplexes", simplexes),
     ):
         if not value > 0:
             raise UsageError(f"{name} must be positive, not {value}")
     if not regularisation >= 0:
         raise UsageError(f"the regularisation must not be negative, as {regularisation} is")
-    sampling = Sampling(simplexes=[list(range(vertices))], concentration=concentration)
-    coefficients = sample_coefficients(sampling, vertices, members, session.settings.seed)
+    if members < simplexes:
+        raise UsageError(f"{members} members are too few for {simplexes} simplexes: each needs at least one member")
+    if simplexes > 1 and session.init is not None:
+        raise UsageError("several simplexes start from independent solutions, never from one run")
+    rows = torch.arange(simplexes * vertices).view(simplexes, vertices).tolist()
+    sampling = Sampling(simplexes=rows, concentration=concentration)
+    coefficients = sample_coefficients(sampling, simplexes * vertices, members, session.settings.seed)
 
-    simplex = session.solution().vector[None].clone()
-    for k in range(1, vertices):
-        simplex = torch.cat([simplex, _beginning(simplex, session.settings.seed)[None]])
-        rng = np.random.default_rng(derive(session.settings.seed, "points", k))
-        iterations = session.iterations(epochs)
-        session.train(
-            f"vertex {k + 1}",
-            simplex,
-            cosine(vertex_rate, iterations),
-            iterations,
-            trainable=[k],
-            draw=lambda samples, K=k + 1, rng=rng: dirichlet(samples, K, rng),
-            samples=samples_per_step,
-            regulariser=towards_volume(simplex, regularisation, scratch=session.weights.vector),
-        )
+    grown = []
+    for number in range(simplexes):
+        simplex = session.solution(number).vector[None].clone()
+        for k in range(1, vertices):
+            part = f"vertex {k + 1}" if simplexes == 1 else f"simplex {number + 1}, vertex {k + 1}"
+            simplex = torch.cat([simplex, _beginning(simplex, session.settings.seed, part)[None]])
+            rng = np.random.default_rng(derive(session.settings.seed, "points", part))
+            iterations = session.iterations(epochs)
+            session.train(
+                part,
+                simplex,
+                cosine(vertex_rate, iterations),
+                iterations,
+                trainable=[k],
+                draw=lambda samples, K=k + 1, rng=rng: dirichlet(samples, K, rng),
+                samples=samples_per_step,
+                regulariser=towards_volume(simplex, regularisation, scratch=session.weights.vector),
+            )
+        grown.append(simplex)
+    everything = torch.cat(grown)
     return session.finish(
-        "simplex",
-        simplex,
+        "simplex" if simplexes == 1 else "simplexes",
+        everything,
         coefficients,
-        session.member_buffers(simplex, coefficients),
+        session.member_buffers(everything, coefficients),
         sampling=sampling,
-        metrics=_geometry(simplex),
+        metrics={"simplexes": [_geometry(simplex) for simplex in grown]},
         options={
             "vertices": vertices,
             "members": members,
@@ -103,14 +117,15 @@ def train_simplex(
             "regularisation": regularisation,
             "concentration": concentration,
             "samples_per_step": samples_per_step,
+            "simplexes": simplexes,
         },
     )
 
 
-def _beginning(simplex: Tensor, seed: int) -> Tensor:
+def _beginning(simplex: Tensor, seed: int, part: str) -> Tensor:
     """The centroid, nudged off the hull: on it the volume is zero and its gradient undefined."""
     centroid = simplex.mean(dim=0)
-    noise = torch.randn(centroid.shape, generator=generator(seed, "nudge", len(simplex))).to(centroid.device)
+    noise = torch.randn(centroid.shape, generator=generator(seed, "nudge", part)).to(centroid.device)
     return centroid + noise * (_NUDGE * centroid.norm() / noise.norm())
 
 
