@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ensembler.errors import ShapeError, UsageError
 
-__all__ = ["AffineHull", "dirichlet", "edge_lengths", "log_volume", "log_volume_gradient"]
+__all__ = ["CURVES", "AffineHull", "bezier", "chain", "dirichlet", "edge_lengths", "log_volume", "log_volume_gradient"]
 
 _CHUNK = 1 << 22  # columns of V brought to float64 at a time: bounds the memory of a Gram matrix
 
@@ -42,6 +42,35 @@ def dirichlet(members: int, vertices: int, rng: np.random.Generator, concentrati
     if not 0 < concentration < math.inf:
         raise UsageError(f"the concentration of a Dirichlet must be positive and finite, not {concentration}")
     return torch.from_numpy(rng.dirichlet([concentration] * vertices, size=members)).float()
+
+
+def bezier(t: Tensor, vertices: int) -> Tensor:
+    """Basis of a Bezier curve of K vertices: ``binomial(K-1, k) t^k (1-t)^(K-1-k)``.
+
+    For K = 3 the curve is ``(1-t)^2 w1 + 2 t (1-t) theta + t^2 w2`` (Garipov et al. 2018, sec. 3.2).
+
+    Args:
+        t: (M,) in [0, 1].
+        vertices: K >= 2.
+
+    Returns:
+        (M, K), rows non-negative with sum 1.
+    """
+    n = vertices - 1
+    return torch.stack([math.comb(n, k) * t**k * (1 - t) ** (n - k) for k in range(vertices)], dim=1)
+
+
+def chain(t: Tensor, vertices: int) -> Tensor:
+    """Basis of a polygonal chain through K vertices, each piece taking an equal share of [0, 1].
+
+    For K = 3 the chain is ``2 (t theta + (0.5 - t) w1)`` up to t = 1/2, then ``2 ((t - 0.5) w2 + (1 - t) theta)``
+    (Garipov et al. 2018, sec. 3.2). Arguments and result as in :func:`bezier`.
+    """
+    places = torch.arange(vertices, dtype=t.dtype)
+    return (1 - (t[:, None] * (vertices - 1) - places).abs()).clamp_min(0)
+
+
+CURVES = {"bezier": bezier, "chain": chain}
 
 
 def edge_lengths(vertices: Tensor) -> Tensor:

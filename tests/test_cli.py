@@ -77,6 +77,14 @@ def test_every_method_trains_and_deep_ensembles_are_compared(tmp_path, images, m
     assert result.exit_code == 0, result.output
     for title in ("1: deep-ensemble", "2: fge", "3: simplex"):
         assert title in result.stdout
+    for arguments in (
+        ["train-snapshots", "--members", 2, *SMALL, *images],
+        ["train-curve", "simplex", "train-fge", "--points", 5, *SMALL, *images],
+        ["collapse", "train-fge", "--device", "cpu"],
+    ):
+        result = call(*arguments, "--out", f"made-{arguments[0]}")
+        assert result.exit_code == 0, result.output
+    assert "fge-centroid of 1 members" in result.stdout
 
 
 def test_bad_input_gets_one_clear_line(tmp_path, images, monkeypatch):
@@ -137,7 +145,7 @@ def test_a_kill_at_any_moment_leaves_no_run_or_a_whole_one(tmp_path, images):
 
 def test_help_names_every_command_and_every_command_has_help():
     overview = call("--help").stdout
-    for command in ("train-deep-ensemble", "train-fge", "train-simplex", "eval", "export", "serve"):
+    for command in ("train-deep-ensemble", "train-fge", "train-simplex", "train-curve", "eval", "export", "serve"):
         assert command in overview
         assert call(command, "--help").exit_code == 0
     assert call("--version").stdout.startswith("ensembler ")

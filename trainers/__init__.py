@@ -7,19 +7,32 @@ from typing import TYPE_CHECKING
 from ensembler._lazy import exports
 
 if TYPE_CHECKING:
+    from ensembler.trainers.collapse import collapse_run
+    from ensembler.trainers.curve import train_curve
     from ensembler.trainers.deep_ensemble import train_deep_ensemble
     from ensembler.trainers.fge import train_fge
     from ensembler.trainers.session import Session, Settings
     from ensembler.trainers.simplex import train_simplex
     from ensembler.trainers.snapshot import train_snapshots
 
-__all__ = ["Session", "Settings", "train_deep_ensemble", "train_fge", "train_simplex", "train_snapshots"]
+__all__ = [
+    "Session",
+    "Settings",
+    "collapse_run",
+    "train_curve",
+    "train_deep_ensemble",
+    "train_fge",
+    "train_simplex",
+    "train_snapshots",
+]
 
 __getattr__, __dir__ = exports(
     __name__,
     {
         "Session": "ensembler.trainers.session:Session",
         "Settings": "ensembler.trainers.session:Settings",
+        "collapse_run": "ensembler.trainers.collapse:collapse_run",
+        "train_curve": "ensembler.trainers.curve:train_curve",
         "train_deep_ensemble": "ensembler.trainers.deep_ensemble:train_deep_ensemble",
         "train_fge": "ensembler.trainers.fge:train_fge",
         "train_simplex": "ensembler.trainers.simplex:train_simplex",

@@ -91,8 +91,7 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
 
         @functools.wraps(method)
         def command(out: Path | None, **options: Any) -> None:
-            if out is not None and out.exists():  # said before an hour of training, not after
-                raise UsageError(f"{out} exists already: choose another --out, or remove it first")
+            _check_free(out)
             with _session(**{name: options.pop(name) for name in shared}) as session:
                 run = method(session, **options)
             _save(run, out)
@@ -176,6 +175,49 @@ def train_simplex(
     )
 
 
+@_trains("train-curve")
+def train_curve(
+    session: "Session",
+    first: Annotated[Path, typer.Argument(help="The run whose first member is one end.")],
+    second: Annotated[Path, typer.Argument(help="The run whose first member is the other end.")],
+    curve: Annotated[str, _option(help="bezier, or chain for straight pieces.")] = "bezier",
+    bends: Annotated[int, _option(help="N, points between the ends that move.")] = 1,
+    members: Annotated[int, _option(help="M, points of the curve in the ensemble, evenly spaced.")] = 5,
+    points: Annotated[int, _option(help="Points at which the straight line and the curve are measured.")] = 61,
+    examples: Annotated[int, _option(help="Training and test images that the measuring takes.")] = 2000,
+) -> "Run":
+    """Connect two solutions by a path of low loss (Garipov et al. 2018)."""
+    from ensembler.run import Run
+    from ensembler.trainers.curve import train_curve as method
+
+    return method(session, Run.load(first), Run.load(second), curve, bends, members, points, examples)
+
+
+@app.command("collapse")
+def collapse(
+    run: Annotated[Path | None, typer.Argument(help="Any run. (default: the newest in runs/)")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the dataset's files.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
+    out: _Out = None,
+) -> None:
+    """Average a run's vertices into one network: SWA of snapshots (Izmailov et al. 2018)."""
+    from ensembler.run import Run, latest
+    from ensembler.trainers.collapse import collapse_run as method
+    from ensembler.trainers.session import Session, Settings
+
+    _check_free(out)
+    whole = Run.load(run or latest(Path("runs")))
+    record = whole.manifest.dataset
+    settings = Settings(augmentation=record.augmentation, seed=whole.manifest.seed, device=device)
+    _save(method(Session(record.load(data), settings, whole), whole), out)
+
+
+def _check_free(out: Path | None) -> None:
+    """Said before an hour of training, not after."""
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists already: choose another --out, or remove it first")
+
+
 @contextmanager
 def _progress() -> Iterator["Watcher"]:
     """A bar with the time left on a terminal; one plain line an epoch elsewhere."""
@@ -232,6 +274,13 @@ def _save(run: "Run", out: Path | None) -> None:
         lines.append(
             f"simplex: log volume {simplex['log_volume']:.2f}, edges {min(lengths):.2f} to {max(lengths):.2f} long"
         )
+    if "path" in manifest.metrics:
+        for name, path in manifest.metrics["path"].items():
+            lines.append(
+                f"{name}: highest train loss {path['highest_train_loss']:.4f}, highest test error "
+                f"{path['highest_test_error']:.4f}; an end with t = 1/2: error "
+                f"{path['ensemble_error'][len(path['t']) // 2]:.4f}"
+            )
     lines.append(f"cost: {cost.example_passes:,} example passes, {cost.seconds:.0f} s on {cost.device}")
     lines.append(f"run: {path}")
     Console(highlight=False).print("\n".join(lines), soft_wrap=True)

@@ -58,6 +58,7 @@ def train(
     draw: Draw | None = None,
     samples: int = 1,
     clip: float | None = None,
+    decay_sampled: bool = False,
     regulariser: Regulariser | None = None,
     collect: Container[int] = (),
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
@@ -76,6 +77,7 @@ def train(
         samples: S >= 1, points a step. The batch is split among them, so a step costs one pass whatever S.
         clip: the largest norm of the loss's gradient; a longer one is shortened to it. Without BatchNorm, this is what
             lets a network leave its first plateau at a high rate.
+        decay_sampled: whether the optimiser's weight decay acts on the sampled weights ``c @ V``, not on the vertices.
         regulariser: adds its gradient to the trainable vertices' (T, P), in place.
         collect: the iterations after which a snapshot is taken.
         on_epoch: called at the end of each epoch, and of the last, unfinished one.
@@ -86,37 +88,29 @@ def train(
     Raises:
         DivergedError: the loss is not finite.
     """
-    device = vertices.device
     moving = [vertices[k].detach().requires_grad_() for k in trainable]
     # One moving vertex takes the network's own gradient vector, scaled through the loss: no copy of size P.
     alone = len(moving) == 1
-    gradients = weights.grad[None] if alone else torch.zeros(len(moving), len(weights), device=device)
+    gradients = weights.grad[None] if alone else torch.zeros(len(moving), len(weights), device=vertices.device)
     for vertex, gradient in zip(moving, gradients, strict=True):
         vertex.grad = gradient
     stepper = optimiser(moving)
+    decay = stepper.defaults.get("weight_decay", 0.0) if decay_sampled else 0.0
+    for group in stepper.param_groups:
+        group["weight_decay"] = 0.0 if decay_sampled else group.get("weight_decay", 0.0)
     weights.module.train()
     snapshots: list[Snapshot] = []
-    totals, examples = torch.zeros(2, dtype=torch.float64, device=device), 0
+    totals, examples = torch.zeros(2, dtype=torch.float64, device=vertices.device), 0
     for iteration in range(1, iterations + 1):
         for group in stepper.param_groups:
             group["lr"] = schedule(iteration)
         x, y = next(batches)
         gradients.zero_()
         drawn = draw(samples) if draw else torch.ones(samples, 1)
-        parts = zip(drawn, drawn.to(device), x.chunk(samples), y.chunk(samples), strict=False)
-        for c, on_device, x_part, y_part in parts:
-            torch.mv(vertices.T, on_device, out=weights.vector)
-            logits = weights.module(x_part)
-            loss = cross_entropy(logits, y_part, reduction="sum")
-            shares = c[list(trainable)] / len(y)
-            if alone:
-                (loss * shares.item()).backward()  # type: ignore[no-untyped-call]
-            else:
-                weights.grad.zero_()
-                (loss / len(y)).backward()  # type: ignore[no-untyped-call]
-                gradients.addr_(on_device[list(trainable)], weights.grad)
-            totals += torch.stack([loss.detach(), (logits.detach().argmax(1) == y_part).sum()])
-            examples += len(y_part)
+        for c, x_part, y_part in zip(drawn, x.chunk(samples), y.chunk(samples), strict=False):
+            share = len(y_part) / len(y)
+            totals += _accumulate(weights, vertices, c, x_part, y_part, share, trainable, gradients, decay)
+        examples += len(y)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(moving, clip)
         if regulariser:
@@ -135,6 +129,39 @@ def train(
             on_epoch(epoch)
             totals, examples = torch.zeros_like(totals), 0
     return snapshots
+
+
+def _accumulate(
+    weights: FlatWeights,
+    vertices: Tensor,
+    c: Tensor,
+    x: Tensor,
+    y: Tensor,
+    share: float,
+    trainable: Sequence[int],
+    gradients: Tensor,
+    decay: float,
+) -> Tensor:
+    """Add ``share * c[k] * g`` at the point ``c @ V`` to each trainable vertex's gradient.
+
+    Returns:
+        (2,) the sum of the losses over the examples, and how many the network got right.
+    """
+    on_device = c.to(vertices.device)
+    torch.mv(vertices.T, on_device, out=weights.vector)
+    logits = weights.module(x)
+    loss = cross_entropy(logits, y)
+    alone = gradients.data_ptr() == weights.grad.data_ptr()
+    if alone:
+        share *= c[trainable[0]].item()
+    else:
+        weights.grad.zero_()
+    (loss * share).backward()  # type: ignore[no-untyped-call]
+    if decay:
+        weights.grad.add_(weights.vector, alpha=decay * share)
+    if not alone:
+        gradients.addr_(on_device[list(trainable)], weights.grad)
+    return torch.stack([loss.detach() * len(y), (logits.detach().argmax(1) == y).sum()])
 
 
 class Batches(Iterator[tuple[Tensor, Tensor]]):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ensembler import architectures
-from ensembler.datasets import Dataset, Split
+from ensembler.datasets import Dataset, Split, normalise
 from ensembler.ensemble import BATCHNORM_EXAMPLES, Ensemble, choose_device, has_batchnorm, member_buffers
 from ensembler.errors import UsageError
 from ensembler.run import Cost, DatasetRecord, Manifest, Run, Sampling, versions
@@ -24,7 +24,7 @@ from ensembler.trainers.schedules import Schedule, one_cycle
 from ensembler.uncertainty import disagreement
 from ensembler.weights import FlatWeights
 
-__all__ = ["Session", "Settings", "Solution", "Watcher", "stack_buffers"]
+__all__ = ["Probe", "Session", "Settings", "Solution", "Watcher", "stack_buffers"]
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": (lambda value: 0 < value < math.inf, "positive"),
@@ -72,6 +72,19 @@ class Solution:
 
     vector: Tensor
     buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """One member measured: mean loss on training images, probabilities (N, C) and labels (N,) of test images."""
+
+    train_loss: float
+    test_probabilities: Tensor
+    labels: Tensor
+
+    def error(self, probabilities: Tensor) -> float:
+        """Share of the test images that ``probabilities`` (N, C) get wrong."""
+        return (probabilities.argmax(1) != self.labels).double().mean().item()
 
 
 @dataclass(eq=False)
@@ -123,13 +136,53 @@ class Session:
     def solution(self, member: int = 0) -> Solution:
         """A solution to start from: the first member of ``init``, or one trained from fresh weights."""
         if self.init is not None:
-            return self._inherited(self.init)
+            return self.inherit(self.init, _part(0))
         beginning = self.fresh(member)
         self.weights.load_buffers(beginning.buffers)
         vertices = beginning.vector[None].clone()
         iterations = self.iterations(self.settings.epochs)
         self.train(_part(member), vertices, one_cycle(self.settings.rate, iterations), iterations)
         return Solution(vertices[0], self.weights.buffers())
+
+    def inherit(self, run: Run, part: str) -> Solution:
+        """A run's first member, its cost booked under ``part``.
+
+        Raises:
+            DataError: it was trained on other images.
+            UsageError: it is of another architecture.
+        """
+        cost = run.manifest.cost
+        # A member of a deep ensemble was trained alone; of any other run, all of it was needed.
+        alone = run.manifest.method in ("single", "deep-ensemble")
+        self._parts[part] = cost.parts[_part(0)] if alone else cost.example_passes
+        self._seconds_before += cost.seconds * self._parts[part] / max(1, cost.example_passes)
+        vertices = self._flattened(run)
+        vector = run.coefficients[0].to(vertices) @ vertices
+        return Solution(vector, {name: rows[0].to(self.device) for name, rows in run.buffers.items()})
+
+    def vertices_of(self, run: Run) -> Tensor:
+        """All vertices (K, P) of a run, and its whole cost booked, unless this session made it."""
+        if not self._parts:
+            self._parts |= run.manifest.cost.parts
+            self._batchnorm_examples += run.manifest.cost.batchnorm_examples
+            self._seconds_before += run.manifest.cost.seconds
+        return self._flattened(run)
+
+    def probe(self, vertices: Tensor, coefficients: Tensor, examples: int) -> list[Probe]:
+        """Measure members on at most ``examples`` training and as many test images, the same for every member.
+
+        BatchNorm statistics are recomputed for each; their cost is not the run's, as no member is made.
+        """
+        record, train = self._record, _some(self.dataset.train, examples)
+        test = _some(self.dataset.test, examples)
+        result = []
+        for row in coefficients:
+            buffers = member_buffers(self.weights, vertices, row[None], self._images, record, self._batch_size)
+            self.weights.load_buffers({name: rows[0] for name, rows in buffers.items()})
+            seen, unseen = self._log_probabilities(train), self._log_probabilities(test)
+            loss = torch.nn.functional.nll_loss(seen, train.labels).item()
+            result.append(Probe(loss, unseen.exp(), test.labels))
+        return result
 
     def train(self, part: str, vertices: Tensor, schedule: Schedule, iterations: int, **options: Any) -> list[Snapshot]:
         """Run the loop (:func:`ensembler.trainers.loop.train`) and book what it cost under ``part``.
@@ -250,20 +303,24 @@ class Session:
             self._images, self._batch_size, self._record.augmentation, self.dataset.mean, self.dataset.std, stream
         )
 
+    def _flattened(self, run: Run) -> Tensor:
+        run.manifest.dataset.check(self.dataset)
+        if run.manifest.architecture != self.architecture:
+            raise UsageError(f"a run of {run.manifest.architecture} and {self.architecture} have no weights in common")
+        self.weights.load_frozen(run.frozen)
+        return self.weights.flatten(run.vertices)
+
+    def _log_probabilities(self, split: Split) -> Tensor:
+        self.weights.module.eval()
+        with torch.inference_mode():
+            logits = [
+                self.weights.module(normalise(batch.images.to(self.device), self.dataset.mean, self.dataset.std))
+                for batch in split.batches(self._batch_size)
+            ]
+        return torch.log_softmax(torch.cat(logits).float(), dim=1).cpu()
+
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._start
-
-    def _inherited(self, run: Run) -> Solution:
-        run.manifest.dataset.check(self.dataset)
-        cost = run.manifest.cost
-        # A member of a deep ensemble was trained alone; of any other run, all of it was needed.
-        alone = run.manifest.method in ("single", "deep-ensemble")
-        self._parts[_part(0)] = cost.parts[_part(0)] if alone else cost.example_passes
-        self._seconds_before = cost.seconds * self._parts[_part(0)] / max(1, cost.example_passes)
-        self.weights.load_frozen(run.frozen)
-        vertices = self.weights.flatten(run.vertices)
-        vector = run.coefficients[0].to(vertices) @ vertices
-        return Solution(vector, {name: rows[0].to(self.device) for name, rows in run.buffers.items()})
 
 
 def stack_buffers(solutions: Sequence[Solution | Snapshot]) -> dict[str, Tensor]:
@@ -287,6 +344,10 @@ def _measure(ensemble: Ensemble, split: Split) -> dict[str, float | None]:
         "member_accuracy": (members.argmax(2) == split.labels).double().mean().item(),
         "disagreement": None if differ is None else float(differ.mean()),
     }
+
+
+def _some(split: Split, examples: int) -> Split:
+    return split[torch.randperm(len(split), generator=generator(0, "probe"))[:examples]]
 
 
 def _device_name(device: torch.device) -> str:
