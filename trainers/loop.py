@@ -119,8 +119,8 @@ def train(
         if iteration in collect:
             snapshots.append(Snapshot(vertices[list(trainable)].clone(), weights.buffers()))
         if iteration % batches.per_epoch == 0 or iteration == iterations:
-            number = -(-iteration // batches.per_epoch)
-            epoch = Epoch(number, schedule(iteration), *(totals / examples).tolist(), examples)
+            loss, accuracy = (totals / examples).tolist()
+            epoch = Epoch(-(-iteration // batches.per_epoch), schedule(iteration), loss, accuracy, examples)
             if not math.isfinite(epoch.loss):
                 raise DivergedError(
                     f"the training loss is {epoch.loss} in epoch {epoch.number}: "
