@@ -221,8 +221,12 @@ class Run:
                 frozen=load_file(frozen) if frozen.name in manifest.files else {},
                 history=[json.loads(line) for line in (path / "history.jsonl").read_text("utf-8").splitlines()],
             )
-        except (ValidationError, KeyError, ValueError, OSError) as error:
-            raise ArtefactError(f"{path} is not a run that this version of ensembler can read: {error}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise ArtefactError(f"{path} is not a run that this version can read ({reason}): train it again") from error
+        except (KeyError, ValueError, OSError) as error:
+            raise ArtefactError(f"{path} is not a run that this version can read ({error}): train it again") from error
 
 
 def new_path(folder: Path, label: str) -> Path:

@@ -16,7 +16,6 @@ register it with its five constants.
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from ensembler.errors import ShapeError, UsageError
+from ensembler.eval.noise import gaussian_table, image_keys, impulse_table, sample, shot_table, speckle_table
 
 __all__ = ["AVAILABLE", "HEADLINE", "SEVERITIES", "VALIDATION", "corrupt"]
 
@@ -83,7 +83,7 @@ def corrupt(
     apply, levels = _REGISTRY[corruption]
     # Not every accelerator has the float64 and int64 arithmetic that makes the bytes the same everywhere.
     device = images.device if images.device.type in _CHUNK else torch.device("cpu")
-    keys = _image_keys(f"{seed:d}/{corruption}/{severity:d}", positions.to(device))
+    keys = image_keys(f"{seed:d}/{corruption}/{severity:d}", positions.to(device))
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
     size = max(1, _CHUNK[device.type] // max(1, images[:1].numel()))
     for start in range(0, len(images), size):
@@ -125,135 +125,31 @@ def _register(*levels: Any) -> Callable[[Corruption], Corruption]:
     return keep
 
 
-# --- random numbers -------------------------------------------------------------------------------------------------
-
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-
-
-def _mix(z: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele et al. 2014), in place on int64, whose products wrap as uint64's do."""
-    shifted = torch.empty_like(z)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, None)):
-        torch.bitwise_right_shift(z, shift, out=shifted)
-        z ^= shifted.bitwise_and_(2 ** (64 - shift) - 1)  # the mask makes the arithmetic shift a logical one
-        if factor is not None:
-            z *= factor
-    return z
-
-
-def _image_keys(stream: str, positions: Tensor) -> Tensor:
-    """One 64-bit key an image, (N,) int64: a function of the stream's name and the image's position."""
-    digest = hashlib.blake2b(stream.encode(), digest_size=8).digest()
-    return _mix(positions * _GOLDEN + int.from_bytes(digest, "little", signed=True))
-
-
-def _random_bits(keys: Tensor, count: int) -> Tensor:
-    """32 random bits for each of ``count`` positions in every image, (N, count) int32 over its whole range."""
-    words = torch.arange(1, (count + 1) // 2 + 1, device=keys.device) * _GOLDEN
-    return _mix(keys[:, None] + words).view(torch.int32)[:, :count]
-
-
-# --- noises: each acts on every byte alone, so its law is a table ---------------------------------------------------
-
-_UNIT = 2**24  # the mass of one column of an alias table
-
-
-def _alias_table(cdf: Tensor) -> Tensor:
-    """Prepare drawing a corrupted byte v from P(v <= . | clean byte x) = ``cdf[x]``, (256, 255) float64 for v < 255.
-
-    Walker's alias method (1977) in integers: 256 columns of equal mass, each shared by its own byte and at most one
-    other, its alias. Every probability is exact to 2**-31.
-
-    Returns:
-        (256 * 256,) int32, an entry per clean byte and column: what the column's own byte keeps, less half a unit, in
-        the upper 24 bits and the alias in the lower 8.
-    """
-    total = 256 * _UNIT
-    shares = (cdf.clamp(0, 1).cummax(1).values * total).round().to(torch.int64).numpy()
-    mass = np.diff(shares, axis=1, prepend=0, append=total)
-    kept, alias = mass.copy(), np.tile(np.arange(256), (256, 1))
-    rows = np.arange(256)
-    settled = np.zeros((256, 256), dtype=bool)
-    for _ in range(255):  # the poorest column left is filled up by the richest
-        poor = np.where(settled, total + 1, mass).argmin(1)
-        rich = np.where(settled, -1, mass).argmax(1)
-        kept[rows, poor] = mass[rows, poor]
-        alias[rows, poor] = rich
-        mass[rows, rich] -= _UNIT - mass[rows, poor]
-        settled[rows, poor] = True
-    own = np.where(kept < _UNIT, kept, 0)
-    entries = (own - _UNIT // 2) * 256 + alias
-    return torch.from_numpy(entries.astype(np.int32).ravel())
-
-
-def _sample(images: Tensor, table: Tensor, keys: Tensor) -> Tensor:
-    """Draw every byte from its law: 8 of its random bits choose a column, 24 choose between the two bytes there."""
-    clean = images.flatten(1)
-    bits = _random_bits(keys, clean.shape[1])
-    column = bits & 255
-    cells = clean.to(torch.int32).mul_(256).add_(column)
-    drawn = table.to(images.device).index_select(0, cells.flatten()).view(cells.shape)
-    # -1 where the column's own byte is drawn, else 0: a branch on noise would be mispredicted half the time.
-    keeps = bits.bitwise_right_shift_(8).sub_(torch.bitwise_right_shift(drawn, 8, out=cells)).bitwise_right_shift_(31)
-    drawn ^= column.bitwise_xor_(drawn).bitwise_and_(keeps)
-    return drawn.bitwise_and_(255).to(torch.uint8).view(images.shape)
-
-
-def _clean_and_next() -> tuple[Tensor, Tensor]:
-    """Clean bytes x (256, 1) and the values v + 1 below which a truncated level is at most v, (1, 255)."""
-    return torch.arange(256, dtype=torch.float64)[:, None], torch.arange(1, 256, dtype=torch.float64)[None]
-
-
-@lru_cache(maxsize=5)
-def _gaussian_table(sigma: float) -> Tensor:
-    x, above = _clean_and_next()
-    return _alias_table(torch.special.ndtr((above - x) / (255 * sigma)))
-
-
-@lru_cache(maxsize=5)
-def _speckle_table(sigma: float) -> Tensor:
-    x, above = _clean_and_next()
-    return _alias_table(torch.where(x > 0, torch.special.ndtr((above - x) / (x.clamp(min=1) * sigma)), 1.0))
-
-
-@lru_cache(maxsize=5)
-def _shot_table(rate: int) -> Tensor:
-    mean = _clean_and_next()[0] / 255 * rate
-    counts = torch.arange(rate + 1, dtype=torch.float64)[None]
-    probabilities = torch.exp(torch.special.xlogy(counts, mean) - mean - torch.lgamma(counts + 1))
-    bytes_of_counts = np.uint8(np.clip(np.arange(rate + 1) / rate, 0, 1) * 255)
-    most = np.searchsorted(bytes_of_counts, np.arange(255), side="right") - 1  # the largest count that gives v or less
-    return _alias_table(probabilities.cumsum(1)[:, torch.from_numpy(most)])
-
-
-@lru_cache(maxsize=5)
-def _impulse_table(amount: float) -> Tensor:
-    x, above = _clean_and_next()
-    return _alias_table((above > x).to(torch.float64) * (1 - amount) + amount / 2)
+# --- noises ---------------------------------------------------------------------------------------------------------
 
 
 @_register(0.04, 0.06, 0.08, 0.09, 0.10)
 def gaussian_noise(images: Tensor, sigma: float, keys: Tensor) -> Tensor:
     """``x + N(0, sigma)``."""
-    return _sample(images, _gaussian_table(sigma), keys)
+    return sample(images, gaussian_table(sigma), keys)
 
 
 @_register(500, 250, 100, 75, 50)
 def shot_noise(images: Tensor, rate: int, keys: Tensor) -> Tensor:
     """``Poisson(x * rate) / rate``."""
-    return _sample(images, _shot_table(rate), keys)
+    return sample(images, shot_table(rate), keys)
 
 
 @_register(0.01, 0.02, 0.03, 0.05, 0.07)
 def impulse_noise(images: Tensor, amount: float, keys: Tensor) -> Tensor:
     """Salt and pepper: each channel of each pixel becomes 0 or 1 with probability ``amount / 2`` each."""
-    return _sample(images, _impulse_table(amount), keys)
+    return sample(images, impulse_table(amount), keys)
 
 
 @_register(0.06, 0.1, 0.12, 0.16, 0.2)
 def speckle_noise(images: Tensor, sigma: float, keys: Tensor) -> Tensor:
     """``x + x * N(0, sigma)``."""
-    return _sample(images, _speckle_table(sigma), keys)
+    return sample(images, speckle_table(sigma), keys)
 
 
 # --- blurs: sums of separable symmetric filters ---------------------------------------------------------------------
@@ -427,72 +323,17 @@ def pixelate(images: Tensor, factor: float, keys: Tensor) -> Tensor:
     return images
 
 
-_MOSAIC_HEIGHT = 2**14  # pixels; the format itself ends at 65,535
-
-
 @_register(80, 65, 58, 50, 40)
 def jpeg_compression(images: Tensor, quality: int, keys: Tensor) -> Tensor:
-    """Pillow's JPEG at this quality, there and back.
+    """Pillow's JPEG at this quality, there and back."""
 
-    Images whose sides are multiples of 16, the largest block that JPEG codes by itself, are coded as one tall image.
-    Only the decoder's interpolation of the colour planes would look across the seams, so that step is done here.
-    """
-    N, H, W, _ = images.shape
-    pixels = images.cpu().numpy()
-    workers = torch.get_num_threads()
-    with ThreadPoolExecutor(workers) as pool:
-        if H % 16 or W % 16:
-            return torch.from_numpy(np.stack(list(pool.map(lambda image: _recode(image, quality), pixels))))
-        pieces = np.array_split(pixels, min(N, max(workers, -(-N * H // _MOSAIC_HEIGHT))))
-        parts = list(pool.map(lambda piece: _recode_planes(piece.reshape(-1, W, 3), quality), pieces))
-    luma, halved = (torch.from_numpy(np.concatenate(planes)) for planes in zip(*parts, strict=True))
-    return _to_rgb(luma.view(N, H, W), _interpolate(halved.view(N, H // 2, W // 2, 3)[..., 1:]))
+    def recode(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        return np.asarray(Image.open(file))
 
-
-def _encode(image: NDArray[np.uint8], quality: int) -> io.BytesIO:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=quality)
-    return file
-
-
-def _recode(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
-    return np.asarray(Image.open(_encode(image, quality)))
-
-
-def _recode_planes(image: NDArray[np.uint8], quality: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Decoded luma (H, W), and (H / 2, W / 2, 3) whose last two channels are the colour planes as JPEG stores them."""
-    file = _encode(image, quality)
-    luma, halved = Image.open(file), Image.open(file)
-    luma.draft("L", luma.size)
-    halved.draft("YCbCr", (halved.width // 2, halved.height // 2))  # at half size the planes need no interpolation
-    return np.asarray(luma), np.asarray(halved)
-
-
-def _interpolate(chroma: Tensor) -> Tensor:
-    """Double two colour planes (N, h, w, 2) as libjpeg does: 3/4 of the nearer sample, 1/4 of the further."""
-    samples = chroma.permute(3, 0, 1, 2).to(torch.int16, memory_format=torch.contiguous_format)
-    for axis, (before, after), shift in ((2, (0, 0), 0), (3, (8, 7), 4)):
-        size = samples.shape[axis]
-        places = torch.arange(size)
-        previous = samples.index_select(axis, (places - 1).clamp_(min=0)).add_(before)
-        following = samples.index_select(axis, (places + 1).clamp_(max=size - 1)).add_(after)
-        near = samples * 3
-        pair = torch.stack((near + previous, near + following), axis + 1)
-        samples = pair.flatten(axis, axis + 1) >> shift
-    return samples
-
-
-def _to_rgb(luma: Tensor, chroma: Tensor) -> Tensor:
-    """JFIF's colour transform in 16-bit fixed point, as libjpeg rounds it; (N, H, W) and (2, N, H, W) to RGB."""
-    y = luma.to(torch.int32)
-    blue, red = (chroma.to(torch.int32) - 128).unbind(0)
-    half = 2**15
-    planes = (
-        y + ((red * 91881 + half) >> 16),
-        y + ((blue * -22554 + red * -46802 + half) >> 16),
-        y + ((blue * 116130 + half) >> 16),
-    )
-    return torch.stack([plane.clamp_(0, 255).to(torch.uint8) for plane in planes], -1)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return torch.from_numpy(np.stack(list(pool.map(recode, images.cpu().numpy()))))
 
 
 AVAILABLE: tuple[str, ...] = tuple(name for name in HEADLINE + VALIDATION if name in _REGISTRY)

@@ -52,6 +52,10 @@ def test_train_then_eval_the_latest_run(tmp_path, images, monkeypatch):
     assert run.manifest.options["batch_size"] == 32
     assert run.history[0]["part"] == "solution 1"
 
+    shown = call("show").stdout
+    for part in ("simplex", "3 vertices, 4 members", "vertex 3", "log_volume", "vertices.safetensors"):
+        assert part in shown
+
     result = call("eval", "--shift", "cifar10c", "--json", "out/found.json", "--out", "report", "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert "generated with CIFAR-10-C's 32 x 32 constants" in " ".join(result.stdout.split())
@@ -145,7 +149,7 @@ def test_a_kill_at_any_moment_leaves_no_run_or_a_whole_one(tmp_path, images):
 
 def test_help_names_every_command_and_every_command_has_help():
     overview = call("--help").stdout
-    for command in ("train-deep-ensemble", "train-fge", "train-simplex", "train-curve", "eval", "export", "serve"):
+    for command in ("train-simplex", "train-curve", "collapse", "show", "eval", "export", "serve"):
         assert command in overview
         assert call(command, "--help").exit_code == 0
     assert call("--version").stdout.startswith("ensembler ")

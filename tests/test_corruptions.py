@@ -17,7 +17,7 @@ from scipy import ndimage, stats
 from torch import Tensor
 
 from ensembler.errors import EnsemblerError, ShapeError, UsageError
-from ensembler.eval import corruptions
+from ensembler.eval import corruptions, noise
 from ensembler.eval.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
 
 NOISES = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise")
@@ -205,10 +205,10 @@ def test_noise_follows_its_law(name: str, severity: int) -> None:
 @pytest.mark.parametrize(
     ("name", "table"),
     [
-        ("gaussian_noise", corruptions._gaussian_table(0.08)),
-        ("shot_noise", corruptions._shot_table(100)),
-        ("impulse_noise", corruptions._impulse_table(0.03)),
-        ("speckle_noise", corruptions._speckle_table(0.12)),
+        ("gaussian_noise", noise.gaussian_table(0.08)),
+        ("shot_noise", noise.shot_table(100)),
+        ("impulse_noise", noise.impulse_table(0.03)),
+        ("speckle_noise", noise.speckle_table(0.12)),
     ],
 )
 def test_alias_tables_hold_the_laws(name: str, table: Tensor) -> None:
@@ -250,7 +250,7 @@ def test_generator_is_splitmix64() -> None:
     assert splitmix64(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF  # the generator's first number from seed 0
     states = [0, 1, 0x9E3779B97F4A7C15, 2**63, mask, *(k * 0x9E3779B97F4A7C15 & mask for k in range(2, 50))]
     signed = torch.tensor([state - 2**64 if state >= 2**63 else state for state in states])
-    assert [int(z) & mask for z in corruptions._mix(signed)] == [splitmix64(state) for state in states]
+    assert [int(z) & mask for z in noise.mix(signed)] == [splitmix64(state) for state in states]
 
 
 # --- everything else, against one image at a time -------------------------------------------------------------------

@@ -212,6 +212,41 @@ def collapse(
     _save(method(Session(record.load(data), settings, whole), whole), out)
 
 
+@app.command("show")
+def show(
+    run: Annotated[Path | None, typer.Argument(help="Any run. (default: the newest in runs/)")] = None,
+) -> None:
+    """Say what a run is: method, sizes, geometry, cost, metrics, files."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ensembler.run import Run, latest
+
+    path = run or latest(Path("runs"))
+    manifest = Run.load(path).manifest
+    cost = manifest.cost
+    table = Table(title=str(path), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    rows = {
+        "method": manifest.method,
+        "network": f"{manifest.architecture}, {manifest.parameters:,} parameters",
+        "dataset": f"{manifest.dataset.title}, {manifest.dataset.train_examples:,} training images",
+        "sizes": f"{manifest.vertices} vertices, {manifest.members} members",
+        "cost": f"{cost.example_passes:,} example passes, {cost.seconds:,.0f} s on {cost.device}",
+        **{f"  {part}": f"{passes:,} example passes" for part, passes in cost.parts.items()},
+        **{name: json.dumps(value) for name, value in manifest.metrics.items() if name != "path"},
+        "options": json.dumps(manifest.options),
+        "seed": str(manifest.seed),
+        "created": manifest.created,
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+        "files": ", ".join(manifest.files),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
 def _check_free(out: Path | None) -> None:
     """Said before an hour of training, not after."""
     if out is not None and out.exists():
