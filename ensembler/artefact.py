@@ -19,7 +19,7 @@ from typing import Any
 
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 
-__all__ = ["MANIFEST", "read", "replace_file", "sha256", "write"]
+__all__ = ["MANIFEST", "check_writable", "read", "replace_file", "sha256", "write"]
 
 MANIFEST = "manifest.json"
 _SEAL = "manifest.sha256"
@@ -29,6 +29,20 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before hours of work, not after, that ``folder`` cannot be written to, or made where it is missing.
+
+    Raises:
+        ArtefactError: it cannot; nothing is made or left either way.
+    """
+    try:
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ArtefactError(f"cannot write to {folder}: {error.strerror or error}: choose another --out") from error
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -225,7 +226,7 @@ class Run:
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise ArtefactError(f"{path} is not a run that this version can read ({reason}): train it again") from error
-        except (KeyError, ValueError, OSError) as error:
+        except (KeyError, ValueError, OSError, SafetensorError) as error:
             raise ArtefactError(f"{path} is not a run that this version can read ({error}): train it again") from error
 
 
@@ -260,7 +261,10 @@ def versions() -> dict[str, str]:
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # its writer's, and no OSError
+        raise ArtefactError(f"cannot write {path.name}: {error}; nothing was left behind") from error
 
 
 def _point_latest_at(path: Path) -> None:

@@ -33,7 +33,7 @@ def evaluate(
 
     from rich.console import Console
 
-    from ensembler.artefact import replace_file
+    from ensembler.artefact import check_writable, replace_file
     from ensembler.eval.evaluation import evaluate
     from ensembler.eval.plots import plot_reliability, plot_severity
     from ensembler.eval.report import tables
@@ -41,6 +41,8 @@ def evaluate(
 
     start = time.monotonic()
     paths = runs or [latest(Path("runs"))]
+    folder = out or new_path(Path("reports"), "eval")
+    check_writable(folder)
     with _progress() as watch:
         report, diagrams = evaluate(
             paths,
@@ -53,7 +55,6 @@ def evaluate(
             seed=seed,
             watch=watch,
         )
-    folder = out or new_path(Path("reports"), "eval")
     text = (report.model_dump_json(indent=2) + "\n").encode()
     files = {folder / "report.json": text, folder / "reliability.png": plot_reliability(report, diagrams)}
     if report.shift is not None:

@@ -116,6 +116,17 @@ def test_bad_input_gets_one_clear_line(tmp_path, images, monkeypatch):
     assert call("train-simplex", "--vertices", "many").exit_code == 2
 
 
+def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path, images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("train-deep-ensemble", "--members", 1, *SMALL, *images).exit_code == 0
+    Path("file").write_text("in the way")
+    for arguments in (["train-fge", *SMALL, *images, "--out", "file/run"], ["eval", "--out", "file/report"]):
+        result = call(*arguments)
+        assert result.exit_code == 1
+        assert "cannot write to file" in result.stderr
+        assert "epoch" not in result.stderr
+
+
 def start(folder, *arguments):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ensembler.cli", *map(str, arguments)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -96,15 +94,27 @@ def test_nothing_is_overwritten(run):
         Run.load(run).save(run)
 
 
-def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
-    loaded = Run.load(run)
+CRAMPED = """
+import resource, sys
+from pathlib import Path
+from ensembler.errors import ArtefactError
+from ensembler.run import Run
+run = Run.load(Path(sys.argv[1]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+    run.save(Path(sys.argv[2]))
+except ArtefactError as error:
+    print(error)
+"""
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("ensembler.run.save_file", full)
-    with pytest.raises(ArtefactError, match="No space left on device; nothing was left behind"):
-        loaded.save(tmp_path / "new")
+@pytest.mark.parametrize("largest", [50_000, 1_000])
+def test_a_full_disk_leaves_nothing(run, tmp_path, largest):
+    """No file may grow beyond ``largest`` bytes: the tensors fail first, or the small files do."""
+    command = [sys.executable, "-c", CRAMPED, run, tmp_path / "new", str(largest)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "cannot write" in result.stdout
+    assert "nothing was left behind" in result.stdout
     assert not (tmp_path / "new").exists()
     assert leftovers(tmp_path) == []
 

@@ -249,8 +249,11 @@ def show(
 
 def _check_free(out: Path | None) -> None:
     """Said before an hour of training, not after."""
+    from ensembler.artefact import check_writable
+
     if out is not None and out.exists():
         raise UsageError(f"{out} exists already: choose another --out, or remove it first")
+    check_writable(out.parent if out else Path("runs"))
 
 
 @contextmanager
