@@ -95,12 +95,12 @@ def train(
     for vertex, gradient in zip(moving, gradients, strict=True):
         vertex.grad = gradient
     stepper = optimiser(moving)
-    decay = stepper.defaults.get("weight_decay", 0.0) if decay_sampled else 0.0
-    for group in stepper.param_groups:
-        group["weight_decay"] = 0.0 if decay_sampled else group.get("weight_decay", 0.0)
+    decay = stepper.param_groups[0].get("weight_decay", 0.0) if decay_sampled else 0.0
+    if decay:
+        stepper.param_groups[0]["weight_decay"] = 0.0
     weights.module.train()
     snapshots: list[Snapshot] = []
-    totals, examples = torch.zeros(2, dtype=torch.float64, device=vertices.device), 0
+    totals, examples = torch.zeros(2, device=vertices.device), 0
     for iteration in range(1, iterations + 1):
         for group in stepper.param_groups:
             group["lr"] = schedule(iteration)
