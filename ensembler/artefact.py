@@ -93,6 +93,8 @@ def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
         partial.rename(path)
         _flush(path.parent)
     except OSError as error:
+        if path.exists():  # another process took the name meanwhile
+            raise UsageError(f"{path} exists already: choose another path, or remove it first") from error
         raise ArtefactError(f"cannot write {path}: {error.strerror or error}; nothing was left behind") from error
     finally:
         if partial is not None:

@@ -127,6 +127,18 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path, images
         assert "epoch" not in result.stderr
 
 
+def test_a_name_taken_during_training_loses_nothing(tmp_path, images):
+    arguments = ["train-deep-ensemble", "--members", 1, *SMALL, "--epochs", 200, *images, "--out", "same"]
+    both = [start(tmp_path, *arguments) for _ in range(2)]
+    errors = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("was taken while this run was trained" in text for text in errors) == 1
+    saved = [path for path in tmp_path.glob("same*") if path.is_dir()]
+    assert len(saved) == 2
+    for path in saved:
+        Run.load(path)
+
+
 def start(folder, *arguments):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ensembler.cli", *map(str, arguments)]

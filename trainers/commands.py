@@ -299,7 +299,12 @@ def _save(run: "Run", out: Path | None) -> None:
     from ensembler.run import new_path
 
     manifest = run.manifest
-    path = run.save(out or new_path(Path("runs"), f"{manifest.method}-{manifest.architecture.replace(':', '-')}"))
+    path = out or new_path(Path("runs"), f"{manifest.method}-{manifest.architecture.replace(':', '-')}")
+    try:
+        run.save(path)
+    except UsageError:  # another process took the name meanwhile: what was trained is not thrown away
+        path = run.save(new_path(path.parent, path.name))
+        typer.echo(f"{out or 'the name'} was taken while this run was trained: it is saved beside it", err=True)
     cost, test = manifest.cost, manifest.metrics["test"]
     lines = [
         f"[bold]{manifest.method}[/] of {manifest.members} members on {manifest.dataset.title}: "
