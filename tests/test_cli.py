@@ -142,7 +142,11 @@ def test_a_name_taken_during_training_loses_nothing(tmp_path, images):
 def start(folder, *arguments):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ensembler.cli", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def listen() -> None:  # a test runner in the background hands down an ignored SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
 
 
 def test_ctrl_c_leaves_no_run_and_no_traceback(tmp_path, images):
