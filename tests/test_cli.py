@@ -146,7 +146,7 @@ def start(folder, *arguments):
     def listen() -> None:  # a test runner in the background hands down an ignored SIGINT
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=listen)  # noqa: PLW1509
 
 
 def test_ctrl_c_leaves_no_run_and_no_traceback(tmp_path, images):
