@@ -25,7 +25,7 @@ types: $(VENV)/wheel/ensembler  ## mypy on the built wheel, from outside the sou
 smoke: $(VENV)/wheel/ensembler  ## the built wheel trains, evaluates and exports from a temporary folder
 	sh .ci/smoke "$(abspath $(BIN))/python" "$(abspath $(VENV))/wheel"
 
-check: test lint types smoke  ## all of the above but the demo
+check: lint types smoke demo test  ## all of the above: what CI runs
 
 clean:  ## remove what was built, not what was trained
 	rm -rf build *.egg-info $(VENV)/wheel .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -44,9 +44,14 @@ class Ensemble:
     Attributes:
         run: the run it was made of.
         device: where it computes.
+
+    Raises:
+        UsageError: a device that is not there, or ``batch_size < 1``.
     """
 
     def __init__(self, run: Run, device: str | torch.device | None = None, batch_size: int | None = None) -> None:
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"the batch size must be at least 1, not {batch_size}")
         self.run = run
         self.device = choose_device(device)
         record = run.manifest.dataset
@@ -140,7 +145,7 @@ class Ensemble:
         coefficients = sample_coefficients(sampling, len(self._vertices), members, seed)
         if train is None and has_batchnorm(self._network):
             train = record.load().train
-        buffers = member_buffers(self._weights, self._vertices, coefficients, train, record, _BATCHNORM_BATCH)
+        buffers = member_buffers(self._weights, self._vertices, coefficients, train, record)
         manifest = self.run.manifest.model_copy(update={"members": members, "files": {}})
         sampled = replace(self.run, manifest=manifest, coefficients=coefficients, buffers=buffers)
         return Ensemble(sampled, self.device, self.batch_size)
@@ -198,7 +203,6 @@ def member_buffers(
     coefficients: Tensor,
     train: Split | None,
     record: DatasetRecord,
-    batch_size: int,
 ) -> dict[str, Tensor]:
     """Buffers of members that were never trained themselves, BatchNorm's recomputed from the training images.
 
@@ -219,15 +223,15 @@ def member_buffers(
         if has_batchnorm(weights.module):
             if train is None:
                 raise UsageError("a BatchNorm network needs its training images to make new members")
-            update_bn(_inputs(train, record, batch_size), weights.module)
+            update_bn(_inputs(train, record), weights.module)
         rows.append({name: buffer.cpu() for name, buffer in weights.buffers().items()})
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
-def _inputs(split: Split, record: DatasetRecord, batch_size: int) -> Iterator[Tensor]:
+def _inputs(split: Split, record: DatasetRecord) -> Iterator[Tensor]:
     """Training inputs in batches of nearly equal size: ``update_bn`` gives each batch the same weight."""
     stream = generator(0, "batchnorm augmentation")
-    for images in split.images.tensor_split(-(-len(split) // batch_size)):
+    for images in split.images.tensor_split(-(-len(split) // _BATCHNORM_BATCH)):
         yield normalise(augment(images, record.augmentation, stream), tuple(record.mean), tuple(record.std))
 
 

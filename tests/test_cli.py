@@ -73,9 +73,8 @@ def test_every_method_trains_and_deep_ensembles_are_compared(tmp_path, images, m
     for command in ("train-deep-ensemble", "train-fge"):
         result = call(command, "--members", 2, *SMALL, *images, "--out", command)
         assert result.exit_code == 0, result.output
-    result = call(
-        "train-simplex", "--init", "train-deep-ensemble", "--vertices", 2, *SMALL, *images, "--out", "simplex"
-    )
+    # The run to start from says which images and which network.
+    result = call("train-simplex", "--init", "train-deep-ensemble", "--vertices", 2, "--epochs", 2, "--out", "simplex")
     assert result.exit_code == 0, result.output
     result = call("eval", "train-deep-ensemble", "train-fge", "simplex", "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -83,11 +82,12 @@ def test_every_method_trains_and_deep_ensembles_are_compared(tmp_path, images, m
         assert title in result.stdout
     for arguments in (
         ["train-snapshots", "--members", 2, *SMALL, *images],
-        ["train-curve", "simplex", "train-fge", "--points", 5, *SMALL, *images],
+        ["train-curve", "simplex", "train-fge", "--points", 5, "--epochs", 2],
         ["collapse", "train-fge", "--device", "cpu"],
     ):
         result = call(*arguments, "--out", f"made-{arguments[0]}")
         assert result.exit_code == 0, result.output
+        assert result.stdout.splitlines()[-1] == f"run: made-{arguments[0]}"
     assert "fge-centroid of 1 members" in result.stdout
 
 

@@ -85,6 +85,9 @@ def test_what_cannot_be_evaluated_is_refused(runs, monkeypatch):
         evaluate([])
     with pytest.raises(UsageError, match="unknown shift 'imagenet-c': use cifar10c"):
         evaluate(runs, "imagenet-c", device="cpu")
+    for wrong in (0, -5):
+        with pytest.raises(UsageError, match="batch size must be at least 1"):
+            evaluate(runs, device="cpu", batch_size=wrong)
     for wrong in (0, 16):
         with pytest.raises(UsageError, match="the test set has 15 images"):
             evaluate(runs, device="cpu", examples=wrong)

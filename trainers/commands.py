@@ -33,7 +33,12 @@ _Out = Annotated[Path | None, typer.Option(help="Folder of the new run. (default
 
 @contextmanager
 def _session(
-    dataset: Annotated[str, _image_option(help="digits, cifar10, cifar100, fashion-mnist or folder:PATH.")] = "digits",
+    dataset: Annotated[
+        str | None,
+        _image_option(
+            help="digits, cifar10, cifar100, fashion-mnist or folder:PATH. (default: that of --init, or digits)"
+        ),
+    ] = None,
     data: Annotated[
         Path | None, _image_option(help="Folder of the dataset's files. (default: ~/.cache/ensembler/data)")
     ] = None,
@@ -77,27 +82,34 @@ def _session(
         device=device,
     )
     start = None if init is None else Run.load(init)
-    images = datasets.load(dataset, data, download=download, image_size=image_size)
+    if start is not None and dataset is None and image_size is None:
+        images = start.manifest.dataset.load(data, download=download)
+    else:
+        images = datasets.load(dataset or "digits", data, download=download, image_size=image_size)
     with _progress() as watch:
         yield Session(images, settings, start, watch)
 
 
 def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
-    """Make a command of a method: its own options, then the shared ones, then ``--out``."""
+    """Make a command of a method: its own options, then the shared ones, then ``--out``.
+
+    A method that names a shared option itself declares it in its own way.
+    """
 
     def decorate(method: Callable[..., "Run"]) -> Callable[..., None]:
+        own = {name: p for name, p in inspect.signature(method).parameters.items() if name != "session"}
         shared = inspect.signature(_session).parameters
-        own = [p for p in inspect.signature(method).parameters.values() if p.name != "session"]
+        options = own | {name: p for name, p in shared.items() if name not in own}
 
         @functools.wraps(method)
-        def command(out: Path | None, **options: Any) -> None:
+        def command(out: Path | None, **given: Any) -> None:
             _check_free(out)
-            with _session(**{name: options.pop(name) for name in shared}) as session:
-                run = method(session, **options)
+            with _session(**{name: given[name] for name in shared}) as session:
+                run = method(session, **{name: given[name] for name in own})
             _save(run, out)
 
         last = inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Out)
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared.values(), last)]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*options.values(), last)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         app.command(name)(command)
@@ -178,8 +190,8 @@ def train_simplex(
 @_trains("train-curve")
 def train_curve(
     session: "Session",
-    first: Annotated[Path, typer.Argument(help="The run whose first member is one end.")],
-    second: Annotated[Path, typer.Argument(help="The run whose first member is the other end.")],
+    init: Annotated[Path, typer.Argument(metavar="FIRST", help="The run whose first member is one end.")],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="The run whose first member is the other end.")],
     curve: Annotated[str, _option(help="bezier, or chain for straight pieces.")] = "bezier",
     bends: Annotated[int, _option(help="N, points between the ends that move.")] = 1,
     members: Annotated[int, _option(help="M, points of the curve in the ensemble, evenly spaced.")] = 5,
@@ -190,7 +202,7 @@ def train_curve(
     from ensembler.run import Run
     from ensembler.trainers.curve import train_curve as method
 
-    return method(session, Run.load(first), Run.load(second), curve, bends, members, points, examples)
+    return method(session, Run.load(init), Run.load(second), curve, bends, members, points, examples)
 
 
 @app.command("collapse")
@@ -318,11 +330,11 @@ def _save(run: "Run", out: Path | None) -> None:
             f"simplex: log volume {simplex['log_volume']:.2f}, edges {min(lengths):.2f} to {max(lengths):.2f} long"
         )
     if "path" in manifest.metrics:
-        for name, path in manifest.metrics["path"].items():
+        for name, way in manifest.metrics["path"].items():
             lines.append(
-                f"{name}: highest train loss {path['highest_train_loss']:.4f}, highest test error "
-                f"{path['highest_test_error']:.4f}; an end with t = 1/2: error "
-                f"{path['ensemble_error'][len(path['t']) // 2]:.4f}"
+                f"{name}: highest train loss {way['highest_train_loss']:.4f}, highest test error "
+                f"{way['highest_test_error']:.4f}; an end with t = 1/2: error "
+                f"{way['ensemble_error'][len(way['t']) // 2]:.4f}"
             )
     lines.append(f"cost: {cost.example_passes:,} example passes, {cost.seconds:.0f} s on {cost.device}")
     lines.append(f"run: {path}")

@@ -49,7 +49,7 @@ class Settings:
         rate: highest learning rate of a solution's one-cycle schedule.
         momentum, weight_decay: of SGD with Nesterov momentum.
         clip: largest gradient norm, or ``None``.
-        augmentation: see :class:`~ensembler.trainers.loop.Batches`; by default what suits the dataset.
+        augmentation: see :func:`ensembler.datasets.augment`; by default what suits the dataset.
         seed: of everything that is drawn.
         device: ``"cpu"``, ``"cuda"``, ...; by default CUDA where there is one.
     """
@@ -177,7 +177,7 @@ class Session:
         test = _some(self.dataset.test, examples)
         result = []
         for row in coefficients:
-            buffers = member_buffers(self.weights, vertices, row[None], self._images, record, self._batch_size)
+            buffers = member_buffers(self.weights, vertices, row[None], self._images, record)
             self.weights.load_buffers({name: rows[0] for name, rows in buffers.items()})
             seen, unseen = self._log_probabilities(train), self._log_probabilities(test)
             loss = torch.nn.functional.nll_loss(seen, train.labels).item()
@@ -227,7 +227,7 @@ class Session:
         :func:`ensembler.ensemble.member_buffers`."""
         if has_batchnorm(self.weights.module):
             self._batchnorm_examples += len(coefficients) * min(len(self._images), BATCHNORM_EXAMPLES)
-        return member_buffers(self.weights, vertices, coefficients, self._images, self._record, self._batch_size)
+        return member_buffers(self.weights, vertices, coefficients, self._images, self._record)
 
     def finish(
         self,
