@@ -1,15 +1,22 @@
-"""A name to a network: the small ones of this package, torchvision's, and the user's own.
+"""A name to a network: those of the papers, torchvision's, timm's, and the user's own.
 
-=========================  ==========================================================================
-``cnn``                    six 3x3 convolutions (32-64-128 channels), no BatchNorm; 0.29 M parameters
-``resnet20``               pre-activation ResNet-20 with BatchNorm (He et al. 2016); 0.27 M
-``vgg16``                  VGG16 without BatchNorm, as in SPRO's paper (Benton et al. 2021); 15.2 M
-``torchvision:NAME``       any classifier of torchvision, e.g. ``torchvision:resnet18``
+==========================  ===========================================================================
+``cnn``                     six 3x3 convolutions (32-64-128 channels), no BatchNorm; 0.29 M parameters
+``resnet20``                the older name of ``preresnet20``
+``preresnet20``             pre-activation ResNet (He et al. 2016), basic blocks; 0.27 M
+``preresnet56``             the same, deeper; 0.86 M
+``preresnet110``            the same, deeper; 1.73 M
+``preresnet164``            the same with bottleneck blocks; 1.70 M
+``vgg16``                   VGG16 without BatchNorm, as in SPRO's paper (Benton et al. 2021); 15.2 M
+``vgg16bn``                 VGG16 with BatchNorm after each convolution; 15.3 M
+``wrn28x10``                wide ResNet 28-10 (Zagoruyko & Komodakis 2016); 36.5 M
+``torchvision:NAME``        any classifier of torchvision, e.g. ``torchvision:resnet18``
+``timm:NAME``               any model of timm, where that is installed, e.g. ``timm:convnext_tiny``
 ``package.module:factory``  the user's own: called as ``factory(num_classes=C)``, returns an ``nn.Module``
-=========================  ==========================================================================
+==========================  ===========================================================================
 
 A network takes normalised float images (B, 3, H, W) and returns logits (B, C). Those of this package take any size
-from 32 x 32 up.
+from 32 x 32 up; their parameters are counted for 10 classes.
 """
 
 from __future__ import annotations
@@ -17,7 +24,9 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +34,7 @@ from torch import Tensor, nn
 from ensembler.errors import UsageError
 from ensembler.seeds import derive
 
-__all__ = ["build", "cnn", "resnet20", "vgg16"]
+__all__ = ["build", "cnn", "from_timm", "from_torchvision", "preresnet", "vgg16"]
 
 
 def build(name: str, classes: int, seed: int = 0) -> nn.Module:
@@ -37,19 +46,22 @@ def build(name: str, classes: int, seed: int = 0) -> nn.Module:
     one is as trustworthy as the module it names.
 
     Raises:
-        UsageError: an unknown name, or a factory that does not return a network for ``classes`` classes.
+        UsageError: an unknown name, a library that is not installed, or a factory that does not return a network for
+            ``classes`` classes.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "initial weights"))
         if name in _OWN:
             network: nn.Module = _OWN[name](classes)
         elif name.startswith("torchvision:"):
-            network = _torchvision(name.removeprefix("torchvision:"), classes)
+            network = from_torchvision(name.removeprefix("torchvision:"), num_classes=classes)
+        elif name.startswith("timm:"):
+            network = from_timm(name.removeprefix("timm:"), num_classes=classes)
         elif ":" in name:
             network = _factory(name, classes)
         else:
-            known = ", ".join(_OWN)
-            raise UsageError(f"unknown architecture {name!r}: use {known}, torchvision:NAME or package.module:factory")
+            known = ", ".join((*_OWN, "torchvision:NAME", "timm:NAME"))
+            raise UsageError(f"unknown architecture {name!r}: use {known} or package.module:factory")
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
@@ -64,13 +76,21 @@ def cnn(classes: int) -> nn.Sequential:
     return _he_initialised(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)))
 
 
-def vgg16(classes: int) -> nn.Sequential:
-    """VGG16 for 32 x 32 images, without BatchNorm, with dropout in its three-layer head."""
+def vgg16(classes: int, *, batchnorm: bool = False) -> nn.Sequential:
+    """VGG16 for 32 x 32 images, with dropout in its three-layer head of 512 units.
+
+    As in Garipov et al. 2018 and Benton et al. 2021, whose code has it in timgaripov/swa and
+    g-benton/loss-surface-simplexes. (``VGG16BN`` of timgaripov/dnn-mode-connectivity is another network: its forward
+    pass leaves out a convolution of each stage.)
+    """
     layers: list[nn.Module] = []
     channels = 3
     for repeats, width in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
         for _ in range(repeats):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            layers.append(nn.Conv2d(channels, width, 3, padding=1))
+            if batchnorm:
+                layers.append(nn.BatchNorm2d(width))
+            layers.append(nn.ReLU(inplace=True))
             channels = width
         layers.append(nn.MaxPool2d(2))
     head: list[nn.Module] = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
@@ -80,36 +100,63 @@ def vgg16(classes: int) -> nn.Sequential:
     return _he_initialised(nn.Sequential(*layers, *head, nn.Linear(channels, classes)))
 
 
-def resnet20(classes: int) -> nn.Sequential:
-    """Pre-activation ResNet-20 (He et al. 2016, "Identity mappings"): three stages of three blocks."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False)]
+def preresnet(classes: int, *, blocks: int, width: int = 16, bottleneck: bool = False) -> nn.Sequential:
+    """Pre-activation ResNet for 32 x 32 images: three stages of ``blocks`` blocks, the later two at half resolution.
+
+    Between blocks the stages have ``width``, ``2 width`` and ``4 width`` channels. A basic block has two 3x3
+    convolutions, which makes the network ``6 blocks + 2`` layers deep; a bottleneck has 1x1, 3x3 and 1x1, within which
+    it is a quarter as wide, ``9 blocks + 2``. The block is that of He et al. 2016, "Identity mappings in deep residual
+    networks" (Fig. 4e; code: KaimingHe/resnet-1k-layers). Basic and ten times as wide, it is the wide ResNet of
+    Zagoruyko & Komodakis 2016 (Table 1, no dropout), who count convolutions, also the shortcuts': ``6 blocks + 4``.
+
+    Depth 110 is basic and 164 is of bottlenecks, as in He et al.'s experiments; both have 1.7 M parameters. The code of
+    Garipov et al. 2018 (timgaripov/dnn-mode-connectivity) takes bottlenecks from depth 44 on: its ``PreResNet164`` has
+    these parameters, its ``PreResNet110`` is another network, of 1.15 M. It also strides in a bottleneck's 3x3
+    convolution, feeds shortcuts without activation and gives a wide ResNet's convolutions biases. Here these are as in
+    He et al.'s and Zagoruyko & Komodakis's own code.
+    """
+    layers: list[nn.Module] = [_convolution(3, 16, 3)]
     channels = 16
-    for width, stride in ((16, 1), (32, 2), (64, 2)):
-        layers += [
-            _PreActivationBlock(channels, width, stride),
-            _PreActivationBlock(width, width),
-            _PreActivationBlock(width, width),
-        ]
-        channels = width
+    for stage in range(3):
+        for block in range(blocks):
+            stride = 2 if stage > 0 and block == 0 else 1
+            layers.append(_PreActivationBlock(channels, width << stage, stride, bottleneck))
+            channels = width << stage
     tail = [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return _he_initialised(nn.Sequential(*layers, *tail, nn.Linear(channels, classes)))
 
 
 class _PreActivationBlock(nn.Module):
-    def __init__(self, channels: int, width: int, stride: int = 1) -> None:
+    """BatchNorm, ReLU and convolution, two times or three, and a shortcut around them.
+
+    The first convolution strides. Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
+    """
+
+    def __init__(self, channels: int, width: int, stride: int, bottleneck: bool) -> None:
         super().__init__()
+        inner = width // 4 if bottleneck else width
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv1 = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv1 = _convolution(channels, inner, 1 if bottleneck else 3, stride)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv2 = _convolution(inner, inner, 3)
+        if bottleneck:
+            self.bn3 = nn.BatchNorm2d(inner)
+            self.conv3 = _convolution(inner, width, 1)
+        self.bottleneck = bottleneck
         same = stride == 1 and channels == width
-        self.shortcut = None if same else nn.Conv2d(channels, width, 1, stride=stride, bias=False)
+        self.shortcut = None if same else _convolution(channels, width, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         activated = torch.relu(self.bn1(x))
         shortcut = x if self.shortcut is None else self.shortcut(activated)
         residual: Tensor = self.conv2(torch.relu(self.bn2(self.conv1(activated))))
+        if self.bottleneck:
+            residual = self.conv3(torch.relu(self.bn3(residual)))
         return residual + shortcut
+
+
+def _convolution(channels: int, width: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, width, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
 def _he_initialised(network: nn.Sequential) -> nn.Sequential:
@@ -124,15 +171,52 @@ def _he_initialised(network: nn.Sequential) -> nn.Sequential:
     return network
 
 
-_OWN: dict[str, Callable[[int], nn.Module]] = {"cnn": cnn, "resnet20": resnet20, "vgg16": vgg16}
+_OWN: dict[str, Callable[[int], nn.Module]] = {
+    "cnn": cnn,
+    "resnet20": partial(preresnet, blocks=3),
+    "preresnet20": partial(preresnet, blocks=3),
+    "preresnet56": partial(preresnet, blocks=9),
+    "preresnet110": partial(preresnet, blocks=18),
+    "preresnet164": partial(preresnet, blocks=18, width=64, bottleneck=True),
+    "vgg16": vgg16,
+    "vgg16bn": partial(vgg16, batchnorm=True),
+    "wrn28x10": partial(preresnet, blocks=4, width=160),
+}
 
 
-def _torchvision(name: str, classes: int) -> nn.Module:
+def from_torchvision(name: str, **options: Any) -> nn.Module:
+    """A classifier of torchvision, made with ``options`` (``num_classes``, ``weights``).
+
+    Raises:
+        UsageError: torchvision has none of that name.
+    """
     from torchvision import models
 
     if name not in models.list_models(module=models):
         raise UsageError(f"torchvision has no classifier {name!r}: see torchvision.models.list_models()")
-    network: nn.Module = models.get_model(name, weights=None, num_classes=classes)
+    network: nn.Module = models.get_model(name, **options)
+    return network
+
+
+def from_timm(name: str, **options: Any) -> nn.Module:
+    """A model of timm, made with ``options`` (``num_classes``, ``pretrained``).
+
+    Raises:
+        UsageError: timm is not installed, has none of that name, or no weights of it where they are asked for.
+    """
+    try:
+        import timm  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise UsageError(f"timm:{name} needs timm: pip install timm") from error
+    if not timm.is_model(name):
+        raise UsageError(f"timm has no model {name!r}: see timm.list_models()")
+    if options.get("pretrained") and not timm.is_model_pretrained(name):
+        raise UsageError(f"timm has no weights of {name!r}: see timm.list_pretrained()")
+    try:
+        network: nn.Module = timm.create_model(name, **options)
+    except RuntimeError as error:  # a name's unknown tag, a helper library that is missing
+        reason, _, _ = str(error).partition("\n")
+        raise UsageError(f"timm cannot make {name!r}: {reason}") from error
     return network
 
 

@@ -1,0 +1,242 @@
+"""Weights from elsewhere: read a file of them, or fetch published ones, and fit them to a network.
+
+Nothing is unpickled: a file is safetensors, or is read by ``torch.load(..., weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ensembler import architectures
+from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, ShapeError, UsageError
+
+__all__ = ["Checkpoint", "fit", "pretrained", "read"]
+
+_NESTED = ("state_dict", "model_state_dict", "model_state", "model", "net", "model_ema")
+_ANOTHER = "these weights are another architecture's"
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Weights by name, and in words where they come from."""
+
+    origin: str
+    tensors: Mapping[str, Tensor]
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, on the CPU.
+
+    ``.safetensors`` is read as such, any other file (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) as PyTorch's. It holds a
+    state dict, or has one under the first of ``state_dict``, ``model_state_dict``, ``model_state``, ``model``, ``net``
+    and ``model_ema`` that it has. What wrappers add to the names is taken off: ``module.`` of ``DataParallel`` and
+    ``AveragedModel`` (and the latter's count, ``n_averaged``), ``_orig_mod.`` of ``torch.compile``.
+
+    Raises:
+        ArtefactError: no such file, one that holds pickled objects, or one without a state dict.
+        CorruptError: the file is damaged, or of no format that PyTorch can read.
+    """
+    content: Any
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        if path.suffix.lower() == ".safetensors":
+            content = load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what it warns of, it also refuses, or reads
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ArtefactError(f"no weights at {path}: there is no such file") from error
+    except IsADirectoryError as error:
+        raise ArtefactError(f"{path} is a folder: name the file of weights in it") from error
+    except OSError as error:
+        raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # of any kind: the bytes are a stranger's
+        if pickled := re.search(r"GLOBAL ([\w.]+)|(TorchScript|legacy \.tar)", str(error)):
+            raise ArtefactError(
+                f"{path} holds more than tensors ({pickled[1] or pickled[2]}), and reading that could run code: "
+                "save the state dict alone, torch.save(network.state_dict(), FILE)"
+            ) from error
+        raise CorruptError(f"{path} is damaged, or no file of weights: copy or download it again") from error
+    for _ in range(3):  # one within another, but not without end
+        if isinstance(content, Mapping):
+            content = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), content)
+    return _unwrapped(_checked(content, path))
+
+
+def fit(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Write a state dict into a network, in place, except for a head that has another number of classes.
+
+    The head is the last linear layer (or the last convolution of a network without one). Where ``state`` has nothing
+    for it, or a layer that differs in its number of outputs alone, it keeps the weights it has. Checkpoints older than
+    BatchNorm's ``num_batches_tracked`` fit. Every other name and shape must match; if one does not, nothing is written.
+
+    An auxiliary head is a layer like any other: torchvision's weights of ``inception_v3`` and ``googlenet`` are refused
+    for another number of classes.
+
+    Returns:
+        The names of the head's tensors if it kept its own, else nothing.
+
+    Raises:
+        ShapeError: a tensor is missing, unknown, or of another shape or kind; it is named.
+    """
+    own = _tensors(network)
+    head = _unfitting_head(network, state)
+    fresh = [name for name in own if head is not None and name.startswith(head)]
+    for name, given in state.items():
+        if head is not None and name.startswith(head):
+            continue
+        if name not in own:
+            raise ShapeError(f"the network has no tensor {name!r}, of {_kind(given)}: {_ANOTHER}")
+        if given.shape != own[name].shape or given.is_floating_point() != own[name].is_floating_point():
+            raise ShapeError(f"tensor {name!r}: expected {_kind(own[name])}, found {_kind(given)}: {_ANOTHER}")
+    for name in own:
+        if name not in state and name not in fresh and not name.endswith("num_batches_tracked"):
+            raise ShapeError(f"no weights for tensor {name!r}, of {_kind(own[name])}: {_ANOTHER}")
+    for name, tensor in own.items():
+        if name in state and name not in fresh:
+            tensor.copy_(state[name])
+    return fresh
+
+
+def pretrained(architecture: str, weights: str = "DEFAULT") -> dict[str, Tensor]:
+    """The published weights of a network of torchvision or timm, from its cache or else fetched there.
+
+    Args:
+        architecture: ``torchvision:NAME`` or ``timm:NAME``.
+        weights: for torchvision one of the names of ``torchvision.models.get_model_weights(NAME)``, e.g.
+            ``IMAGENET1K_V1``; for timm, whose names name the weights too (``NAME.TAG``), ``DEFAULT``.
+
+    Raises:
+        UsageError: another architecture, or no weights of that name.
+        ArtefactError: they cannot be fetched; where from, and where to put them, is said.
+        CorruptError: the file is not the published one.
+    """
+    library, _, name = architecture.partition(":")
+    if library == "torchvision":
+        return _torchvision(name, weights)
+    if library == "timm":
+        return _timm(name, weights)
+    raise UsageError(
+        f"{architecture} has no published weights: torchvision:NAME and timm:NAME have; give a file of weights instead"
+    )
+
+
+def _checked(content: object, path: Path) -> dict[str, Tensor]:
+    """``content`` if it is a state dict."""
+    mend = "save the network's state_dict()"
+    if not isinstance(content, Mapping):
+        raise ArtefactError(f"{path} holds a {type(content).__name__}, not weights by name: {mend}")
+    if not any(isinstance(value, Tensor) for value in content.values()):
+        held = ", ".join(map(repr, list(content)[:5])) or "nothing"
+        raise ArtefactError(f"{path} holds no weights ({held}): {mend}")
+    for name, value in content.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise ArtefactError(f"{path} holds more than weights (a {type(value).__name__} as {name!r}): {mend}")
+    return {name: value.detach() for name, value in content.items()}
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    while (names := state.keys() - {"n_averaged"}) and all(name.startswith("module.") for name in names):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items() if name in names}
+    return state
+
+
+def _unfitting_head(network: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+    """What the names of the head's tensors start with, if ``state`` has no head that fits."""
+    layers = {f"{name}." if name else "": module for name, module in network.named_modules()}
+    for prefix, layer in reversed(layers.items()):
+        given = state.get(f"{prefix}weight")
+        if isinstance(layer, nn.Linear | nn.Conv2d) and given is not None:
+            expected = layer.weight.shape
+            if given.shape[1:] == expected[1:] and given.shape[:1] != expected[:1]:
+                return prefix
+    linear = [prefix for prefix, layer in layers.items() if isinstance(layer, nn.Linear)]
+    last = linear or [prefix for prefix, layer in layers.items() if isinstance(layer, nn.Conv2d)]
+    return last[-1] if last and not any(name.startswith(last[-1]) for name in state) else None
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _torchvision(name: str, weights: str) -> dict[str, Tensor]:
+    from torchvision import models
+
+    try:
+        published = models.get_model_weights(name).__members__
+    except ValueError as error:
+        raise UsageError(f"torchvision has no network {name!r}: see torchvision.models.list_models()") from error
+    if weights not in published:
+        raise UsageError(f"torchvision has no weights {weights!r} of {name}: use {' or '.join(published)}")
+    url = published[weights].url
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
+    try:
+        with _weights_only(), torch.random.fork_rng(devices=[]):
+            # Through the network: some files have older names, which torchvision translates.
+            return _tensors(architectures.from_torchvision(name, weights=published[weights]))
+    except EnsemblerError:
+        raise
+    except (OSError, HTTPException) as error:
+        raise ArtefactError(f"cannot fetch {url} ({_reason(error)}): put that file at {file}") from error
+    except Exception as error:  # of any kind: the bytes are a stranger's
+        raise CorruptError(f"{url} came damaged ({_reason(error)}): remove {file}, and it is fetched again") from error
+
+
+def _timm(name: str, weights: str) -> dict[str, Tensor]:
+    if weights != "DEFAULT":
+        raise UsageError(f"timm:{name} has no weights {weights!r}: use DEFAULT, or timm:NAME.TAG for others")
+    try:
+        with _weights_only(), torch.random.fork_rng(devices=[]):
+            return _tensors(architectures.from_timm(name, pretrained=True))
+    except EnsemblerError:
+        raise
+    except Exception as error:  # of any kind: timm, its hub's client and the bytes are strangers
+        import timm  # type: ignore[import-not-found]
+
+        origin = timm.get_pretrained_cfg(name)
+        url = f"https://huggingface.co/{origin.hf_hub_id}" if origin.hf_hub_id else origin.url
+        raise ArtefactError(
+            f"cannot fetch {url} ({_reason(error)}): "
+            "fetch it where there is a network, and copy that machine's cache (HF_HOME, TORCH_HOME) here"
+        ) from error
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """Make every ``torch.load`` within refuse pickled objects, also those of other libraries."""
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE]
+        else:
+            os.environ[_FORCE] = before
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of what a library says."""
+    said = str(getattr(error, "reason", error)).partition("\n")[0].partition(". ")[0]
+    return said.rstrip(".:") or type(error).__name__
