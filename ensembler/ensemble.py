@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,14 +142,29 @@ class Ensemble:
         sampling = self.run.manifest.sampling
         if sampling is None:
             raise UsageError(f"the members of a run by {self.run.manifest.method} are fixed: nothing to sample from")
+        return self.at(sample_coefficients(sampling, len(self._vertices), members, seed), train)
+
+    def at(self, coefficients: Tensor, train: Split | None = None) -> Ensemble:
+        """An ensemble of the members at other coefficients of the same vertices: any points of their affine span.
+
+        Args:
+            coefficients: (M, K), M >= 1; rows of sum 1.
+            train: the training images, from which a BatchNorm network's statistics are recomputed for every member;
+                by default the run's own dataset is loaded again, from its usual place.
+
+        Raises:
+            ShapeError: coefficients of another shape.
+        """
+        if coefficients.dim() != 2 or not len(coefficients) or coefficients.shape[1] != len(self._vertices):
+            found = tuple(coefficients.shape)
+            raise ShapeError(f"expected coefficients (M, {len(self._vertices)}) with M >= 1, found {found}")
         record = self.run.manifest.dataset
-        coefficients = sample_coefficients(sampling, len(self._vertices), members, seed)
         if train is None and has_batchnorm(self._network):
             train = record.load().train
         buffers = member_buffers(self._weights, self._vertices, coefficients, train, record)
-        manifest = self.run.manifest.model_copy(update={"members": members, "files": {}})
-        sampled = replace(self.run, manifest=manifest, coefficients=coefficients, buffers=buffers)
-        return Ensemble(sampled, self.device, self.batch_size)
+        manifest = self.run.manifest.model_copy(update={"members": len(coefficients), "files": {}})
+        moved = replace(self.run, manifest=manifest, coefficients=coefficients, buffers=buffers)
+        return Ensemble(moved, self.device, self.batch_size)
 
     def _prepare(self, x: Tensor) -> Tensor:
         x = x.to(self.device)
@@ -174,7 +190,10 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def sample_coefficients(sampling: Sampling, vertices: int, members: int, seed: int) -> Tensor:
-    """Coefficients (M, K) of members shared out among the simplexes, each Dirichlet in its own.
+    """Coefficients (M, K) of members, each Dirichlet in one of the simplexes.
+
+    Without weights the members are shared out in turn; with them, each draws its simplex. With corners, the first
+    members are the vertices themselves: the first of every simplex, then the second of every simplex, and so on.
 
     Raises:
         UsageError: ``members < 1``.
@@ -183,12 +202,16 @@ def sample_coefficients(sampling: Sampling, vertices: int, members: int, seed: i
         raise UsageError(f"an ensemble needs at least one member, not {members}")
     rng = np.random.default_rng(derive(seed, "members"))
     coefficients = torch.zeros(members, vertices)
-    count = len(sampling.simplexes)
-    for i, simplex in enumerate(sampling.simplexes):
-        rows = torch.arange(i, members, count)
-        coefficients[rows[:, None], torch.tensor(simplex)] = dirichlet(
-            len(rows), len(simplex), rng, sampling.concentration
-        )
+    simplexes = sampling.simplexes
+    corners = list(dict.fromkeys(chain.from_iterable(zip(*simplexes, strict=True)))) if sampling.corners else []
+    corners = corners[:members]
+    coefficients[torch.arange(len(corners)), torch.tensor(corners, dtype=torch.int64)] = 1
+    places, count = np.arange(len(corners), members), len(simplexes)
+    drawn = places % count if sampling.weights is None else rng.choice(count, len(places), p=sampling.weights)
+    for i, simplex in enumerate(simplexes):
+        rows = torch.from_numpy(places[drawn == i])
+        points = dirichlet(len(rows), len(simplex), rng, sampling.concentration)
+        coefficients[rows[:, None], torch.tensor(simplex)] = points
     return coefficients
 
 

@@ -36,9 +36,10 @@ from ensembler import artefact, datasets
 from ensembler.datasets import AUGMENTATIONS, Dataset
 from ensembler.errors import ArtefactError, DataError, DivergedError, UsageError
 
-__all__ = ["Cost", "DatasetRecord", "Manifest", "Run", "Sampling", "latest", "new_path", "versions"]
+__all__ = ["Cost", "DatasetRecord", "Manifest", "Part", "Run", "Sampling", "latest", "new_path", "versions"]
 
-FORMAT = 1
+FORMAT = 2
+_FORMATS = (1, 2)
 _PACKAGES = (
     *("ensembler", "torch", "torchvision", "numpy", "scikit-learn", "netcal"),
     *("onnx", "onnxruntime-gpu", "onnxruntime", "bentoml"),
@@ -116,24 +117,57 @@ class DatasetRecord(_Record):
 
 
 class Sampling(_Record):
-    """How further members can be drawn: barycentric coordinates in each of the simplexes."""
+    """How further members can be drawn: barycentric coordinates in the simplexes.
+
+    Attributes:
+        simplexes: of each, the rows of its vertices.
+        concentration: of the Dirichlet distribution.
+        corners: whether a simplex's first members are its vertices themselves.
+        weights: the probability of each simplex; ``None`` shares the members out evenly.
+    """
 
     simplexes: list[list[int]]
     concentration: float
+    corners: bool = False
+    weights: list[float] | None = None
+
+
+class Part(_Record):
+    """What one piece of the training cost: a base solution ("solution 1"), or an addition ("vertex 2").
+
+    Attributes:
+        example_passes: one example forward and backward once.
+        forward_passes: examples that went forward only: for BatchNorm statistics, distances in function space, and
+            what a method measures on its way.
+        seconds: wall time; ``None`` where it is not known.
+        peak_memory: bytes; on a GPU, the most that was allocated meanwhile; on a CPU, the most that the process had
+            held by then. ``None`` where it is not known.
+        device: what it ran on.
+        origin: the file of weights that was started from, whose cost is not known and not counted.
+    """
+
+    example_passes: int = 0
+    forward_passes: int = 0
+    seconds: float | None = 0.0
+    peak_memory: int | None = None
+    device: str
+    origin: str | None = None
 
 
 class Cost(_Record):
-    """What training cost. One example pass is one example forward and backward once.
-
-    ``parts`` splits the example passes by what they were spent on ("solution 1", "vertex 2", ...).
-    ``batchnorm_examples`` went forward only, to recompute BatchNorm statistics.
-    """
+    """What training cost in all, and in each of its parts; the units are those of :class:`Part`."""
 
     example_passes: int
-    parts: dict[str, int]
-    batchnorm_examples: int
+    forward_passes: int
     seconds: float
+    peak_memory: int | None
     device: str
+    parts: dict[str, Part]
+
+    @property
+    def unknown(self) -> list[str]:
+        """The files of weights whose own cost is not known and not counted."""
+        return [part.origin for part in self.parts.values() if part.origin is not None]
 
 
 class Manifest(_Record):
@@ -209,9 +243,9 @@ class Run:
             ArtefactError: no run there, or of a format this version cannot read.
             CorruptError: a file is missing or changed; it is named.
         """
-        content = artefact.read(path, "run", formats=(FORMAT,))
+        content = artefact.read(path, "run", formats=_FORMATS)
         try:
-            manifest = Manifest.model_validate(content)
+            manifest = Manifest.model_validate(_of_format_1(content) if content["format"] == 1 else content)
             members = load_file(path / "members.safetensors")
             frozen = path / "frozen.safetensors"
             return cls(
@@ -258,6 +292,17 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _of_format_1(content: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 knew only how many example passes each part had taken."""
+    cost = dict(content["cost"])
+    device = cost["device"]
+    cost["parts"] = {
+        name: {"example_passes": passes, "seconds": None, "device": device} for name, passes in cost["parts"].items()
+    }
+    cost |= {"forward_passes": cost.pop("batchnorm_examples"), "peak_memory": None}
+    return content | {"cost": cost}
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

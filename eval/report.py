@@ -45,7 +45,11 @@ class ShiftReport(BaseModel):
 
 
 class RunReport(BaseModel):
-    """One run's cost and scores."""
+    """One run's cost and scores.
+
+    ``training_unknown`` names files of weights that training started from, whose own cost is not known and not counted;
+    ``training_peak_memory`` is in bytes.
+    """
 
     name: str
     method: str
@@ -55,7 +59,10 @@ class RunReport(BaseModel):
     parameters: int
     seed: int
     training_example_passes: int
+    training_forward_passes: int
+    training_unknown: list[str]
     training_seconds: float
+    training_peak_memory: int | None
     training_device: str
     forward_passes_per_prediction: int
     clean: CellScores
@@ -124,7 +131,7 @@ def _costs(report: Report) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in ("run", "method", "network"):
         table.add_column(name, overflow="fold")
-    for name in ("M", "example passes in training", "training s", "forward passes a prediction"):
+    for name in ("M", "example passes in training", "forward only", "training s", "forward passes a prediction"):
         table.add_column(name, justify="right")
     for number, run in enumerate(report.runs, start=1):
         table.add_row(
@@ -132,7 +139,10 @@ def _costs(report: Report) -> Table:
             run.method,
             run.architecture,
             str(run.members),
-            f"{run.training_example_passes:,}",
+            " + ".join(
+                (f"{run.training_example_passes:,}", *(f"those of {origin}" for origin in run.training_unknown))
+            ),
+            f"{run.training_forward_passes:,}",
             f"{run.training_seconds:,.0f}",
             str(run.forward_passes_per_prediction),
         )

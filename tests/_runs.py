@@ -56,7 +56,7 @@ def make_run(path: Path, architecture: str = "cnn", members: int = 3) -> Path:
         parameters=len(weights),
         sampling=None,
         options={},
-        cost=Cost(parts={"train": 1000}, example_passes=1000, batchnorm_examples=0, seconds=1.0, device="cpu"),
+        cost=Cost(parts={}, example_passes=1000, forward_passes=0, seconds=1.0, peak_memory=None, device="cpu"),
         metrics={},
         created="2026-01-01T00:00:00+00:00",
         versions={},

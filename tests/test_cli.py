@@ -83,12 +83,28 @@ def test_every_method_trains_and_deep_ensembles_are_compared(tmp_path, images, m
     for arguments in (
         ["train-snapshots", "--members", 2, *SMALL, *images],
         ["train-curve", "simplex", "train-fge", "--points", 5, "--epochs", 2],
+        ["train-complex", "simplex", "train-fge", "--points", 5, "--epochs", 2],
+        ["train-subspace", "--vertices", 2, *SMALL, *images],
         ["collapse", "train-fge", "--device", "cpu"],
     ):
         result = call(*arguments, "--out", f"made-{arguments[0]}")
         assert result.exit_code == 0, result.output
         assert result.stdout.splitlines()[-1] == f"run: made-{arguments[0]}"
     assert "fge-centroid of 1 members" in result.stdout
+    result = call("train-fge", "--members", 2, *SMALL, *images, "--collapse", "centroid", "--out", "swa")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] == call("collapse", "train-fge", "--out", "x").stdout.splitlines()[0]
+    shown = call("show", "made-train-complex").stdout
+    for part in ("mode 1", "connector 1", "measurements", "forward passes", "GiB at the most", "simplex 1"):
+        assert part in shown
+    result = call(
+        *["train-simplex", "--init", "simplex", "--vertices", 2, "--vertex-epochs", 1, "--no-corners"],
+        *["--regularisation", "auto", "--regulariser", "function", "--tolerance", 1e9],
+    )
+    assert result.exit_code == 0, result.output
+    assert "lambda: 1, chosen in 3 trials" in result.stdout
+    assert "lambda 0.03: held-out NLL inside" in result.stderr
+    assert "simplex of 2 vertices: log volume" in result.stderr
 
 
 def test_bad_input_gets_one_clear_line(tmp_path, images, monkeypatch):
@@ -98,6 +114,8 @@ def test_bad_input_gets_one_clear_line(tmp_path, images, monkeypatch):
         (["train-simplex", "--dataset", "nothing"], "error: unknown dataset 'nothing'"),
         (["train-simplex", "--arch", "nothing", *images], "error: unknown architecture 'nothing'"),
         (["train-simplex", "--vertices", "1", *images], "at least 2 vertices"),
+        (["train-simplex", "--regularisation", "much", *images], "--regularisation is a number or auto, not 'much'"),
+        (["train-complex", "nowhere", "here"], "no run at nowhere"),
         (["train-simplex", "--device", "nothing", *images], "cannot compute on the device 'nothing'"),
         (["train-simplex", "--init", "nowhere", *images], "no run at nowhere"),
         (["train-fge", "--out", "taken", *images], "taken exists already"),

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from ensembler.architectures import build
+from ensembler.checkpoint import Checkpoint
 from ensembler.datasets import Split, normalise
 from ensembler.ensemble import Ensemble
-from ensembler.errors import DataError, DivergedError, UsageError
+from ensembler.errors import DataError, DivergedError, ShapeError, UsageError
 from ensembler.run import Run
 from ensembler.subspace import log_volume
 from ensembler.trainers import Session, Settings, train_deep_ensemble, train_fge, train_simplex, train_snapshots
@@ -26,6 +27,11 @@ from tests._small import SETTINGS, dataset
 def session(**changes):
     init = changes.pop("init", None)
     return Session(changes.pop("dataset", dataset()), Settings(**(SETTINGS | changes)), init)
+
+
+def passes(run):
+    """Example passes by part, of those that trained something."""
+    return {name: part.example_passes for name, part in run.manifest.cost.parts.items() if part.example_passes}
 
 
 def same(one: Run, other: Run) -> bool:
@@ -122,12 +128,11 @@ def test_the_volume_regulariser_is_autograd_of_minus_lambda_log_volume():
     simplex = torch.randn(4, 50, generator=generator, dtype=torch.float64)
     simplex[3] += 100  # so far out that the softening does not count
     gradients = torch.ones(1, 50, dtype=torch.float64)
-    towards_volume(simplex, 0.3, scratch=torch.empty(50, dtype=torch.float64))(gradients)
+    towards_volume(simplex[:3], simplex[3], 0.3, torch.empty(50, dtype=torch.float64))(gradients)
     vertex = simplex[3].clone().requires_grad_()
     edges = torch.stack([*simplex[1:3], vertex]) - simplex[0]
     (-0.3 * torch.logdet(edges @ edges.T) / 2).backward()
     torch.testing.assert_close(gradients[0], 1 + vertex.grad, rtol=1e-4, atol=1e-9)
-    assert towards_volume(simplex, 0.0, scratch=torch.empty(50)) is None
 
 
 def test_clipping_shortens_the_gradient_to_the_limit():
@@ -192,21 +197,27 @@ def test_snapshot_rate_restarts_and_each_cycle_ends_in_a_snapshot():
     assert all(torch.equal(tensor, expected[name]) for name, tensor in run.vertices.items())
 
 
-def test_the_cost_counts_every_example_that_passed():
-    counted = 0
-    module = build("tests._small:network", 3)
-    module.register_forward_pre_hook(lambda _, inputs: nonlocal_add(len(inputs[0])))
+@pytest.mark.parametrize("network", ["network", "batchnorm"])
+@pytest.mark.parametrize("regulariser", ["volume", "function"])
+def test_the_cost_counts_every_example_that_passed(network, regulariser):
+    counted = {"backward": 0, "forward": 0}
+    module = build(f"tests._small:{network}", 3)
 
-    def nonlocal_add(n):
-        nonlocal counted
-        counted += n
+    def count(module, inputs):
+        counted["backward" if torch.is_grad_enabled() else "forward"] += len(inputs[0])
 
-    work = session(epochs=1.6)
+    module.register_forward_pre_hook(count)
+    work = session(epochs=1.6, architecture=f"tests._small:{network}")
     work.weights = FlatWeights(module)
-    run = train_simplex(work, vertices=3, vertex_epochs=0.7, samples_per_step=2)
-    assert run.manifest.cost.example_passes == counted
-    assert run.manifest.cost.parts == {"solution 1": 30 + 16, "vertex 2": 24, "vertex 3": 24}
-    assert sum(record["examples"] for record in run.history) == counted
+    run = train_simplex(work, vertices=3, vertex_epochs=0.7, samples_per_step=2, regulariser=regulariser, members=4)
+    cost = run.manifest.cost
+    assert counted == {"backward": cost.example_passes, "forward": cost.forward_passes}
+    assert passes(run) == {"solution 1": 30 + 16, "vertex 2": 24, "vertex 3": 24}
+    assert cost.parts["vertex 2"].forward_passes == (24 if regulariser == "function" else 0)
+    assert cost.parts["members"].forward_passes == (4 * 30 if network == "batchnorm" else 0)
+    assert sum(record["examples"] for record in run.history) == counted["backward"]
+    assert sum(part.forward_passes for part in cost.parts.values()) == cost.forward_passes
+    assert all(part.seconds >= 0 and part.peak_memory > 2**20 for part in cost.parts.values())
 
 
 def test_a_simplex_grows_around_its_solution_and_spans_a_volume():
@@ -223,7 +234,7 @@ def test_a_simplex_grows_around_its_solution_and_spans_a_volume():
 
 
 def test_several_simplexes_stand_on_independent_solutions_and_share_the_members():
-    run = train_simplex(session(), vertices=3, members=5, simplexes=2)
+    run = train_simplex(session(), vertices=3, members=5, simplexes=2, corners=False)
     deep = train_deep_ensemble(session(), members=2)
     for name, tensor in deep.vertices.items():
         assert torch.equal(run.vertices[name][[0, 3]], tensor)
@@ -266,7 +277,7 @@ def test_deep_ensemble_members_are_independent_and_of_equal_cost():
     run = train_deep_ensemble(session(), members=3)
     kernels = run.vertices["0.weight"]
     assert not torch.equal(kernels[0], kernels[1])
-    assert len(set(run.manifest.cost.parts.values())) == 1
+    assert list(passes(run).values()) == [60] * 3
     assert run.manifest.method == "deep-ensemble"
 
 
@@ -276,7 +287,7 @@ def test_a_simplex_from_a_run_takes_over_its_weights_and_cost(tmp_path):
     run = train_simplex(session(init=Run.load(tmp_path / "first")), vertices=2, vertex_epochs=1)
     for name, tensor in first.vertices.items():
         torch.testing.assert_close(run.vertices[name][0], tensor[0], rtol=0, atol=0)
-    assert run.manifest.cost.parts == {"solution 1": 60, "vertex 2": 30}
+    assert passes(run) == {"solution 1": 60, "vertex 2": 30}
     with pytest.raises(DataError, match="training images differ"):
         train_simplex(session(init=first, dataset=dataset(train=33)), vertices=2)
     with pytest.raises(UsageError, match="independent weights"):
@@ -294,7 +305,7 @@ def test_batchnorm_statistics_of_every_sampled_member_are_recomputed():
     for member in range(4):
         activations = ensemble.network(member).body[0](x)
         torch.testing.assert_close(means[member], activations.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    assert run.manifest.cost.batchnorm_examples == 4 * 32
+    assert run.manifest.cost.parts["members"].forward_passes == 4 * 32
 
 
 def test_divergence_is_said_and_nothing_comes_of_it():
@@ -307,8 +318,11 @@ def test_options_out_of_range_are_refused():
         ({"vertices": 1}, "at least 2 vertices"),
         ({"members": 0}, "at least one member"),
         ({"vertex_epochs": 0}, "vertex_epochs must be positive"),
-        ({"regularisation": -1.0}, "must not be negative"),
-        ({"regularisation": math.nan}, "must not be negative"),
+        ({"regularisation": -1.0}, "must be 'auto' or not negative, as -1.0 is"),
+        ({"regularisation": math.nan}, "must be 'auto' or not negative"),
+        ({"regularisation": "much"}, "must be 'auto' or not negative, as much is"),
+        ({"regulariser": "size"}, "unknown regulariser 'size': use volume or function"),
+        ({"tolerance": 0}, "tolerance must be positive"),
         ({"concentration": 0.0}, "concentration"),
         ({"samples_per_step": 0}, "samples_per_step"),
     ):
@@ -365,3 +379,41 @@ def test_augmentation_is_a_crop_of_the_padded_image_or_of_its_mirror_image():
             mirrored += not straight
             assert straight or any(np.array_equal(picture, crop[:, ::-1]) for crop in crops)
         assert (10 < mirrored < 54) if augmentation == "crop-flip" else mirrored == 0
+
+
+# --- starting from weights that the user has ---
+
+
+def weights_of(classes: int, architecture="tests._small:network") -> Checkpoint:
+    return Checkpoint("mine.pt", build(architecture, classes, seed=7).state_dict())
+
+
+def test_a_checkpoint_that_fits_is_the_solution_at_a_cost_that_is_not_known():
+    given = weights_of(3)
+    for run, first in (
+        (train_simplex(session(init=given), vertices=2, vertex_epochs=1), 0),
+        (train_fge(session(init=given, rate=1e-9, weight_decay=0.0), members=1, cycle=1, high=2e-9, low=1e-9), 0),
+    ):
+        for name, rows in run.vertices.items():
+            torch.testing.assert_close(rows[first], given.tensors[name], atol=1e-5, rtol=0)
+        assert run.manifest.cost.unknown == ["mine.pt"]
+        assert run.manifest.options["init"] == "mine.pt"
+        assert "solution 1" not in run.manifest.cost.parts
+    with pytest.raises(UsageError, match="independent weights"):
+        train_deep_ensemble(session(init=given), members=2)
+
+
+def test_a_checkpoint_of_other_classes_is_where_training_begins():
+    given = weights_of(10)
+    still = {"init": given, "rate": 1e-30, "weight_decay": 0.0}
+    run = train_deep_ensemble(session(**still), members=2)
+    body, head = run.vertices["0.weight"], run.vertices["3.weight"]
+    for rows in body:
+        torch.testing.assert_close(rows, given.tensors["0.weight"])
+    assert not torch.equal(head[0], head[1]), "each member has a fresh head of its own"
+    assert passes(run) == {"solution 1": 60, "solution 2": 60}
+    simplex = train_simplex(session(init=given), vertices=2, vertex_epochs=1)
+    assert passes(simplex) == {"solution 1": 60, "vertex 2": 30}
+    assert simplex.manifest.cost.unknown == ["mine.pt"]
+    with pytest.raises(ShapeError, match=r"no tensor|no weights|expected"):
+        session(init=weights_of(3, "tests._small:batchnorm"))

@@ -8,14 +8,15 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ensembler.errors import UsageError
 
 if TYPE_CHECKING:
-    from ensembler.run import Run
+    from ensembler.checkpoint import Checkpoint
+    from ensembler.run import Cost, Part, Run
     from ensembler.trainers.loop import Epoch
     from ensembler.trainers.session import Session, Watcher
 
@@ -23,12 +24,24 @@ __all__ = ["app"]
 
 app = typer.Typer()
 
+_LONG = ("path", "paths", "growth", "trials")  # metrics for a picture or a program, not for one line
+
 _option = functools.partial(typer.Option, rich_help_panel="Method")
 _image_option = functools.partial(typer.Option, rich_help_panel="Images")
 _training_option = functools.partial(typer.Option, rich_help_panel="Training")
 
 
 _Out = Annotated[Path | None, typer.Option(help="Folder of the new run. (default: one in runs/)")]
+_Collapse = Annotated[
+    Literal["centroid"] | None,
+    typer.Option(help="Average the vertices into one network (SWA) and keep only that; see also: ensembler collapse."),
+]
+_Corners = Annotated[
+    bool, _option("--corners/--no-corners", help="Whether the first members are the vertices themselves.")
+]
+_Concentration = Annotated[
+    float, _option(help="Dirichlet's alpha of the drawn members; below 1 leans to the vertices.")
+]
 
 
 @contextmanager
@@ -48,7 +61,12 @@ def _session(
         str | None, _image_option(help="crop-flip, crop or none. (default: what suits the dataset)")
     ] = None,
     architecture: Annotated[
-        str, _training_option("--arch", help="cnn, resnet20, vgg16, torchvision:NAME or package.module:factory.")
+        str,
+        _training_option(
+            "--arch",
+            help="cnn, preresnet20/56/110/164, vgg16, vgg16bn, wrn28x10, torchvision:NAME, timm:NAME or "
+            "package.module:factory.",
+        ),
     ] = "cnn",
     epochs: Annotated[float, _training_option(help="Passes over the training images for one solution.")] = 20,
     batch_size: Annotated[
@@ -59,7 +77,11 @@ def _session(
     weight_decay: Annotated[float, _training_option(help="Weight decay of SGD.")] = 5e-4,
     clip: Annotated[float, _training_option(help="Largest norm of the gradient; 0 for no limit.")] = 1.0,
     init: Annotated[
-        Path | None, _training_option(help="A run whose first member is the solution to start from.")
+        Path | None,
+        _training_option(help="What to start from: a run, of which the first member, or a .safetensors or .pt file."),
+    ] = None,
+    weights: Annotated[
+        str | None, _training_option(help="Start from published weights of torchvision or timm: DEFAULT, or a name.")
     ] = None,
     seed: Annotated[int, _training_option(help="Of everything that is drawn.")] = 0,
     device: Annotated[str | None, _training_option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
@@ -81,17 +103,30 @@ def _session(
         seed=seed,
         device=device,
     )
-    start = None if init is None else Run.load(init)
-    if start is not None and dataset is None and image_size is None:
+    start = _start(init[0] if isinstance(init, list) else init, weights, architecture)
+    if isinstance(start, Run) and dataset is None and image_size is None:
         images = start.manifest.dataset.load(data, download=download)
     else:
         images = datasets.load(dataset or "digits", data, download=download, image_size=image_size)
-    with _progress() as watch:
-        yield Session(images, settings, start, watch)
+    with _progress() as (watch, say):
+        yield Session(images, settings, start, watch, say)
+
+
+def _start(init: Path | None, weights: str | None, architecture: str) -> "Run | Checkpoint | None":
+    from ensembler import checkpoint
+    from ensembler.run import Run
+
+    if init is not None and weights is not None:
+        raise UsageError("--init and --weights both say what to start from: give one of them")
+    if weights is not None:
+        return checkpoint.Checkpoint(f"{architecture} {weights}", checkpoint.pretrained(architecture, weights))
+    if init is not None and init.is_file():
+        return checkpoint.Checkpoint(init.name, checkpoint.read(init))
+    return None if init is None else Run.load(init)
 
 
 def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
-    """Make a command of a method: its own options, then the shared ones, then ``--out``.
+    """Make a command of a method: its own options, then the shared ones, then ``--collapse`` and ``--out``.
 
     A method that names a shared option itself declares it in its own way.
     """
@@ -102,14 +137,21 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
         options = own | {name: p for name, p in shared.items() if name not in own}
 
         @functools.wraps(method)
-        def command(out: Path | None, **given: Any) -> None:
+        def command(collapse: str | None, out: Path | None, **given: Any) -> None:
+            from ensembler.trainers.collapse import collapse_run
+
             _check_free(out)
             with _session(**{name: given[name] for name in shared}) as session:
                 run = method(session, **{name: given[name] for name in own})
+                if collapse:
+                    run = collapse_run(session, run)
             _save(run, out)
 
-        last = inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Out)
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*options.values(), last)]
+        last = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in (("collapse", _Collapse), ("out", _Out))
+        ]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*options.values(), *last)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         app.command(name)(command)
@@ -159,15 +201,22 @@ def train_snapshots(
 def train_simplex(
     session: "Session",
     vertices: Annotated[int, _option(help="K, corners of the simplex.")] = 4,
-    members: Annotated[int, _option(help="M, points drawn for the ensemble.")] = 10,
+    members: Annotated[int, _option(help="M, points of the simplex in the ensemble.")] = 10,
     vertex_epochs: Annotated[
         float | None, _option(help="Epochs for each added vertex. (default: a quarter of --epochs)")
     ] = None,
     vertex_rate: Annotated[float, _option("--vertex-lr", help="Highest learning rate of an added vertex.")] = 0.1,
-    regularisation: Annotated[float, _option(help="lambda, the reward of log volume.")] = 1e-2,
-    concentration: Annotated[
-        float, _option(help="Dirichlet's alpha of the members; below 1 leans to the vertices.")
-    ] = 1.0,
+    regularisation: Annotated[
+        str, _option(help="lambda, the reward of log size; or auto, the largest that --tolerance allows.")
+    ] = "0.01",
+    regulariser: Annotated[
+        str, _option(help="What size is: volume in parameter space, or function for distance between predictions.")
+    ] = "volume",
+    tolerance: Annotated[
+        float, _option(help="Of auto: by what share points inside may exceed the solution's held-out NLL.")
+    ] = 0.05,
+    concentration: _Concentration = 1.0,
+    corners: _Corners = True,
     samples_per_step: Annotated[int, _option(help="Points a step; the batch is split among them.")] = 1,
     simplexes: Annotated[int, _option(help="S, each around a solution of its own; several are ESPRO.")] = 1,
 ) -> "Run":
@@ -180,11 +229,29 @@ def train_simplex(
         members,
         vertex_epochs,
         vertex_rate,
-        regularisation,
+        _number_or_auto(regularisation),
+        regulariser,
+        tolerance,
         concentration,
+        corners,
         samples_per_step,
         simplexes,
     )
+
+
+@_trains("train-subspace")
+def train_subspace(
+    session: "Session",
+    vertices: Annotated[int, _option(help="K, ends of a line (2) or corners of a simplex.")] = 3,
+    members: Annotated[int, _option(help="M, points of the subspace in the ensemble.")] = 10,
+    beta: Annotated[float, _option(help="Weight of the squared cosine between two vertices.")] = 1.0,
+    concentration: _Concentration = 1.0,
+    corners: _Corners = True,
+) -> "Run":
+    """Train a line or simplex jointly from scratch, at the cost of one network (Wortsman et al. 2021)."""
+    from ensembler.trainers.subspace import train_subspace as method
+
+    return method(session, vertices, members, beta, concentration, corners)
 
 
 @_trains("train-curve")
@@ -203,6 +270,26 @@ def train_curve(
     from ensembler.trainers.curve import train_curve as method
 
     return method(session, Run.load(init), Run.load(second), curve, bends, members, points, examples)
+
+
+@_trains("train-complex")
+def train_complex(
+    session: "Session",
+    init: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two runs or more; of each, the first member.")],
+    connectors: Annotated[int, _option(help="Vertices that all simplexes share, added one at a time.")] = 1,
+    members: Annotated[int, _option(help="M, points of the complex in the ensemble.")] = 10,
+    regularisation: Annotated[float, _option(help="lambda, the reward of log volume.")] = 1e-2,
+    concentration: _Concentration = 1.0,
+    corners: _Corners = True,
+    points: Annotated[int, _option(help="Points at which the ways between the modes are measured.")] = 21,
+    examples: Annotated[int, _option(help="Training and test images that the measuring takes.")] = 2000,
+) -> "Run":
+    """Join independent solutions by simplexes with shared connectors (Benton et al. 2021)."""
+    from ensembler.run import Run
+    from ensembler.trainers.complex import train_complex as method
+
+    modes = [Run.load(path) for path in init]
+    return method(session, modes, connectors, members, regularisation, concentration, corners, points, examples)
 
 
 @app.command("collapse")
@@ -245,9 +332,9 @@ def show(
         "network": f"{manifest.architecture}, {manifest.parameters:,} parameters",
         "dataset": f"{manifest.dataset.title}, {manifest.dataset.train_examples:,} training images",
         "sizes": f"{manifest.vertices} vertices, {manifest.members} members",
-        "cost": f"{cost.example_passes:,} example passes, {cost.seconds:,.0f} s on {cost.device}",
-        **{f"  {part}": f"{passes:,} example passes" for part, passes in cost.parts.items()},
-        **{name: json.dumps(value) for name, value in manifest.metrics.items() if name != "path"},
+        "cost": _costs(cost),
+        **{f"  {name}": _costs(part) for name, part in cost.parts.items()},
+        **{name: json.dumps(value) for name, value in manifest.metrics.items() if name not in _LONG},
         "options": json.dumps(manifest.options),
         "seed": str(manifest.seed),
         "created": manifest.created,
@@ -257,6 +344,29 @@ def show(
     for name, value in rows.items():
         table.add_row(name, value)
     Console(highlight=False).print(table)
+
+
+def _costs(cost: "Cost | Part") -> str:
+    from ensembler.run import Cost
+
+    unknown = cost.unknown if isinstance(cost, Cost) else [cost.origin] if cost.origin else []
+    texts = [f"{cost.example_passes:,} example passes", *(f"the unknown ones of {origin}" for origin in unknown)]
+    if cost.forward_passes:
+        texts.append(f"{cost.forward_passes:,} forward passes")
+    if cost.seconds is not None:
+        texts.append(f"{cost.seconds:,.0f} s")
+    if cost.peak_memory is not None:
+        texts.append(f"{cost.peak_memory / 2**30:.2f} GiB at the most")
+    return f"{', '.join(texts)} on {cost.device}"
+
+
+def _number_or_auto(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"--regularisation is a number or auto, not {text!r}") from None
 
 
 def _check_free(out: Path | None) -> None:
@@ -269,8 +379,8 @@ def _check_free(out: Path | None) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator["Watcher"]:
-    """A bar with the time left on a terminal; one plain line an epoch elsewhere."""
+def _progress() -> Iterator[tuple["Watcher", Callable[[str], None]]]:
+    """A bar with the time left on a terminal, and findings above it; one plain line an epoch elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -280,7 +390,7 @@ def _progress() -> Iterator["Watcher"]:
         def line(part: str, epoch: "Epoch", epochs: int) -> None:
             typer.echo(f"{part}: epoch {epoch.number} of {epochs}, {_state(epoch)}", err=True)
 
-        yield line
+        yield line, functools.partial(typer.echo, err=True)
         return
     bar = Progress(
         TextColumn("{task.description}"),
@@ -298,7 +408,7 @@ def _progress() -> Iterator["Watcher"]:
         bar.update(tasks[part], completed=epoch.number, state=_state(epoch))
 
     with bar:
-        yield advance
+        yield advance, lambda text: bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _state(epoch: "Epoch") -> str:
@@ -327,12 +437,18 @@ def _save(run: "Run", out: Path | None) -> None:
     for simplex in manifest.metrics.get("simplexes", ()):
         lengths = simplex["edge_lengths"]
         lines.append(
-            f"simplex: log volume {simplex['log_volume']:.2f}, edges {min(lengths):.2f} to {max(lengths):.2f} long"
+            f"{simplex['name']}: log volume {simplex['log_volume']:.2f}, "
+            f"edges {min(lengths):.2f} to {max(lengths):.2f} long"
         )
-    if "path" in manifest.metrics:
-        for name, way in manifest.metrics["path"].items():
+    if "lambda" in manifest.metrics:
+        lines.append(f"lambda: {manifest.metrics['lambda']:g}, chosen in {len(manifest.metrics['trials'])} trials")
+    ways = {"": manifest.metrics["path"]} if "path" in manifest.metrics else {}
+    for between in manifest.metrics.get("paths", ()):
+        ways[f"{between['name']}, "] = {name: way for name, way in between.items() if name != "name"}
+    for prefix, measured in ways.items():
+        for name, way in measured.items():
             lines.append(
-                f"{name}: highest train loss {way['highest_train_loss']:.4f}, highest test error "
+                f"{prefix}{name}: highest train loss {way['highest_train_loss']:.4f}, highest test error "
                 f"{way['highest_test_error']:.4f}; an end with t = 1/2: error "
                 f"{way['ensemble_error'][len(way['t']) // 2]:.4f}"
             )

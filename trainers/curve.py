@@ -96,12 +96,12 @@ def path_scores(session: Session, vertices: Tensor, coefficients: Tensor, t: Ten
         point with the one at t; Garipov et al. 2018, figure 1, right): a list each, one number a point. And
         ``highest_train_loss`` and ``highest_test_error``: the barrier.
     """
-    points = session.probe(vertices, coefficients, examples)
+    points = session.probe(vertices, coefficients, session.dataset.test, examples)
     losses, errors, together = [], [], []
     for point in points:
         losses.append(point.train_loss)
-        errors.append(point.error(point.test_probabilities))
-        together.append(point.error((points[0].test_probabilities + point.test_probabilities) / 2))
+        errors.append(point.error(point.probabilities))
+        together.append(point.error((points[0].probabilities + point.probabilities) / 2))
     return {
         "t": t.tolist(),
         "train_loss": losses,

@@ -26,7 +26,7 @@ def train_deep_ensemble(session: Session, members: int = 4) -> Run:
     """
     if members < 1:
         raise UsageError(f"an ensemble needs at least one member, not {members}")
-    if session.init is not None:
+    if session.begins_solved:
         raise UsageError("a deep ensemble's members start from independent weights, never from a run")
     solutions = [session.solution(member) for member in range(members)]
     return session.finish(

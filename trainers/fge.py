@@ -45,7 +45,7 @@ def train_fge(
     length = session.iterations(cycle)
     middles = cyclic_middles(length, members)
     schedule = cyclic(high, low, length)
-    if session.init is None:
+    if not session.begins_solved:
         budget = session.iterations(session.settings.epochs)
         begin = max(1, round(start * budget))
         schedule = after(begin, one_cycle(session.settings.rate, budget), schedule)

@@ -25,6 +25,7 @@ __all__ = ["Batches", "Epoch", "Snapshot", "train"]
 
 Draw = Callable[[int], Tensor]
 Regulariser = Callable[[Tensor], None]
+Penalty = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def train(
     clip: float | None = None,
     decay_sampled: bool = False,
     regulariser: Regulariser | None = None,
+    penalty: Penalty | None = None,
     collect: Container[int] = (),
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> list[Snapshot]:
@@ -79,6 +81,9 @@ def train(
             lets a network leave its first plateau at a high rate.
         decay_sampled: whether the optimiser's weight decay acts on the sampled weights ``c @ V``, not on the vertices.
         regulariser: adds its gradient to the trainable vertices' (T, P), in place.
+        penalty: a term of the loss that compares the logits (B, C) at the drawn point with those at a second one, for
+            the same images; it costs one more forward pass. No gradient flows to the second point: where both are
+            drawn alike and the term is symmetric, this is half the whole gradient in expectation.
         collect: the iterations after which a snapshot is taken.
         on_epoch: called at the end of each epoch, and of the last, unfinished one.
 
@@ -107,9 +112,11 @@ def train(
         x, y = next(batches)
         gradients.zero_()
         drawn = draw(samples) if draw else torch.ones(samples, 1)
-        for c, x_part, y_part in zip(drawn, x.chunk(samples), y.chunk(samples), strict=False):
+        seconds = draw(samples) if draw and penalty else drawn
+        for c, second, x_part, y_part in zip(drawn, seconds, x.chunk(samples), y.chunk(samples), strict=False):
+            compare = _comparison(weights, vertices, second, x_part, penalty) if penalty else None
             share = len(y_part) / len(y)
-            totals += _accumulate(weights, vertices, c, x_part, y_part, share, trainable, gradients, decay)
+            totals += _accumulate(weights, vertices, c, x_part, y_part, share, trainable, gradients, decay, compare)
         examples += len(y)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(moving, clip)
@@ -131,6 +138,16 @@ def train(
     return snapshots
 
 
+def _comparison(
+    weights: FlatWeights, vertices: Tensor, c: Tensor, x: Tensor, penalty: Penalty
+) -> Callable[[Tensor], Tensor]:
+    """The penalty as a function of the first point's logits, the second's being known."""
+    torch.mv(vertices.T, c.to(vertices.device), out=weights.vector)
+    with torch.no_grad():
+        logits = weights.module(x)
+    return lambda first: penalty(first, logits)
+
+
 def _accumulate(
     weights: FlatWeights,
     vertices: Tensor,
@@ -141,6 +158,7 @@ def _accumulate(
     trainable: Sequence[int],
     gradients: Tensor,
     decay: float,
+    compare: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     """Add ``share * c[k] * g`` at the point ``c @ V`` to each trainable vertex's gradient.
 
@@ -151,12 +169,13 @@ def _accumulate(
     torch.mv(vertices.T, on_device, out=weights.vector)
     logits = weights.module(x)
     loss = cross_entropy(logits, y)
+    objective = loss + compare(logits) if compare else loss
     alone = gradients.data_ptr() == weights.grad.data_ptr()
     if alone:
         share *= c[trainable[0]].item()
     else:
         weights.grad.zero_()
-    (loss * share).backward()  # type: ignore[no-untyped-call]
+    (objective * share).backward()  # type: ignore[no-untyped-call]
     if decay:
         weights.grad.add_(weights.vector, alpha=decay * share)
     if not alone:

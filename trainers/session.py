@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -13,18 +14,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ensembler import architectures
+from ensembler import architectures, checkpoint
+from ensembler.checkpoint import Checkpoint
 from ensembler.datasets import Dataset, Split, normalise
 from ensembler.ensemble import BATCHNORM_EXAMPLES, Ensemble, choose_device, has_batchnorm, member_buffers
 from ensembler.errors import UsageError
-from ensembler.run import Cost, DatasetRecord, Manifest, Run, Sampling, versions
+from ensembler.run import Cost, DatasetRecord, Manifest, Part, Run, Sampling, versions
 from ensembler.seeds import derive, generator
+from ensembler.trainers import memory
 from ensembler.trainers.loop import Batches, Epoch, Snapshot, train
 from ensembler.trainers.schedules import Schedule, one_cycle
 from ensembler.uncertainty import disagreement
 from ensembler.weights import FlatWeights
 
-__all__ = ["Probe", "Session", "Settings", "Solution", "Watcher", "stack_buffers"]
+__all__ = ["Probe", "Session", "Settings", "Solution", "Watcher", "nll", "stack_buffers"]
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": (lambda value: 0 < value < math.inf, "positive"),
@@ -76,15 +79,20 @@ class Solution:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """One member measured: mean loss on training images, probabilities (N, C) and labels (N,) of test images."""
+    """One member measured: mean loss on training images, probabilities (N, C) and labels (N,) of images unseen."""
 
     train_loss: float
-    test_probabilities: Tensor
+    probabilities: Tensor
     labels: Tensor
 
     def error(self, probabilities: Tensor) -> float:
-        """Share of the test images that ``probabilities`` (N, C) get wrong."""
+        """Share of the unseen images that ``probabilities`` (N, C) get wrong."""
         return (probabilities.argmax(1) != self.labels).double().mean().item()
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood of the unseen images, in nats."""
+        return nll(self.probabilities, self.labels)
 
 
 @dataclass(eq=False)
@@ -94,17 +102,25 @@ class Session:
     Args:
         dataset: what to train on.
         settings: see :class:`Settings`.
-        init: a run whose first member is the solution to start from; its architecture and cost are taken over.
+        init: what to start from. A run: its first member is the solution, its architecture and cost are taken over.
+            A checkpoint that fits the network: it is the solution, at a cost that is not known. One whose head has
+            another number of classes: where training begins.
         watch: told of every epoch.
+        say: told what a method finds on its way, a line at a time.
+
+    Attributes:
+        begins_solved: whether ``init`` is a solution.
 
     Raises:
-        UsageError: a setting out of range. DataError: ``init`` was trained on other images.
+        UsageError: a setting out of range. DataError: ``init`` was trained on other images. ShapeError: the checkpoint
+            is another network's.
     """
 
     dataset: Dataset
     settings: Settings = field(default_factory=Settings)
-    init: Run | None = None
+    init: Run | Checkpoint | None = None
     watch: Watcher = lambda part, epoch, epochs: None
+    say: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
         settings, init = self.settings, self.init
@@ -112,11 +128,15 @@ class Session:
             if name in _RANGES and value is not None and not _RANGES[name][0](value):
                 raise UsageError(f"{name} must be {_RANGES[name][1]}, not {value}")
         self.device = choose_device(settings.device)
-        self.architecture = init.manifest.architecture if init else settings.architecture
-        self.weights = FlatWeights(self._network(settings.seed))
+        self.architecture = init.manifest.architecture if isinstance(init, Run) else settings.architecture
+        network = self._network(settings.seed)
+        new_head = checkpoint.fit(network, init.tensors) if isinstance(init, Checkpoint) else []
+        self.begins_solved = init is not None and not new_head
+        self.weights = FlatWeights(network)
         self.history: list[dict[str, Any]] = []
-        self._parts: dict[str, int] = {}
-        self._batchnorm_examples = 0
+        self._parts: dict[str, Part] = {}
+        if isinstance(init, Checkpoint):
+            self._parts["checkpoint"] = Part(seconds=None, device="unknown", origin=init.origin)
         self._seconds_before = 0.0
         self._start = time.monotonic()
         self._images = Split(self.dataset.train.images.to(self.device), self.dataset.train.labels.to(self.device))
@@ -129,14 +149,19 @@ class Session:
         return max(1, round(epochs * self.per_epoch))
 
     def fresh(self, member: int = 0) -> Solution:
-        """Freshly initialised weights of the given member."""
-        weights = FlatWeights(self._network(derive(self.settings.seed, "member", member)))
+        """Freshly initialised weights of the given member; those of a checkpoint, if there is one, in their places."""
+        network = self._network(derive(self.settings.seed, "member", member))
+        if isinstance(self.init, Checkpoint):
+            checkpoint.fit(network, self.init.tensors)
+        weights = FlatWeights(network)
         return Solution(weights.vector, weights.buffers())
 
     def solution(self, member: int = 0) -> Solution:
-        """A solution to start from: the first member of ``init``, or one trained from fresh weights."""
-        if self.init is not None:
+        """A solution to start from: that of ``init``, or one trained from fresh weights."""
+        if isinstance(self.init, Run):
             return self.inherit(self.init, _part(0))
+        if isinstance(self.init, Checkpoint) and self.begins_solved:
+            return self.fresh()
         beginning = self.fresh(member)
         self.weights.load_buffers(beginning.buffers)
         vertices = beginning.vector[None].clone()
@@ -154,8 +179,11 @@ class Session:
         cost = run.manifest.cost
         # A member of a deep ensemble was trained alone; of any other run, all of it was needed.
         alone = run.manifest.method in ("single", "deep-ensemble")
-        self._parts[part] = cost.parts[_part(0)] if alone else cost.example_passes
-        self._seconds_before += cost.seconds * self._parts[part] / max(1, cost.example_passes)
+        whole = cost.model_dump(exclude={"parts"})
+        origin = ", ".join(cost.unknown) or None
+        booked = (cost.parts[_part(0)] if alone else Part.model_validate(whole)).model_copy(update={"origin": origin})
+        self._parts[part] = booked
+        self._seconds_before += cost.seconds if booked.seconds is None else booked.seconds
         vertices = self._flattened(run)
         vector = run.coefficients[0].to(vertices) @ vertices
         return Solution(vector, {name: rows[0].to(self.device) for name, rows in run.buffers.items()})
@@ -163,25 +191,25 @@ class Session:
     def vertices_of(self, run: Run) -> Tensor:
         """All vertices (K, P) of a run, and its whole cost booked, unless this session made it."""
         if not self._parts:
-            self._parts |= run.manifest.cost.parts
-            self._batchnorm_examples += run.manifest.cost.batchnorm_examples
+            self._parts |= {name: part.model_copy() for name, part in run.manifest.cost.parts.items()}
             self._seconds_before += run.manifest.cost.seconds
         return self._flattened(run)
 
-    def probe(self, vertices: Tensor, coefficients: Tensor, examples: int) -> list[Probe]:
-        """Measure members on at most ``examples`` training and as many test images, the same for every member.
+    def probe(self, vertices: Tensor, coefficients: Tensor, unseen: Split, examples: int) -> list[Probe]:
+        """Measure members on at most ``examples`` training images and as many unseen ones, the same for every member.
 
-        BatchNorm statistics are recomputed for each; their cost is not the run's, as no member is made.
+        BatchNorm statistics are recomputed for each, from as many training images.
         """
-        record, train = self._record, _some(self.dataset.train, examples)
-        test = _some(self.dataset.test, examples)
+        record, train, unseen = self._record, _some(self._images, examples), _some(unseen, examples)
         result = []
-        for row in coefficients:
-            buffers = member_buffers(self.weights, vertices, row[None], self._images, record)
-            self.weights.load_buffers({name: rows[0] for name, rows in buffers.items()})
-            seen, unseen = self._log_probabilities(train), self._log_probabilities(test)
-            loss = torch.nn.functional.nll_loss(seen, train.labels).item()
-            result.append(Probe(loss, unseen.exp(), test.labels))
+        with self._booked("measurements") as booked:
+            for row in coefficients:
+                buffers = member_buffers(self.weights, vertices, row[None], train, record)
+                self.weights.load_buffers({name: rows[0] for name, rows in buffers.items()})
+                loss = nll(self._probabilities(train), train.labels.cpu())
+                result.append(Probe(loss, self._probabilities(unseen), unseen.labels))
+            each = len(train) * (2 if has_batchnorm(self.weights.module) else 1) + len(unseen)
+            booked.forward_passes += len(coefficients) * each
         return result
 
     def train(self, part: str, vertices: Tensor, schedule: Schedule, iterations: int, **options: Any) -> list[Snapshot]:
@@ -203,12 +231,13 @@ class Session:
             )
 
         def on_epoch(epoch: Epoch) -> None:
-            self._parts[part] = self._parts.get(part, 0) + epoch.examples
+            booked.example_passes += epoch.examples
+            booked.forward_passes += epoch.examples if "penalty" in options else 0
             self.history.append({"part": part, **asdict(epoch), "seconds": round(self._seconds(), 3)})
             self.watch(part, epoch, epochs)
 
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with self._booked(part) as booked, torch.random.fork_rng(devices):
             torch.manual_seed(derive(settings.seed, "dropout", part))
             return train(
                 self.weights,
@@ -225,9 +254,10 @@ class Session:
     def member_buffers(self, vertices: Tensor, coefficients: Tensor) -> dict[str, Tensor]:
         """Buffers (M, ...) of sampled members, BatchNorm statistics recomputed; see
         :func:`ensembler.ensemble.member_buffers`."""
-        if has_batchnorm(self.weights.module):
-            self._batchnorm_examples += len(coefficients) * min(len(self._images), BATCHNORM_EXAMPLES)
-        return member_buffers(self.weights, vertices, coefficients, self._images, self._record)
+        with self._booked("members") as booked:
+            if has_batchnorm(self.weights.module):
+                booked.forward_passes += len(coefficients) * min(len(self._images), BATCHNORM_EXAMPLES)
+            return member_buffers(self.weights, vertices, coefficients, self._images, self._record)
 
     def finish(
         self,
@@ -251,7 +281,7 @@ class Session:
             sampling: how further members can be drawn, if they can.
             metrics: what the method has to say of itself.
         """
-        seconds = self._seconds()
+        peaks = [part.peak_memory for part in self._parts.values() if part.peak_memory is not None]
         manifest = Manifest(
             method=method,
             architecture=self.architecture,
@@ -264,16 +294,18 @@ class Session:
             options=asdict(self.settings)
             | {
                 "batch_size": self._batch_size,
+                "init": self.init.origin if isinstance(self.init, Checkpoint) else None,
                 "augmentation": self._record.augmentation,
                 "architecture": self.architecture,
             }
             | options,
             cost=Cost(
-                example_passes=sum(self._parts.values()),
-                parts=self._parts,
-                batchnorm_examples=self._batchnorm_examples,
-                seconds=round(seconds, 3),
+                example_passes=sum(part.example_passes for part in self._parts.values()),
+                forward_passes=sum(part.forward_passes for part in self._parts.values()),
+                seconds=round(self._seconds(), 3),
+                peak_memory=max(peaks, default=None),
                 device=_device_name(self.device),
+                parts=self._parts,
             ),
             metrics={},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -310,14 +342,24 @@ class Session:
         self.weights.load_frozen(run.frozen)
         return self.weights.flatten(run.vertices)
 
-    def _log_probabilities(self, split: Split) -> Tensor:
+    def _probabilities(self, split: Split) -> Tensor:
         self.weights.module.eval()
         with torch.inference_mode():
             logits = [
                 self.weights.module(normalise(batch.images.to(self.device), self.dataset.mean, self.dataset.std))
                 for batch in split.batches(self._batch_size)
             ]
-        return torch.log_softmax(torch.cat(logits).float(), dim=1).cpu()
+        return torch.softmax(torch.cat(logits).float(), dim=1).cpu()
+
+    @contextmanager
+    def _booked(self, name: str) -> Iterator[Part]:
+        """Book under ``name`` what the block counts, and the time and memory that it takes."""
+        part = self._parts.setdefault(name, Part(device=_device_name(self.device)))
+        start = time.monotonic()
+        memory.forget_peak(self.device)
+        yield part
+        part.seconds = round((part.seconds or 0.0) + time.monotonic() - start, 3)
+        part.peak_memory = max(filter(None, (part.peak_memory, memory.peak(self.device))), default=None)
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._start
@@ -329,6 +371,12 @@ def stack_buffers(solutions: Sequence[Solution | Snapshot]) -> dict[str, Tensor]
     return {name: torch.stack([solution.buffers[name].cpu() for solution in solutions]) for name in names}
 
 
+def nll(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean negative log-likelihood of ``labels`` (N,) under ``probabilities`` (N, C), in nats."""
+    chosen = probabilities.gather(1, labels[:, None]).clamp_min(torch.finfo(torch.float32).tiny)
+    return -chosen.log().double().mean().item()
+
+
 def _part(member: int) -> str:
     return f"solution {member + 1}"
 
@@ -336,11 +384,10 @@ def _part(member: int) -> str:
 def _measure(ensemble: Ensemble, split: Split) -> dict[str, float | None]:
     members = ensemble.predict_members(split.images)
     mean = members.mean(dim=0)
-    chosen = mean.gather(1, split.labels[:, None]).clamp_min(torch.finfo(torch.float32).tiny)
     differ = disagreement(members.numpy())
     return {
         "accuracy": (mean.argmax(1) == split.labels).double().mean().item(),
-        "nll": -chosen.log().double().mean().item(),
+        "nll": nll(mean, split.labels),
         "member_accuracy": (members.argmax(2) == split.labels).double().mean().item(),
         "disagreement": None if differ is None else float(differ.mean()),
     }

@@ -36,7 +36,7 @@ def train_snapshots(session: Session, members: int = 5, cycle: float | None = No
     if not epochs > 0:
         raise UsageError(f"the cycle must be positive, not {epochs}")
     length = session.iterations(epochs)
-    beginning = session.fresh() if session.init is None else session.solution()
+    beginning = session.solution() if session.begins_solved else session.fresh()
     session.weights.load_buffers(beginning.buffers)
     snapshots = session.train(
         "snapshots",
