@@ -58,7 +58,7 @@ def simplex_steps(arch: str, K: int, batch: OneBatch) -> Callable[[], None]:
     weights = FlatWeights(architectures.build(arch, 10).to(batch.x.device))
     vertices = weights.vector + 0.01 * torch.randn(K, len(weights), device=batch.x.device)
     rng = np.random.default_rng(0)
-    regulariser = towards_volume(vertices, 1e-2, scratch=weights.vector)
+    regulariser = towards_volume(vertices[:-1], vertices[-1], 1e-2, weights.vector)
 
     def run() -> None:
         train(
