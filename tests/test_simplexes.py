@@ -23,10 +23,10 @@ from ensembler.trainers import (
     train_simplex,
     train_subspace,
 )
-from ensembler.trainers.complex import by_volume
+from ensembler.trainers.complex import Volumes, by_volume
 from ensembler.trainers.loop import train
 from ensembler.trainers.schedules import constant
-from ensembler.trainers.simplex import LADDER, apart, towards_volume
+from ensembler.trainers.simplex import LADDER, apart
 from ensembler.trainers.subspace import towards_right_angles
 from ensembler.uncertainty import disagreement
 from ensembler.weights import FlatWeights
@@ -253,20 +253,27 @@ def modes():
     return [train_deep_ensemble(session(seed=seed, epochs=6), members=1) for seed in range(3)]
 
 
+def test_shares_are_those_of_the_volumes():
+    vertices = torch.randn(5, 60, generator=torch.Generator().manual_seed(0))
+    simplexes = [[0, 3, 4], [1, 3, 4], [2, 3, 4]]
+    volumes = Volumes(vertices, simplexes)
+    for _ in range(2):
+        expected = torch.softmax(torch.stack([log_volume(vertices[simplex]) for simplex in simplexes]), 0)
+        np.testing.assert_allclose(volumes.shares(), expected.numpy(), rtol=1e-4)
+        vertices[4] += 3 * torch.randn(60, generator=torch.Generator().manual_seed(1))  # the last one may move
+    flat = torch.ones(4, 10)
+    np.testing.assert_allclose(Volumes(flat, [[0, 3], [1, 3]]).shares(), [0.5, 0.5])
+
+
 def test_simplexes_are_drawn_by_volume_and_points_uniformly():
     vertices = torch.zeros(4, 10)
     vertices[0, 0], vertices[1, 1], vertices[2, 2] = 3.0, 1.0, 1.0  # edges to vertex 3: 3, 1 and 1 long
-    draw = by_volume(vertices, [[0, 3], [1, 3], [2, 3]], np.random.default_rng(0), every=1000)
+    draw = by_volume(Volumes(vertices, [[0, 3], [1, 3], [2, 3]]), np.random.default_rng(0))
     points = torch.cat([draw(3) for _ in range(1000)])
     assert ((points[:, :3] > 0).sum(1) == 1).all()
     shares = (points[:, :3] > 0).double().mean(0)
     torch.testing.assert_close(shares, torch.tensor([0.6, 0.2, 0.2]).double(), atol=0.03, rtol=0)
     assert (points[:, 3].mean() - 0.5).abs() < 0.02
-    vertices[0, 0] = 1.0
-    points = torch.cat([draw(3) for _ in range(1000)])
-    torch.testing.assert_close(
-        (points[:, :3] > 0).double().mean(0), torch.full((3,), 1 / 3).double(), atol=0.03, rtol=0
-    )
 
 
 def test_a_complex_joins_its_modes_and_leaves_them_as_they_are(modes):
@@ -301,8 +308,8 @@ def test_a_connector_feels_the_volume_of_every_simplex(modes):
     fixed = torch.randn(3, 40, generator=generator, dtype=torch.float64)
     connector = fixed.mean(0) + 100
     gradients = torch.zeros(1, 40, dtype=torch.float64)
-    for i in range(3):
-        towards_volume(fixed[[i]], connector, 0.5, torch.empty(40, dtype=torch.float64))(gradients)
+    volumes = Volumes(torch.cat([fixed, connector[None]]), [[0, 3], [1, 3], [2, 3]])
+    volumes.towards(0.5, torch.empty(40, dtype=torch.float64))(gradients)
     leaf = connector.clone().requires_grad_()
     (-0.5 * sum((leaf - fixed[i]).norm().log() for i in range(3))).backward()
     torch.testing.assert_close(gradients[0], leaf.grad, rtol=1e-3, atol=1e-9)

@@ -10,24 +10,25 @@ code counts only the first, and draws the simplexes uniformly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations, count
+from itertools import combinations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ensembler.ensemble import sample_coefficients
 from ensembler.errors import UsageError
 from ensembler.run import Run, Sampling
 from ensembler.seeds import derive
-from ensembler.subspace import chain, dirichlet, log_volume
+from ensembler.subspace import AffineHull, chain, dirichlet, log_volume
 from ensembler.trainers.curve import path_scores
 from ensembler.trainers.loop import Draw, Regulariser
 from ensembler.trainers.schedules import one_cycle
 from ensembler.trainers.session import Session
 from ensembler.trainers.simplex import describe, nudged, towards_volume
 
-__all__ = ["by_volume", "train_complex"]
+__all__ = ["Volumes", "by_volume", "train_complex"]
 
 
 def train_complex(
@@ -78,19 +79,23 @@ def train_complex(
     for n in range(connectors):
         part = f"connector {n + 1}"
         vertices = torch.cat([vertices, nudged((vertices[N:] if n else vertices).mean(dim=0), seed, part)[None]])
-        simplexes = _simplexes(N, n + 1)
-        draws = np.random.default_rng(derive(seed, "points", part))
+        simplexes = [[i, *range(N, N + n + 1)] for i in range(N)]
+        volumes = Volumes(vertices, simplexes)
+        rng = np.random.default_rng(derive(seed, "points", part))
         session.train(
             part,
             vertices,
             one_cycle(session.settings.rate, iterations),
             iterations,
             trainable=[N + n],
-            draw=by_volume(vertices, simplexes, draws, every=session.per_epoch),
-            regulariser=_towards_volumes(session, vertices, simplexes, regularisation) if regularisation else None,
+            draw=by_volume(volumes, rng),
+            regulariser=volumes.towards(regularisation, session.weights.vector) if regularisation else None,
         )
     sampling = Sampling(
-        simplexes=simplexes, concentration=concentration, corners=corners, weights=_shares(vertices, simplexes)
+        simplexes=simplexes,
+        concentration=concentration,
+        corners=corners,
+        weights=Volumes(vertices, simplexes).shares().tolist(),
     )
     coefficients = sample_coefficients(sampling, len(vertices), members, seed)
     return session.finish(
@@ -118,47 +123,55 @@ def train_complex(
     )
 
 
-def by_volume(vertices: Tensor, simplexes: list[list[int]], rng: np.random.Generator, every: int) -> Draw:
-    """Draws S to coefficients (S, K): a simplex by its volume, then Dirichlet(1) in it.
+class Volumes:
+    """The volumes of simplexes that have the last vertex in common, while it alone moves.
 
-    The volumes change as a vertex moves: they are taken anew at every ``every``-th call.
+    ``log volume = log volume of the other vertices' simplex + log h - log (K - 1)`` with h the last vertex's distance
+    to their hull, so that only the distances are taken anew.
+
+    Args:
+        vertices: (K, P); kept, not copied.
+        simplexes: of each, the rows of its vertices; the last one is the last of ``vertices``.
     """
-    calls, shares = count(), np.empty(0)
+
+    def __init__(self, vertices: Tensor, simplexes: list[list[int]]) -> None:
+        self.vertices, self.simplexes = vertices, simplexes
+        self._others = [vertices[simplex[:-1]] for simplex in simplexes]
+        self._hulls = [AffineHull(others) for others in self._others]
+        self._fixed = torch.stack(
+            [log_volume(others) if len(others) > 1 else torch.zeros((), dtype=torch.float64) for others in self._others]
+        )
+
+    def shares(self) -> NDArray[np.float64]:
+        """Each simplex's share of the whole volume, sum 1; even shares where all are flat."""
+        heights = torch.stack([hull.residual(self.vertices[-1]).norm().double().cpu() for hull in self._hulls])
+        logs = self._fixed + heights.log()
+        even = torch.full_like(logs, 1 / len(logs))
+        return (torch.softmax(logs, dim=0) if logs.isfinite().any() else even).numpy()
+
+    def towards(self, strength: float, scratch: Tensor) -> Regulariser:
+        """Adds the gradient of ``-strength`` times the sum of the log volumes; see
+        :func:`ensembler.trainers.simplex.towards_volume`."""
+        pulls = [towards_volume(others, self.vertices[-1], strength, scratch) for others in self._others]
+
+        def add(gradients: Tensor) -> None:
+            for pull in pulls:
+                pull(gradients)
+
+        return add
+
+
+def by_volume(volumes: Volumes, rng: np.random.Generator) -> Draw:
+    """Draws S to coefficients (S, K): a simplex by its present volume, then Dirichlet(1) in it."""
 
     def draw(samples: int) -> Tensor:
-        nonlocal shares
-        if next(calls) % every == 0:
-            shares = np.array(_shares(vertices, simplexes))
-        coefficients = torch.zeros(samples, len(vertices))
-        for row, i in zip(coefficients, rng.choice(len(simplexes), samples, p=shares), strict=True):
+        simplexes = volumes.simplexes
+        coefficients = torch.zeros(samples, len(volumes.vertices))
+        for row, i in zip(coefficients, rng.choice(len(simplexes), samples, p=volumes.shares()), strict=True):
             row[simplexes[i]] = dirichlet(1, len(simplexes[i]), rng)[0]
         return coefficients
 
     return draw
-
-
-def _towards_volumes(session: Session, vertices: Tensor, simplexes: list[list[int]], strength: float) -> Regulariser:
-    """Towards the volume of every simplex, in the last vertex, which all of them share."""
-    scratch = session.weights.vector
-    pulls = [towards_volume(vertices[simplex[:-1]], vertices[-1], strength, scratch) for simplex in simplexes]
-
-    def add(gradients: Tensor) -> None:
-        for pull in pulls:
-            pull(gradients)
-
-    return add
-
-
-def _simplexes(modes: int, connectors: int) -> list[list[int]]:
-    return [[i, *range(modes, modes + connectors)] for i in range(modes)]
-
-
-def _shares(vertices: Tensor, simplexes: list[list[int]]) -> list[float]:
-    """Each simplex's share of the complex's volume; even shares where it is flat."""
-    logs = torch.stack([log_volume(vertices[simplex]) for simplex in simplexes])
-    even = torch.full_like(logs, 1 / len(logs))
-    shares: list[float] = (torch.softmax(logs, dim=0) if logs.isfinite().any() else even).tolist()
-    return shares
 
 
 def _paths(session: Session, vertices: Tensor, modes: int, points: int, examples: int) -> list[dict[str, object]]:
