@@ -14,23 +14,23 @@ from ensembler.eval.evaluation import Diagrams
 from ensembler.eval.metrics import Reliability
 from ensembler.eval.report import Report
 
-__all__ = ["plot_reliability", "plot_severity"]
+__all__ = ["STYLES", "new_figure", "plot_reliability", "plot_severity", "to_png"]
 
 # Okabe and Ito's colours, told apart by colour-blind readers; the markers tell them apart in print.
-_STYLES = tuple(
+STYLES = tuple(
     zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vP*", strict=True)
 )
 
 
 def plot_severity(report: Report) -> bytes:
     """Error and NLL of each run, clean (severity 0) and as the mean over corruptions at each severity."""
-    figure = _figure(10, 4.2)
+    figure = new_figure(10, 4.2)
     for axes, name, label, scale in zip(
         figure.subplots(1, 2), ("error", "nll"), ("error (%)", "NLL (nats)"), (100, 1), strict=True
     ):
         for number, run in enumerate(report.runs):
             columns = {0: run.clean} | run.by_severity
-            colour, marker = _STYLES[number % len(_STYLES)]
+            colour, marker = STYLES[number % len(STYLES)]
             axes.plot(
                 list(columns),
                 [getattr(scores, name) * scale for scores in columns.values()],
@@ -45,14 +45,14 @@ def plot_severity(report: Report) -> bytes:
         axes.set_ylim(bottom=0)
     figure.axes[0].legend(frameon=False, fontsize="small")
     _title(figure, report)
-    return _png(figure)
+    return to_png(figure)
 
 
 def plot_reliability(report: Report, diagrams: Sequence[Diagrams]) -> bytes:
     """Accuracy against confidence in 15 bins, one row a run: clean, and pooled over the shift's headline cells."""
     shifted = report.shift is not None
     rows, columns = len(diagrams), 2 if shifted else 1
-    figure = _figure(4.2 * columns, 3.6 * rows + 0.4)
+    figure = new_figure(4.2 * columns, 3.6 * rows + 0.4)
     grid = np.array(figure.subplots(rows, columns, squeeze=False))
     for number, (row, diagram) in enumerate(zip(grid, diagrams, strict=True)):
         run = report.runs[number]
@@ -61,14 +61,14 @@ def plot_reliability(report: Report, diagrams: Sequence[Diagrams]) -> bytes:
             title = f"{_legend(report, number)}\nunder shift ({report.shift.source}), severities pooled"
             _reliability(row[1], diagram.shifted, number, title)
     _title(figure, report)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _reliability(axes: Axes, bins: Reliability, number: int, title: str) -> None:
     used = bins.count > 0
     edges = np.linspace(0, 1, len(bins.count) + 1)
     width = edges[1] - edges[0]
-    colour, _ = _STYLES[number % len(_STYLES)]
+    colour, _ = STYLES[number % len(STYLES)]
     axes.bar(edges[:-1][used], bins.accuracy[used], width, align="edge", color=colour, alpha=0.75, edgecolor="white")
     share = bins.count / max(1, bins.count.sum())
     axes.step(np.append(edges[:-1], 1), np.append(share, share[-1]), where="post", color="#777777", lw=1)
@@ -90,14 +90,15 @@ def _title(figure: Figure, report: Report) -> None:
     figure.suptitle(f"{report.dataset}, {report.test_examples:,} test images{shift}", fontsize="medium")
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, its size in inches."""
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _png(figure: Figure) -> bytes:
+def to_png(figure: Figure) -> bytes:
+    """The figure as PNG; the same figure always gives the same bytes."""
     content = io.BytesIO()
-    # Without the version that matplotlib writes by default, the same report gives the same bytes.
-    figure.savefig(content, format="png", metadata={"Software": None})
+    figure.savefig(content, format="png", metadata={"Software": None})  # matplotlib would write its version
     return content.getvalue()

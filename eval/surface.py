@@ -1,0 +1,418 @@
+"""Loss and error on a plane through three points of weight space, and along the paths that a run measured.
+
+The papers' pictures (Garipov et al. 2018, figures 1 and 2, and their code's ``plane.py``). Every point of the plane is
+an affine combination of its three corners: a surface is the same ensemble at other coefficients.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import matplotlib.patheffects as effects
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
+
+from ensembler.datasets import Split
+from ensembler.ensemble import Ensemble
+from ensembler.errors import DivergedError, UsageError
+from ensembler.eval.metrics import accuracy, nll
+from ensembler.eval.plots import STYLES, new_figure, to_png
+from ensembler.run import Run, versions
+from ensembler.seeds import generator
+from ensembler.subspace import CURVES, edge_lengths, log_volume
+
+__all__ = [
+    "Corner",
+    "Surface",
+    "Way",
+    "measure_surface",
+    "plane",
+    "plane_coefficients",
+    "plot_paths",
+    "plot_surface",
+    "summary",
+]
+
+Array = NDArray[np.float64]
+
+_CHUNK = 16  # members whose probabilities are held at a time
+_LEVELS = 13
+
+
+class Corner(BaseModel):
+    """A point that the plane goes through: ``vertex`` of ``run``, or the run's first member (``null``)."""
+
+    label: str
+    run: str
+    vertex: int | None
+    x: float
+    y: float
+    train_loss: float
+    test_error: float
+
+
+class Way(BaseModel):
+    """One way along a path: a number for each t. Errors in [0, 1]; ``ensemble_error``: the first end with the point."""
+
+    t: list[float]
+    train_loss: list[float]
+    test_error: list[float]
+    ensemble_error: list[float]
+
+
+class Route(BaseModel):
+    """Ways between the same two ends, by name: ``line`` and what was trained."""
+
+    name: str
+    ways: dict[str, Way]
+
+
+class Surface(BaseModel):
+    """A whole surface.
+
+    ``x`` and ``y`` are distances in weight space from the first corner; rows of ``train_loss`` (mean NLL, nats) and
+    ``test_error`` (in [0, 1]) go with ``y``. ``members`` and ``curve`` are the points (x, y) of the run's members that
+    lie in the plane, and of the curve that does. ``batchnorm_examples``: training images that BatchNorm statistics, if
+    any, were recomputed from at every point.
+    """
+
+    format: Literal[1] = 1
+    dataset: str
+    architecture: str
+    methods: list[str]
+    corners: list[Corner]
+    members: list[tuple[float, float]]
+    curve: list[tuple[float, float]]
+    x: list[float]
+    y: list[float]
+    train_loss: list[list[float]]
+    test_error: list[list[float]]
+    paths: list[Route]
+    train_examples: int
+    test_examples: int
+    batchnorm_examples: int
+    device: str
+    seed: int
+    versions: dict[str, str]
+    seconds: float
+
+
+def measure_surface(
+    paths: Sequence[Path],
+    vertices: Sequence[int] | None = None,
+    *,
+    grid: int = 21,
+    margin: float = 0.2,
+    examples: int = 500,
+    batchnorm_examples: int = 512,
+    data: Path | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    watch: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> Surface:
+    """Measure the plane through three vertices of one run, or through the first members of three.
+
+    Args:
+        paths: one run's folder, or three of one network and dataset.
+        vertices: which three of the one run's; by default the first three, and of a curve its ends around the middle
+            bend.
+        grid: points a side, at least 2.
+        margin: how far the grid reaches beyond the corners, as a share of their extent; at least 0.
+        examples: training and test images to measure on, at most; the same ones at every point.
+        batchnorm_examples: training images to recompute BatchNorm statistics from, at most; at least 2.
+        data: folder of the dataset's files.
+        device: where to compute.
+        seed: of the choice of images.
+        watch: told of every chunk of points measured: "surface", how many are done, of how many.
+
+    Raises:
+        UsageError: not one or three runs, runs of different networks or datasets, vertices that span no plane, or an
+            option out of range.
+        DataError: the dataset is missing or not the one that was trained on.
+        DivergedError: a network's outputs somewhere on the plane are not finite.
+    """
+    began = time.monotonic()
+    if grid < 2 or not 0 <= margin < math.inf or examples < 1 or batchnorm_examples < 2:
+        raise UsageError("a surface needs a grid of at least 2, a margin of at least 0, 1 example and 2 for BatchNorm")
+    if len(paths) not in (1, 3):
+        raise UsageError(f"a surface is drawn of one run or of three, not of {len(paths)}")
+    runs = [Run.load(path) for path in paths]
+    names = [path.resolve().name for path in paths]
+    first = runs[0]
+    labels: list[tuple[str, str, int | None]]
+    inside, curve = torch.empty(0, 3), torch.empty(0, 3)
+    if len(runs) == 1:
+        chosen = _choose(first, paths[0], vertices)
+        labels = [(f"w{k}", names[0], k) for k in chosen]
+        three = {name: rows[chosen] for name, rows in first.vertices.items()}
+        inside = first.coefficients[
+            first.coefficients[:, chosen].count_nonzero(1) == first.coefficients.count_nonzero(1)
+        ]
+        inside = inside[:, chosen]
+        if first.manifest.method.startswith("curve-") and first.manifest.vertices == 3:
+            curve = CURVES[first.manifest.options["curve"]](torch.linspace(0, 1, 101), 3)[:, chosen]
+    elif vertices is not None:
+        raise UsageError("--vertices chooses among the vertices of one run: leave it out, or name one run")
+    else:
+        labels = [(f"w{k}", name, None) for k, name in enumerate(names)]
+        three = _first_members(runs, paths)
+    corners = plane(torch.cat([rows.flatten(1) for rows in three.values()], dim=1))
+    reach = margin * np.ptp(corners, axis=0)
+    x, y = np.linspace(corners.min(axis=0) - reach, corners.max(axis=0) + reach, grid).T
+    points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+
+    dataset = first.manifest.dataset.load(data)
+    train, test = _some(dataset.train, examples, seed, "train"), _some(dataset.test, examples, seed, "test")
+    still = _some(dataset.train, batchnorm_examples, seed, "batchnorm")
+    manifest = first.manifest.model_copy(update={"vertices": 3, "members": 3})
+    ensemble = Ensemble(replace(first, manifest=manifest, vertices=three, coefficients=torch.eye(3)), device)
+    coefficients = torch.cat([torch.eye(3), plane_coefficients(points, corners)])
+    losses: list[float] = []
+    errors: list[float] = []
+    for start in range(0, len(coefficients), _CHUNK):
+        moved = ensemble.at(coefficients[start : start + _CHUNK], Split(still.images.to(ensemble.device), still.labels))
+        seen, unseen = moved.predict_members(train.images), moved.predict_members(test.images)
+        if not (seen.isfinite().all() and unseen.isfinite().all()):
+            raise DivergedError("the networks' outputs are not finite everywhere on the plane: choose a lower --margin")
+        losses += [nll(probabilities, train.labels) for probabilities in seen]
+        errors += [1 - accuracy(probabilities, test.labels) for probabilities in unseen]
+        watch("surface", len(losses), len(coefficients))
+    return Surface(
+        dataset=dataset.title,
+        architecture=first.manifest.architecture,
+        methods=[run.manifest.method for run in runs],
+        corners=[
+            Corner(label=label, run=run, vertex=vertex, x=x, y=y, train_loss=loss, test_error=error)
+            for (label, run, vertex), (x, y), loss, error in zip(labels, corners.tolist(), losses, errors, strict=False)
+        ],
+        members=(inside.double().numpy() @ corners).tolist(),
+        curve=(curve.double().numpy() @ corners).tolist(),
+        x=x.tolist(),
+        y=y.tolist(),
+        train_loss=np.reshape(losses[3:], (grid, grid)).tolist(),
+        test_error=np.reshape(errors[3:], (grid, grid)).tolist(),
+        paths=_measured_paths(first) if len(runs) == 1 else [],
+        train_examples=len(train),
+        test_examples=len(test),
+        batchnorm_examples=len(still),
+        device=str(ensemble.device),
+        seed=seed,
+        versions=versions(),
+        seconds=round(time.monotonic() - began, 3),
+    )
+
+
+def plane(vertices: Tensor) -> Array:
+    """Where three points lie in the plane through them.
+
+    The basis is Gram and Schmidt's of ``w2 - w0`` and ``w1 - w0`` (Garipov et al. 2018, sec. 1, footnote 1, and their
+    code's ``plane.py``): w0 is the origin, w2 lies on the x axis and w1 above it. The distances between the points
+    alone say where that is: no basis vector (P,) is made.
+
+    Args:
+        vertices: (3, P) float.
+
+    Returns:
+        (3, 2), in units of Euclidean distance.
+
+    Raises:
+        UsageError: the points lie on one line.
+    """
+    side, base, across = edge_lengths(vertices).tolist()
+    area = math.exp(log_volume(vertices).item())
+    if area == 0:
+        raise UsageError(
+            "the three points lie on one line, or two of them are the same: choose others by --vertices, or other runs"
+        )
+    return np.array([[0, 0], [(side**2 + base**2 - across**2) / (2 * base), 2 * area / base], [base, 0]])
+
+
+def plane_coefficients(points: Array, corners: Array) -> Tensor:
+    """The affine combinations of three points that lie at ``points``.
+
+    Args:
+        points: (N, 2).
+        corners: (3, 2), as :func:`plane` gives them.
+
+    Returns:
+        (N, 3) float32, rows of sum 1.
+    """
+    second = points[:, 1] / corners[1, 1]
+    third = (points[:, 0] - second * corners[1, 0]) / corners[2, 0]
+    return torch.from_numpy(np.stack([1 - second - third, second, third], axis=1)).float()
+
+
+def _choose(run: Run, path: Path, vertices: Sequence[int] | None) -> list[int]:
+    count = run.manifest.vertices
+    if count < 3:
+        raise UsageError(
+            f"{path} has {count} {'vertex' if count == 1 else 'vertices'} and a plane takes three: "
+            "name three runs (their first members are taken), or one by train-fge, train-simplex or train-curve"
+        )
+    if vertices is None:
+        return [0, count // 2, count - 1] if run.manifest.method.startswith("curve-") else [0, 1, 2]
+    if len(vertices) != 3 or len(set(vertices)) != 3 or not set(vertices) <= set(range(count)):
+        given = ",".join(map(str, vertices))
+        raise UsageError(
+            f"--vertices takes three different ones of 0 to {count - 1} of {path}, such as 0,1,2: not {given}"
+        )
+    return list(vertices)
+
+
+def _first_members(runs: Sequence[Run], paths: Sequence[Path]) -> dict[str, Tensor]:
+    """The three runs' first members as vertices: parameter name to (3, ...)."""
+    first = runs[0]
+    shapes = {name: rows.shape[1:] for name, rows in first.vertices.items()}
+    images = first.manifest.dataset
+    for run, path in zip(runs, paths, strict=True):
+        other = run.manifest.dataset
+        if (other.train_sha256, other.test_sha256) != (images.train_sha256, images.test_sha256):
+            raise UsageError(
+                f"{path} was trained on {other.title} and {paths[0]} on {images.title}, or on another split of it: "
+                "name three runs of one dataset"
+            )
+        same = run.manifest.architecture == first.manifest.architecture
+        same = same and shapes == {name: rows.shape[1:] for name, rows in run.vertices.items()}
+        if not same or not all(torch.equal(tensor, run.frozen[name]) for name, tensor in first.frozen.items()):
+            raise UsageError(
+                f"{path} is a {run.manifest.architecture} and {paths[0]} a {first.manifest.architecture}, or their "
+                "frozen weights differ: name three runs of one network"
+            )
+    return {
+        name: torch.stack([torch.tensordot(run.coefficients[0], run.vertices[name], 1) for run in runs])
+        for name in shapes
+    }
+
+
+def _measured_paths(run: Run) -> list[Route]:
+    """What the run's metrics say of paths: ``path`` of a curve, ``paths`` of a complex."""
+    metrics = run.manifest.metrics
+    entries = list(metrics.get("paths", ()))
+    if "path" in metrics:
+        entries.append({"name": run.manifest.method} | metrics["path"])
+    found = []
+    for entry in entries:
+        ways = {name: way for name, way in entry.items() if name != "name"}
+        with suppress(ValidationError):  # an entry that holds something else
+            found.append(Route(name=entry.get("name", ""), ways=ways))
+    return found
+
+
+def _some(split: Split, examples: int, seed: int, name: str) -> Split:
+    return split[torch.randperm(len(split), generator=generator(seed, "surface", name))[:examples]]
+
+
+def summary(surface: Surface) -> str:
+    """Loss and error at the three corners, and the lowest and the highest on the plane: a line each."""
+    lines = [
+        f"{corner.label} ({corner.run}): train loss {corner.train_loss:.4f}, test error {corner.test_error:.4f}"
+        for corner in surface.corners
+    ]
+    losses, errors = np.array(surface.train_loss), np.array(surface.test_error)
+    for name, loss, error in (("lowest", losses.min(), errors.min()), ("highest", losses.max(), errors.max())):
+        lines.append(f"{name} on the plane: train loss {loss:.4f}, test error {error:.4f}")
+    return "\n".join(lines)
+
+
+def plot_surface(surface: Surface) -> bytes:
+    """The plane as two panels of filled contours, train loss and test error, with the corners marked."""
+    shape = (surface.y[-1] - surface.y[0]) / (surface.x[-1] - surface.x[0])
+    wide = shape < 0.35
+    figure = new_figure(10, 2 * max(8.6 * shape, 0.6) + 2.8) if wide else new_figure(11, 4.2 * min(shape, 2) + 1.8)
+    left, right = figure.subplots(2, 1) if wide else figure.subplots(1, 2)
+    _contours(left, surface, np.array(surface.train_loss), 1e-6, "train loss (nats)")
+    _contours(right, surface, 100 * np.array(surface.test_error), 50 / surface.test_examples, "test error (%)")
+    handles, labels = left.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    figure.suptitle(
+        f"{_title(surface)}\n{surface.train_examples:,} training and {surface.test_examples:,} test images "
+        f"at each of {len(surface.x)} x {len(surface.y)} points",
+        fontsize="medium",
+    )
+    return to_png(figure)
+
+
+def _title(surface: Surface) -> str:
+    corners = {f"{corner.label}: {corner.run}": corner.run for corner in surface.corners}
+    names = corners if len(surface.methods) > 1 else [surface.corners[0].run]
+    return f"{surface.dataset}, {surface.architecture}, {', '.join(names)}"
+
+
+def _contours(axes: Axes, surface: Surface, values: Array, floor: float, title: str) -> None:
+    """Contours at logarithmically spaced levels: a valley and the heights around it are orders apart."""
+    logs = np.log(np.maximum(values, floor))
+    levels = np.linspace(logs.min() - 1e-6, logs.max() + 1e-6, _LEVELS)
+    filled = axes.contourf(surface.x, surface.y, logs, levels, cmap="viridis")
+    axes.contour(surface.x, surface.y, logs, levels, colors="white", linewidths=0.4, linestyles="solid", alpha=0.6)
+    axes.set(title=title, xlabel="distance in weight space", aspect="equal")
+    thickness = 15 / axes.get_window_extent().width
+    bar = axes.figure.colorbar(filled, cax=axes.inset_axes((1 + thickness, 0, thickness, 1)))
+    bar.set_ticks(levels[::3].tolist(), labels=[_number(level) for level in np.exp(levels[::3]).tolist()])
+    outlined = [effects.withStroke(linewidth=4, foreground="black")]
+    if surface.curve:
+        places = zip(*surface.curve, strict=True)
+        axes.plot(*places, color="white", lw=2, label="the curve", path_effects=outlined)
+    middle = np.mean([corner.x for corner in surface.corners])
+    for corner in surface.corners:
+        axes.plot(corner.x, corner.y, "o", color="#D55E00", mec="white", ms=11)
+        side = 1 if corner.x > middle else -1
+        text = axes.annotate(
+            corner.label,
+            (corner.x, corner.y),
+            (10 * side, 0),
+            textcoords="offset points",
+            ha="left" if side > 0 else "right",
+            va="center_baseline",
+            weight="bold",
+        )
+        text.set_path_effects([effects.withStroke(linewidth=3, foreground="white")])
+    if surface.members:
+        places = zip(*surface.members, strict=True)
+        axes.plot(*places, "o", color="black", mec="white", ms=4, label="members")
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}" if value < 100 else f"{value:.0f}"
+
+
+def plot_paths(surface: Surface) -> bytes:
+    """Train loss, test error, and the error of the two-member ensemble of the first end with the point at t.
+
+    One row a path (Garipov et al. 2018, figure 2).
+    """
+    rows = len(surface.paths)
+    figure = new_figure(12, 3.3 * rows + 0.5)
+    columns = (
+        ("train_loss", "train loss (nats)", 1),
+        ("test_error", "test error (%)", 100),
+        ("ensemble_error", "error of t = 0 and t together (%)", 100),
+    )
+    for row, path in zip(figure.subplots(rows, 3, squeeze=False), surface.paths, strict=True):
+        for axes, (column, label, scale) in zip(row, columns, strict=True):
+            for (name, way), (colour, _) in zip(path.ways.items(), STYLES, strict=False):
+                line = name == "line"
+                axes.plot(
+                    way.t,
+                    scale * np.array(getattr(way, column)),
+                    color=colour,
+                    ls="--" if line else "-",
+                    label="straight line" if line else name,
+                )
+            axes.set(xlabel="t", ylabel=label, xlim=(0, 1))
+            axes.grid(alpha=0.3)
+        row[0].set_yscale("log")
+        row[0].legend(frameon=False, fontsize="small")
+        row[1].set_title(path.name, fontsize="medium")
+    figure.suptitle(_title(surface), fontsize="medium")
+    return to_png(figure)
