@@ -1,7 +1,11 @@
-"""The simplex step against a plain SGD step, on the same network and batch, in alternation.
+"""The simplex step against a plain SGD step, on the same network, batch and optimiser, in alternation.
 
 ``ratio.<arch>.K<k>`` is the time of one SPRO step (K vertices, one of them trainable, volume regulariser on) over the
-time of a hand-written ``torch.optim.SGD`` step: the median over pairs that ran one after the other.
+time of a hand-written ``torch.optim.SGD`` step: the median over pairs that ran one after the other. On a GPU both run
+under bfloat16 autocast.
+
+``floats_per_parameter.K<k>`` is what such a step of ``vgg16`` holds in memory at the most, over its number of
+parameters: every tensor alive is counted, less the activations and temporaries that the plain step holds too.
 
     python benchmarks/train_step.py [--quick] [--json FILE]
 """
@@ -10,11 +14,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from _harness import arguments, report, spread
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ensembler import architectures
 from ensembler.subspace import dirichlet
@@ -23,7 +31,8 @@ from ensembler.trainers.schedules import constant
 from ensembler.trainers.simplex import towards_volume
 from ensembler.weights import FlatWeights
 
-BATCH, RATE, STEPS = 128, 1e-3, 2
+BATCH, RATE = 128, 1e-3
+STEPS = {"vgg16": 1, "preresnet164": 1}  # in a row, of each kind; else 2
 
 
 class OneBatch:
@@ -31,23 +40,58 @@ class OneBatch:
 
     per_epoch = 10**9
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, size: int = BATCH) -> None:
         stream = torch.Generator().manual_seed(0)
-        self.x = torch.randn(BATCH, 3, 32, 32, generator=stream).to(device, memory_format=torch.channels_last)
-        self.y = torch.randint(10, (BATCH,), generator=stream).to(device)
+        self.x = torch.randn(size, 3, 32, 32, generator=stream).to(device, memory_format=torch.channels_last)
+        self.y = torch.randint(10, (size,), generator=stream).to(device)
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.x, self.y
 
 
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that were made within and are alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.peak, self._known = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._known:
+                    self._known.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, key, size)
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def sgd(parameters: Iterable[torch.Tensor]) -> torch.optim.SGD:
+    return torch.optim.SGD(parameters, lr=RATE, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
+
+
+def precision(batch: OneBatch) -> torch.dtype:
+    return torch.bfloat16 if batch.x.is_cuda else torch.float32
+
+
 def plain_steps(arch: str, batch: OneBatch) -> Callable[[], None]:
     network = architectures.build(arch, 10).to(batch.x.device).train()
-    optimiser = torch.optim.SGD(network.parameters(), lr=RATE, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    optimiser = sgd(network.parameters())
 
     def run() -> None:
-        for _ in range(STEPS):
+        for _ in range(STEPS.get(arch, 2)):
             optimiser.zero_grad()
-            loss = torch.nn.functional.cross_entropy(network(batch.x), batch.y)
+            with torch.autocast(batch.x.device.type, precision(batch), enabled=batch.x.is_cuda):
+                logits = network(batch.x)
+            loss = torch.nn.functional.cross_entropy(logits.float(), batch.y)
             loss.backward()
             optimiser.step()
 
@@ -56,7 +100,9 @@ def plain_steps(arch: str, batch: OneBatch) -> Callable[[], None]:
 
 def simplex_steps(arch: str, K: int, batch: OneBatch) -> Callable[[], None]:
     weights = FlatWeights(architectures.build(arch, 10).to(batch.x.device))
-    vertices = weights.vector + 0.01 * torch.randn(K, len(weights), device=batch.x.device)
+    vertices = weights.vector.repeat(K, 1)
+    for k in range(1, K):
+        vertices[k] += 0.01 * torch.randn(len(weights), device=vertices.device)
     rng = np.random.default_rng(0)
     regulariser = towards_volume(vertices[:-1], vertices[-1], 1e-2, weights.vector)
 
@@ -65,15 +111,25 @@ def simplex_steps(arch: str, K: int, batch: OneBatch) -> Callable[[], None]:
             weights,
             vertices,
             batch,
-            lambda moving: torch.optim.SGD(moving, lr=RATE, momentum=0.9, weight_decay=5e-4, nesterov=True),
+            sgd,
             constant(RATE),
-            STEPS,
+            STEPS.get(arch, 2),
             trainable=[K - 1],
             draw=lambda samples: dirichlet(samples, K, rng),
             regulariser=regulariser,
+            precision=precision(batch),
         )
 
     return run
+
+
+def peak_floats(make: Callable[[], Callable[[], None]]) -> float:
+    """The most floats alive while ``make()`` and two runs of what it makes."""
+    with Live() as live:
+        run = make()
+        live.peak = live.now  # what was needed to make it is not the step's
+        run(), run()
+    return live.peak / 4
 
 
 def timed(run: Callable[[], None]) -> float:
@@ -87,9 +143,10 @@ def timed(run: Callable[[], None]) -> float:
 def main() -> None:
     options = arguments(__doc__)
     batch = OneBatch(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    repeats = 12 if options.quick else 30
     figures: dict[str, float] = {}
-    for arch in ("cnn", "resnet20"):
+    quick = ("cnn", "resnet20") if options.quick else ("cnn", "resnet20", "vgg16")
+    for arch in ("vgg16", "preresnet164") if batch.x.is_cuda else quick:
+        repeats = 10 if options.quick or arch == "vgg16" else 30
         plain = plain_steps(arch, batch)
         for K in (4,) if options.quick else (2, 3, 4, 5):
             simplex = simplex_steps(arch, K, batch)
@@ -101,9 +158,16 @@ def main() -> None:
                 else:
                     theirs, ours = timed(plain), timed(simplex)
                 ratios.append(ours / theirs)
-                seconds.append(theirs / STEPS)
+                seconds.append(theirs / STEPS.get(arch, 2))
             figures[f"ratio.{arch}.K{K}"] = statistics.median(ratios)
             print(f"{arch:9} K={K}: simplex / plain {spread(ratios)}; a plain step {statistics.median(seconds):.4f} s")
+    small = OneBatch(torch.device("cpu"), size=2)
+    P = sum(parameter.numel() for parameter in architectures.build("vgg16", 10).parameters())
+    beyond = peak_floats(lambda: plain_steps("vgg16", small)) - 3 * P  # weights, gradients and momentum are 3 P
+    for K in (4,) if options.quick else (2, 3, 4, 5):
+        floats = (peak_floats(lambda K=K: simplex_steps("vgg16", K, small)) - beyond) / P  # type: ignore[misc]
+        figures[f"floats_per_parameter.K{K}"] = floats
+        print(f"vgg16     K={K}: {floats:.3f} floats a parameter; K + 3 = {K + 3}")
     report(figures, repeats, options.json)
 
 

@@ -1,4 +1,4 @@
-"""The ``ensembler`` command: finds each room's commands, and turns errors into one clear line.
+"""The ``ensembler`` command: finds each room's commands, gives each ``--config``, and turns errors into one clear line.
 
 Nothing heavy is imported here or by the rooms' ``commands.py``: a command imports what it needs when it runs.
 """
@@ -6,13 +6,16 @@ Nothing heavy is imported here or by the rooms' ``commands.py``: a command impor
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ensembler import __version__
+from ensembler import __version__, config
 from ensembler.errors import EnsemblerError
 
 __all__ = ["app", "main"]
@@ -42,27 +45,55 @@ def _common(
     pass
 
 
-def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+@contextmanager
+def _errors_on_one_line() -> Iterator[None]:
     """Errors raised on purpose become one line on standard error, Ctrl-C a short farewell; no traceback."""
+    try:
+        yield
+    except EnsemblerError as error:
+        typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted: nothing half-done was left behind", err=True)
+        raise typer.Exit(130) from None
+
+
+def _take_defaults(context: typer.Context, path: Path | None) -> None:
+    if path is not None:
+        with _errors_on_one_line():
+            context.default_map = config.read(path, context)
+
+
+_Config = Annotated[
+    Path | None,
+    typer.Option(
+        callback=_take_defaults,
+        is_eager=True,  # before the options whose defaults it gives
+        help="TOML, YAML or JSON with these options, or a run to make again. What is typed beside it wins.",
+    ),
+]
+
+
+def _finished(command: Callable[..., None]) -> Callable[..., None]:
+    """A room's command with ``--config``, its errors on one line."""
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config)
+    parameters = [*signature.parameters.values(), option]
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except EnsemblerError as error:
-            typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-            typer.echo(str(error), err=True)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted: nothing half-done was left behind", err=True)
-            raise typer.Exit(130) from None
+    def run(config: None, **given: Any) -> None:
+        with _errors_on_one_line():
+            command(**given)
 
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
 for _room in ROOMS:
     for _command in import_module(f"ensembler.{_room}.commands").app.registered_commands:
-        _command.callback = _guarded(_command.callback)
+        _command.callback = _finished(_command.callback)
         app.registered_commands.append(_command)
 
 

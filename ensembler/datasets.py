@@ -1,4 +1,4 @@
-"""Images by name: a training, a validation and a test split, in memory as uint8.
+"""Images by name: a training, a validation and a test split, in memory as uint8 or, of a folder, in their files.
 
 ===================  ===========================================================================================
 ``digits``           scikit-learn's 1,797 handwritten digits, brought to 32 x 32 RGB; inside the package, offline
@@ -9,68 +9,43 @@
 ===================  ===========================================================================================
 
 The validation split is taken from the training images, seeded, stratified and the same for every run: it is never
-trained on.
+trained on. A folder's images are split alike wherever they are.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import math
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ensembler.errors import DataError, UsageError
+from ensembler.images import (
+    AUGMENTATIONS,
+    MEMORY_LIMIT,
+    FileSplit,
+    Images,
+    Split,
+    normalise,
+    read_image,
+    read_images,
+    unreadable,
+)
+from ensembler.seeds import generator
 
-__all__ = ["AUGMENTATIONS", "NAMES", "Dataset", "Split", "augment", "default_root", "load", "normalise"]
+__all__ = ["AUGMENTATIONS", "CORRUPT", "NAMES", "Dataset", "Split", "default_root", "load", "normalise"]
 
 NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder:PATH")
-AUGMENTATIONS = ("crop-flip", "crop", "none")
+CORRUPT = ("refuse", "skip")
 _IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 _SPLIT_SEED = 20260101
-_PADDING = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Images and their classes.
-
-    Attributes:
-        images: (N, H, W, 3) uint8, on the CPU.
-        labels: (N,) int64.
-    """
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Any) -> Split:
-        return Split(self.images[index], self.labels[index])
-
-    @cached_property
-    def sha256(self) -> str:
-        """Hash of the pixels and labels: names the split whatever its origin."""
-        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        digest.update(self.images.contiguous().numpy().data)
-        digest.update(self.labels.contiguous().numpy().data)
-        return digest.hexdigest()
-
-    def batches(self, size: int) -> Iterator[Split]:
-        """The split in order, ``size`` images at a time; the last may be smaller."""
-        for start in range(0, len(self), size):
-            yield self[start : start + size]
+_SAMPLE = 2048  # files that a channel's mean and variance are taken from
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,20 +56,29 @@ class Dataset:
         name: as the user asked for it; reloads it.
         title: as a report should call it.
         classes: the class names, in label order.
-        augmentation: what suits these images: ``"crop-flip"``, ``"crop"`` or ``"none"``.
-        mean: (3,) of the training images, pixels in [0, 1].
+        augmentation: what suits these images: one of :data:`ensembler.images.AUGMENTATIONS`.
+        train, validation, test: all in memory, or all in their files.
+        mean: (3,) of the training images, pixels in [0, 1]; of images in their files, of 2,048 drawn with a seed.
         std: (3,) likewise.
+        skipped: the files of the folder that were left out, by their names below it.
     """
 
     name: str
     title: str
     classes: tuple[str, ...]
     augmentation: str
-    train: Split
-    validation: Split
-    test: Split
+    train: Images
+    validation: Images
+    test: Images
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def class_counts(self) -> dict[str, int]:
+        """How many training images each class has."""
+        counts = torch.bincount(self.train.labels, minlength=len(self.classes)).tolist()
+        return dict(zip(self.classes, counts, strict=True))
 
 
 def load(
@@ -104,6 +88,9 @@ def load(
     download: bool = False,
     image_size: int | None = None,
     validation: float = 0.1,
+    in_memory: bool | None = None,
+    corrupt: str = "refuse",
+    without: Collection[str] = (),
 ) -> Dataset:
     """Load a dataset by name.
 
@@ -111,8 +98,15 @@ def load(
         name: one of :data:`NAMES`.
         root: where the files lie, or go; by default :func:`default_root`.
         download: fetch what is missing.
-        image_size: bring every image to this many pixels a side; by default as it is.
+        image_size: bring every image to this many pixels a side, by a plain resize; by default as it is.
         validation: share of the training images held out, in (0, 1).
+        in_memory: whether a folder's images are decoded now and held, or read whenever they are needed, for which
+            ``image_size`` must be given. By default the former, unless they would take more than
+            :data:`ensembler.images.MEMORY_LIMIT`.
+        corrupt: what to do about a folder's images that cannot be decoded. ``"refuse"`` raises where one is met: here
+            if they are held in memory, else in training or measuring. ``"skip"`` leaves them out and names them; to
+            find them, every image is decoded once more, here.
+        without: files of the folder to leave out unseen, by their names below it.
 
     Raises:
         UsageError: an unknown name or an option out of range.
@@ -122,25 +116,29 @@ def load(
         raise UsageError(f"the validation share must lie between 0 and 1, not {validation}")
     if image_size is not None and image_size < 1:
         raise UsageError(f"the image size must be at least 1 pixel, not {image_size}")
+    if corrupt not in CORRUPT:
+        raise UsageError(f"corrupt images are handled by one of {', '.join(CORRUPT)}, not {corrupt!r}")
     root = root or default_root()
-    if name == "digits":
+    skipped: tuple[str, ...] = ()
+    if name.startswith("folder:"):
+        folder = Path(name.removeprefix("folder:")).expanduser().resolve()
+        name = f"folder:{folder}"
+        title, classes, augmentation, train, test, skipped = _folder(folder, image_size, in_memory, corrupt, without)
+    elif name in NAMES and (in_memory is False or corrupt == "skip"):
+        raise UsageError(f"{name} is checked and held in memory: only folder:PATH can be left in its files or skip any")
+    elif name == "digits":
         title, classes, augmentation, train, test = _digits()
     elif name in ("cifar10", "cifar100"):
         title, classes, augmentation, train, test = _cifar(name, root, download)
     elif name == "fashion-mnist":
         title, classes, augmentation, train, test = _fashion_mnist(root, download)
-    elif name.startswith("folder:"):
-        folder = Path(name.removeprefix("folder:")).expanduser().resolve()
-        name = f"folder:{folder}"
-        title, classes, augmentation, train, test = _folder(folder, image_size)
     else:
         raise UsageError(f"unknown dataset {name!r}: use one of {', '.join(NAMES)}")
-    if image_size is not None and train.images.shape[1:3] != (image_size, image_size):
+    if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
     train, held_out = _split(train, validation, title)
-    pixels = train.images.reshape(-1, 3)
-    mean, std = _moments(pixels)
-    return Dataset(name, title, classes, augmentation, train, held_out, test, mean, std)
+    mean, std = _moments(train)
+    return Dataset(name, title, classes, augmentation, train, held_out, test, mean, std, skipped)
 
 
 def default_root() -> Path:
@@ -148,38 +146,7 @@ def default_root() -> Path:
     return Path(os.environ.get("ENSEMBLER_DATA") or Path.home() / ".cache" / "ensembler" / "data")
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """What the network sees: uint8 (B, H, W, 3) to float32 (B, 3, H, W), zero mean and unit variance a channel.
-
-    The result keeps the images' memory order, which makes it channels-last: no copy, and the faster layout.
-    """
-    scale = images.new_tensor([1 / (255 * s) for s in std], dtype=torch.float32)
-    shift = images.new_tensor([m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    return images.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
-
-
-def augment(images: Tensor, augmentation: str, generator: torch.Generator) -> Tensor:
-    """A random variant of every image of a batch (B, H, W, 3), drawn from a CPU generator.
-
-    ``"crop"`` pads 4 black pixels and crops to the old size at a random place; ``"crop-flip"`` mirrors half the images
-    as well; ``"none"`` changes nothing.
-    """
-    if augmentation == "none":
-        return images
-    count, height, width, _ = images.shape
-    offsets = torch.randint(0, 2 * _PADDING + 1, (count, 2), generator=generator)
-    rows = offsets[:, :1] + torch.arange(height)
-    columns = offsets[:, 1:] + torch.arange(width)
-    if augmentation == "crop-flip":
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    padded = torch.nn.functional.pad(images, (0, 0, _PADDING, _PADDING, _PADDING, _PADDING))
-    picture = torch.arange(count)[:, None, None]
-    rows, columns, picture = (part.to(images.device) for part in (rows, columns, picture))
-    return padded[picture, rows[:, :, None], columns[:, None, :]]
-
-
-_Parts = tuple[str, tuple[str, ...], str, Split, Split]
+_Parts = tuple[str, tuple[str, ...], str, Images, Images]
 
 
 def _digits() -> _Parts:
@@ -264,19 +231,40 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape).copy()
 
 
-def _folder(folder: Path, image_size: int | None) -> _Parts:
+def _folder(
+    folder: Path, image_size: int | None, in_memory: bool | None, corrupt: str, without: Collection[str]
+) -> tuple[str, tuple[str, ...], str, Images, Images, tuple[str, ...]]:
     if not folder.is_dir():
         raise DataError(f"no folder of images at {folder}")
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        classes = _class_names(folder / "train")
-        if unknown := sorted(set(_class_names(folder / "test")) - set(classes)):
-            raise DataError(f"{folder / 'test'} has the class {unknown[0]!r}, which {folder / 'train'} has not")
-        train = _read_images(folder / "train", classes, image_size)
-        test = _read_images(folder / "test", classes, image_size or train.images.shape[1:3])
-    else:
-        classes = _class_names(folder)
-        train, test = _split(_read_images(folder, classes, image_size), 0.2, str(folder))
-    return f"images of {folder.name}", classes, "crop-flip", train, test
+    parted = (folder / "train").is_dir() and (folder / "test").is_dir()
+    parts = [folder / "train", folder / "test"] if parted else [folder]
+    classes = _class_names(parts[0])
+    if unknown := sorted(set(_class_names(parts[-1])) - set(classes)):
+        raise DataError(f"{parts[-1]} has the class {unknown[0]!r}, which {parts[0]} has not")
+    shape = (image_size, image_size) if image_size else None
+    found: list[FileSplit] = []
+    skipped: list[str] = []
+    for part in parts:
+        files, labels, left_out = _list(folder, part, classes, corrupt == "skip", set(without))
+        shape = shape or read_image(folder / files[0]).shape[:2]
+        found.append(FileSplit(folder, tuple(files), torch.tensor(labels), shape))
+        skipped += left_out
+    size = sum(split.decoded_bytes for split in found)
+    splits: list[Images] = [*found]
+    if in_memory or (in_memory is None and size <= MEMORY_LIMIT):
+        # Without a size, all must be of one; but test images are brought to that of the training images.
+        splits = [
+            Split(read_images(split.paths, split.shape, exact=not image_size and split is found[0]), split.labels)
+            for split in found
+        ]
+    elif image_size is None:
+        raise UsageError(
+            f"the images in {folder} would take {size / 2**30:.1f} GiB in memory: to read them whenever they are "
+            f"needed, give the size to bring them to, such as the first one's: --image-size {min(found[0].shape)}"
+        )
+    train, test = splits if parted else _split(splits[0], 0.2, str(folder))
+    augmentation = "crop-flip" if isinstance(train, Split) else "resized-crop-flip"
+    return f"images of {folder.name}", classes, augmentation, train, test, tuple(skipped)
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -286,53 +274,35 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return classes
 
 
-def _read_images(folder: Path, classes: tuple[str, ...], size: int | tuple[int, ...] | None) -> Split:
-    files: list[Path] = []
+def _list(
+    folder: Path, part: Path, classes: tuple[str, ...], check: bool, without: set[str]
+) -> tuple[list[str], list[int], list[str]]:
+    """The image files of a part of the folder, by their names below it; their labels; the files left out."""
+    files: list[str] = []
     labels: list[int] = []
+    skipped: list[str] = []
     for label, name in enumerate(classes):
-        if not (folder / name).is_dir():
+        if not (part / name).is_dir():
             continue
-        found = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
+        found = sorted(path for path in (part / name).rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
         if not found:
-            raise DataError(f"{folder / name} holds no image ({', '.join(sorted(_IMAGE_SUFFIXES))})")
-        files += found
-        labels += [label] * len(found)
-    first = _read_image(files[0], None)
-    shape = (size, size) if isinstance(size, int) else tuple(size or first.shape[:2])
-    images = torch.empty((len(files), *shape, 3), dtype=torch.uint8)
-    pixels = images.numpy()
-
-    def read(index: int) -> None:
-        image = _read_image(files[index], shape if size else None)
-        if image.shape[:2] != shape:
-            raise DataError(
-                f"{files[index]} is {image.shape[1]} x {image.shape[0]} pixels but {files[0]} is "
-                f"{shape[1]} x {shape[0]}: add --image-size to bring all to one size"
-            )
-        pixels[index] = image
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(read, range(len(files)), chunksize=256):
-            pass
-    return Split(images, torch.tensor(labels))
+            raise DataError(f"{part / name} holds no image ({', '.join(sorted(_IMAGE_SUFFIXES))})")
+        names = [path.relative_to(folder).as_posix() for path in found]
+        bad = without | {path.relative_to(folder).as_posix() for path in (unreadable(found) if check else ())}
+        good = [file for file in names if file not in bad]
+        if not good:
+            raise DataError(f"none of the {len(found)} images in {part / name} can be read: mend them, or remove it")
+        files += good
+        labels += [label] * len(good)
+        skipped += [file for file in names if file in bad]
+    return files, labels, skipped
 
 
-def _read_image(path: Path, shape: tuple[int, ...] | None) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-            if shape is not None and image.size != shape[::-1]:
-                image = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
-            return np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot read the image {path}: {error}: mend or remove it") from error
-
-
-def _resized(split: Split, size: int) -> Split:
+def _resized(split: Images, size: int) -> Images:
     from torchvision.transforms.v2.functional import resize
 
+    if isinstance(split, FileSplit) or split.shape == (size, size):
+        return split
     small = [
         resize(batch.images.permute(0, 3, 1, 2), [size, size], antialias=True).permute(0, 2, 3, 1)
         for batch in split.batches(1024)
@@ -340,7 +310,7 @@ def _resized(split: Split, size: int) -> Split:
     return Split(torch.cat(small).contiguous(), split.labels)
 
 
-def _split(split: Split, share: float, title: str) -> tuple[Split, Split]:
+def _split(split: Images, share: float, title: str) -> tuple[Images, Images]:
     """Stratified and seeded: (the rest, the ``share`` held out)."""
     from sklearn.model_selection import train_test_split
 
@@ -350,13 +320,19 @@ def _split(split: Split, share: float, title: str) -> tuple[Split, Split]:
         )
     except ValueError as error:
         raise DataError(f"{title}: too few images to hold out a share of {share:g} of each class: {error}") from error
-    return split[np.sort(rest)], split[np.sort(held_out)]
+    return split.part(np.sort(rest)), split.part(np.sort(held_out))
 
 
-def _moments(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _moments(split: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation a channel, from exact histograms of the byte values."""
+    if isinstance(split, FileSplit):
+        split = split.part(torch.randperm(len(split), generator=generator(_SPLIT_SEED, "moments"))[:_SAMPLE])
     values = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([torch.bincount(channel, minlength=256) for channel in pixels.T.int()]).double()
-    mean = counts @ values / len(pixels)
-    variance = counts @ values.square() / len(pixels) - mean.square()
+    counts = torch.zeros(3, 256, dtype=torch.float64)
+    for batch in split.batches(256):
+        pixels = batch.images.reshape(-1, 3).T.int()
+        counts += torch.stack([torch.bincount(channel, minlength=256) for channel in pixels])
+    total = counts[0].sum()
+    mean = counts @ values / total
+    variance = counts @ values.square() / total - mean.square()
     return tuple(mean.tolist()), tuple(variance.clamp_min(1e-6).sqrt().tolist())

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from ensembler import architectures
-from ensembler.datasets import Split, augment, normalise
 from ensembler.errors import ShapeError, UsageError
+from ensembler.images import Images, draw, normalise
 from ensembler.run import DatasetRecord, Run, Sampling
 from ensembler.seeds import derive, generator
 from ensembler.subspace import dirichlet
@@ -127,7 +127,7 @@ class Ensemble:
 
         return uncertainty(self.predict_members(x).numpy())
 
-    def sample(self, members: int, seed: int = 0, train: Split | None = None) -> Ensemble:
+    def sample(self, members: int, seed: int = 0, train: Images | None = None) -> Ensemble:
         """An ensemble of fresh members from the same simplexes.
 
         Args:
@@ -144,7 +144,7 @@ class Ensemble:
             raise UsageError(f"the members of a run by {self.run.manifest.method} are fixed: nothing to sample from")
         return self.at(sample_coefficients(sampling, len(self._vertices), members, seed), train)
 
-    def at(self, coefficients: Tensor, train: Split | None = None) -> Ensemble:
+    def at(self, coefficients: Tensor, train: Images | None = None) -> Ensemble:
         """An ensemble of the members at other coefficients of the same vertices: any points of their affine span.
 
         Args:
@@ -224,7 +224,7 @@ def member_buffers(
     weights: FlatWeights,
     vertices: Tensor,
     coefficients: Tensor,
-    train: Split | None,
+    train: Images | None,
     record: DatasetRecord,
 ) -> dict[str, Tensor]:
     """Buffers of members that were never trained themselves, BatchNorm's recomputed from the training images.
@@ -239,23 +239,24 @@ def member_buffers(
     """
     if train is not None:
         # Shuffled: images often lie sorted by class, and the variance within a class is not the variance.
-        train = train[torch.randperm(len(train), generator=generator(0, "batchnorm"))[:BATCHNORM_EXAMPLES]]
+        train = train.part(torch.randperm(len(train), generator=generator(0, "batchnorm"))[:BATCHNORM_EXAMPLES])
     rows: list[dict[str, Tensor]] = []
     for row in coefficients.to(vertices.device):
         torch.mv(vertices.T, row, out=weights.vector)
         if has_batchnorm(weights.module):
             if train is None:
                 raise UsageError("a BatchNorm network needs its training images to make new members")
-            update_bn(_inputs(train, record), weights.module)
+            update_bn(_inputs(train, record, vertices.device), weights.module)
         rows.append({name: buffer.cpu() for name, buffer in weights.buffers().items()})
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
-def _inputs(split: Split, record: DatasetRecord) -> Iterator[Tensor]:
+def _inputs(split: Images, record: DatasetRecord, device: torch.device) -> Iterator[Tensor]:
     """Training inputs in batches of nearly equal size: ``update_bn`` gives each batch the same weight."""
     stream = generator(0, "batchnorm augmentation")
-    for images in split.images.tensor_split(-(-len(split) // _BATCHNORM_BATCH)):
-        yield normalise(augment(images, record.augmentation, stream), tuple(record.mean), tuple(record.std))
+    for index in torch.arange(len(split)).tensor_split(-(-len(split) // _BATCHNORM_BATCH)):
+        batch = split.augmented(index, record.augmentation, draw(record.augmentation, len(index), stream))
+        yield normalise(batch.images.to(device), tuple(record.mean), tuple(record.std))
 
 
 def _checked(x: Tensor) -> Tensor:

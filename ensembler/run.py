@@ -35,8 +35,20 @@ from torch import Tensor
 from ensembler import artefact, datasets
 from ensembler.datasets import AUGMENTATIONS, Dataset
 from ensembler.errors import ArtefactError, DataError, DivergedError, UsageError
+from ensembler.images import FileSplit
 
-__all__ = ["Cost", "DatasetRecord", "Manifest", "Part", "Run", "Sampling", "latest", "new_path", "versions"]
+__all__ = [
+    "Cost",
+    "DatasetRecord",
+    "Manifest",
+    "Part",
+    "Run",
+    "Sampling",
+    "latest",
+    "new_path",
+    "save_tensors",
+    "versions",
+]
 
 FORMAT = 2
 _FORMATS = (1, 2)
@@ -51,7 +63,10 @@ class _Record(BaseModel):
 
 
 class DatasetRecord(_Record):
-    """Which images, so that evaluation can find the same ones again, and what a network needs to see them."""
+    """Which images, so that evaluation can find the same ones again, and what a network needs to see them.
+
+    ``lazy``: whether they were read from their files whenever they were needed; ``skipped``: the files left out.
+    """
 
     name: str
     title: str
@@ -63,6 +78,8 @@ class DatasetRecord(_Record):
     train_examples: int
     train_sha256: str
     test_sha256: str
+    lazy: bool = False
+    skipped: list[str] = []
 
     @classmethod
     def of(cls, dataset: Dataset, augmentation: str | None = None) -> DatasetRecord:
@@ -78,13 +95,15 @@ class DatasetRecord(_Record):
             name=dataset.name,
             title=dataset.title,
             classes=list(dataset.classes),
-            image_shape=list(dataset.train.images.shape[1:]),
+            image_shape=[*dataset.train.shape, 3],
             mean=list(dataset.mean),
             std=list(dataset.std),
             augmentation=augmentation,
             train_examples=len(dataset.train),
             train_sha256=dataset.train.sha256,
             test_sha256=dataset.test.sha256,
+            lazy=isinstance(dataset.train, FileSplit),
+            skipped=list(dataset.skipped),
         )
 
     def load(self, root: Path | None = None, *, download: bool = False) -> Dataset:
@@ -95,7 +114,14 @@ class DatasetRecord(_Record):
         """
         height, width = self.image_shape[:2]
         size = height if height == width else None
-        dataset = datasets.load(self.name, root, download=download, image_size=size)
+        dataset = datasets.load(
+            self.name,
+            root,
+            download=download,
+            image_size=size,
+            in_memory=not self.lazy,
+            without=self.skipped,
+        )
         self.check(dataset)
         return dataset
 
@@ -225,10 +251,10 @@ class Run:
         members = {"coefficients": self.coefficients} | {f"buffer.{name}": b for name, b in self.buffers.items()}
         content = self.manifest.model_dump()
         with artefact.write(path, content) as folder:
-            _save_tensors(self.vertices, folder / "vertices.safetensors")
-            _save_tensors(members, folder / "members.safetensors")
+            save_tensors(self.vertices, folder / "vertices.safetensors")
+            save_tensors(members, folder / "members.safetensors")
             if self.frozen:
-                _save_tensors(self.frozen, folder / "frozen.safetensors")
+                save_tensors(self.frozen, folder / "frozen.safetensors")
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
             (folder / "history.jsonl").write_text(lines, encoding="utf-8")
         self.manifest.files = content["files"]
@@ -265,10 +291,12 @@ class Run:
 
 
 def new_path(folder: Path, label: str) -> Path:
-    """A path in ``folder`` that names ``label`` and the time and that nothing has taken."""
+    """A path in ``folder`` that names ``label`` and the time and that nothing has taken, nor begun to."""
     stem = f"{label}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     names = (stem, *(f"{stem}-{n}" for n in range(2, 1_000_000)))
-    return next(folder / name for name in names if not (folder / name).exists())
+    return next(
+        folder / name for name in names if not (folder / name).exists() and not (folder / f"{name}.unfinished").exists()
+    )
 
 
 def latest(folder: Path) -> Path:
@@ -305,7 +333,12 @@ def _of_format_1(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"cost": cost}
 
 
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        ArtefactError: it cannot be written.
+    """
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # its writer's, and no OSError

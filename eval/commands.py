@@ -14,6 +14,8 @@ __all__ = ["app"]
 
 app = typer.Typer()
 
+_Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing before the end.")]
+
 
 @app.command("eval")
 def evaluate(
@@ -27,6 +29,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a forward pass.")] = None,
     seed: Annotated[int, typer.Option(help="Of generated corruptions and the choice of examples.")] = 0,
+    quiet: _Quiet = False,
 ) -> None:
     """Score runs side by side: accuracy, NLL, Brier and ECE, clean and under shift."""
     import time
@@ -43,7 +46,7 @@ def evaluate(
     paths = runs or [latest(Path("runs"))]
     folder = out or new_path(Path("reports"), "eval")
     check_writable(folder)
-    with _progress() as watch:
+    with _progress(quiet) as watch:
         report, diagrams = evaluate(
             paths,
             shift,
@@ -89,6 +92,7 @@ def surface(
     json: Annotated[Path | None, typer.Option(help="Write the numbers' JSON to this file, too.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
     seed: Annotated[int, typer.Option(help="Of the choice of images.")] = 0,
+    quiet: _Quiet = False,
 ) -> None:
     """Draw loss and error on the plane through three networks (Garipov et al. 2018), and along a curve's path."""
     from contextlib import nullcontext
@@ -110,7 +114,7 @@ def surface(
     def line(label: str, done: int, total: int) -> None:
         typer.echo(f"{label}: {done} of {total} points", err=True)
 
-    with _progress() if Console(stderr=True).is_terminal else nullcontext(line) as watch:
+    with _progress(quiet) if quiet or Console(stderr=True).is_terminal else nullcontext(line) as watch:
         found = measure_surface(
             runs or [latest(Path("runs"))],
             chosen,
@@ -134,14 +138,14 @@ def surface(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A bar with the time left, on a terminal alone."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("predicting")
 
         def watch(label: str, done: int, total: int) -> None:

@@ -70,9 +70,9 @@ def evaluate(
     runs = [Run.load(path) for path in paths]
     dataset = _common_dataset(runs, paths, data, download)
     indices = _choose(len(dataset.test), examples, seed)
-    test = dataset.test[indices]
-    labels = test.labels.numpy()
     shifted = None if shift is None else find_shift(shift, dataset, indices, data, seed)
+    test = shifted.test if shifted else dataset.test[indices]
+    labels = test.labels.numpy()
     cells: list[Cell | None] = [None, *(shifted.cells() if shifted else ())]
 
     ensembles = [Ensemble(run, device, batch_size) for run in runs]

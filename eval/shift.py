@@ -18,6 +18,7 @@ from torch import Tensor
 from ensembler.datasets import Dataset, Split, default_root
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
+from ensembler.images import Images
 
 __all__ = ["SHIFTS", "Cell", "Shift", "find_shift"]
 
@@ -118,8 +119,8 @@ def find_shift(name: str, dataset: Dataset, indices: Tensor, root: Path | None =
     return Shift(name, "official", corruptions, chosen, indices, folder=folder)
 
 
-def _check_official(folder: Path, corruptions: tuple[str, ...], test: Split) -> None:
-    expected = (len(SEVERITIES) * len(test), *test.images.shape[1:])
+def _check_official(folder: Path, corruptions: tuple[str, ...], test: Images) -> None:
+    expected = (len(SEVERITIES) * len(test), *test.shape, 3)
     for corruption in corruptions:
         path = folder / f"{corruption}.npy"
         images = _open(path)

@@ -27,6 +27,7 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import DivergedError, UsageError
 from ensembler.eval.metrics import accuracy, nll
 from ensembler.eval.plots import STYLES, new_figure, to_png
+from ensembler.images import Images
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
 from ensembler.subspace import CURVES, edge_lengths, log_volume
@@ -308,7 +309,7 @@ def _measured_paths(run: Run) -> list[Route]:
     return found
 
 
-def _some(split: Split, examples: int, seed: int, name: str) -> Split:
+def _some(split: Images, examples: int, seed: int, name: str) -> Split:
     return split[torch.randperm(len(split), generator=generator(seed, "surface", name))[:examples]]
 
 

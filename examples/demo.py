@@ -77,7 +77,7 @@ def main() -> None:
     os.chdir(folder)
     start = time.monotonic()
     step(
-        "1. A simplex of four vertices, ten members drawn from it",
+        "1. A simplex of four vertices, which are its members",
         "train-simplex",
         "--vertices",
         "4",

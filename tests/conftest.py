@@ -5,7 +5,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)  # the networks here are too small for two
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of 90 images of three classes, told apart by where they are bright; as options of a command."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("top", "middle", "bottom")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = rng.integers(0, 100, (8, 8, 3), dtype=np.uint8)
+            pixels[label * 3 : label * 3 + 2] += 120
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
+    return ["--dataset", f"folder:{tmp_path / 'images'}"]

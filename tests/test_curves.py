@@ -96,7 +96,7 @@ def test_a_curve_joins_the_ends_and_lies_lower_than_the_straight_line(ends, curv
             assert measured["test_error"][place] == pytest.approx(error)
     assert path["ensemble_error"][0] == path["test_error"][0]
     parts = {name: part.example_passes for name, part in run.manifest.cost.parts.items()}
-    assert parts == {"end 1": 180, "end 2": 180, "curve": 600, "members": 0}
+    assert parts == {"end 1": 180, "end 2": 180, "curve": 600, "measurements": 0, "members": 0}
 
 
 def test_the_two_member_ensemble_is_the_mean_of_probabilities(ends):

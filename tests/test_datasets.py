@@ -14,8 +14,10 @@ from PIL import Image
 from torchvision import datasets as published
 
 from ensembler import datasets
+from ensembler import images as pictures
 from ensembler.datasets import Split, normalise
 from ensembler.errors import DataError, UsageError
+from ensembler.images import FileSplit, augment, draw, read_images
 
 
 def disjoint(dataset):
@@ -178,3 +180,134 @@ def test_a_split_is_known_by_its_content():
 
 def test_embedded_images_take_another_size_on_request():
     assert datasets.load("digits", image_size=16).test.images.shape == (360, 16, 16, 3)
+
+
+# --- images that stay in their files ---
+
+
+def test_a_folder_is_the_same_dataset_in_its_files_and_in_memory(tmp_path):
+    name = f"folder:{make_folder(tmp_path, size=(20, 16))}"
+    held, files = (datasets.load(name, image_size=8, in_memory=kind) for kind in (True, False))
+    assert (held.augmentation, files.augmentation) == ("crop-flip", "resized-crop-flip")
+    assert (held.mean, held.std, held.class_counts) == (files.mean, files.std, files.class_counts)
+    assert files.class_counts == {"cat": 14, "dog": 14}
+    for part in ("train", "validation", "test"):
+        one, other = getattr(held, part), getattr(files, part)
+        assert isinstance(other, FileSplit)
+        assert (len(other), other.shape) == (len(one), (8, 8))
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.images, torch.cat([batch.images for batch in other.batches(4)]))
+        index = torch.tensor([3, 0])
+        assert torch.equal(one[index].images, other[index].images)
+        assert torch.equal(one.part(index).labels, other.part(index).labels)
+
+
+def test_files_are_known_by_their_names_and_sizes(tmp_path):
+    make_folder(tmp_path / "here", count=12)
+    first = datasets.load(f"folder:{tmp_path / 'here'}", image_size=8, in_memory=False)
+    assert first.train.sha256 != first.test.sha256
+    (tmp_path / "here").rename(tmp_path / "there")
+    there = datasets.load(f"folder:{tmp_path / 'there'}", image_size=8, in_memory=False)
+    assert first.train.sha256 == there.train.sha256
+    assert (
+        datasets.load(f"folder:{tmp_path / 'there'}", image_size=9, in_memory=False).train.sha256 != first.train.sha256
+    )
+    with there.train.paths[0].open("ab") as file:
+        file.write(b"!")
+    again = datasets.load(f"folder:{tmp_path / 'there'}", image_size=8, in_memory=False)
+    assert first.train.sha256 != again.train.sha256
+    assert first.test.sha256 == again.test.sha256
+    again.train.paths[0].unlink()
+    with pytest.raises(DataError, match=r"cannot read the image .*there"):
+        _ = again.train.part(slice(None)).sha256
+
+
+def test_what_would_not_fit_in_memory_stays_in_its_files(tmp_path, monkeypatch):
+    name = f"folder:{make_folder(tmp_path)}"
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 40 * 3 * 16 * 16)
+    assert isinstance(datasets.load(name).train, Split)
+    monkeypatch.setattr(datasets, "MEMORY_LIMIT", 40 * 3 * 16 * 16 - 1)
+    assert isinstance(datasets.load(name, image_size=16).train, FileSplit)
+    assert isinstance(datasets.load(name, in_memory=True).train, Split)
+    for options in ({}, {"in_memory": False}):
+        with pytest.raises(UsageError, match=r"give the size .* --image-size 16"):
+            datasets.load(name, **options)
+    test = datasets.load(name, image_size=16).test
+    monkeypatch.setattr(pictures, "MEMORY_LIMIT", 7 * 3 * 16 * 16)
+    assert len(test[:7]) == 7
+    with pytest.raises(DataError, match=r"8 images of 16 x 16 pixels .* use fewer \(--examples\)"):
+        _ = test[:8]
+    with pytest.raises(UsageError, match="digits is checked and held in memory: only folder:PATH"):
+        datasets.load("digits", in_memory=False)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:40])
+    return path
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_images_that_cannot_be_read_are_skipped_and_named(tmp_path, in_memory):
+    make_folder(tmp_path / "train", count=10)
+    make_folder(tmp_path / "test", count=3)
+    bad = ["train/cat/000.png", "train/dog/004.png", "test/dog/002.png"]
+    for name in bad:
+        truncate(tmp_path / name)
+    (tmp_path / bad[1]).write_bytes(b"not an image")
+    name, options = f"folder:{tmp_path}", {"image_size": 8, "in_memory": in_memory}
+    dataset = datasets.load(name, corrupt="skip", **options)
+    assert dataset.skipped == tuple(bad)
+    assert (len(dataset.train) + len(dataset.validation), len(dataset.test)) == (18, 5)
+    assert dataset.class_counts == {"cat": 8, "dog": 8}
+    again = datasets.load(name, without=dataset.skipped, **options)
+    assert (again.skipped, again.train.sha256) == (dataset.skipped, dataset.train.sha256)
+    with pytest.raises(UsageError, match="one of refuse, skip, not 'mend'"):
+        datasets.load(name, corrupt="mend")
+    for i in (0, 1):
+        truncate(tmp_path / "test" / "dog" / f"00{i}.png")
+    with pytest.raises(DataError, match=r"none of the 3 images in .*dog can be read"):
+        datasets.load(name, corrupt="skip", **options)
+
+
+def test_a_corrupt_file_is_refused_by_name_when_it_is_met(tmp_path):
+    dataset = datasets.load(f"folder:{make_folder(tmp_path)}", image_size=8, in_memory=False)
+    bad = truncate(dataset.test.paths[5])
+    assert len(dataset.test[:5]) == 5
+    with pytest.raises(DataError, match=rf"cannot read the image {bad}: .* \(--corrupt skip\)"):
+        _ = dataset.test[:6]
+
+
+def test_the_moments_of_files_are_those_of_a_sample(tmp_path, monkeypatch):
+    name = f"folder:{make_folder(tmp_path)}"
+    monkeypatch.setattr(datasets, "_SAMPLE", 5)
+    one, other = (datasets.load(name, image_size=8, in_memory=False) for _ in range(2))
+    assert one.mean == other.mean
+    assert one.mean != datasets.load(name, image_size=8).mean
+
+
+def test_a_resized_crop_is_a_window_of_the_image_or_of_its_mirror_image(tmp_path):
+    """An image that says of each pixel where it lies: row in red, column in green."""
+    row, column = torch.meshgrid(torch.arange(200), torch.arange(250), indexing="ij")
+    image = torch.stack([row, column, torch.zeros_like(row)], dim=2).to(torch.uint8)
+    Image.fromarray(image.numpy()).save(tmp_path / "a.png")
+    before = torch.random.get_rng_state()
+    choices = draw("resized-crop-flip", 400, torch.Generator().manual_seed(0))
+    files, kind = [tmp_path / "a.png"] * 400, "resized-crop-flip"
+    varied = read_images(files, (40, 50), kind, choices)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(varied, read_images(files, (40, 50), kind, choices, threads=1))
+    in_memory = augment(image.expand(3, -1, -1, -1), kind, choices[:3])
+    assert torch.equal(in_memory, read_images(files[:3], (200, 250), kind, choices[:3]))
+    red, green = varied[:, :, 25, 0].double(), varied[:, 20, :, 1].double()
+    mirrored = green[:, -1] < green[:, 0]
+    assert 150 < mirrored.sum() < 250
+    green[mirrored] = green[mirrored].flip(1)
+    assert (red.diff(dim=1) >= 0).all()
+    assert (green.diff(dim=1) >= 0).all()
+    height, width = (red[:, -1] - red[:, 0]) * 40 / 39, (green[:, -1] - green[:, 0]) * 50 / 49
+    share, ratio = height * width / (200 * 250), width / height
+    assert 0.06 < share.min() < 0.15
+    assert 0.85 < share.max() < 1.05
+    assert 0.7 < ratio.min() < 0.8
+    assert 1.25 < ratio.max() < 1.42
+    assert (varied[..., 2] == 0).all()

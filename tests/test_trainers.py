@@ -17,7 +17,8 @@ from ensembler.errors import DataError, DivergedError, ShapeError, UsageError
 from ensembler.run import Run
 from ensembler.subspace import log_volume
 from ensembler.trainers import Session, Settings, train_deep_ensemble, train_fge, train_simplex, train_snapshots
-from ensembler.trainers.loop import Batches, train
+from ensembler.trainers.batches import Batches
+from ensembler.trainers.loop import train
 from ensembler.trainers.schedules import after, constant, cosine, cyclic, cyclic_middles, one_cycle, repeated
 from ensembler.trainers.simplex import towards_volume
 from ensembler.weights import FlatWeights

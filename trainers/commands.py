@@ -5,31 +5,45 @@ Annotations are evaluated here, not postponed: Typer reads them.
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ensembler.errors import UsageError
+from ensembler.errors import DataError, DivergedError, ShapeError, UsageError
 
 if TYPE_CHECKING:
     from ensembler.checkpoint import Checkpoint
     from ensembler.run import Cost, Part, Run
-    from ensembler.trainers.loop import Epoch
-    from ensembler.trainers.session import Session, Watcher
+    from ensembler.trainers.checkpoints import Checkpoints
+    from ensembler.trainers.session import Session
 
 __all__ = ["app"]
 
 app = typer.Typer()
 
 _LONG = ("path", "paths", "growth", "trials")  # metrics for a picture or a program, not for one line
+_BEGINNING = ("init", "second", "weights")  # options that say what to start from
 
 _option = functools.partial(typer.Option, rich_help_panel="Method")
 _image_option = functools.partial(typer.Option, rich_help_panel="Images")
 _training_option = functools.partial(typer.Option, rich_help_panel="Training")
+_progress_option = functools.partial(typer.Option, rich_help_panel="Progress")
 
+_Init = Annotated[
+    Path | None,
+    _training_option(help="What to start from: a run, of which the first member, or a .safetensors or .pt file."),
+]
+_Weights = Annotated[
+    str | None, _training_option(help="Start from published weights of torchvision or timm: DEFAULT, or a name.")
+]
+_Recipe = Annotated[
+    Literal["paper", "fast"] | None,
+    _training_option(help="Other defaults: those published for the method, network and dataset, or a short run's."),
+]
 
 _Out = Annotated[Path | None, typer.Option(help="Folder of the new run. (default: one in runs/)")]
 _Collapse = Annotated[
@@ -49,6 +63,8 @@ _Concentration = Annotated[
 
 @contextmanager
 def _session(
+    start: "Run | Checkpoint | None",
+    checkpoints: "Checkpoints",
     dataset: Annotated[
         str | None,
         _image_option(
@@ -61,7 +77,21 @@ def _session(
     download: Annotated[bool, _image_option("--download", help="Fetch the dataset if it is not there.")] = False,
     image_size: Annotated[int | None, _image_option(help="Bring every image to this many pixels a side.")] = None,
     augmentation: Annotated[
-        str | None, _image_option(help="crop-flip, crop or none. (default: what suits the dataset)")
+        str | None, _image_option(help="crop-flip, crop, resized-crop-flip or none. (default: what suits the dataset)")
+    ] = None,
+    in_memory: Annotated[
+        bool | None,
+        _image_option(
+            "--in-memory/--from-files",
+            help="Hold a folder's images in memory, or read them when needed. (default: in memory up to 4 GiB)",
+        ),
+    ] = None,
+    corrupt: Annotated[
+        Literal["refuse", "skip"],
+        _image_option(help="Images of a folder that cannot be read: stop at them, or leave them out and name them."),
+    ] = "refuse",
+    workers: Annotated[
+        int | None, _image_option(help="Processes that read images from files. (default: one a CPU, at most 8)")
     ] = None,
     architecture: Annotated[
         str,
@@ -76,22 +106,29 @@ def _session(
         int | None, _training_option(help="Images a step. (default: 128, or 32 under 10,000 images)")
     ] = None,
     rate: Annotated[float, _training_option("--lr", help="Highest learning rate of a solution.")] = 0.1,
+    schedule: Annotated[
+        Literal["one-cycle", "cosine", "piecewise"], _training_option(help="How the rate of a solution goes.")
+    ] = "one-cycle",
     momentum: Annotated[float, _training_option(help="Nesterov momentum of SGD.")] = 0.9,
     weight_decay: Annotated[float, _training_option(help="Weight decay of SGD.")] = 5e-4,
     clip: Annotated[float, _training_option(help="Largest norm of the gradient; 0 for no limit.")] = 1.0,
-    init: Annotated[
-        Path | None,
-        _training_option(help="What to start from: a run, of which the first member, or a .safetensors or .pt file."),
-    ] = None,
-    weights: Annotated[
-        str | None, _training_option(help="Start from published weights of torchvision or timm: DEFAULT, or a name.")
-    ] = None,
+    precision: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        _training_option(help="Of the forward and backward pass; float16 on a GPU alone."),
+    ] = "float32",
+    compiled: Annotated[
+        bool, _training_option("--compile", help="Compile the network: takes a minute, and is meant for GPUs.")
+    ] = False,
     seed: Annotated[int, _training_option(help="Of everything that is drawn.")] = 0,
     device: Annotated[str | None, _training_option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
+    quiet: Annotated[bool, _progress_option("--quiet", help="Say nothing before the end.")] = False,
+    log: Annotated[Path | None, _progress_option(help="File that each epoch adds a line of JSON to.")] = None,
+    tensorboard: Annotated[Path | None, _progress_option(help="Folder for TensorBoard's event files.")] = None,
 ) -> Iterator["Session"]:
-    """A session made of the shared options, its progress on the screen while the block runs."""
+    """A session made of the shared options, its progress told while the block runs."""
     from ensembler import datasets
     from ensembler.run import Run
+    from ensembler.trainers.progress import progress
     from ensembler.trainers.session import Session, Settings
 
     settings = Settings(
@@ -99,26 +136,34 @@ def _session(
         epochs=epochs,
         batch_size=batch_size,
         rate=rate,
+        schedule=schedule,
         momentum=momentum,
         weight_decay=weight_decay,
         clip=clip or None,
+        precision=precision,
+        compile=compiled,
         augmentation=augmentation,
+        workers=workers,
         seed=seed,
         device=device,
     )
-    start = _start(init[0] if isinstance(init, list) else init, weights, architecture)
     if isinstance(start, Run) and dataset is None and image_size is None:
         images = start.manifest.dataset.load(data, download=download)
     else:
-        images = datasets.load(dataset or "digits", data, download=download, image_size=image_size)
-    with _progress() as (watch, say):
-        yield Session(images, settings, start, watch, say)
+        images = datasets.load(
+            dataset or "digits", data, download=download, image_size=image_size, in_memory=in_memory, corrupt=corrupt
+        )
+    with progress(quiet, log, tensorboard) as (watch, say):
+        if images.skipped:
+            say(f"{len(images.skipped)} images cannot be read and are left out: {', '.join(images.skipped)}")
+        yield Session(images, settings, start, watch, say, checkpoints)
 
 
-def _start(init: Path | None, weights: str | None, architecture: str) -> "Run | Checkpoint | None":
+def _start(init: list[Path] | Path | None, weights: str | None, architecture: str) -> "Run | Checkpoint | None":
     from ensembler import checkpoint
     from ensembler.run import Run
 
+    init = init[0] if isinstance(init, list) else init
     if init is not None and weights is not None:
         raise UsageError("--init and --weights both say what to start from: give one of them")
     if weights is not None:
@@ -128,33 +173,109 @@ def _start(init: Path | None, weights: str | None, architecture: str) -> "Run | 
     return None if init is None else Run.load(init)
 
 
+def _give_options_again(context: typer.Context, path: Path | None) -> Path | None:
+    """``--resume``: the options that the run was begun with become the defaults, before any is read."""
+    if path is None:
+        return None
+    from ensembler.config import read
+    from ensembler.trainers.checkpoints import OPTIONS, unfinished
+
+    file = unfinished(path) / OPTIONS
+    if not file.is_file():
+        state = "it is finished" if path.exists() else f"there is no {unfinished(path)}"
+        raise typer.BadParameter(f"nothing to resume at {path}: {state}")
+    begun = json.loads(file.read_text("utf-8"))
+    if context.info_name not in begun:
+        raise typer.BadParameter(f"{path} was begun by another command: ensembler {next(iter(begun))} --resume {path}")
+    try:
+        context.default_map = dict(context.default_map or {}) | read(file, context)
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from error
+    return path
+
+
+_Resume = Annotated[
+    Path | None,
+    _progress_option(
+        metavar="RUN",
+        is_eager=True,
+        callback=_give_options_again,
+        help="Go on with a run that was broken off; it keeps the options it was begun with.",
+    ),
+]
+_CheckpointEvery = Annotated[float, _progress_option(help="Seconds between two checkpoints.")]
+
+
 def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
-    """Make a command of a method: its own options, then the shared ones, then ``--collapse`` and ``--out``.
+    """Make a command of a method: its own options, then the shared ones, then where to start and what to keep.
 
     A method that names a shared option itself declares it in its own way.
     """
 
+    by_name = inspect.Parameter.KEYWORD_ONLY
+
     def decorate(method: Callable[..., "Run"]) -> Callable[..., None]:
         own = {name: p for name, p in inspect.signature(method).parameters.items() if name != "session"}
-        shared = inspect.signature(_session).parameters
-        options = own | {name: p for name, p in shared.items() if name not in own}
+        shared = {
+            name: p
+            for name, p in inspect.signature(_session).parameters.items()
+            if name not in ("start", "checkpoints")
+        }
 
         @functools.wraps(method)
-        def command(collapse: str | None, out: Path | None, **given: Any) -> None:
+        def command(
+            context: typer.Context,
+            recipe: str | None,
+            collapse: str | None,
+            out: Path | None,
+            resume: Path | None,
+            **given: Any,
+        ) -> None:
+            from ensembler.run import new_path
+            from ensembler.trainers.checkpoints import Checkpoints, unfinished
             from ensembler.trainers.collapse import collapse_run
 
-            _check_free(out)
-            with _session(**{name: given[name] for name in shared}) as session:
-                run = method(session, **{name: given[name] for name in own})
-                if collapse:
-                    run = collapse_run(session, run)
-            _save(run, out)
+            beginning = {name: _written(given[name]) for name in _BEGINNING if name in given}
+            kept = {name: value for name, value in context.params.items() if name not in ("out", "resume")}
+            options = {name: _written(value) for name, value in kept.items() if value is not None}
+            path = resume or out or new_path(Path("runs"), f"{name.removeprefix('train-')}-{_label(given)}")
+            _check_free(path, resume is not None)
+            start = _start(given["init"], given["weights"], given["architecture"])
+            if recipe:
+                given |= _from_recipe(recipe, context, start, given)
+            checkpoints = Checkpoints(unfinished(path), given.pop("checkpoint_every"), {name: options})
+            try:
+                with _session(start, checkpoints, **{name: given[name] for name in shared}) as session:
+                    run = method(session, **{name: given[name] for name in own})
+                    if collapse:
+                        run = collapse_run(session, run)
+                run.manifest.options |= {"recipe": recipe} | beginning
+                _save(run, path)
+            except KeyboardInterrupt:
+                if checkpoints.folder.is_dir():
+                    typer.echo(f"to go on: ensembler {name} --resume {path}", err=True)
+                raise
+            except (UsageError, DataError, ShapeError, DivergedError):
+                checkpoints.remove()  # to go on would end the same way
+                raise
+            else:
+                checkpoints.remove()
+            finally:
+                checkpoints.close()
 
-        last = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-            for name, annotation in (("collapse", _Collapse), ("out", _Out))
+        last = {
+            **{"init": _Init, "weights": _Weights, "recipe": _Recipe, "collapse": _Collapse, "out": _Out},
+            "resume": _Resume,
+        }
+        rest = {name: inspect.Parameter(name, by_name, default=None, annotation=kind) for name, kind in last.items()}
+        rest["checkpoint_every"] = inspect.Parameter(
+            "checkpoint_every", by_name, default=60.0, annotation=_CheckpointEvery
+        )
+        options = own | shared | rest | own  # its own come first, and win
+        parameters = [
+            inspect.Parameter("context", by_name, annotation=typer.Context),
+            *(option.replace(kind=by_name) for option in options.values()),
         ]
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*options.values(), *last)]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         app.command(name)(command)
@@ -163,14 +284,44 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
     return decorate
 
 
+def _from_recipe(
+    recipe: str, context: typer.Context, start: "Run | Checkpoint | None", given: dict[str, Any]
+) -> dict[str, Any]:
+    """What a recipe gives to those options that neither the command line nor a file has given."""
+    from ensembler.run import Run
+    from ensembler.trainers import recipes
+
+    about = (given["architecture"], given["dataset"] or "digits")
+    if isinstance(start, Run):
+        about = (start.manifest.architecture, given["dataset"] or start.manifest.dataset.name)
+    options = recipes.find(recipe, str(context.info_name), *about)
+    sources = {name: context.get_parameter_source(name) for name in options}
+    return {name: options[name] for name, source in sources.items() if source is None or source.name == "DEFAULT"}
+
+
+def _written(given: Path | list[Path] | str | None) -> Any:
+    """What to start from, as a manifest holds it: a link such as latest points elsewhere tomorrow."""
+    if isinstance(given, list):
+        return [_written(path) for path in given]
+    return str(given.resolve()) if isinstance(given, Path) else given
+
+
 @_trains("train-deep-ensemble")
 def train_deep_ensemble(
-    session: "Session", members: Annotated[int, _option(help="M, networks trained; 1 is a single network.")] = 4
+    session: "Session",
+    members: Annotated[int, _option(help="M, networks trained; 1 is a single network.")] = 4,
+    parallel_members: Annotated[
+        int,
+        _option(
+            help="Members trained at once, side by side: meant for small networks on a GPU; slower on a CPU, and "
+            "without checkpoints."
+        ),
+    ] = 1,
 ) -> "Run":
     """Train M networks from independent beginnings (Lakshminarayanan et al. 2017)."""
     from ensembler.trainers.deep_ensemble import train_deep_ensemble as method
 
-    return method(session, members)
+    return method(session, members, parallel_members)
 
 
 @_trains("train-fge")
@@ -216,7 +367,7 @@ def train_simplex(
         str, _option(help="What size is: volume in parameter space, or function for distance between predictions.")
     ] = "volume",
     tolerance: Annotated[
-        float, _option(help="Of auto: by what share points inside may exceed the solution's held-out NLL.")
+        float, _option(help="Of auto: by what share vertices and points inside may exceed the solution's held-out NLL.")
     ] = 0.05,
     concentration: _Concentration = 1.0,
     corners: _Corners = True,
@@ -303,15 +454,16 @@ def collapse(
     out: _Out = None,
 ) -> None:
     """Average a run's vertices into one network: SWA of snapshots (Izmailov et al. 2018)."""
-    from ensembler.run import Run, latest
+    from ensembler.run import Run, latest, new_path
     from ensembler.trainers.collapse import collapse_run as method
     from ensembler.trainers.session import Session, Settings
 
-    _check_free(out)
+    _check_free(out or Path("runs", "new"))
     whole = Run.load(run or latest(Path("runs")))
     record = whole.manifest.dataset
     settings = Settings(augmentation=record.augmentation, seed=whole.manifest.seed, device=device)
-    _save(method(Session(record.load(data), settings, whole), whole), out)
+    found = method(Session(record.load(data), settings, whole), whole)
+    _save(found, out or new_path(Path("runs"), f"{found.manifest.method}-{_label(found.manifest.options)}"))
 
 
 @app.command("show")
@@ -319,8 +471,6 @@ def show(
     run: Annotated[Path | None, typer.Argument(help="Any run. (default: the newest in runs/)")] = None,
 ) -> None:
     """Say what a run is: method, sizes, geometry, cost, metrics, files."""
-    import json
-
     from rich.console import Console
     from rich.table import Table
 
@@ -372,64 +522,33 @@ def _number_or_auto(text: str) -> float | Literal["auto"]:
         raise UsageError(f"--regularisation is a number or auto, not {text!r}") from None
 
 
-def _check_free(out: Path | None) -> None:
+def _check_free(path: Path, resumed: bool = False) -> None:
     """Said before an hour of training, not after."""
     from ensembler.artefact import check_writable
 
-    if out is not None and out.exists():
-        raise UsageError(f"{out} exists already: choose another --out, or remove it first")
-    check_writable(out.parent if out else Path("runs"))
+    if path.exists():
+        raise UsageError(f"{path} exists already: choose another --out, or remove it first")
+    begun = path.with_name(f"{path.name}.unfinished")
+    if begun.exists() and not resumed:
+        raise UsageError(f"{begun} holds a run that was broken off: go on with --resume {path}, or remove it")
+    check_writable(path.parent)
 
 
-@contextmanager
-def _progress() -> Iterator[tuple["Watcher", Callable[[str], None]]]:
-    """A bar with the time left on a terminal, and findings above it; one plain line an epoch elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-
-        def line(part: str, epoch: "Epoch", epochs: int) -> None:
-            typer.echo(f"{part}: epoch {epoch.number} of {epochs}, {_state(epoch)}", err=True)
-
-        yield line, functools.partial(typer.echo, err=True)
-        return
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs, {task.fields[state]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    tasks: dict[str, TaskID] = {}
-
-    def advance(part: str, epoch: "Epoch", epochs: int) -> None:
-        if part not in tasks:
-            tasks[part] = bar.add_task(part, total=epochs, state="")
-        bar.update(tasks[part], completed=epoch.number, state=_state(epoch))
-
-    with bar:
-        yield advance, lambda text: bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _label(given: Mapping[str, Any]) -> str:
+    return str(given["architecture"]).replace(":", "-")
 
 
-def _state(epoch: "Epoch") -> str:
-    return f"loss {epoch.loss:.3f}, accuracy {epoch.accuracy:.3f}"
-
-
-def _save(run: "Run", out: Path | None) -> None:
+def _save(run: "Run", path: Path) -> None:
     from rich.console import Console
 
     from ensembler.run import new_path
 
     manifest = run.manifest
-    path = out or new_path(Path("runs"), f"{manifest.method}-{manifest.architecture.replace(':', '-')}")
     try:
         run.save(path)
     except UsageError:  # another process took the name meanwhile: what was trained is not thrown away
+        typer.echo(f"{path} was taken while this run was trained: it is saved beside it", err=True)
         path = run.save(new_path(path.parent, path.name))
-        typer.echo(f"{out or 'the name'} was taken while this run was trained: it is saved beside it", err=True)
     cost, test = manifest.cost, manifest.metrics["test"]
     lines = [
         f"[bold]{manifest.method}[/] of {manifest.members} members on {manifest.dataset.title}: "

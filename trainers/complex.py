@@ -24,7 +24,6 @@ from ensembler.seeds import derive
 from ensembler.subspace import AffineHull, chain, dirichlet, log_volume
 from ensembler.trainers.curve import path_scores
 from ensembler.trainers.loop import Draw, Regulariser
-from ensembler.trainers.schedules import one_cycle
 from ensembler.trainers.session import Session
 from ensembler.trainers.simplex import describe, nudged, towards_volume
 
@@ -85,8 +84,9 @@ def train_complex(
         session.train(
             part,
             vertices,
-            one_cycle(session.settings.rate, iterations),
+            session.schedule(iterations),
             iterations,
+            rng,
             trainable=[N + n],
             draw=by_volume(volumes, rng),
             regulariser=volumes.towards(regularisation, session.weights.vector) if regularisation else None,

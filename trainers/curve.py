@@ -17,7 +17,6 @@ from ensembler.errors import UsageError
 from ensembler.run import Run
 from ensembler.seeds import derive
 from ensembler.subspace import CURVES
-from ensembler.trainers.schedules import one_cycle
 from ensembler.trainers.session import Session
 
 __all__ = ["path_scores", "train_curve"]
@@ -66,8 +65,9 @@ def train_curve(
     session.train(
         "curve",
         vertices,
-        one_cycle(session.settings.rate, iterations),
+        session.schedule(iterations),
         iterations,
+        rng,
         trainable=range(1, bends + 1),
         draw=lambda samples: basis(torch.from_numpy(rng.random(samples)).float(), bends + 2),
         decay_sampled=True,
@@ -93,7 +93,7 @@ def path_scores(session: Session, vertices: Tensor, coefficients: Tensor, t: Ten
 
     Returns:
         ``t``, ``train_loss``, ``test_error`` and ``ensemble_error`` (of the two-member ensemble of the path's first
-        point with the one at t; Garipov et al. 2018, figure 1, right): a list each, one number a point. And
+        point with the one at t; Garipov et al. 2018, figure 2, right): a list each, one number a point. And
         ``highest_train_loss`` and ``highest_test_error``: the barrier.
     """
     points = session.probe(vertices, coefficients, session.dataset.test, examples)

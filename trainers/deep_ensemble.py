@@ -9,30 +9,37 @@ import torch
 
 from ensembler.errors import UsageError
 from ensembler.run import Run
-from ensembler.trainers.session import Session, stack_buffers
+from ensembler.trainers import side_by_side
+from ensembler.trainers.session import Session, Solution, stack_buffers
 
 __all__ = ["train_deep_ensemble"]
 
 
-def train_deep_ensemble(session: Session, members: int = 4) -> Run:
+def train_deep_ensemble(session: Session, members: int = 4, parallel: int = 1) -> Run:
     """Train ``members`` solutions, each from its own weights and its own order of images.
 
     Args:
         session: the dataset and settings; ``settings.epochs`` are spent on each member.
         members: M >= 1.
+        parallel: how many of them are trained at once, side by side: see :mod:`ensembler.trainers.side_by_side`.
 
     Returns:
         A run of method ``deep-ensemble``, or ``single`` where M = 1.
     """
     if members < 1:
         raise UsageError(f"an ensemble needs at least one member, not {members}")
+    if parallel < 1:
+        raise UsageError(f"at least one member is trained at a time, not {parallel}")
     if session.begins_solved:
         raise UsageError("a deep ensemble's members start from independent weights, never from a run")
-    solutions = [session.solution(member) for member in range(members)]
+    solutions: list[Solution] = []
+    for first in range(0, members, parallel):
+        group = range(first, min(first + parallel, members))
+        solutions += side_by_side.solutions(session, group) if len(group) > 1 else [session.solution(first)]
     return session.finish(
         "single" if members == 1 else "deep-ensemble",
         torch.stack([solution.vector for solution in solutions]),
         torch.eye(members),
         stack_buffers(solutions),
-        options={"members": members},
+        options={"members": members, "parallel_members": parallel},
     )

@@ -11,7 +11,7 @@ import torch
 
 from ensembler.errors import UsageError
 from ensembler.run import Run
-from ensembler.trainers.schedules import after, cyclic, cyclic_middles, one_cycle
+from ensembler.trainers.schedules import after, cyclic, cyclic_middles
 from ensembler.trainers.session import Session, stack_buffers
 
 __all__ = ["train_fge"]
@@ -48,7 +48,7 @@ def train_fge(
     if not session.begins_solved:
         budget = session.iterations(session.settings.epochs)
         begin = max(1, round(start * budget))
-        schedule = after(begin, one_cycle(session.settings.rate, budget), schedule)
+        schedule = after(begin, session.schedule(budget), schedule)
         beginning = session.fresh()
     else:
         begin = 0

@@ -7,21 +7,23 @@ the rest. A single network is the case ``K = 1``, ``c = [1]``.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from ensembler.datasets import Split, augment, normalise
-from ensembler.errors import DivergedError, UsageError
+from ensembler.errors import DivergedError
+from ensembler.trainers.batches import Batches
 from ensembler.trainers.schedules import Schedule
 from ensembler.weights import FlatWeights
 
-__all__ = ["Batches", "Epoch", "Snapshot", "train"]
+__all__ = ["Epoch", "Snapshot", "State", "train"]
 
 Draw = Callable[[int], Tensor]
 Regulariser = Callable[[Tensor], None]
@@ -34,6 +36,24 @@ class Snapshot:
 
     vertices: Tensor
     buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class State:
+    """All that the next step depends on, after ``iteration`` steps, but for what the random generators hold.
+
+    ``vertices`` (T, P) are the moving ones, ``optimiser`` the optimiser's state by vertex, ``totals`` and ``examples``
+    the running epoch's sums, ``scaler`` the loss scaler's state in half precision.
+    """
+
+    iteration: int
+    vertices: Tensor
+    buffers: dict[str, Tensor]
+    optimiser: dict[int, dict[str, Any]]
+    snapshots: Sequence[Snapshot]
+    totals: Tensor
+    examples: int
+    scaler: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -62,8 +82,11 @@ def train(
     decay_sampled: bool = False,
     regulariser: Regulariser | None = None,
     penalty: Penalty | None = None,
+    precision: torch.dtype = torch.float32,
     collect: Container[int] = (),
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    resume: State | None = None,
+    on_step: Callable[[int, Callable[[], State]], None] = lambda iteration, state: None,
 ) -> list[Snapshot]:
     """Train some of the vertices, in place.
 
@@ -84,8 +107,11 @@ def train(
         penalty: a term of the loss that compares the logits (B, C) at the drawn point with those at a second one, for
             the same images; it costs one more forward pass. No gradient flows to the second point: where both are
             drawn alike and the term is symmetric, this is half the whole gradient in expectation.
+        precision: of the forward and backward pass, by autocast; the vertices stay in float32. float16 scales the loss.
         collect: the iterations after which a snapshot is taken.
         on_epoch: called at the end of each epoch, and of the last, unfinished one.
+        resume: the state to go on from; ``batches`` and ``draw`` stand where they stood then.
+        on_step: called after each step with its number and a function that copies the state.
 
     Returns:
         The snapshots, in order.
@@ -103,26 +129,40 @@ def train(
     decay = stepper.param_groups[0].get("weight_decay", 0.0) if decay_sampled else 0.0
     if decay:
         stepper.param_groups[0]["weight_decay"] = 0.0
+    scaler = torch.amp.GradScaler(vertices.device.type, enabled=precision == torch.float16)
+    point = _Point(weights, vertices, list(trainable), gradients, decay, penalty, precision, scaler)
     weights.module.train()
     snapshots: list[Snapshot] = []
-    totals, examples = torch.zeros(2, device=vertices.device), 0
-    for iteration in range(1, iterations + 1):
+    totals, examples, done = torch.zeros(2, device=vertices.device), 0, 0
+    if resume:
+        _restore(resume, weights, moving, stepper, scaler)
+        snapshots, totals = list(resume.snapshots), resume.totals.to(vertices.device)
+        examples, done = resume.examples, resume.iteration
+
+    def state() -> State:
+        rows, optimiser = vertices[list(trainable)].clone(), copy.deepcopy(stepper.state_dict()["state"])
+        sums = totals.clone()
+        return State(
+            iteration, rows, weights.buffers(), optimiser, list(snapshots), sums, examples, scaler.state_dict()
+        )
+
+    for iteration in range(done + 1, iterations + 1):
         for group in stepper.param_groups:
             group["lr"] = schedule(iteration)
         x, y = next(batches)
         gradients.zero_()
         drawn = draw(samples) if draw else torch.ones(samples, 1)
-        seconds = draw(samples) if draw and penalty else drawn
-        for c, second, x_part, y_part in zip(drawn, seconds, x.chunk(samples), y.chunk(samples), strict=False):
-            compare = _comparison(weights, vertices, second, x_part, penalty) if penalty else None
-            share = len(y_part) / len(y)
-            totals += _accumulate(weights, vertices, c, x_part, y_part, share, trainable, gradients, decay, compare)
+        others = draw(samples) if draw and penalty else drawn
+        for c, other, x_part, y_part in zip(drawn, others, x.chunk(samples), y.chunk(samples), strict=False):
+            totals += point.accumulate(c, other, x_part, y_part, share=len(y_part) / len(y))
         examples += len(y)
+        scaler.unscale_(stepper)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(moving, clip)
         if regulariser:
             regulariser(gradients)
-        stepper.step()
+        scaler.step(stepper)
+        scaler.update()
         if iteration in collect:
             snapshots.append(Snapshot(vertices[list(trainable)].clone(), weights.buffers()))
         if iteration % batches.per_epoch == 0 or iteration == iterations:
@@ -135,88 +175,62 @@ def train(
                 )
             on_epoch(epoch)
             totals, examples = torch.zeros_like(totals), 0
+        on_step(iteration, state)
     return snapshots
 
 
-def _comparison(
-    weights: FlatWeights, vertices: Tensor, c: Tensor, x: Tensor, penalty: Penalty
-) -> Callable[[Tensor], Tensor]:
-    """The penalty as a function of the first point's logits, the second's being known."""
-    torch.mv(vertices.T, c.to(vertices.device), out=weights.vector)
+@dataclass(frozen=True, eq=False)
+class _Point:
+    """Writes a point ``c @ V`` into the network and tells the trainable vertices what the loss there says."""
+
+    weights: FlatWeights
+    vertices: Tensor
+    trainable: list[int]
+    gradients: Tensor  # (T, P); the network's own where T = 1
+    decay: float
+    penalty: Penalty | None
+    precision: torch.dtype
+    scaler: torch.amp.GradScaler
+
+    def accumulate(self, c: Tensor, other: Tensor, x: Tensor, y: Tensor, share: float) -> Tensor:
+        """Add ``share * c[k] * g`` at ``c @ V`` to each trainable vertex's gradient.
+
+        Returns:
+            (2,) the sum of the losses over the examples, and how many the network got right.
+        """
+        if self.penalty:
+            with torch.no_grad():
+                compared = self._logits(other, x)
+        logits = self._logits(c, x)
+        loss = cross_entropy(logits, y)
+        objective = loss + self.penalty(logits, compared) if self.penalty else loss
+        grad = self.weights.grad
+        alone = self.gradients.data_ptr() == grad.data_ptr()
+        if alone:
+            share *= c[self.trainable[0]].item()
+        else:
+            grad.zero_()
+        self.scaler.scale(objective * share).backward()  # type: ignore[no-untyped-call]
+        if self.decay:
+            grad.add_(self.weights.vector, alpha=self.decay * share * self.scaler.get_scale())
+        if not alone:
+            self.gradients.addr_(c.to(grad.device)[self.trainable], grad)
+        return torch.stack([loss.detach() * len(y), (logits.detach().argmax(1) == y).sum()])
+
+    def _logits(self, c: Tensor, x: Tensor) -> Tensor:
+        torch.mv(self.vertices.T, c.to(self.vertices.device), out=self.weights.vector)
+        with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
+            logits: Tensor = self.weights.module(x)
+        return logits.float()
+
+
+def _restore(
+    state: State, weights: FlatWeights, moving: Sequence[Tensor], stepper: Optimizer, scaler: torch.amp.GradScaler
+) -> None:
     with torch.no_grad():
-        logits = weights.module(x)
-    return lambda first: penalty(first, logits)
-
-
-def _accumulate(
-    weights: FlatWeights,
-    vertices: Tensor,
-    c: Tensor,
-    x: Tensor,
-    y: Tensor,
-    share: float,
-    trainable: Sequence[int],
-    gradients: Tensor,
-    decay: float,
-    compare: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
-    """Add ``share * c[k] * g`` at the point ``c @ V`` to each trainable vertex's gradient.
-
-    Returns:
-        (2,) the sum of the losses over the examples, and how many the network got right.
-    """
-    on_device = c.to(vertices.device)
-    torch.mv(vertices.T, on_device, out=weights.vector)
-    logits = weights.module(x)
-    loss = cross_entropy(logits, y)
-    objective = loss + compare(logits) if compare else loss
-    alone = gradients.data_ptr() == weights.grad.data_ptr()
-    if alone:
-        share *= c[trainable[0]].item()
-    else:
-        weights.grad.zero_()
-    (objective * share).backward()  # type: ignore[no-untyped-call]
-    if decay:
-        weights.grad.add_(weights.vector, alpha=decay * share)
-    if not alone:
-        gradients.addr_(on_device[list(trainable)], weights.grad)
-    return torch.stack([loss.detach() * len(y), (logits.detach().argmax(1) == y).sum()])
-
-
-class Batches(Iterator[tuple[Tensor, Tensor]]):
-    """An endless, seeded stream of shuffled, augmented and normalised batches.
-
-    Every epoch holds every example once; its last batch may be smaller. All of it happens on whole batches of
-    tensors, on the device the images lie on.
-
-    Args:
-        split: the training images.
-        size: B, images a batch.
-        augmentation: see :func:`ensembler.datasets.augment`.
-        mean, std: of the normalisation.
-        generator: a CPU generator; the only source of randomness.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        size: int,
-        augmentation: str,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        generator: torch.Generator,
-    ) -> None:
-        if size < 1:
-            raise UsageError(f"the batch size must be at least 1, not {size}")
-        self._split, self._size, self._augmentation = split, size, augmentation
-        self._mean, self._std, self._generator = mean, std, generator
-        self._order = torch.empty(0, dtype=torch.int64)
-        self.per_epoch = -(-len(split) // size)
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        if not len(self._order):
-            self._order = torch.randperm(len(self._split), generator=self._generator)
-        index, self._order = self._order[: self._size], self._order[self._size :]
-        batch = self._split[index.to(self._split.images.device)]
-        images = augment(batch.images, self._augmentation, self._generator)
-        return normalise(images, self._mean, self._std), batch.labels
+        for vertex, saved in zip(moving, state.vertices, strict=True):
+            vertex.copy_(saved)
+    weights.load_buffers(state.buffers)
+    stepper.load_state_dict({"state": state.optimiser, "param_groups": stepper.state_dict()["param_groups"]})
+    if state.scaler:
+        scaler.load_state_dict(state.scaler)

@@ -7,7 +7,18 @@ from collections.abc import Callable
 
 from ensembler.errors import UsageError
 
-__all__ = ["Schedule", "after", "constant", "cosine", "cyclic", "cyclic_middles", "one_cycle", "repeated"]
+__all__ = [
+    "SCHEDULES",
+    "Schedule",
+    "after",
+    "constant",
+    "cosine",
+    "cyclic",
+    "cyclic_middles",
+    "one_cycle",
+    "piecewise",
+    "repeated",
+]
 
 Schedule = Callable[[int], float]
 
@@ -33,6 +44,19 @@ def one_cycle(rate: float, iterations: int, warm_up: float = 0.2) -> Schedule:
         if iteration <= rise:
             return rate * iteration / rise
         return rate * (iterations - iteration + 1) / (iterations - rise + 1)
+
+    return schedule
+
+
+def piecewise(rate: float, iterations: int) -> Schedule:
+    """``rate`` for half of the iterations, then linear down to a hundredth of it at nine tenths, and so to the end.
+
+    What Garipov et al. 2018 train their solutions and curves with (the code's ``train.py``; there by whole epochs).
+    """
+
+    def schedule(iteration: int) -> float:
+        share = iteration / iterations
+        return rate * (1 - 0.99 * min(max((share - 0.5) / 0.4, 0), 1))
 
     return schedule
 
@@ -73,3 +97,10 @@ def repeated(schedule: Schedule, cycle: int) -> Schedule:
 def after(iterations: int, first: Schedule, then: Schedule) -> Schedule:
     """``first`` for the given number of iterations, ``then`` from its own iteration 1 on."""
     return lambda iteration: first(iteration) if iteration <= iterations else then(iteration - iterations)
+
+
+SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {  # a solution's
+    "one-cycle": one_cycle,
+    "cosine": cosine,
+    "piecewise": piecewise,
+}

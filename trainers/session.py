@@ -5,29 +5,36 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ensembler import architectures, checkpoint
 from ensembler.checkpoint import Checkpoint
-from ensembler.datasets import Dataset, Split, normalise
+from ensembler.datasets import Dataset
 from ensembler.ensemble import BATCHNORM_EXAMPLES, Ensemble, choose_device, has_batchnorm, member_buffers
 from ensembler.errors import UsageError
+from ensembler.images import Images, Split, normalise
 from ensembler.run import Cost, DatasetRecord, Manifest, Part, Run, Sampling, versions
 from ensembler.seeds import derive, generator
 from ensembler.trainers import memory
-from ensembler.trainers.loop import Batches, Epoch, Snapshot, train
-from ensembler.trainers.schedules import Schedule, one_cycle
+from ensembler.trainers.batches import Batches
+from ensembler.trainers.checkpoints import Checkpoints, Saved
+from ensembler.trainers.loop import Epoch, Snapshot, State, train
+from ensembler.trainers.schedules import SCHEDULES, Schedule
 from ensembler.uncertainty import disagreement
 from ensembler.weights import FlatWeights
 
 __all__ = ["Probe", "Session", "Settings", "Solution", "Watcher", "nll", "stack_buffers"]
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epochs": (lambda value: 0 < value < math.inf, "positive"),
@@ -36,6 +43,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "momentum": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
     "weight_decay": (lambda value: 0 <= value < math.inf, "at least 0"),
     "clip": (lambda value: value > 0, "positive"),
+    "workers": (lambda value: value >= 0, "at least 0"),
 }
 
 Watcher = Callable[[str, Epoch, int], None]  # part, what its epoch did, epochs in all
@@ -49,24 +57,32 @@ class Settings:
         architecture: see :mod:`ensembler.architectures`.
         epochs: passes over the training images for one solution; a fraction will do.
         batch_size: B; by default 128, or 32 where there are fewer than 10,000 training images.
-        rate: highest learning rate of a solution's one-cycle schedule.
+        rate: highest learning rate of a solution's schedule.
+        schedule: of :data:`ensembler.trainers.schedules.SCHEDULES`.
         momentum, weight_decay: of SGD with Nesterov momentum.
         clip: largest gradient norm, or ``None``.
-        augmentation: see :func:`ensembler.datasets.augment`; by default what suits the dataset.
+        precision: of the forward and backward pass: ``"float32"``, ``"bfloat16"``, or on a GPU ``"float16"``.
+        compile: whether ``torch.compile`` makes the network faster: it takes a minute, and pays on a GPU.
+        augmentation: see :func:`ensembler.images.augment`; by default what suits the dataset.
         seed: of everything that is drawn.
         device: ``"cpu"``, ``"cuda"``, ...; by default CUDA where there is one.
+        workers: processes that read images from their files; see :class:`ensembler.trainers.batches.Batches`.
     """
 
     architecture: str = "cnn"
     epochs: float = 20
     batch_size: int | None = None
     rate: float = 0.1
+    schedule: str = "one-cycle"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     clip: float | None = 1.0
+    precision: str = "float32"
+    compile: bool = False
     augmentation: str | None = None
     seed: int = 0
     device: str | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,7 @@ class Session:
             another number of classes: where training begins.
         watch: told of every epoch.
         say: told what a method finds on its way, a line at a time.
+        checkpoints: where to keep what has been reached, and to go on from; nowhere by default.
 
     Attributes:
         begins_solved: whether ``init`` is a solution.
@@ -121,28 +138,48 @@ class Session:
     init: Run | Checkpoint | None = None
     watch: Watcher = lambda part, epoch, epochs: None
     say: Callable[[str], None] = lambda line: None
+    checkpoints: Checkpoints | None = None
 
     def __post_init__(self) -> None:
         settings, init = self.settings, self.init
         for name, value in asdict(settings).items():
             if name in _RANGES and value is not None and not _RANGES[name][0](value):
                 raise UsageError(f"{name} must be {_RANGES[name][1]}, not {value}")
+        if settings.schedule not in SCHEDULES:
+            raise UsageError(f"unknown schedule {settings.schedule!r}: use one of {', '.join(SCHEDULES)}")
         self.device = choose_device(settings.device)
+        if settings.precision not in PRECISIONS:
+            raise UsageError(f"unknown precision {settings.precision!r}: use one of {', '.join(PRECISIONS)}")
+        if settings.precision == "float16" and self.device.type == "cpu":
+            raise UsageError("float16 needs a GPU: use bfloat16 or float32 on the CPU")
         self.architecture = init.manifest.architecture if isinstance(init, Run) else settings.architecture
         network = self._network(settings.seed)
         new_head = checkpoint.fit(network, init.tensors) if isinstance(init, Checkpoint) else []
         self.begins_solved = init is not None and not new_head
         self.weights = FlatWeights(network)
+        if settings.compile:
+            network.compile()
         self.history: list[dict[str, Any]] = []
         self._parts: dict[str, Part] = {}
         if isinstance(init, Checkpoint):
             self._parts["checkpoint"] = Part(seconds=None, device="unknown", origin=init.origin)
         self._seconds_before = 0.0
         self._start = time.monotonic()
-        self._images = Split(self.dataset.train.images.to(self.device), self.dataset.train.labels.to(self.device))
+        self._images = train = self.dataset.train
+        if isinstance(train, Split):
+            self._images = Split(train.images.to(self.device), train.labels.to(self.device))
         self._batch_size = settings.batch_size or (128 if len(self._images) >= 10_000 else 32)
         self._record = DatasetRecord.of(self.dataset, settings.augmentation)
-        self.per_epoch = self._batches("").per_epoch
+        self.per_epoch = self.batches("").per_epoch
+        self._numbers = count()
+        if self.checkpoints:
+            self.checkpoints.identity = {
+                "train_sha256": self._record.train_sha256,
+                "architecture": self.architecture,
+                "batch_size": self._batch_size,
+                "augmentation": self._record.augmentation,
+                "seed": settings.seed,
+            }
 
     def iterations(self, epochs: float) -> int:
         """Steps in so many epochs, at least 1."""
@@ -166,7 +203,7 @@ class Session:
         self.weights.load_buffers(beginning.buffers)
         vertices = beginning.vector[None].clone()
         iterations = self.iterations(self.settings.epochs)
-        self.train(_part(member), vertices, one_cycle(self.settings.rate, iterations), iterations)
+        self.train(_part(member), vertices, self.schedule(iterations), iterations)
         return Solution(vertices[0], self.weights.buffers())
 
     def inherit(self, run: Run, part: str) -> Solution:
@@ -195,66 +232,124 @@ class Session:
             self._seconds_before += run.manifest.cost.seconds
         return self._flattened(run)
 
-    def probe(self, vertices: Tensor, coefficients: Tensor, unseen: Split, examples: int) -> list[Probe]:
+    def schedule(self, iterations: int) -> Schedule:
+        """The settings' schedule over so many steps."""
+        return SCHEDULES[self.settings.schedule](self.settings.rate, iterations)
+
+    def probe(self, vertices: Tensor, coefficients: Tensor, unseen: Images, examples: int) -> list[Probe]:
         """Measure members on at most ``examples`` training images and as many unseen ones, the same for every member.
 
         BatchNorm statistics are recomputed for each, from as many training images.
         """
-        record, train, unseen = self._record, _some(self._images, examples), _some(unseen, examples)
+        record, train, held_out = self._record, _some(self._images, examples), _some(unseen, examples)
         result = []
-        with self._booked("measurements") as booked:
+        with self.booked("measurements") as booked:
             for row in coefficients:
                 buffers = member_buffers(self.weights, vertices, row[None], train, record)
                 self.weights.load_buffers({name: rows[0] for name, rows in buffers.items()})
                 loss = nll(self._probabilities(train), train.labels.cpu())
-                result.append(Probe(loss, self._probabilities(unseen), unseen.labels))
-            each = len(train) * (2 if has_batchnorm(self.weights.module) else 1) + len(unseen)
+                result.append(Probe(loss, self._probabilities(held_out), held_out.labels))
+            each = len(train) * (2 if has_batchnorm(self.weights.module) else 1) + len(held_out)
             booked.forward_passes += len(coefficients) * each
         return result
 
-    def train(self, part: str, vertices: Tensor, schedule: Schedule, iterations: int, **options: Any) -> list[Snapshot]:
+    def train(
+        self,
+        part: str,
+        vertices: Tensor,
+        schedule: Schedule,
+        iterations: int,
+        rng: np.random.Generator | None = None,
+        **options: Any,
+    ) -> list[Snapshot]:
         """Run the loop (:func:`ensembler.trainers.loop.train`) and book what it cost under ``part``.
 
-        ``part`` also names the stream of images, augmentations and dropout masks that it sees.
+        ``part`` also names the stream of images, augmentations and dropout masks that it sees. ``rng`` is what the
+        method draws its points from, so that a checkpoint can hold its state.
         """
-        settings = self.settings
-        batches = self._batches(part)
-        epochs = -(-iterations // batches.per_epoch)
-
-        def optimiser(moving: list[Tensor]) -> Optimizer:
-            return torch.optim.SGD(
-                moving,
-                lr=settings.rate,
-                momentum=settings.momentum,
-                weight_decay=settings.weight_decay,
-                nesterov=settings.momentum > 0,
-            )
+        settings, batches, number = self.settings, self.batches(part), self.next_number()
+        title = f"{part}, {iterations} steps"
+        epochs, told = -(-iterations // batches.per_epoch), len(self.history)
+        devices = [self.device] if self.device.type == "cuda" else []
 
         def on_epoch(epoch: Epoch) -> None:
-            booked.example_passes += epoch.examples
             booked.forward_passes += epoch.examples if "penalty" in options else 0
-            self.history.append({"part": part, **asdict(epoch), "seconds": round(self._seconds(), 3)})
-            self.watch(part, epoch, epochs)
+            self.note(part, booked, epoch, epochs)
 
-        devices = [self.device] if self.device.type == "cuda" else []
-        with self._booked(part) as booked, torch.random.fork_rng(devices):
+        def on_step(iteration: int, state: Callable[[], State]) -> None:
+            if self.checkpoints and (iteration == iterations or self.checkpoints.due()):
+                facts = {
+                    "history": self.history[told:],
+                    "example_passes": booked.example_passes - before.example_passes,
+                    "forward_passes": booked.forward_passes - before.forward_passes,
+                    "seconds": time.monotonic() - start,
+                    "rng": rng.bit_generator.state if rng else None,
+                }
+                generators = {"cpu": torch.get_rng_state()}
+                if devices:
+                    generators["cuda"] = torch.cuda.get_rng_state(self.device)
+                self.checkpoints.save(number, title, Saved(state(), facts, generators))
+
+        with self.booked(part) as booked, torch.random.fork_rng(devices), closing(batches):
+            before, start = booked.model_copy(), time.monotonic()
             torch.manual_seed(derive(settings.seed, "dropout", part))
+            saved = self.checkpoints.load(number, title) if self.checkpoints else None
+            if saved:
+                facts = saved.facts
+                booked.example_passes += facts["example_passes"]
+                booked.forward_passes += facts["forward_passes"]
+                booked.seconds = (booked.seconds or 0.0) + facts["seconds"]
+                self._seconds_before += facts["seconds"]
+                start -= facts["seconds"]
+                self.history += facts["history"]
+                if rng:
+                    rng.bit_generator.state = facts["rng"]
+                torch.set_rng_state(saved.generators["cpu"])
+                if devices:
+                    torch.cuda.set_rng_state(saved.generators["cuda"], self.device)
+                if saved.state.iteration < iterations:
+                    batches.skip(saved.state.iteration)
             return train(
                 self.weights,
                 vertices,
                 batches,
-                optimiser,
+                self.optimiser,
                 schedule,
                 iterations,
                 clip=settings.clip,
+                precision=PRECISIONS[settings.precision],
                 on_epoch=on_epoch,
+                resume=saved.state if saved else None,
+                on_step=on_step,
                 **options,
             )
+
+    def next_number(self) -> int:
+        """Of a call of :meth:`train`, or of what takes its place: checkpoints are named by it."""
+        return next(self._numbers)
+
+    def optimiser(self, moving: list[Tensor]) -> Optimizer:
+        """SGD as the settings have it."""
+        settings = self.settings
+        return torch.optim.SGD(
+            moving,
+            lr=settings.rate,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.momentum > 0,
+            fused=self.device.type in ("cpu", "cuda"),  # one pass over memory, and no temporary of size P
+        )
+
+    def note(self, part: str, booked: Part, epoch: Epoch, epochs: int) -> None:
+        """Count an epoch's passes, and put it into the history and on the screen."""
+        booked.example_passes += epoch.examples
+        self.history.append({"part": part, **asdict(epoch), "seconds": round(self._seconds(), 3)})
+        self.watch(part, epoch, epochs)
 
     def member_buffers(self, vertices: Tensor, coefficients: Tensor) -> dict[str, Tensor]:
         """Buffers (M, ...) of sampled members, BatchNorm statistics recomputed; see
         :func:`ensembler.ensemble.member_buffers`."""
-        with self._booked("members") as booked:
+        with self.booked("members") as booked:
             if has_batchnorm(self.weights.module):
                 booked.forward_passes += len(coefficients) * min(len(self._images), BATCHNORM_EXAMPLES)
             return member_buffers(self.weights, vertices, coefficients, self._images, self._record)
@@ -329,10 +424,17 @@ class Session:
     def _network(self, seed: int) -> torch.nn.Module:
         return architectures.build(self.architecture, len(self.dataset.classes), seed).to(self.device)
 
-    def _batches(self, part: str) -> Batches:
+    def batches(self, part: str) -> Batches:
         stream = generator(self.settings.seed, "batches", part)
         return Batches(
-            self._images, self._batch_size, self._record.augmentation, self.dataset.mean, self.dataset.std, stream
+            self._images,
+            self._batch_size,
+            self._record.augmentation,
+            self.dataset.mean,
+            self.dataset.std,
+            stream,
+            self.device,
+            self.settings.workers,
         )
 
     def _flattened(self, run: Run) -> Tensor:
@@ -352,7 +454,7 @@ class Session:
         return torch.softmax(torch.cat(logits).float(), dim=1).cpu()
 
     @contextmanager
-    def _booked(self, name: str) -> Iterator[Part]:
+    def booked(self, name: str) -> Iterator[Part]:
         """Book under ``name`` what the block counts, and the time and memory that it takes."""
         part = self._parts.setdefault(name, Part(device=_device_name(self.device)))
         start = time.monotonic()
@@ -381,8 +483,9 @@ def _part(member: int) -> str:
     return f"solution {member + 1}"
 
 
-def _measure(ensemble: Ensemble, split: Split) -> dict[str, float | None]:
-    members = ensemble.predict_members(split.images)
+def _measure(ensemble: Ensemble, split: Images) -> dict[str, float | None]:
+    parts = split.batches(16 * ensemble.batch_size)  # files are decoded a few at a time
+    members = torch.cat([ensemble.predict_members(part.images) for part in parts], dim=1)
     mean = members.mean(dim=0)
     differ = disagreement(members.numpy())
     return {
@@ -393,7 +496,7 @@ def _measure(ensemble: Ensemble, split: Split) -> dict[str, float | None]:
     }
 
 
-def _some(split: Split, examples: int) -> Split:
+def _some(split: Images, examples: int) -> Split:
     return split[torch.randperm(len(split), generator=generator(0, "probe"))[:examples]]
 
 

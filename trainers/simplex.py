@@ -72,8 +72,8 @@ def train_simplex(
         regularisation: lambda >= 0; or ``"auto"``, the largest of :data:`LADDER` with which the simplex stays within
             the tolerance. It is found by bisection on the first added vertex, and every trial is booked as its cost.
         regulariser: ``"volume"`` or ``"function"``; the second costs one more forward pass a step.
-        tolerance: of ``"auto"``: by what share the held-out NLL of points inside the simplex, on average, may exceed
-            that of the solution.
+        tolerance: of ``"auto"``: by what share the held-out NLL may exceed that of the solution, on average over the
+            vertices, and on average over points inside.
         concentration: of the Dirichlet that the members are drawn from; below 1 leans to the vertices.
         corners: whether the first members are the vertices themselves.
         samples_per_step: points a step, at least 1; the batch is split among them.
@@ -93,7 +93,8 @@ def train_simplex(
     coefficients = sample_coefficients(sampling, simplexes * vertices, members, session.settings.seed)
     growth = _Growth(session, epochs, vertex_rate, regulariser, samples_per_step)
 
-    strength, trials = regularisation, []
+    strength: float | Literal["auto"] = regularisation
+    trials: list[dict[str, float]] = []
     grown, metrics, stages = [], [], []
     for number in range(simplexes):
         name = "simplex" if simplexes == 1 else f"simplex {number + 1}"
@@ -157,6 +158,7 @@ class _Growth:
             larger,
             cosine(self.rate, iterations),
             iterations,
+            rng,
             trainable=[len(simplex)],
             draw=lambda samples: dirichlet(samples, len(larger), rng),
             samples=self.samples,
@@ -168,7 +170,8 @@ class _Growth:
         """Bisect the ladder: the largest lambda that fits, the simplex that it gives, and all trials."""
         (solution,) = _probes(self.session, simplex, torch.eye(1, len(simplex)))
         limit = (1 + tolerance) * solution.nll
-        points = _inside(len(simplex) + 1)
+        K = len(simplex) + 1
+        points = torch.cat([torch.eye(K), _inside(K)])
         best, trials = None, []
         low, high = 0, len(LADDER)  # all below low fit, all from high on do not
         while low < high:
@@ -176,13 +179,14 @@ class _Growth:
             strength = LADDER[middle]
             try:
                 larger = self.one_more(simplex, strength, part)
-                found = float(np.mean([probe.nll for probe in _probes(self.session, larger, points)]))
+                losses = [probe.nll for probe in _probes(self.session, larger, points)]
+                found = max(float(np.mean(losses[:K])), float(np.mean(losses[K:])))
             except DivergedError:
                 found = math.inf
             fits = found <= limit
             trials.append({"lambda": strength, "held_out_nll": found, "limit": limit})
             verdict = "fits" if fits else "is too much"
-            self.session.say(f"lambda {strength:g}: held-out NLL inside {found:.4f}, at most {limit:.4f}: it {verdict}")
+            self.session.say(f"lambda {strength:g}: held-out NLL {found:.4f}, at most {limit:.4f}: it {verdict}")
             if fits:
                 best, low = (strength, larger), middle + 1
             else:
@@ -244,7 +248,7 @@ def describe(session: Session, simplex: Tensor, name: str) -> dict[str, Any]:
     centroid = torch.full((1, K), 1 / K)
     probes = _probes(session, simplex, torch.cat([torch.eye(K), centroid, _inside(K)]))
     groups = {"vertices": probes[:K], "centroid": probes[K : K + 1], "inside": probes[K + 1 :]}
-    result = {
+    result: dict[str, Any] = {
         "name": name,
         "log_volume": log_volume(simplex).item(),
         "edge_lengths": edge_lengths(simplex).tolist(),

@@ -20,7 +20,6 @@ from ensembler.run import Run, Sampling
 from ensembler.seeds import derive
 from ensembler.subspace import dirichlet
 from ensembler.trainers.loop import Regulariser
-from ensembler.trainers.schedules import one_cycle
 from ensembler.trainers.session import Session
 from ensembler.trainers.simplex import describe
 
@@ -65,8 +64,9 @@ def train_subspace(
     session.train(
         "subspace",
         subspace,
-        one_cycle(session.settings.rate, iterations),
+        session.schedule(iterations),
         iterations,
+        rng,
         trainable=range(vertices),
         draw=lambda samples: dirichlet(samples, vertices, rng),
         regulariser=towards_right_angles(subspace, beta, rng),

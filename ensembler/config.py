@@ -1,0 +1,168 @@
+"""Options from a file: TOML, YAML or JSON, or a run, whose manifest holds those that it was made with.
+
+A file's keys are options as typed, ``vertex-lr``, or parameters by name, ``vertex_rate``; arguments go by name. At its
+top level it holds options of any command, of which each takes those that it has; in a table of a command's name, that
+command's own::
+
+    device = "cpu"
+
+    [train-simplex]
+    vertices = 4
+    arch = "resnet20"
+
+Of a run, its folder or its ``manifest.json``, all options are taken, so that the same command makes the same run again.
+Where the images lie (``--data``) is not among them.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ensembler.artefact import MANIFEST
+from ensembler.errors import UsageError
+
+__all__ = ["read"]
+
+_COMMANDS = {  # a run's method: the command that makes it
+    "single": "train-deep-ensemble",
+    "deep-ensemble": "train-deep-ensemble",
+    "fge": "train-fge",
+    "snapshots": "train-snapshots",
+    "simplex": "train-simplex",
+    "simplexes": "train-simplex",
+    "subspace": "train-subspace",
+    "curve-bezier": "train-curve",
+    "curve-chain": "train-curve",
+    "complex": "train-complex",
+}
+
+
+def read(path: Path, context: typer.Context) -> dict[str, Any]:
+    """The defaults that a file gives to the options of the command at hand, as Click's ``default_map`` wants them.
+
+    Raises:
+        UsageError: the file cannot be read, a key is unknown, a value is of another type, or the run is another
+            command's.
+    """
+    group: Any = context.find_root().command
+    commands = {name: _parameters(each) for name, each in group.commands.items()}
+    command = str(context.info_name)
+    path = path / MANIFEST if path.is_dir() else path
+    content = _parse(path)
+    if "kind" in content:
+        chosen = {key: value for key, value in _of_run(path, content, command).items() if key in commands[command]}
+    else:
+        chosen = _of_file(path, content, command, commands)
+    own = commands[command]
+    return {own[key].name: _value(path, key, value, own[key], context) for key, value in chosen.items()}
+
+
+def _parameters(command: Any) -> dict[str, Any]:
+    """A command's parameters under all their names, in which ``-`` and ``_`` are the same."""
+    known = [parameter for parameter in command.params if parameter.name not in ("config", "help")]
+    return {_plain(name): parameter for parameter in known for name in (*parameter.opts, parameter.name)}
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    parse: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": json.loads}
+    parse |= {".yaml": _parse_yaml, ".yml": _parse_yaml}
+    if not path.exists():
+        raise UsageError(f"--config: there is nothing at {path}")
+    if path.suffix not in parse:
+        raise UsageError(f"--config takes a {', '.join(parse)} file or a run's folder, not {path}")
+    try:
+        content = parse[path.suffix](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must hold options by name, not a {type(content).__name__}")
+    return content
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _of_file(
+    path: Path, content: Mapping[str, Any], command: str, commands: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    def check(key: Any, known: Mapping[str, str], complaint: str) -> str:
+        name = _plain(str(key))
+        if name not in known:
+            near = " or ".join(dict.fromkeys(known[one] for one in get_close_matches(name, known)))
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted({*known.values()}))}"
+            raise UsageError(f"{path}: {complaint} {key!r}: {hint}")
+        return name
+
+    typed = {
+        name: {key: parameter.opts[0].lstrip("-") for key, parameter in own.items()} for name, own in commands.items()
+    }
+    everywhere = {key: name for names in typed.values() for key, name in names.items()}
+    chosen, own = {}, {}
+    for key, value in content.items():
+        if not isinstance(value, dict):
+            chosen[check(key, everywhere, "no command has an option")] = value
+        elif check(key, {_plain(name): name for name in commands}, "there is no command") == _plain(command):
+            own = value
+    chosen = {key: value for key, value in chosen.items() if key in commands[command]}
+    return chosen | {check(key, typed[command], f"{command} has no option"): value for key, value in own.items()}
+
+
+def _of_run(path: Path, manifest: Mapping[str, Any], command: str) -> dict[str, Any]:
+    try:
+        method, record, options = manifest["method"], manifest["dataset"], manifest["options"]
+        height, width, _ = record["image_shape"]
+        held = options | {
+            "architecture": manifest["architecture"],
+            "clip": options.get("clip") or 0.0,  # none is 0, as typed
+            "dataset": record["name"],
+            "image_size": height if height == width else None,
+            "seed": manifest["seed"],
+        }
+        if record["name"].startswith("folder:"):
+            held |= {
+                "in_memory": not record.get("lazy", False),
+                "corrupt": "skip" if record.get("skipped") else "refuse",
+            }
+        made_by = _COMMANDS.get(method.split("-centroid")[0])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path} is not the manifest of a run: only that can be made again") from error
+    if made_by != command:
+        raise UsageError(f"{path} is of a run of {method}, made again by {made_by or 'no command'}, not by {command}")
+    return {key: value for key, value in held.items() if value is not None}
+
+
+def _value(path: Path, key: str, value: Any, parameter: Any, context: typer.Context) -> Any:
+    """The value as it would be typed on the command line, if the parameter accepts it."""
+    many = parameter.nargs == -1 or getattr(parameter, "multiple", False)
+    values = value if many and isinstance(value, list) else [value]
+    try:
+        if getattr(parameter, "is_flag", False):
+            if not isinstance(value, bool):
+                raise typer.BadParameter("it is true or false")
+            return value
+        if not all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in values):
+            raise typer.BadParameter("it is text or a number" + ", or a list of them" * many)
+        typed = [str(one) for one in values] if many else str(value)
+        parameter.process_value(context, typed)
+    except typer.BadParameter as error:
+        raise UsageError(f"{path}: {key.replace('_', '-')} = {value!r}: {error.message}") from None
+    return typed

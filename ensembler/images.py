@@ -1,0 +1,316 @@
+"""Images with their labels: in memory or in their files, how they are varied in training, and what a network sees.
+
+A split of a dataset is of one of two kinds. Code that indexes it, or goes through it by ``batches()``, need not know
+which: either way it gets a :class:`Split`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ensembler.errors import DataError
+
+__all__ = [
+    "AUGMENTATIONS",
+    "MEMORY_LIMIT",
+    "FileSplit",
+    "Images",
+    "Split",
+    "augment",
+    "draw",
+    "normalise",
+    "read_image",
+    "read_images",
+    "unreadable",
+]
+
+AUGMENTATIONS = ("crop-flip", "crop", "resized-crop-flip", "none")
+MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images that are held without being asked to
+
+_PADDING = 4
+_GLOBAL_NUMBERS = Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images in memory and their classes.
+
+    Attributes:
+        images: (N, H, W, 3) uint8, on the CPU.
+        labels: (N,) int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Split:
+        return Split(self.images[index], self.labels[index])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.images.shape[1], self.images.shape[2]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the pixels and labels: names the split whatever its origin."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        digest.update(self.images.contiguous().numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def part(self, index: Any) -> Split:
+        """Some of the images."""
+        return self[index]
+
+    def batches(self, size: int) -> Iterator[Split]:
+        """The split in order, ``size`` images at a time; the last may be smaller."""
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def augmented(self, index: Tensor, augmentation: str, choices: Tensor) -> Split:
+        """The images of ``index`` (B,), varied as :func:`augment` does it."""
+        batch = self[index.to(self.images.device)]
+        return Split(augment(batch.images, augmentation, choices), batch.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class FileSplit:
+    """Images in their files, decoded whenever they are asked for, and their classes.
+
+    Attributes:
+        folder: where the files lie.
+        files: N names below it.
+        labels: (N,) int64.
+        shape: (H, W) that every image is brought to, whatever its proportions.
+    """
+
+    folder: Path
+    files: tuple[str, ...]
+    labels: Tensor
+    shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Any) -> Split:
+        """Some of the images, in memory.
+
+        Raises:
+            DataError: one cannot be read, or together they would take more than :data:`MEMORY_LIMIT`.
+        """
+        part = self.part(index)
+        if part.decoded_bytes > MEMORY_LIMIT:
+            raise DataError(
+                f"{len(part)} images of {self.shape[1]} x {self.shape[0]} pixels take "
+                f"{part.decoded_bytes / 2**30:.1f} GiB, and {MEMORY_LIMIT / 2**30:g} GiB are held in memory at most: "
+                "use fewer (--examples)"
+            )
+        return part._decoded()
+
+    @property
+    def paths(self) -> list[Path]:
+        """N paths."""
+        return [self.folder / file for file in self.files]
+
+    @property
+    def decoded_bytes(self) -> int:
+        """What all the images would take in memory."""
+        return 3 * self.shape[0] * self.shape[1] * len(self)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the files' names and sizes in bytes, the labels and the shape; the files are not read.
+
+        An image that is replaced by another of the same size in bytes goes unnoticed.
+        """
+        digest = hashlib.sha256(repr(self.shape).encode())
+        for file, path in zip(self.files, self.paths, strict=True):
+            try:
+                digest.update(f"{file}\0{path.stat().st_size}\n".encode(errors="surrogateescape"))
+            except OSError as error:
+                raise DataError(f"cannot read the image {path}: {error}") from error
+        digest.update(self.labels.numpy().data)
+        return digest.hexdigest()
+
+    def part(self, index: Any) -> FileSplit:
+        """Some of the images, in their files still."""
+        chosen = torch.arange(len(self))[index]
+        files = tuple(self.files[i] for i in chosen.tolist())
+        return FileSplit(self.folder, files, self.labels[chosen], self.shape)
+
+    def batches(self, size: int) -> Iterator[Split]:
+        """The split in order, ``size`` images decoded at a time; the last may be fewer."""
+        for start in range(0, len(self), size):
+            yield self.part(slice(start, start + size))._decoded()
+
+    def augmented(self, index: Tensor, augmentation: str, choices: Tensor) -> Split:
+        """The images of ``index`` (B,), varied as :func:`read_images` does it."""
+        part = self.part(index)
+        return Split(read_images(part.paths, self.shape, augmentation, choices), part.labels)
+
+    def _decoded(self) -> Split:
+        return Split(read_images(self.paths, self.shape), self.labels)
+
+
+Images = Split | FileSplit
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """What the network sees: uint8 (B, H, W, 3) to float32 (B, 3, H, W), zero mean and unit variance a channel.
+
+    The result keeps the images' memory order, which makes it channels-last: no copy, and the faster layout.
+    """
+    scale = images.new_tensor([1 / (255 * s) for s in std], dtype=torch.float32)
+    shift = images.new_tensor([m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
+    return images.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
+
+
+def draw(augmentation: str, count: int, generator: torch.Generator) -> Tensor:
+    """How each of ``count`` images is to be varied, drawn from a CPU generator: int64.
+
+    (count, 3) for crops: the row, the column, and whether to mirror. (count,) for ``"resized-crop-flip"``: a seed.
+    """
+    if augmentation == "none":
+        return torch.empty(count, 0, dtype=torch.int64)
+    if augmentation == "resized-crop-flip":
+        return torch.randint(2**62, (count,), generator=generator)
+    offsets = torch.randint(0, 2 * _PADDING + 1, (count, 2), generator=generator)
+    flips = augmentation == "crop-flip"
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5 if flips else torch.zeros(count, 1)
+    return torch.cat([offsets, mirrored.long()], dim=1)
+
+
+def augment(images: Tensor, augmentation: str, choices: Tensor) -> Tensor:
+    """A variant of every image of a batch (B, H, W, 3) uint8, by the ``choices`` of :func:`draw`.
+
+    ``"crop"`` pads 4 black pixels and crops to the old size; ``"crop-flip"`` mirrors half the images as well;
+    ``"resized-crop-flip"`` is ImageNet's usual: torchvision's ``v2.RandomResizedCrop`` (8 to 100 % of the area, 3:4 to
+    4:3, brought to the old size) and ``v2.RandomHorizontalFlip``; ``"none"`` changes nothing.
+    """
+    if augmentation == "none":
+        return images
+    count, height, width, _ = images.shape
+    if augmentation == "resized-crop-flip":
+        pairs = zip(images, choices.tolist(), strict=True)
+        return torch.stack([_resized_crop_flip(image, seed, (height, width)) for image, seed in pairs])
+    rows = choices[:, :1] + torch.arange(height)
+    columns = choices[:, 1:2] + torch.arange(width)
+    columns = torch.where(choices[:, 2:].bool(), columns.flip(1), columns)
+    padded = torch.nn.functional.pad(images, (0, 0, _PADDING, _PADDING, _PADDING, _PADDING))
+    picture = torch.arange(count)[:, None, None]
+    rows, columns, picture = (part.to(images.device) for part in (rows, columns, picture))
+    return padded[picture, rows[:, :, None], columns[:, None, :]]
+
+
+def read_images(
+    files: Sequence[Path],
+    shape: tuple[int, int],
+    augmentation: str = "none",
+    choices: Tensor | None = None,
+    *,
+    exact: bool = False,
+    threads: int | None = None,
+) -> Tensor:
+    """Decode image files, on several threads.
+
+    Args:
+        files: N of them.
+        shape: (H, W) to bring every image to by a plain bilinear resize.
+        augmentation, choices: see :func:`augment`. ``"resized-crop-flip"`` crops the image as it is in its file, and
+            only the crop is resized.
+        exact: refuse an image of another shape than the first, whose shape is ``shape``.
+        threads: how many; by default some more than there are CPUs.
+
+    Returns:
+        (N, H, W, 3) uint8.
+
+    Raises:
+        DataError: an image cannot be read, or is of another shape; it is named.
+    """
+    images = torch.empty((len(files), *shape, 3), dtype=torch.uint8)
+    whole = exact or augmentation == "resized-crop-flip"
+
+    def read(i: int) -> None:
+        image = torch.from_numpy(read_image(files[i], None if whole else shape))
+        if exact and image.shape[:2] != shape:
+            raise DataError(
+                f"{files[i]} is {image.shape[1]} x {image.shape[0]} pixels but {files[0]} is "
+                f"{shape[1]} x {shape[0]}: add --image-size to bring all to one size"
+            )
+        if augmentation == "resized-crop-flip" and choices is not None:
+            image = _resized_crop_flip(image, int(choices[i]), shape)
+        images[i] = image
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(read, range(len(files))):
+            pass
+    return images if whole or choices is None else augment(images, augmentation, choices)
+
+
+def read_image(path: Path, shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Decode one image file to (H, W, 3), resized to ``shape`` or as it is.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+            if shape is not None and image.size != shape[::-1]:
+                image = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
+            return np.array(image)
+    except Exception as error:  # of any kind: the bytes are a stranger's
+        raise DataError(
+            f"cannot read the image {path}: {error}: mend or remove it, or leave out all that cannot be read "
+            "(--corrupt skip)"
+        ) from error
+
+
+def unreadable(files: Sequence[Path]) -> list[Path]:
+    """Those of the files that cannot be decoded, found by decoding them all, on several threads."""
+
+    def fails(path: Path) -> bool:
+        try:
+            read_image(path)
+        except DataError:
+            return True
+        return False
+
+    with ThreadPoolExecutor() as pool:
+        return [path for path, failed in zip(files, pool.map(fails, files), strict=True) if failed]
+
+
+def _resized_crop_flip(image: Tensor, seed: int, shape: tuple[int, int]) -> Tensor:
+    """One image (h, w, 3) to (H, W, 3) by torchvision's transforms."""
+    transform = _transform(shape)
+    # They draw from torch's global numbers, which are lent to one thread at a time and given back as they were.
+    with _GLOBAL_NUMBERS, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        varied: Tensor = transform(image.permute(2, 0, 1))
+    return varied.permute(1, 2, 0)
+
+
+@cache
+def _transform(shape: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    from torchvision.transforms import v2
+
+    transform: Callable[[Tensor], Tensor] = v2.Compose([v2.RandomResizedCrop(shape), v2.RandomHorizontalFlip()])
+    return transform

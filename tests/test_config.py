@@ -1,0 +1,202 @@
+"""``--config``: options from a file, and a run made again from its manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ensembler.artefact import sha256
+from ensembler.cli import app
+from ensembler.run import Run
+
+SMALL = ["--arch", "tests._small:network", "--image-size", 8, "--epochs", 1, "--device", "cpu", "--quiet"]
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def train(*arguments):
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return Run.load(Path(result.stdout.splitlines()[-1].removeprefix("run: "))).manifest
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+TOML = """
+device = "cpu"
+quiet = true
+image-size = 8
+epochs = 1
+out = "made"
+
+[train-simplex]
+vertices = 2
+arch = "tests._small:network"
+vertex-lr = 0.02
+weight_decay = 1e-3  # a parameter's name does as well
+regularisation = 0.5
+corners = false
+members = 3
+
+[eval]
+runs = ["made", "made"]
+examples = 20
+"""
+YAML = """
+device: cpu
+quiet: true
+image-size: 8
+epochs: 1
+out: made
+train_simplex:
+  vertices: 2
+  arch: tests._small:network
+  vertex-lr: 2e-2
+  weight_decay: 0.001
+  regularisation: .5
+  corners: false
+  members: 3
+"""
+
+
+@pytest.mark.parametrize(("name", "text"), [("all.toml", TOML), ("all.yaml", YAML), ("all.yml", YAML)])
+def test_a_file_gives_defaults_and_the_command_line_wins(name, text):
+    Path(name).write_text(text)
+    options = train("train-simplex", "--config", name, "--members", 4, "--corners").options
+    expected = {"vertices": 2, "vertex_rate": 0.02, "weight_decay": 0.001, "regularisation": 0.5, "epochs": 1}
+    assert {key: options[key] for key in expected} == expected
+    assert options["members"] == 4  # typed
+    assert options["corners"] is True
+    assert options["momentum"] == 0.9  # neither typed nor in the file
+
+
+def test_one_file_serves_several_commands_and_holds_arguments():
+    Path("all.toml").write_text(TOML)
+    train("train-simplex", "--config", "all.toml")
+    result = call("eval", "--config", "all.toml", "--out", "report")  # it has no option epochs, and a table of its own
+    assert result.exit_code == 0, result.output
+    report = json.loads(Path("report/report.json").read_text())
+    assert [run["name"] for run in report["runs"]] == ["made", "made"]
+    Path("show.json").write_text('{"show": {"run": "made"}}')
+    assert call("show", "--config", "show.json").stdout.startswith("made")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.toml", "vertexes = 3", "a.toml: no command has an option 'vertexes': did you mean vertex-epochs"),
+        ("a.toml", "[train-simplex]\nvertex-l = 1", "train-simplex has no option 'vertex-l': did you mean vertex-lr"),
+        ("a.toml", "[train-simplex]\nport = 1", "train-simplex has no option 'port': there are arch, augmentation, "),
+        ("a.toml", "[train-simplx]\nx = 1", "there is no command 'train-simplx': did you mean train-simplex"),
+        ("a.toml", "config = 'b.toml'", "no command has an option 'config'"),
+        ("a.toml", "vertices = 2.5", "a.toml: vertices = 2.5: "),
+        ("a.toml", "vertices = true", "a.toml: vertices = True: it is text or a number"),
+        ("a.toml", "vertices = [3]", "a.toml: vertices = [3]: it is text or a number"),
+        ("a.toml", "corners = 'no'", "a.toml: corners = 'no': it is true or false"),
+        ("a.toml", "recipe = 'slow'", "a.toml: recipe = 'slow': "),
+        ("a.toml", "vertices = ", "a.toml is not TOML: "),
+        ("a.yaml", "a: [1", "a.yaml is not YAML: "),
+        ("a.yaml", "- 1", "a.yaml must hold options by name, not a list"),
+        ("a.yaml", "3: 4", "no command has an option 3"),
+        ("a.yaml", "!!python/object/apply:os.system [echo]", "a.yaml is not YAML: "),
+        ("a.json", "{", "a.json is not JSON: "),
+        ("a.ini", "", "--config takes a .toml, .json, .yaml, .yml file or a run's folder, not a.ini"),
+        ("a.json", '{"kind": "bundle", "method": "fge"}', "a.json is not the manifest of a run"),
+        ("a.json", '{"kind": "run"}', "a.json is not the manifest of a run"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_on_one_line(name, text, message):
+    Path(name).write_text(text)
+    result = call("train-simplex", "--config", name)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not Path("runs").exists()
+
+
+def test_a_file_that_is_not_there_or_not_text():
+    assert "there is nothing at nowhere.toml" in call("eval", "--config", "nowhere.toml").stderr
+    Path("binary.toml").write_bytes(b"\xff\xfe")
+    assert "binary.toml is not TOML" in call("eval", "--config", "binary.toml").stderr
+    Path("folder").mkdir()
+    assert f"there is nothing at folder{os.sep}manifest.json" in call("eval", "--config", "folder").stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train-deep-ensemble", "--members", 1, "--clip", 0, "--seed", 3],
+        ["train-deep-ensemble", "--members", 2, "--augmentation", "none"],
+        ["train-fge", "--members", 2, "--cycle", 0.5, "--collapse", "centroid"],
+        ["train-snapshots", "--members", 2, "--batch-size", 50],
+        ["train-simplex", "--vertices", 2, "--members", 3, "--no-corners", "--regularisation", "auto"],
+        ["train-simplex", "--vertices", 2, "--simplexes", 2, "--recipe", "fast", "--vertex-epochs", 0.5],
+        ["train-subspace", "--vertices", 2, "--beta", 0.5],
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments)),
+)
+def test_a_run_makes_the_same_run_again(arguments):
+    first = train(*arguments, *SMALL, "--out", "first")
+    again = train(arguments[0], "--config", "first", "--quiet", "--out", "again")
+    assert again.options == first.options
+    assert again.seed == first.seed
+    assert again.method == first.method
+    for file in ("vertices.safetensors", "members.safetensors"):
+        assert sha256(Path("again", file)) == sha256(Path("first", file))
+    other = train(arguments[0], "--config", "first/manifest.json", "--seed", 7, "--quiet", "--out", "other")
+    assert other.seed == 7
+    assert sha256(Path("other/vertices.safetensors")) != sha256(Path("first/vertices.safetensors"))
+
+
+def test_a_run_remembers_what_it_began_from():
+    for seed in (0, 1):
+        train("train-deep-ensemble", "--members", 1, "--seed", seed, *SMALL)
+    runs = [path for path in Path("runs").iterdir() if path.name != "latest"]
+    short = ["--points", 3, "--examples", 20, *SMALL[-5:]]
+    for name, *arguments in (
+        ("simplex", "train-simplex", "--init", "runs/latest", "--vertices", 2, *SMALL),
+        (
+            "curve",
+            "train-curve",
+            runs[0],
+            "runs/latest" if runs[0].samefile("runs/latest") is False else runs[1],
+            *short,
+        ),
+        ("complex", "train-complex", *runs, *short),
+    ):
+        first = train(*arguments, "--out", f"{name}/1")
+        again = train(arguments[0], "--config", f"{name}/1", "--quiet", "--out", f"{name}/2")
+        assert again.options == first.options
+        assert sha256(Path(f"{name}/1/vertices.safetensors")) == sha256(Path(f"{name}/2/vertices.safetensors"))
+    train("train-deep-ensemble", "--members", 1, "--seed", 2, *SMALL)  # latest is another run now
+    begun = Run.load(Path("simplex/1")).manifest.options["init"]
+    assert begun in [str(path.resolve()) for path in runs]
+
+
+def test_another_commands_run_is_refused():
+    train("train-fge", "--members", 2, "--cycle", 0.5, *SMALL, "--out", "fge")
+    for command in ("train-simplex", "eval"):
+        result = call(command, "--config", "fge")
+        assert result.exit_code == 1
+        assert f"manifest.json is of a run of fge, made again by train-fge, not by {command}" in result.stderr
+
+
+def test_an_older_manifest_may_lack_and_hold_other_things():
+    train("train-simplex", "--vertices", 2, *SMALL, "--out", "run")
+    manifest = json.loads(Path("run/manifest.json").read_text())
+    del manifest["options"]["regulariser"], manifest["options"]["recipe"], manifest["options"]["weights"]
+    manifest["options"] |= {"modes": 3, "init": None, "forgotten": {"a": [1]}}
+    manifest["method"] = "simplex-centroid"
+    Path("old.json").write_text(json.dumps(manifest))
+    again = train("train-simplex", "--config", "old.json", "--quiet", "--out", "again")
+    assert again.files["vertices.safetensors"] == manifest["files"]["vertices.safetensors"]
