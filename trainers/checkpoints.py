@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +82,7 @@ class Checkpoints:
         except ImportError:  # not on Windows
             return
         self._lock = (self.folder / ".lock").open("wb")
+        weakref.finalize(self, self._lock.close)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
