@@ -70,7 +70,9 @@ def main() -> None:
         for name, variant in VARIANTS.items():
             said: list[str] = []
             session = Session(dataset, settings, base, say=said.append)
-            run = train_simplex(session, options.vertices, vertex_epochs=options.vertex_epochs, **variant)
+            run = train_simplex(
+                session, options.vertices, vertex_epochs=options.vertex_epochs, tolerance=options.tolerance, **variant
+            )
             print(*(f"    {line}" for line in said), sep="\n", flush=True)
             scores = _scores(Ensemble(run).predict_members(dataset.test.images), dataset.test)
             simplex = run.manifest.metrics["simplexes"][0]
@@ -109,6 +111,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=20)
     parser.add_argument("--vertices", type=int, default=3)
     parser.add_argument("--vertex-epochs", type=float, help="of each added vertex (default: a quarter of --epochs)")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="of auto (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bases", type=Path, nargs="+", help="runs of one network, in place of training them")
     parser.add_argument("--controls", type=Path, nargs="+", help="likewise")

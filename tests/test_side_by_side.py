@@ -182,7 +182,7 @@ def test_groups_of_so_many_and_the_rest_alone_keep_their_names_and_numbers(tmp_p
     assert told == [(f"solution {n}", 3) for group in ((1, 2), (3, 4), (5,)) for _ in range(3) for n in group]
     assert_close(run, train_deep_ensemble(session(), members=5), atol=1e-5)
     seconds = [part.seconds for part in run.manifest.cost.parts.values()]
-    assert seconds[0] == pytest.approx(seconds[1], abs=0.002)
+    assert seconds[0] == pytest.approx(seconds[1], abs=0.02)
     assert sum(seconds) <= run.manifest.cost.seconds + 0.01
 
 

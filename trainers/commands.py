@@ -368,7 +368,7 @@ def train_simplex(
     ] = "volume",
     tolerance: Annotated[
         float, _option(help="Of auto: by what share vertices and points inside may exceed the solution's held-out NLL.")
-    ] = 0.05,
+    ] = 0.02,
     concentration: _Concentration = 1.0,
     corners: _Corners = True,
     samples_per_step: Annotated[int, _option(help="Points a step; the batch is split among them.")] = 1,

@@ -54,7 +54,7 @@ def train_simplex(
     vertex_rate: float = 0.1,
     regularisation: float | Literal["auto"] = 1e-2,
     regulariser: str = "volume",
-    tolerance: float = 0.05,
+    tolerance: float = 0.02,
     concentration: float = 1.0,
     corners: bool = True,
     samples_per_step: int = 1,
