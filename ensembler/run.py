@@ -76,6 +76,7 @@ class DatasetRecord(_Record):
     std: list[float]
     augmentation: str
     train_examples: int
+    class_counts: list[int] = []
     train_sha256: str
     test_sha256: str
     lazy: bool = False
@@ -100,6 +101,7 @@ class DatasetRecord(_Record):
             std=list(dataset.std),
             augmentation=augmentation,
             train_examples=len(dataset.train),
+            class_counts=list(dataset.class_counts.values()),
             train_sha256=dataset.train.sha256,
             test_sha256=dataset.test.sha256,
             lazy=isinstance(dataset.train, FileSplit),

@@ -37,7 +37,14 @@ def test_train_then_eval_the_latest_run(tmp_path, images, monkeypatch):
     assert run.history[0]["part"] == "solution 1"
 
     shown = call("show").stdout
-    for part in ("simplex", "3 vertices, 4 members", "vertex 3", "log_volume", "vertices.safetensors"):
+    for part in (
+        "simplex",
+        "bottom (21), middle (22), top (21)",
+        "3 vertices, 4 members",
+        "vertex 3",
+        "log_volume",
+        "vertices.safetensors",
+    ):
         assert part in shown
 
     result = call("eval", "--shift", "cifar10c", "--json", "out/found.json", "--out", "report", "--device", "cpu")

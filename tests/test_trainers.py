@@ -418,3 +418,15 @@ def test_a_checkpoint_of_other_classes_is_where_training_begins():
     assert simplex.manifest.cost.unknown == ["mine.pt"]
     with pytest.raises(ShapeError, match=r"no tensor|no weights|expected"):
         session(init=weights_of(3, "tests._small:batchnorm"))
+
+
+def test_half_precision_trains_to_about_the_same_weights():
+    full, half = (train_deep_ensemble(session(precision=precision), members=1) for precision in ("float32", "bfloat16"))
+    for name, rows in full.vertices.items():
+        assert half.vertices[name].dtype == torch.float32
+        assert not torch.equal(rows, half.vertices[name])
+        torch.testing.assert_close(rows, half.vertices[name], rtol=0.05, atol=0.02)
+    with pytest.raises(UsageError, match="float16 needs a GPU"):
+        session(precision="float16")
+    with pytest.raises(UsageError, match="unknown precision 'float8': use one of float32, bfloat16, float16"):
+        session(precision="float8")

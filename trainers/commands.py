@@ -17,7 +17,7 @@ from ensembler.errors import DataError, DivergedError, ShapeError, UsageError
 
 if TYPE_CHECKING:
     from ensembler.checkpoint import Checkpoint
-    from ensembler.run import Cost, Part, Run
+    from ensembler.run import Cost, DatasetRecord, Part, Run
     from ensembler.trainers.checkpoints import Checkpoints
     from ensembler.trainers.session import Session
 
@@ -484,6 +484,7 @@ def show(
         "method": manifest.method,
         "network": f"{manifest.architecture}, {manifest.parameters:,} parameters",
         "dataset": f"{manifest.dataset.title}, {manifest.dataset.train_examples:,} training images",
+        "classes": _classes(manifest.dataset),
         "sizes": f"{manifest.vertices} vertices, {manifest.members} members",
         "cost": _costs(cost),
         **{f"  {name}": _costs(part) for name, part in cost.parts.items()},
@@ -497,6 +498,13 @@ def show(
     for name, value in rows.items():
         table.add_row(name, value)
     Console(highlight=False).print(table)
+
+
+def _classes(record: "DatasetRecord") -> str:
+    counts = record.class_counts or [None] * len(record.classes)
+    return ", ".join(
+        name if count is None else f"{name} ({count:,})" for name, count in zip(record.classes, counts, strict=True)
+    )
 
 
 def _costs(cost: "Cost | Part") -> str:
