@@ -71,7 +71,12 @@ def main() -> None:
             said: list[str] = []
             session = Session(dataset, settings, base, say=said.append)
             run = train_simplex(
-                session, options.vertices, vertex_epochs=options.vertex_epochs, tolerance=options.tolerance, **variant
+                session,
+                options.vertices,
+                options.vertices,
+                vertex_epochs=options.vertex_epochs,
+                tolerance=options.tolerance,
+                **variant,
             )
             print(*(f"    {line}" for line in said), sep="\n", flush=True)
             scores = _scores(Ensemble(run).predict_members(dataset.test.images), dataset.test)

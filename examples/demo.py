@@ -77,7 +77,7 @@ def main() -> None:
     os.chdir(folder)
     start = time.monotonic()
     step(
-        "1. A simplex of four vertices, which are its members",
+        "1. A simplex of four vertices: these and six points inside are its members",
         "train-simplex",
         "--vertices",
         "4",

@@ -50,9 +50,7 @@ _Collapse = Annotated[
     Literal["centroid"] | None,
     typer.Option(help="Average the vertices into one network (SWA) and keep only that; see also: ensembler collapse."),
 ]
-_Points = Annotated[
-    int | None, _option(help="M: the vertices first, then points drawn inside. (default: the vertices alone)")
-]
+_Points = Annotated[int, _option(help="M: the vertices first, then points drawn inside.")]
 _Corners = Annotated[
     bool, _option("--corners/--no-corners", help="Whether the first members are the vertices themselves.")
 ]
@@ -355,7 +353,7 @@ def train_snapshots(
 def train_simplex(
     session: "Session",
     vertices: Annotated[int, _option(help="K, corners of the simplex.")] = 4,
-    members: _Points = None,
+    members: _Points = 10,
     vertex_epochs: Annotated[
         float | None, _option(help="Epochs for each added vertex. (default: a quarter of --epochs)")
     ] = None,
@@ -397,7 +395,7 @@ def train_simplex(
 def train_subspace(
     session: "Session",
     vertices: Annotated[int, _option(help="K, ends of a line (2) or corners of a simplex.")] = 3,
-    members: _Points = None,
+    members: _Points = 10,
     beta: Annotated[float, _option(help="Weight of the squared cosine between two vertices.")] = 1.0,
     concentration: _Concentration = 1.0,
     corners: _Corners = True,
@@ -431,7 +429,7 @@ def train_complex(
     session: "Session",
     init: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two runs or more; of each, the first member.")],
     connectors: Annotated[int, _option(help="Vertices that all simplexes share, added one at a time.")] = 1,
-    members: _Points = None,
+    members: _Points = 10,
     regularisation: Annotated[float, _option(help="lambda, the reward of log volume.")] = 1e-2,
     concentration: _Concentration = 1.0,
     corners: _Corners = True,

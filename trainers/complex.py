@@ -34,7 +34,7 @@ def train_complex(
     session: Session,
     modes: Sequence[Run],
     connectors: int = 1,
-    members: int | None = None,
+    members: int = 10,
     regularisation: float = 1e-2,
     concentration: float = 1.0,
     corners: bool = True,
@@ -47,7 +47,7 @@ def train_complex(
         session: the dataset and settings; ``settings.epochs`` are spent on each connector, at ``settings.rate``.
         modes: N >= 2 runs of one architecture on the session's dataset.
         connectors: how many, at least 1.
-        members: M, drawn once for the run; by default as many as vertices, which with ``corners`` they are.
+        members: M, drawn once for the run.
         regularisation: lambda >= 0.
         concentration: of the Dirichlet that the members are drawn from.
         corners: whether the first members are the vertices themselves.
@@ -66,7 +66,6 @@ def train_complex(
         raise UsageError("a complex needs at least 1 connector, 3 points and 1 example")
     if not regularisation >= 0:
         raise UsageError(f"the regularisation must not be negative, as {regularisation} is")
-    members = len(modes) + connectors if members is None else members
     N, seed = len(modes), session.settings.seed
     ends = [session.inherit(run, f"mode {i + 1}") for i, run in enumerate(modes)]
     vertices = torch.stack([end.vector for end in ends])

@@ -29,7 +29,7 @@ __all__ = ["towards_right_angles", "train_subspace"]
 def train_subspace(
     session: Session,
     vertices: int = 3,
-    members: int | None = None,
+    members: int = 10,
     beta: float = 1.0,
     concentration: float = 1.0,
     corners: bool = True,
@@ -39,7 +39,7 @@ def train_subspace(
     Args:
         session: the dataset and settings; ``settings.epochs`` are spent on all vertices together.
         vertices: K >= 2.
-        members: M, drawn once for the run; by default K, which with ``corners`` are the vertices.
+        members: M, drawn once for the run.
         beta: weight of the squared cosine, at least 0 (the paper takes 1).
         concentration: of the Dirichlet that the members are drawn from; below 1 leans to the vertices.
         corners: whether the first members are the vertices themselves.
@@ -53,7 +53,6 @@ def train_subspace(
         raise UsageError(f"beta must not be negative, as {beta} is")
     if session.begins_solved:
         raise UsageError("a joint subspace starts from fresh weights, never from a solution")
-    members = vertices if members is None else members
     sampling = Sampling(simplexes=[list(range(vertices))], concentration=concentration, corners=corners)
     coefficients = sample_coefficients(sampling, vertices, members, session.settings.seed)
     beginnings = [session.fresh(k) for k in range(vertices)]
