@@ -133,7 +133,7 @@ from tests.test_cli import SMALL, call
 folder, kills, random_moments = Path(sys.argv[1]), 0, random.Random(0)
 
 def train(checkpoints):
-    settings = Settings(**(SETTINGS | {"architecture": "tests._small:noisy", "epochs": 30, "augmentation": "crop"}))
+    settings = Settings(**(SETTINGS | {"architecture": "tests._small:noisy", "epochs": 100, "augmentation": "crop"}))
     return train_simplex(Session(dataset(), settings, checkpoints=checkpoints), 3)
 
 train(None).save(folder / "whole")
@@ -143,7 +143,7 @@ while not (folder / "killed").exists():
         train(Checkpoints(folder / "killed.unfinished", every=0.0)).save(folder / "killed")
         os._exit(0)
     if kills < 10:
-        time.sleep(random_moments.uniform(0.05, 0.6))
+        time.sleep(random_moments.uniform(0.02, 0.3))
         os.kill(child, signal.SIGKILL)
         kills += os.waitpid(child, 0)[1] == signal.SIGKILL
     else:

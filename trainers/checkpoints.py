@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from ensembler import artefact
 from ensembler.artefact import replace_file
-from ensembler.errors import CorruptError, UsageError
+from ensembler.errors import ArtefactError, CorruptError, UsageError
 from ensembler.run import save_tensors
 from ensembler.trainers.loop import Snapshot, State
 
@@ -70,10 +71,27 @@ class Checkpoints:
     identity: Mapping[str, Any] = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic, init=False)
     _lock: IO[bytes] | None = field(default=None, init=False)
+    _begun: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        if self.folder.is_dir():
+        self._begun = self.folder.is_dir()
+        if self._begun:
             self._own()
+
+    def _begin(self) -> None:
+        """Make the folder; where another process has made it meanwhile, one beside it."""
+        name = self.folder.name.removesuffix(".unfinished")
+        for number in count(2):
+            try:
+                self.folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                self.folder = self.folder.with_name(f"{name}-{number}.unfinished")
+            except OSError as error:
+                raise ArtefactError(f"cannot write {self.folder}: {error.strerror or error}") from error
+        self._begun = True
+        self._own()
+        replace_file(self.folder / OPTIONS, json.dumps(dict(self.options), indent=2).encode())
 
     def _own(self) -> None:
         """Hold a lock for as long as this process lives: two that train one run would write over each other."""
@@ -111,9 +129,8 @@ class Checkpoints:
         for i, snapshot in enumerate(state.snapshots):
             tensors[f"snapshot.{i}.vertices"] = snapshot.vertices
             tensors |= {f"snapshot.{i}.buffer.{name}": buffer for name, buffer in snapshot.buffers.items()}
-        if not self.folder.is_dir():
-            replace_file(self.folder / OPTIONS, json.dumps(dict(self.options), indent=2).encode())
-            self._own()
+        if not self._begun:
+            self._begin()
         older = self._find(number)
         content = {
             "kind": "checkpoint",
@@ -161,7 +178,8 @@ class Checkpoints:
     def remove(self) -> None:
         """The run is finished: nothing of this is needed any more."""
         self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._begun:  # or else it is another process's
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _find(self, number: int) -> list[Path]:
         return sorted(self.folder.glob(f"{number:04}-*")) if self.folder.is_dir() else []

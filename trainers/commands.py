@@ -251,7 +251,8 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
                 _save(run, path)
             except KeyboardInterrupt:
                 if checkpoints.folder.is_dir():
-                    typer.echo(f"to go on: ensembler {name} --resume {path}", err=True)
+                    begun = checkpoints.folder.with_suffix("")
+                    typer.echo(f"to go on: ensembler {name} --resume {begun}", err=True)
                 raise
             except (UsageError, DataError, ShapeError, DivergedError):
                 checkpoints.remove()  # to go on would end the same way
