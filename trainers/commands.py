@@ -500,10 +500,10 @@ def show(
 
 
 def _classes(record: "DatasetRecord") -> str:
-    counts = record.class_counts or [None] * len(record.classes)
-    return ", ".join(
-        name if count is None else f"{name} ({count:,})" for name, count in zip(record.classes, counts, strict=True)
-    )
+    if not record.class_counts:  # a run of before they were recorded
+        return ", ".join(record.classes)
+    pairs = zip(record.classes, record.class_counts, strict=True)
+    return ", ".join(f"{name} ({count:,})" for name, count in pairs)
 
 
 def _costs(cost: "Cost | Part") -> str:
