@@ -55,7 +55,7 @@ def _errors_on_one_line() -> Iterator[None]:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted: nothing half-done was left behind", err=True)
+        typer.echo("interrupted: nothing half-done passes for whole", err=True)
         raise typer.Exit(130) from None
 
 

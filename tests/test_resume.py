@@ -190,6 +190,7 @@ def test_the_command_says_how_to_go_on_and_goes_on(tmp_path, images, monkeypatch
         (["train-fge", "--resume", "here/x"], "begun by another command"),
         (["train-fge", "--resume", "nowhere"], "there is no nowhere.unfinished"),
         (["train-simplex", "--resume", "whole"], "it is finished"),
+        (["train-simplex", "--resume", "here/x", "--lr", 0.1], "leave out rate"),
     ):
         result = call(*arguments)
         assert result.exit_code in (1, 2)

@@ -7,7 +7,7 @@ network's buffers, the snapshots taken, every random generator's state, and the 
 
 A method is a deterministic function of its seeds. So resuming is running it again: parts that are there are read
 instead of trained, the one that was broken off goes on from its checkpoint, and whatever is missing or damaged is
-trained anew. On a CPU the result is the uninterrupted run's, bit for bit.
+trained anew. On a CPU, with the same number of threads, the result is the uninterrupted run's, bit for bit.
 """
 
 from __future__ import annotations

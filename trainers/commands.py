@@ -192,6 +192,14 @@ def _give_options_again(context: typer.Context, path: Path | None) -> Path | Non
     return path
 
 
+def _check_typed(context: typer.Context) -> None:
+    """A checkpoint of other options is another run's: those typed beside ``--resume`` would give a mixture."""
+    for name in context.params.keys() - {"resume", "checkpoint_every", "quiet", "log", "tensorboard", "data"}:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--resume keeps the options that the run was begun with: leave out {name}")
+
+
 _Resume = Annotated[
     Path | None,
     _progress_option(
@@ -233,6 +241,8 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
             from ensembler.trainers.checkpoints import Checkpoints, unfinished
             from ensembler.trainers.collapse import collapse_run
 
+            if resume:
+                _check_typed(context)
             beginning = {name: _written(given[name]) for name in _BEGINNING if name in given}
             kept = {name: value for name, value in context.params.items() if name not in ("out", "resume")}
             options = {name: _written(value) for name, value in kept.items() if value is not None}
@@ -532,10 +542,11 @@ def _number_or_auto(text: str) -> float | Literal["auto"]:
 def _check_free(path: Path, resumed: bool = False) -> None:
     """Said before an hour of training, not after."""
     from ensembler.artefact import check_writable
+    from ensembler.trainers.checkpoints import unfinished
 
     if path.exists():
         raise UsageError(f"{path} exists already: choose another --out, or remove it first")
-    begun = path.with_name(f"{path.name}.unfinished")
+    begun = unfinished(path)
     if begun.exists() and not resumed:
         raise UsageError(f"{begun} holds a run that was broken off: go on with --resume {path}, or remove it")
     check_writable(path.parent)

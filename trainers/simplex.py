@@ -8,8 +8,8 @@ minimises
     mean over sampled points of loss(c @ V)  -  lambda * log size(V)
 
 where the size is the simplex's volume, as in the paper, or the distance of its points in function space: the root mean
-square Hellinger distance between the predictions at two of them for the same images. A larger volume is not more
-diversity, as it grows along directions that the network ignores; a larger distance in function space is.
+square Hellinger distance between the predictions at two of them for the same images. What each brought, and at what
+cost in likelihood, is in docs/methods.md.
 
 The published code sums over the samples where the paper takes the mean, and regularises with the squared volume and a
 lambda that is practically zero; here both are the paper's.
