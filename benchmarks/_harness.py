@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,17 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="under a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and their context here")
     return parser.parse_args()
+
+
+def timed(run: Callable[[], None]) -> float:
+    """Seconds that ``run()`` takes, what it leaves on a GPU included."""
+    import torch
+
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def spread(values: list[float]) -> str:

@@ -11,11 +11,10 @@ Batches are of 128 images; of 32 under ``--quick`` on a CPU.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable
 
 import torch
-from _harness import arguments, report, spread
+from _harness import arguments, report, spread, timed
 
 from ensembler import architectures
 from ensembler.trainers import loop, side_by_side
@@ -68,14 +67,6 @@ def together(
         )
 
     return run
-
-
-def timed(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -13,14 +13,13 @@ parameters: every tensor alive is counted, less the activations and temporaries 
 from __future__ import annotations
 
 import statistics
-import time
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from _harness import arguments, report, spread
+from _harness import arguments, report, spread, timed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -130,14 +129,6 @@ def peak_floats(make: Callable[[], Callable[[], None]]) -> float:
         live.peak = live.now  # what was needed to make it is not the step's
         run(), run()
     return live.peak / 4
-
-
-def timed(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +62,14 @@ def solutions(session: Session, members: Sequence[int]) -> list[Solution]:
         session.next_number()  # what is trained after these keeps its number
     with ExitStack() as stack:
         booked = [stack.enter_context(session.booked(part)) for part in parts]
+        batches = [stack.enter_context(closing(session.batches(part))) for part in parts]
         stack.enter_context(torch.random.fork_rng([session.device] if session.device.type == "cuda" else []))
         torch.manual_seed(derive(settings.seed, "dropout", *parts))
         buffers = train(
             session.weights,
             vertices,
             buffers,
-            [session.batches(part) for part in parts],
+            batches,
             session.optimiser,
             one_cycle(settings.rate, iterations),
             iterations,
