@@ -2,7 +2,7 @@
 
 ``ratio.<arch>.K<k>`` is the time of one SPRO step (K vertices, one of them trainable, volume regulariser on) over the
 time of a hand-written ``torch.optim.SGD`` step: the median over pairs that ran one after the other. On a GPU both run
-under bfloat16 autocast.
+under bfloat16 autocast. On a CPU both keep the memory they free, as a training session does (``trainers/memory.py``).
 
 ``floats_per_parameter.K<k>`` is what such a step of ``vgg16`` holds in memory at the most, over its number of
 parameters: every tensor alive is counted, less the activations and temporaries that the plain step holds too.
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from ensembler import architectures
 from ensembler.subspace import dirichlet
 from ensembler.trainers.loop import train
+from ensembler.trainers.memory import keep_freed
 from ensembler.trainers.schedules import constant
 from ensembler.trainers.simplex import towards_volume
 from ensembler.weights import FlatWeights
@@ -134,6 +135,7 @@ def peak_floats(make: Callable[[], Callable[[], None]]) -> float:
 def main() -> None:
     options = arguments(__doc__)
     batch = OneBatch(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    keep_freed(batch.x.device)
     figures: dict[str, float] = {}
     quick = ("cnn", "resnet20") if options.quick else ("cnn", "resnet20", "vgg16")
     for arch in ("vgg16", "preresnet164") if batch.x.is_cuda else quick:

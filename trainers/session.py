@@ -148,6 +148,7 @@ class Session:
         if settings.schedule not in SCHEDULES:
             raise UsageError(f"unknown schedule {settings.schedule!r}: use one of {', '.join(SCHEDULES)}")
         self.device = choose_device(settings.device)
+        memory.keep_freed(self.device)
         if settings.precision not in PRECISIONS:
             raise UsageError(f"unknown precision {settings.precision!r}: use one of {', '.join(PRECISIONS)}")
         if settings.precision == "float16" and self.device.type == "cpu":
