@@ -91,10 +91,20 @@ def _finished(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _finish(commands: typer.Typer) -> None:
+    for command in commands.registered_commands:
+        if command.callback:
+            command.callback = _finished(command.callback)
+    for group in commands.registered_groups:
+        if group.typer_instance:
+            _finish(group.typer_instance)
+
+
 for _room in ROOMS:
-    for _command in import_module(f"ensembler.{_room}.commands").app.registered_commands:
-        _command.callback = _finished(_command.callback)
-        app.registered_commands.append(_command)
+    _commands = import_module(f"ensembler.{_room}.commands").app
+    _finish(_commands)
+    app.registered_commands += _commands.registered_commands
+    app.registered_groups += _commands.registered_groups
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 A file's keys are options as typed, ``vertex-lr``, or parameters by name, ``vertex_rate``; arguments go by name. At its
 top level it holds options of any command, of which each takes those that it has; in a table of a command's name, that
-command's own::
+command's own (``[data-corrupt]`` for ``ensembler data corrupt``)::
 
     device = "cpu"
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,9 @@ def read(path: Path, context: typer.Context) -> dict[str, Any]:
         UsageError: the file cannot be read, a key is unknown, a value is of another type, or the run is another
             command's.
     """
-    group: Any = context.find_root().command
-    commands = {name: _parameters(each) for name, each in group.commands.items()}
-    command = str(context.info_name)
+    root = context.find_root()
+    commands = {name: _parameters(each) for name, each in _commands(root.command)}
+    command = context.command_path.removeprefix(root.command_path).strip().replace(" ", "-")
     path = path / MANIFEST if path.is_dir() else path
     content = _parse(path)
     if "kind" in content:
@@ -62,6 +62,15 @@ def read(path: Path, context: typer.Context) -> dict[str, Any]:
         chosen = _of_file(path, content, command, commands)
     own = commands[command]
     return {own[key].name: _value(path, key, value, own[key], context) for key, value in chosen.items()}
+
+
+def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command below a group; one of a group below it by both names, as ``data-corrupt``."""
+    for name, each in group.commands.items():
+        if hasattr(each, "commands"):
+            yield from _commands(each, f"{prefix}{name}-")
+        else:
+            yield f"{prefix}{name}", each
 
 
 def _parameters(command: Any) -> dict[str, Any]:

@@ -39,11 +39,21 @@ from ensembler.images import (
 )
 from ensembler.seeds import generator
 
-__all__ = ["AUGMENTATIONS", "CORRUPT", "NAMES", "Dataset", "Split", "default_root", "load", "normalise"]
+__all__ = [
+    "AUGMENTATIONS",
+    "CORRUPT",
+    "IMAGE_SUFFIXES",
+    "NAMES",
+    "Dataset",
+    "Split",
+    "default_root",
+    "load",
+    "normalise",
+]
 
 NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder:PATH")
 CORRUPT = ("refuse", "skip")
-_IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 _SPLIT_SEED = 20260101
 _SAMPLE = 2048  # files that a channel's mean and variance are taken from
 
@@ -284,9 +294,9 @@ def _list(
     for label, name in enumerate(classes):
         if not (part / name).is_dir():
             continue
-        found = sorted(path for path in (part / name).rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
+        found = sorted(path for path in (part / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
-            raise DataError(f"{part / name} holds no image ({', '.join(sorted(_IMAGE_SUFFIXES))})")
+            raise DataError(f"{part / name} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         names = [path.relative_to(folder).as_posix() for path in found]
         bad = without | {path.relative_to(folder).as_posix() for path in (unreadable(found) if check else ())}
         good = [file for file in names if file not in bad]

@@ -90,6 +90,21 @@ def test_one_file_serves_several_commands_and_holds_arguments():
     assert call("show", "--config", "show.json").stdout.startswith("made")
 
 
+def test_a_command_of_a_group_takes_its_own_table():
+    text = "seed = 3\nquiet = true\n[data-corrupt]\ndataset = 'digits'\nimage-size = 4\ncorruptions = 'contrast'\n"
+    Path("all.toml").write_text(text)
+    for arguments, seed in ((["--out", "made"], 3), (["--out", "typed", "--seed", 4], 4)):
+        result = call("data", "corrupt", "--config", "all.toml", *arguments)
+        assert result.exit_code == 0, result.output
+        assert json.loads(Path(arguments[1], "generated.json").read_text())["seed"] == seed
+    Path("all.toml").write_text(text + "fog = 1")
+    result = call("data", "corrupt", "--config", "all.toml", "--out", "other")
+    assert "data-corrupt has no option 'fog'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    Path("all.toml").write_text("[corrupt]\nseed = 3")
+    assert "there is no command 'corrupt'" in call("data", "corrupt", "--config", "all.toml", "--out", "x").stderr
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
