@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
+from fractions import Fraction
+from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +15,27 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ensembler.errors import EnsemblerError, ShapeError, UsageError
-from ensembler.eval.metrics import FLOOR, accuracy, brier, ece, ensemble_log_probs, nll, reliability, scores
+from ensembler.eval.metrics import (
+    FLOOR,
+    TEMPERATURES,
+    accuracy,
+    adaptive_ece,
+    aurc,
+    brier,
+    classwise_ece,
+    ece,
+    ensemble_log_probs,
+    fit_temperature,
+    mce,
+    member_scores,
+    misclassification_auroc,
+    nll,
+    reliability,
+    risk_at_coverage,
+    risk_coverage,
+    scores,
+    temper,
+)
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -20,6 +44,13 @@ Labels = NDArray[np.int64]
 def sample(count: int, classes: int, seed: int = 0, sharpness: float = 1.0) -> tuple[Floats, Labels]:
     rng = np.random.default_rng(seed)
     return rng.dirichlet(np.full(classes, 1 / sharpness), count), rng.integers(0, classes, count)
+
+
+def calibrated(count: int, classes: int, seed: int = 0) -> tuple[Floats, Labels]:
+    """Labels drawn from the probabilities, so that the bins' gaps have both signs, and it matters who is in which."""
+    probs, _ = sample(count, classes, seed)
+    draws = np.random.default_rng(seed + 1).random((count, 1))
+    return probs, (probs.cumsum(axis=1) < draws).sum(axis=1).clip(0, classes - 1)
 
 
 def slow_bins(probs: Floats, labels: Labels, bins: int) -> list[list[tuple[float, bool]]]:
@@ -44,6 +75,56 @@ def slow_ece(probs: Floats, labels: Labels, bins: int = 15) -> float:
     return total
 
 
+def slow_mce(probs: Floats, labels: Labels, bins: int = 15) -> float:
+    return max(
+        abs(sum(r for _, r in held) - math.fsum(c for c, _ in held)) / len(held)
+        for held in slow_bins(probs, labels, bins)
+        if held
+    )
+
+
+def slow_adaptive_ece(probs: Floats, labels: Labels, bins: int = 15) -> float:
+    answers = [(confidence, right) for held in slow_bins(probs, labels, 1) for confidence, right in held]
+    ordered = sorted(confidence for confidence, _ in answers)
+    edges = [ordered[math.ceil(Fraction(b * len(ordered), bins)) - 1] for b in range(1, bins + 1)]
+    held: list[list[float]] = [[] for _ in range(bins)]
+    for confidence, right in answers:
+        held[next(b for b in range(bins) if confidence <= edges[b])].append(right - confidence)
+    return sum(abs(math.fsum(gaps)) for gaps in held) / len(answers)
+
+
+def slow_classwise_ece(probs: Floats, labels: Labels, bins: int = 15) -> float:
+    edges = np.linspace(0, 1, bins + 1)
+    total = 0.0
+    for c in range(probs.shape[1]):
+        held: list[list[float]] = [[] for _ in range(bins)]
+        for row, label in zip(probs, labels, strict=True):
+            p = min(row[c], 1.0)
+            held[next(b for b in range(bins) if p <= edges[b + 1])].append((label == c) - row[c])
+        total += sum(abs(math.fsum(gaps)) for gaps in held) / len(labels)
+    return total / probs.shape[1]
+
+
+def slow_risks(probs: Floats, labels: Labels) -> list[Fraction]:
+    """Error rate of the k most confident, k = 1 to B: each example counts by its chance to be among them."""
+    answers = [(confidence, right) for held in slow_bins(probs, labels, 1) for confidence, right in held]
+    risks = []
+    for k in range(1, len(answers) + 1):
+        wrong = Fraction(0)
+        for confidence, right in answers:
+            above = sum(other > confidence for other, _ in answers)
+            tied = sum(other == confidence for other, _ in answers)
+            wrong += (not right) * min(max(Fraction(k - above, tied), Fraction(0)), Fraction(1))
+        risks.append(wrong / k)
+    return risks
+
+
+def slow_auroc(probs: Floats, labels: Labels) -> float | None:
+    answers = [(confidence, right) for held in slow_bins(probs, labels, 1) for confidence, right in held]
+    pairs = [(a > b) + 0.5 * (a == b) for a, right in answers if right for b, also in answers if not also]
+    return sum(pairs) / len(pairs) if pairs else None
+
+
 def slow_nll(probs: Floats, labels: Labels) -> float:
     return math.fsum(-math.log(max(row[label], FLOOR)) for row, label in zip(probs, labels, strict=True)) / len(labels)
 
@@ -60,6 +141,10 @@ def check_against_loops(probs: Floats, labels: Labels, bins: int = 15) -> None:
     assert ece(probs, labels, bins) == pytest.approx(slow_ece(probs, labels, bins), abs=1e-12)
     right = [max(range(len(row)), key=lambda c: row[c]) == label for row, label in zip(probs, labels, strict=True)]
     assert accuracy(probs, labels) == pytest.approx(sum(right) / len(right), abs=1e-15)
+    assert mce(probs, labels, bins) == pytest.approx(slow_mce(probs, labels, bins), abs=1e-12)
+    assert adaptive_ece(probs, labels, bins) == pytest.approx(slow_adaptive_ece(probs, labels, bins), abs=1e-12)
+    assert classwise_ece(probs, labels, bins) == pytest.approx(slow_classwise_ece(probs, labels, bins), abs=1e-12)
+    assert misclassification_auroc(probs, labels) == pytest.approx(slow_auroc(probs, labels), abs=1e-12)
     diagram = reliability(probs, labels, bins)
     for b, members in enumerate(slow_bins(probs, labels, bins)):
         assert diagram.count[b] == len(members)
@@ -78,6 +163,7 @@ def check_against_loops(probs: Floats, labels: Labels, bins: int = 15) -> None:
 @pytest.mark.parametrize("classes", [2, 3, 10])
 def test_scores_equal_loops(classes: int, bins: int) -> None:
     check_against_loops(*sample(400, classes, sharpness=4), bins)
+    check_against_loops(*calibrated(400, classes), bins)
 
 
 @st.composite
@@ -91,13 +177,28 @@ def odd_predictions(draw: st.DrawFn) -> tuple[Floats, Labels]:
     return found / found.sum(axis=1, keepdims=True), np.array(labels)
 
 
-@given(odd_predictions())
-@settings(max_examples=150, deadline=None)
-def test_scores_equal_loops_on_odd_inputs(prediction: tuple[Floats, Labels]) -> None:
-    check_against_loops(*prediction)
+@given(odd_predictions(), st.sampled_from([1, 2, 3, 4, 15]))
+@settings(max_examples=200, deadline=None)
+def test_scores_equal_loops_on_odd_inputs(prediction: tuple[Floats, Labels], bins: int) -> None:
+    check_against_loops(*prediction, bins)
     found = scores(*prediction)
-    assert list(found) == ["accuracy", "error", "nll", "brier", "ece"]
-    assert all(math.isfinite(value) for value in found.values())
+    alone: dict[str, Any] = {
+        "accuracy": accuracy,
+        "error": lambda *both: 1 - accuracy(*both),
+        "nll": nll,
+        "brier": brier,
+        "ece": ece,
+        "adaptive_ece": adaptive_ece,
+        "classwise_ece": classwise_ece,
+        "mce": mce,
+        "aurc": aurc,
+        "risk_at_80": lambda *both: risk_at_coverage(*both, 0.8),
+        "misclassification_auroc": misclassification_auroc,
+    }
+    assert found == {name: score(*prediction) for name, score in alone.items()}
+    assert list(found) == list(alone)
+    assert all(math.isfinite(value) for name, value in found.items() if name != "misclassification_auroc")
+    assert found["ece"] <= found["mce"] + 1e-12 <= 1 + 1e-9
     assert 0 <= found["ece"] <= 1
     assert 0 <= found["brier"] <= 2 + 1e-12
     assert found["accuracy"] + found["error"] == pytest.approx(1)
@@ -109,6 +210,123 @@ def test_reliability_adds_up_to_the_ece(prediction: tuple[Floats, Labels]) -> No
     diagram = reliability(*prediction)
     gaps = np.nansum(diagram.count * np.abs(diagram.accuracy - diagram.confidence)) / diagram.count.sum()
     assert ece(*prediction) == pytest.approx(gaps, abs=1e-12)
+
+
+@given(odd_predictions())
+@settings(max_examples=100, deadline=None)
+def test_risks_equal_loops_on_odd_inputs(prediction: tuple[Floats, Labels]) -> None:
+    risks = slow_risks(*prediction)
+    assert aurc(*prediction) == pytest.approx(float(sum(risks) / len(risks)), abs=1e-12)
+    for coverage in ("0.01", "0.3", "0.8", "1"):
+        k = max(1, math.ceil(Fraction(coverage) * len(risks)))
+        assert risk_at_coverage(*prediction, float(coverage)) == pytest.approx(float(risks[k - 1]), abs=1e-12)
+    curve = risk_coverage(*prediction)
+    np.testing.assert_allclose(curve.risk, [float(risk) for risk in risks], atol=1e-12)
+    np.testing.assert_allclose(curve.coverage, np.arange(1, len(risks) + 1) / len(risks))
+
+
+@given(odd_predictions(), st.randoms(use_true_random=False))
+@settings(max_examples=50, deadline=None)
+def test_no_score_depends_on_the_order_of_the_examples(prediction: tuple[Floats, Labels], random: Any) -> None:
+    probs, labels = prediction
+    order = list(range(len(labels)))
+    random.shuffle(order)
+    assert scores(probs[order], labels[order]) == pytest.approx(scores(probs, labels), abs=1e-12)
+
+
+def test_tied_examples_count_by_their_expectation() -> None:
+    probs = np.array([[0.9, 0.1], [0.7, 0.3], [0.7, 0.3], [0.7, 0.3], [0.6, 0.4]])
+    labels = np.array([0, 1, 0, 1, 1])
+    areas = []
+    for middle in permutations([1, 2, 3]):
+        wrong = np.cumsum(labels[[0, *middle, 4]] != 0)
+        areas.append((wrong / np.arange(1, 6)).mean())
+    assert aurc(probs, labels) == pytest.approx(np.mean(areas), abs=1e-12)
+
+
+def test_a_coverage_in_hundredths_is_exact() -> None:
+    # 0.07 * 100 is 7.000000000000001, and the eighth is wrong.
+    probs = np.stack([np.linspace(0.99, 0.6, 100), np.linspace(0.01, 0.4, 100)], axis=1)
+    labels = (np.arange(100) >= 7).astype(int)
+    assert risk_at_coverage(probs, labels, 0.07) == 0
+    assert risk_at_coverage(probs, labels, 0.08) == pytest.approx(1 / 8)
+
+
+def test_a_curve_is_decimated() -> None:
+    probs, labels = sample(5000, 3)
+    curve, whole = risk_coverage(probs, labels, points=50), risk_coverage(probs, labels, points=5000)
+    assert len(curve.risk) == 50
+    assert len(whole.risk) == 5000
+    assert (curve.coverage[0], curve.coverage[-1]) == (1 / 5000, 1)
+    assert set(zip(curve.coverage, curve.risk, strict=True)) <= set(zip(whole.coverage, whole.risk, strict=True))
+    assert curve.risk[-1] == pytest.approx(1 - accuracy(probs, labels))
+
+
+def test_binned_errors_equal_netcal() -> None:
+    from netcal.metrics import ECE
+
+    probs, labels = calibrated(15 * 40, 4)
+    right, confidence = (probs.argmax(axis=1) == labels).astype(int), probs.max(axis=1)
+    assert adaptive_ece(probs, labels) == pytest.approx(ECE(15, equal_intervals=False).measure(confidence, right))
+    each = [ECE(15).measure(probs[:, c].copy(), (labels == c).astype(int)) for c in range(4)]
+    assert classwise_ece(probs, labels) == pytest.approx(np.mean(each), abs=1e-12)
+
+
+# --- temperature ----------------------------------------------------------------------------------------------------
+
+
+def slow_temper(probs: Floats, temperature: float) -> Floats:
+    powers = [[max(p, FLOOR) ** (1 / temperature) for p in row] for row in probs]
+    return np.array([[p / math.fsum(row) for p in row] for row in powers])
+
+
+@given(odd_predictions())
+@settings(max_examples=100, deadline=None)
+def test_no_other_temperature_is_better(prediction: tuple[Floats, Labels]) -> None:
+    probs, labels = prediction
+    found = fit_temperature(probs, labels)
+    assert TEMPERATURES[0] <= found <= TEMPERATURES[1]
+    np.testing.assert_allclose(temper(probs, 1.7), slow_temper(probs, 1.7), atol=1e-12)
+
+    def loss(temperature: float) -> float:
+        logs = np.log(np.maximum(probs, FLOOR)) / temperature
+        return float((np.logaddexp.reduce(logs, axis=1) - logs[np.arange(len(labels)), labels]).mean())
+
+    if (probs[np.arange(len(labels)), labels] >= probs.max(axis=1)).all():
+        assert found == 1  # the lower the better, for ever, or all the same
+    else:
+        assert loss(found) <= min(map(loss, np.geomspace(*TEMPERATURES, 300))) + 1e-9
+
+
+def test_temperature_equals_netcal() -> None:
+    from netcal.scaling import TemperatureScaling
+
+    probs, labels = calibrated(3000, 5, seed=5)
+    sharp = slow_temper(probs, 0.6)
+    found = fit_temperature(sharp, labels)
+    assert found == pytest.approx(1 / 0.6, rel=0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pyro's
+        other = TemperatureScaling().fit(sharp, labels, tensorboard=False)
+    assert found == pytest.approx(1 / other.weights[0], rel=1e-3)
+    assert nll(temper(sharp, found), labels) < nll(sharp, labels)
+
+
+def test_temperature_of_corners() -> None:
+    assert fit_temperature([[0.6, 0.4]], [0]) == 1
+    assert fit_temperature([[0.6, 0.4]], [1]) == TEMPERATURES[1]
+    assert fit_temperature([[0.5, 0.5]] * 3, [0, 1, 1]) == 1
+    assert fit_temperature(np.ones((4, 1)), np.zeros(4, int)) == 1
+    # Sure, and right nine times of ten: at the best T, FLOOR ** (1 / T) is a ninth of 1 ** (1 / T).
+    sure = np.tile([1.0, 0.0], (10, 1))
+    assert fit_temperature(sure, [0] * 9 + [1]) == pytest.approx(-math.log(FLOOR) / math.log(9))
+    assert temper(sure, fit_temperature(sure, [0] * 9 + [1]))[0] == pytest.approx([0.9, 0.1])
+
+
+@pytest.mark.parametrize("temperature", [0, -1, math.inf, math.nan])
+def test_impossible_temperatures_are_refused(temperature: float) -> None:
+    with pytest.raises(UsageError, match="must be positive and finite"):
+        temper(HALVES, temperature)
 
 
 # --- corners known by heart -----------------------------------------------------------------------------------------
@@ -127,13 +345,16 @@ def test_labels_of_two_values_among_more_classes() -> None:
 
 
 def test_one_class_is_perfect() -> None:
-    expected = {"accuracy": 1.0, "error": 0.0, "nll": 0.0, "brier": 0.0, "ece": 0.0}
-    assert scores(np.ones((5, 1)), np.zeros(5, int)) == pytest.approx(expected)
+    found = scores(np.ones((5, 1)), np.zeros(5, int))
+    assert found.pop("misclassification_auroc") is None
+    assert found.pop("accuracy") == 1
+    assert found == pytest.approx(dict.fromkeys(found, 0))
 
 
 def test_one_example() -> None:
     expected = {"accuracy": 0.0, "error": 1.0, "nll": -math.log(0.3), "brier": 0.7**2 * 2, "ece": 0.7}
-    assert scores([[0.7, 0.3]], [1]) == pytest.approx(expected)
+    expected |= {"adaptive_ece": 0.7, "classwise_ece": 0.7, "mce": 0.7, "aurc": 1, "risk_at_80": 1}
+    assert scores([[0.7, 0.3]], [1]) == pytest.approx(expected | {"misclassification_auroc": None})
 
 
 def test_bins_are_left_open() -> None:
@@ -145,7 +366,8 @@ def test_bins_are_left_open() -> None:
 
 def test_sure_and_wrong_is_costly_but_finite() -> None:
     found = scores([[1.0, 0.0]], [1])
-    assert found == pytest.approx({"accuracy": 0, "error": 1, "nll": -math.log(FLOOR), "brier": 2, "ece": 1})
+    expected = {"accuracy": 0, "error": 1, "nll": -math.log(FLOOR), "brier": 2, "ece": 1}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert found["nll"] == pytest.approx(87.3365, abs=1e-4)
 
 
@@ -204,6 +426,13 @@ def test_a_mean_never_scores_worse_than_its_members_on_average() -> None:
     assert brier(mean, labels) <= np.mean([brier(member, labels) for member in members])
 
 
+def test_members_are_scored_one_by_one() -> None:
+    members = np.random.default_rng(3).dirichlet(np.full(5, 0.5), (3, 50))
+    labels = np.random.default_rng(4).integers(0, 5, 50)
+    for found, member in zip(member_scores(members, labels), members, strict=True):
+        assert found == {"accuracy": accuracy(member, labels), "nll": nll(member, labels)}
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 HALVES = [[0.5, 0.5]]
@@ -226,7 +455,7 @@ HALVES = [[0.5, 0.5]]
         ([[1.2, -0.2]], [0], "smallest entry is -0.2"),
     ],
 )
-@pytest.mark.parametrize("score", [accuracy, nll, brier, ece, reliability, scores])
+@pytest.mark.parametrize("score", [accuracy, ece, aurc, misclassification_auroc, fit_temperature, reliability, scores])
 def test_bad_predictions_are_named(score, probs, labels, message: str) -> None:
     with pytest.raises(ShapeError, match=message):
         score(probs, labels)
@@ -239,7 +468,15 @@ def test_bad_members_are_named() -> None:
         ensemble_log_probs([[[0.5, 0.5], [3.0, -1.0]]])
 
 
-@pytest.mark.parametrize("score", [ece, reliability])
+def test_bad_coverages_and_points_are_refused() -> None:
+    for coverage in (0, -0.1, 1.01, math.nan):
+        with pytest.raises(UsageError, match=r"coverage must lie in \(0, 1\]"):
+            risk_at_coverage(HALVES, [0], coverage)
+    with pytest.raises(UsageError, match="at least 2 points, not 1"):
+        risk_coverage(HALVES, [0], points=1)
+
+
+@pytest.mark.parametrize("score", [ece, mce, adaptive_ece, classwise_ece, reliability])
 def test_no_bins_is_refused(score) -> None:
     with pytest.raises(UsageError, match="bins is 0; give at least 1"):
         score(HALVES, [0], bins=0)
