@@ -1,0 +1,334 @@
+"""How many members does it take, and which?
+
+Pure functions of an ensemble's members' probabilities (M, B, C), which may be a memory map. Lower is better in every
+score here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from ensembler.errors import ShapeError, UsageError
+from ensembler.eval.comparison import BINS, Spread, losses_of, spread
+from ensembler.eval.metrics import FLOOR, accuracy
+from ensembler.seeds import derive
+
+__all__ = [
+    "CurvePoint",
+    "Equivalent",
+    "MemberScores",
+    "curve",
+    "deep_ensemble_equivalent",
+    "greedy_order",
+    "recommended_members",
+    "score_subsets",
+]
+
+Array = NDArray[np.float64]
+Labels = NDArray[np.int64]
+
+_ELEMENTS = 2**23  # of members' probabilities scored at once
+_SIZES = 12  # of a long curve
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class MemberScores(_Record):
+    """Scores of the mean prediction of some members.
+
+    ``calibrated_nll`` is the NLL after a temperature fitted on the validation images to these very members: NLLs of
+    ensembles of different sizes do not compare without it (Ashukha et al. 2020, https://arxiv.org/abs/2002.06470,
+    sec. 3).
+    """
+
+    error: float
+    nll: float
+    calibrated_nll: float
+    brier: float
+    ece: float
+
+
+class CurvePoint(_Record):
+    """Scores of ``members`` members: over random subsets of them, and of the first ones in a given order."""
+
+    members: int
+    error: Spread
+    nll: Spread
+    calibrated_nll: Spread
+    brier: Spread
+    ece: Spread
+    ordered: MemberScores | None
+
+
+def curve(
+    members_test: NDArray[np.floating],
+    labels: Labels,
+    members_validation: NDArray[np.floating],
+    labels_validation: Labels,
+    order: Sequence[int] | None = None,
+    subsets: int = 10,
+    seed: int = 0,
+) -> list[CurvePoint]:
+    """Test scores against the number of members: all numbers up to 12, else about 12 from 1 to M in equal ratios.
+
+    Each number is scored on random subsets, all different; where there are no more than ``subsets``, on all of them.
+    The subsets share members, the more the nearer they come to all M, so their spread is narrower than that of
+    ensembles trained anew.
+
+    Args:
+        members_test: (M, B, C) probabilities.
+        labels: (B,).
+        members_validation: (M, B', C), whose mean is held whole in float64; temperatures are fitted on it.
+        labels_validation: (B',).
+        order: M or fewer different members, such as :func:`greedy_order` gives; scored from its start.
+        subsets: how many for each number, at least 1.
+        seed: of the subsets.
+
+    Raises:
+        ShapeError: arrays that are not probabilities of the same M members, or labels that do not fit.
+        UsageError: an order that is none of the members, or no subset.
+    """
+    _check_members(members_test, labels)
+    M = len(members_test)
+    if order is not None and (len(set(order)) < len(order) or not set(order) <= set(range(M))):
+        raise UsageError(f"an order takes different members of 0 to {M - 1}, not {list(order)}")
+    if subsets < 1:
+        raise UsageError(f"a curve takes at least 1 subset of each size, not {subsets}")
+    rng = np.random.default_rng(derive(seed, "subsets"))
+    drawn = {size: _some_subsets(M, size, subsets, rng) for size in _sizes(M)}
+    ordered = {size: tuple(order[:size]) for size in drawn if order is not None and size <= len(order)}
+    wanted = list(dict.fromkeys([*(subset for some in drawn.values() for subset in some), *ordered.values()]))
+    found = dict(
+        zip(wanted, score_subsets(members_test, labels, members_validation, labels_validation, wanted), strict=True)
+    )
+    return [
+        CurvePoint(
+            members=size,
+            ordered=found[ordered[size]] if size in ordered else None,
+            **{name: spread([getattr(found[subset], name) for subset in some]) for name in MemberScores.model_fields},
+        )
+        for size, some in drawn.items()
+    ]
+
+
+def score_subsets(
+    members_test: NDArray[np.floating],
+    labels: Labels,
+    members_validation: NDArray[np.floating],
+    labels_validation: Labels,
+    subsets: Sequence[Sequence[int]],
+) -> list[MemberScores]:
+    """Test scores of subsets of the members, in one pass over the test images; arguments as in :func:`curve`.
+
+    Raises:
+        ShapeError: arrays that are not probabilities of the same M members, or labels that do not fit.
+    """
+    from ensembler.eval.metrics import fit_temperature, temper
+
+    _check_members(members_test, labels)
+    _check_members(members_validation, labels_validation)
+    if (len(members_test), members_test.shape[2]) != (len(members_validation), members_validation.shape[2]):
+        raise ShapeError(
+            f"test and validation must be of the same members and classes, found {members_test.shape} and "
+            f"{members_validation.shape}"
+        )
+    chosen = [list(subset) for subset in subsets]
+    temperatures = [fit_temperature(_mean(members_validation, subset), labels_validation) for subset in chosen]
+    sums = np.zeros((len(chosen), 4))
+    gaps = np.zeros((len(chosen), BINS))
+    M, B, C = members_test.shape
+    size = max(1, _ELEMENTS // (C * (M + 8)))
+    for start in range(0, B, size):
+        part = np.asarray(members_test[:, start : start + size])
+        y = np.asarray(labels[start : start + size], dtype=np.int64)
+        for row, (subset, temperature) in enumerate(zip(chosen, temperatures, strict=True)):
+            mean = part[subset].mean(axis=0, dtype=np.float64)
+            found = losses_of(mean, y)
+            calibrated = np.asarray(temper(mean, temperature))[np.arange(len(y)), y]
+            nll = -np.log(np.maximum(calibrated, FLOOR))
+            sums[row] += found.error.sum(), found.nll.sum(), nll.sum(), found.brier.sum()
+            gaps[row] += np.bincount(found.bins[0], weights=found.gaps[0], minlength=BINS)
+    return [
+        MemberScores(error=error, nll=nll, calibrated_nll=calibrated, brier=brier, ece=ece)
+        for (error, nll, calibrated, brier), ece in zip(
+            (sums / B).tolist(), (np.abs(gaps).sum(axis=1) / B).tolist(), strict=True
+        )
+    ]
+
+
+def greedy_order(members_validation: NDArray[np.floating], labels_validation: Labels) -> list[int]:
+    """The members in the order that helps most: each next one gives the lowest validation NLL with those before it.
+
+    Forward selection (Caruana et al. 2004, "Ensemble selection from libraries of models"), without replacement. Only
+    the members' probabilities of the labels, (M, B), decide. Of equally good members the first comes first.
+
+    Args:
+        members_validation: (M, B, C) probabilities of images held out: never the test images.
+        labels_validation: (B,).
+
+    Raises:
+        ShapeError: not probabilities (M, B, C), or labels that do not fit.
+    """
+    likely = _label_probabilities(members_validation, labels_validation)
+    total = np.zeros(likely.shape[1])
+    order: list[int] = []
+    left = list(range(len(likely)))
+    while left:
+        losses = [-np.log(np.maximum((total + likely[m]) / (len(order) + 1), FLOOR)).mean() for m in left]
+        best = left.pop(int(np.argmin(losses)))
+        order.append(best)
+        total += likely[best]
+    return order
+
+
+def recommended_members(
+    members_validation: NDArray[np.floating], labels_validation: Labels, order: Sequence[int] | None = None
+) -> int:
+    """The smallest number of members that is as good as all of them, as far as the validation images can tell.
+
+    That is: whose NLL exceeds all members' by at most one standard error of the difference, example by example (the
+    one-standard-error rule, Breiman et al. 1984, sec. 3.4.3). A greedy order chosen on the same images flatters small
+    numbers a little: look at the curve on the test images before trusting it.
+
+    Args:
+        members_validation: (M, B, C) probabilities of images held out.
+        labels_validation: (B,).
+        order: of all members; by default as they are.
+
+    Raises:
+        ShapeError: not probabilities (M, B, C), or labels that do not fit.
+        UsageError: an order that is not of all members.
+    """
+    likely = _label_probabilities(members_validation, labels_validation)
+    M, B = likely.shape
+    order = list(range(M)) if order is None else list(order)
+    if sorted(order) != list(range(M)):
+        raise UsageError(f"an order of all members takes 0 to {M - 1} once each, not {order}")
+    whole = -np.log(np.maximum(likely.mean(axis=0), FLOOR))
+    total = np.zeros(B)
+    for size, member in enumerate(order, start=1):
+        total += likely[member]
+        excess = -np.log(np.maximum(total / size, FLOOR)) - whole
+        error = excess.std(ddof=1) / math.sqrt(B) if B > 1 else 0.0
+        if excess.mean() <= error:
+            return size
+    return M
+
+
+def _sizes(M: int) -> list[int]:
+    if M <= _SIZES:
+        return list(range(1, M + 1))
+    return sorted({round(size) for size in np.geomspace(1, M, _SIZES).tolist()})
+
+
+def _some_subsets(M: int, size: int, count: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """``count`` different subsets, or all where there are no more; each in the members' order."""
+    if math.comb(M, size) <= count:
+        return list(combinations(range(M), size))
+    found: dict[tuple[int, ...], None] = {}
+    while len(found) < count:
+        found[tuple(sorted(rng.choice(M, size, replace=False).tolist()))] = None
+    return list(found)
+
+
+def _mean(members: NDArray[np.floating], subset: Sequence[int]) -> Array:
+    """Mean (B, C) of some of the members, read one at a time."""
+    total = np.zeros(members.shape[1:])
+    for member in subset:
+        total += members[member]
+    total /= len(subset)
+    return total
+
+
+def _label_probabilities(members: NDArray[np.floating], labels: Labels) -> Array:
+    """What each member gives to the labels: (M, B)."""
+    _check_members(members, labels)
+    examples = np.arange(len(labels))
+    return np.stack([member[examples, labels] for member in members]).astype(np.float64)
+
+
+def _check_members(members: NDArray[np.floating], labels: Labels) -> None:
+    """Shapes, and the first member's values: to look at all would read a long memory map once more."""
+    if members.ndim != 3 or not members.size:
+        raise ShapeError(f"expected the members' probabilities (M, B, C), none empty, found shape {members.shape}")
+    rows = max(1, _ELEMENTS // members.shape[2])
+    if np.shape(labels) != members.shape[1:2]:
+        raise ShapeError(f"labels must be {members.shape[1]} integers, one an example, found {np.shape(labels)}")
+    for start in range(0, members.shape[1], rows):
+        accuracy(members[0, start : start + rows], labels[start : start + rows])
+
+
+# --- the deep-ensemble equivalent -----------------------------------------------------------------------------------
+
+
+class Equivalent(_Record):
+    """How many independently trained networks, in a deep ensemble, do as well.
+
+    Attributes:
+        members: a real number from 1 to ``largest``; ``null`` where not even ``largest`` networks do as well.
+        low, high: the same against the curve one standard deviation better and one worse.
+        largest: the deep ensemble that the curve was taken of.
+        below_one: whether it does worse than one network, of which ``members`` is then 1.
+    """
+
+    members: float | None
+    low: float | None
+    high: float | None
+    largest: int
+    below_one: bool
+
+    def __str__(self) -> str:
+        if self.members is None:
+            return f"more than {self.largest}"
+        return "fewer than 1" if self.below_one else f"{self.members:.1f}"
+
+
+def deep_ensemble_equivalent(points: Sequence[CurvePoint], calibrated_nll: float) -> Equivalent:
+    """The deep-ensemble equivalent (DEE) of a method (Ashukha et al. 2020, https://arxiv.org/abs/2002.06470, sec. 5).
+
+    ``min {l >= 1: CLL_DE(l) >= CLL}``, with the calibrated log-likelihood (CLL) of the deep ensemble linear between the
+    numbers of members measured. As in the paper, ``low`` and ``high`` take ``CLL_DE`` plus and minus its standard
+    deviation. There it is over ensembles trained anew; here it is over subsets of one, which share members: it
+    shrinks to 0 as they near the whole, and says less than the paper's.
+
+    Args:
+        points: the deep ensemble's :func:`curve`.
+        calibrated_nll: of the method, on the same test and validation images.
+
+    Raises:
+        UsageError: a curve that does not begin with one member, or values that are not finite.
+    """
+    sizes = np.array([point.members for point in points], dtype=np.float64)
+    mean = np.array([point.calibrated_nll.mean for point in points])
+    deviation = np.array([point.calibrated_nll.deviation or 0.0 for point in points])
+    if not len(points) or sizes[0] != 1 or (np.diff(sizes) <= 0).any():
+        raise UsageError(f"a deep ensemble's curve goes from 1 member up, not over {sizes.astype(int).tolist()}")
+    if not (math.isfinite(calibrated_nll) and np.isfinite(mean).all() and np.isfinite(deviation).all()):
+        raise UsageError("calibrated NLLs must be finite to compare them")
+    return Equivalent(
+        members=_first_reaching(sizes, mean, calibrated_nll),
+        low=_first_reaching(sizes, mean - deviation, calibrated_nll),
+        high=_first_reaching(sizes, mean + deviation, calibrated_nll),
+        largest=int(sizes[-1]),
+        below_one=bool(calibrated_nll > mean[0]),
+    )
+
+
+def _first_reaching(sizes: Array, losses: Array, target: float) -> float | None:
+    """Where the broken line through the losses first falls to the target."""
+    reached = np.flatnonzero(losses <= target)
+    if not len(reached):
+        return None
+    after = int(reached[0])
+    if after == 0:
+        return float(sizes[0])
+    share = (losses[after - 1] - target) / (losses[after - 1] - losses[after])
+    return float(sizes[after - 1] + share * (sizes[after] - sizes[after - 1]))
