@@ -21,6 +21,7 @@ from ensembler.errors import ShapeError
 __all__ = [
     "Uncertainty",
     "disagreement",
+    "disagreement_of_votes",
     "entropy",
     "expected_entropy",
     "mean_probabilities",
@@ -67,7 +68,12 @@ def disagreement(members: NDArray[np.floating]) -> Array | None:
     M = len(_check(members))
     if M == 1:
         return None
-    votes = _votes(members)
+    return disagreement_of_votes(_votes(members))
+
+
+def disagreement_of_votes(votes: NDArray[np.floating]) -> Array:
+    """:func:`disagreement` (B,) of how many of at least two members chose each class, (B, C)."""
+    M = votes[:1].sum()
     return 1.0 - (votes * (votes - 1)).sum(axis=-1) / (M * (M - 1))
 
 

@@ -3,73 +3,186 @@
 Annotations are evaluated here, not postponed: Typer reads them.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+
+from ensembler.eval import data_commands
+from ensembler.eval.progress import watching
 
 __all__ = ["app"]
 
 app = typer.Typer()
+app.add_typer(data_commands.app)
 
+_Data = Annotated[Path | None, typer.Option(help="Folder of the dataset's files, and of CIFAR-10-C/.")]
+_Download = Annotated[bool, typer.Option("--download", help="Fetch the dataset if it is not there.")]
+_Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")]
+_BatchSize = Annotated[int | None, typer.Option(help="Images a forward pass.")]
+_Seed = Annotated[int, typer.Option(help="Of generated corruptions, of the choice of examples and of intervals.")]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing before the end.")]
+_Json = Annotated[Path | None, typer.Option(help="Write the report's JSON to this file, too.")]
+_Shift = Annotated[
+    str | None, typer.Option(help="cifar10c, cifar100c (official files where they are, else generated), corruptions.")
+]
+_Ood = Annotated[
+    list[str] | None,
+    typer.Option(help="Images of another kind: a dataset, folder:PATH, noise:gaussian|uniform|constant. Repeatable."),
+]
+_Examples = Annotated[int | None, typer.Option(help="Test images to use. (default: all)")]
+_Cache = Annotated[
+    Path | None, typer.Option(help="Where predictions are kept, never to be made again. (default: a cache folder)")
+]
+_ReportOut = Annotated[Path | None, typer.Option(help="Folder for the report. (default: one in reports/)")]
 
 
 @app.command("eval")
 def evaluate(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Runs to compare. (default: the newest in runs/)")] = None,
-    shift: Annotated[str | None, typer.Option(help="cifar10c: the corruptions of CIFAR-10-C.")] = None,
-    examples: Annotated[int | None, typer.Option(help="Test images to use. (default: all)")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the dataset's files, and of CIFAR-10-C/.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch the dataset if it is not there.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for the report. (default: one in reports/)")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the report's JSON to this file, too.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a forward pass.")] = None,
-    seed: Annotated[int, typer.Option(help="Of generated corruptions and the choice of examples.")] = 0,
+    runs: Annotated[list[Path] | None, typer.Argument(help="Runs to score. (default: the newest in runs/)")] = None,
+    shift: _Shift = None,
+    ood: _Ood = None,
+    examples: _Examples = None,
+    data: _Data = None,
+    download: _Download = False,
+    out: _ReportOut = None,
+    json: _Json = None,
+    cache: _Cache = None,
+    device: _Device = None,
+    batch_size: _BatchSize = None,
+    seed: _Seed = 0,
     quiet: _Quiet = False,
 ) -> None:
-    """Score runs side by side: accuracy, NLL, Brier and ECE, clean and under shift."""
-    import time
+    """Score runs side by side: accuracy, likelihood, calibration; clean, under shift and out of distribution."""
+    from ensembler.run import latest
 
-    from rich.console import Console
+    images = {"shift": shift, "ood": ood or (), "examples": examples, "data": data, "download": download}
+    how = {"cache": cache, "device": device, "batch_size": batch_size, "seed": seed}
+    _report("eval", runs or [latest(Path("runs"))], images | how, out, json, quiet)
 
-    from ensembler.artefact import check_writable, replace_file
-    from ensembler.eval.evaluation import evaluate
-    from ensembler.eval.plots import plot_reliability, plot_severity
-    from ensembler.eval.report import tables
-    from ensembler.run import latest, new_path
 
-    start = time.monotonic()
-    paths = runs or [latest(Path("runs"))]
-    folder = out or new_path(Path("reports"), "eval")
-    check_writable(folder)
-    with _progress(quiet) as watch:
-        report, diagrams = evaluate(
-            paths,
-            shift,
+@app.command("compare")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two runs or more, of one dataset.")],
+    baseline: Annotated[
+        Path | None, typer.Option(help="Which of them the others are compared with. (default: the first)")
+    ] = None,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Score every run against its number of members, to choose M.")
+    ] = False,
+    shift: _Shift = None,
+    ood: _Ood = None,
+    examples: _Examples = None,
+    data: _Data = None,
+    download: _Download = False,
+    out: _ReportOut = None,
+    json: _Json = None,
+    cache: _Cache = None,
+    device: _Device = None,
+    batch_size: _BatchSize = None,
+    seed: _Seed = 0,
+    quiet: _Quiet = False,
+) -> None:
+    """Compare runs at their costs: differences with intervals, seeds grouped, deep-ensemble equivalents."""
+    from ensembler.errors import UsageError
+
+    if len(runs) < 2:
+        raise UsageError("a comparison takes at least two runs: name another, or use ensembler eval")
+    places = [path.resolve() for path in runs]
+    if baseline is not None and baseline.resolve() not in places:
+        raise UsageError(f"--baseline {baseline} is none of the runs: name it among them, too")
+    images = {"shift": shift, "ood": ood or (), "examples": examples, "data": data, "download": download}
+    how = {"cache": cache, "device": device, "batch_size": batch_size, "seed": seed}
+    against = 0 if baseline is None else places.index(baseline.resolve())
+    _report("compare", runs, images | how, out, json, quiet, {"baseline": against, "curves": curve})
+
+
+@app.command("calibrate")
+def calibrate(
+    run: Annotated[Path | None, typer.Argument(help="The run. (default: the newest in runs/)")] = None,
+    method: Annotated[
+        Literal["temperature", "isotonic", "beta", "histogram"], typer.Option(help="Of the pooled prediction.")
+    ] = "temperature",
+    alpha: Annotated[float, typer.Option(help="Prediction sets miss the true class in at most this share.")] = 0.1,
+    conformal: Annotated[Literal["lac", "aps"], typer.Option(help="How prediction sets are made.")] = "lac",
+    risk: Annotated[
+        float | None, typer.Option(help="Abstain such that at most this share of the answers is wrong.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="With which probability --risk shall hold.")] = 0.95,
+    data: _Data = None,
+    download: _Download = False,
+    device: _Device = None,
+    batch_size: _BatchSize = None,
+    seed: _Seed = 0,
+    quiet: _Quiet = False,
+) -> None:
+    """Fit a run's calibration, prediction sets and abstention on its validation images; kept with the run."""
+    from ensembler import calibration
+    from ensembler.eval.calibrate import calibrate, summary
+    from ensembler.run import latest
+
+    path = run or latest(Path("runs"))
+    with watching(quiet) as watch:
+        found = calibrate(
+            path,
+            method,
+            alpha=alpha,
+            conformal=conformal,
+            risk=risk,
+            confidence=confidence,
             data=data,
             download=download,
-            examples=examples,
             device=device,
             batch_size=batch_size,
             seed=seed,
             watch=watch,
         )
-    text = (report.model_dump_json(indent=2) + "\n").encode()
-    files = {folder / "report.json": text, folder / "reliability.png": plot_reliability(report, diagrams)}
-    if report.shift is not None:
-        files[folder / "severity.png"] = plot_severity(report)
-    for path, content in (files | ({json: text} if json else {})).items():
-        replace_file(path, content)
-    console = Console(highlight=False)
-    console.print(tables(report))
-    console.print(
-        f"took {time.monotonic() - start:.0f} s; report: {folder} ({', '.join(path.name for path in files)})",
-        soft_wrap=True,
-    )
+    _say(summary(found), f"calibration: {calibration.save(found, path)}")
+
+
+def _report(
+    name: str,
+    runs: list[Path],
+    options: dict[str, Any],
+    out: Path | None,
+    json: Path | None,
+    quiet: bool,
+    comparison: dict[str, Any] | None = None,
+) -> None:
+    """Evaluate, compare where that is wanted, and write everything to one folder."""
+    import shlex
+    import sys
+    import time
+
+    from rich.console import Console
+
+    from ensembler.artefact import check_writable
+    from ensembler.eval.compare import compare
+    from ensembler.eval.evaluation import evaluate
+    from ensembler.eval.figures import figures
+    from ensembler.eval.page import page
+    from ensembler.eval.plots import to_png
+    from ensembler.eval.tables import csv, markdown, tables
+    from ensembler.run import new_path
+
+    start = time.monotonic()
+    folder = out or new_path(Path("reports"), name)
+    check_writable(folder)
+    with watching(quiet) as watch:
+        found = evaluate(runs, **options, watch=watch)
+    report = found.report if comparison is None else compare(found, **comparison)
+    drawn = figures(found, report)
+    seconds = time.monotonic() - start
+    files = {
+        "report.html": page(found, report, drawn, seconds=seconds, command=shlex.join(["ensembler", *sys.argv[1:]])),
+        "report.md": markdown(report).encode(),
+        "report.csv": csv(report).encode(),
+        "report.json": (report.model_dump_json(indent=2) + "\n").encode(),
+        **{f"{title}.png": to_png(picture.figure) for title, picture in drawn.items()},
+    }
+    _write(folder, files, json)
+    Console(highlight=False).print(tables(report))
+    _say(f"took {time.monotonic() - start:.0f} s; report: {folder} ({', '.join(files)})")
 
 
 @app.command("surface")
@@ -95,11 +208,7 @@ def surface(
     quiet: _Quiet = False,
 ) -> None:
     """Draw loss and error on the plane through three networks (Garipov et al. 2018), and along a curve's path."""
-    from contextlib import nullcontext
-
-    from rich.console import Console
-
-    from ensembler.artefact import check_writable, replace_file
+    from ensembler.artefact import check_writable
     from ensembler.errors import UsageError
     from ensembler.eval.surface import measure_surface, plot_paths, plot_surface, summary
     from ensembler.run import latest, new_path
@@ -111,10 +220,7 @@ def surface(
     folder = out or new_path(Path("surfaces"), "surface")
     check_writable(folder)
 
-    def line(label: str, done: int, total: int) -> None:
-        typer.echo(f"{label}: {done} of {total} points", err=True)
-
-    with _progress(quiet) if quiet or Console(stderr=True).is_terminal else nullcontext(line) as watch:
+    with watching(quiet, unit="points") as watch:
         found = measure_surface(
             runs or [latest(Path("runs"))],
             chosen,
@@ -127,28 +233,27 @@ def surface(
             seed=seed,
             watch=watch,
         )
-    text = (found.model_dump_json(indent=2) + "\n").encode()
-    files = {folder / "surface.json": text, folder / "surface.png": plot_surface(found)}
-    if found.paths:
-        files[folder / "path.png"] = plot_paths(found)
-    for path, content in (files | ({json: text} if json else {})).items():
-        replace_file(path, content)
-    where = f"took {found.seconds:.0f} s; surface: {folder} ({', '.join(path.name for path in files)})"
-    Console(highlight=False, markup=False).print(f"{summary(found)}\n{where}", soft_wrap=True)
+    files = {
+        "surface.json": (found.model_dump_json(indent=2) + "\n").encode(),
+        "surface.png": plot_surface(found),
+        **({"path.png": plot_paths(found)} if found.paths else {}),
+    }
+    _write(folder, files, json)
+    _say(summary(found), f"took {found.seconds:.0f} s; surface: {folder} ({', '.join(files)})")
 
 
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left, on a terminal alone."""
+def _write(folder: Path, files: dict[str, bytes], json: Path | None) -> None:
+    """Write a command's files, and its JSON where it is wanted, too."""
+    from ensembler.artefact import replace_file
+
+    for name, content in files.items():
+        replace_file(folder / name, content)
+        if json is not None and name.endswith(".json"):
+            replace_file(json, content)
+
+
+def _say(*lines: str) -> None:
+    """Print lines as they are, however long."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task("predicting")
-
-        def watch(label: str, done: int, total: int) -> None:
-            bar.update(task, description=label, completed=done, total=total)
-
-        yield watch
+    Console(highlight=False, markup=False).print("\n".join(lines), soft_wrap=True)

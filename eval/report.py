@@ -1,4 +1,4 @@
-"""What an evaluation found: the schema of its JSON, and its tables.
+"""What an evaluation found: the schema of its JSON.
 
 A report holds nothing that changes from one evaluation to the next (no dates, no timings of its own), so the same
 runs and seed give the same bytes on a CPU.
@@ -10,30 +10,66 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel
-from rich.columns import Columns
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from pydantic import BaseModel, ConfigDict
 
-__all__ = ["CellScores", "Report", "RunReport", "ShiftReport", "mean_scores", "tables"]
+from ensembler.eval.comparison import Difference, Group
+from ensembler.eval.members import CurvePoint, Equivalent
+from ensembler.eval.ood import OodScores
+
+__all__ = [
+    "CellScores",
+    "Comparison",
+    "MemberCurve",
+    "OodReport",
+    "Report",
+    "RunDifference",
+    "RunReport",
+    "ShiftReport",
+    "SingleMember",
+    "mean_scores",
+]
 
 
-class CellScores(BaseModel):
-    """Scores of the ensemble's mean prediction on one set of images. Entropies in nats; ``null``: M = 1 cannot say."""
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class CellScores(_Record):
+    """Scores of the ensemble's mean prediction on one set of images; see :mod:`ensembler.eval.metrics`.
+
+    Entropies and NLLs are in nats. ``calibrated_nll`` is the NLL after the run's temperature, which was fitted on the
+    validation images. ``member_accuracy`` and ``member_nll`` are means over the members alone. ``null``: not known, of
+    one member, or where all answers are right or all wrong.
+    """
 
     accuracy: float
     error: float
     nll: float
+    calibrated_nll: float
     brier: float
     ece: float
+    adaptive_ece: float
+    classwise_ece: float
+    mce: float
+    aurc: float
+    risk_at_80: float
+    misclassification_auroc: float | None
     member_accuracy: float
+    member_nll: float
     disagreement: float | None
     predictive_entropy: float
+    expected_entropy: float
     mutual_information: float | None
 
 
-class ShiftReport(BaseModel):
+class SingleMember(_Record):
+    """One member's own scores on the clean test images."""
+
+    accuracy: float
+    nll: float
+
+
+class ShiftReport(_Record):
     """Which shift: ``source`` says whether the files are the official ones. Means are over ``headline``."""
 
     name: str
@@ -44,14 +80,27 @@ class ShiftReport(BaseModel):
     not_covered: list[str]
 
 
-class RunReport(BaseModel):
+class OodReport(_Record):
+    """One set of images of another kind."""
+
+    name: str
+    title: str
+    source: Literal["dataset", "folder", "generated"]
+    images: int
+
+
+class RunReport(_Record):
     """One run's cost and scores.
 
+    ``sha256`` is of the run's manifest, which holds the hash of each of its files.
     ``training_unknown`` names files of weights that training started from, whose own cost is not known and not counted;
-    ``training_peak_memory`` is in bytes.
+    ``training_peak_memory`` is in bytes. ``temperature`` was fitted to the validation images; ``by_severity``,
+    ``by_family`` and ``shifted`` are means over the headline corruptions; ``ood`` holds, by set of images and detector,
+    how well they are told from the clean test images.
     """
 
     name: str
+    sha256: str
     method: str
     architecture: str
     vertices: int
@@ -65,21 +114,69 @@ class RunReport(BaseModel):
     training_peak_memory: int | None
     training_device: str
     forward_passes_per_prediction: int
+    temperature: float
     clean: CellScores
+    single_members: list[SingleMember]
     by_severity: dict[int, CellScores]
+    by_family: dict[str, CellScores]
     shifted: CellScores | None
     cells: dict[str, dict[int, CellScores]]
+    ood: dict[str, dict[str, OodScores | None]]
 
 
-class Report(BaseModel):
+class RunDifference(_Record):
+    """A run less the baseline, by score, of which lower is better: on the clean test set, and as means over the shift's
+    headline cells."""
+
+    run: str
+    clean: dict[str, Difference]
+    shifted: dict[str, Difference] | None
+
+
+class MemberCurve(_Record):
+    """Test scores against the number of members, with the costs that go with it.
+
+    ``order`` is the members' order that helps most, chosen on the validation images; ``recommended`` the smallest
+    number of them, in that order, that the validation images cannot tell from all of them.
+    """
+
+    run: str
+    order: list[int]
+    recommended: int
+    points: list[CurvePoint]
+
+
+class Comparison(_Record):
+    """Runs against one of them, the baseline.
+
+    Intervals are a paired bootstrap's over the test examples. ``groups`` gathers runs that differ in their seed alone,
+    by their places in the report; ``equivalents`` holds each run's deep-ensemble equivalent against
+    ``deep_ensemble``, the largest among the runs.
+    """
+
+    baseline: str
+    confidence: float
+    resamples: int
+    differences: list[RunDifference]
+    groups: list[Group]
+    deep_ensemble: str | None
+    equivalents: dict[str, Equivalent]
+    curves: list[MemberCurve]
+
+
+class Report(_Record):
     """A whole evaluation."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     dataset: str
     test_examples: int
     test_sha256: str
+    validation_examples: int
+    validation_sha256: str
     shift: ShiftReport | None
+    ood: list[OodReport]
     runs: list[RunReport]
+    comparison: Comparison | None = None
     device: str
     seed: int
     versions: dict[str, str]
@@ -90,64 +187,3 @@ def mean_scores(cells: Sequence[CellScores]) -> CellScores:
     columns = {name: [getattr(cell, name) for cell in cells] for name in CellScores.model_fields}
     means = {name: None if None in column else float(np.mean(column)) for name, column in columns.items()}
     return CellScores.model_validate(means)
-
-
-_METRICS = (
-    ("error %", "error", 100.0, 2),
-    ("NLL", "nll", 1.0, 4),
-    ("Brier", "brier", 1.0, 4),
-    ("ECE % (15 bins)", "ece", 100.0, 2),
-    ("disagreement %", "disagreement", 100.0, 2),
-)
-
-
-def tables(report: Report) -> RenderableType:
-    """The report for a terminal: what each run cost, then one table a metric, severities down, runs across."""
-    scored: list[RenderableType] = []
-    for title, name, scale, digits in _METRICS:
-        table = Table(title=title, title_justify="left", title_style="bold")
-        table.add_column("severity")
-        for number, run in enumerate(report.runs, start=1):
-            table.add_column(f"{number}: {run.method}", justify="right")
-        rows = [("clean", [run.clean for run in report.runs])]
-        if report.shift is not None:
-            levels = report.runs[0].by_severity
-            rows += [(str(severity), [run.by_severity[severity] for run in report.runs]) for severity in levels]
-            rows.append(("mean 1-5", [run.shifted for run in report.runs if run.shifted is not None]))
-        for label, columns in rows:
-            table.add_row(label, *(_number(getattr(scores, name), scale, digits) for scores in columns))
-        scored.append(table)
-    parts: list[RenderableType] = [_costs(report), Text(), Columns(scored, padding=(0, 3))]
-    if report.shift is not None:
-        parts += [Text(), Text(report.shift.note)]
-        parts.append(Text(f"Means are over: {', '.join(report.shift.headline)}."))
-        if report.shift.not_covered:
-            parts.append(Text(f"Not covered: {', '.join(report.shift.not_covered)}."))
-    return Group(*parts)
-
-
-def _costs(report: Report) -> Table:
-    title = f"{report.dataset}, {report.test_examples:,} test images, on {report.device}"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("run", "method", "network"):
-        table.add_column(name, overflow="fold")
-    for name in ("M", "example passes in training", "forward only", "training s", "forward passes a prediction"):
-        table.add_column(name, justify="right")
-    for number, run in enumerate(report.runs, start=1):
-        table.add_row(
-            f"{number}: {run.name}",
-            run.method,
-            run.architecture,
-            str(run.members),
-            " + ".join(
-                (f"{run.training_example_passes:,}", *(f"those of {origin}" for origin in run.training_unknown))
-            ),
-            f"{run.training_forward_passes:,}",
-            f"{run.training_seconds:,.0f}",
-            str(run.forward_passes_per_prediction),
-        )
-    return table
-
-
-def _number(value: float | None, scale: float, digits: int) -> str:
-    return "-" if value is None else f"{value * scale:.{digits}f}"

@@ -14,6 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(1)  # the networks here are too small for two
 
 
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path_factory, monkeypatch):
+    """No test finds another's predictions, nor leaves any behind."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def images(tmp_path):
     """A folder of 90 images of three classes, told apart by where they are bright; as options of a command."""

@@ -220,7 +220,7 @@ def test_files_are_evaluated_like_images_in_memory(photos, tmp_path, monkeypatch
         for kind in (True, False)
     ]
     assert Run.load(paths[1]).manifest.dataset.skipped == ["top/00.jpg"]
-    held, files = (evaluate([path], "cifar10c", device="cpu", examples=6)[0].runs[0] for path in paths)
+    held, files = (evaluate([path], "cifar10c", device="cpu", examples=6).report.runs[0] for path in paths)
     assert (held.clean, held.cells) == (files.clean, files.cells)
     x = load(photos, in_memory=True, corrupt="skip").test.images
     one, other = (Ensemble.load(path, "cpu").sample(3, seed=1).predict_members(x) for path in paths)
@@ -251,5 +251,5 @@ def test_a_resnet18_from_a_checkpoint_file_is_fine_tuned_on_a_folder_of_photos(t
     assert run.manifest.cost.unknown == ["resnet18.pt"]
     assert run.manifest.dataset.image_shape == [64, 64, 3]
     path = run.save(tmp_path / "run")
-    report, _ = evaluate([path], device="cpu")
+    report = evaluate([path], device="cpu").report
     assert report.runs[0].clean.accuracy == pytest.approx(run.manifest.metrics["test"]["accuracy"])

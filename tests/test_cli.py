@@ -52,11 +52,9 @@ def test_train_then_eval_the_latest_run(tmp_path, images, monkeypatch):
     assert "generated with CIFAR-10-C's 32 x 32 constants" in " ".join(result.stdout.split())
     found = json.loads(Path("out/found.json").read_text())
     assert found["runs"][0]["name"] == (tmp_path / "runs" / "latest").resolve().name
-    assert sorted(path.name for path in Path("report").iterdir()) == [
-        "reliability.png",
-        "report.json",
-        "severity.png",
-    ]
+    files = {path.name for path in Path("report").iterdir()}
+    assert files >= {"report.html", "report.md", "report.csv", "report.json", "severity.png", "reliability.png"}
+    assert Path("report/report.json").read_text() == Path("out/found.json").read_text()
 
 
 def test_every_method_trains_and_deep_ensembles_are_compared(tmp_path, images, monkeypatch):
@@ -67,10 +65,17 @@ def test_every_method_trains_and_deep_ensembles_are_compared(tmp_path, images, m
     # The run to start from says which images and which network.
     result = call("train-simplex", "--init", "train-deep-ensemble", "--vertices", 2, "--epochs", 2, "--out", "simplex")
     assert result.exit_code == 0, result.output
-    result = call("eval", "train-deep-ensemble", "train-fge", "simplex", "--device", "cpu")
+    runs = ["train-deep-ensemble", "train-fge", "simplex"]
+    result = call("compare", *runs, "--baseline", "train-fge", "--curve", "--out", "compared")
     assert result.exit_code == 0, result.output
-    for title in ("1: deep-ensemble", "2: fge", "3: simplex"):
-        assert title in result.stdout
+    text = Path("compared/report.md").read_text()
+    for title in ("1: train-deep-ensemble", "2: train-fge", "3: simplex", "differences from 2: train-fge"):
+        assert title in text
+    assert Path("compared/members.png").is_file()
+    result = call("calibrate", "simplex", "--risk", 0.4)
+    assert result.exit_code == 0, result.output
+    assert "calibration: simplex/calibration.json" in result.stdout
+    assert call("eval", "simplex").exit_code == 0  # the run is still whole
     for arguments in (
         ["train-snapshots", "--members", 2, *SMALL, *images],
         ["train-curve", "simplex", "train-fge", "--points", 5, "--epochs", 2],
@@ -116,6 +121,7 @@ def test_bad_input_gets_one_clear_line(tmp_path, images, monkeypatch):
         (["eval", "taken"], "taken is not a run"),
         (["export"], "no run in runs"),
         (["serve", "taken"], "taken is not a bundle"),
+        (["data", "corrupt", "nothing", "--out", "made"], "error: unknown dataset 'nothing'"),  # a group's, too
     ):
         result = call(*arguments)
         assert result.exit_code == 1, (arguments, result.output)
@@ -185,7 +191,11 @@ def test_a_kill_at_any_moment_leaves_no_run_or_a_whole_one(tmp_path, images):
 
 def test_help_names_every_command_and_every_command_has_help():
     overview = call("--help").stdout
-    for command in ("train-simplex", "train-curve", "collapse", "show", "eval", "export", "serve"):
+    for command in ("train-simplex", "train-curve", "collapse", "show", "eval", "data", "export", "serve"):
         assert command in overview
         assert call(command, "--help").exit_code == 0
+    overview = call("data", "--help").stdout
+    for command in ("download", "corrupt"):
+        assert command in overview
+        assert "--config" in call("data", command, "--help").stdout
     assert call("--version").stdout.startswith("ensembler ")

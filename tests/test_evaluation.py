@@ -1,9 +1,10 @@
-"""Whole evaluations: the official layout, the generated shift, the means, the report's bytes."""
+"""Whole evaluations: every score of the images it names, the means, the comparison, the report's bytes."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,10 +13,9 @@ import torch
 from ensembler.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
+from ensembler.eval.compare import compare
 from ensembler.eval.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
 from ensembler.eval.evaluation import evaluate
-from ensembler.eval.plots import plot_reliability, plot_severity
-from ensembler.eval.shift import Cell, find_shift
 from ensembler.trainers import Session, Settings, train_deep_ensemble, train_simplex
 from tests._small import SETTINGS, dataset
 
@@ -31,7 +31,7 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_every_score_is_of_the_images_it_names(runs):
-    report, _ = evaluate(runs, "cifar10c", device="cpu", seed=3)
+    report = evaluate(runs, "cifar10c", device="cpu", seed=3).report
     test = dataset().test
     for path, found in zip(runs, report.runs, strict=True):
         ensemble = Ensemble.load(path, device="cpu")
@@ -55,29 +55,99 @@ def test_every_score_is_of_the_images_it_names(runs):
 
 
 def test_generated_shift_is_said_and_what_it_lacks_is_named(runs):
-    report, _ = evaluate(runs[:1], "cifar10c", device="cpu")
+    report = evaluate(runs[:1], "cifar10c", device="cpu").report
     assert report.shift.source == "generated"
     assert "not the official files" in report.shift.note
     assert set(report.shift.not_covered) | set(AVAILABLE) == set(HEADLINE + VALIDATION)
     assert not set(report.shift.headline) & set(VALIDATION)
 
 
-def test_the_same_seed_gives_the_same_bytes(runs):
-    (one, drawn), (other, again) = (evaluate(runs, "cifar10c", device="cpu", examples=9) for _ in range(2))
+def test_the_same_seed_gives_the_same_bytes(runs, tmp_path):
+    one, other = (
+        evaluate(runs, "cifar10c", ood=["noise:uniform"], device="cpu", examples=9, cache=tmp_path / name).report
+        for name in ("one", "other")
+    )
     assert one.model_dump_json() == other.model_dump_json()
-    assert plot_severity(one) == plot_severity(other)
-    assert plot_reliability(one, drawn) == plot_reliability(other, again)
-    assert plot_severity(one).startswith(b"\x89PNG")
     assert one.test_examples == 9
-    assert json.loads(one.model_dump_json())["runs"][1]["cells"]["contrast"]["5"]["mutual_information"] is None
+    found = json.loads(one.model_dump_json())["runs"][1]
+    assert found["cells"]["contrast"]["5"]["mutual_information"] is None
+    assert found["ood"]["noise:uniform"]["mutual_information"] is None
+    assert found["ood"]["noise:uniform"]["predictive_entropy"]["examples_out"] == 9
 
 
 def test_clean_alone(runs):
-    report, (diagram, _) = evaluate(runs, device="cpu")
-    assert report.shift is None
-    assert report.runs[0].by_severity == {}
-    assert diagram.shifted is None
-    assert plot_reliability(report, [diagram, diagram]).startswith(b"\x89PNG")
+    found = evaluate(runs, device="cpu")
+    assert found.report.shift is None
+    assert found.report.runs[0].by_severity == {}
+    assert found.runs[0].shifted is None
+
+
+def test_calibrated_nll_uses_a_temperature_of_the_validation_images(runs, monkeypatch):
+    images, labels = dataset(), dataset().validation.labels
+    wrong = torch.where(torch.arange(len(labels)) % 4 == 0, (labels + 1) % 3, labels)  # too sure of a quarter of them
+    images = dataclasses.replace(images, validation=Split(images.validation.images, wrong))
+    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: images)
+    found = evaluate(runs, device="cpu").report.runs[0]
+    ensemble = Ensemble.load(runs[0], device="cpu")
+    logs = ensemble.predict_proba(images.validation.images).double().log()
+    grid = torch.logspace(-2, 2, 2001, dtype=torch.float64)
+    losses = [-torch.log_softmax(logs / T, 1)[range(len(logs)), images.validation.labels].mean() for T in grid]
+    assert found.temperature == pytest.approx(grid[int(np.argmin(losses))].item(), rel=5e-3)
+    logs = ensemble.predict_proba(images.test.images).double().log() / found.temperature
+    calibrated = -torch.log_softmax(logs, 1)[range(len(logs)), images.test.labels].mean().item()
+    assert found.clean.calibrated_nll == pytest.approx(calibrated, rel=1e-5)
+
+
+def test_members_and_families(runs):
+    found = evaluate(runs, "corruptions", device="cpu").report.runs[0]
+    members = Ensemble.load(runs[0], device="cpu").predict_members(dataset().test.images)
+    labels = dataset().test.labels
+    for single, probabilities in zip(found.single_members, members, strict=True):
+        assert single.accuracy == pytest.approx((probabilities.argmax(1) == labels).double().mean().item())
+        assert single.nll == pytest.approx(-probabilities[range(len(labels)), labels].log().mean().item(), rel=1e-5)
+    cells = [found.cells[name][s].nll for name in ("gaussian_noise", "shot_noise", "impulse_noise") for s in SEVERITIES]
+    assert found.by_family["noise"].nll == pytest.approx(np.mean(cells))
+    assert set(found.by_family) == {"noise", "blur", "weather", "digital", "validation"}
+
+
+def test_a_comparison_is_paired_and_knows_its_baseline(runs):
+    found = evaluate(runs, "corruptions", device="cpu")
+    report = compare(found, baseline=1, curves=True)
+    simplex, single = report.runs
+    (difference,) = report.comparison.differences
+    assert (report.comparison.baseline, difference.run) == ("single", "simplex")
+    for score in ("error", "nll", "brier", "ece"):
+        for here, a, b in (("clean", simplex.clean, single.clean), ("shifted", simplex.shifted, single.shifted)):
+            one = getattr(difference, here)[score]
+            assert one.difference == pytest.approx(getattr(a, score) - getattr(b, score), abs=1e-6)
+            assert one.low <= one.high
+    (curve,) = report.comparison.curves
+    assert curve.run == "simplex"
+    assert sorted(curve.order) == [0, 1, 2, 3]
+    assert curve.points[-1].nll.mean == pytest.approx(simplex.clean.nll)
+    assert report.comparison.deep_ensemble is None
+    assert report.comparison.equivalents == {}
+    assert compare(found).comparison.curves == []
+
+
+def test_deep_ensembles_give_the_equivalents_and_seeds_are_grouped(runs, tmp_path):
+    paths = [runs[0]]
+    for seed in (0, 1):
+        session = Session(dataset(), Settings(**SETTINGS | {"seed": seed}))
+        paths.append(train_deep_ensemble(session, members=3).save(tmp_path / "runs" / f"deep{seed}"))
+    comparison = compare(evaluate(paths, device="cpu")).comparison
+    assert comparison.deep_ensemble == "deep0"
+    assert [group.runs for group in comparison.groups] == [[0], [1, 2]]
+    assert comparison.groups[1].scores["nll"].n == 2
+    assert comparison.equivalents["deep0"].members == pytest.approx(3, abs=1e-6)
+
+
+def test_what_cannot_be_compared_is_refused(runs, tmp_path):
+    with pytest.raises(UsageError, match="at least two runs"):
+        compare(evaluate(runs[:1], device="cpu"))
+    shutil.copytree(runs[1], tmp_path / "other" / "simplex")
+    with pytest.raises(UsageError, match="two runs are called simplex: rename"):
+        compare(evaluate([runs[0], tmp_path / "other" / "simplex"], device="cpu"))
 
 
 def test_what_cannot_be_evaluated_is_refused(runs, monkeypatch):
@@ -101,70 +171,3 @@ def test_runs_of_different_datasets_are_not_compared(runs, tmp_path):
     path = train_deep_ensemble(Session(other, Settings(**SETTINGS)), members=1).save(tmp_path / "runs" / "other")
     with pytest.raises(UsageError, match="evaluate runs of one dataset together"):
         evaluate([runs[0], path], device="cpu")
-
-
-def official(folder, count=12, corruptions=("fog", "shot_noise")):
-    """Files of the official layout: severity s in rows [(s - 1) * n : s * n], filled with a number of their own."""
-    folder.mkdir()
-    for number, name in enumerate(corruptions):
-        rows = np.zeros((5 * count, 8, 8, 3), dtype=np.uint8)
-        for severity in range(5):
-            for image in range(count):
-                rows[severity * count + image] = 100 * number + 20 * severity + image
-        np.save(folder / f"{name}.npy", rows)
-    test = Split(torch.zeros(count, 8, 8, 3, dtype=torch.uint8), torch.arange(count) % 3)
-    np.save(folder / "labels.npy", np.tile(test.labels.numpy(), 5))
-    return dataclasses.replace(dataset(), name="cifar10", test=test)
-
-
-@pytest.mark.parametrize("below", [True, False])
-def test_official_files_are_read_in_their_order(tmp_path, below):
-    folder = tmp_path / "CIFAR-10-C"
-    images = official(folder)
-    indices = torch.tensor([1, 7])
-    shift = find_shift("cifar10c", images, indices, tmp_path if below else folder)
-    assert shift.source == "official"
-    assert shift.corruptions == ("shot_noise", "fog")
-    assert "gaussian_noise" in shift.not_covered
-    corrupted = shift.images(Cell("shot_noise", 4))
-    assert corrupted.shape == (2, 8, 8, 3)
-    assert corrupted[:, 0, 0, 0].tolist() == [161, 167]
-    assert torch.equal(shift.test.labels, images.test.labels[indices])
-
-
-def test_official_files_serve_cifar10_alone(tmp_path):
-    images = official(tmp_path / "CIFAR-10-C")
-    for name, source in (("cifar10", "official"), ("digits", "generated")):
-        assert (
-            find_shift("cifar10c", dataclasses.replace(images, name=name), torch.arange(12), tmp_path).source == source
-        )
-
-
-def test_official_files_are_found_where_datasets_lie(tmp_path, monkeypatch):
-    images = official(tmp_path / "CIFAR-10-C")
-    monkeypatch.setenv("ENSEMBLER_DATA", str(tmp_path))
-    assert find_shift("cifar10c", images, torch.arange(12)).source == "official"
-
-
-def test_official_files_that_are_not_what_they_should_be_are_named(tmp_path):
-    folder = tmp_path / "CIFAR-10-C"
-    images = official(folder)
-    find = lambda: find_shift("cifar10c", images, torch.arange(12), tmp_path)  # noqa: E731
-    find()
-    fog, labels = np.load(folder / "fog.npy"), np.load(folder / "labels.npy")
-    for wrong, message in ((fog[:-1], r"fog\.npy holds \(59, 8, 8, 3\)"), (fog.astype(float), "of float64, not")):
-        np.save(folder / "fog.npy", wrong)
-        with pytest.raises(DataError, match=message):
-            find()
-    np.save(folder / "fog.npy", fog)
-    content = (folder / "fog.npy").read_bytes()
-    (folder / "fog.npy").write_bytes(content[:-100])
-    with pytest.raises(DataError, match=r"cannot read .*fog\.npy"):
-        find()
-    np.save(folder / "fog.npy", np.array([{"a": "pickle"}], dtype=object))
-    with pytest.raises(DataError, match=r"cannot read .*fog\.npy"):
-        find()
-    np.save(folder / "fog.npy", fog)
-    np.save(folder / "labels.npy", np.roll(labels, 1))
-    with pytest.raises(DataError, match="not the test set's labels five times"):
-        find()
