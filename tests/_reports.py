@@ -1,0 +1,81 @@
+"""A small evaluation with all that a report can hold, made once for the tests that show one."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from ensembler.eval.compare import compare
+from ensembler.eval.evaluation import Evaluation, evaluate
+from ensembler.eval.predictions import Prediction
+from ensembler.eval.report import Report
+from ensembler.trainers import Session, Settings, train_deep_ensemble, train_simplex
+from tests._small import SETTINGS, dataset
+
+OUTSIDE = ("noise:uniform", "noise:constant")
+
+
+@lru_cache(maxsize=1)
+def evaluation() -> Evaluation:
+    """Four runs, one of a single member and two that differ in their seeds, under shift and out of distribution."""
+    with tempfile.TemporaryDirectory() as name, mock.patch("ensembler.datasets.load", lambda *_, **__: dataset()):
+        folder = Path(name)
+        paths = [
+            train_deep_ensemble(_session(0), members=1).save(folder / "single"),
+            train_deep_ensemble(_session(0), members=3).save(folder / "deep-a"),
+            train_deep_ensemble(_session(1), members=3).save(folder / "deep-b"),
+            train_simplex(_session(0), vertices=3, members=4).save(folder / "simplex"),
+        ]
+        found = evaluate(paths, "corruptions", ood=OUTSIDE, device="cpu", cache=folder / "kept", seed=3)
+        # The members lie in files that are about to go.
+        runs = [
+            dataclasses.replace(run, validation=_held(run.validation), clean=_held(run.clean)) for run in found.runs
+        ]
+    return dataclasses.replace(found, runs=runs)
+
+
+@lru_cache(maxsize=1)
+def comparison() -> Report:
+    """The same with the comparison in it."""
+    return compare(evaluation(), baseline=0, curves=True)
+
+
+def part(runs: int = 1, *, shift: bool = False, ood: bool = False) -> Evaluation:
+    """The first runs of it alone, with or without shift and images of another kind."""
+    whole = evaluation()
+    report = whole.report.model_copy(deep=True)
+    report.runs = report.runs[:runs]
+    scored = whole.runs[:runs]
+    if not shift:
+        report.shift = None
+        for run in report.runs:
+            run.by_severity, run.by_family, run.shifted, run.cells = {}, {}, None, {}
+        scored = [dataclasses.replace(run, shifted=None) for run in scored]
+    if not ood:
+        report.ood = []
+        for run in report.runs:
+            run.ood = {}
+        scored = [dataclasses.replace(run, entropies={"clean": run.entropies["clean"]}) for run in scored]
+    return dataclasses.replace(whole, report=report, runs=scored)
+
+
+def named(names: list[str]) -> Evaluation:
+    """The evaluation with other names for its runs."""
+    whole = evaluation()
+    report = whole.report.model_copy(deep=True)
+    for run, name in zip(report.runs, names, strict=True):
+        run.name = name
+    return dataclasses.replace(whole, report=report)
+
+
+def _held(prediction: Prediction) -> Prediction:
+    return dataclasses.replace(prediction, members=np.array(prediction.members))
+
+
+def _session(seed: int) -> Session:
+    return Session(dataset(), Settings(**SETTINGS, seed=seed))

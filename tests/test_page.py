@@ -1,0 +1,202 @@
+"""The page: whole, by itself, the same bytes, and whatever a run is called."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64decode, b64encode
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+
+from ensembler.eval import figures as drawing
+from ensembler.eval.compare import compare
+from ensembler.eval.comparison import Group, Losses
+from ensembler.eval.figures import figures
+from ensembler.eval.metrics import reliability, risk_coverage
+from ensembler.eval.page import page
+from ensembler.eval.plots import to_png, to_svg
+from ensembler.eval.rows import report_tables
+from tests._reports import comparison, evaluation, named, part
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+HOSTILE = [
+    "<img src=x onerror=alert(1)>",
+    r"$\frac{1$ _ & \"quoted\" 'single'",
+    "</td></table><script>alert(1)</script>",
+    "模型 \x1b[31m\n line two \ud800 🙂" + "x" * 60,
+]
+
+
+class Page(HTMLParser):
+    """What a page is made of; unbalanced tags fail."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(content.decode())
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def ids(self) -> list[str | None]:
+        return [attributes["id"] for attributes in self.of("section")]
+
+
+def made(found, report, **options) -> bytes:
+    return page(
+        found, report, figures(found, report), **({"seconds": 4.2, "command": "ensembler compare a b"} | options)
+    )
+
+
+@pytest.fixture(scope="module")
+def whole() -> bytes:
+    return made(evaluation(), comparison())
+
+
+def test_it_needs_nothing_else(whole):
+    found = Page(whole)
+    assert all(attributes["src"].startswith("data:image/svg+xml;base64,") for attributes in found.of("img"))
+    assert {href["href"][0] for href in found.of("a")} == {"#"}
+    assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in found.elements}
+    assert not any(name.startswith("on") or name == "style" for _, given in found.elements for name in given)
+    assert b"url(" not in whole
+    assert b"@import" not in whole
+    for image in found.of("img"):
+        svg = b64decode(image["src"].partition(",")[2]).decode()
+        assert {link[0] for link in re.findall(r'href="([^"]*)"', svg)} <= {"#"}
+        assert "<script" not in svg
+        assert {one[0] for one in re.findall(r"url\((.)", svg)} <= {"#"}
+
+
+def test_it_is_made_to_be_read(whole):
+    found = Page(whole)
+    report = comparison()
+    assert found.of("html")[0]["lang"] == "en"
+    assert len(found.of("h1")) == 1
+    assert [href["href"] for href in found.of("a")] == [f"#{name}" for name in found.ids()]
+    assert len(set(found.ids())) == len(found.ids())
+    tables = report_tables(report)
+    assert len(found.of("table")) == len(found.of("caption")) == len(tables)
+    assert all(cell["scope"] in ("col", "row") for cell in found.of("th"))
+    rows = sum(len(table.rows) for table in tables)
+    assert len([cell for cell in found.of("th") if cell["scope"] == "row"]) == rows
+    pictures = figures(evaluation(), report)
+    assert [image["alt"] for image in found.of("img")] == [
+        picture.alt
+        for name in ("calibration", "shift", "rejection", "ood", "comparison", "number")
+        for picture in pictures.values()
+        if picture.section == name
+    ]
+    assert all(len(image["alt"]) > 20 for image in found.of("img"))
+    assert "@media print" in whole.decode()
+    assert "prefers-color-scheme" in whole.decode()
+    text = "".join(found.text)
+    for table in tables:
+        for row in table.rows:
+            assert all(cell in text for cell in row)
+    for words in (
+        "ensembler compare a b",
+        "4.2 s",
+        report.test_sha256,
+        report.validation_sha256,
+        evaluation().runs[0].manifest.dataset.train_sha256,
+        "not the official files",
+        "uniform noise (generated, seed 3)",
+        f"torch {report.versions['torch']}",
+        "one member cannot say",
+        "Mean corruption error (unnormalised)",
+    ):
+        assert words in text, words
+
+
+def test_the_same_evaluation_gives_the_same_bytes(whole):
+    again = made(evaluation(), compare(evaluation(), curves=True), seconds=61.0, command=None)
+    assert again != whole
+    without = re.compile(rb"<dt>(command|took)</dt><dd>.*?</dd>\n")
+    assert without.sub(b"", again) == without.sub(b"", whole)
+    for name, picture in figures(evaluation(), comparison()).items():
+        if name in ("boxes", "differences"):  # whichever file is written first
+            first, png = to_svg(picture.figure), to_png(picture.figure)
+            assert (to_svg(picture.figure), to_png(picture.figure)) == (first, png)
+            assert png.startswith(b"\x89PNG")
+            assert b64encode(first) in whole
+
+
+def test_names_of_any_kind_are_text(whole):
+    found = named(HOSTILE)
+    report = compare(found, curves=True)
+    result = Page(made(found, report, command=f"ensembler compare {HOSTILE[2]}"))
+    assert [tag for tag, _ in result.elements] == [tag for tag, _ in Page(whole).elements]
+    text = "".join(result.text)
+    assert f"1: {HOSTILE[0]}" in text
+    assert f"2: {HOSTILE[1]}" in text
+    assert f"ensembler compare {HOSTILE[2]}" in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("runs", "shift", "ood", "more"),
+    [(1, False, False, set()), (1, True, False, {"shift", "cells"}), (2, False, True, {"ood"})],
+)
+def test_parts_without_data_do_not_appear(runs, shift, ood, more):
+    found = part(runs, shift=shift, ood=ood)
+    always = {"summary", "costs", "clean", "calibration", "members", "rejection", "terms", "made"}
+    result = Page(made(found, found.report))
+    assert set(result.ids()) == always | more
+    images = 2 + 3 * shift + ood
+    assert len(result.of("img")) == images
+    assert "–" in result.text  # the first run has one member
+
+
+def test_too_many_runs_for_the_colours_are_shown_by_one_of_each_group():
+    report = comparison().model_copy(deep=True)
+    groups = report.comparison.groups
+    assert [group.runs for group in groups] == [[0], [1, 2], [3]]
+    report.runs = [*report.runs, *report.runs]
+    report.comparison.groups = [Group(runs=[*g.runs, *(n + 4 for n in g.runs)], seeds=[], scores={}) for g in groups]
+    found = evaluation()
+    twice = type(found)(report, [*found.runs, *found.runs], found.labels, found.validation_labels)
+    pictures = figures(twice, report)
+    assert "One run of each group of seeds is shown: 1, 2, 4." in pictures["boxes"].caption
+    assert titles(pictures["reliability"].figure) == ["1: single", "2: deep-a", "4: simplex"]
+
+
+def titles(figure: Figure) -> list[str]:
+    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.integers(1, 40))
+def test_pictures_are_of_the_predictions(seed, classes, examples):
+    rng = np.random.default_rng(seed)
+    probs = rng.dirichlet(np.full(classes, 0.3), examples).astype(np.float32)
+    probs[rng.random(examples) < 0.2] = np.eye(classes, dtype=np.float32)[0]  # sure, and tied
+    labels = rng.integers(0, classes, examples)
+    losses = Losses.of(probs, labels)
+    one, other = drawing._reliability(losses), reliability(probs, labels)
+    for name in ("confidence", "accuracy", "count"):
+        np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-12)
+    curve, direct = drawing._risk_coverage(losses), risk_coverage(probs, labels)
+    np.testing.assert_array_equal(curve.coverage, direct.coverage)
+    np.testing.assert_allclose(curve.risk, direct.risk, atol=1e-12)
+    pooled = Losses.over_cells([losses, losses])
+    np.testing.assert_array_equal(drawing._reliability(pooled).count, 2 * other.count)
