@@ -1,37 +1,38 @@
-"""Common image corruptions at the constants of CIFAR-10-C, on whole batches of bytes.
+"""Common image corruptions at the constants of CIFAR-10-C and ImageNet-C, on whole batches of bytes.
 
 The nineteen corruptions and their five severities are those of Hendrycks & Dietterich 2019
-(https://arxiv.org/abs/1903.12261); the semantics follow the script with which the authors made CIFAR-10-C, which
-works on ``x / 255``, clips to [0, 1], multiplies by 255 and truncates to a byte. The constants are tuned for
-32 x 32 pixels: other sizes work, and are corrupted by the same number of pixels or levels.
+(https://arxiv.org/abs/1903.12261); the semantics follow the scripts with which the authors made CIFAR-10-C and
+ImageNet-C, which work on ``x / 255``, clip to [0, 1], multiply by 255 and truncate to a byte. Where a function does
+otherwise, its docstring says so and docs/corruptions.md why.
 
 The authors drew without a seed, so nothing made here equals the published files, and nothing made here may be
-reported as if it did. What is made here can be made again: a random byte depends only on (seed, corruption, severity,
-index of the image, position in the image), and every sum is taken in a fixed order, so a slice of a batch holds the
-bytes that the whole batch would.
+reported as if it did. What is made here can be made again: a random number depends only on (seed, corruption,
+severity, index of the image, position in the image), and no sum depends on the batch around it, so a slice of a batch
+holds the bytes that the whole batch would.
 
-To add a corruption, write one function ``(images, level, keys) -> images`` named as the protocol names it, and
-register it with its five constants.
+To add a corruption, write one function ``(images, level, keys) -> images`` and add its line to the table.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ensembler.errors import ShapeError, UsageError
-from ensembler.eval.noise import gaussian_table, image_keys, impulse_table, sample, shot_table, speckle_table
+from ensembler.eval.blurs import defocus_blur, gaussian_blur, glass_blur, motion_blur, zoom_blur
+from ensembler.eval.digital import brightness, contrast, pixelate, saturate
+from ensembler.eval.jpeg import jpeg_compression
+from ensembler.eval.noise import gaussian_noise, image_keys, impulse_noise, shot_noise, speckle_noise
+from ensembler.eval.spatter import spatter
+from ensembler.eval.warps import elastic_transform
+from ensembler.eval.weather import fog, frost, snow
 
-__all__ = ["AVAILABLE", "HEADLINE", "SEVERITIES", "VALIDATION", "corrupt"]
+__all__ = ["AVAILABLE", "HEADLINE", "SEVERITIES", "VALIDATION", "Constants", "corrupt", "fingerprint"]
 
 _NOISE = ("gaussian_noise", "shot_noise", "impulse_noise")
 _BLUR = ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur")
@@ -40,13 +41,95 @@ _DIGITAL = ("contrast", "elastic_transform", "pixelate", "jpeg_compression")
 
 HEADLINE: tuple[str, ...] = (*_NOISE, *_BLUR, *_WEATHER, *_DIGITAL)
 VALIDATION: tuple[str, ...] = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+AVAILABLE: tuple[str, ...] = HEADLINE + VALIDATION
 SEVERITIES: tuple[int, ...] = (1, 2, 3, 4, 5)
 
-Corruption = Callable[[Tensor, Any, Tensor], Tensor]
+Constants = Literal["cifar", "imagenet"]
 
-_REGISTRY: dict[str, tuple[Corruption, tuple[Any, ...]]] = {}
-_SMALLEST = 4  # pixels a side: below it a pixelated cell would span more than two pixels
+
+class _Corruption(NamedTuple):
+    """A corruption, and its constants at severities 1 to 5: what they are, each function's docstring says."""
+
+    apply: Callable[[Tensor, Any, Tensor], Tensor]
+    cifar: tuple[Any, ...]
+    imagenet: tuple[Any, ...]
+
+
+_244 = 244 / 224  # the script means 224 pixels and writes 244
+
+# fmt: off
+_TABLE = {
+    "gaussian_noise": _Corruption(gaussian_noise, (.04, .06, .08, .09, .10), (.08, .12, .18, .26, .38)),
+    "shot_noise": _Corruption(shot_noise, (500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),
+    "impulse_noise": _Corruption(impulse_noise, (.01, .02, .03, .05, .07), (.03, .06, .09, .17, .27)),
+    "speckle_noise": _Corruption(speckle_noise, (.06, .1, .12, .16, .2), (.15, .2, .35, .45, .6)),
+    "gaussian_blur": _Corruption(gaussian_blur, (.4, .6, .7, .8, 1), (1, 2, 3, 4, 6)),
+    "defocus_blur": _Corruption(  # radius, smoothing
+        defocus_blur,
+        ((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1)),
+        ((3, .1), (4, .5), (6, .5), (8, .5), (10, .5)),
+    ),
+    "glass_blur": _Corruption(  # sigma, reach, rounds
+        glass_blur,
+        ((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2)),
+        ((.7, 1, 2), (.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
+    ),
+    "motion_blur": _Corruption(  # radius, sigma
+        motion_blur,
+        ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
+        ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
+    ),
+    "zoom_blur": _Corruption(  # stop, step
+        zoom_blur,
+        ((1.06, .01), (1.11, .01), (1.16, .01), (1.21, .01), (1.26, .01)),
+        ((1.11, .01), (1.16, .01), (1.21, .02), (1.26, .02), (1.31, .03)),
+    ),
+    "snow": _Corruption(  # mean, deviation, zoom, threshold, radius, sigma, mix
+        snow,
+        ((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9),
+         (.25, .3, 2.25, .6, 12, 6, .85), (.3, .3, 1.25, .65, 14, 12, .8)),
+        ((.1, .3, 3, .5, 10, 4, .8), (.2, .3, 2, .5, 12, 4, .7), (.55, .3, 4, .9, 12, 8, .7),
+         (.55, .3, 4.5, .85, 12, 8, .65), (.55, .3, 2.5, .85, 12, 12, .55)),
+    ),
+    "frost": _Corruption(  # image's share, frost's share, how much the photographs are shrunk
+        frost,
+        ((1, .2, 5), (1, .3, 5), (.9, .4, 5), (.85, .4, 5), (.75, .45, 5)),
+        ((1, .4, 1), (.8, .6, 1), (.7, .7, 1), (.65, .7, 1), (.6, .75, 1)),
+    ),
+    "fog": _Corruption(  # weight, decay
+        fog,
+        ((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75)),
+        ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
+    ),
+    "spatter": _Corruption(  # mean, deviation, sigma, threshold, strength, mud?
+        spatter,
+        ((.62, .1, .7, .7, .5, False), (.65, .1, .8, .7, .5, False), (.65, .3, 1, .69, .5, False),
+         (.65, .1, .7, .69, .6, True), (.65, .1, .5, .68, .6, True)),
+        ((.65, .3, 4, .69, .6, False), (.65, .3, 3, .68, .6, False), (.65, .3, 2, .68, .5, False),
+         (.65, .3, 1, .65, 1.5, True), (.67, .4, 1, .65, 1.5, True)),
+    ),
+    "brightness": _Corruption(brightness, (.05, .1, .15, .2, .3), (.1, .2, .3, .4, .5)),
+    "contrast": _Corruption(contrast, (.75, .5, .4, .3, .15), (.4, .3, .2, .1, .05)),
+    "saturate": _Corruption(  # factor, shift
+        saturate,
+        ((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2)),
+        ((.3, 0), (.1, 0), (2, 0), (5, .1), (20, .2)),
+    ),
+    "elastic_transform": _Corruption(  # alpha, sigma, jitter, in parts of the smaller side
+        elastic_transform,
+        ((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03)),
+        ((2 * _244, .7 * _244, .1 * _244), (2 * _244, .08 * _244, .2 * _244), (.05 * _244, .01 * _244, .02 * _244),
+         (.07 * _244, .01 * _244, .02 * _244), (.12 * _244, .01 * _244, .02 * _244)),
+    ),
+    "pixelate": _Corruption(pixelate, (.95, .9, .85, .75, .65), (.6, .5, .4, .3, .25)),
+    "jpeg_compression": _Corruption(jpeg_compression, (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
+}
+# fmt: on
+
+_SMALLEST = 4  # pixels a side
+_LARGE = 64  # pixels of the smaller side above which the constants are those of ImageNet-C
 _CHUNK = {"cpu": 2**19, "cuda": 2**25}  # bytes worked on at once: what a core's cache holds, or what fills a GPU
+_LARGER = {"glass_blur": 2, "motion_blur": 64, "snow": 64}  # take many steps for any number of images: larger chunks
 
 
 def corrupt(
@@ -56,6 +139,7 @@ def corrupt(
     *,
     indices: Tensor | Sequence[int] | None = None,
     seed: int = 0,
+    constants: Constants | None = None,
 ) -> Tensor:
     """Corrupt a batch of images.
 
@@ -63,33 +147,69 @@ def corrupt(
         images: (N, H, W, 3) uint8 on any device, H and W at least 4.
         corruption: one of ``AVAILABLE``.
         severity: 1 to 5.
-        indices: (N,) integers, each image's position in the whole test set; 0 to N - 1 by default. Only the noises
-            read them.
+        indices: (N,) integers, each image's position in the whole test set; 0 to N - 1 by default. Only what is drawn
+            at random reads them.
         seed: any integer.
+        constants: those of CIFAR-10-C (``"cifar"``), or of ImageNet-C (``"imagenet"``), which by default are taken
+            where both sides have more than 64 pixels.
 
     Returns:
         (N, H, W, 3) uint8 on the same device; the input is left as it was.
 
     Raises:
-        UsageError: an unknown corruption or severity.
+        UsageError: an unknown corruption, severity or set of constants.
         ShapeError: images or indices of the wrong shape or type.
     """
-    if corruption not in _REGISTRY:
+    if corruption not in _TABLE:
         raise UsageError(f"corruption {corruption!r} is not available here; choose one of {', '.join(AVAILABLE)}")
     if severity not in SEVERITIES or isinstance(severity, bool):
         raise UsageError(f"severity {severity!r} of {corruption} does not exist; choose one of 1, 2, 3, 4, 5")
+    if constants not in (None, "cifar", "imagenet"):
+        raise UsageError(f"constants {constants!r} do not exist; choose 'cifar', 'imagenet' or None")
     _check(images)
     positions = _positions(indices, len(images))
-    apply, levels = _REGISTRY[corruption]
+    found = _TABLE[corruption]
+    large = min(images.shape[1:3]) > _LARGE if constants is None else constants == "imagenet"
+    level = (found.imagenet if large else found.cifar)[severity - 1]
     # Not every accelerator has the float64 and int64 arithmetic that makes the bytes the same everywhere.
     device = images.device if images.device.type in _CHUNK else torch.device("cpu")
     keys = image_keys(f"{seed:d}/{corruption}/{severity:d}", positions.to(device))
     out = torch.empty_like(images, memory_format=torch.contiguous_format)
-    size = max(1, _CHUNK[device.type] // max(1, images[:1].numel()))
-    for start in range(0, len(images), size):
-        part = slice(start, start + size)
-        out[part] = apply(images[part].to(device).contiguous(), levels[severity - 1], keys[part]).to(out.device)
+
+    def work(part: slice) -> None:
+        out[part] = found.apply(images[part].to(device).contiguous(), level, keys[part]).to(out.device)
+
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    size = _CHUNK[device.type] * _LARGER.get(corruption, 1) // max(1, images[:1].numel())
+    size = max(1, min(size, -(-len(images) // threads)))
+    _side_by_side(work, [slice(start, start + size) for start in range(0, len(images), size)], threads)
     return out
+
+
+def _side_by_side(work: Callable[[slice], None], parts: list[slice], threads: int) -> None:
+    """Work on the parts in as many threads: some operations have no threads of their own, others wait for theirs."""
+    if threads == 1 or len(parts) == 1:
+        for part in parts:
+            work(part)
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, parts))
+    finally:
+        torch.set_num_threads(threads)  # the workers set their own number, and with it that of threads yet to start
+
+
+def fingerprint(corruption: str, severity: int, seed: int, shape: tuple[int, int]) -> str:
+    """SHA-256, in hex, of eight fixed images of ``shape`` (H, W) corrupted on the CPU.
+
+    It changes whenever a constant, the code or a library changes what a corruption does to them, and so tells a cache
+    of predictions that the images behind it are no longer those that would be made.
+    """
+    height, width = shape
+    places = torch.arange(8 * height * width * 3).view(8, height, width, 3)
+    probe = ((places * 0x9E3779B1) >> 13 & 0x3F) + (torch.arange(8) * 24).view(8, 1, 1, 1)
+    corrupted = corrupt(probe.to(torch.uint8), corruption, severity, seed=seed)
+    return hashlib.sha256(corrupted.numpy().tobytes()).hexdigest()
 
 
 def _check(images: Tensor) -> None:
@@ -113,227 +233,3 @@ def _positions(indices: Tensor | Sequence[int] | None, count: int) -> Tensor:
             f"indices must be {count} integers, one an image, found {positions.dtype} {tuple(positions.shape)}"
         )
     return positions.to(torch.int64)
-
-
-def _register(*levels: Any) -> Callable[[Corruption], Corruption]:
-    """Make a function available under its own name, with its constants at severities 1 to 5."""
-
-    def keep(function: Corruption) -> Corruption:
-        _REGISTRY[function.__name__] = (function, levels)
-        return function
-
-    return keep
-
-
-# --- noises ---------------------------------------------------------------------------------------------------------
-
-
-@_register(0.04, 0.06, 0.08, 0.09, 0.10)
-def gaussian_noise(images: Tensor, sigma: float, keys: Tensor) -> Tensor:
-    """``x + N(0, sigma)``."""
-    return sample(images, gaussian_table(sigma), keys)
-
-
-@_register(500, 250, 100, 75, 50)
-def shot_noise(images: Tensor, rate: int, keys: Tensor) -> Tensor:
-    """``Poisson(x * rate) / rate``."""
-    return sample(images, shot_table(rate), keys)
-
-
-@_register(0.01, 0.02, 0.03, 0.05, 0.07)
-def impulse_noise(images: Tensor, amount: float, keys: Tensor) -> Tensor:
-    """Salt and pepper: each channel of each pixel becomes 0 or 1 with probability ``amount / 2`` each."""
-    return sample(images, impulse_table(amount), keys)
-
-
-@_register(0.06, 0.1, 0.12, 0.16, 0.2)
-def speckle_noise(images: Tensor, sigma: float, keys: Tensor) -> Tensor:
-    """``x + x * N(0, sigma)``."""
-    return sample(images, speckle_table(sigma), keys)
-
-
-# --- blurs: sums of separable symmetric filters ---------------------------------------------------------------------
-
-Taps = tuple[float, ...]  # half a symmetric filter: the centre's weight, then its neighbours'
-
-
-def _to_bytes(levels: Tensor) -> Tensor:
-    """Truncate float levels as the authors did, in place; what rounding left just under an integer is that integer."""
-    return levels.add_(2.0**-14).clamp_(0, 255).to(torch.int16).to(torch.uint8)
-
-
-def _blur(images: Tensor, filters: Sequence[tuple[Taps, Taps]], border: Callable[[int, int], int]) -> Tensor:
-    """Sum of separable filters, each its (vertical, horizontal) taps; ``border`` maps a place outside to one inside.
-
-    Shifted copies are added in a fixed order, one rounding at a time: a matrix product is no faster for so few taps,
-    and could round a slice otherwise than the whole.
-    """
-    N, H, W, _ = images.shape
-    r = max(len(taps) for pair in filters for taps in pair) - 1
-    wide = images.new_empty(N, H, W + 2 * r, 3, dtype=torch.float32)
-    wide[:, :, r : r + W] = images
-    for column in (*range(r), *range(r + W, W + 2 * r)):
-        wide[:, :, column] = wide[:, :, r + border(column - r, W)]
-    rows = torch.tensor([border(row - r, H) for row in range(H + 2 * r)], device=images.device)
-    total = images.new_zeros(N, H * W * 3, dtype=torch.float32)
-    for vertical, horizontal in filters:
-        across = _convolve(wide.flatten(2), horizontal, r, 3)
-        total += _convolve(across.index_select(1, rows).flatten(1), vertical, r, W * 3)
-    return _to_bytes(total).view(images.shape)
-
-
-def _convolve(padded: Tensor, taps: Taps, r: int, step: int) -> Tensor:
-    """Filter the last axis, which holds r places of ``step`` numbers beyond either end; (..., L + 2 * r * step)."""
-    length = padded.shape[-1] - 2 * r * step
-
-    def shifted(k: int) -> Tensor:
-        return padded.narrow(-1, (r + k) * step, length)
-
-    out = shifted(0) * taps[0]
-    for k, weight in enumerate(taps[1:], start=1):
-        out += (shifted(-k) + shifted(k)).mul_(weight)
-    return out
-
-
-def _nearest(index: int, size: int) -> int:
-    return min(max(index, 0), size - 1)
-
-
-def _reflect_101(index: int, size: int) -> int:
-    """Mirror about the centre of the outermost pixel, which is not repeated; at most size - 1 outside."""
-    return size - 1 - abs(size - 1 - abs(index))
-
-
-@_register(0.4, 0.6, 0.7, 0.8, 1.0)
-def gaussian_blur(images: Tensor, sigma: float, keys: Tensor) -> Tensor:
-    """Gaussian filter cut at 4 sigma, each channel alone; the border's pixels are repeated outside."""
-    weights = np.exp(-0.5 * (np.arange(int(4 * sigma + 0.5) + 1) / sigma) ** 2)
-    taps = tuple((weights / (2 * weights.sum() - weights[0])).tolist())
-    return _blur(images, [(taps, taps)], _nearest)
-
-
-@lru_cache(maxsize=5)
-def _disk(radius: float, alias: float) -> list[tuple[Taps, Taps]]:
-    """The defocus kernel, a disk of pixels smoothed by a 3 x 3 Gaussian, as a sum of separable filters."""
-    grid = np.arange(-8, 9)
-    disk = (grid[:, None] ** 2 + grid[None] ** 2 <= radius**2).astype(np.float64)
-    smooth = np.exp(-0.5 * (np.arange(-1, 2) / alias) ** 2)
-    smooth /= smooth.sum()
-    around: NDArray[np.float64] = np.apply_along_axis(np.convolve, 0, disk / disk.sum(), smooth, "same")
-    kernel = np.apply_along_axis(np.convolve, 1, around, smooth, "same")
-    half = np.where(kernel < 1e-9, 0, kernel)[8:, 8:]  # symmetric; what is lighter moves no byte
-    left, values, right = np.linalg.svd(half[: (half[0] > 0).sum(), : (half[0] > 0).sum()])
-    return [
-        (tuple((left[:, i] * values[i]).tolist()), tuple(right[i].tolist()))
-        for i in range(len(values))
-        if values[i] > 1e-6
-    ]
-
-
-@_register((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))
-def defocus_blur(images: Tensor, level: tuple[float, float], keys: Tensor) -> Tensor:
-    """A disk of (radius, smoothing) in place of every pixel; the border is mirrored."""
-    return _blur(images, _disk(*level), _reflect_101)
-
-
-# --- light and colour -----------------------------------------------------------------------------------------------
-
-
-@_register(0.75, 0.5, 0.4, 0.3, 0.15)
-def contrast(images: Tensor, factor: float, keys: Tensor) -> Tensor:
-    """``(x - mean) * factor + mean`` with each image's and channel's own mean."""
-    N, H, W, _ = images.shape
-    levels = images.view(N, H, W * 3).to(torch.float32)
-    sums = levels.sum(1).to(torch.float64).view(N, W, 3).sum(1)  # of integers: exact in any order
-    offset = (sums * ((1 - factor) / (H * W))).to(torch.float32)
-    levels *= factor
-    levels += offset.repeat(1, W)[:, None]
-    return _to_bytes(levels).view(images.shape)
-
-
-def _extremes(planes: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest and smallest of the three channels of ``planes`` (N, 3, H, W)."""
-    red, green, blue = planes.unbind(1)
-    return torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
-
-
-def _planes(images: Tensor) -> Tensor:
-    return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-
-
-@_register(0.05, 0.1, 0.15, 0.2, 0.3)
-def brightness(images: Tensor, amount: float, keys: Tensor) -> Tensor:
-    """HSV value + amount: at one hue and saturation all three channels grow by the same factor."""
-    planes = _planes(images)
-    value = _extremes(planes)[0]
-    raised = (value + 255 * amount).clamp_(max=255)
-    factor = raised / value.clamp(min=1)
-    levels = raised[:, None] - (value[:, None] - planes).mul_(factor[:, None])
-    return _to_bytes(levels).permute(0, 2, 3, 1)
-
-
-@_register((0.3, 0.0), (0.1, 0.0), (1.5, 0.0), (2.0, 0.1), (2.5, 0.2))
-def saturate(images: Tensor, level: tuple[float, float], keys: Tensor) -> Tensor:
-    """HSV saturation * a + b: at one hue and value every channel's distance from the largest grows by one factor.
-
-    Grey has no hue; by the convention that it is red, ``b > 0`` tints it.
-    """
-    scale, shift = level
-    planes = _planes(images)
-    value, smallest = _extremes(planes)
-    full = value / (value - smallest).clamp_(min=1)  # one over the saturation
-    factor = torch.minimum(full * shift + scale, full)
-    levels = value[:, None] - (value[:, None] - planes).mul_(factor[:, None])
-    if shift > 0:
-        levels[:, 1:] -= (value * shift).mul_(value == smallest)[:, None]
-    return _to_bytes(levels).permute(0, 2, 3, 1)
-
-
-# --- coding ---------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=32)
-def _box_cells(size: int, cells: int) -> Tensor:
-    """For a box filter from ``size`` pixels down to ``cells`` and back: what each pixel takes, (size,) int64.
-
-    An entry below ``size`` is one pixel, an entry ``size + i`` the mean of pixels i and i + 1. A cell takes the
-    pixels whose centres lie inside it, as Pillow's box filter does.
-    """
-    scale = size / cells
-    taken = []
-    for cell in range(cells):
-        centre = (cell + 0.5) * scale
-        inside = [i for i in range(size) if -0.5 < (i - centre + 0.5) / scale <= 0.5]
-        taken.append(inside[0] + size * (len(inside) - 1))
-    return torch.tensor([taken[int((pixel + 0.5) * cells / size)] for pixel in range(size)])
-
-
-@_register(0.95, 0.9, 0.85, 0.75, 0.65)
-def pixelate(images: Tensor, factor: float, keys: Tensor) -> Tensor:
-    """Shrink by a box filter to ``int(factor * size)`` and grow back, as Pillow does: rows first, then columns.
-
-    Each axis is rounded by itself, so images so tall that Pillow begins with the columns differ by a level here.
-    """
-    for axis in (2, 1):
-        size = images.shape[axis]
-        a, b = images.narrow(axis, 0, size - 1), images.narrow(axis, 1, size - 1)
-        means = (a | b) - ((a ^ b) >> 1)  # (a + b + 1) / 2 without leaving the bytes
-        cells = _box_cells(size, int(size * factor)).to(images.device)
-        images = torch.cat((images, means), axis).index_select(axis, cells)
-    return images
-
-
-@_register(80, 65, 58, 50, 40)
-def jpeg_compression(images: Tensor, quality: int, keys: Tensor) -> Tensor:
-    """Pillow's JPEG at this quality, there and back."""
-
-    def recode(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=quality)
-        return np.asarray(Image.open(file))
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return torch.from_numpy(np.stack(list(pool.map(recode, images.cpu().numpy()))))
-
-
-AVAILABLE: tuple[str, ...] = tuple(name for name in HEADLINE + VALIDATION if name in _REGISTRY)

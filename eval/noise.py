@@ -1,4 +1,4 @@
-"""Seeded noise on bytes: random bits that depend on their place alone, and noises that are tables.
+"""Seeded noise: random numbers that depend on their place alone, and the four noises on bytes, which are tables.
 
 A noise acts on every byte alone, and there are only 256 bytes: its law is a table of 256 distributions, from which
 Walker's alias method draws with one look-up a byte.
@@ -13,7 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["gaussian_table", "image_keys", "impulse_table", "mix", "sample", "shot_table", "speckle_table"]
+__all__ = [
+    "below",
+    "branch",
+    "gaussian_noise",
+    "image_keys",
+    "impulse_noise",
+    "mix",
+    "normals",
+    "random_bits",
+    "shot_noise",
+    "speckle_noise",
+    "uniforms",
+]
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
@@ -35,10 +47,38 @@ def image_keys(stream: str, positions: Tensor) -> Tensor:
     return mix(positions * _GOLDEN + int.from_bytes(digest, "little", signed=True))
 
 
-def _random_bits(keys: Tensor, count: int) -> Tensor:
+def branch(keys: Tensor, number: int) -> Tensor:
+    """Keys of a further stream of random numbers of the same images, (N,) int64."""
+    return mix(keys ^ torch.tensor(number, device=keys.device).mul_(_GOLDEN))
+
+
+def random_bits(keys: Tensor, count: int) -> Tensor:
     """32 random bits for each of ``count`` positions in every image, (N, count) int32 over its whole range."""
     words = torch.arange(1, (count + 1) // 2 + 1, device=keys.device) * _GOLDEN
     return mix(keys[:, None] + words).view(torch.int32)[:, :count]
+
+
+def below(keys: Tensor, bounds: Tensor | int, count: int) -> Tensor:
+    """Integers from 0 to ``bounds - 1``, (N, count) int32; bounds up to 2**15, of which each is 2**-16 off at most."""
+    return (random_bits(keys, count) & 0xFFFF).mul_(bounds).bitwise_right_shift_(16)
+
+
+def uniforms(keys: Tensor, count: int) -> Tensor:
+    """Uniform between -1 and 1, the middles of 2**12 equal steps, (N, count) float32; their sums are exact for long."""
+    return (random_bits(keys, count) >> 20).to(torch.float32).add_(0.5).mul_(2.0**-11)
+
+
+@lru_cache(maxsize=4)
+def _normal_quantiles(device: torch.device) -> Tensor:
+    middles = (torch.arange(2**14, dtype=torch.float64) + 0.5) / 2**14
+    return torch.special.ndtri(middles).to(device, torch.float32)
+
+
+def normals(keys: Tensor, count: int) -> Tensor:
+    """Standard normal, one of 2**14 equally probable quantiles and so at most 4.01 away, (N, count) float32."""
+    halves = random_bits(keys, (count + 1) // 2).contiguous().view(torch.int16)[:, :count]
+    quantile = halves.to(torch.int32).bitwise_and_(2**14 - 1)
+    return _normal_quantiles(keys.device).index_select(0, quantile.flatten()).view(quantile.shape)
 
 
 _UNIT = 2**24  # the mass of one column of an alias table
@@ -72,10 +112,10 @@ def _alias_table(cdf: Tensor) -> Tensor:
     return torch.from_numpy(entries.astype(np.int32).ravel())
 
 
-def sample(images: Tensor, table: Tensor, keys: Tensor) -> Tensor:
+def _sample(images: Tensor, table: Tensor, keys: Tensor) -> Tensor:
     """Draw every byte from its law: 8 of its random bits choose a column, 24 choose between the two bytes there."""
     clean = images.flatten(1)
-    bits = _random_bits(keys, clean.shape[1])
+    bits = random_bits(keys, clean.shape[1])
     column = bits & 255
     cells = clean.to(torch.int32).mul_(256).add_(column)
     drawn = table.to(images.device).index_select(0, cells.flatten()).view(cells.shape)
@@ -90,23 +130,20 @@ def _clean_and_next() -> tuple[Tensor, Tensor]:
     return torch.arange(256, dtype=torch.float64)[:, None], torch.arange(1, 256, dtype=torch.float64)[None]
 
 
-@lru_cache(maxsize=5)
-def gaussian_table(sigma: float) -> Tensor:
-    """``x + N(0, sigma)``."""
+@lru_cache(maxsize=10)
+def _gaussian_table(sigma: float) -> Tensor:
     x, above = _clean_and_next()
     return _alias_table(torch.special.ndtr((above - x) / (255 * sigma)))
 
 
-@lru_cache(maxsize=5)
-def speckle_table(sigma: float) -> Tensor:
-    """``x + x * N(0, sigma)``."""
+@lru_cache(maxsize=10)
+def _speckle_table(sigma: float) -> Tensor:
     x, above = _clean_and_next()
     return _alias_table(torch.where(x > 0, torch.special.ndtr((above - x) / (x.clamp(min=1) * sigma)), 1.0))
 
 
-@lru_cache(maxsize=5)
-def shot_table(rate: int) -> Tensor:
-    """``Poisson(x * rate) / rate``."""
+@lru_cache(maxsize=10)
+def _shot_table(rate: int) -> Tensor:
     mean = _clean_and_next()[0] / 255 * rate
     counts = torch.arange(rate + 1, dtype=torch.float64)[None]
     probabilities = torch.exp(torch.special.xlogy(counts, mean) - mean - torch.lgamma(counts + 1))
@@ -115,8 +152,27 @@ def shot_table(rate: int) -> Tensor:
     return _alias_table(probabilities.cumsum(1)[:, torch.from_numpy(most)])
 
 
-@lru_cache(maxsize=5)
-def impulse_table(amount: float) -> Tensor:
-    """0 or 1 with probability ``amount / 2`` each, else ``x``."""
+@lru_cache(maxsize=10)
+def _impulse_table(amount: float) -> Tensor:
     x, above = _clean_and_next()
     return _alias_table((above > x).to(torch.float64) * (1 - amount) + amount / 2)
+
+
+def gaussian_noise(images: Tensor, sigma: float, keys: Tensor) -> Tensor:
+    """``x + N(0, sigma)``."""
+    return _sample(images, _gaussian_table(sigma), keys)
+
+
+def speckle_noise(images: Tensor, sigma: float, keys: Tensor) -> Tensor:
+    """``x + x * N(0, sigma)``."""
+    return _sample(images, _speckle_table(sigma), keys)
+
+
+def shot_noise(images: Tensor, rate: int, keys: Tensor) -> Tensor:
+    """``Poisson(x * rate) / rate``."""
+    return _sample(images, _shot_table(rate), keys)
+
+
+def impulse_noise(images: Tensor, amount: float, keys: Tensor) -> Tensor:
+    """Salt and pepper: each channel of each pixel becomes 0 or 1 with probability ``amount / 2`` each."""
+    return _sample(images, _impulse_table(amount), keys)
