@@ -17,7 +17,7 @@ from ensembler.errors import DataError, DivergedError, ShapeError, UsageError
 
 if TYPE_CHECKING:
     from ensembler.checkpoint import Checkpoint
-    from ensembler.run import Cost, DatasetRecord, Part, Run
+    from ensembler.run import Run
     from ensembler.trainers.checkpoints import Checkpoints
     from ensembler.trainers.session import Session
 
@@ -25,7 +25,6 @@ __all__ = ["app"]
 
 app = typer.Typer()
 
-_LONG = ("path", "paths", "growth", "trials")  # metrics for a picture or a program, not for one line
 _BEGINNING = ("init", "second", "weights")  # options that say what to start from
 
 _option = functools.partial(typer.Option, rich_help_panel="Method")
@@ -484,50 +483,13 @@ def show(
     from rich.table import Table
 
     from ensembler.run import Run, latest
+    from ensembler.trainers.summary import rows
 
     path = run or latest(Path("runs"))
-    manifest = Run.load(path).manifest
-    cost = manifest.cost
     table = Table(title=str(path), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    rows = {
-        "method": manifest.method,
-        "network": f"{manifest.architecture}, {manifest.parameters:,} parameters",
-        "dataset": f"{manifest.dataset.title}, {manifest.dataset.train_examples:,} training images",
-        "classes": _classes(manifest.dataset),
-        "sizes": f"{manifest.vertices} vertices, {manifest.members} members",
-        "cost": _costs(cost),
-        **{f"  {name}": _costs(part) for name, part in cost.parts.items()},
-        **{name: json.dumps(value) for name, value in manifest.metrics.items() if name not in _LONG},
-        "options": json.dumps(manifest.options),
-        "seed": str(manifest.seed),
-        "created": manifest.created,
-        "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
-        "files": ", ".join(manifest.files),
-    }
-    for name, value in rows.items():
+    for name, value in rows(Run.load(path).manifest).items():
         table.add_row(name, value)
     Console(highlight=False).print(table)
-
-
-def _classes(record: "DatasetRecord") -> str:
-    if not record.class_counts:  # a run of before they were recorded
-        return ", ".join(record.classes)
-    pairs = zip(record.classes, record.class_counts, strict=True)
-    return ", ".join(f"{name} ({count:,})" for name, count in pairs)
-
-
-def _costs(cost: "Cost | Part") -> str:
-    from ensembler.run import Cost
-
-    unknown = cost.unknown if isinstance(cost, Cost) else [cost.origin] if cost.origin else []
-    texts = [f"{cost.example_passes:,} example passes", *(f"the unknown ones of {origin}" for origin in unknown)]
-    if cost.forward_passes:
-        texts.append(f"{cost.forward_passes:,} forward passes")
-    if cost.seconds is not None:
-        texts.append(f"{cost.seconds:,.0f} s")
-    if cost.peak_memory is not None:
-        texts.append(f"{cost.peak_memory / 2**30:.2f} GiB at the most")
-    return f"{', '.join(texts)} on {cost.device}"
 
 
 def _number_or_auto(text: str) -> float | Literal["auto"]:
@@ -560,38 +522,11 @@ def _save(run: "Run", path: Path) -> None:
     from rich.console import Console
 
     from ensembler.run import new_path
+    from ensembler.trainers.summary import lines
 
-    manifest = run.manifest
     try:
         run.save(path)
     except UsageError:  # another process took the name meanwhile: what was trained is not thrown away
         typer.echo(f"{path} was taken while this run was trained: it is saved beside it", err=True)
         path = run.save(new_path(path.parent, path.name))
-    cost, test = manifest.cost, manifest.metrics["test"]
-    lines = [
-        f"[bold]{manifest.method}[/] of {manifest.members} members on {manifest.dataset.title}: "
-        f"test accuracy {test['accuracy']:.4f}, NLL {test['nll']:.4f}",
-        f"members: mean accuracy {test['member_accuracy']:.4f}, disagreement "
-        + ("not known of one member" if test["disagreement"] is None else f"{test['disagreement']:.4f}"),
-    ]
-    for simplex in manifest.metrics.get("simplexes", ()):
-        lengths = simplex["edge_lengths"]
-        lines.append(
-            f"{simplex['name']}: log volume {simplex['log_volume']:.2f}, "
-            f"edges {min(lengths):.2f} to {max(lengths):.2f} long"
-        )
-    if "lambda" in manifest.metrics:
-        lines.append(f"lambda: {manifest.metrics['lambda']:g}, chosen in {len(manifest.metrics['trials'])} trials")
-    ways = {"": manifest.metrics["path"]} if "path" in manifest.metrics else {}
-    for between in manifest.metrics.get("paths", ()):
-        ways[f"{between['name']}, "] = {name: way for name, way in between.items() if name != "name"}
-    for prefix, measured in ways.items():
-        for name, way in measured.items():
-            lines.append(
-                f"{prefix}{name}: highest train loss {way['highest_train_loss']:.4f}, highest test error "
-                f"{way['highest_test_error']:.4f}; an end with t = 1/2: error "
-                f"{way['ensemble_error'][len(way['t']) // 2]:.4f}"
-            )
-    lines.append(f"cost: {cost.example_passes:,} example passes, {cost.seconds:.0f} s on {cost.device}")
-    lines.append(f"run: {path}")
-    Console(highlight=False).print("\n".join(lines), soft_wrap=True)
+    Console(highlight=False).print("\n".join([*lines(run.manifest), f"run: {path}"]), soft_wrap=True)

@@ -1,0 +1,81 @@
+"""A run in words: the lines that end its training, and the rows of ``ensembler show``."""
+
+from __future__ import annotations
+
+import json
+
+from ensembler.run import Cost, DatasetRecord, Manifest, Part
+
+__all__ = ["lines", "rows"]
+
+_LONG = ("path", "paths", "growth", "trials")  # metrics for a picture or a program, not for one line
+
+
+def lines(manifest: Manifest) -> list[str]:
+    """What was trained, how good it is, its geometry and its cost, in Rich's markup."""
+    cost, test = manifest.cost, manifest.metrics["test"]
+    found = [
+        f"[bold]{manifest.method}[/] of {manifest.members} members on {manifest.dataset.title}: "
+        f"test accuracy {test['accuracy']:.4f}, NLL {test['nll']:.4f}",
+        f"members: mean accuracy {test['member_accuracy']:.4f}, disagreement "
+        + ("not known of one member" if test["disagreement"] is None else f"{test['disagreement']:.4f}"),
+    ]
+    for simplex in manifest.metrics.get("simplexes", ()):
+        lengths = simplex["edge_lengths"]
+        found.append(
+            f"{simplex['name']}: log volume {simplex['log_volume']:.2f}, "
+            f"edges {min(lengths):.2f} to {max(lengths):.2f} long"
+        )
+    if "lambda" in manifest.metrics:
+        found.append(f"lambda: {manifest.metrics['lambda']:g}, chosen in {len(manifest.metrics['trials'])} trials")
+    ways = {"": manifest.metrics["path"]} if "path" in manifest.metrics else {}
+    for between in manifest.metrics.get("paths", ()):
+        ways[f"{between['name']}, "] = {name: way for name, way in between.items() if name != "name"}
+    for prefix, measured in ways.items():
+        for name, way in measured.items():
+            found.append(
+                f"{prefix}{name}: highest train loss {way['highest_train_loss']:.4f}, highest test error "
+                f"{way['highest_test_error']:.4f}; an end with t = 1/2: error "
+                f"{way['ensemble_error'][len(way['t']) // 2]:.4f}"
+            )
+    found.append(f"cost: {cost.example_passes:,} example passes, {cost.seconds:.0f} s on {cost.device}")
+    return found
+
+
+def rows(manifest: Manifest) -> dict[str, str]:
+    """Everything that a manifest holds and that fits on a line, by its name."""
+    cost = manifest.cost
+    return {
+        "method": manifest.method,
+        "network": f"{manifest.architecture}, {manifest.parameters:,} parameters",
+        "dataset": f"{manifest.dataset.title}, {manifest.dataset.train_examples:,} training images",
+        "classes": _classes(manifest.dataset),
+        "sizes": f"{manifest.vertices} vertices, {manifest.members} members",
+        "cost": _costs(cost),
+        **{f"  {name}": _costs(part) for name, part in cost.parts.items()},
+        **{name: json.dumps(value) for name, value in manifest.metrics.items() if name not in _LONG},
+        "options": json.dumps(manifest.options),
+        "seed": str(manifest.seed),
+        "created": manifest.created,
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+        "files": ", ".join(manifest.files),
+    }
+
+
+def _classes(record: DatasetRecord) -> str:
+    if not record.class_counts:  # a run of before they were recorded
+        return ", ".join(record.classes)
+    pairs = zip(record.classes, record.class_counts, strict=True)
+    return ", ".join(f"{name} ({count:,})" for name, count in pairs)
+
+
+def _costs(cost: Cost | Part) -> str:
+    unknown = cost.unknown if isinstance(cost, Cost) else [cost.origin] if cost.origin else []
+    texts = [f"{cost.example_passes:,} example passes", *(f"the unknown ones of {origin}" for origin in unknown)]
+    if cost.forward_passes:
+        texts.append(f"{cost.forward_passes:,} forward passes")
+    if cost.seconds is not None:
+        texts.append(f"{cost.seconds:,.0f} s")
+    if cost.peak_memory is not None:
+        texts.append(f"{cost.peak_memory / 2**30:.2f} GiB at the most")
+    return f"{', '.join(texts)} on {cost.device}"
