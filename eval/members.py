@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from ensembler import ordering
 from ensembler.errors import ShapeError, UsageError
 from ensembler.eval.comparison import BINS, Spread, losses_of, spread
 from ensembler.eval.metrics import FLOOR, accuracy
@@ -167,8 +168,7 @@ def score_subsets(
 def greedy_order(members_validation: NDArray[np.floating], labels_validation: Labels) -> list[int]:
     """The members in the order that helps most: each next one gives the lowest validation NLL with those before it.
 
-    Forward selection (Caruana et al. 2004, "Ensemble selection from libraries of models"), without replacement. Only
-    the members' probabilities of the labels, (M, B), decide. Of equally good members the first comes first.
+    Only the members' probabilities of the labels decide; see :func:`ensembler.ordering.greedy_order`.
 
     Args:
         members_validation: (M, B, C) probabilities of images held out: never the test images.
@@ -177,16 +177,7 @@ def greedy_order(members_validation: NDArray[np.floating], labels_validation: La
     Raises:
         ShapeError: not probabilities (M, B, C), or labels that do not fit.
     """
-    likely = _label_probabilities(members_validation, labels_validation)
-    total = np.zeros(likely.shape[1])
-    order: list[int] = []
-    left = list(range(len(likely)))
-    while left:
-        losses = [-np.log(np.maximum((total + likely[m]) / (len(order) + 1), FLOOR)).mean() for m in left]
-        best = left.pop(int(np.argmin(losses)))
-        order.append(best)
-        total += likely[best]
-    return order
+    return ordering.greedy_order(_label_probabilities(members_validation, labels_validation))
 
 
 def recommended_members(

@@ -103,10 +103,12 @@ def main() -> None:
         "runs/single",
     )
     step(
-        "4. All three under shift",
-        "eval",
+        "4. All three compared, clean and under shift",
+        "compare",
         "runs/simplex",
         "runs/deep",
+        "runs/single",
+        "--baseline",
         "runs/single",
         "--shift",
         "cifar10c",
@@ -130,7 +132,7 @@ def main() -> None:
         server.wait(30)
     print(f"\nThe whole way took {time.monotonic() - start:.0f} s. Everything lies in {folder}:")
     print("  runs/      the three runs, each a folder of safetensors and a manifest")
-    print("  report/    report.json, severity.png, reliability.png")
+    print("  report/    report.html (open it), report.md, report.csv, report.json and the pictures")
     print("  bundle/    the members as ONNX; serve them again with: ensembler serve bundle")
 
 
