@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ensembler.calibration import FLOOR
 from ensembler.errors import ShapeError
 
 __all__ = ["greedy_order"]
-
-_FLOOR = float(np.finfo(np.float32).tiny)  # the smallest probability that a logarithm is taken of
 
 
 def greedy_order(likelihoods: ArrayLike) -> list[int]:
@@ -34,7 +33,7 @@ def greedy_order(likelihoods: ArrayLike) -> list[int]:
     order: list[int] = []
     left = list(range(len(likely)))
     while left:
-        losses = [-np.log(np.maximum((total + likely[m]) / (len(order) + 1), _FLOOR)).mean() for m in left]
+        losses = [-np.log(np.maximum((total + likely[m]) / (len(order) + 1), FLOOR)).mean() for m in left]
         order.append(left.pop(int(np.argmin(losses))))
         total += likely[order[-1]]
     return order

@@ -85,10 +85,10 @@ def compare(
 ) -> None:
     """Compare runs at their costs: differences with intervals, seeds grouped, deep-ensemble equivalents."""
     from ensembler.errors import UsageError
+    from ensembler.eval.compare import check_names
 
-    if len(runs) < 2:
-        raise UsageError("a comparison takes at least two runs: name another, or use ensembler eval")
     places = [path.resolve() for path in runs]
+    check_names([path.name for path in places])
     if baseline is not None and baseline.resolve() not in places:
         raise UsageError(f"--baseline {baseline} is none of the runs: name it among them, too")
     images = {"shift": shift, "ood": ood or (), "examples": examples, "data": data, "download": download}

@@ -12,7 +12,7 @@ from ensembler.eval.evaluation import Evaluation, Scored
 from ensembler.eval.members import Equivalent, curve, deep_ensemble_equivalent, greedy_order, recommended_members
 from ensembler.eval.report import CellScores, Comparison, MemberCurve, Report, RunDifference
 
-__all__ = ["compare"]
+__all__ = ["check_names", "compare"]
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
@@ -33,11 +33,7 @@ def compare(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Re
     """
     report, runs = found.report, found.runs
     names = [run.name for run in report.runs]
-    if len(runs) < 2:
-        raise UsageError("a comparison takes at least two runs: name another, or use ensembler eval")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UsageError(f"two runs are called {twice}: rename one of their folders to tell them apart")
+    check_names(names)
     if not 0 <= baseline < len(runs):
         raise UsageError(f"the baseline is one of the {len(runs)} runs, not number {baseline + 1}")
     deep = [number for number, run in enumerate(runs) if run.manifest.method == "deep-ensemble"]
@@ -59,6 +55,19 @@ def compare(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Re
         curves=list(measured.values()),
     )
     return report.model_copy(update={"comparison": comparison})
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse what cannot be compared before hours of predicting.
+
+    Raises:
+        UsageError: one run alone, or two of one name.
+    """
+    if len(names) < 2:
+        raise UsageError("a comparison takes at least two runs: name another, or use ensembler eval")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UsageError(f"two runs are called {twice}: rename one of their folders to tell them apart")
 
 
 def _differences(names: Sequence[str], runs: Sequence[Scored], baseline: int, seed: int) -> list[RunDifference]:
