@@ -11,6 +11,8 @@
     ├── DivergedError        training produced a loss or weight that is not finite
     └── ExportError          an exported member that does not reproduce its PyTorch original
 
+The service adds its own, each with the status that it answers: see ``ensembler.serve``.
+
 A message says what was wrong, where, and the mend. The command line prints it on one line without a traceback.
 """
 

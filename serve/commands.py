@@ -1,4 +1,4 @@
-"""``ensembler export`` and ``ensembler serve``."""
+"""``ensembler export``, ``verify``, ``serve``, ``predict`` and ``bento``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ensembler.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ensembler.serve.schemas import BundleManifest
 
 __all__ = ["app"]
 
@@ -26,31 +31,80 @@ def export(
     out: Annotated[
         Path | None, typer.Option(help="The bundle's folder; by default bundles/ and the run's name.")
     ] = None,
+    layout: Annotated[
+        Literal["vertices", "members"] | None,
+        typer.Option(
+            help="vertices: one graph, and the vertices that our runtime makes the members of. members: a "
+            "self-contained file each, for any runtime. (default: vertices where they are fewer)"
+        ),
+    ] = None,
+    members: Annotated[
+        int | None, typer.Option(min=1, help="Sample this many from the simplexes. (default: the run's own)")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampled members.")] = 0,
+    pixels: Annotated[
+        Literal["uint8", "float"],
+        typer.Option("--input", help="What the graphs take: pixels from 0 to 255, or floats from 0 to 1."),
+    ] = "uint8",
+    precision: Annotated[
+        Literal["float32", "float16", "int8"],
+        typer.Option(help="Lower ones are compared with float32 on validation images, and refused where they differ."),
+    ] = "float32",
+    data: Annotated[Path | None, typer.Option(help="Folder of the dataset's files. (default: its usual place)")] = None,
+    no_data: Annotated[bool, typer.Option("--no-data", help="Do not look for the dataset.")] = False,
+    examples: Annotated[int, typer.Option(min=1, help="Validation images to use, at most.")] = 1000,
+    tune: Annotated[bool, typer.Option("--tune", help="Measure how members run fastest on this machine.")] = False,
 ) -> None:
     """Export a run's members to ONNX, each compared with PyTorch."""
     from rich.console import Console
-    from rich.table import Table
 
     from ensembler.run import latest
-    from ensembler.serve.export import TOLERANCE, export_run
+    from ensembler.serve.export import export_run
     from ensembler.serve.schemas import read_bundle
 
+    console = Console()
     run = (run or latest(Path("runs"))).resolve()
     out = out or Path("bundles") / run.name
     started = time.perf_counter()
-    export_run(run, out)
-    seconds = time.perf_counter() - started
-    bundle = read_bundle(out)
-    megabytes = sum((out / graph).stat().st_size for graph in bundle.graphs) / 1e6
-    table = Table(show_header=False, box=None)
-    table.add_row("bundle", str(out))
-    table.add_row("members", f"{bundle.members} x {bundle.architecture} ({bundle.method}, {bundle.dataset})")
-    table.add_row("size", f"{megabytes:.1f} MB, ONNX opset {bundle.opset}")
-    table.add_row(
-        "agreement", f"within {bundle.max_difference:.1e} of PyTorch's probabilities ({TOLERANCE:.0e} allowed)"
+    export_run(
+        run,
+        out,
+        layout=layout,
+        members=members,
+        seed=seed,
+        pixels=pixels,
+        precision=precision,
+        data=data,
+        use_data=not no_data,
+        examples=examples,
+        tune=tune,
+        say=lambda sentence: console.print(sentence, markup=False, highlight=False),
     )
-    table.add_row("time", f"{seconds:.1f} s")
-    table.add_row("next", f"ensembler serve {out}")
+    console.print(_of_bundle(out, read_bundle(out), time.perf_counter() - started))
+
+
+@app.command()
+def verify(bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")]) -> None:
+    """Check every byte of a bundle, run every member, and compare its answers with those that PyTorch gave."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ensembler.serve.verify import verify_bundle
+
+    found = verify_bundle(bundle)
+    manifest = found.manifest
+    largest = max(found.differences)
+    stored = "PyTorch's" if manifest.precision == "float32" else "those at export"
+    answers = f"within {largest:.1e} of {stored} on {found.images} images ({found.allowed:.0e} allowed)"
+    table = Table(show_header=False, box=None)
+    table.add_row("bundle", f"{bundle}, format {manifest.format}")
+    table.add_row("files", f"{len(manifest.files)}, each with the SHA-256 that was written")
+    table.add_row("members", f"{manifest.members}, {manifest.precision}, all run on this machine's {found.device}")
+    table.add_row(
+        "answers", answers if found.images else "not compared: bundles of format 1 hold nothing to compare with"
+    )
+    if found.merged is not None:
+        table.add_row("in one graph", f"within {found.merged:.1e}")
     Console().print(table)
 
 
@@ -59,10 +113,15 @@ def serve(
     bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
     host: Annotated[str, typer.Option(help="The IP address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 3000,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; they share the cores.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; they share the CPUs.")] = 1,
+    members: Annotated[
+        int | None,
+        typer.Option(min=1, help="Open this many; more than the bundle's are made of its vertices. (default: its own)"),
+    ] = None,
 ) -> None:
-    """Serve a bundle over HTTP with BentoML, until Ctrl-C."""
+    """Serve a bundle over HTTP with BentoML, until Ctrl-C; docs/serving.md has the routes and what can be set."""
     from ensembler.serve.schemas import read_bundle
+    from ensembler.serve.settings import Settings
 
     manifest = read_bundle(bundle)
     host = "127.0.0.1" if host == "localhost" else host
@@ -72,14 +131,111 @@ def serve(
         "ENSEMBLER_BUNDLE": str(bundle.resolve()),
         "ENSEMBLER_WORKERS": str(workers),
     }
+    if members is not None:
+        environment["ENSEMBLER_MEMBERS"] = str(members)
+    Settings.read(environment)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    typer.echo(f"{manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it")
+    typer.echo(
+        f"{members or manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it"
+    )
     target = "ensembler.serve.service:PredictiveUncertainty"
     command = [sys.executable, "-m", "bentoml", "serve", target, "--host", host, "--port", str(port)]
     if os.name == "nt":
         raise typer.Exit(subprocess.call(command, env=environment))  # noqa: S603  our own arguments
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # noqa: S606  BentoML itself takes Ctrl-C and SIGTERM
+
+
+@app.command()
+def predict(
+    target: Annotated[str, typer.Argument(metavar="BUNDLE|URL", help="A bundle's folder, or a service's address.")],
+    images: Annotated[list[str], typer.Argument(help="PNG or JPEG files, folders of them, or patterns.")],
+    mode: Annotated[
+        Literal["full", "exact", "confidence"],
+        typer.Option(help="Ask all members; until the class cannot change; or until it is probable enough."),
+    ] = "full",
+    members: Annotated[
+        int | None, typer.Option(min=1, help="Ask no more than these first ones. (default: all)")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(envvar="ENSEMBLER_TOKEN", help="What the service wants; better in the environment.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the service's answer instead of a table.")] = False,
+) -> None:
+    """Say what images show, and how sure that is: asked of a bundle here, or of a service."""
+    import json
+
+    from rich.console import Console
+
+    from ensembler.serve.client import find_images, predict_files, table_of
+
+    answer = predict_files(target, find_images(images), mode=mode, members=members, token=token)
+    if as_json:
+        typer.echo(json.dumps(answer, indent=1))
+        return
+    console = Console()
+    console.print(table_of(answer))
+    model = answer["model"]
+    console.print(
+        f"{model['method']} of {model['members']} x {model['architecture']}, {model['dataset']}; entropies in nats",
+        markup=False,
+        highlight=False,
+        style="dim",
+    )
+
+
+@app.command()
+def bento(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    tag: Annotated[str | None, typer.Option(help="NAME or NAME:VERSION. (default: the run's name)")] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="With the ONNX Runtime that can use one.")] = False,
+) -> None:
+    """Build a Bento from a bundle, ready for a container: without torch, its packages pinned."""
+    from ensembler.serve.bento import build_bento
+
+    built = build_bento(bundle, tag, gpu=gpu)
+    typer.echo(f"bento: {built}")
+    typer.echo(f"try it: bentoml serve {built}")
+    typer.echo(f"as an image: bentoml containerize {built}")
+
+
+def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
+    """What ``export`` says of the bundle that it made."""
+    from rich.table import Table
+
+    from ensembler.serve.verify import TOLERANCE
+
+    table = Table(show_header=False, box=None)
+    table.add_row("bundle", str(out))
+    table.add_row("members", f"{bundle.members} x {bundle.architecture} ({bundle.method}, {bundle.dataset})")
+    megabytes = sum((out / name).stat().st_size for name in bundle.files) / 1e6
+    held = f"{bundle.vertices} vertices" if bundle.layout == "vertices" else "a file for each member"
+    table.add_row("size", f"{megabytes:.1f} MB, {held}, {bundle.precision}, ONNX opset {bundle.opset}")
+    allowed = f" ({TOLERANCE:.0e} allowed)" if bundle.precision == "float32" else ""
+    images = " and ".join(bundle.compared_on)
+    table.add_row("agreement", f"within {bundle.max_difference:.1e} of PyTorch's probabilities on {images}{allowed}")
+    if (check := bundle.precision_check) is not None:
+        ranks = check.rank_correlation
+        kept = "" if ranks is None else f"rank correlation {ranks:.4f} (at least {check.least_rank_correlation}), "
+        table.add_row(
+            bundle.precision,
+            f"on {check.examples} validation images: mutual information's {kept}"
+            f"accuracy drop {check.accuracy_drop:.4f} (at most {check.most_accuracy_drop})",
+        )
+    if (known := bundle.validation) is not None:
+        table.add_row("validation", f"accuracy {known.accuracy:.3f}, NLL {known.nll:.3f} on {known.examples} images")
+    table.add_row(
+        "order", f"by {bundle.ordered_by}: {', '.join(map(str, bundle.order[:8]))}{', ...' * (bundle.members > 8)}"
+    )
+    if (tuning := bundle.tuning) is not None:
+        for batch, winner in tuning.winners.items():
+            times = [f"{row.strategy} {row.seconds * 1e3:.2f} ms" for row in tuning.table if row.batch == batch]
+            table.add_row(f"batch {batch}", f"{winner} ({', '.join(times)})")
+        if tuning.load is not None and tuning.load > 0.5:
+            table.add_row("", f"measured beside others: {tuning.load:.1f} processes wanted a CPU when it began")
+    table.add_row("time", f"{seconds:.1f} s")
+    table.add_row("next", f"ensembler serve {out}")
+    return table
 
 
 def _check_free(host: str, port: int) -> None:

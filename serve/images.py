@@ -1,28 +1,60 @@
-"""From what a caller sends to uint8 images (B, H, W, 3), or one sentence that says what is wrong and how to mend it."""
+"""From what a caller sends to uint8 images (B, H, W, 3), or one sentence that says what is wrong and how to mend it.
+
+Every byte is a stranger's: nothing is unpickled, no address is fetched, and no size is believed before it is checked.
+"""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensembler.errors import ShapeError
 
-__all__ = ["check_images", "images_from_json"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "MAX_PIXELS",
+    "MediaTypeError",
+    "check_images",
+    "fields_from_json",
+    "image_from_file",
+    "images_from_npy",
+    "images_from_raw",
+    "shown",
+]
+
+MAX_PIXELS = 25_000_000
 
 _FORM = 'send {"images": [...]}'
 _RANGE = "send whole numbers from 0 to 255"
+_NPY = "send what numpy.save writes of a uint8 array (batch, H, W, 3), or raw bytes and their X-Shape"
+_NPY_HEADER = 10_000  # bytes; numpy's own limit
+_MODES = {"1", "L", "P", "RGB", "RGBA", "LA", "PA"}  # of Pillow: 8 bits a channel, grey, palette or RGB
 
 
-def images_from_json(body: bytes) -> list[Any]:
-    """The nested lists in a body ``{"images": [...]}``, for :func:`check_images` to check.
+class MediaTypeError(ShapeError):
+    """A body of a kind that is never read: the service answers 415."""
+
+    status = 415
+
+
+def fields_from_json(body: bytes, options: Collection[str] = ()) -> dict[str, Any]:
+    """A body ``{"images": [...]}``, whose nested lists :func:`check_images` is to check.
+
+    Args:
+        body: JSON.
+        options: names of other fields that may stand beside the images, holding anything.
 
     Raises:
-        ShapeError: malformed JSON, or anything but an object with this one field that holds a list.
+        ShapeError: malformed JSON, or anything but an object with these fields, of which ``images`` is a list.
     """
     try:
         content = json.loads(body)
@@ -35,12 +67,109 @@ def images_from_json(body: bytes) -> list[Any]:
         raise ShapeError(f"the body is {_kind(content)}, not an object: {_FORM}")
     if "images" not in content:
         raise ShapeError(f"the body has no field 'images': {_FORM}")
-    if unknown := sorted(set(content) - {"images"}):
-        raise ShapeError(f"the body has an unknown field {_shown(unknown[0])}: {_FORM} and nothing else")
-    images = content["images"]
-    if not isinstance(images, list):
-        raise ShapeError(f"'images' is {_kind(images)}, not a list: {_FORM}")
-    return images
+    if unknown := sorted(set(content) - {"images", *options}):
+        beside = f", and beside it no more than {', '.join(options)}" if options else " and nothing else"
+        raise ShapeError(f"the body has an unknown field {shown(unknown[0])}: {_FORM}{beside}")
+    if not isinstance(content["images"], list):
+        raise ShapeError(f"'images' is {_kind(content['images'])}, not a list: {_FORM}")
+    return content
+
+
+def images_from_npy(body: bytes) -> NDArray[Any]:
+    """The array in a ``.npy`` file, a view of its bytes, for :func:`check_images` to check.
+
+    Raises:
+        MediaTypeError: a pickle, a ``.npz``, or an array of Python objects, which would be one.
+        ShapeError: no such file, or its header promises another number of bytes than follow it.
+    """
+    for start, kind in ((b"\x80", "a pickle"), (b"PK", "an archive")):
+        if body.startswith(start):
+            raise MediaTypeError(f"the body is {kind}: {_NPY}")
+    file = io.BytesIO(body)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(file, max_header_size=_NPY_HEADER)
+    except Exception as error:  # its parser raises whatever it meets
+        raise ShapeError(f"the body is not a .npy file that can be read: {_NPY}") from error
+    if dtype.hasobject:
+        raise MediaTypeError(f"the .npy file holds Python objects, which would have to be unpickled: {_NPY}")
+    if dtype.kind not in "iu":
+        raise ShapeError(f"the .npy file is of type {shown(str(dtype))}: {_NPY}")
+    pixels = _pixels(memoryview(body)[file.tell() :], tuple(shape), dtype)
+    return pixels.reshape(shape, order="F" if fortran else "C")
+
+
+def images_from_raw(body: bytes, shape: str) -> NDArray[Any]:
+    """Raw bytes as the array of a ``X-Shape`` header such as ``"2,32,32,3"``, for :func:`check_images` to check.
+
+    Raises:
+        ShapeError: another header, or it promises another number of bytes than there are.
+    """
+    sizes = [size.strip() for size in shape.split(",")]
+    if not all(size.isascii() and size.isdecimal() and len(size) <= 9 for size in sizes) or len(sizes) > 6:
+        raise ShapeError(f"X-Shape is {shown(shape)}: send whole numbers between commas, such as 2,32,32,3")
+    dimensions = tuple(map(int, sizes))
+    return _pixels(memoryview(body), dimensions, np.dtype(np.uint8)).reshape(dimensions)
+
+
+def _pixels(content: memoryview, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    promised = dtype.itemsize * math.prod(shape)
+    if min(shape, default=0) < 0 or promised != len(content):
+        found, needed = f"{len(content)} bytes of pixels", f"their shape {_size(shape)} needs {_digits(promised)}"
+        raise ShapeError(f"{found}, but {needed}: {_NPY}")
+    if not promised:
+        raise ShapeError(f"the shape {_size(shape)} holds no pixel: send at least one image")
+    return np.frombuffer(content, dtype=dtype)
+
+
+def image_from_file(body: bytes, image_shape: Sequence[int], max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode a PNG or JPEG to (H, W, 3) as training decodes its files: to RGB, by a plain bilinear resize.
+
+    Grey images and palettes become RGB. An opaque alpha channel is dropped. A rotation that a camera noted is not
+    applied, as training does not.
+
+    Args:
+        body: the file's bytes.
+        image_shape: the (H, W, 3) that is expected.
+        max_pixels: the most that are decoded, judged by the file's header.
+
+    Raises:
+        MediaTypeError: neither PNG nor JPEG.
+        ShapeError: it cannot be decoded, has too many pixels, transparent ones, CMYK or more than 8 bits a channel.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(body), formats=("PNG", "JPEG")) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ShapeError(
+                    f"an image of {width} x {height} pixels is more than {max_pixels} pixels: send a smaller one"
+                )
+            if image.mode not in _MODES:
+                raise ShapeError(f"an image of mode {image.mode}: send grey or RGB, 8 bits a channel")
+            _check_opaque(image)
+            rgb = image.convert("RGB")
+            if rgb.size != (image_shape[1], image_shape[0]):
+                rgb = rgb.resize((image_shape[1], image_shape[0]), Image.Resampling.BILINEAR)
+            return np.array(rgb)
+    except (ShapeError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise MediaTypeError("the image is neither PNG nor JPEG: send one of these") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ShapeError(f"an image of more than {max_pixels} pixels: send a smaller one") from error
+    except Exception as error:  # of any kind: the bytes are a stranger's
+        raise ShapeError("the image cannot be decoded: send a whole PNG or JPEG file") from error
+
+
+def _check_opaque(image: Image) -> None:
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return
+    low, _ = image.convert("RGBA").getchannel("A").getextrema()
+    if low != 255:
+        raise ShapeError("an image with transparent pixels, whose colour nobody sees: send it on a background")
 
 
 def check_images(images: object, image_shape: Sequence[int], max_batch: int | None = None) -> NDArray[np.uint8]:
@@ -101,7 +230,7 @@ def _from_list(values: list[Any], shape: tuple[int, ...]) -> NDArray[np.uint8]:
             pass  # no byte holds one of them: it is found and named below
     wrong = next(i for i, value in enumerate(values) if type(value) is not int or not 0 <= value <= 255)
     place = "".join(f"[{axis}]" for axis in np.unravel_index(wrong, shape))
-    raise ShapeError(f"images{place} is {_shown(values[wrong])}: {_RANGE}")
+    raise ShapeError(f"images{place} is {shown(values[wrong])}: {_RANGE}")
 
 
 def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
@@ -117,6 +246,17 @@ def _kind(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A caller's value in a sentence: never long, and never as deep as it came."""
+    if isinstance(value, list | dict):
+        return _kind(value)
     text = json.dumps(value, default=repr)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"({', '.join(_digits(size) for size in shape[:6])}{', ...' if len(shape) > 6 else ''})"
+
+
+def _digits(number: int) -> str:
+    return str(number) if abs(number) < 10**15 else "more than 10^15"

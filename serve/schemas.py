@@ -10,9 +10,35 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ensembler import artefact
 from ensembler.errors import ArtefactError
 
-__all__ = ["FORMAT", "Answer", "BundleManifest", "ImagePrediction", "ModelCard", "Origin", "read_bundle"]
+__all__ = [
+    "FORMAT",
+    "GRAPH",
+    "MERGED",
+    "PROBE",
+    "WEIGHTS",
+    "Answer",
+    "BundleManifest",
+    "ImagePrediction",
+    "ModelCard",
+    "Origin",
+    "PrecisionCheck",
+    "Simplexes",
+    "Strategy",
+    "Timing",
+    "Tuning",
+    "Validation",
+    "read_bundle",
+]
 
-FORMAT = 1
+FORMAT = 2
+_FORMATS = (1, 2)  # all that format 2 added has a default that is true of format 1
+
+GRAPH = "graph.onnx"  # of the layout "vertices": the graph of every member, without weights
+WEIGHTS = "weights.npz"  # of the layout "vertices": see ensembler.serve.weights
+MERGED = "merged.onnx"  # all members in one graph, where a bundle was tuned and one was faster
+PROBE = "probe.npz"  # images, and what every member must answer
+
+Strategy = Literal["sessions", "loop", "merged"]
 
 
 class _Record(BaseModel):
@@ -26,15 +52,111 @@ class Origin(_Record):
     sha256: str
 
 
+class Simplexes(_Record):
+    """How further members can be drawn; see :class:`ensembler.run.Sampling`.
+
+    Attributes:
+        simplexes: of each, the rows of its vertices.
+        concentration: of the Dirichlet distribution.
+        weights: the probability of each simplex; ``None`` shares the members out evenly.
+    """
+
+    simplexes: list[list[int]]
+    concentration: float
+    weights: list[float] | None = None
+
+
+class Validation(_Record):
+    """What the members said of images held out from training, as served: what drift is measured against.
+
+    Attributes:
+        examples: how many.
+        accuracy, nll: of the mean prediction; nats.
+        levels: in [0, 1].
+        predictive_entropy: its quantiles at these levels, in nats.
+        mutual_information: likewise; ``None`` where M = 1.
+    """
+
+    examples: int
+    accuracy: float
+    nll: float
+    levels: list[float]
+    predictive_entropy: list[float]
+    mutual_information: list[float] | None
+
+
+class PrecisionCheck(_Record):
+    """What a lower precision changed, on images held out from training, and what was allowed.
+
+    Attributes:
+        examples: how many.
+        rank_correlation: Spearman's, of the mutual information with float32's; ``None`` where M = 1.
+        least_rank_correlation: the bound that it had to reach.
+        accuracy_drop: float32's accuracy less this one's.
+        most_accuracy_drop: the bound that it could not exceed.
+    """
+
+    examples: int
+    rank_correlation: float | None
+    least_rank_correlation: float
+    accuracy_drop: float
+    most_accuracy_drop: float
+
+
+class Timing(_Record):
+    """The seconds that one way of running all members took for one batch: the lower quartile of ``repeats``."""
+
+    batch: int
+    strategy: Strategy
+    seconds: float
+    repeats: int
+
+
+class Tuning(_Record):
+    """Which way of running the members was the fastest, where.
+
+    Attributes:
+        machine: in words.
+        cpus: how many it lent; elsewhere the winners mean nothing.
+        load: how many processes wanted a CPU when it began; ``None`` where the system does not tell. Well above 0,
+            the measurement was not alone.
+        device: "cpu" or "cuda".
+        members: M.
+        winners: batch size to the fastest strategy.
+        table: everything that was measured.
+    """
+
+    machine: str
+    cpus: int
+    load: float | None
+    device: str
+    members: int
+    winners: dict[int, Strategy]
+    table: list[Timing]
+
+
 class BundleManifest(_Record):
     """Everything about a bundle but its graphs.
 
     Attributes:
         dataset: the title of what the members were trained on.
-        image_shape: [H, W, 3] of the uint8 images that the graphs take.
-        graphs: one ONNX file for each member, in order.
+        image_shape: [H, W, 3] of the images that the graphs take.
+        members: M.
+        layout: ``"members"``: an ONNX file for each member, which any runtime can use alone; ``"vertices"``: one graph
+            without weights, the K vertices, and what each member needs to be made of them.
+        graphs: in the layout ``"members"``, the file of each; else the one graph.
+        input: ``"uint8"``: pixels from 0 to 255; ``"float"``: float32 from 0 to 1. Both (B, H, W, 3).
+        precision: of weights and activations.
+        precision_check: what it changed; ``None`` for float32.
+        order: the members in the order in which they are asked; ``ordered_by`` says why.
+        vertices: K, as trained.
+        sampling: how the layout ``"vertices"`` draws further members; ``None`` where there are none to draw.
         training_cost: the run's, as its manifest has it.
         max_difference: the largest difference from PyTorch of any probability, over all members, as exported.
+        compared_on: the images of that comparison.
+        validation: ``None`` where no held-out image was at hand.
+        tuning: ``None`` where nothing was measured.
+        calibration: the file of the run's calibration, whose members these are; ``None`` where there is none.
     """
 
     kind: Literal["bundle"] = "bundle"
@@ -45,12 +167,24 @@ class BundleManifest(_Record):
     classes: list[str]
     image_shape: list[int]
     members: int
+    layout: Literal["members", "vertices"] = "members"
     graphs: list[str]
+    input: Literal["uint8", "float"] = "uint8"
+    precision: Literal["float32", "float16", "int8"] = "float32"
+    precision_check: PrecisionCheck | None = None
+    order: list[int] = []
+    ordered_by: Literal["the run", "validation NLL"] = "the run"
+    vertices: int | None = None
+    sampling: Simplexes | None = None
     parameters: int
     training_cost: dict[str, Any]
     run: Origin
     opset: int
     max_difference: float
+    compared_on: list[str] = []
+    validation: Validation | None = None
+    tuning: Tuning | None = None
+    calibration: str | None = None
     created: str
     versions: dict[str, str]
     files: dict[str, str] = {}
@@ -63,15 +197,22 @@ def read_bundle(bundle: Path) -> BundleManifest:
         ArtefactError: no bundle there, or of a format that this version cannot read.
         CorruptError: a file is missing or changed; it is named.
     """
-    content = artefact.read(bundle, "bundle", formats=(FORMAT,))
+    content = artefact.read(bundle, "bundle", formats=_FORMATS)
     try:
         manifest = BundleManifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArtefactError(f"{bundle} has an unusable manifest ({where}: {first['msg']}): export it again") from error
-    if len(manifest.graphs) != manifest.members or not set(manifest.graphs) <= set(manifest.files):
+    manifest.order = manifest.order or list(range(manifest.members))
+    needed = [*manifest.graphs, *([WEIGHTS] if manifest.layout == "vertices" else [])]
+    needed += [manifest.calibration] if manifest.calibration else []
+    if missing := sorted(set(needed) - set(manifest.files)):
+        raise ArtefactError(f"{bundle} does not hold its {missing[0]}: export it again")
+    if len(manifest.graphs) != (manifest.members if manifest.layout == "members" else 1):
         raise ArtefactError(f"{bundle} does not hold one graph for each of its members: export it again")
+    if sorted(manifest.order) != list(range(manifest.members)):
+        raise ArtefactError(f"{bundle} does not ask each of its members once (order): export it again")
     return manifest
 
 
@@ -86,22 +227,52 @@ class ModelCard(_Record):
 
 
 class ImagePrediction(_Record):
-    """One image's prediction and its uncertainty, entropies in nats; null means "one member cannot say", not zero."""
+    """One image's prediction and its uncertainty: the outputs that the caller chose.
+
+    Attributes:
+        class_index: of the largest probability, under the name ``class``.
+        label: that class's name.
+        probabilities: (C,) the mean of the members'; ``mean`` is the same under another name.
+        members: (members_used, C) each member's own, in the order in which they are asked.
+        predictive_entropy, expected_entropy: nats, in [0, log C].
+        mutual_information: nats; null means "one member cannot say", not zero. So does a null disagreement.
+        disagreement: share of the pairs of members whose classes differ.
+        members_used: how many members were asked.
+        partial: whether these were fewer than all, so that no number here compares with one of all members; left out
+            where all were to be asked.
+        calibrated: (C,) the calibrated probabilities.
+        prediction_set: names of the classes that hold the true one with probability 1 - alpha, on average over images
+            like those of the validation split.
+        abstain: whether the image is better given to somebody else.
+    """
 
     model_config = ConfigDict(serialize_by_alias=True, populate_by_name=True)
 
-    class_index: int = Field(alias="class")
-    label: str
-    probabilities: list[float]
-    predictive_entropy: float
-    expected_entropy: float
-    mutual_information: float | None
-    disagreement: float | None
-    members_used: int
+    class_index: int | None = Field(None, alias="class")
+    label: str | None = None
+    probabilities: list[float] | None = None
+    mean: list[float] | None = None
+    members: list[list[float]] | None = None
+    predictive_entropy: float | None = None
+    expected_entropy: float | None = None
+    mutual_information: float | None = None
+    disagreement: float | None = None
+    members_used: int | None = None
+    partial: bool | None = None
+    calibrated: list[float] | None = None
+    prediction_set: list[str] | None = None
+    abstain: bool | None = None
 
 
 class Answer(_Record):
-    """What ``POST /predictive-uncertainty`` returns: a prediction for each image, in order."""
+    """A prediction for each image, in order.
+
+    Attributes:
+        calibration_id: SHA-256 of the bundle's calibration, where an output needed it.
+        alpha: of the prediction sets, where they were wanted.
+    """
 
     model: ModelCard
     predictions: list[ImagePrediction]
+    calibration_id: str | None = None
+    alpha: float | None = None

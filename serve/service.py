@@ -1,17 +1,12 @@
-"""The BentoML service: ``POST /predictive-uncertainty`` over one bundle.
+"""The BentoML service over one bundle: what it answers is in docs/serving.md, what can be set in `settings.py`.
 
 Start it with ``ensembler serve BUNDLE``, or by hand from any folder::
 
     ENSEMBLER_BUNDLE=bundles/NAME bentoml serve ensembler.serve.service:PredictiveUncertainty
 
-=======================  ===================================================================  =========
-``ENSEMBLER_BUNDLE``     the bundle's folder                                                  required
-``ENSEMBLER_MAX_BATCH``  the most images in one request                                       1024
-``ENSEMBLER_MAX_BODY``   the most bytes in one request's body                                 32 MiB
-``ENSEMBLER_WORKERS``    processes; each opens the bundle and takes its share of the cores    1
-=======================  ===================================================================  =========
-
-A request that cannot be honoured is answered 400 with ``{"error": "one sentence"}``.
+The way of a request: :class:`~ensembler.serve.limits.Gate` lets it in, :mod:`~ensembler.serve.images` and
+:mod:`~ensembler.serve.options` read it, :class:`~ensembler.serve.batcher.Batcher` has it predicted together with those
+that wait beside it, :mod:`~ensembler.serve.answers` writes what was asked for.
 """
 
 # BentoML ships no types.
@@ -20,184 +15,300 @@ A request that cannot be honoured is answered 400 with ``{"error": "one sentence
 from __future__ import annotations
 
 import asyncio
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+import logging
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import bentoml
 import numpy as np
 from bentoml.exceptions import BentoMLException
+from numpy.typing import NDArray
 from pydantic import Field
-from starlette.responses import JSONResponse, Response
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
 
 from ensembler.errors import EnsemblerError, ShapeError, UsageError
-from ensembler.serve.images import check_images, images_from_json
-from ensembler.serve.runtime import Prediction, Runtime, available_cpus
-from ensembler.serve.schemas import Answer, ImagePrediction, ModelCard, read_bundle
+from ensembler.serve import answers, images, openapi, page
+from ensembler.serve.adaptive import Mode
+from ensembler.serve.batcher import Answered, Batcher, Columns
+from ensembler.serve.limits import BINARY, IMAGE, JSON, Gate, refusal
+from ensembler.serve.metrics import Metrics
+from ensembler.serve.options import Options, options_from_query, read_options
+from ensembler.serve.runtime import Runtime, available_cpus
+from ensembler.serve.schemas import Answer, read_bundle
+from ensembler.serve.settings import Settings, whole_number
 
 if TYPE_CHECKING:
-    from starlette.requests import Request
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from collections.abc import Hashable
 
-__all__ = ["BodyLimit", "PredictiveUncertainty"]
+__all__ = ["PredictiveUncertainty"]
 
-
-def _bundle() -> Path:
-    bundle = os.environ.get("ENSEMBLER_BUNDLE")
-    if not bundle:
-        raise UsageError("no bundle to serve: set ENSEMBLER_BUNDLE to its folder, or start with ensembler serve BUNDLE")
-    return Path(bundle)
-
-
-def _setting(name: str, default: int) -> int:
-    text = os.environ.get(name) or str(default)
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"{name} must be a whole number from 1 up, not {text!r}")
-    return int(text)
-
-
-def _max_batch() -> int:
-    return _setting("ENSEMBLER_MAX_BATCH", 1024)
-
-
-_WORKERS = _setting("ENSEMBLER_WORKERS", 1)
-
-
-class _Body(bytes):
-    """A request's body as it came, which sets a caller over HTTP apart from one in Python."""
+_BYTES = 32 * 1024  # of JSON, and
+_NUMBERS = 4 * 1024  # to write as JSON: more would hold others up for longer than a change of threads takes
+_WORKERS = whole_number("ENSEMBLER_WORKERS", 1)
+_TIMEOUT = (whole_number("ENSEMBLER_DEADLINE_MS", 30_000) + whole_number("ENSEMBLER_BODY_MS", 30_000)) / 1000 + 5
 
 
 class Batch(bentoml.IODescriptor):
-    """A batch of images, as JSON: ``{"images": [...]}``."""
+    """A batch of images and what to tell of them, as JSON: ``{"images": [...]}``."""
 
     images: np.ndarray = Field(
         description="(B, H, W, 3): images as rows of pixels of [red, green, blue], whole numbers from 0 to 255"
     )
+    outputs: list[str] | None = Field(None, description="what to answer; by default all but the members")
+    mode: str | None = Field(None, description="full, exact or confidence")
+    members: int | None = Field(None, description="ask no more than these first ones")
+    level: float | None = Field(None, description="of the mode confidence")
+    alpha: float | None = Field(None, description="1 - alpha is the coverage of the prediction sets")
 
     @classmethod
     async def from_http_request(cls, request: Request, serde: Any) -> Self:
         # BentoML's own reading would take NaN, log a stack trace for every bad request and answer it with a list of
-        # pydantic's errors. Ours happens in the thread that predicts.
-        batch: Self = cls.model_construct(images=_Body(await request.body()))
+        # pydantic's errors.
+        batch: Self = cls.model_construct(images=request)
         return batch
 
 
-@bentoml.service(workers=_WORKERS, traffic={"timeout": 60})
+_logger = logging.getLogger("bentoml.ensembler")
+
+T = TypeVar("T")
+Read = tuple[NDArray[np.generic], Options]
+
+
+# Tracing costs 0.3 ms a request even where nobody collects its spans, as by default.
+@bentoml.service(workers=_WORKERS, traffic={"timeout": _TIMEOUT}, tracing={"excluded_urls": JSON})
 class PredictiveUncertainty:
     """Predicts images with an ensemble, and says how sure it is of each."""
 
     def __init__(self) -> None:
-        self.runtime = Runtime.load(_bundle(), threads=max(1, available_cpus() // _WORKERS))
-        self.max_batch = _max_batch()
+        self.settings = Settings.read()
+        threads = max(1, available_cpus() // self.settings.workers)
+        self.runtime = Runtime.load(self.settings.bundle, threads, members=self.settings.members)
+        manifest = self.runtime.manifest
+        self.metrics = Metrics(manifest.validation, self.runtime.members, len(manifest.classes))
+        self.batcher = Batcher(
+            self._predict,
+            max_batch=self.settings.run_batch,
+            max_queue=self.settings.max_queue,
+            watch=self._watch,
+        )
+        self._readers = {JSON: self._from_json, BINARY: self._from_bytes, IMAGE: self._from_files}
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="ensembler-read")
 
     @bentoml.on_deployment
     @staticmethod
     def verify() -> None:
         """Runs once, before any worker: what is wrong stops the server instead of restarting its workers for ever."""
         try:
-            read_bundle(_bundle())
-            _max_batch()
+            read_bundle(Settings.read().bundle)
         except EnsemblerError as error:
             raise BentoMLException(str(error)) from error
 
     @bentoml.on_startup
     def warm_up(self) -> None:
-        self.runtime.warm_up()
+        runtime = self.runtime
+        runtime.warm_up()
+        _logger.info(
+            "%d members on %s, %d at a time, %.0f MiB of memory",
+            runtime.members,
+            runtime.device,
+            runtime.threads,
+            runtime.memory / 2**20,
+        )
 
     @bentoml.on_shutdown
     def close(self) -> None:
+        self.batcher.close()
+        self._threads.shutdown()
         self.runtime.close()
 
     async def __is_ready__(self) -> bool:
         return self.runtime.ready
 
-    @bentoml.api(route="/predictive-uncertainty", input_spec=Batch, output_spec=Answer)
-    async def predictive_uncertainty(self, images: Any) -> Answer | Response:
+    @bentoml.api(route=JSON, input_spec=Batch, output_spec=Answer)
+    async def predictive_uncertainty(
+        self,
+        images: Any,
+        outputs: list[str] | None = None,
+        mode: str | None = None,
+        members: int | None = None,
+        level: float | None = None,
+        alpha: float | None = None,
+    ) -> Answer | Response:
         """Predict a batch of images.
 
         Args:
             images: (B, H, W, 3), whole numbers from 0 to 255: red, green and blue of each pixel.
+            outputs, mode, members, level, alpha: see :mod:`ensembler.serve.options`.
         """
+        if isinstance(images, Request):
+            return await self.respond(images)
+        chosen = {"outputs": outputs, "mode": mode, "members": members, "level": level, "alpha": alpha}
+        options = self._options(chosen)
+        answered = await self._ask(self._check(images), options, math.inf)
+        columns = answers.with_outputs(answered.columns, options, self.runtime)
+        return Answer.model_validate(answers.content(columns, options, self.runtime))
+
+    def metadata(self) -> dict[str, Any]:
+        """The model card, and this server's limits."""
+        names = ("workers", "max_batch", "run_batch", "max_queue", "max_requests", "max_body", "max_pixels")
+        settings = {name: getattr(self.settings, name) for name in names}
+        return answers.metadata(self.runtime, settings | {"deadline_ms": round(self.settings.deadline * 1000)})
+
+    async def respond(self, request: Request) -> Response:
+        """The way of every request, once its body has come."""
         try:
-            return await asyncio.to_thread(self._answer, images)
-        except ShapeError as error:
-            if isinstance(images, _Body):
-                return _refusal(error)
-            raise
+            arrived, received = (request.scope.get(f"ensembler.{name}", monotonic()) for name in ("arrived", "read"))
+            deadline = arrived + _patience(request, self.settings.deadline)
+            batch, options = await self._readers[request.url.path](request)
+            as_npy = _wants_npy(request)
+            read = monotonic()
+            answered = await self._ask(batch, options, deadline)
+            predicted = monotonic()
+            large = not as_npy and len(batch) * len(self.runtime.manifest.classes) > _NUMBERS
+            content = await self._call(large, self._write, answered.columns, options, as_npy)
+        except EnsemblerError as error:
+            return refusal(error)
+        stages = {
+            "read": read - received,
+            "queue": answered.queued,
+            "predict": answered.predicted,
+            "write": monotonic() - predicted,
+        }
+        for stage, seconds in stages.items():
+            self.metrics.stage(stage, seconds)
+        headers = {
+            "X-Batch-Size": str(answered.batch),
+            "Server-Timing": ", ".join(f"{stage};dur={1000 * seconds:.2f}" for stage, seconds in stages.items()),
+        }
+        return Response(content, media_type="application/x-npy" if as_npy else "application/json", headers=headers)
 
-    def _answer(self, images: Any) -> Answer:
-        if isinstance(images, _Body):
-            images = images_from_json(images)
-        checked = check_images(images, self.runtime.manifest.image_shape, self.max_batch)
-        return _as_answer(self.runtime, self.runtime.predict(checked))
+    async def _ask(self, batch: NDArray[np.generic], options: Options, deadline: float) -> Answered:
+        return await self.batcher.submit(batch, (options.mode, options.members, options.level), deadline)
+
+    def _predict(self, batch: NDArray[np.generic], key: Hashable) -> Columns:
+        mode, members, level = cast(tuple[Mode, int | None, float], key)
+        return answers.as_columns(self.runtime.predict(batch, mode, members=members, level=level))
+
+    def _write(self, columns: Columns, options: Options, as_npy: bool) -> bytes:
+        columns = answers.with_outputs(columns, options, self.runtime)
+        whole = options.mode == "full" and options.members in (None, self.runtime.members)
+        self.metrics.answer(columns, whole)
+        return answers.as_npy(columns, options) if as_npy else answers.as_json(columns, options, self.runtime)
+
+    def _watch(self, count: int) -> None:
+        self.metrics.batch(count)
+        self.metrics.waiting(self.batcher.waiting)
+
+    async def _from_json(self, request: Request) -> Read:
+        body = await request.body()
+        if request.query_params:
+            raise UsageError("this route takes its options in the body: put them beside images")
+
+        def read() -> Read:
+            fields = images.fields_from_json(body, Options.fields)
+            batch = fields.pop("images")
+            return self._check(batch), self._options(fields)
+
+        return await self._call(len(body) > _BYTES, read)
+
+    async def _from_bytes(self, request: Request) -> Read:
+        body = await request.body()
+        shape = request.headers.get("x-shape")
+        batch = images.images_from_npy(body) if shape is None else images.images_from_raw(body, shape)
+        return self._check(batch), self._options(options_from_query(request.query_params))
+
+    async def _from_files(self, request: Request) -> Read:
+        options = self._options(options_from_query(request.query_params))
+        files = await _files(request, self.settings.max_batch)
+
+        def read() -> Read:
+            pictures = []
+            for number, file in enumerate(files, start=1):
+                try:
+                    picture = images.image_from_file(file, self.runtime.manifest.image_shape, self.settings.max_pixels)
+                except ShapeError as error:
+                    where = f"file {number} of {len(files)}: " if len(files) > 1 else ""
+                    raise type(error)(f"{where}{error}") from error
+                pictures.append(picture)
+            return np.stack(pictures), options
+
+        return await self._call(True, read)
+
+    def _check(self, batch: object) -> NDArray[np.uint8]:
+        return images.check_images(batch, self.runtime.manifest.image_shape, self.settings.max_batch)
+
+    def _options(self, chosen: dict[str, Any]) -> Options:
+        return read_options(chosen, self.runtime.members, self.runtime.calibration)
+
+    async def _call(self, aside: bool, function: Callable[..., T], *arguments: Any) -> T:
+        """Call a function here, or in a thread where it would hold others up."""
+        if not aside:
+            return function(*arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
 
-def _as_answer(runtime: Runtime, prediction: Prediction) -> Answer:
-    manifest = runtime.manifest
-    information, disagreement = prediction.mutual_information, prediction.disagreement
-    unknown = [None] * len(prediction.labels)
-    columns: dict[str, list[Any]] = {
-        "class_index": prediction.classes.tolist(),
-        "label": prediction.labels,
-        "probabilities": prediction.probabilities.tolist(),
-        "predictive_entropy": prediction.predictive_entropy.tolist(),
-        "expected_entropy": prediction.expected_entropy.tolist(),
-        "mutual_information": unknown if information is None else information.tolist(),
-        "disagreement": unknown if disagreement is None else disagreement.tolist(),
-        "members_used": [prediction.members_used] * len(prediction.labels),
-    }
-    return Answer(
-        model=ModelCard(
-            method=manifest.method,
-            architecture=manifest.architecture,
-            dataset=manifest.dataset,
-            members=runtime.members,
-            bundle=runtime.sha256,
-        ),
-        predictions=[
-            ImagePrediction(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)
-        ],
-    )
+async def _files(request: Request, most: int) -> list[bytes]:
+    """The body itself, or the files of a form."""
+    body = await request.body()
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        return [body]
+    try:
+        async with request.form(max_files=most, max_fields=0) as form:
+            files = [await part.read() for _, part in form.multi_items() if not isinstance(part, str)]
+    except Exception as error:  # its parser raises whatever it meets
+        raise ShapeError(f"the form cannot be read: send nothing but files, {most} at most") from error
+    if not files:
+        raise ShapeError("the form holds no file: send at least one image")
+    return files
 
 
-class BodyLimit:
-    """ASGI middleware: refuses bodies over ``limit`` bytes; BentoML would take any.
-
-    What is over is read and dropped, so that a caller that sends all before it listens still gets the answer.
-    """
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app = app
-        self.limit = limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        chunks, size, more = [], 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunk, more = message.get("body", b""), message.get("more_body", False)
-            size += len(chunk)
-            if size <= self.limit:
-                chunks.append(chunk)
-        if size > self.limit:
-            error = UsageError(f"the body has {size} bytes, more than {self.limit}: send fewer images at a time")
-            return await _refusal(error)(scope, receive, send)
-        body: list[Message] = [{"type": "http.request", "body": b"".join(chunks), "more_body": False}]
-        chunks.clear()
-
-        async def replay() -> Message:
-            return body.pop() if body else await receive()
-
-        return await self.app(scope, replay, send)
+def _patience(request: Request, most: float) -> float:
+    """Seconds that a caller gives us."""
+    text = request.headers.get("x-deadline-ms")
+    if text is None:
+        return most
+    if not (text.isascii() and text.isdecimal() and len(text) <= 9):
+        raise UsageError("X-Deadline-Ms must be a whole number of milliseconds, such as 500")
+    return min(most, int(text) / 1000)
 
 
-PredictiveUncertainty.add_asgi_middleware(  # type: ignore[attr-defined]  # a Service, by now
-    BodyLimit, limit=_setting("ENSEMBLER_MAX_BODY", 32 * 2**20)
-)
+def _wants_npy(request: Request) -> bool:
+    kinds = [kind.split(";")[0].strip().lower() for kind in request.headers.get("accept", "").split(",")]
+    return "application/x-npy" in kinds or "application/octet-stream" in kinds
 
 
-def _refusal(error: Exception) -> JSONResponse:
-    return JSONResponse({"error": str(error)}, status_code=400)
+async def _predict(request: Request) -> Response:
+    response: Response = await bentoml.get_current_service().respond(request)
+    return response
+
+
+async def _metadata(request: Request) -> Response:
+    return JSONResponse(bentoml.get_current_service().metadata())
+
+
+async def _openapi(request: Request) -> Response:
+    service = bentoml.get_current_service()
+    return JSONResponse(openapi.document(service.runtime.manifest, service.settings.token is not None))
+
+
+async def _to_page(request: Request) -> Response:
+    return RedirectResponse(page.PAGE)
+
+
+# BentoML's routes can only be posted to, and describe themselves as it would have them: these stand before its own.
+_routes = [
+    Route(BINARY, _predict, methods=["POST"]),
+    Route(IMAGE, _predict, methods=["POST"]),
+    Route("/metadata", _metadata),
+    Route("/docs.json", _openapi),
+    Route("/", _to_page),  # BentoML's own page there loads scripts from elsewhere
+    *page.ROUTES,
+]
+PredictiveUncertainty.mount_asgi_app(Starlette(routes=_routes))  # type: ignore[attr-defined]  # a Service, by now
+PredictiveUncertainty.add_asgi_middleware(Gate)  # type: ignore[attr-defined]

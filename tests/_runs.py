@@ -10,7 +10,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from ensembler import architectures, artefact
-from ensembler.run import Cost, DatasetRecord, Manifest, Run
+from ensembler.datasets import Dataset
+from ensembler.run import Cost, DatasetRecord, Manifest, Run, Sampling
 from ensembler.serve.schemas import BundleManifest, Origin
 from ensembler.weights import FlatWeights
 
@@ -19,22 +20,30 @@ SHAPE = [32, 32, 3]
 TINY = [4, 6, 3]
 
 
-def make_run(path: Path, architecture: str = "cnn", members: int = 3) -> Path:
+def make_run(
+    path: Path,
+    architecture: str = "cnn",
+    members: int = 3,
+    dataset: Dataset | None = None,
+    sampling: Sampling | None = None,
+) -> Path:
     """A run whose members are far apart: three random vertices, and other buffers for each member.
 
-    Members 0 and 1 have the same coefficients, so that only their buffers, if any, tell them apart.
+    Members 0 and 1 have the same coefficients, so that only their buffers, if any, tell them apart. Of ``dataset``
+    or of images of ``SHAPE`` that are nowhere.
     """
+    classes = CLASSES if dataset is None else dataset.classes
     generator = torch.Generator().manual_seed(0)
     vertices = []
     for seed in range(3):
-        weights = FlatWeights(architectures.build(architecture, len(CLASSES), seed))
+        weights = FlatWeights(architectures.build(architecture, len(classes), seed))
         head = next(p for p in reversed(list(weights.module.parameters())) if p.dim() == 2)
         head.data.mul_(3)  # the initial head is nearly silent: speak up, or any two members would agree
         vertices.append(weights.vector)
     coefficients = torch.softmax(2 * torch.randn(members, 3, generator=generator), dim=1)
     coefficients[1:2] = coefficients[0]
     buffers = {name: _random_rows(buffer, members, generator) for name, buffer in weights.buffers().items()}
-    record = DatasetRecord(
+    nowhere = DatasetRecord(
         name="none",
         title="made by hand",
         classes=CLASSES,
@@ -49,12 +58,12 @@ def make_run(path: Path, architecture: str = "cnn", members: int = 3) -> Path:
     manifest = Manifest(
         method="spro-simplex",
         architecture=architecture,
-        dataset=record,
+        dataset=nowhere if dataset is None else DatasetRecord.of(dataset),
         seed=0,
         vertices=3,
         members=members,
         parameters=len(weights),
-        sampling=None,
+        sampling=sampling,
         options={},
         cost=Cost(parts={}, example_passes=1000, forward_passes=0, seconds=1.0, peak_memory=None, device="cpu"),
         metrics={},
@@ -75,8 +84,15 @@ def tiny_weights(members: int) -> np.ndarray:
     return np.random.default_rng(0).normal(0, 0.02, (members, 3, len(CLASSES))).astype(np.float32)
 
 
-def make_bundle(path: Path, members: int = 3) -> Path:
+def agreeing_weights(members: int) -> np.ndarray:
+    """(M, 3, C) of members that mostly agree, so that not all need be asked."""
+    common = np.random.default_rng(1).normal(0, 0.05, (3, len(CLASSES)))
+    return (common + tiny_weights(members) / 2).astype(np.float32)
+
+
+def make_bundle(path: Path, members: int = 3, weights: np.ndarray | None = None) -> Path:
     """A bundle of linear classifiers of the mean colour of 4 x 6 images: its answers can be worked out by hand."""
+    weights = tiny_weights(members) if weights is None else weights
     graphs = [f"member-{member:03d}.onnx" for member in range(members)]
     manifest = BundleManifest(
         method="deep-ensemble",
@@ -95,8 +111,8 @@ def make_bundle(path: Path, members: int = 3) -> Path:
         versions={},
     )
     with artefact.write(path, manifest.model_dump()) as folder:
-        for graph, weights in zip(graphs, tiny_weights(members), strict=True):
-            (folder / graph).write_bytes(_linear(weights).SerializeToString())
+        for graph, own in zip(graphs, weights, strict=True):
+            (folder / graph).write_bytes(_linear(own).SerializeToString())
     return path
 
 

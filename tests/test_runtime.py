@@ -6,15 +6,17 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ensembler import artefact
-from ensembler.errors import ArtefactError, CorruptError, ShapeError
+from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.serve import Runtime, runtime
-from ensembler.serve.images import check_images, images_from_json
-from tests._runs import CLASSES, TINY, make_bundle, tiny_weights
+from ensembler.serve.images import check_images
+from ensembler.serve.schemas import Tuning
+from tests._runs import CLASSES, TINY, agreeing_weights, make_bundle, tiny_weights
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +35,22 @@ def tiny_images(batch: int) -> np.ndarray:
     return np.random.default_rng(batch).integers(0, 256, (batch, *TINY), dtype=np.uint8)
 
 
+def counted(loaded: Runtime) -> list[tuple[int, int]]:
+    """From now on, the member and the batch of every forward pass that it runs."""
+    calls: list[tuple[int, int]] = []
+
+    class Session:
+        def __init__(self, member: int, session: Any) -> None:
+            self.run = lambda names, feed: calls.append((member, len(feed["images"]))) or session.run(names, feed)
+
+    loaded._members._sessions = [Session(*pair) for pair in enumerate(loaded._members._sessions)]
+    return calls
+
+
 def by_hand(images: np.ndarray, members: int) -> np.ndarray:
-    """Each member's probabilities (M, B, C), in float64."""
-    logits = images.astype(np.float64).mean(axis=(1, 2)) @ tiny_weights(members).astype(np.float64)
+    """Each member's probabilities (M, B, C), in float64; 8 are those that mostly agree."""
+    weights = agreeing_weights(8) if members == 8 else tiny_weights(members)
+    logits = images.astype(np.float64).mean(axis=(1, 2)) @ weights.astype(np.float64)
     odds = np.exp(logits)
     return odds / odds.sum(axis=-1, keepdims=True)
 
@@ -57,7 +72,9 @@ def test_a_prediction_is_what_it_is_by_hand(loaded: Runtime) -> None:
     a, b, c = members.argmax(-1)
     assert prediction.classes.tolist() == mean.argmax(-1).tolist()
     assert prediction.labels == [CLASSES[index] for index in mean.argmax(-1)]
-    assert prediction.members_used == 3
+    assert prediction.members_used.tolist() == [3] * 9
+    assert prediction.complete.all()
+    np.testing.assert_array_equal(prediction.members, loaded.predict_members(images))
     np.testing.assert_allclose(prediction.probabilities, mean, atol=1e-6)
     np.testing.assert_allclose(prediction.predictive_entropy, entropy, atol=1e-5)
     np.testing.assert_allclose(prediction.expected_entropy, expected, atol=1e-5)
@@ -70,7 +87,7 @@ def test_one_member_knows_no_disagreement(tmp_path: Path) -> None:
     prediction = Runtime.load(make_bundle(tmp_path / "single", members=1)).predict(tiny_images(2))
     assert prediction.mutual_information is None
     assert prediction.disagreement is None
-    assert prediction.members_used == 1
+    assert prediction.members_used.tolist() == [1, 1]
     np.testing.assert_allclose(prediction.predictive_entropy, prediction.expected_entropy)
 
 
@@ -78,16 +95,10 @@ def test_large_batches_go_in_bounded_chunks(bundle: Path, monkeypatch: pytest.Mo
     loaded = Runtime.load(bundle)
     images = tiny_images(23)
     whole = loaded.predict_members(images)
-    batches = []
-
-    class Session:
-        def __init__(self, session: object) -> None:
-            self.run = lambda names, feed: batches.append(len(feed["images"])) or session.run(names, feed)
-
-    loaded._sessions = [Session(session) for session in loaded._sessions]
-    monkeypatch.setattr(runtime, "_CHUNK_PIXELS", 5 * TINY[0] * TINY[1])
-    np.testing.assert_array_equal(loaded.predict_members(images), whole)
-    assert sorted(batches) == sorted(3 * [5, 5, 5, 5, 3])
+    batches = counted(loaded)
+    monkeypatch.setattr(loaded._members, "largest", 5)
+    np.testing.assert_allclose(loaded.predict_members(images), whole, atol=1e-7)
+    assert sorted(size for _, size in batches) == sorted(3 * [4, 5, 4, 5, 5])
 
 
 def test_callers_in_several_threads_get_their_own_answers(loaded: Runtime) -> None:
@@ -106,7 +117,8 @@ def test_ready_once_every_session_has_run(loaded: Runtime) -> None:
 
 
 def test_sessions_compute_where_they_can(loaded: Runtime) -> None:
-    assert loaded.device == {"CUDAExecutionProvider": "cuda"}.get(loaded._sessions[0].get_providers()[0], "cpu")
+    provider = loaded._members._sessions[0].get_providers()[0]
+    assert loaded.device == {"CUDAExecutionProvider": "cuda"}.get(provider, "cpu")
     assert loaded.threads == runtime.available_cpus() >= 1
 
 
@@ -143,7 +155,14 @@ def test_a_graph_that_is_none_is_named(bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"members": 2}, "one graph for each"), ({"opset": None}, "opset"), ({"format": 9}, "format 9")],
+    [
+        ({"members": 2, "order": [0, 1]}, "one graph for each"),
+        ({"order": [0, 1, 1]}, "each of its members once"),
+        ({"layout": "vertices"}, "does not hold its weights.npz"),
+        ({"calibration": "calibration.json"}, "does not hold its calibration.json"),
+        ({"opset": None}, "opset"),
+        ({"format": 9}, "format 9"),
+    ],
 )
 def test_a_manifest_of_another_shape_is_refused(
     bundle: Path, tmp_path: Path, change: dict[str, object], message: str
@@ -194,10 +213,188 @@ def test_a_wrong_value_in_lists_is_shown_with_its_place() -> None:
         check_images(images, TINY)
 
 
-def test_json_is_read_once_it_is_an_object_of_images() -> None:
-    assert images_from_json(b'{"images": [[1], [2]]}') == [[1], [2]]
-    with pytest.raises(ShapeError, match="line 1, column 2"):
-        images_from_json(b"{")
+# --- stopping early --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("eight") / "bundle", 8, agreeing_weights(8))
+
+
+def varied_images(batch: int) -> np.ndarray:
+    """Of all brightnesses and hues: of some the members are sure, of others not."""
+    rng = np.random.default_rng(batch)
+    colours = rng.integers(0, 256, (batch, 1, 1, 3)) * rng.random((batch, 1, 1, 1))
+    return np.broadcast_to(colours, (batch, *TINY)).astype(np.uint8)
+
+
+def test_exact_gives_the_classes_of_all_members_and_asks_fewer(eight: Path) -> None:
+    loaded = Runtime.load(eight)
+    images = varied_images(300)
+    full, exact = loaded.predict(images), loaded.predict(images, "exact")
+    np.testing.assert_array_equal(exact.classes, full.classes)
+    assert set(exact.members_used) == {5, 6, 7, 8}
+    members = by_hand(images, 8)
+    for used in range(5, 9):  # stopped exactly where the rule, by hand, stops
+        total = np.sort(members[:used].sum(axis=0))
+        may_stop = total[:, -1] - total[:, -2] > 8 - used
+        assert not may_stop[exact.members_used > used].any()
+        assert used == 8 or may_stop[exact.members_used == used].all()
+    np.testing.assert_array_equal(exact.complete, exact.members_used == 8)
+
+
+def test_every_number_is_of_the_members_that_were_asked(eight: Path) -> None:
+    loaded = Runtime.load(eight)
+    images = varied_images(120)
+    members = by_hand(images, 8)
+    found = loaded.predict(images, "confidence")
+    assert set(found.members_used) >= {3, 8}
+    for i, used in enumerate(found.members_used):
+        own = members[:used, i]
+        mean = own.mean(axis=0)
+        entropy, expected = -(mean * np.log(mean)).sum(), -(own * np.log(own)).sum(-1).mean()
+        np.testing.assert_allclose(found.probabilities[i], mean, atol=1e-6)
+        np.testing.assert_allclose(found.members[:used, i], own, atol=1e-6)
+        assert np.isnan(found.members[used:, i]).all()
+        np.testing.assert_allclose(found.predictive_entropy[i], entropy, atol=1e-5)
+        np.testing.assert_allclose(found.mutual_information[i], entropy - expected, atol=1e-5)
+        votes = own.argmax(-1)
+        pairs = [a != b for k, a in enumerate(votes) for b in votes[:k]]
+        assert found.disagreement[i] == pytest.approx(np.mean(pairs))
+
+
+@pytest.mark.parametrize("mode", ["exact", "confidence"])
+def test_images_that_are_done_leave_the_batch(eight: Path, mode: str) -> None:
+    loaded = Runtime.load(eight, threads=1)
+    calls = counted(loaded)
+    used = loaded.predict(varied_images(50), mode).members_used
+    asked = [sum(size for member, size in calls if member == m) for m in range(8)]
+    assert asked == [int((used > m).sum()) for m in range(8)]
+    assert asked[-1] < 50
+
+
+def test_first_members_alone_are_an_ensemble_too(eight: Path) -> None:
+    loaded = Runtime.load(eight)
+    images = varied_images(40)
+    three = by_hand(images, 8)[:3]
+    for mode in ("full", "exact", "confidence"):
+        found = loaded.predict(images, mode, members=3)
+        np.testing.assert_array_equal(found.classes, three.mean(axis=0).argmax(-1))
+        assert found.members_used.max() == 3
+        assert not found.complete.any()
+    one = loaded.predict(images, members=1)
+    assert one.mutual_information is None
+    np.testing.assert_allclose(Runtime.load(eight, members=3).predict_members(images), three, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"mode": "quick"}, "unknown mode 'quick'"),
+        ({"members": 0}, "ask from 1 to 8, not 0"),
+        ({"members": 9}, "ask from 1 to 8, not 9"),
+        ({"mode": "confidence", "level": 1.0}, "level of confidence"),
+    ],
+)
+def test_choices_that_do_not_exist_are_refused(eight: Path, choice: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Runtime.load(eight).predict(varied_images(2), **choice)
+
+
+# --- strategies ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 17, 70])
+def test_every_strategy_gives_the_same(eight: Path, threads: int, batch: int) -> None:
+    loaded = Runtime.load(eight, threads=threads)
+    images, expected = tiny_images(batch), by_hand(tiny_images(batch), 8)
+    for strategy in ("sessions", "loop"):
+        np.testing.assert_allclose(loaded._members.ask(images, strategy), expected, atol=1e-6)
+        np.testing.assert_allclose(loaded._members.ask(images, strategy, 2, 5), expected[2:5], atol=1e-6)
+    with pytest.raises(UsageError, match="cannot be asked in one graph"):
+        loaded._members.ask(images, "merged")
+
+
+def test_work_comes_out_even_on_the_threads(eight: Path) -> None:
+    """5 members on 2 threads: 64 images are halved, 8 are not."""
+    loaded = Runtime.load(eight, threads=2)
+    calls = counted(loaded)
+    loaded._members.ask(tiny_images(64), first=0, last=5)
+    loaded._members.ask(tiny_images(8), first=0, last=5)
+    loaded._members.ask(tiny_images(64), first=0, last=4)
+    assert [size for _, size in calls] == 10 * [32] + 5 * [8] + 4 * [64]
+
+
+def test_on_cuda_batches_are_padded_to_powers_of_two(eight: Path) -> None:
+    loaded = Runtime.load(eight)
+    loaded._members.device = loaded.device = "cuda"
+    loaded._members.largest = 32
+    calls = counted(loaded)
+    loaded.warm_up()
+    assert {size for _, size in calls} == {1, 2, 4, 8, 16, 32}
+    calls.clear()
+    np.testing.assert_allclose(loaded.predict_members(tiny_images(5)), by_hand(tiny_images(5), 8), atol=1e-6)
+    assert {size for _, size in calls} == {8}
+
+
+def tuned(path: Path, bundle: Path, **changes: Any) -> Path:
+    tuning = Tuning(
+        machine="", cpus=2, load=None, device="cpu", members=8, winners={1: "loop", 64: "sessions"}, table=[]
+    )
+    manifest = Runtime.load(bundle).manifest
+    manifest.tuning = tuning.model_copy(update=changes)
+    with artefact.write(path, manifest.model_dump()) as folder:
+        for graph in manifest.graphs:
+            shutil.copy(bundle / graph, folder / graph)
+    return path
+
+
+def test_a_tuned_bundle_is_run_as_was_fastest_at_the_nearest_batch(eight: Path, tmp_path: Path) -> None:
+    loaded = Runtime.load(tuned(tmp_path / "tuned", eight), threads=2)
+    assert [loaded.strategy(batch) for batch in (1, 7, 9, 64, 1000)] == [
+        "loop",
+        "loop",
+        "sessions",
+        "sessions",
+        "sessions",
+    ]
+    np.testing.assert_allclose(loaded.predict_members(tiny_images(3)), by_hand(tiny_images(3), 8), atol=1e-6)
+
+
+def test_what_was_fastest_elsewhere_means_nothing_here(eight: Path, tmp_path: Path) -> None:
+    bundle = tuned(tmp_path / "tuned", eight)
+    assert Runtime.load(bundle, threads=3).strategy(1) == "sessions"
+    assert Runtime.load(bundle, threads=2, members=7).strategy(1) == "sessions"
+    assert Runtime.load(tuned(tmp_path / "gpu", eight, device="cuda"), threads=2).strategy(1) == "sessions"
+
+
+def test_memory_is_at_least_that_of_the_weights(eight: Path) -> None:
+    loaded = Runtime.load(eight)
+    assert loaded.memory == 8 * 15 * 4
+    loaded.warm_up()
+    assert loaded.memory >= 8 * 15 * 4
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+FORMAT_1 = Path(__file__).parent / "data" / "bundle-format-1"
+
+
+def test_a_bundle_of_format_1_is_read_and_predicts_for_ever() -> None:
+    loaded = Runtime.load(FORMAT_1)
+    images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    assert (loaded.manifest.format, loaded.members, loaded.manifest.order) == (1, 3, [0, 1, 2])
+    np.testing.assert_allclose(
+        loaded.predict_members(images)[:, 0],
+        [[0.1522, 0.1892, 0.0329, 0.1355, 0.4902]] * 2 + [[0.2844, 0.1672, 0.1595, 0.2018, 0.1870]],
+        atol=1e-4,
+    )
+    found = loaded.predict(images, "exact")
+    assert found.classes.tolist() == loaded.predict(images).classes.tolist()
+
+
+# --- imports ---------------------------------------------------------------------------------------------------------
 
 
 def test_serving_imports_neither_torch_nor_bentoml() -> None:

@@ -1,0 +1,210 @@
+"""A bundle as a Bento: all that a container needs to serve it, and no torch.
+
+The Bento holds a service of three lines, the bundle, this package's own files, and the versions, as installed here, of
+everything that serving imports. It is built in a folder of its own by ``bentoml build``, in another process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from ensembler import __version__, artefact
+from ensembler.errors import EnsemblerError, UsageError
+from ensembler.serve.schemas import BundleManifest, read_bundle
+
+__all__ = ["SERVING", "BentoError", "build_bento", "pinned", "write_sources"]
+
+SERVING = (
+    "bentoml",
+    "numpy",
+    "onnxruntime",
+    "pillow",
+    "prometheus-client",
+    "pydantic",
+    "pyyaml",
+    "rich",
+    "starlette",
+    "typer",
+)
+"""What this package needs to serve a bundle, and to verify it and ask it on the command line."""
+
+_SERVICE = '''"""Serves the bundle beside it."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("ENSEMBLER_BUNDLE", str(Path(__file__).parent / "bundle"))
+
+from bentoml.images import Image
+
+from ensembler.serve.service import PredictiveUncertainty
+
+# No distribution is named, as BentoML would install a compiler with its packages; every wheel needed is a built one.
+image = Image(base_image="python:{python}-slim", distro="", python_version="{python}", lock_python_packages=False)
+PredictiveUncertainty.image = image.requirements_file("requirements.txt")
+
+__all__ = ["PredictiveUncertainty"]
+'''
+
+_TAG = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?(:[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?)?")
+
+
+class BentoError(EnsemblerError):
+    """A Bento that BentoML could not build."""
+
+
+def build_bento(bundle: Path, tag: str | None = None, *, gpu: bool = False) -> str:
+    """Build a Bento from a bundle, into BentoML's store on this machine.
+
+    Args:
+        bundle: its folder.
+        tag: ``NAME`` or ``NAME:VERSION``; by default the name of the bundle's run, and a version that BentoML draws.
+        gpu: ask for the ONNX Runtime that can use one.
+
+    Returns:
+        The Bento's tag, ``NAME:VERSION``.
+
+    Raises:
+        ArtefactError: no bundle there; CorruptError: it has changed.
+        UsageError: a tag that is none, or a package that serving needs is not installed.
+        BentoError: BentoML refuses; its reason is told.
+    """
+    manifest = read_bundle(bundle)
+    tag = tag or re.sub(r"[^a-z0-9]+", "-", manifest.run.name.lower()).strip("-")[:63].strip("-") or "ensemble"
+    if not _TAG.fullmatch(tag):
+        raise UsageError(
+            f"--tag {tag!r} is no tag: use NAME or NAME:VERSION of small letters, digits, '.', '_' and '-'"
+        )
+    with tempfile.TemporaryDirectory(prefix="ensembler-bento-") as scratch:
+        folder = Path(scratch) / "bento"
+        name, _, version = tag.partition(":")
+        write_sources(bundle, manifest, folder, name, gpu=gpu)
+        with _a_uv(Path(scratch)) as path:
+            environment = os.environ | {"PATH": path, "BENTOML_DO_NOT_TRACK": "True"}
+            command = [sys.executable, "-m", "bentoml", "build", "--output", "tag"]
+            command += ["--version", version] if version else []
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)  # noqa: S603  our own arguments
+    built = re.search(r"^__tag__:(\S+)$", done.stdout, re.MULTILINE)
+    if done.returncode or not built:
+        said = [line.strip(" |+-") for line in (done.stdout + done.stderr).splitlines()]
+        reason = next((line for line in reversed(said) if line), f"it ended with {done.returncode}")
+        raise BentoError(f"bentoml build failed: {reason}")
+    return built[1]
+
+
+def write_sources(bundle: Path, manifest: BundleManifest, folder: Path, name: str, *, gpu: bool = False) -> None:
+    """Write what ``bentoml build`` is to build from.
+
+    Args:
+        bundle, manifest: verified.
+        folder: of the sources; must not exist.
+        name: of the Bento.
+        gpu: see :func:`build_bento`.
+
+    Raises:
+        UsageError: a package that serving needs is not installed.
+    """
+    packages = [line for line in pinned(gpu) if not line.startswith("bentoml==")]  # BentoML adds itself
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    options = {
+        "service": "service:PredictiveUncertainty",
+        "name": name,
+        "description": f"{manifest.method}, {manifest.members} x {manifest.architecture}, {manifest.dataset}",
+        "labels": {
+            "ensembler": re.sub(r"[^\w.-]", "-", __version__),
+            "bundle": artefact.sha256(bundle / artefact.MANIFEST)[:12],
+        },
+        "include": ["service.py", "requirements.txt", "bundle/**", "ensembler/**", "ensembler-*/**"],
+    }
+    folder.mkdir(parents=True)
+    (folder / "bentofile.yaml").write_text(json.dumps(options, indent=1), encoding="utf-8")  # JSON is YAML
+    (folder / "requirements.txt").write_text("\n".join(packages) + "\n", encoding="utf-8")
+    (folder / "service.py").write_text(_SERVICE.replace("{python}", python), encoding="utf-8")
+    shutil.copytree(bundle, folder / "bundle")
+    _copy_package(folder)
+
+
+def pinned(gpu: bool = False) -> list[str]:
+    """Everything that serving needs, directly or not, as ``name==version`` in the versions installed here.
+
+    ONNX Runtime is the one for CPUs unless ``gpu``, in the version of whichever is installed; the CUDA libraries of the
+    other are left to its own extras, as what is installed here may lie elsewhere.
+
+    Raises:
+        UsageError: one of them is not installed.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    runtime = next((name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)), None)
+    left = [Requirement(runtime if name == "onnxruntime" and runtime else name) for name in SERVING]
+    found: dict[str, str] = {}
+    seen: set[str] = set()
+    while left:
+        requirement = left.pop()
+        name = canonicalize_name(requirement.name)
+        if str(requirement) in seen:
+            continue
+        seen.add(str(requirement))
+        if not _installed(name):
+            raise UsageError(f"serving needs {name}, which is not installed: run pip install {name}")
+        found[name] = metadata.version(name)
+        for text in metadata.requires(name) or ():
+            further = Requirement(text)
+            marked = further.marker
+            extras = requirement.extras or {""}
+            if marked is None or any(marked.evaluate({"extra": extra}) for extra in extras):
+                left.append(further)
+    version = found.pop(runtime) if runtime else ""
+    found["onnxruntime-gpu[cuda,cudnn]" if gpu else "onnxruntime"] = version
+    return sorted(f"{name}=={version}" for name, version in found.items())
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _copy_package(folder: Path) -> None:
+    """This package, wherever it is installed or its source tree lies, and what names its version."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    for package in ("ensembler", "ensembler.trainers", "ensembler.eval", "ensembler.serve"):
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise UsageError(f"{package} is not installed: install ensembler again")
+        target = folder.joinpath(*package.split("."))
+        shutil.copytree(spec.submodule_search_locations[0], target, ignore=ignored, dirs_exist_ok=True)
+    described = folder / f"ensembler-{__version__}.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: ensembler\nVersion: {__version__}\n")
+
+
+@contextmanager
+def _a_uv(scratch: Path) -> Iterator[str]:
+    """A search path on which BentoML finds something called uv.
+
+    It looks for uv before it knows whether it needs it, and where there is none installs it into this environment.
+    With every version pinned it has nothing to run it for.
+    """
+    path = os.environ.get("PATH", os.defpath)
+    if shutil.which("uv") is None:
+        folder = scratch / "bin"
+        folder.mkdir()
+        (folder / "uv").write_text("#!/bin/sh\nexit 1\n")
+        (folder / "uv").chmod(0o755)
+        path = f"{path}{os.pathsep}{folder}"
+    yield path

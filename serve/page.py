@@ -1,0 +1,107 @@
+"""The page at ``/ui``: one file, ``ui.html``, that asks the service's own routes from within the browser. No torch.
+
+The page holds nothing of the bundle and needs no token; what it shows, it fetches as any caller does. Its
+Content-Security-Policy lets only its own script and style run, by their hashes, and forbids every other address.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import zipfile
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ensembler.serve.schemas import PROBE, BundleManifest
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+__all__ = ["EXAMPLES", "PAGE", "ROUTES", "examples", "headers", "html"]
+
+PAGE = "/ui"
+EXAMPLES = "/examples"
+
+_MOST = 8
+
+
+@cache
+def html() -> str:
+    """The page."""
+    return files("ensembler.serve").joinpath("ui.html").read_text(encoding="utf-8")
+
+
+@cache
+def headers() -> dict[str, str]:
+    """What the page is sent with."""
+    policy = {
+        "default-src": "'none'",
+        "script-src": _hashes("script"),
+        "style-src": _hashes("style"),
+        "img-src": "'self' data: blob:",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",  # no text ever becomes HTML
+        "trusted-types": "'none'",
+    }
+    return {
+        "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+
+def examples(bundle: Path, manifest: BundleManifest) -> dict[str, Any]:
+    """Images to try, from the bundle's probe: its test images, and one of its patterns, which is nothing at all.
+
+    Args:
+        bundle: its folder, verified.
+        manifest: its manifest.
+
+    Returns:
+        ``{"examples": [{"name": ..., "pixels": ...}, ...]}``, pixels being the base64 of (H, W, 3) bytes.
+    """
+    found: list[dict[str, str]] = []
+    if PROBE in manifest.files:
+        try:
+            with np.load(bundle / PROBE, allow_pickle=False) as probe:
+                pictures = probe["examples"][:_MOST] if "examples" in probe else ()
+                found += [_example(f"test image {n}", image) for n, image in enumerate(pictures, start=1)]
+                found += [_example("a random pattern, of no class", image) for image in probe["images"][:1]]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            pass  # the page does without
+    return {"examples": found}
+
+
+def _example(name: str, image: np.ndarray[Any, np.dtype[Any]]) -> dict[str, str]:
+    return {"name": name, "pixels": base64.b64encode(image.astype(np.uint8).tobytes()).decode()}
+
+
+def _hashes(tag: str) -> str:
+    parts = re.findall(rf"<{tag}>(.*?)</{tag}>", html(), re.DOTALL)
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" for part in parts)
+
+
+async def _page(request: Request) -> Response:
+    return Response(html(), media_type="text/html", headers=headers())
+
+
+async def _examples(request: Request) -> Response:
+    import bentoml
+
+    service = bentoml.get_current_service()
+    return JSONResponse(examples(service.settings.bundle, service.runtime.manifest))
+
+
+ROUTES = [Route(PAGE, _page), Route(EXAMPLES, _examples)]
+"""For the service to mount. :data:`EXAMPLES` shows some of the bundle and so needs the token; :data:`PAGE` does not."""

@@ -1,0 +1,161 @@
+"""The service under test: in this process, or as a user starts it; and bundles for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from ensembler import artefact
+from ensembler.serve import Runtime
+from ensembler.serve.schemas import Validation, read_bundle
+from tests._runs import CLASSES, TINY, make_bundle
+
+with warnings.catch_warnings():  # of BentoML's own imports, and of httpx in Starlette's test client
+    warnings.simplefilter("ignore")
+    import bentoml  # noqa: F401
+    from starlette.testclient import TestClient
+
+    from ensembler.serve.service import PredictiveUncertainty
+
+ROUTE = "/predictive-uncertainty"
+BINARY = f"{ROUTE}/binary"
+IMAGE = f"{ROUTE}/image"
+LIMIT = 100_000
+MODEL_FIELDS = "ignore:Accessing the 'model_fields' attribute:DeprecationWarning"
+"""BentoML 1.4.39 reads pydantic's fields from an instance."""
+
+
+@contextmanager
+def in_process(bundle: Path, **environment: str) -> Iterator[TestClient]:
+    """The service in this process, with small limits."""
+    limits = {"ENSEMBLER_MAX_BATCH": "4", "ENSEMBLER_MAX_BODY": str(LIMIT)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ({"ENSEMBLER_BUNDLE": str(bundle)} | limits | environment).items():
+            patch.setenv(name, value)
+        patch.setitem(PredictiveUncertainty.config, "metrics", {"enabled": False})  # they are one set a process
+        services: Any = sys.modules["_bentoml_sdk.service"]
+        outer = services._current_service  # there is one a process: give it back
+        with TestClient(PredictiveUncertainty.to_asgi(), raise_server_exceptions=False) as client:
+            yield client
+        services.set_current_service(outer)
+
+
+def tiny_images(batch: int) -> np.ndarray:
+    return np.random.default_rng(batch).integers(0, 256, (batch, *TINY), dtype=np.uint8)
+
+
+def make_calibrated(path: Path, risk: float | None = 0.2) -> Path:
+    """:func:`make_bundle` with a calibration fitted on images labelled by chance, and what is known of validation."""
+    from ensembler.eval.calibrate import fit
+
+    plain = make_bundle(path.with_name(f"{path.name}-plain"))
+    manifest = read_bundle(plain)
+    runtime = Runtime.load(plain)
+    known = runtime.predict(tiny_images(400))
+    labels = np.random.default_rng(0).integers(0, len(CLASSES), 400)
+    labels = np.where(known.probabilities.max(axis=1) > 0.5, known.classes, labels)
+    fitted = fit(
+        known.probabilities,
+        labels,
+        risk=risk,
+        run_sha256=manifest.run.sha256,
+        dataset=manifest.dataset,
+        validation_sha256="2" * 64,
+    ).model_dump()
+    fitted["sha256"] = hashlib.sha256(json.dumps(fitted, sort_keys=True).encode()).hexdigest()
+    levels = [0.0, 0.5, 0.9, 1.0]
+    assert known.mutual_information is not None
+    manifest.calibration = "calibration.json"
+    manifest.validation = Validation(
+        examples=400,
+        accuracy=0.5,
+        nll=1.0,
+        levels=levels,
+        predictive_entropy=np.quantile(known.predictive_entropy, levels).tolist(),
+        mutual_information=np.quantile(known.mutual_information, levels).tolist(),
+    )
+    with artefact.write(path, manifest.model_dump(exclude={"files"})) as folder:
+        for graph in manifest.graphs:
+            shutil.copy(plain / graph, folder)
+        (folder / "calibration.json").write_text(json.dumps(fitted))
+    return path
+
+
+def assert_refused(answer: Any, *statuses: int) -> str:
+    """A refusal is a 4xx with one sentence that gives nothing away; returns the sentence."""
+    assert 400 <= answer.status_code < 500, answer.text
+    assert not statuses or answer.status_code in statuses, answer.text
+    assert list(answer.json()) == ["error"]
+    sentence: str = answer.json()["error"]
+    assert 20 < len(sentence) < 300
+    secrets = ("Traceback", "\n", ".py", "0x", f"{os.sep}work", f"{os.sep}tmp", f"{os.sep}home")
+    assert not any(secret in sentence for secret in secrets), sentence
+    return sentence
+
+
+class Server:
+    """A real server, started as a user starts it."""
+
+    def __init__(self, command: list[str], folder: Path, port: int, **environment: str) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / "log.txt"
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("ENSEMBLER_")}
+        home = {"BENTOML_HOME": str(folder / "bentoml"), "BENTOML_DO_NOT_TRACK": "True"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(port)], cwd=folder, env=ours | home | environment, stdout=log, stderr=log
+            )
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.1)
+        pytest.fail(f"the server did not become ready:\n{self.log.read_text()}")
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self, by: signal.Signals) -> None:
+        """Stop it, and make sure that it left no process behind."""
+        family = self.family()
+        self.process.send_signal(by)
+        try:
+            assert self.process.wait(timeout=30) == 0
+            _, orphans = psutil.wait_procs(family, timeout=5)
+            assert family and not orphans
+        finally:
+            for process in family:
+                if process.is_running():
+                    process.kill()
+            self.process.kill()
+            self.process.wait()
+
+
+def free_port() -> int:
+    """A free port below those that the system gives out: BentoML takes two of them before it takes this one."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

@@ -1,0 +1,266 @@
+"""A Bento from a bundle, an environment without torch that serves it, and the files that deploy it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import venv
+from importlib import metadata
+from pathlib import Path
+
+import httpx
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from ensembler import __version__, artefact
+from ensembler.cli import app
+from ensembler.errors import CorruptError, UsageError
+from ensembler.serve import Runtime, settings
+from ensembler.serve.bento import BentoError, build_bento, pinned, write_sources
+from ensembler.serve.schemas import read_bundle
+from tests._service import IMAGE, ROUTE, Server, free_port, make_calibrated, tiny_images
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "docs" / "deploy"
+HEAVY = {"torch", "torchvision", "scipy", "scikit-learn", "netcal", "matplotlib", "onnx", "onnxscript", "sympy"}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_calibrated(tmp_path_factory.mktemp("bento") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def home(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of BentoML's that holds the Bento ``made:one``."""
+    home = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BENTOML_HOME", str(home))
+        before = metadata.distributions()
+        assert build_bento(bundle, "made:one") == "made:one"
+        names = {one.metadata["Name"] for one in before}
+        assert {one.metadata["Name"] for one in metadata.distributions()} == names  # it installs nothing, as uv
+        with pytest.raises(BentoError, match="already exists"):
+            build_bento(bundle, "made:one")
+    return home
+
+
+def test_the_bento_holds_what_it_needs_and_nothing_else(home: Path, bundle: Path) -> None:
+    bento = home / "bentos" / "made" / "one"
+    source = bento / "src"
+    held = {path.name for path in source.iterdir()}
+    package = f"ensembler-{__version__}.dist-info"
+    assert held == {"service.py", "requirements.txt", "bentofile.yaml", "bundle", "ensembler", package}
+    assert read_bundle(source / "bundle") == read_bundle(bundle)
+    assert not list(source.rglob("__pycache__"))
+    for room in ("trainers", "eval", "serve"):
+        for path in (ROOT / room).iterdir():
+            if path.is_file():
+                assert (source / "ensembler" / room / path.name).read_bytes() == path.read_bytes()
+    needed = (bento / "env" / "python" / "requirements.txt").read_text().split()
+    assert sorted(needed) == pinned()
+    dockerfile = (bento / "env" / "docker" / "Dockerfile").read_text()
+    assert f"FROM python:{sys.version_info.major}.{sys.version_info.minor}-slim" in dockerfile
+    assert "build-essential" not in dockerfile and "apt-get" not in dockerfile
+    labels = yaml.safe_load((bento / "bento.yaml").read_text())["labels"]
+    assert labels["bundle"] == artefact.sha256(bundle / "manifest.json")[:12]
+
+
+def test_the_list_is_everything_that_is_loaded_in_the_versions_installed(bundle: Path) -> None:
+    code = (
+        "import ensembler.serve.service, ensembler.cli, ensembler.serve.client, httpx, sys, json, numpy\n"
+        "from PIL import Image\n"
+        "from ensembler.serve.runtime import Runtime\n"
+        "from ensembler.serve.verify import verify_bundle\n"
+        f"verify_bundle({str(bundle)!r})\n"
+        "print(json.dumps([*{name.split('.')[0] for name in sys.modules}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    owners = metadata.packages_distributions()
+    loaded = {owner.lower().replace("_", "-") for name in json.loads(done.stdout) for owner in owners.get(name, ())}
+    loaded -= {"ensembler", "setuptools", "pip"}  # ours; and Python's own way of being installed
+    versions = dict(line.split("==") for line in pinned())
+    assert {name.replace("-gpu", "") for name in loaded} <= versions.keys()
+    assert not versions.keys() & HEAVY
+    assert "onnxruntime" in versions and "onnxruntime-gpu" not in versions
+    for name, version in versions.items():
+        assert version == metadata.version(name if name != "onnxruntime" or has(name) else "onnxruntime-gpu")
+    assert "onnxruntime-gpu[cuda,cudnn]" in dict(line.split("==") for line in pinned(gpu=True))
+    assert len(pinned(gpu=True)) == len(versions)
+
+
+def has(name: str) -> bool:
+    try:
+        return bool(metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def test_what_cannot_be_built_is_told(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for tag in ("Digits", "a b", "digits:", "-a", "a:b:c", "x" * 64):
+        with pytest.raises(UsageError, match="is no tag"):
+            build_bento(bundle, tag)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(bundle, damaged)
+    (damaged / "member-000.onnx").write_bytes(b"")
+    with pytest.raises(CorruptError, match="member-000"):
+        build_bento(damaged)
+    monkeypatch.setattr("ensembler.serve.bento.SERVING", ("no-such-package",))
+    with pytest.raises(UsageError, match="needs no-such-package, which is not installed"):
+        write_sources(bundle, read_bundle(bundle), tmp_path / "bento", "name")
+    result = CliRunner().invoke(app, ["bento", str(tmp_path / "nothing")])
+    assert result.exit_code == 1 and result.output.startswith("error: no bundle at")
+
+
+def assert_serves(server: Server, bundle: Path) -> None:
+    try:
+        server.wait_until_ready()
+        images = tiny_images(2)
+        known = Runtime.load(bundle).predict(images)
+        answer = httpx.post(server.url + ROUTE, json={"images": images.tolist()}, timeout=30).json()
+        assert [one["label"] for one in answer["predictions"]] == known.labels
+        found = [one["mutual_information"] for one in answer["predictions"]]
+        assert found == pytest.approx(list(known.mutual_information), abs=1e-5)
+        file = ROOT / "docs" / "images" / "ui.png"
+        kind = {"Content-Type": "image/png"}
+        assert httpx.post(server.url + IMAGE, content=file.read_bytes(), headers=kind).status_code == 200
+        assert httpx.get(f"{server.url}/ui").status_code == 200
+        card = httpx.get(f"{server.url}/metadata").json()
+        assert card["bundle"] == artefact.sha256(bundle / "manifest.json")
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        server.stop(signal.SIGTERM)
+
+
+def test_a_bento_serves_from_anywhere(home: Path, bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bentoml", "serve", "made:one"]
+    assert_serves(Server(command, tmp_path, free_port(), BENTOML_HOME=str(home)), bundle)
+
+
+@pytest.fixture(scope="module")
+def lean(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that holds what the Bento asks for, none of it compiled here."""
+    folder = tmp_path_factory.mktemp("lean")
+    needed = home / "bentos" / "made" / "one" / "env" / "python" / "requirements.txt"
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    (probe,) = (line for line in pinned() if line.startswith("schema=="))
+    reach = [*pip, "download", "--no-deps", "--no-cache-dir", "--retries", "0", "--timeout", "5", "-d", folder, probe]
+    try:
+        if subprocess.run(reach, capture_output=True, timeout=30, check=False).returncode:
+            pytest.skip("pip reaches no package index from here")
+    except subprocess.TimeoutExpired:
+        pytest.skip("pip reaches no package index within 30 s")
+    venv.create(folder / "env", with_pip=False, symlinks=True)
+    python = folder / "env" / "bin" / "python"
+    install = [*pip, "--python", python, "install", "--no-compile", "--only-binary", ":all:", "-r", needed]
+    subprocess.run(install, check=True, capture_output=True, timeout=540)
+    return python
+
+
+def clean(folder: Path) -> dict[str, str]:
+    """An environment in which nothing of this one is found."""
+    return {"PYTHONPATH": "", "PYTHONNOUSERSITE": "1", "PATH": f"{folder}{os.pathsep}/usr/bin:/bin"}
+
+
+def test_an_environment_without_torch_serves_the_bento(lean: Path, home: Path, bundle: Path, tmp_path: Path) -> None:
+    listed = subprocess.run(
+        [lean, "-c", "import importlib.metadata as m; print(*(d.name for d in m.distributions()))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | clean(lean.parent),
+        cwd=tmp_path,
+    ).stdout.lower()
+    assert not set(listed.split()) & (HEAVY | {"ensembler"})
+    command = [str(lean), "-m", "bentoml", "serve", "made:one"]
+    server = Server(command, tmp_path, free_port(), BENTOML_HOME=str(home), **clean(lean.parent))
+    assert_serves(server, bundle)
+
+
+def test_an_environment_without_torch_serves_the_installed_package(lean: Path, bundle: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for name in ("ensembler", "trainers", "eval", "serve"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
+    subprocess.run(wheel, check=True, capture_output=True)
+    install = [*pip, "--python", lean, "install", "--no-deps", next(tmp_path.glob("*.whl"))]
+    subprocess.run(install, check=True, capture_output=True)
+    try:
+        ensembler = lean.parent / "ensembler"
+        environment = os.environ | clean(lean.parent)
+        subprocess.run([ensembler, "verify", bundle], env=environment, check=True, capture_output=True)
+        server = Server([str(ensembler), "serve", str(bundle)], tmp_path, free_port(), **clean(lean.parent))
+        assert_serves(server, bundle)
+    finally:
+        subprocess.run([*pip, "--python", lean, "uninstall", "-y", "ensembler"], check=True, capture_output=True)
+
+
+LONGEST = 65  # seconds that a request may live: a body's time, a deadline, and what the service adds
+
+
+def test_kubernetes_manifest(home: Path) -> None:
+    deployment, service = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
+    template = deployment["spec"]["template"]
+    labels = template["metadata"]["labels"]
+    assert labels == deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
+    (container,) = template["spec"]["containers"]
+    (port,) = container["ports"]
+    assert port["containerPort"] == 3000
+    assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    for probe, path in {"startupProbe": "/readyz", "readinessProbe": "/readyz", "livenessProbe": "/livez"}.items():
+        assert container[probe]["httpGet"] == {"path": path, "port": port["name"]}
+    before = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert template["spec"]["terminationGracePeriodSeconds"] >= LONGEST + before
+    dockerfile = (home / "bentos/made/one/env/docker/Dockerfile").read_text()
+    assert f"ARG BENTO_USER_UID={template['spec']['securityContext']['runAsUser']}\n" in dockerfile
+    assert {"requests", "limits"} <= container["resources"].keys()
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {entry["name"]: entry.get("value") for entry in container["env"]}["BENTOML_HOME"] in mounted
+    assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in template["spec"]["volumes"]}
+
+
+def test_systemd_unit(tmp_path: Path) -> None:
+    text = (DEPLOY / "ensembler.service").read_text()
+    assert int(re.findall(r"^TimeoutStopSec=(\d+)$", text, re.MULTILINE)[0]) >= LONGEST
+    (command,) = re.findall(r"^ExecStart=\S+/(ensembler .*)$", text, re.MULTILINE)
+    assert_exists(command)
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed: the unit's words were not verified")
+    (tmp_path / "ensembler.service").write_text(re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", text, flags=re.M))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", tmp_path / "ensembler.service"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def assert_exists(command: str) -> None:
+    """That the command line knows a command and its options."""
+    _, name, *arguments = shlex.split(command, comments=True)
+    known = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    options = {option for parameter in known.params for option in parameter.opts}
+    assert {argument for argument in arguments if argument.startswith("--")} <= options, command
+
+
+def test_the_docs_name_only_what_exists() -> None:
+    known = set(re.findall(r"ENSEMBLER_[A-Z_]+", settings.__doc__ or ""))
+    for path in (ROOT / "docs" / "deploy.md", *DEPLOY.iterdir()):
+        named = set(re.findall(r"ENSEMBLER_[A-Z]+(?:_[A-Z]+)*", path.read_text()))
+        assert named <= known, path
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    commands = re.findall(r"^(?:\S+/)?(ensembler (?!and).+?)(?: &)?$", text, re.MULTILINE)
+    assert len(commands) >= 7
+    for command in commands:
+        assert_exists(command)
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / "docs" / link).exists(), link

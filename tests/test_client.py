@@ -1,0 +1,267 @@
+"""`ensembler predict`, and the examples of clients in docs and examples/, in front of a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from ensembler.cli import app
+from ensembler.errors import ArtefactError, ShapeError, UsageError
+from ensembler.serve import Runtime, client
+from ensembler.serve.client import ServiceError, find_images, predict_files
+from tests._runs import TINY, agreeing_weights, make_bundle
+from tests._service import Server, free_port, make_calibrated, tiny_images
+
+ROOT = Path(__file__).parents[1]
+TOKEN = "correct-horse"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_calibrated(tmp_path_factory.mktemp("client") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    command = [sys.executable, "-m", "ensembler.cli", "serve", str(bundle)]
+    server = Server(command, tmp_path_factory.mktemp("server"), free_port(), ENSEMBLER_TOKEN=TOKEN)
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop(signal.SIGTERM)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of three images and something else; the images are those of ``tiny_images(3)``."""
+    folder = tmp_path / "pictures"
+    (folder / "deeper").mkdir(parents=True)
+    for name, pixels in zip(("a.png", "b.PNG", "deeper/c.png"), tiny_images(3), strict=True):
+        Image.fromarray(pixels).save(folder / name, "PNG")
+    (folder / "notes.txt").write_text("hello")
+    return folder
+
+
+def test_images_are_found(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, c = (pictures / name for name in ("a.png", "b.PNG", "deeper/c.png"))
+    assert find_images([str(pictures)]) == [a, b, c]
+    assert find_images([str(c), str(pictures)]) == [c, a, b]  # each once
+    assert find_images([str(pictures / "*.png")]) == [a]
+    assert find_images([str(pictures / "**" / "*.png")]) == [a, c]
+    monkeypatch.chdir(pictures)
+    assert find_images(["*.png", "b.PNG"]) == [Path("a.png"), Path("b.PNG")]
+    Path("[odd].png").write_bytes(Path("a.png").read_bytes())
+    assert find_images(["[odd].png"]) == [Path("[odd].png")]  # a file before a pattern
+    for wrong, reason in {"nothing.png": "no image at", "*.gif": "holds no image", "deeper/empty": "holds no"}.items():
+        Path("deeper/empty").mkdir(exist_ok=True)
+        with pytest.raises(UsageError, match=reason):
+            find_images([wrong])
+    with pytest.raises(UsageError, match="no image was given"):
+        find_images([])
+
+
+def test_a_bundles_answer_is_the_runtimes(bundle: Path, pictures: Path) -> None:
+    files = find_images([str(pictures)])
+    answer = predict_files(str(bundle), files)
+    known = Runtime.load(bundle).predict(tiny_images(3))
+    assert [one["image"] for one in answer["predictions"]] == list(map(str, files))
+    assert [one["class"] for one in answer["predictions"]] == known.classes.tolist()
+    found = np.array([one["probabilities"] for one in answer["predictions"]])
+    np.testing.assert_allclose(found, known.probabilities, atol=1e-6)
+    assert answer["model"]["members"] == 3
+    assert all({"prediction_set", "abstain"} <= one.keys() for one in answer["predictions"])
+
+
+def test_a_service_and_its_bundle_answer_alike(server: Server, bundle: Path, pictures: Path) -> None:
+    files = find_images([str(pictures)])
+    for options in ({}, {"mode": "exact"}, {"members": 2}):
+        there = predict_files(server.url + "/", files, token=TOKEN, **options)
+        here = predict_files(str(bundle), files, **options)
+        assert there.keys() == here.keys() and there["model"] == here["model"]
+        for one, other in zip(there["predictions"], here["predictions"], strict=True):
+            assert one.keys() == other.keys()
+            assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
+            assert {key: one[key] for key in ("image", "label", "members_used")} == {
+                key: other[key] for key in ("image", "label", "members_used")
+            }
+
+
+def predict(*arguments: Any, exit_code: int = 0, **environment: str) -> str:
+    environment = {"ENSEMBLER_TOKEN": "", "COLUMNS": "140"} | environment
+    result = CliRunner().invoke(app, ["predict", *map(str, arguments)], env=environment)
+    assert result.exit_code == exit_code, result.output
+    return result.output
+
+
+COLUMNS = ["image", "class", "prob.", "entropy", "mutual"]
+
+
+def test_the_command_prints_a_table_or_json(server: Server, bundle: Path, pictures: Path) -> None:
+    known = Runtime.load(bundle).predict(tiny_images(3))
+    printed = json.loads(predict(server.url, pictures, "--json", ENSEMBLER_TOKEN=TOKEN))
+    assert [one["label"] for one in printed["predictions"]] == known.labels
+    table = predict(bundle, pictures / "a.png").splitlines()
+    assert table[0].split() == [*COLUMNS[:5], "disagr.", "members", "set", "answers"]
+    row = "".join(line for line in table[1:-1])
+    assert known.labels[0] in row and "3 of 3" in row
+    assert f"{known.probabilities[0].max():.3f}" in row and f"{known.predictive_entropy[0]:.3f}" in row
+    assert "set" not in predict(bundle, pictures / "a.png", "--mode", "exact").splitlines()[0].split()
+
+
+def test_one_member_leaves_its_silence_out(pictures: Path, tmp_path: Path) -> None:
+    header = predict(make_bundle(tmp_path / "one", members=1), pictures / "a.png").splitlines()[0]
+    assert header.split() == [*COLUMNS[:4], "members"]
+
+
+def test_exact_asks_fewer(pictures: Path, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "many", members=16, weights=agreeing_weights(16))
+    full, exact = (
+        json.loads(predict(bundle, pictures, "--json", "--mode", mode))["predictions"] for mode in ("full", "exact")
+    )
+    assert [one["label"] for one in full] == [one["label"] for one in exact]
+    assert sum(one["members_used"] for one in exact) < sum(one["members_used"] for one in full) == 48
+
+
+def test_what_goes_wrong_is_one_line(server: Server, bundle: Path, pictures: Path, tmp_path: Path) -> None:
+    def refused(*arguments: Any, **environment: str) -> str:
+        lines = predict(*arguments, exit_code=1, **environment).splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ")
+        return lines[0]
+
+    image, notes = pictures / "a.png", pictures / "notes.txt"
+    assert "wants a token: give it as ENSEMBLER_TOKEN" in refused(server.url, image)
+    assert "refuses the token given" in refused(server.url, image, "--token", "another")
+    assert "visible ASCII" in refused(server.url, image, "--token", "two words")
+    assert "no image at" in refused(bundle, tmp_path / "nothing.png")
+    for target in (bundle, server.url):
+        assert "notes.txt: the image is neither PNG nor JPEG" in refused(target, notes, ENSEMBLER_TOKEN=TOKEN)
+        assert "ask from 1 to 3" in refused(target, image, "--members", 9, ENSEMBLER_TOKEN=TOKEN)
+    assert "no service answers at http://127.0.0.1:" in refused(f"http://127.0.0.1:{free_port()}", image)
+    assert "no service answers at http://[bad" in refused("http://[bad", image)
+    assert "has no route for images" in refused(f"{server.url}/ui", image, ENSEMBLER_TOKEN=TOKEN)
+    assert "no bundle at" in refused(tmp_path / "nothing", image)
+    assert "an address begins with http://" in refused("localhost:3000", image)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UsageError, match="cannot read"):
+        predict_files(str(bundle), [tmp_path / "folder.png"])
+    with pytest.raises(ArtefactError, match="has changed"):
+        shutil.copytree(bundle, tmp_path / "damaged")
+        (tmp_path / "damaged" / "member-001.onnx").write_bytes(b"")
+        predict_files(str(tmp_path / "damaged"), [image])
+
+
+ANSWER = {"model": {"members": 1}, "predictions": [{"label": "yes"}]}
+
+
+@contextmanager
+def scripted(*responses: tuple[int, dict[str, str], bytes]) -> Iterator[tuple[str, list[str]]]:
+    """A server that gives these responses, the last one for ever; yields its address and the bodies that it got."""
+    left, seen = list(responses), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(self.rfile.read(int(self.headers["Content-Length"])))
+            status, headers, body = left.pop(0) if len(left) > 1 else left[0]
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": str(len(body))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", seen
+        server.shutdown()
+
+
+def test_a_busy_service_is_asked_again_when_it_says(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(client.time, "sleep", waited.append)
+    busy = b'{"error": "busy"}'
+    responses = [(503, {"Retry-After": after}, busy) for after in ("3", "soon", "4000")]
+    with scripted(*responses, (503, {}, busy), (200, {}, json.dumps(ANSWER).encode())) as (url, seen):
+        assert predict_files(url, [pictures / "a.png"])["predictions"][0]["label"] == "yes"
+    assert waited == [3.0, 1.0, 30.0, 1.0]
+    assert seen == [(pictures / "a.png").read_bytes()] * 5
+    with scripted((503, {"Retry-After": "1"}, busy)) as (url, seen), pytest.raises(ServiceError, match="too busy"):
+        predict_files(url, [pictures / "a.png"])
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (200, b"<html>", r"\(status 200\) is no ensembler service"),
+        (200, b"[1]", "is no ensembler service"),
+        (200, b'{"predictions": 1, "model": 2}', "is no ensembler service"),
+        (500, b"oops", r"\(status 500\) is no ensembler service"),
+        (500, b'{"error": "the server failed"}', "a.png: the server failed"),
+        (302, b"", r"\(status 302\) is no ensembler service"),
+    ],
+)
+def test_somebody_else_answers(pictures: Path, status: int, body: bytes, message: str) -> None:
+    with scripted((status, {}, body)) as (url, _), pytest.raises(ServiceError, match=message):
+        predict_files(url, [pictures / "a.png"], token=TOKEN)
+
+
+def test_a_refused_image_is_named_and_a_changed_ensemble_noticed(pictures: Path) -> None:
+    refused = (400, {}, b'{"error": "too many pixels"}')
+    with scripted(refused) as (url, _), pytest.raises(ShapeError, match=r"a\.png: too many pixels"):
+        predict_files(url, [pictures / "a.png"])
+    answers = [(200, {}, json.dumps(ANSWER | {"model": {"members": members}}).encode()) for members in (1, 2)]
+    with scripted(*answers) as (url, _), pytest.raises(ServiceError, match="changed its ensemble"):
+        predict_files(url, find_images([str(pictures)]))
+
+
+def test_the_python_example(server: Server, pictures: Path, bundle: Path) -> None:
+    script = ROOT / "examples" / "client.py"
+    code = [line for line in script.read_text().split('"""', 2)[2].splitlines() if line]
+    assert len([line for line in code if not line.startswith(("import", "from"))]) <= 10
+    files = find_images([str(pictures)])
+    environment = os.environ | {"ENSEMBLER_TOKEN": TOKEN, "BENTOML_DO_NOT_TRACK": "True"}
+    command = [sys.executable, script, server.url, *files]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    known = Runtime.load(bundle).predict(tiny_images(3))
+    printed = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [row[:2] for row in printed] == [[str(file), label] for file, label in zip(files, known.labels, strict=True)]
+    assert [float(row[2]) for row in printed] == pytest.approx(known.probabilities.max(axis=1).tolist(), abs=0.001)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_curl_examples(server: Server, bundle: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    commands = [line for line in text.replace("\\\n", " ").splitlines() if line.startswith("curl -s ")]
+    assert len(commands) == 3
+    pixels = tiny_images(2)
+    Image.fromarray(pixels[0]).save(tmp_path / "digit.png")
+    (tmp_path / "digits.rgb").write_bytes(pixels.tobytes())
+    known = Runtime.load(bundle).predict(pixels)
+    answers = []
+    for command in commands:
+        here = command.replace("http://localhost:3000", server.url).replace("32,32,3", ",".join(map(str, TINY)))
+        environment = os.environ | {"ENSEMBLER_TOKEN": TOKEN}
+        done = subprocess.run(["bash", "-c", here], cwd=tmp_path, env=environment, capture_output=True, check=True)
+        answers.append(json.loads(done.stdout))
+    image, raw, card = answers
+    assert [one["label"] for one in image["predictions"]] == known.labels[:1]
+    assert [one["label"] for one in raw["predictions"]] == known.labels
+    assert card["manifest"]["classes"] == Runtime.load(bundle).manifest.classes

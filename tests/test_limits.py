@@ -1,0 +1,264 @@
+"""The middleware, around a stub of a service that says what it was given."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ensembler.errors import UsageError
+from ensembler.serve.settings import Settings
+from tests._runs import make_bundle
+from tests._service import BINARY, IMAGE, MODEL_FIELDS, ROUTE, TestClient, assert_refused, in_process, tiny_images
+
+from ensembler.serve.limits import KINDS, OPEN, Gate  # isort: skip  # BentoML's imports warn: tests._service has them
+
+pytestmark = pytest.mark.filterwarnings(MODEL_FIELDS)
+
+LIMITS = {"ENSEMBLER_BUNDLE": "nowhere", "ENSEMBLER_MAX_BODY": "100", "ENSEMBLER_BODY_MS": "200"}
+
+
+class Caller:
+    """One request to the gate, byte by byte."""
+
+    def __init__(self, gate: Gate, path: str = ROUTE, method: str = "POST", **headers: str) -> None:
+        self.incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.sent: list[dict[str, Any]] = []
+        named = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+        self.scope = {"type": "http", "method": method, "path": path, "headers": named}
+        self.task = asyncio.create_task(gate(self.scope, self.incoming.get, self._send))
+
+    async def _send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    def body(self, chunk: bytes, more: bool = False) -> Caller:
+        self.incoming.put_nowait({"type": "http.request", "body": chunk, "more_body": more})
+        return self
+
+    def hang_up(self) -> None:
+        self.incoming.put_nowait({"type": "http.disconnect"})
+
+    async def answer(self) -> tuple[int, dict[bytes, bytes], bytes]:
+        await asyncio.wait_for(self.task, 5)
+        return (
+            self.sent[0]["status"],
+            dict(self.sent[0]["headers"]),
+            b"".join(message.get("body", b"") for message in self.sent[1:]),
+        )
+
+
+class Stub:
+    """Answers how many bytes came, when it may."""
+
+    def __init__(self) -> None:
+        self.free = asyncio.Event()
+        self.free.set()
+        self.cancelled = 0
+        self.handled = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body = (await receive())["body"]
+        self.handled += 1
+        try:
+            await self.free.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        if body == b"fail":
+            raise RuntimeError("/a/path/of/this/machine")
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": str(len(body)).encode()})
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def go(test: Callable[[Gate, Stub], Awaitable[None]], **environment: str) -> None:
+        for name, value in (LIMITS | environment).items():
+            monkeypatch.setenv(name, value)
+
+        async def main() -> None:
+            stub = Stub()
+            gate = Gate(stub)
+            async with asyncio.timeout(20):
+                await test(gate, stub)
+            assert (gate._held, gate._handled) == (0, 0)
+
+        asyncio.run(main())
+
+    return go
+
+
+def test_bodies_come_whole_or_not_at_all(run: Any) -> None:
+    async def test(gate: Gate, stub: Stub) -> None:
+        for chunks in ([b"x" * 100], [b"x" * 60, b"y" * 40], [b""]):
+            caller = Caller(gate)
+            for chunk in chunks[:-1]:
+                caller.body(chunk, more=True)
+            assert await caller.body(chunks[-1]).answer() == (200, {}, str(sum(map(len, chunks))).encode())
+        for chunks in ([b"x" * 101], [b"x" * 60, b"y" * 60], [b"x"] * 150):
+            caller = Caller(gate)
+            for chunk in chunks[:-1]:
+                caller.body(chunk, more=True)
+            status, _, body = await caller.body(chunks[-1]).answer()
+            assert (status, b"more than 100 bytes" in body) == (413, True)
+            assert caller.incoming.empty()  # read to its end, so that who sends all before it listens hears why
+        assert stub.handled == 3
+
+    run(test)
+
+
+def test_a_body_without_end_is_not_read_for_ever(run: Any) -> None:
+    async def test(gate: Gate, stub: Stub) -> None:
+        caller = Caller(gate)
+        for _ in range(100):
+            caller.body(b"x" * 50, more=True)
+        assert (await caller.answer())[0] == 413
+        assert not caller.incoming.empty()
+        slow = Caller(gate).body(b"x", more=True)
+        status, _, body = await slow.answer()
+        assert (status, b"did not arrive within 0.2 s" in body) == (408, True)
+        assert stub.handled == 0
+
+    run(test)
+
+
+def test_who_hangs_up_is_not_handled_any_more(run: Any) -> None:
+    async def test(gate: Gate, stub: Stub) -> None:
+        early = Caller(gate).body(b"x", more=True)
+        early.hang_up()
+        await early.task
+        stub.free.clear()
+        late = Caller(gate).body(b"x")
+        await asyncio.sleep(0.02)
+        late.hang_up()
+        await late.task
+        await asyncio.sleep(0)
+        assert (stub.handled, stub.cancelled) == (1, 1)
+        assert [caller.sent[0]["status"] for caller in (early, late)] == [499, 499]
+
+    run(test)
+
+
+def test_only_so_many_are_handled_at_a_time(run: Any) -> None:
+    async def test(gate: Gate, stub: Stub) -> None:
+        stub.free.clear()
+        callers = [Caller(gate).body(b"x") for _ in range(2)]
+        await asyncio.sleep(0.02)
+        status, headers, body = await Caller(gate).body(b"x").answer()
+        assert (status, headers[b"retry-after"]) == (503, b"1")
+        assert b"2 requests are being answered already" in body
+        stub.free.set()
+        assert [(await caller.answer())[0] for caller in callers] == [200, 200]
+        assert (await Caller(gate).body(b"x").answer())[0] == 200
+
+    run(test, ENSEMBLER_MAX_REQUESTS="2")
+
+
+def test_only_so_many_bytes_are_held_at_a_time(run: Any) -> None:
+    async def test(gate: Gate, stub: Stub) -> None:
+        stub.free.clear()
+        callers = [Caller(gate).body(b"x" * 100) for _ in range(8)]
+        await asyncio.sleep(0.02)
+        status, headers, body = await Caller(gate).body(b"x").answer()
+        assert (status, headers[b"retry-after"], b"too many large bodies" in body) == (503, b"1", True)
+        stub.free.set()
+        assert [(await caller.answer())[0] for caller in callers] == [200] * 8
+
+    run(test)
+
+
+def test_what_nobody_foresaw_is_a_sentence_that_gives_nothing_away(run: Any) -> None:
+    async def test(gate: Gate, stub: Stub) -> None:
+        status, _, body = await Caller(gate).body(b"fail").answer()
+        assert (status, body) == (500, b'{"error":"the server failed on this request: its log says why"}')
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "path", [ROUTE, BINARY, IMAGE, "/metadata", "/metrics", "/docs.json", "/schema.json", "/examples"]
+)
+def test_a_token_is_wanted_everywhere_but_where_probers_look(run: Any, path: str) -> None:
+    async def test(gate: Gate, stub: Stub) -> None:
+        async def status(path: str, **headers: str) -> tuple[int, dict[bytes, bytes]]:
+            method = "POST" if path in KINDS else "GET"
+            return (await Caller(gate, path, method, **headers).body(b"").answer())[:2]
+
+        for wrong in ("Bearer wrong", "Bearer", "", "sesame", "Basic sesame", "Bearer sesame2", "Bearer s\xe9same"):
+            code, headers = await status(path, authorization=wrong)
+            assert (code, headers[b"www-authenticate"]) == (401, b"Bearer")
+        assert (await status(path))[0] == 401
+        assert stub.handled == 0
+        for right in ("Bearer sesame", "bearer sesame", "Bearer  sesame "):
+            assert (await status(path, authorization=right))[0] == 200
+        for free in (*OPEN, "/ui/page.js"):
+            assert (await status(free))[0] == 200
+
+    run(test, ENSEMBLER_TOKEN="sesame")
+
+
+def test_tokens_are_compared_in_constant_time(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or a == b)
+
+    async def test(gate: Gate, stub: Stub) -> None:
+        assert (await Caller(gate, authorization="Bearer x").body(b"").answer())[0] == 401
+
+    run(test, ENSEMBLER_TOKEN="sesame")
+    assert compared == [(b"x", b"sesame")]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("TOKEN", "s\xe9same"), ("TOKEN", "two words"), ("MAX_BODY", "32M"), ("MAX_QUEUE", "0"), ("WORKERS", "-1")],
+)
+def test_a_setting_that_cannot_be(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv("ENSEMBLER_BUNDLE", "nowhere")
+    monkeypatch.setenv(f"ENSEMBLER_{name}", value)
+    with pytest.raises(UsageError, match=f"ENSEMBLER_{name} must"):
+        Settings.read()
+
+
+def test_what_is_not_said_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENSEMBLER_BUNDLE", "nowhere")
+    settings = Settings.read()
+    assert (settings.token, settings.members, settings.workers) == (None, None, 1)
+    assert settings.bundle == Path("nowhere")
+    assert settings.max_body == 32 * 2**20
+
+
+KINDS_REFUSED = [
+    "application/vnd.bentoml+pickle",
+    "application/x-pickle",
+    "application/zip",
+    "video/mp4",
+    "%s%n",
+    "a" * 900,
+]
+
+
+@pytest.mark.parametrize("kind", KINDS_REFUSED)
+def test_other_kinds_of_bodies_are_not_read(tmp_path: Path, kind: str) -> None:
+    with in_process(make_bundle(tmp_path / "bundle")) as client:
+        for path, accepted in KINDS.items():
+            sentence = assert_refused(client.post(path, content=b"x", headers={"Content-Type": kind}), 415)
+            assert all(name in sentence for name in accepted)
+        compressed = {"Content-Encoding": "gzip"}
+        assert "compressed" in assert_refused(client.post(ROUTE, content=b"x", headers=compressed), 415)
+
+
+def test_a_service_with_a_token(tmp_path: Path) -> None:
+    def ask(client: TestClient, **headers: str) -> Any:
+        return client.post(ROUTE, json={"images": tiny_images(1).tolist()}, headers=headers)
+
+    with in_process(make_bundle(tmp_path / "bundle"), ENSEMBLER_TOKEN="sesame") as client:
+        assert "send it as Authorization" in assert_refused(ask(client), 401)
+        assert ask(client, Authorization="Bearer sesame").status_code == 200
+        assert client.get("/readyz").status_code == 200
+        assert client.get("/docs.json").status_code == 401
+        described = client.get("/docs.json", headers={"Authorization": "Bearer sesame"}).json()
+        assert described["components"]["securitySchemes"]["token"]["scheme"] == "bearer"

@@ -1,0 +1,146 @@
+"""What Prometheus is told, and whether the example rules and the example dashboard ask for what exists."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from ensembler.serve.metrics import Metrics, Refusals
+from ensembler.serve.schemas import Validation
+from tests._service import BINARY, ROUTE, Server, free_port, make_calibrated, tiny_images
+
+DOCS = Path(__file__).parents[1] / "docs"
+LEVELS = [0.0, 0.5, 0.9, 1.0]
+
+
+def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    families = text_string_to_metric_families(text)
+    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
+
+
+def made(validation: Validation | None, members: int = 3) -> tuple[Metrics, CollectorRegistry]:
+    registry = CollectorRegistry()
+    Refusals(registry)
+    return Metrics(validation, members, 5, registry), registry
+
+
+def validation(entropy: list[float], information: list[float] | None) -> Validation:
+    return Validation(
+        examples=9, accuracy=1, nll=0, levels=LEVELS, predictive_entropy=entropy, mutual_information=information
+    )
+
+
+def columns(entropy: list[float], information: list[float], used: list[int]) -> dict[str, Any]:
+    return {
+        "predictive_entropy": np.array(entropy),
+        "mutual_information": np.array(information),
+        "members_used": np.array(used),
+        "abstain": np.array([True] + [False] * (len(used) - 1)),
+    }
+
+
+def test_buckets_are_the_quantiles_of_validation() -> None:
+    metrics, registry = made(validation([0.1, 0.4, 0.8, 1.2], [0.0, 0.0, 0.2, 0.3]))
+    metrics.answer(columns([0.1, 0.3, 0.5, 1.3], [0.0, 0.1, 0.25, 0.4], [3] * 4), whole=True)
+    found = samples(generate_latest(registry).decode())
+
+    def buckets(name: str) -> dict[str, float]:
+        rows = {dict(labels)["le"]: n for (sample, labels), n in found.items() if sample == f"ensembler_{name}_bucket"}
+        return rows
+
+    assert buckets("predictive_entropy_nats") == {"0.1": 1, "0.4": 2, "0.8": 3, "1.2": 3, "+Inf": 4}
+    assert buckets("mutual_information_nats") == {"0.0": 1, "0.2": 2, "0.3": 3, "+Inf": 4}
+    assert found["ensembler_validation_nats", frozenset({("measure", "mutual_information"), ("level", "0.9")})] == 0.2
+    assert found["ensembler_abstentions_total", frozenset({("abstained", "true")})] == 1
+    assert found["ensembler_abstentions_total", frozenset({("abstained", "false")})] == 3
+    assert found["ensembler_members_used_sum", frozenset()] == 12
+
+
+def test_fewer_members_say_nothing_of_drift() -> None:
+    metrics, registry = made(None)
+    metrics.answer(columns([0.1, 0.3], [0.0, 0.1], [2, 3]), whole=False)
+    found = samples(generate_latest(registry).decode())
+    assert found["ensembler_mutual_information_nats_count", frozenset()] == 0
+    assert found["ensembler_predictive_entropy_nats_count", frozenset()] == 0
+    assert found["ensembler_members_used_count", frozenset()] == 2
+
+
+@pytest.mark.parametrize("members", [1, 2, 100])
+def test_buckets_without_validation_span_what_is_possible(members: int) -> None:
+    metrics, registry = made(None, members)
+    metrics.answer({"predictive_entropy": np.array([np.log(5)]), "members_used": np.array([members])}, whole=True)
+    found = samples(generate_latest(registry).decode())
+    assert found["ensembler_members_used_sum", frozenset()] == members
+    edges = [float(dict(labels)["le"]) for name, labels in found if name == "ensembler_predictive_entropy_nats_bucket"]
+    assert sorted(edges)[-2] == pytest.approx(np.log(5))
+
+
+def asked_for(text: str) -> set[str]:
+    return set(re.findall(r"\bensembler_\w+", text))
+
+
+def test_rules_and_dashboard_ask_for_what_exists() -> None:
+    metrics, registry = made(validation([0.1, 0.4, 0.8, 1.2], [0.1, 0.2, 0.3, 0.4]))
+    for stage in ("read", "queue", "predict", "write"):
+        metrics.stage(stage, 0.1)
+    metrics.answer(columns([0.1], [0.1], [3]), whole=True)
+    exist = {name for name, _ in samples(generate_latest(registry).decode())} | {"ensembler_refusals_total"}
+    rules = yaml.safe_load((DOCS / "alerts.yml").read_text())
+    expressions = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    dashboard = json.loads((DOCS / "grafana.json").read_text())
+    expressions += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert len(expressions) > 10
+    for expression in expressions:
+        assert asked_for(expression) and asked_for(expression) <= exist, expression
+        assert expression.count("(") == expression.count(")") and expression.count("{") == expression.count("}")
+    told = asked_for((DOCS / "serving.md").read_text())
+    families = {family.name for family in registry.collect()}
+    assert families <= {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in told}
+    assert told <= exist | families
+
+
+def test_a_real_server_tells_prometheus(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ensembler.cli", "serve", str(make_calibrated(tmp_path / "bundle"))]
+    server = Server(command, tmp_path, free_port(), ENSEMBLER_TOKEN="sesame")
+    with httpx.Client(base_url=server.url, timeout=20, headers={"Authorization": "Bearer sesame"}) as caller:
+        try:
+            server.wait_until_ready()
+            assert caller.post(ROUTE, json={"images": tiny_images(5).tolist()}).status_code == 200
+            assert caller.post(ROUTE, json={"images": tiny_images(2).tolist(), "mode": "exact"}).status_code == 200
+            file = io.BytesIO()
+            np.save(file, tiny_images(3))
+            headers = {"Content-Type": "application/x-npy", "Accept": "application/x-npy"}
+            assert caller.post(BINARY, content=file.getvalue(), headers=headers).status_code == 200
+            for body in (b"", b"{}", b"[]"):
+                assert caller.post(ROUTE, content=body).status_code == 400
+            assert httpx.get(f"{server.url}/metrics").status_code == 401
+            found = samples(caller.get("/metrics").text)
+        finally:
+            server.stop(signal.SIGTERM)
+
+    def total(name: str, **labels: str) -> float:
+        rows = (value for (sample, of), value in found.items() if sample == name and labels.items() <= dict(of).items())
+        return sum(rows)
+
+    assert total("ensembler_batch_images_sum") == 10
+    assert total("ensembler_batch_images_count") == 3
+    assert total("ensembler_members_used_count") == 10
+    assert total("ensembler_mutual_information_nats_count") == 8
+    assert total("ensembler_abstentions_total") == 8
+    assert total("ensembler_refusals_total", status="400") == 3
+    assert total("ensembler_refusals_total", status="401") == 1
+    for stage in ("read", "queue", "predict", "write"):
+        assert total("ensembler_stage_seconds_count", stage=stage) == 3
+    assert total("ensembler_validation_nats", measure="mutual_information", level="0.9") > 0
