@@ -4,8 +4,8 @@ Against ``per_image.py``: each corruption written for one image in NumPy, SciPy 
 authors' script goes. 32 x 32 pixels, severity 3; the two are timed in turn, and medians are compared. Time on the
 clock needs all cores to itself; processor time, summed over threads, hardly minds what else runs.
 
-Figures: ``images_a_second.<corruption>``, ``speedup.<corruption>`` with its ``.median`` and ``.least`` on the clock, and
-``work.<corruption>`` with its ``.median``, the same ratio in processor time.
+Figures: ``images_a_second.<corruption>``, ``speedup.<corruption>`` with its ``.median`` and ``.least`` on the clock,
+and ``work.<corruption>`` with its ``.median``, the same ratio in processor time.
 
     python benchmarks/corruptions.py
 """
