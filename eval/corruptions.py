@@ -129,7 +129,10 @@ _TABLE = {
 _SMALLEST = 4  # pixels a side
 _LARGE = 64  # pixels of the smaller side above which the constants are those of ImageNet-C
 _CHUNK = {"cpu": 2**19, "cuda": 2**25}  # bytes worked on at once: what a core's cache holds, or what fills a GPU
-_LARGER = {"glass_blur": 2, "motion_blur": 64, "snow": 64}  # take many steps for any number of images: larger chunks
+# Larger chunks for those that take many steps, or short ones, for any number of images.
+_LARGER = {"glass_blur": 2, "motion_blur": 32, "snow": 64} | dict.fromkeys(
+    ("frost", "fog", "contrast", "elastic_transform", "pixelate", "jpeg_compression", "spatter"), 2
+)
 
 
 def corrupt(

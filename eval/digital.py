@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ensembler.eval.filters import planes, to_bytes
+from ensembler.eval.filters import pixels, planes, to_bytes
 
 __all__ = ["brightness", "contrast", "pixelate", "saturate"]
 
@@ -40,7 +40,7 @@ def brightness(images: Tensor, amount: float, keys: Tensor) -> Tensor:
     raised = (value + 255 * amount).clamp_(max=255)
     factor = raised / value.clamp(min=1)
     levels = raised[:, None] - (value[:, None] - levels).mul_(factor[:, None])
-    return to_bytes(levels).permute(0, 2, 3, 1)
+    return pixels(to_bytes(levels))
 
 
 def saturate(images: Tensor, level: tuple[float, float], keys: Tensor) -> Tensor:
@@ -56,43 +56,83 @@ def saturate(images: Tensor, level: tuple[float, float], keys: Tensor) -> Tensor
     levels = value[:, None] - (value[:, None] - levels).mul_(factor[:, None])
     if shift > 0:
         levels[:, 1:] -= (value * shift).mul_(value == smallest)[:, None]
-    return to_bytes(levels).permute(0, 2, 3, 1)
+    return pixels(to_bytes(levels))
 
 
 @lru_cache(maxsize=32)
-def _box_cells(size: int, cells: int) -> tuple[tuple[int, ...], Tensor]:
-    """For a box filter from ``size`` pixels down to ``cells`` and back: what each pixel takes.
+def _box_cells(size: int, cells: int) -> list[tuple[int, int]]:
+    """For a box filter from ``size`` pixels down to ``cells`` and back: the cell that each pixel shows.
 
     A cell takes the pixels whose centres lie inside it, as Pillow's box filter does.
 
     Returns:
-        The different numbers of pixels in a cell; and (size,) int64, ``size * j + i`` for the mean of as many pixels,
-        from pixel i on, as the j-th of these numbers says.
+        For each of ``size`` pixels its cell's first pixel and how many there are.
     """
     scale = size / cells
     inside = [
         [i for i in range(size) if -0.5 < (i - (cell + 0.5) * scale + 0.5) / scale <= 0.5] for cell in range(cells)
     ]
-    lengths = tuple(sorted({len(pixels) for pixels in inside}))
-    taken = [pixels[0] + size * lengths.index(len(pixels)) for pixels in inside]
-    return lengths, torch.tensor([taken[int((pixel + 0.5) * cells / size)] for pixel in range(size)])
+    shown = [inside[int((pixel + 0.5) * cells / size)] for pixel in range(size)]
+    return [(pixels[0], len(pixels)) for pixels in shown]
 
 
-def _means(images: Tensor, step: int, length: int) -> Tensor:
-    """The means of ``length`` pixels, ``step`` bytes apart, from each byte on; beyond the last they mean nothing."""
-    if length == 1:
-        return images
-    flat, means = images.flatten(), torch.empty_like(images)
-    size = len(flat) - (length - 1) * step
-    if length == 2:  # (a + b + 1) / 2 without leaving the bytes
-        a, b, out = flat[:size], flat[step:], means.view(-1)[:size]
-        torch.bitwise_or(a, b, out=out).sub_((a ^ b).bitwise_right_shift_(1))
-    else:
-        total = flat[:size].to(torch.int32)
-        for k in range(1, length):
-            total += flat[k * step :][:size]
-        means.view(-1)[:size] = total.mul_(round(2**22 / length)).add_(2**21).bitwise_right_shift_(22)
-    return means
+def _mean(parts: list[Tensor]) -> Tensor:
+    """The mean of some bytes, to the nearest."""
+    if len(parts) == 1:
+        return parts[0]
+    if len(parts) == 2:  # (a + b + 1) / 2 without leaving the bytes
+        a, b = parts
+        return (a | b).sub_((a ^ b).bitwise_right_shift_(1))
+    total = parts[0].to(torch.int32)
+    for part in parts[1:]:
+        total += part
+    return total.mul_(round(2**22 / len(parts))).add_(2**21).bitwise_right_shift_(22).to(torch.uint8)
+
+
+@lru_cache(maxsize=32)
+def _shifts(size: int, cells: int) -> dict[int, list[tuple[int, Tensor]]]:
+    """By the number of pixels in a cell: how many places aside its first pixel is, and a mask of the pixels that
+    show it, (size * 3,) uint8 of 0 and 255."""
+    found: dict[int, dict[int, Tensor]] = {}
+    for pixel, (first, length) in enumerate(_box_cells(size, cells)):
+        mask = found.setdefault(length, {}).setdefault(first - pixel, torch.zeros(size, 3, dtype=torch.uint8))
+        mask[first] = 255
+    return {length: [(shift, mask.flatten()) for shift, mask in masks.items()] for length, masks in found.items()}
+
+
+def _pixelated_rows(images: Tensor, cells: int) -> Tensor:
+    """Every row of pixels shrunk to ``cells`` and grown back.
+
+    A processor takes 32 bytes at a time from one place, but gathers them one by one. All pixels lie a few places from
+    their cells: those equally far are masked and moved together, at the cell's first pixel.
+    """
+    N, H, W, _ = images.shape
+    flat = images.view(-1)
+    out = torch.zeros_like(flat)
+    for length, masks in _shifts(W, cells).items():
+        size = len(flat) - (length - 1) * 3
+        means = flat
+        if length > 1:
+            means = torch.empty_like(flat)  # the last have no mean, and start no cell
+            means[:size] = _mean([flat[k * 3 :][:size] for k in range(length)])
+        for shift, mask in masks:
+            chosen = (means.view(N * H, W * 3) & mask.to(flat.device)).view(-1)
+            first, last = max(0, shift * 3), len(flat) + min(0, shift * 3)
+            out[first - shift * 3 : last - shift * 3].bitwise_or_(chosen[first:last])
+    return out.view(images.shape)
+
+
+@lru_cache(maxsize=32)
+def _columns(size: int, cells: int) -> tuple[list[list[Tensor]], Tensor]:
+    """By the number of pixels in a cell: the first pixels of these cells, the second ones and so on; and of all cells
+    in this order the number of the one that each pixel shows, (size,) int64."""
+    shown = _box_cells(size, cells)
+    order = sorted({*shown}, key=lambda cell: cell[::-1])
+    members = [
+        [torch.tensor([first + k for first, many in order if many == length]) for k in range(length)]
+        for length in sorted({many for _, many in order})
+    ]
+    return members, torch.tensor([order.index(cell) for cell in shown])
 
 
 def pixelate(images: Tensor, factor: float, keys: Tensor) -> Tensor:
@@ -100,11 +140,8 @@ def pixelate(images: Tensor, factor: float, keys: Tensor) -> Tensor:
 
     Each axis is rounded by itself, so images so tall that Pillow begins with the columns differ by a level here.
     """
-    N, H, W, _ = images.shape
-    lengths, taken = _box_cells(W, max(1, int(W * factor)))
-    means = torch.cat([_means(images, 3, length) for length in lengths], 2).view(N * H, -1)
-    places = (taken[:, None] * 3 + torch.arange(3)).flatten().to(images.device)
-    across = means.gather(1, places.expand(N * H, -1)).view(images.shape)
-    lengths, taken = _box_cells(H, max(1, int(H * factor)))
-    means = torch.cat([_means(across, W * 3, length) for length in lengths], 1)
-    return means.index_select(1, taken.to(images.device))
+    H, W = images.shape[1:3]
+    rows = _pixelated_rows(images, max(1, int(W * factor)))
+    members, shown = _columns(H, max(1, int(H * factor)))
+    cells = [_mean([rows.index_select(1, places.to(rows.device)) for places in of_length]) for of_length in members]
+    return torch.cat(cells, 1).index_select(1, shown.to(rows.device))

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ensembler.eval.blurs import smear
-from ensembler.eval.filters import between, linear_zoom, luminance, planes, to_bytes
+from ensembler.eval.filters import between, linear_zoom, luminance, pixels, planes, to_bytes
 from ensembler.eval.noise import below, branch, normals, uniforms
 
 __all__ = ["fog", "frost", "snow"]
@@ -37,7 +37,7 @@ def snow(images: Tensor, level: tuple[float, float, float, float, int, float, fl
     layer += layer.flip(1, 2)
     levels = planes(images)
     pale = torch.maximum(levels, luminance(levels).mul_(1.5).add_(127.5)[:, None])
-    return to_bytes(levels.mul_(mix).add_(pale.mul_(1 - mix)).add_(layer[:, None])).permute(0, 2, 3, 1)
+    return pixels(to_bytes(levels.mul_(mix).add_(pale.mul_(1 - mix)).add_(layer[:, None])))
 
 
 def _zoomed(layer: Tensor, factor: float) -> Tensor:
@@ -125,12 +125,14 @@ def _plasma(height: int, width: int, decay: float, keys: Tensor) -> Tensor:
         rows = points + points.roll(-1, 1)
         columns = points + points.roll(-1, 2)
         middle = (rows + rows.roll(-1, 2)).div_(4).add_(middle)
-        top = (middle + middle.roll(1, 1)).add_(columns).div_(4).add_(top)
-        left = (middle + middle.roll(1, 2)).add_(rows).div_(4).add_(left)
-        above, beneath = torch.stack((points, top), 3), torch.stack((left, middle), 3)
-        points = torch.stack((above, beneath), 2).view(N, 2 * m, 2 * m)
+        finer = points.new_empty(N, 2 * m, 2 * m)
+        finer[:, ::2, ::2] = points
+        finer[:, ::2, 1::2] = (middle + middle.roll(1, 1)).add_(columns).div_(4).add_(top)
+        finer[:, 1::2, ::2] = (middle + middle.roll(1, 2)).add_(rows).div_(4).add_(left)
+        finer[:, 1::2, 1::2] = middle
+        points = finer
         amplitude /= decay**2
-    points = points - points.amin((1, 2), keepdim=True)
+    points -= points.amin((1, 2), keepdim=True)
     points /= points.amax((1, 2), keepdim=True)
     return points[:, :height, :width]
 
@@ -142,4 +144,4 @@ def fog(images: Tensor, level: tuple[float, float], keys: Tensor) -> Tensor:
     haze = _plasma(H, W, decay, keys).mul_(weight * 255)
     largest = images.view(N, -1).amax(1).to(torch.float32).mul_(1 / 255)
     levels = planes(images).add_(haze[:, None]).mul_((largest / (largest + weight))[:, None, None, None])
-    return to_bytes(levels).permute(0, 2, 3, 1)
+    return pixels(to_bytes(levels))
