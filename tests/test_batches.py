@@ -226,9 +226,7 @@ def test_files_are_evaluated_like_images_in_memory(photos, tmp_path, monkeypatch
     one, other = (Ensemble.load(path, "cpu").sample(3, seed=1).predict_members(x) for path in paths)
     assert torch.equal(one, other)
     monkeypatch.setattr(pictures, "MEMORY_LIMIT", 6 * 3 * 8 * 8)
-    evaluate([paths[1]], device="cpu", examples=6)
-    with pytest.raises(DataError, match=r"use fewer \(--examples\)"):
-        evaluate([paths[1]], device="cpu")
+    assert evaluate([paths[1]], device="cpu").report.test_examples > 6  # more than may be held: read as they are needed
     with load(photos, corrupt="skip").train.paths[0].open("ab") as file:
         file.write(b"!")
     with pytest.raises(DataError, match=r"has changed since the run was trained: its training images differ"):
