@@ -2,7 +2,8 @@
 
 ``overhead`` is the time of a whole evaluation (images corrupted, every member's prediction, every score, the
 predictions kept) over that of the forward passes alone, on images already made, in the same batches: the median over
-pairs that ran one after the other. ``seconds.again`` is a second evaluation's, from the kept predictions.
+pairs that ran one after the other, both keeping the memory they free (``ensembler/memory.py``). ``seconds.again`` is a
+second evaluation's, from the kept predictions.
 
     python benchmarks/evaluation.py [--quick] [--json FILE]
 """

@@ -2,7 +2,7 @@
 
 ``ratio.<arch>.K<k>`` is the time of one SPRO step (K vertices, one of them trainable, volume regulariser on) over the
 time of a hand-written ``torch.optim.SGD`` step: the median over pairs that ran one after the other. On a GPU both run
-under bfloat16 autocast. On a CPU both keep the memory they free, as a training session does (``trainers/memory.py``).
+under bfloat16 autocast. On a CPU both keep the memory they free, as a training session does (``ensembler/memory.py``).
 
 ``floats_per_parameter.K<k>`` is what such a step of ``vgg16`` holds in memory at the most, over its number of
 parameters: every tensor alive is counted, less the activations and temporaries that the plain step holds too.
@@ -24,9 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ensembler import architectures
+from ensembler.memory import keep_freed
 from ensembler.subspace import dirichlet
 from ensembler.trainers.loop import train
-from ensembler.trainers.memory import keep_freed
 from ensembler.trainers.schedules import constant
 from ensembler.trainers.simplex import towards_volume
 from ensembler.weights import FlatWeights

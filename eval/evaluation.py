@@ -25,6 +25,7 @@ from ensembler.eval.report import CellScores, OodReport, Report, RunReport, Shif
 from ensembler.eval.shift import Cell, Shift, find_shift
 from ensembler.eval.shift_scores import FAMILIES
 from ensembler.images import Images, Split
+from ensembler.memory import keep_freed
 from ensembler.run import Manifest, Run, versions
 from ensembler.seeds import generator
 
@@ -122,6 +123,7 @@ def evaluate(
     predictors = [
         Predictor(Ensemble(run, device, batch_size), sha256, folder) for run, sha256 in zip(runs, hashes, strict=True)
     ]
+    keep_freed(predictors[0].ensemble.device)
     cells = list(shifted.cells()) if shifted else []
     slices = [
         Slice("validation", validation.sha256, _batches(validation), _labels(validation), members=True),

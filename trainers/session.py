@@ -22,6 +22,7 @@ from ensembler.datasets import Dataset
 from ensembler.ensemble import BATCHNORM_EXAMPLES, Ensemble, choose_device, has_batchnorm, member_buffers
 from ensembler.errors import UsageError
 from ensembler.images import Images, Split, normalise
+from ensembler.memory import keep_freed
 from ensembler.run import Cost, DatasetRecord, Manifest, Part, Run, Sampling, versions
 from ensembler.seeds import derive, generator
 from ensembler.trainers import memory
@@ -148,7 +149,7 @@ class Session:
         if settings.schedule not in SCHEDULES:
             raise UsageError(f"unknown schedule {settings.schedule!r}: use one of {', '.join(SCHEDULES)}")
         self.device = choose_device(settings.device)
-        memory.keep_freed(self.device)
+        keep_freed(self.device)
         if settings.precision not in PRECISIONS:
             raise UsageError(f"unknown precision {settings.precision!r}: use one of {', '.join(PRECISIONS)}")
         if settings.precision == "float16" and self.device.type == "cpu":
