@@ -15,6 +15,7 @@ that wait beside it, :mod:`~ensembler.serve.answers` writes what was asked for.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 from collections.abc import Callable
@@ -113,6 +114,8 @@ class PredictiveUncertainty:
     def warm_up(self) -> None:
         runtime = self.runtime
         runtime.warm_up()
+        gc.collect()
+        gc.freeze()  # what is here stays: looking through all of it again would hold every request up
         _logger.info(
             "%d members on %s, %d at a time, %.0f MiB of memory",
             runtime.members,

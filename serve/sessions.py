@@ -112,6 +112,7 @@ def open_session(
 def providers() -> list[Any]:
     """CUDA before the CPU where a GPU answers; whether a session then runs there, only the session can say."""
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and gpu_answers():
+        onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them, which nothing else finds without torch
         # TF32 would cost the agreement with PyTorch that the export has checked.
         return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
     return ["CPUExecutionProvider"]
