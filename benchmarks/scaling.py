@@ -44,17 +44,22 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="measure the constants and write scaling.json")
     if parser.parse_args().measure:
         CONSTANTS.write_text(json.dumps(measure(), indent=2) + "\n")
-    constants = json.loads(CONSTANTS.read_text())["constants"]
-    for title, table in (
-        ("Constants", {name: f"{value:.3g}" for name, value in constants.items()}),
-        ("A 100-member ImageNet ensemble", imagenet(constants)),
-        ("Machines that are taken away", preemption()),
-        ("10^9 requests a day", requests(constants)),
-        ("10 TB of photographs", photographs(constants)),
-    ):
-        print(f"\n| {title} | |\n|---|---|")
-        for name, value in table.items():
-            print(f"| {name} | {value} |")
+    print("\n".join(tables(json.loads(CONSTANTS.read_text())["constants"])))
+
+
+def tables(constants: dict[str, float]) -> list[str]:
+    """Everything, as tables of Markdown."""
+    found = {
+        "Constants, of one core": {name: f"{value:.3g}" for name, value in constants.items()},
+        "A 100-member ImageNet ensemble": imagenet(constants),
+        "Machines that are taken away": preemption(),
+        "10^9 requests a day": requests(constants),
+        "10 TB of photographs": photographs(constants),
+    }
+    return [
+        "\n".join([f"| {title} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table.items()), ""])
+        for title, table in found.items()
+    ]
 
 
 # --- the three jobs -------------------------------------------------------------------------------------------------
@@ -153,13 +158,12 @@ def requests(c: dict[str, float], day: float = 1e9, peak: float = 3.0) -> dict[s
             size = next((one for one in sizes if one >= batch), sizes[-1])  # padded, as on CUDA
             return members * size / V100_INFERENCE[size] + batch * c["request_seconds"]
 
-        best = highest_rate(large, most=256)
-        name = f"{members} x ResNet-50, 224 x 224, one V100 a replica"
-        alone = large(1)
+        best = highest_rate(large, most=256, limit=0.25)
+        name = f"{members} x ResNet-50, 224 x 224, one V100 a replica, p99 < 250 ms"
         if best:
-            found[name] = f"{best:,.0f} requests/s at p99 < 100 ms, {rate / best:,.0f} replicas at the peak"
+            found[name] = f"{best:,.0f} requests/s, {rate / best:,.0f} replicas at the peak"
         else:
-            found[name] = f"cannot answer within 100 ms: one image alone takes {1000 * alone:,.0f} ms"
+            found[name] = f"impossible: one image alone takes {1000 * large(1):,.0f} ms"
     found["bytes in a day, raw 32 x 32 and 224 x 224"] = f"{day * 3072 / TB:.1f} and {day * 150_528 / TB:.0f} TB"
     return found
 
@@ -175,8 +179,14 @@ def highest_rate(service: Callable[[int], float], most: int = 64, limit: float =
     return low
 
 
-def p99(service: Callable[[int], float], rate: float, most: int, count: int = 20_000) -> float:
-    """Poisson arrivals; one pass at a time takes all that waits, ``most`` at the most."""
+def p99(service: Callable[[int], float], rate: float, most: int) -> float:
+    """Seconds that 99 % of the answers stay below; the first tenth is not counted."""
+    found = latencies(service, rate, most)
+    return statistics.quantiles(found[len(found) // 10 :], n=100)[-1]
+
+
+def latencies(service: Callable[[int], float], rate: float, most: int, count: int = 20_000) -> list[float]:
+    """Seconds from arrival to answer: Poisson arrivals; a pass at a time takes all that waits, ``most`` at the most."""
     draw = random.Random(0)
     arrivals, now = [], 0.0
     for _ in range(count):
@@ -191,7 +201,7 @@ def p99(service: Callable[[int], float], rate: float, most: int, count: int = 20
         free = start + service(end - place)
         waits += [free - arrival for arrival in arrivals[place:end]]
         place = end
-    return statistics.quantiles(waits[count // 10 :], n=100)[-1]
+    return waits
 
 
 def photographs(c: dict[str, float], size: float = 10 * TB, each: float = 110_000) -> dict[str, str]:
