@@ -1,4 +1,4 @@
-"""Old files stay readable: one of each kind in its first format, kept for ever; and later formats are refused clearly."""
+"""Old files stay readable: one of each kind in its first format, kept for ever; later formats are refused clearly."""
 
 from __future__ import annotations
 
