@@ -5,6 +5,7 @@ Run as a script, this file is that one: it reads requests, a line of JSON each, 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ HEAVY = (  # but ONNX Runtime, which starts a thread that no fork would inherit
     *("ensembler.trainers", "ensembler.trainers.summary", "ensembler.trainers.simplex", "ensembler.trainers.collapse"),
     *("ensembler.eval.compare", "ensembler.eval.page", "ensembler.eval.comparison_plots", "ensembler.eval.surface"),
     *("ensembler.eval.calibrate", "torch.onnx._internal.exporter._compat", "onnxscript"),
-    *("sklearn.metrics", "rich.progress", "rich.table"),
+    *("sklearn.metrics", "rich.progress", "rich.table", "ensembler.cli"),
 )
 
 
@@ -43,11 +45,15 @@ class Process:
 
     @property
     def out(self) -> str:
-        return self._log.with_suffix(".out").read_text()
+        return self._read(".out")
 
     @property
     def err(self) -> str:
-        return self._log.with_suffix(".err").read_text()
+        return self._read(".err")
+
+    def _read(self, suffix: str) -> str:
+        file = self._log.with_suffix(suffix)
+        return file.read_text() if file.exists() else ""  # not yet
 
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -149,6 +155,7 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     assert len([*Path("/proc/self/task").iterdir()]) == 1  # a fork has one thread, whatever its parent had
+    gc.freeze()  # a fork's collector need not copy all this
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -156,7 +163,7 @@ def _serve() -> None:
         else:
             answer = os.fork()
             if answer == 0:
-                _become(request)  # and end as any interpreter does
+                _become(request)
         print(json.dumps(answer), flush=True)
 
 
@@ -183,11 +190,16 @@ def _become(request: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"], resource.RLIM_INFINITY))
     if request["clock"]:
         _wrong_clock(Path(request["clock"]))
-    sys.argv = ["ensembler", *request["arguments"]]
-    from ensembler import cli
-
-    cli.main()
-    sys.exit(0)
+    sys.argv, code = ["ensembler", *request["arguments"]], 0
+    try:
+        sys.modules["ensembler.cli"].main()
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)  # an interpreter's own end takes longer than some commands
 
 
 def _wrong_clock(file: Path) -> None:
