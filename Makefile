@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test lint types smoke check clean
+.PHONY: help demo test test-long lint types smoke check clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
 
 demo: $(VENV)/.installed  ## train, evaluate, export, serve and ask, in a few minutes; writes to demo-output/
 	rm -rf demo-output
@@ -14,6 +14,9 @@ demo: $(VENV)/.installed  ## train, evaluate, export, serve and ask, in a few mi
 
 test: $(VENV)/.installed-dev  ## the test suite
 	$(BIN)/python -m pytest
+
+test-long: $(VENV)/.installed-dev  ## the tests that take minutes: every fault, many times
+	$(BIN)/python -m pytest -m long
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .

@@ -12,17 +12,33 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 
-__all__ = ["MANIFEST", "check_writable", "read", "replace_file", "sha256", "write"]
+__all__ = [
+    "HELD",
+    "MANIFEST",
+    "check_writable",
+    "hold",
+    "read",
+    "replace_file",
+    "replace_files",
+    "sha256",
+    "sweep",
+    "write",
+]
 
 MANIFEST = "manifest.json"
+HELD = ".held"
+"""Ends the name of a hidden file or folder whose writer holds a lock on it: see :func:`sweep`."""
+
 _SEAL = "manifest.sha256"
+_FORGOTTEN = 3600.0  # seconds since it was touched
 
 
 def sha256(path: Path) -> str:
@@ -31,8 +47,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, mend: str = "choose another --out") -> None:
     """Find out before hours of work, not after, that ``folder`` cannot be written to, or made where it is missing.
+
+    Args:
+        folder: it, or where it is to be.
+        mend: what to do then.
 
     Raises:
         ArtefactError: it cannot; nothing is made or left either way.
@@ -42,7 +62,43 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ArtefactError(f"cannot write to {folder}: {error.strerror or error}: choose another --out") from error
+        raise ArtefactError(f"cannot write to {folder}: {error.strerror or error}: {mend}") from error
+
+
+def hold(path: Path) -> int | None:
+    """Lock a file or folder until the descriptor that is returned is closed, or this process ends, however it ends.
+
+    ``None`` where another process holds it, or where there are no such locks (Windows, some network file systems).
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(path, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def sweep(folder: Path) -> None:
+    """Remove the ``.partial-*.held`` that killed processes left in ``folder``.
+
+    Dead is a writer whose lock the system has taken back: no process number is asked for, since another process may
+    have it by now, or another container. As locks do not reach across every network file system, and clocks jump,
+    both must agree: the lock is free, and nothing was touched for an hour.
+    """
+    for path in folder.glob(f".partial-*{HELD}"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _FORGOTTEN and (lock := hold(path)) is not None:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
+                os.close(lock)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -51,16 +107,29 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises:
         ArtefactError: the disk is full, or the file cannot be written.
     """
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    replace_files({path: content})
+
+
+def replace_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files whole, in place of those there may be; where one cannot be written, none of them is.
+
+    Raises:
+        ArtefactError: the disk is full, or a file cannot be written.
+    """
+    path, partials = Path(), {path: path.with_name(f".partial-{os.getpid()}-{path.name}") for path in contents}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
+        for path, partial in partials.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(contents[path])
+            _flush(partial)
+        for path, partial in partials.items():
+            partial.replace(path)
     except OSError as error:
         raise ArtefactError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):
-            partial.unlink()
+        for partial in partials.values():
+            with suppress(OSError):
+                partial.unlink()
 
 
 @contextmanager
@@ -70,7 +139,7 @@ def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     Yields a hidden folder beside ``path`` to put the files in. When the block ends well, every file is hashed into
     ``manifest["files"]``, flushed to disk, and the folder takes its name in one rename. When it ends with any
     exception (a full disk, Ctrl-C) the hidden folder is removed; after a SIGKILL it stays behind as
-    ``.partial-*`` and is never taken for an artefact.
+    ``.partial-*``, is never taken for an artefact, and goes when another is written beside it an hour later.
 
     Raises:
         UsageError: ``path`` exists already; nothing is ever overwritten.
@@ -79,12 +148,17 @@ def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     if path.exists():
         raise UsageError(f"{path} exists already: choose another path, or remove it first")
     partial: Path | None = None
+    lock: int | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".partial-{path.name}-", dir=path.parent))
+        sweep(path.parent)
+        partial = Path(tempfile.mkdtemp(prefix=f".partial-{path.name}-", suffix=HELD, dir=path.parent))
+        lock = hold(partial)
         partial.chmod(0o777 & ~_umask())
         yield partial
         files = sorted(file for file in partial.rglob("*") if file.is_file())
+        for file in files:
+            file.chmod(0o666 & ~_umask())  # safetensors lets nobody else read its files
         manifest["files"] = {file.relative_to(partial).as_posix(): sha256(file) for file in files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         (partial / _SEAL).write_text(_seal(partial), encoding="utf-8")
@@ -99,6 +173,8 @@ def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:

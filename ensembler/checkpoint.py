@@ -17,11 +17,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ensembler import architectures
 from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, ShapeError, UsageError
+from ensembler.run import load_tensors
 
 __all__ = ["Checkpoint", "fit", "pretrained", "read"]
 
@@ -55,7 +55,7 @@ def read(path: Path) -> dict[str, Tensor]:
         if path.is_dir():
             raise IsADirectoryError
         if path.suffix.lower() == ".safetensors":
-            content = load_file(path)
+            content = load_tensors(path)
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what it warns of, it also refuses, or reads

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -45,18 +47,32 @@ def _common(
     pass
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it: whatever tidies up after Ctrl-C tidies up after it, too."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the tidying up; there is SIGKILL for that
+    raise _Terminated
+
+
 @contextmanager
 def _errors_on_one_line() -> Iterator[None]:
-    """Errors raised on purpose become one line on standard error, Ctrl-C a short farewell; no traceback."""
+    """Errors raised on purpose become one line on standard error, Ctrl-C and SIGTERM a short farewell; no traceback."""
+    listening = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if listening else None
     try:
         yield
     except EnsemblerError as error:
         typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         typer.echo("interrupted: nothing half-done passes for whole", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from None
+    finally:
+        if listening:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _take_defaults(context: typer.Context, path: Path | None) -> None:

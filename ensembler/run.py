@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ensembler import artefact, datasets
 from ensembler.datasets import AUGMENTATIONS, Dataset
-from ensembler.errors import ArtefactError, DataError, DivergedError, UsageError
+from ensembler.errors import ArtefactError, CorruptError, DataError, DivergedError, UsageError
 from ensembler.images import FileSplit
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "Run",
     "Sampling",
     "latest",
+    "load_tensors",
     "new_path",
     "save_tensors",
     "versions",
@@ -230,6 +231,7 @@ class Run:
         buffers: buffer name to (M, ...).
         frozen: name to tensor, for parameters that were not trained.
         history: one mapping for each epoch of training.
+        sha256: of the manifest that it was loaded with, whatever lies at its path by now; empty before that.
     """
 
     manifest: Manifest
@@ -238,6 +240,7 @@ class Run:
     buffers: Mapping[str, Tensor]
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
     history: Sequence[Mapping[str, Any]] = ()
+    sha256: str = ""
 
     def save(self, path: Path) -> Path:
         """Write the run to ``path``, whole or not at all, and let ``latest`` beside it name it.
@@ -265,31 +268,38 @@ class Run:
 
     @classmethod
     def load(cls, path: Path) -> Run:
-        """Read a run and verify every byte of it.
+        """Read a run and verify every byte of it. What becomes of its files later does not reach the run in memory.
 
         Raises:
             ArtefactError: no run there, or of a format this version cannot read.
-            CorruptError: a file is missing or changed; it is named.
+            CorruptError: a file is missing or changed; it is named. Or another run took its place meanwhile.
         """
+        sha256 = _identity(path)
         content = artefact.read(path, "run", formats=_FORMATS)
         try:
             manifest = Manifest.model_validate(_of_format_1(content) if content["format"] == 1 else content)
-            members = load_file(path / "members.safetensors")
+            members = load_tensors(path / "members.safetensors")
             frozen = path / "frozen.safetensors"
-            return cls(
+            run = cls(
                 manifest=manifest,
-                vertices=load_file(path / "vertices.safetensors"),
+                vertices=load_tensors(path / "vertices.safetensors"),
                 coefficients=members.pop("coefficients"),
                 buffers={name.removeprefix("buffer."): tensor for name, tensor in members.items()},
-                frozen=load_file(frozen) if frozen.name in manifest.files else {},
+                frozen=load_tensors(frozen) if frozen.name in manifest.files else {},
                 history=[json.loads(line) for line in (path / "history.jsonl").read_text("utf-8").splitlines()],
+                sha256=sha256,
             )
         except ValidationError as error:
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise ArtefactError(f"{path} is not a run that this version can read ({reason}): train it again") from error
-        except (KeyError, ValueError, OSError, SafetensorError) as error:
+        except OSError as error:
+            raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
+        except (KeyError, ValueError, SafetensorError) as error:
             raise ArtefactError(f"{path} is not a run that this version can read ({error}): train it again") from error
+        if sha256 != _identity(path):
+            raise CorruptError(f"{path} was replaced while it was read: run the same command again")
+        return run
 
 
 def new_path(folder: Path, label: str) -> Path:
@@ -335,6 +345,15 @@ def _of_format_1(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"cost": cost}
 
 
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in memory of their own.
+
+    Its reader maps the file: whoever wrote over it would change the tensors, and cutting it short would end the
+    process.
+    """
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file.
 
@@ -345,6 +364,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # its writer's, and no OSError
         raise ArtefactError(f"cannot write {path.name}: {error}; nothing was left behind") from error
+
+
+def _identity(path: Path) -> str:
+    try:
+        return artefact.sha256(path / artefact.MANIFEST)
+    except OSError:
+        return ""
 
 
 def _point_latest_at(path: Path) -> None:

@@ -16,7 +16,6 @@ from typing import Any, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler import artefact
 from ensembler.calibration import (
     Abstention,
     Beta,
@@ -102,7 +101,7 @@ def calibrate(
         risk=risk,
         confidence=confidence,
         seed=seed,
-        run_sha256=artefact.sha256(path / artefact.MANIFEST),
+        run_sha256=ensemble.run.sha256,
         dataset=record.title,
         validation_sha256=validation.sha256,
     )

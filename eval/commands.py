@@ -3,6 +3,7 @@
 Annotations are evaluated here, not postponed: Typer reads them.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -118,10 +119,13 @@ def calibrate(
 ) -> None:
     """Fit a run's calibration, prediction sets and abstention on its validation images; kept with the run."""
     from ensembler import calibration
+    from ensembler.artefact import check_writable
     from ensembler.eval.calibrate import calibrate, summary
     from ensembler.run import latest
 
     path = run or latest(Path("runs"))
+    path = path.resolve() if path.is_symlink() else path  # latest may be another one soon
+    check_writable(path, "a calibration lies in its run's folder: copy the run to where you may write")
     with watching(quiet) as watch:
         found = calibrate(
             path,
@@ -163,11 +167,11 @@ def _report(
     from ensembler.eval.page import page
     from ensembler.eval.plots import to_png
     from ensembler.eval.tables import csv, markdown, tables
-    from ensembler.run import new_path
 
     start = time.monotonic()
-    folder = out or new_path(Path("reports"), name)
-    check_writable(folder)
+    check_writable(out or Path("reports"))
+    if json is not None:
+        check_writable(json.parent, "choose another --json")
     with watching(quiet) as watch:
         found = evaluate(runs, **options, watch=watch)
     report = found.report if comparison is None else compare(found, **comparison)
@@ -180,6 +184,7 @@ def _report(
         "report.json": (report.model_dump_json(indent=2) + "\n").encode(),
         **{f"{title}.png": to_png(picture.figure) for title, picture in drawn.items()},
     }
+    folder = out or _fresh(Path("reports"), name)
     _write(folder, files, json)
     Console(highlight=False).print(tables(report))
     _say(f"took {time.monotonic() - start:.0f} s; report: {folder} ({', '.join(files)})")
@@ -211,14 +216,15 @@ def surface(
     from ensembler.artefact import check_writable
     from ensembler.errors import UsageError
     from ensembler.eval.surface import measure_surface, plot_paths, plot_surface, summary
-    from ensembler.run import latest, new_path
+    from ensembler.run import latest
 
     try:
         chosen = None if vertices is None else [int(number) for number in vertices.split(",")]
     except ValueError as error:
         raise UsageError(f"--vertices takes three numbers, such as 0,1,2: not {vertices!r}") from error
-    folder = out or new_path(Path("surfaces"), "surface")
-    check_writable(folder)
+    check_writable(out or Path("surfaces"))
+    if json is not None:
+        check_writable(json.parent, "choose another --json")
 
     with watching(quiet, unit="points") as watch:
         found = measure_surface(
@@ -238,18 +244,40 @@ def surface(
         "surface.png": plot_surface(found),
         **({"path.png": plot_paths(found)} if found.paths else {}),
     }
+    folder = out or _fresh(Path("surfaces"), "surface")
     _write(folder, files, json)
     _say(summary(found), f"took {found.seconds:.0f} s; surface: {folder} ({', '.join(files)})")
 
 
-def _write(folder: Path, files: dict[str, bytes], json: Path | None) -> None:
-    """Write a command's files, and its JSON where it is wanted, too."""
-    from ensembler.artefact import replace_file
+def _fresh(parent: Path, label: str) -> Path:
+    """A new folder that is nobody else's, even where another process names one in the same second."""
+    from ensembler.run import new_path
 
-    for name, content in files.items():
-        replace_file(folder / name, content)
-        if json is not None and name.endswith(".json"):
-            replace_file(json, content)
+    while True:
+        path = new_path(parent, label)
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:
+            pass  # said better by who writes into it
+        return path
+
+
+def _write(folder: Path, files: dict[str, bytes], json: Path | None) -> None:
+    """Write a command's files, and its JSON where it is wanted, too: all or none."""
+    from ensembler.artefact import replace_files
+    from ensembler.errors import ArtefactError
+
+    contents = {folder / name: content for name, content in files.items()}
+    if json is not None:
+        contents[json] = next(content for name, content in files.items() if name.endswith(".json"))
+    try:
+        replace_files(contents)
+    except ArtefactError:
+        with suppress(OSError):
+            folder.rmdir()  # where nothing else is in it
+        raise
 
 
 def _say(*lines: str) -> None:

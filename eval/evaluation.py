@@ -110,6 +110,7 @@ def evaluate(
         DataError: the dataset is missing or not the one that the runs were trained on.
         ArtefactError: predictions cannot be kept.
     """
+    paths = [path.resolve() if path.is_symlink() else path for path in paths]  # latest may be another one soon
     runs = [Run.load(path) for path in paths]
     dataset = _common_dataset(runs, paths, data, download)
     indices = _choose(len(dataset.test), examples, seed)
@@ -118,8 +119,8 @@ def evaluate(
     shape = test.shape
     unknown = [load_ood(name, shape, root=data, download=download, examples=examples, seed=seed) for name in ood]
     folder = cache or default_folder()
-    artefact.check_writable(folder)
-    hashes = [artefact.sha256(path / artefact.MANIFEST) for path in paths]
+    artefact.check_writable(folder, "choose another --cache")
+    hashes = [run.sha256 for run in runs]
     predictors = [
         Predictor(Ensemble(run, device, batch_size), sha256, folder) for run, sha256 in zip(runs, hashes, strict=True)
     ]

@@ -27,14 +27,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from ensembler.artefact import replace_file
+from ensembler.artefact import HELD, hold, replace_file, sha256, sweep
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
 from ensembler.uncertainty import disagreement_of_votes, entropy, expected_entropy
 
 __all__ = ["Prediction", "Predictor", "Slice", "default_folder", "predictions"]
 
-FORMAT = 1
+FORMAT = 2  # 1 had no number, and no hash of the members' probabilities
+_FORMATS = ("1", "2")
 _CHUNK = 2**26  # bytes of images, and of members' probabilities, that are held at once
 _EXAMPLES = {"mean": 0, "expected_entropy": 0, "classes": 1, "label_probabilities": 1}  # where the examples lie
 
@@ -120,17 +121,21 @@ class Predictor:
     def path(self, images: Slice) -> Path:
         """Where the prediction for a slice is kept."""
         # The last bits of a prediction depend on what it was computed on.
-        key = hashlib.sha256(f"{FORMAT}/{self.ensemble.device.type}/{images.key}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"1/{self.ensemble.device.type}/{images.key}".encode()).hexdigest()[:32]
         return self.folder / self.run[:32] / f"{key}.safetensors"
 
     def kept(self, images: Slice) -> Prediction | None:
-        """The kept prediction for a slice; ``None`` where there is none, or it is no longer whole."""
+        """The kept prediction for a slice; ``None`` where there is none, or it is not whole, or of a later format."""
         path = self.path(images)
         try:
             with safe_open(path, "numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                if (file.metadata() or {}).get("sha256") != _digest(arrays):
-                    return None
+                metadata = file.metadata() or {}
+            known = metadata.get("format", "1") in _FORMATS
+            if not known or metadata.get("sha256") != _digest(arrays):
+                return None
+            if images.members and "format" in metadata and metadata.get("members_sha256") != sha256(_whole(path)):
+                return None
             every = np.load(_whole(path), mmap_mode="r", allow_pickle=False) if images.members else None
             return Prediction(**arrays, members=every)
         except (OSError, SafetensorError, ValueError, TypeError):
@@ -195,6 +200,7 @@ class _Gathering:
         self._parts: dict[str, list[NDArray[Any]]] = {name: [] for name in _EXAMPLES}
         self._path = predictor.path(images)
         self._every: BinaryIO | None = None
+        self._lock: int | None = None
         ensemble = predictor.ensemble
         self._shape = (ensemble.members, len(self._labels), len(ensemble.classes))
         self._keeps_members = images.members
@@ -203,7 +209,9 @@ class _Gathering:
         if self._keeps_members:
             with self._writing():
                 self._path.parent.mkdir(parents=True, exist_ok=True)
+                sweep(self._path.parent)
                 self._every = self._partial.open("wb")
+                self._lock = hold(self._partial)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -211,6 +219,8 @@ class _Gathering:
             if self._every is not None:
                 self._every.close()
             self._partial.unlink(missing_ok=True)
+            if self._lock is not None:
+                os.close(self._lock)
 
     def add(self, batch: Tensor) -> None:
         ensemble = self.predictor.ensemble
@@ -237,17 +247,19 @@ class _Gathering:
     def keep(self) -> Prediction:
         whole = {name: np.concatenate(parts, _EXAMPLES[name]) for name, parts in self._parts.items()}
         arrays = {name: np.ascontiguousarray(array) for name, array in whole.items()}  # safetensors takes them as such
+        metadata = {"format": str(FORMAT), "sha256": _digest(arrays)}
         if self._every is not None:
             with self._writing():
                 self._every.close()
+                metadata["members_sha256"] = sha256(self._partial)
                 self._partial.replace(_whole(self._path))
-        replace_file(self._path, save(arrays, {"sha256": _digest(arrays)}))
+        replace_file(self._path, save(arrays, metadata))
         every = None if self._every is None else np.load(_whole(self._path), mmap_mode="r", allow_pickle=False)
         return Prediction(**arrays, members=every)
 
     @property
     def _partial(self) -> Path:
-        return self._path.with_name(f".partial-{os.getpid()}-{id(self)}-{_whole(self._path).name}")
+        return self._path.with_name(f".partial-{os.getpid()}-{id(self)}-{_whole(self._path).name}{HELD}")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -175,7 +175,7 @@ def _content(ensemble: Ensemble, run_path: Path, pixels: Pixels, **written: Any)
         sampling=sampling,
         parameters=record.parameters,
         training_cost=record.cost.model_dump(),
-        run=Origin(name=run_path.resolve().name, sha256=artefact.sha256(run_path / artefact.MANIFEST)),
+        run=Origin(name=run_path.resolve().name, sha256=ensemble.run.sha256),
         max_difference=0.0,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
@@ -299,6 +299,7 @@ def _calibrate(
     """
     if calibration.load(run_path) is None:
         return
+    calibration.read(run_path / calibration.FILE, content.run.sha256)  # another run may lie there by now
     if sampled:
         say("The run's calibration was fitted for its own members: it is left out.")
         return

@@ -13,6 +13,8 @@ trained anew. On a CPU, with the same number of threads, the result is the unint
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import shutil
 import time
 import weakref
@@ -22,13 +24,11 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ensembler import artefact
-from ensembler.artefact import replace_file
 from ensembler.errors import ArtefactError, CorruptError, UsageError
-from ensembler.run import save_tensors
+from ensembler.run import load_tensors, save_tensors
 from ensembler.trainers.loop import Snapshot, State
 
 __all__ = ["OPTIONS", "Checkpoints", "Saved", "unfinished"]
@@ -76,30 +76,42 @@ class Checkpoints:
     def __post_init__(self) -> None:
         self._begun = self.folder.is_dir()
         if self._begun:
-            self._own()
+            self._own(self.folder)
+            for partial in self.folder.glob(".partial-*") if self._lock else ():
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while it wrote
 
     def _begin(self) -> None:
-        """Make the folder; where another process has made it meanwhile, one beside it."""
+        """Make the folder, with the options in it or not at all; where another process has made it, one beside it."""
         name = self.folder.name.removesuffix(".unfinished")
-        for number in count(2):
-            try:
-                self.folder.mkdir(parents=True)
-                break
-            except FileExistsError:
-                self.folder = self.folder.with_name(f"{name}-{number}.unfinished")
-            except OSError as error:
-                raise ArtefactError(f"cannot write {self.folder}: {error.strerror or error}") from error
+        partial = self.folder.with_name(f".partial-{name}-{secrets.token_hex(4)}")
+        try:
+            partial.mkdir(parents=True)
+            self._own(partial)
+            with (partial / OPTIONS).open("w", encoding="utf-8") as file:
+                json.dump(dict(self.options), file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            for number in count(2):
+                try:
+                    partial.rename(self.folder)
+                    break
+                except OSError:
+                    if not self.folder.exists():
+                        raise
+                    self.folder = self.folder.with_name(f"{name}-{number}.unfinished")
+        except OSError as error:
+            raise ArtefactError(f"cannot write {self.folder}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # it has another name, if all went well
         self._begun = True
-        self._own()
-        replace_file(self.folder / OPTIONS, json.dumps(dict(self.options), indent=2).encode())
 
-    def _own(self) -> None:
+    def _own(self, folder: Path) -> None:
         """Hold a lock for as long as this process lives: two that train one run would write over each other."""
         try:
             import fcntl
         except ImportError:  # not on Windows
             return
-        self._lock = (self.folder / ".lock").open("wb")
+        self._lock = (folder / ".lock").open("wb")
         weakref.finalize(self, self._lock.close)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,7 +141,7 @@ class Checkpoints:
         for i, snapshot in enumerate(state.snapshots):
             tensors[f"snapshot.{i}.vertices"] = snapshot.vertices
             tensors |= {f"snapshot.{i}.buffer.{name}": buffer for name, buffer in snapshot.buffers.items()}
-        if not self._begun:
+        if not (self._begun and (self.folder / OPTIONS).is_file()):  # never was, or was removed meanwhile
             self._begin()
         older = self._find(number)
         content = {
@@ -159,9 +171,12 @@ class Checkpoints:
         for path in reversed(self._find(number)):
             try:
                 content = artefact.read(path, "checkpoint", (FORMAT,))
-                tensors = load_file(path / "state.safetensors")
-            except CorruptError:
-                continue  # trained anew
+                tensors = load_tensors(path / "state.safetensors")
+            except ArtefactError as error:
+                if (path / artefact.MANIFEST).is_file() and not isinstance(error, CorruptError):
+                    raise  # of another version
+                shutil.rmtree(path, ignore_errors=True)  # damaged, or half removed: trained anew
+                continue
             if content["part"] != part or content["identity"] != dict(self.identity):
                 raise UsageError(
                     f"{self.folder} is of a run with other options or other images: give the ones it was begun with, "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ensembler.errors import DataError, DivergedError, ShapeError, UsageError
+from ensembler.errors import ArtefactError, DataError, DivergedError, ShapeError, UsageError
 
 if TYPE_CHECKING:
     from ensembler.checkpoint import Checkpoint
@@ -258,7 +258,7 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
                         run = collapse_run(session, run)
                 run.manifest.options |= {"recipe": recipe} | beginning
                 _save(run, path)
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, ArtefactError):  # the latter: a full disk
                 if checkpoints.folder.is_dir():
                     begun = checkpoints.folder.with_suffix("")
                     typer.echo(f"to go on: ensembler {name} --resume {begun}", err=True)
@@ -504,12 +504,15 @@ def _number_or_auto(text: str) -> float | Literal["auto"]:
 def _check_free(path: Path, resumed: bool = False) -> None:
     """Said before an hour of training, not after."""
     from ensembler.artefact import check_writable
-    from ensembler.trainers.checkpoints import unfinished
+    from ensembler.trainers.checkpoints import OPTIONS, Checkpoints, unfinished
 
+    begun = unfinished(path)
+    if path.exists() and resumed:
+        raise UsageError(f"{path} exists already: remove {begun} if that is it, finished; else move it away to go on")
     if path.exists():
         raise UsageError(f"{path} exists already: choose another --out, or remove it first")
-    begun = unfinished(path)
-    if begun.exists() and not resumed:
+    if (begun / OPTIONS).is_file() and not resumed:
+        Checkpoints(begun).close()  # says so where another process is working on it
         raise UsageError(f"{begun} holds a run that was broken off: go on with --resume {path}, or remove it")
     check_writable(path.parent)
 

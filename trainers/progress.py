@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -120,8 +120,11 @@ def _json_lines(path: Path) -> Iterator[Watcher]:
         with _writing(path):
             file.write(json.dumps({"part": part, **asdict(epoch), "epochs": epochs, "seconds": seconds}) + "\n")
 
-    with file:
+    try:
         yield watch
+    finally:
+        with suppress(OSError):
+            file.close()  # what could not be written was said when it was
 
 
 @contextmanager

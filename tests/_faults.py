@@ -1,0 +1,228 @@
+"""Real processes to do harm to: each runs the command line, forked from one that has the heavy imports behind it.
+
+Run as a script, this file is that one: it reads requests, a line of JSON each, and answers with a line.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = (  # but ONNX Runtime, which starts a thread that no fork would inherit
+    *("ensembler.trainers", "ensembler.trainers.summary", "ensembler.trainers.simplex", "ensembler.trainers.collapse"),
+    *("ensembler.eval.compare", "ensembler.eval.page", "ensembler.eval.comparison_plots", "ensembler.eval.surface"),
+    *("ensembler.eval.calibrate", "torch.onnx._internal.exporter._compat", "onnxscript"),
+    *("sklearn.metrics", "rich.progress", "rich.table", "ensembler.cli"),
+)
+
+
+class Process:
+    """A command that runs, or has ended.
+
+    Attributes:
+        pid: its number, nobody else's until :meth:`wait` has said how it ended.
+        code: how it ended: its exit code, or the signal that ended it, negative.
+    """
+
+    def __init__(self, nursery: Nursery, pid: int, log: Path) -> None:
+        self._nursery, self.pid, self._log = nursery, pid, log
+        self.code: int | None = None
+
+    @property
+    def out(self) -> str:
+        return self._read(".out")
+
+    @property
+    def err(self) -> str:
+        return self._read(".err")
+
+    def _read(self, suffix: str) -> str:
+        file = self._log.with_suffix(suffix)
+        return file.read_text() if file.exists() else ""  # not yet
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> int:
+        """SIGKILL; returns its ``code``: -9, or another where it was quicker."""
+        self.send(signal.SIGKILL)
+        return self.wait()
+
+    def wait(self, seconds: float = 120) -> int:
+        """Wait for its end, and return its ``code``."""
+        code = self._nursery.ask(wait=self.pid, seconds=seconds)
+        assert code is not None, f"still running after {seconds} s:\n{self.err}"
+        self.code = code
+        return code
+
+    def ended(self) -> bool:
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+class Nursery:
+    """Starts commands."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests._faults"],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, folder: Path, *arguments: Any, largest: int | None = None, clock: Path | None = None) -> Process:
+        """Start ``ensembler ARGUMENTS`` in a folder.
+
+        Args:
+            folder: where.
+            arguments: of the command line.
+            largest: bytes that no file may exceed (RLIMIT_FSIZE).
+            clock: a file of the seconds that the process's clock is wrong by, or of the word ``stands`` and the time
+                at which it stands still; it may change meanwhile.
+        """
+        self._count += 1
+        log = self._folder / f"{self._count}"
+        pid = self.ask(
+            folder=str(folder),
+            arguments=[*map(str, arguments)],
+            log=str(log),
+            largest=largest,
+            clock=None if clock is None else str(clock),
+        )
+        return Process(self, pid, log)
+
+    def run(self, folder: Path, *arguments: Any, **faults: Any) -> tuple[int, str, str]:
+        """Run a command to its end: its exit code, and what it wrote to stdout and to stderr."""
+        process = self.start(folder, *arguments, **faults)
+        return process.wait(), process.out, process.err
+
+    def ask(self, **request: Any) -> Any:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of so many bytes in memory; skips the test where it cannot be mounted."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def until(condition: Any, process: Process, seconds: float = 60) -> None:
+    """Wait for something that a running process does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert not process.ended(), process.err
+        assert time.monotonic() < deadline, process.err
+        time.sleep(0.002)
+
+
+def _serve() -> None:
+    for name in HEAVY:
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    assert len([*Path("/proc/self/task").iterdir()]) == 1  # a fork has one thread, whatever its parent had
+    gc.freeze()  # a fork's collector need not copy all this
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = _wait(request["wait"], request["seconds"])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _become(request)
+        print(json.dumps(answer), flush=True)
+
+
+def _wait(pid: int, seconds: float) -> int | None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def _become(request: dict[str, Any]) -> None:
+    os.chdir(request["folder"])
+    for number, name in enumerate(("/dev/null", f"{request['log']}.out", f"{request['log']}.err")):
+        opened = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+        os.dup2(opened, number)
+        os.close(opened)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if request["largest"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"], resource.RLIM_INFINITY))
+    if request["clock"]:
+        _wrong_clock(Path(request["clock"]))
+    sys.argv, code = ["ensembler", *request["arguments"]], 0
+    try:
+        sys.modules["ensembler.cli"].main()
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)  # an interpreter's own end takes longer than some commands
+
+
+def _wrong_clock(file: Path) -> None:
+    """Let ``time.time`` and ``datetime.now`` tell the time that ``file`` says; the monotonic clock goes right."""
+    import datetime
+
+    right, real = time.time, datetime.datetime
+
+    def wrong() -> float:
+        text = file.read_text()
+        return float(text.removeprefix("stands ")) if text.startswith("stands ") else right() + float(text)
+
+    class Wrong(real):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> datetime.datetime:
+            return real.fromtimestamp(wrong(), tz)
+
+    time.time = wrong
+    datetime.datetime = Wrong  # type: ignore[misc]
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("ensembler") and vars(module).get("datetime") is real:
+            module.datetime = Wrong  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,670 @@
+"""Whatever breaks, no finished work is lost and nothing half-done passes for whole: each fault, done to real processes.
+
+Quick ones run always, a few of each; ``-m long`` has many. `docs/guarantees.md` tells what was found.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ensembler import artefact, calibration
+from ensembler.run import Run, latest
+from ensembler.serve.verify import verify_bundle
+from tests._faults import Nursery, Process, small_disk, until
+
+# BatchNorm and dropout: all that a checkpoint must hold.
+SMALL = ["--arch", "tests._small:noisy", "--epochs", "6", "--device", "cpu"]
+TRAIN = ["train-simplex", "--vertices", "3", "--vertex-epochs", "2", "--checkpoint-every", "0", *SMALL]
+LONG = pytest.mark.long
+KILLS = [pytest.param(2, id="quick"), pytest.param(20, id="long", marks=LONG)]
+EVAL = ["--ood", "noise:uniform", "--ood", "noise:gaussian", "--device", "cpu"]
+
+
+def quick(values, *chosen):
+    """Parameters of which only the chosen ones are tried always."""
+    names = [getattr(value, "__name__", value) for value in values]
+    return [
+        pytest.param(value, id=name, marks=() if name in chosen else LONG)
+        for name, value in zip(names, values, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, nursery):
+    """Images, a run of them, and what the commands made of it when nothing disturbed them."""
+    world = tmp_path_factory.mktemp("world")
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("top", "middle", "bottom")):
+        (world / "images" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = rng.integers(0, 100, (8, 8, 3), dtype=np.uint8)
+            pixels[label * 3 : label * 3 + 2] += 120
+            Image.fromarray(pixels).save(world / "images" / name / f"{number}.png")
+    images = ["--dataset", f"folder:{world / 'images'}"]
+    for command in (
+        [*TRAIN, *images, "--out", "run"],
+        ["eval", "run", *EVAL, "--cache", "cache", "--out", "report"],
+        ["export", "run", "--out", "bundle"],
+        ["calibrate", "run", "--risk", "0.4"],
+    ):
+        code, _, errors = nursery.run(world, *command)
+        assert code == 0, errors
+    return world
+
+
+@pytest.fixture
+def images(world):
+    return ["--dataset", f"folder:{world / 'images'}"]
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    """A copy of the run, as training left it."""
+    return uncalibrated(world / "run", tmp_path / "run")
+
+
+def uncalibrated(run: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run, to, ignore=shutil.ignore_patterns(calibration.FILE)))
+
+
+def hidden(folder: Path) -> list[Path]:
+    return sorted(folder.rglob(".partial-*"))
+
+
+def visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def weights(run: Path) -> list[str]:
+    return [sha256((run / f"{name}.safetensors").read_bytes()).hexdigest() for name in ("vertices", "members")]
+
+
+def assert_one_line(process: tuple[int, str, str], message: str) -> None:
+    """It failed with one line, which says this; what stands before it is progress."""
+    code, _, errors = process
+    assert code == 1, (code, errors)
+    assert "Traceback" not in errors, errors
+    assert [line for line in errors.splitlines() if line.startswith("error: ")] == errors.splitlines()[-1:], errors
+    assert message in errors.splitlines()[-1], errors
+
+
+def killed_at_random(start: Callable[[], Process], seconds: float, rng: random.Random) -> bool:
+    """Whether the kill was quicker than the end."""
+    process = start()
+    time.sleep(rng.uniform(0, seconds))
+    return process.kill() == -signal.SIGKILL
+
+
+def seconds_of(start: Callable[[], Process]) -> float:
+    began = time.monotonic()
+    process = start()
+    assert process.wait() == 0, process.err
+    return time.monotonic() - began
+
+
+# --- SIGKILL at random moments ---
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_while_training(nursery, world, images, tmp_path, kills):
+    whole, rng, killed, number = weights(world / "run"), random.Random(kills), 0, count()
+    command = [*TRAIN, *images]
+    seconds = seconds_of(lambda: nursery.start(tmp_path, *command, "--out", "first/run"))
+    assert weights(tmp_path / "first" / "run") == whole
+    name = f"runs/{next(number)}"
+
+    def begin() -> Process:
+        begun = (tmp_path / f"{name}.unfinished" / "options.json").exists()
+        return nursery.start(tmp_path, *(["train-simplex", "--resume", name] if begun else [*command, "--out", name]))
+
+    while killed < kills:
+        killed += killed_at_random(begin, seconds, rng)
+        for path in (tmp_path / "runs").glob("[!.]*") if (tmp_path / "runs").exists() else ():
+            if path.suffix == ".unfinished":
+                json.loads((path / "options.json").read_text())
+            else:
+                assert weights(path) == whole and Run.load(path)
+        if (tmp_path / name).exists():
+            assert latest(tmp_path / "runs").exists()
+            shutil.rmtree(tmp_path / f"{name}.unfinished", ignore_errors=True)  # killed between the two
+            name = f"runs/{next(number)}"
+    process = begin()
+    assert process.wait() == 0, process.err
+    assert weights(tmp_path / name) == whole
+    assert not (tmp_path / f"{name}.unfinished").exists()
+    assert nursery.run(tmp_path, "show", name)[0] == 0
+
+
+@pytest.mark.parametrize("kills", [pytest.param(1, id="quick"), pytest.param(20, id="long", marks=LONG)])
+def test_killed_while_evaluating(nursery, world, tmp_path, kills):
+    whole, rng, killed = (world / "report" / "report.json").read_bytes(), random.Random(kills), 0
+
+    def begin() -> Process:
+        return nursery.start(tmp_path, "eval", world / "run", *EVAL, "--cache", "cache", "--out", "report")
+
+    seconds = seconds_of(begin)
+    kept = {path.name for path in (tmp_path / "cache").rglob("*.*")}
+    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "report")
+    while killed < kills:
+        for _ in range(2):  # the second goes on where the first was killed
+            killed += killed_at_random(begin, seconds, rng)
+            assert {path.name for path in (tmp_path / "cache").rglob("[!.]*.*")} <= kept
+        assert not (tmp_path / "report").exists() or (tmp_path / "report" / "report.json").read_bytes() == whole
+        process = begin()
+        assert process.wait() == 0, process.err
+        assert (tmp_path / "report" / "report.json").read_bytes() == whole
+        assert {path.name for path in (tmp_path / "cache").rglob("[!.]*.*")} == kept
+        for folder in ("cache", "report"):
+            shutil.rmtree(tmp_path / folder)
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_while_calibrating(nursery, world, run, tmp_path, kills):
+    whole, rng, killed = fitted(world / "run"), random.Random(kills), 0
+
+    def begin() -> Process:
+        return nursery.start(tmp_path, "calibrate", run, "--risk", "0.4")
+
+    seconds = seconds_of(begin)
+    (run / calibration.FILE).unlink()
+    while killed < kills:
+        killed += killed_at_random(begin, seconds, rng)
+        assert calibration.load(run) is None or fitted(run) == whole
+        Run.load(run)
+        process = begin()
+        assert process.wait() == 0, process.err
+        assert fitted(run) == whole
+        if rng.random() < 0.5:  # else the next one replaces it
+            (run / calibration.FILE).unlink()
+
+
+def fitted(run: Path) -> calibration.Calibration:
+    found = calibration.load(run)
+    assert found is not None
+    return found.model_copy(update={"created": ""})
+
+
+@pytest.mark.parametrize("kills", [pytest.param(1, id="quick"), pytest.param(20, id="long", marks=LONG)])
+def test_killed_while_exporting(nursery, world, tmp_path, kills):
+    whole, rng, killed = files(world / "bundle"), random.Random(kills), 0
+    run = uncalibrated(world / "run", tmp_path / "run")
+    (tmp_path / "bundles").mkdir()
+
+    def begin() -> Process:
+        return nursery.start(tmp_path, "export", run, "--out", "bundles/bundle")
+
+    seconds = seconds_of(begin)
+    while killed < kills:
+        shutil.rmtree(tmp_path / "bundles" / "bundle", ignore_errors=True)
+        killed += killed_at_random(begin, seconds, rng)
+        if visible(tmp_path / "bundles"):
+            assert files(tmp_path / "bundles" / "bundle") == whole
+            verify_bundle(tmp_path / "bundles" / "bundle")
+    shutil.rmtree(tmp_path / "bundles" / "bundle", ignore_errors=True)
+    process = begin()
+    assert process.wait() == 0, process.err
+    assert files(tmp_path / "bundles" / "bundle") == whole
+    verify_bundle(tmp_path / "bundles" / "bundle")
+
+
+def files(bundle: Path) -> dict[str, str]:
+    return dict(json.loads((bundle / "manifest.json").read_text())["files"])
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(nursery, run, tmp_path):
+    def writing(folder: str) -> tuple[Process, Path]:
+        process = nursery.start(tmp_path, "export", run, "--out", f"{folder}/bundle", "--no-data")
+        until(lambda: any((tmp_path / folder).glob(".partial-*/*")), process)
+        return process, hidden(tmp_path / folder)[0]
+
+    def write_beside(folder: str, name: str) -> None:
+        with artefact.write(tmp_path / folder / name, {"kind": "something"}):
+            pass
+
+    process, left = writing("killed")
+    assert process.kill() == -signal.SIGKILL
+    write_beside("killed", "now")
+    assert hidden(tmp_path / "killed") == [left]
+    age(left)
+    write_beside("killed", "later")
+    assert hidden(tmp_path / "killed") == []
+
+    process, alive = writing("alive")
+    age(alive)
+    write_beside("alive", "later")
+    assert alive.exists()
+    assert process.wait() == 0, process.err
+    verify_bundle(tmp_path / "alive" / "bundle")
+
+
+def age(path: Path) -> None:
+    os.utime(path, (time.time() - 7200,) * 2)
+
+
+def test_a_kill_between_the_end_and_the_tidying_up_is_said(nursery, images, tmp_path):
+    command = [*TRAIN, *images, "--out", "x"]
+    process = nursery.start(tmp_path, *command)
+    until((tmp_path / "x.unfinished" / "options.json").exists, process)
+    begun = shutil.copytree(tmp_path / "x.unfinished", tmp_path / "copy", ignore=lambda *_: {".lock"})
+    assert process.wait() == 0
+    shutil.copytree(begun, tmp_path / "x.unfinished")  # as if it had been killed just after saving
+    result = nursery.run(tmp_path, "train-simplex", "--resume", "x")
+    assert_one_line(result, "x exists already: remove x.unfinished if that is it, finished")
+
+
+# --- a full disk ---
+
+COMMANDS = ["train", "eval", "report", "calibrate", "export"]
+
+
+def on(disk: Path, what: str, world: Path, images: list[str]) -> list[str]:
+    """A command that fills this disk."""
+    return {
+        "train": [*TRAIN, *images, "--out", f"{disk}/x"],
+        "eval": ["eval", f"{world}/run", *EVAL, "--cache", f"{disk}/cache", "--out", "elsewhere"],
+        "report": ["eval", f"{world}/run", *EVAL, "--cache", f"{world}/cache", "--out", f"{disk}/x"],
+        "calibrate": ["calibrate", f"{disk}/run", "--risk", "0.4"],
+        "export": ["export", f"{world}/run", "--out", f"{disk}/x"],
+    }[what]
+
+
+def takes(world: Path, what: str) -> int:
+    """Bytes that a command's files take in the end."""
+    folder = {"train": "run", "eval": "cache", "report": "report", "export": "bundle"}.get(what)
+    if folder is None:
+        return (world / "run" / calibration.FILE).stat().st_size
+    return sum(path.stat().st_size for path in (world / folder).rglob("*") if path.is_file())
+
+
+@contextmanager
+def filled(disk: Path, free: int) -> Iterator[None]:
+    """Leave so many bytes of a disk."""
+    ballast = disk / ".ballast"
+    stat = os.statvfs(disk)
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, stat.f_bavail * stat.f_frsize - free)
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+@pytest.mark.parametrize(
+    "shares", [pytest.param((0.5,), id="quick"), pytest.param((*np.linspace(0, 0.95, 8),), id="long", marks=LONG)]
+)
+@pytest.mark.parametrize("what", quick(COMMANDS, "train", "calibrate"))
+def test_a_full_disk(nursery, world, images, tmp_path, what, shares):
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        for share in shares:
+            for path in [*disk.iterdir()]:
+                path.unlink() if path.is_symlink() or path.is_file() else shutil.rmtree(path)
+            if what == "calibrate":
+                uncalibrated(world / "run", disk / "run")
+            before, command = visible(disk), on(disk, what, world, images)
+            with filled(disk, round(share * takes(world, what)) // 4096 * 4096):
+                result = nursery.run(tmp_path, *command)
+                assert_one_line(result, "No space left on device")
+                begun = (disk / "x.unfinished").exists()
+                assert hidden(disk) == []
+                kept = {"x.unfinished"} if begun else {"cache"} if (disk / "cache").exists() else set()
+                assert set(visible(disk)) - kept == set(before)
+            if begun:
+                assert f"to go on: ensembler train-simplex --resume {disk}/x" in result[2]
+                command = ["train-simplex", "--resume", f"{disk}/x"]
+            again = nursery.run(tmp_path, *command)
+            assert again[0] == 0, again[2]
+            assert_as_undisturbed(what, world, disk, tmp_path)
+
+
+def assert_as_undisturbed(what: str, world: Path, disk: Path, folder: Path) -> None:
+    if what == "train":
+        assert weights(disk / "x") == weights(world / "run")
+        assert visible(disk) == ["latest", "x"]
+    elif what == "calibrate":
+        assert fitted(disk / "run") == fitted(world / "run")
+    elif what == "export":
+        verify_bundle(disk / "x")
+    else:
+        report = (folder / "elsewhere" if what == "eval" else disk / "x") / "report.json"
+        assert report.read_bytes() == (world / "report" / "report.json").read_bytes()
+
+
+@pytest.mark.parametrize("what", quick(COMMANDS, "train"))
+def test_files_that_may_not_grow(nursery, world, images, tmp_path, what):
+    """RLIMIT_FSIZE: a full disk where none can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if what == "calibrate":
+        uncalibrated(world / "run", disk / "run")
+    limit = 2000 if what in ("train", "eval", "calibrate") else 20_000
+    result = nursery.run(tmp_path, *on(disk, what, world, images), largest=limit)
+    assert_one_line(result, "File too large")
+    assert hidden(disk) == []
+    assert [name for name in visible(disk) if name not in ("x.unfinished", "cache", "run")] == []
+    begun = (disk / "x.unfinished").exists()
+    command = ["train-simplex", "--resume", f"{disk}/x"] if begun else on(disk, what, world, images)
+    again = nursery.run(tmp_path, *command)
+    assert again[0] == 0, again[2]
+    assert_as_undisturbed(what, world, disk, tmp_path)
+
+
+def test_a_log_on_a_full_disk(nursery, images, tmp_path):
+    (tmp_path / "log").symlink_to("/dev/full")
+    result = nursery.run(tmp_path, *TRAIN, *images, "--out", "x", "--log", "log")
+    assert_one_line(result, "cannot write log: No space left on device: choose another place")
+    assert not (tmp_path / "x").exists()
+
+
+# --- a folder that cannot be written ---
+
+
+def test_a_read_only_place_is_said_before_the_work(nursery, world, images, tmp_path):
+    from subprocess import run as call
+
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        uncalibrated(world / "run", disk / "run")
+        call(["mount", "-o", "remount,ro", disk], check=True)
+        for command in (
+            [*TRAIN, *images, "--out", disk / "x"],
+            ["collapse", world / "run", "--out", disk / "x"],
+            ["eval", world / "run", "--out", disk / "report"],
+            ["eval", world / "run", "--cache", disk / "cache"],
+            ["eval", world / "run", "--json", disk / "report.json"],
+            ["surface", world / "run", "--out", disk / "surface"],
+            ["calibrate", disk / "run"],
+            ["export", world / "run", "--out", disk / "x"],
+            ["data", "corrupt", "digits", "--out", disk / "made"],
+        ):
+            result = nursery.run(tmp_path, *command)
+            assert_one_line(result, "Read-only file system")
+            assert len(result[2].splitlines()) == 1, result[2]  # no progress before it
+        assert visible(disk) == ["run"]
+        assert nursery.run(tmp_path, "eval", disk / "run", "--cache", "cache", "--out", "report")[0] == 0
+        assert nursery.run(tmp_path, "show", disk / "run")[0] == 0
+
+
+# --- a run that changes under our feet ---
+
+
+def removed(run: Path) -> None:
+    shutil.rmtree(run)
+
+
+def renamed(run: Path) -> None:
+    run.rename(run.with_name("renamed"))
+
+
+def flipped(run: Path) -> None:
+    for file in filter(Path.is_file, run.rglob("*")):
+        content = bytearray(file.read_bytes())
+        if content:
+            content[len(content) // 2] ^= 1
+            with file.open("r+b") as opened:  # in place: a memory map would see it
+                opened.write(content)
+
+
+def truncated(run: Path) -> None:
+    for file in filter(Path.is_file, run.rglob("*")):
+        os.truncate(file, file.stat().st_size // 3)
+
+
+HARMS = [removed, renamed, flipped, truncated]
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_run_harmed_before_it_is_used(nursery, run, tmp_path, harm):
+    harm(run)
+    message = {"flipped": "has changed since it was written", "truncated": "has changed since it was written"}
+    for command in (["show"], ["eval"], ["calibrate"], ["export", "--out", "bundle"], ["collapse", "--out", "x"]):
+        name, *options = command
+        result = nursery.run(tmp_path, name, "run", *options)
+        assert_one_line(result, message.get(harm.__name__, "there is no such folder"))
+    if harm is renamed:
+        assert nursery.run(tmp_path, "eval", "renamed")[0] == 0  # a run does not know its own name
+    assert not (tmp_path / "bundle").exists() and not (tmp_path / "x").exists()
+
+
+@LONG
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_run_harmed_while_it_is_evaluated(nursery, world, run, tmp_path, harm):
+    process = nursery.start(tmp_path, "eval", "run", *EVAL, "--cache", "cache", "--out", "report")
+    until(lambda: "validation" in process.err, process)
+    harm(run)
+    assert process.wait() == 0, process.err
+    assert (tmp_path / "report" / "report.json").read_bytes() == (world / "report" / "report.json").read_bytes()
+
+
+@pytest.mark.parametrize("harm", quick(HARMS, "truncated"))
+def test_a_run_harmed_while_it_is_exported(nursery, world, run, tmp_path, harm):
+    process = nursery.start(tmp_path, "export", "run", "--out", "bundles/x")
+    until(lambda: any((tmp_path / "bundles").glob(".partial-*/*")), process)
+    harm(run)
+    assert process.wait() == 0, process.err
+    assert files(tmp_path / "bundles" / "x") == files(world / "bundle")
+    assert verify_bundle(tmp_path / "bundles" / "x").manifest.run.sha256 == artefact.sha256(
+        world / "run" / artefact.MANIFEST
+    )
+
+
+def test_a_run_replaced_while_latest_is_calibrated(nursery, world, images, tmp_path):
+    """The calibration belongs to the run that was latest when it began, not to the one that is at its end."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    first, second = (uncalibrated(world / "run", runs / name) for name in ("first", "second"))
+    manifest = json.loads((second / "manifest.json").read_text()) | {"created": "2026-01-01T00:00:00+00:00"}
+    (second / "manifest.json").write_text(json.dumps(manifest))
+    (second / "manifest.sha256").write_text(f"{artefact.sha256(second / 'manifest.json')}  manifest.json\n")
+    (runs / "latest").symlink_to("first")
+    process = nursery.start(tmp_path, "calibrate", "runs/latest")
+    until(lambda: "validation images" in process.err, process)
+    (runs / "latest").unlink()
+    (runs / "latest").symlink_to("second")
+    assert process.wait() == 0, process.err
+    assert calibration.load(first) is not None
+    assert calibration.load(second) is None
+
+
+SERVED = """
+import os, sys
+import numpy as np
+from pathlib import Path
+from ensembler.serve import Runtime
+bundle, harm = Path(sys.argv[1]), sys.argv[2]
+runtime = Runtime.load(bundle)
+images = np.random.default_rng(0).integers(0, 256, (3, *runtime.manifest.image_shape), dtype=np.uint8)
+before = runtime.predict(images).members
+sys.path.insert(0, sys.argv[3])
+from tests import test_faults
+getattr(test_faults, harm)(bundle)
+assert np.array_equal(runtime.predict(images).members, before)
+"""
+
+
+@pytest.mark.parametrize("layout", ["vertices", "members"])
+@LONG
+def test_a_bundle_harmed_while_it_is_served(nursery, world, tmp_path, layout):
+    import subprocess
+    import sys
+
+    from tests._faults import ROOT
+
+    for harm in HARMS:
+        bundle = tmp_path / harm.__name__
+        done = nursery.run(tmp_path, "export", world / "run", "--out", bundle, "--layout", layout, "--members", "5")
+        assert done[0] == 0, done[2]
+        command = [sys.executable, "-c", SERVED, bundle, harm.__name__, ROOT]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        if harm is not renamed:
+            assert_one_line(nursery.run(tmp_path, "serve", bundle), str(bundle))
+
+
+def test_checkpoints_removed_while_the_run_is_trained(nursery, images, world, tmp_path):
+    process = nursery.start(tmp_path, *TRAIN, *images, "--out", "x")
+    until((tmp_path / "x.unfinished" / "options.json").exists, process)
+    shutil.rmtree(tmp_path / "x.unfinished", ignore_errors=True)
+    if process.wait():  # they went while one was being written
+        assert_one_line((1, process.out, process.err), "cannot write x.unfinished/")
+        assert nursery.run(tmp_path, *TRAIN, *images, "--out", "x")[0] == 0
+    assert weights(tmp_path / "x") == weights(world / "run")
+    assert visible(tmp_path) == ["latest", "x"]
+
+
+# --- two processes ---
+
+
+def test_two_processes_on_one_unfinished_run(nursery, world, images, tmp_path):
+    command = [*TRAIN, *images, "--out", "x"]
+    process = nursery.start(tmp_path, *command)
+    until((tmp_path / "x.unfinished" / "options.json").exists, process)
+    process.send(signal.SIGSTOP)
+    for other in (["train-simplex", "--resume", "x"], command):
+        assert_one_line(nursery.run(tmp_path, *other), "another process is working on x.unfinished: let it finish")
+    process.send(signal.SIGCONT)
+    assert process.wait() == 0, process.err
+    assert weights(tmp_path / "x") == weights(world / "run")
+
+
+@LONG
+def test_two_evaluations_share_a_cache(nursery, world, tmp_path):
+    both = [nursery.start(tmp_path, "eval", world / "run", *EVAL, "--cache", "cache", "--out", name) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0], [process.err for process in both]
+    for name in "ab":
+        assert (tmp_path / name / "report.json").read_bytes() == (world / "report" / "report.json").read_bytes()
+    assert hidden(tmp_path) == []
+
+
+@LONG
+def test_two_exports_to_one_folder(nursery, world, tmp_path):
+    both = [nursery.start(tmp_path, "export", world / "run", "--out", "bundles/x") for _ in range(2)]
+    codes = [process.wait() for process in both]
+    assert sorted(codes) == [0, 1], [process.err for process in both]
+    assert "bundles/x exists already" in both[codes.index(1)].err
+    verify_bundle(tmp_path / "bundles" / "x")
+    assert hidden(tmp_path) == [] and visible(tmp_path / "bundles") == ["x"]
+
+
+def test_two_calibrations_of_one_run(nursery, world, run, tmp_path):
+    both = [nursery.start(tmp_path, "calibrate", run, "--risk", "0.4") for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0], [process.err for process in both]
+    assert fitted(run) == fitted(world / "run")
+    assert hidden(run) == []
+
+
+# --- a clock that jumps ---
+
+
+def test_a_clock_that_jumps_while_a_run_is_trained(nursery, world, images, tmp_path):
+    clock, began = tmp_path / "clock", time.monotonic()
+    clock.write_text("0")
+    process = nursery.start(tmp_path, *TRAIN, *images, "--out", "runs/x", clock=clock)
+    for jump in (365 * 86400, -86400, 0):
+        checkpoints = {path.name for path in (tmp_path / "runs").glob("x.unfinished/0*")}
+        until(lambda seen=checkpoints: {p.name for p in (tmp_path / "runs").glob("x.unfinished/0*")} - seen, process)
+        clock.write_text(str(jump))
+    process.send(signal.SIGINT)
+    assert process.wait() == 130, process.err
+    clock.write_text("-1e7")
+    assert nursery.run(tmp_path, "train-simplex", "--resume", "runs/x", clock=clock)[0] == 0
+    elapsed, run = time.monotonic() - began, Run.load(tmp_path / "runs" / "x")
+    assert weights(tmp_path / "runs" / "x") == weights(world / "run")
+    times = [record["seconds"] for record in run.history]
+    assert all(0 <= record <= elapsed for record in times) and times == sorted(times)
+    assert 0 < run.manifest.cost.seconds <= elapsed
+    assert all(0 <= part.seconds <= elapsed for part in run.manifest.cost.parts.values())
+
+
+def test_names_of_a_clock_that_stands_still_or_goes_back(nursery, world, images, tmp_path):
+    clock = tmp_path / "clock"
+    train = ["train-deep-ensemble", "--members", "1", "--arch", "tests._small:network", "--epochs", "1", *images]
+    runs = []
+    for told in ("stands 2e9", "stands 2e9", "stands 1e9", "-86400"):
+        clock.write_text(told)
+        result = nursery.run(tmp_path, *train, clock=clock)
+        assert result[0] == 0, result[2]
+        runs.append(latest(tmp_path / "runs"))
+    assert len(set(runs)) == 4
+    assert runs[2].name.endswith("20010909-014640")
+
+
+@LONG
+def test_two_reports_named_in_one_second(nursery, world, tmp_path):
+    clock = tmp_path / "clock"
+    clock.write_text("stands 2e9")
+    evaluate = ["eval", world / "run", "--device", "cpu", "--cache", world / "cache"]
+    both = [nursery.start(tmp_path, *evaluate, clock=clock) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0], [process.err for process in both]
+    assert len({*(tmp_path / "reports").iterdir()}) == 2
+
+
+# --- Ctrl-C and SIGTERM ---
+
+
+def interruptible(world: Path, images: list[str]) -> dict[str, list]:
+    return {
+        "train-simplex": [*TRAIN, *images, "--out", "x"],
+        "train-deep-ensemble": ["train-deep-ensemble", *SMALL, *images, "--out", "x"],
+        "eval": ["eval", world / "run", *EVAL, "--cache", "cache", "--out", "x"],
+        "compare": ["compare", world / "run", "run", *EVAL, "--cache", "cache", "--out", "x"],
+        "calibrate": ["calibrate", "run"],
+        "surface": ["surface", world / "run", "--out", "x"],
+        "export": ["export", world / "run", "--out", "x"],
+        "data corrupt": ["data", "corrupt", f"folder:{world / 'images'}", "--out", "x"],
+    }
+
+
+@pytest.mark.parametrize("tries", [pytest.param(1, id="quick"), pytest.param(5, id="long", marks=LONG)])
+@pytest.mark.parametrize("name", quick(list(interruptible(Path(), [])), "train-simplex", "calibrate"))
+def test_sigterm_and_ctrl_c(nursery, world, images, run, tmp_path, name, tries):
+    command, rng = interruptible(world, images)[name], random.Random(name)
+    if name == "compare":
+        shutil.copytree(world / "run", tmp_path / "other")
+        command[2] = "other"
+    seconds = seconds_of(lambda: nursery.start(tmp_path, *command))
+    interrupted = 0
+    while interrupted < 2 * tries:
+        for path in ("x", "cache", "x.unfinished"):
+            shutil.rmtree(tmp_path / path, ignore_errors=True)
+        (run / calibration.FILE).unlink(missing_ok=True)
+        number, code = ((signal.SIGTERM, 143), (signal.SIGINT, 130))[interrupted % 2]
+        process = nursery.start(tmp_path, *command)
+        time.sleep(0.05 + rng.uniform(0.05, 0.9) * seconds)
+        process.send(number)
+        if process.wait() == 0:
+            continue  # it was quicker
+        interrupted += 1
+        assert_interrupted(process, code)
+        assert hidden(tmp_path) == []
+        left = {path.name for path in tmp_path.iterdir()} - {"run", "other", "cache", "latest", "x.unfinished"}
+        assert left == (set() if name != "data corrupt" else {"x"} & left)
+        assert calibration.load(run) is None
+        begun = (tmp_path / "x.unfinished").exists()
+        assert (f"to go on: ensembler {name} --resume x" in process.err) == begun
+
+
+def assert_interrupted(process: Process, code: int) -> None:
+    assert "Traceback" not in process.err, process.err
+    assert process.err.splitlines()[-1] == "interrupted: nothing half-done passes for whole"
+    assert process.code == code
