@@ -29,7 +29,8 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 _LISTEN = 0.5  # seconds between two looks at what the pieces have told
-_PATIENCE = 5.0  # seconds in which a letter is delivered, or given up
+_PATIENCE = 30.0  # seconds in which what was told arrives, or is given up
+_KNOCK = 5.0  # seconds between two looks at Ray's head
 _HEAD = 30.0  # seconds of silence after which Ray's head is taken for lost; after 60, Ray would end this process
 
 
@@ -119,15 +120,14 @@ class Ray:
         task = ray.remote(_work).options(**needs, max_retries=self.retries, retry_exceptions=False)
         held = ray.put((function, shared))
         places = {task.remote([held], one, mailbox, needs["num_cpus"]): place for place, one in enumerate(arguments)}
-        head = _Head(ray.get_runtime_context().gcs_address)
+        head, news = _Head(ray.get_runtime_context().gcs_address), _News(ray, mailbox, hear)
         try:
             while places:
                 done, _ = ray.wait(list(places), timeout=_LISTEN)
                 head.check()
-                # A lost mailbox is set up anew; only progress is lost with it.
-                with suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-                    for letter in ray.get(mailbox.take.remote(), timeout=_PATIENCE):
-                        hear(*letter)
+                news.hear()
+                if done:
+                    news.hear(_PATIENCE)  # all that was told before
                 for reference in done:
                     place = places.pop(reference)
                     yield place, self._result(ray, reference, f"piece {place + 1} of {len(arguments)}")
@@ -243,6 +243,24 @@ class _Mailbox:
         return letters
 
 
+class _News:
+    """Fetches what lies in the mailbox. A lost one is set up anew by Ray, and only progress is lost with it."""
+
+    def __init__(self, ray: ModuleType, mailbox: Any, hear: Tell) -> None:
+        self._ray, self._mailbox, self._hear = ray, mailbox, hear
+        self._coming = mailbox.take.remote()
+
+    def hear(self, patience: float = 0.0) -> None:
+        """What has come; with patience, what was told until now."""
+        for _ in range(2 if patience else 1):
+            if not self._ray.wait([self._coming], timeout=patience)[0]:
+                return
+            coming, self._coming = self._coming, self._mailbox.take.remote()
+            with suppress(self._ray.exceptions.RayActorError):
+                for letter in self._ray.get(coming):
+                    self._hear(*letter)
+
+
 def _work(held: list[Any], argument: Any, mailbox: Any, threads: int) -> tuple[Any, EnsemblerError | None]:
     """A task: the piece's result, or the error that it raised on purpose, which Ray would wrap in one of its own."""
     import ray
@@ -273,10 +291,10 @@ class _Head:
         self.answers = True
 
     def check(self) -> None:
-        if time.monotonic() - self._heard < _PATIENCE:
+        if time.monotonic() - self._heard < _KNOCK:
             return
         try:
-            socket.create_connection(self._place, timeout=_PATIENCE).close()
+            socket.create_connection(self._place, timeout=_KNOCK).close()
             self._heard = time.monotonic()
         except OSError as error:
             if time.monotonic() - self._heard > _HEAD:
