@@ -178,6 +178,8 @@ class Ray:
                     "module --arch names, on every machine of the cluster"
                 ) from error
             raise
+        except ray.exceptions.LocalRayletDiedError as error:
+            raise EngineError("Ray has died on this machine: start it again, then run the rest") from error
         except ray.exceptions.RayError as error:
             raise EngineError(
                 f"{piece} was lost {self.retries + 1} times ({type(error).__name__}): look for machines that went "
@@ -273,12 +275,15 @@ def _work(held: list[Any], argument: Any, mailbox: Any, threads: int) -> tuple[A
         last[:] = [mailbox.put.remote(letter)]
 
     function, shared = ray.get(held[0])
+    result: Any = None
+    refusal: EnsemblerError | None = None
     try:
-        found = function(shared, argument, tell), None
+        result = function(shared, argument, tell)
     except EnsemblerError as error:
-        found = None, error
-    ray.wait(last, timeout=_PATIENCE) if last else None  # so that all of it is heard before the result is
-    return found
+        refusal = error
+    if last:
+        ray.wait(last, timeout=_PATIENCE)  # so that all of it is heard before the result is
+    return result, refusal
 
 
 class _Head:

@@ -88,11 +88,23 @@ def _report(
     start = time.monotonic()
     folder = out or new_path(Path("reports"), name)
     check_writable(folder)
-    images = {"shift": shift, "ood": ood or (), "examples": examples, "data": data, "download": download}
-    how = {"cache": cache, "device": device, "batch_size": batch_size, "threads": threads, "seed": seed}
     # What is predicted is kept under the kind of device, which is this process's.
     with watching(quiet) as watch, choose(engine, address, choose_device(device).type, threads) as chosen:
-        found = evaluate(runs, **images, **how, watch=watch, engine=chosen)
+        found = evaluate(
+            runs,
+            shift,
+            ood=ood or (),
+            data=data,
+            download=download,
+            examples=examples,
+            device=device,
+            batch_size=batch_size,
+            seed=seed,
+            cache=cache,
+            watch=watch,
+            threads=threads,
+            engine=chosen,
+        )
     report = found.report if comparison is None else compare(found, **comparison)
     drawn = figures(found, report)
     seconds = time.monotonic() - start

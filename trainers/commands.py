@@ -163,7 +163,8 @@ def _order(
     with progress(quiet, log, tensorboard) as (watch, say):
         if images.skipped:
             say(f"{len(images.skipped)} images cannot be read and are left out: {', '.join(images.skipped)}")
-        yield Order(method, images, settings, start), lambda kind, *what: {"watch": watch, "say": say}[kind](*what)
+        told: dict[str, Callable[..., None]] = {"watch": watch, "say": say}
+        yield Order(method, images, settings, start), lambda kind, *what: told[kind](*what)
 
 
 def _start(init: list[Path] | Path | None, weights: str | None, architecture: str) -> "Run | Checkpoint | None":

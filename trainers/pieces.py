@@ -60,9 +60,10 @@ def each(session: Session, function: Callable[..., Made], pieces: Sequence[Piece
                 found[i] = kept
     missing = [i for i in range(len(pieces)) if i not in found]
     shared = function, session if session.engine.here else (session.dataset, session.settings, session.init)
+    told: dict[str, Callable[..., None]] = {"watch": watch, "say": say}
 
     def hear(kind: str, *what: Any) -> None:
-        {"watch": watch, "say": say}[kind](*what)
+        told[kind](*what)
 
     with session.absorb() as books:
         try:
