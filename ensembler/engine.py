@@ -13,8 +13,8 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
@@ -30,8 +30,9 @@ R = TypeVar("R")
 
 _LISTEN = 0.5  # seconds between two looks at what the pieces have told
 _PATIENCE = 30.0  # seconds in which what was told arrives, or is given up
-_KNOCK = 5.0  # seconds between two looks at Ray's head
-_HEAD = 30.0  # seconds of silence after which Ray's head is taken for lost; after 60, Ray would end this process
+_KNOCK = 2.0  # seconds between two looks whether Ray is alive
+_HEAD = 30.0  # seconds of silence after which Ray's head is taken for lost: after 60, Ray would end this process
+_HERE = 5.0  # likewise its part on this machine: after some 15
 
 
 class Engine(Protocol):
@@ -120,22 +121,23 @@ class Ray:
         task = ray.remote(_work).options(**needs, max_retries=self.retries, retry_exceptions=False)
         held = ray.put((function, shared))
         places = {task.remote([held], one, mailbox, needs["num_cpus"]): place for place, one in enumerate(arguments)}
-        head, news = _Head(ray.get_runtime_context().gcs_address), _News(ray, mailbox, hear)
+        pulses, news = _Pulse.all(ray), _News(ray, mailbox, hear)
         try:
             while places:
-                done, _ = ray.wait(list(places), timeout=_LISTEN)
-                head.check()
-                news.hear()
-                if done:
-                    news.hear(_PATIENCE)  # all that was told before
+                with _ray_alive(ray):
+                    done, _ = ray.wait(list(places), timeout=_LISTEN)
+                    for pulse in pulses:
+                        pulse.check()
+                    news.hear(_PATIENCE if done else 0.0)
                 for reference in done:
                     place = places.pop(reference)
                     yield place, self._result(ray, reference, f"piece {place + 1} of {len(arguments)}")
         finally:
-            if head.answers:
-                for reference in places:
-                    ray.cancel(reference, force=True)
-                ray.kill(mailbox)
+            if all(pulse.answers() for pulse in pulses):
+                with suppress(ray.exceptions.RayError):
+                    for reference in places:
+                        ray.cancel(reference, force=True)
+                    ray.kill(mailbox)
 
     def _begin(self) -> ModuleType:
         try:
@@ -169,7 +171,8 @@ class Ray:
 
     def _result(self, ray: ModuleType, reference: Any, piece: str) -> Any:
         try:
-            result, error = ray.get(reference)
+            with _ray_alive(ray):
+                result, error = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, ImportError | ray.exceptions.RaySystemError):
                 reason = str(error.cause).strip().splitlines()[-1]
@@ -178,8 +181,6 @@ class Ray:
                     "module --arch names, on every machine of the cluster"
                 ) from error
             raise
-        except ray.exceptions.LocalRayletDiedError as error:
-            raise EngineError("Ray has died on this machine: start it again, then run the rest") from error
         except ray.exceptions.RayError as error:
             raise EngineError(
                 f"{piece} was lost {self.retries + 1} times ({type(error).__name__}): look for machines that went "
@@ -231,6 +232,14 @@ def resources(
     return {"num_cpus": threads or (1 if gpu else own_threads), "num_gpus": int(gpu)}
 
 
+@contextmanager
+def _ray_alive(ray: ModuleType) -> Iterator[None]:
+    try:
+        yield
+    except (ray.exceptions.LocalRayletDiedError, ray.exceptions.RaySystemError) as error:
+        raise EngineError("Ray has died on this machine: start it again, then run the rest") from error
+
+
 class _Mailbox:
     """An actor: where pieces leave what they tell."""
 
@@ -258,7 +267,7 @@ class _News:
             if not self._ray.wait([self._coming], timeout=patience)[0]:
                 return
             coming, self._coming = self._coming, self._mailbox.take.remote()
-            with suppress(self._ray.exceptions.RayActorError):
+            with suppress(self._ray.exceptions.RayError):
                 for letter in self._ray.get(coming):
                     self._hear(*letter)
 
@@ -286,26 +295,37 @@ def _work(held: list[Any], argument: Any, mailbox: Any, threads: int) -> tuple[A
     return result, refusal
 
 
-class _Head:
-    """Knows when Ray's head no longer answers, before Ray ends this process without another word."""
+class _Pulse:
+    """Knows when a process of Ray's no longer answers, before Ray ends this one without another word."""
 
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._place = host, int(port)
+    def __init__(self, name: str, host: str, port: int, patience: float) -> None:
+        self._name, self._place, self._patience = name, (host, port), patience
         self._heard = time.monotonic()
-        self.answers = True
+
+    @classmethod
+    def all(cls, ray: ModuleType) -> list[Self]:
+        """The head's, and that of what runs the tasks of this machine."""
+        context = ray.get_runtime_context()
+        own = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+        host, _, port = context.gcs_address.rpartition(":")
+        return [
+            cls("Ray's head", host, int(port), _HEAD),
+            cls("Ray on this machine", own["NodeManagerAddress"], own["NodeManagerPort"], _HERE),
+        ]
+
+    def answers(self) -> bool:
+        with suppress(OSError):
+            socket.create_connection(self._place, timeout=_KNOCK).close()
+            return True
+        return False
 
     def check(self) -> None:
-        if time.monotonic() - self._heard < _KNOCK:
+        silent = time.monotonic() - self._heard
+        if silent < _KNOCK:
             return
-        try:
-            socket.create_connection(self._place, timeout=_KNOCK).close()
+        if self.answers():
             self._heard = time.monotonic()
-        except OSError as error:
-            if time.monotonic() - self._heard > _HEAD:
-                self.answers = False
-                host, port = self._place
-                raise EngineError(
-                    f"Ray's head at {host}:{port} has not answered for {_HEAD:.0f} seconds: start Ray again, then run "
-                    "the rest"
-                ) from error
+        elif silent > self._patience:
+            raise EngineError(
+                f"{self._name} has not answered for {self._patience:.0f} seconds: start it again, then run the rest"
+            )
