@@ -9,6 +9,7 @@
     ├── ArtefactError        a run or bundle that is missing, unreadable or of another format
     │   └── CorruptError     a file of a run or bundle whose bytes are not the ones written
     ├── DivergedError        training produced a loss or weight that is not finite
+    ├── EngineError          Ray that cannot be reached, or has lost a piece of work
     └── ExportError          an exported member that does not reproduce its PyTorch original
 
 The service adds its own, each with the status that it answers: see ``ensembler.serve``.
@@ -23,6 +24,7 @@ __all__ = [
     "CorruptError",
     "DataError",
     "DivergedError",
+    "EngineError",
     "EnsemblerError",
     "ExportError",
     "ShapeError",
@@ -56,6 +58,10 @@ class CorruptError(ArtefactError):
 
 class DivergedError(EnsemblerError):
     """Training produced a loss or weight that is not finite."""
+
+
+class EngineError(EnsemblerError):
+    """Ray that cannot be reached, or has lost a piece of work."""
 
 
 class ExportError(EnsemblerError):

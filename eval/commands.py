@@ -3,6 +3,9 @@
 Annotations are evaluated here, not postponed: Typer reads them.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,12 +38,20 @@ _Examples = Annotated[int | None, typer.Option(help="Test images to use. (defaul
 _Cache = Annotated[
     Path | None, typer.Option(help="Where predictions are kept, never to be made again. (default: a cache folder)")
 ]
+_Threads = Annotated[int | None, typer.Option(help="CPU threads that compute one piece. (default: all)")]
+_Engine = Annotated[
+    Literal["local", "ray"], typer.Option(help="What predicts a shift's cells: this process in turn, or Ray.")
+]
+_Address = Annotated[
+    str | None, typer.Option(help="Of a Ray cluster. (default: RAY_ADDRESS, or a Ray of this machine's own)")
+]
 _ReportOut = Annotated[Path | None, typer.Option(help="Folder for the report. (default: one in reports/)")]
 
 
-@app.command("eval")
-def evaluate(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Runs to score. (default: the newest in runs/)")] = None,
+def _report(
+    name: str,
+    runs: list[Path],
+    comparison: dict[str, Any] | None,
     shift: _Shift = None,
     ood: _Ood = None,
     examples: _Examples = None,
@@ -51,18 +62,101 @@ def evaluate(
     cache: _Cache = None,
     device: _Device = None,
     batch_size: _BatchSize = None,
+    threads: _Threads = None,
+    engine: _Engine = "local",
+    address: _Address = None,
     seed: _Seed = 0,
     quiet: _Quiet = False,
 ) -> None:
+    """Evaluate, compare where that is wanted, and write everything to one folder."""
+    import shlex
+    import sys
+    import time
+
+    from rich.console import Console
+
+    from ensembler.artefact import check_writable
+    from ensembler.engine import choose
+    from ensembler.ensemble import choose_device
+    from ensembler.eval.compare import compare
+    from ensembler.eval.evaluation import evaluate
+    from ensembler.eval.figures import figures
+    from ensembler.eval.page import page
+    from ensembler.eval.plots import to_png
+    from ensembler.eval.tables import csv, markdown, tables
+
+    start = time.monotonic()
+    check_writable(out or Path("reports"))
+    if json is not None:
+        check_writable(json.parent, "choose another --json")
+    # What is predicted is kept under the kind of device, which is this process's.
+    with watching(quiet) as watch, choose(engine, address, choose_device(device).type, threads) as chosen:
+        found = evaluate(
+            runs,
+            shift,
+            ood=ood or (),
+            data=data,
+            download=download,
+            examples=examples,
+            device=device,
+            batch_size=batch_size,
+            seed=seed,
+            cache=cache,
+            watch=watch,
+            threads=threads,
+            engine=chosen,
+        )
+    report = found.report if comparison is None else compare(found, **comparison)
+    drawn = figures(found, report)
+    seconds = time.monotonic() - start
+    files = {
+        "report.html": page(found, report, drawn, seconds=seconds, command=shlex.join(["ensembler", *sys.argv[1:]])),
+        "report.md": markdown(report).encode(),
+        "report.csv": csv(report).encode(),
+        "report.json": (report.model_dump_json(indent=2) + "\n").encode(),
+        **{f"{title}.png": to_png(picture.figure) for title, picture in drawn.items()},
+    }
+    folder = out or _fresh(Path("reports"), name)
+    _write(folder, files, json)
+    Console(highlight=False).print(tables(report))
+    _say(f"took {time.monotonic() - start:.0f} s; report: {folder} ({', '.join(files)})")
+
+
+_Chosen = Callable[..., tuple[list[Path], dict[str, Any] | None]]
+
+
+def _reports(name: str) -> Callable[[_Chosen], _Chosen]:
+    """Make a command that says which runs to score, and how to compare them: its own options, then the shared ones."""
+    by_name = inspect.Parameter.KEYWORD_ONLY
+
+    def decorate(choice: _Chosen) -> _Chosen:
+        own, shared = (inspect.signature(each).parameters for each in (choice, _report))
+        options = dict(own) | {key: p for key, p in shared.items() if key not in ("name", "runs", "comparison")}
+
+        @functools.wraps(choice)
+        def command(**given: Any) -> None:
+            chosen = choice(**{key: given.pop(key) for key in own})
+            _report(name, *chosen, **given)
+
+        command.__signature__ = inspect.Signature([p.replace(kind=by_name) for p in options.values()])  # type: ignore[attr-defined]
+        command.__annotations__ = {key: p.annotation for key, p in options.items()}
+        app.command(name)(command)
+        return choice
+
+    return decorate
+
+
+@_reports("eval")
+def evaluate(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Runs to score. (default: the newest in runs/)")] = None,
+) -> tuple[list[Path], None]:
     """Score runs side by side: accuracy, likelihood, calibration; clean, under shift and out of distribution."""
     from ensembler.run import latest
 
-    images = {"shift": shift, "ood": ood or (), "examples": examples, "data": data, "download": download}
-    how = {"cache": cache, "device": device, "batch_size": batch_size, "seed": seed}
-    _report("eval", runs or [latest(Path("runs"))], images | how, out, json, quiet)
+    return runs or [latest(Path("runs"))], None
 
 
-@app.command("compare")
+@_reports("compare")
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Two runs or more, of one dataset.")],
     baseline: Annotated[
@@ -71,19 +165,7 @@ def compare(
     curve: Annotated[
         bool, typer.Option("--curve", help="Score every run against its number of members, to choose M.")
     ] = False,
-    shift: _Shift = None,
-    ood: _Ood = None,
-    examples: _Examples = None,
-    data: _Data = None,
-    download: _Download = False,
-    out: _ReportOut = None,
-    json: _Json = None,
-    cache: _Cache = None,
-    device: _Device = None,
-    batch_size: _BatchSize = None,
-    seed: _Seed = 0,
-    quiet: _Quiet = False,
-) -> None:
+) -> tuple[list[Path], dict[str, Any]]:
     """Compare runs at their costs: differences with intervals, seeds grouped, deep-ensemble equivalents."""
     from ensembler.errors import UsageError
     from ensembler.eval.compare import check_names
@@ -92,10 +174,8 @@ def compare(
     check_names([path.name for path in places])
     if baseline is not None and baseline.resolve() not in places:
         raise UsageError(f"--baseline {baseline} is none of the runs: name it among them, too")
-    images = {"shift": shift, "ood": ood or (), "examples": examples, "data": data, "download": download}
-    how = {"cache": cache, "device": device, "batch_size": batch_size, "seed": seed}
     against = 0 if baseline is None else places.index(baseline.resolve())
-    _report("compare", runs, images | how, out, json, quiet, {"baseline": against, "curves": curve})
+    return runs, {"baseline": against, "curves": curve}
 
 
 @app.command("calibrate")
@@ -142,52 +222,6 @@ def calibrate(
             watch=watch,
         )
     _say(summary(found), f"calibration: {calibration.save(found, path)}")
-
-
-def _report(
-    name: str,
-    runs: list[Path],
-    options: dict[str, Any],
-    out: Path | None,
-    json: Path | None,
-    quiet: bool,
-    comparison: dict[str, Any] | None = None,
-) -> None:
-    """Evaluate, compare where that is wanted, and write everything to one folder."""
-    import shlex
-    import sys
-    import time
-
-    from rich.console import Console
-
-    from ensembler.artefact import check_writable
-    from ensembler.eval.compare import compare
-    from ensembler.eval.evaluation import evaluate
-    from ensembler.eval.figures import figures
-    from ensembler.eval.page import page
-    from ensembler.eval.plots import to_png
-    from ensembler.eval.tables import csv, markdown, tables
-
-    start = time.monotonic()
-    check_writable(out or Path("reports"))
-    if json is not None:
-        check_writable(json.parent, "choose another --json")
-    with watching(quiet) as watch:
-        found = evaluate(runs, **options, watch=watch)
-    report = found.report if comparison is None else compare(found, **comparison)
-    drawn = figures(found, report)
-    seconds = time.monotonic() - start
-    files = {
-        "report.html": page(found, report, drawn, seconds=seconds, command=shlex.join(["ensembler", *sys.argv[1:]])),
-        "report.md": markdown(report).encode(),
-        "report.csv": csv(report).encode(),
-        "report.json": (report.model_dump_json(indent=2) + "\n").encode(),
-        **{f"{title}.png": to_png(picture.figure) for title, picture in drawn.items()},
-    }
-    folder = out or _fresh(Path("reports"), name)
-    _write(folder, files, json)
-    Console(highlight=False).print(tables(report))
-    _say(f"took {time.monotonic() - start:.0f} s; report: {folder} ({', '.join(files)})")
 
 
 @app.command("surface")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ensembler import artefact
 from ensembler.datasets import Dataset
+from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.eval.comparison import Losses
@@ -86,6 +87,8 @@ def evaluate(
     seed: int = 0,
     cache: Path | None = None,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
+    threads: int | None = None,
+    engine: Engine | None = None,
 ) -> Evaluation:
     """Score every run on the same images.
 
@@ -104,13 +107,20 @@ def evaluate(
         seed: of the generated corruptions and of the choice of examples.
         cache: where predictions are kept; by default :func:`ensembler.eval.predictions.default_folder`.
         watch: told of every slice: its name, how many are done, of how many.
+        threads: CPU threads that compute, set for the whole process; by default as they are.
+        engine: what makes predictions for a shift's cells and for images of another kind; by default this process.
 
     Raises:
         UsageError: no run, runs of different datasets, or an option out of range.
         DataError: the dataset is missing or not the one that the runs were trained on.
         ArtefactError: predictions cannot be kept.
+        EngineError: the engine has lost a piece.
     """
     paths = [path.resolve() if path.is_symlink() else path for path in paths]  # latest may be another one soon
+    if threads is not None:
+        if threads < 1:
+            raise UsageError(f"threads must be at least 1, not {threads}")
+        torch.set_num_threads(threads)
     runs = [Run.load(path) for path in paths]
     dataset = _common_dataset(runs, paths, data, download)
     indices = _choose(len(dataset.test), examples, seed)
@@ -133,7 +143,7 @@ def evaluate(
         *(Slice(one.name, _sha256(one.images), partial(iter, (one.images,)), None) for one in unknown),
     ]
     scorers = [_Scorer(run, path, sha256) for run, path, sha256 in zip(runs, paths, hashes, strict=True)]
-    for number, (images, found) in enumerate(predictions(predictors, slices, watch)):
+    for number, (images, found) in enumerate(predictions(predictors, slices, watch, engine)):
         for scorer, prediction in zip(scorers, found, strict=True):
             if number == 0:
                 scorer.see_validation(prediction, _labels(validation))

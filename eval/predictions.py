@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -28,8 +28,11 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from ensembler.artefact import HELD, hold, replace_file, sha256, sweep
+from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
+from ensembler.memory import keep_freed
+from ensembler.run import Run
 from ensembler.uncertainty import disagreement_of_votes, entropy, expected_entropy
 
 __all__ = ["Prediction", "Predictor", "Slice", "default_folder", "predictions"]
@@ -146,6 +149,7 @@ def predictions(
     predictors: Sequence[Predictor],
     slices: Sequence[Slice],
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
+    engine: Engine | None = None,
 ) -> Iterator[tuple[Slice, list[Prediction]]]:
     """Every run's prediction for every slice, slice by slice: the kept ones, and the others made now and kept.
 
@@ -155,11 +159,15 @@ def predictions(
         predictors: the runs'.
         slices: what to show them.
         watch: told of every slice: its name, how many are done, of how many.
+        engine: what runs pieces of work; where that is not here, slices without ``members`` are such pieces, and are
+            made before the others.
 
     Raises:
-        ArtefactError: a prediction cannot be kept.
+        ArtefactError: a prediction cannot be kept. EngineError: the engine has lost a piece.
     """
     missing = [[one for one in predictors if one.kept(images) is None] for images in slices]
+    if engine is not None and not engine.here:
+        _make_elsewhere(engine, missing, slices, watch)
     stream = _ahead(
         (number, batch) for number, images in enumerate(slices) if missing[number] for batch in images.batches()
     )
@@ -171,6 +179,42 @@ def predictions(
             made = _make(missing[number], images, (batch for _, batch in batches))
         yield images, [made.get(one) or _sure(one.kept(images), one.folder) for one in predictors]
         watch(images.name, number + 1, len(slices))
+
+
+def _make_elsewhere(
+    engine: Engine,
+    missing: list[list[Predictor]],
+    slices: Sequence[Slice],
+    watch: Callable[[str, int, int], None],
+) -> None:
+    """Let the engine make what it can, keep each as soon as it comes, and take it off the list."""
+    numbers = [number for number, images in enumerate(slices) if missing[number] and not images.members]
+    predictors = list(dict.fromkeys(one for number in numbers for one in missing[number]))
+    runs = [(one.ensemble.run, str(one.ensemble.device), one.ensemble.batch_size) for one in predictors]
+    asked = [(slices[number], [predictors.index(one) for one in missing[number]]) for number in numbers]
+    done = 0
+    with closing(engine.run(_reduce, runs, asked, lambda: None)) as made:
+        for place, found in made:
+            images, of = asked[place]
+            for i, arrays in zip(of, found, strict=True):
+                _keep(predictors[i].path(images), arrays)
+            missing[numbers[place]] = []
+            done += 1
+            watch(images.name, done, len(asked))
+
+
+def _reduce(
+    runs: list[tuple[Run, str, int]], asked: tuple[Slice, list[int]], tell: Callable[..., None]
+) -> list[dict[str, NDArray[Any]]]:
+    """A piece of work: what is kept of some of the runs' predictions for a slice."""
+    images, of = asked
+    reductions = [_Reduction(Ensemble(*runs[i]), images) for i in of]
+    for one in reductions:
+        keep_freed(one.ensemble.device)
+    for batch in images.batches():
+        for one in reductions:
+            one.add(batch)
+    return [one.arrays() for one in reductions]
 
 
 def _ahead(items: Generator[Any, None, None]) -> Iterator[Any]:
@@ -191,19 +235,57 @@ def _make(predictors: Sequence[Predictor], images: Slice, batches: Iterable[Tens
         return {gathering.predictor: gathering.keep() for gathering in gatherings}
 
 
-class _Gathering:
-    """Reduces the members' probabilities, batch by batch, to what scores need."""
+class _Reduction:
+    """Reduces the members' probabilities, batch by batch, to what scores need.
 
-    def __init__(self, predictor: Predictor, images: Slice) -> None:
-        self.predictor, self._done = predictor, 0
+    Args:
+        ensemble: whose members.
+        images: the slice that the batches are of.
+        see: is shown each part (M, b, C) before it is let go, with the number of images before it.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        images: Slice,
+        see: Callable[[int, NDArray[np.float32]], None] = lambda done, found: None,
+    ) -> None:
+        self.ensemble, self._see, self._done = ensemble, see, 0
         self._labels = np.empty(0, dtype=np.int64) if images.labels is None else images.labels
         self._parts: dict[str, list[NDArray[Any]]] = {name: [] for name in _EXAMPLES}
+
+    def add(self, batch: Tensor) -> None:
+        ensemble = self.ensemble
+        size = max(batch[:1].numel(), 4 * ensemble.members * len(ensemble.classes))
+        for images in torch.split(batch, max(1, _CHUNK // size)):
+            found = ensemble.predict_members(images).numpy()
+            known = self._labels[self._done : self._done + len(images)]
+            self._parts["mean"].append(found.mean(axis=0, dtype=np.float64).astype(np.float32))
+            self._parts["expected_entropy"].append(expected_entropy(found).astype(np.float32))
+            self._parts["classes"].append(found.argmax(axis=2).astype(np.int32))
+            self._parts["label_probabilities"].append(found[:, np.arange(len(known)), known])
+            self._see(self._done, found)
+            self._done += len(images)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        whole = {name: np.concatenate(parts, _EXAMPLES[name]) for name, parts in self._parts.items()}
+        return {name: np.ascontiguousarray(array) for name, array in whole.items()}  # safetensors takes them as such
+
+
+class _Gathering:
+    """Reduces one run's predictions for a slice and keeps them, every member's too where that is asked for."""
+
+    def __init__(self, predictor: Predictor, images: Slice) -> None:
+        self.predictor = predictor
         self._path = predictor.path(images)
         self._every: BinaryIO | None = None
         self._lock: int | None = None
         ensemble = predictor.ensemble
-        self._shape = (ensemble.members, len(self._labels), len(ensemble.classes))
+        examples = 0 if images.labels is None else len(images.labels)
+        self._shape = (ensemble.members, examples, len(ensemble.classes))
         self._keeps_members = images.members
+        self._reduction = _Reduction(ensemble, images, self._write)
+        self.add = self._reduction.add
 
     def __enter__(self) -> Self:
         if self._keeps_members:
@@ -222,38 +304,27 @@ class _Gathering:
             if self._lock is not None:
                 os.close(self._lock)
 
-    def add(self, batch: Tensor) -> None:
-        ensemble = self.predictor.ensemble
-        size = max(batch[:1].numel(), 4 * ensemble.members * len(ensemble.classes))
-        for images in torch.split(batch, max(1, _CHUNK // size)):
-            found = ensemble.predict_members(images).numpy()
-            known = self._labels[self._done : self._done + len(images)]
-            self._parts["mean"].append(found.mean(axis=0, dtype=np.float64).astype(np.float32))
-            self._parts["expected_entropy"].append(expected_entropy(found).astype(np.float32))
-            self._parts["classes"].append(found.argmax(axis=2).astype(np.int32))
-            self._parts["label_probabilities"].append(found[:, np.arange(len(known)), known])
-            if self._every is not None:
-                _, B, C = self._shape
-                with self._writing():  # plain writes: where the disk is full, a memory map would kill the process
-                    if not self._done:
-                        header = {"descr": "<f4", "fortran_order": False, "shape": self._shape}
-                        np.lib.format.write_array_header_1_0(self._every, header)
-                        self._offset = self._every.tell()
-                    for member, rows in enumerate(found.astype("<f4", copy=False)):
-                        self._every.seek(self._offset + 4 * C * (member * B + self._done))
-                        self._every.write(np.ascontiguousarray(rows).data)
-            self._done += len(images)
+    def _write(self, done: int, found: NDArray[np.float32]) -> None:
+        if self._every is None:
+            return
+        _, B, C = self._shape
+        with self._writing():  # plain writes: where the disk is full, a memory map would kill the process
+            if not done:
+                header = {"descr": "<f4", "fortran_order": False, "shape": self._shape}
+                np.lib.format.write_array_header_1_0(self._every, header)
+                self._offset = self._every.tell()
+            for member, rows in enumerate(found.astype("<f4", copy=False)):
+                self._every.seek(self._offset + 4 * C * (member * B + done))
+                self._every.write(np.ascontiguousarray(rows).data)
 
     def keep(self) -> Prediction:
-        whole = {name: np.concatenate(parts, _EXAMPLES[name]) for name, parts in self._parts.items()}
-        arrays = {name: np.ascontiguousarray(array) for name, array in whole.items()}  # safetensors takes them as such
-        metadata = {"format": str(FORMAT), "sha256": _digest(arrays)}
+        arrays, metadata = self._reduction.arrays(), {}
         if self._every is not None:
             with self._writing():
                 self._every.close()
                 metadata["members_sha256"] = sha256(self._partial)
                 self._partial.replace(_whole(self._path))
-        replace_file(self._path, save(arrays, metadata))
+        _keep(self._path, arrays, **metadata)
         every = None if self._every is None else np.load(_whole(self._path), mmap_mode="r", allow_pickle=False)
         return Prediction(**arrays, members=every)
 
@@ -269,6 +340,10 @@ class _Gathering:
             raise ArtefactError(
                 f"cannot keep predictions in {self.predictor.folder}: {error.strerror or error}: choose another --cache"
             ) from error
+
+
+def _keep(path: Path, arrays: dict[str, NDArray[Any]], **metadata: str) -> None:
+    replace_file(path, save(arrays, {"format": str(FORMAT), "sha256": _digest(arrays)} | metadata))
 
 
 def _whole(path: Path) -> Path:

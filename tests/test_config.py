@@ -110,7 +110,11 @@ def test_a_command_of_a_group_takes_its_own_table():
     [
         ("a.toml", "vertexes = 3", "a.toml: no command has an option 'vertexes': did you mean vertex-epochs"),
         ("a.toml", "[train-simplex]\nvertex-l = 1", "train-simplex has no option 'vertex-l': did you mean vertex-lr"),
-        ("a.toml", "[train-simplex]\nport = 1", "train-simplex has no option 'port': there are arch, augmentation, "),
+        (
+            "a.toml",
+            "[train-simplex]\nport = 1",
+            "train-simplex has no option 'port': there are address, arch, augmentation, ",
+        ),
         ("a.toml", "[train-simplx]\nx = 1", "there is no command 'train-simplx': did you mean train-simplex"),
         ("a.toml", "config = 'b.toml'", "no command has an option 'config'"),
         ("a.toml", "vertices = 2.5", "a.toml: vertices = 2.5: "),

@@ -5,6 +5,9 @@ Beside the run that is being made lies a folder ``NAME.unfinished``. In it are t
 artefact (:mod:`ensembler.artefact`) that a later one replaces: the moving vertices, the optimiser's state, the
 network's buffers, the snapshots taken, every random generator's state, and the step.
 
+A piece of the training that is independent of the others (a member of a deep ensemble: :mod:`.pieces`) is kept whole,
+as ``piece-NUMBER``, as soon as it is finished, in place of the checkpoints of its parts.
+
 A method is a deterministic function of its seeds. So resuming is running it again: parts that are there are read
 instead of trained, the one that was broken off goes on from its checkpoint, and whatever is missing or damaged is
 trained anew. On a CPU, with the same number of threads, the result is the uninterrupted run's, bit for bit.
@@ -28,13 +31,15 @@ from torch import Tensor
 
 from ensembler import artefact
 from ensembler.errors import ArtefactError, CorruptError, UsageError
-from ensembler.run import load_tensors, save_tensors
+from ensembler.run import Part, load_tensors, save_tensors
+from ensembler.trainers.books import Books
 from ensembler.trainers.loop import Snapshot, State
 
-__all__ = ["OPTIONS", "Checkpoints", "Saved", "unfinished"]
+__all__ = ["OPTIONS", "Checkpoints", "Done", "Saved", "numbers", "unfinished"]
 
 FORMAT = 1
 OPTIONS = "options.json"
+_NUMBERS = 10_000  # for a piece's parts
 
 
 def unfinished(path: Path) -> Path:
@@ -49,6 +54,27 @@ class Saved:
     state: State
     facts: dict[str, Any]
     generators: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """A finished piece of a training.
+
+    Attributes:
+        tensors, facts: what it made: tensors, and JSON values.
+        buffers: the network's at its end.
+        books: what it cost and did.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    buffers: dict[str, Tensor]
+    books: Books
+
+
+def numbers(place: int) -> range:
+    """Of the parts of the ``place``-th piece: its own, so that a piece that is skipped shifts no other's."""
+    return range(_NUMBERS * (place + 1), _NUMBERS * (place + 2))
 
 
 @dataclass(eq=False)
@@ -177,13 +203,59 @@ class Checkpoints:
                     raise  # of another version
                 shutil.rmtree(path, ignore_errors=True)  # damaged, or half removed: trained anew
                 continue
-            if content["part"] != part or content["identity"] != dict(self.identity):
-                raise UsageError(
-                    f"{self.folder} is of a run with other options or other images: give the ones it was begun with, "
-                    "or remove it"
-                )
+            self._check(content, part)
             return Saved(_state(content, tensors), content["facts"], _named(tensors, "generator."))
         return None
+
+    def keep(self, place: int, part: str, argument: Mapping[str, Any], done: Done) -> None:
+        """Write the ``place``-th piece, which ``argument`` describes, and remove the checkpoints of its parts.
+
+        Raises:
+            ArtefactError: it cannot be written.
+        """
+        if not (self._begun and (self.folder / OPTIONS).is_file()):  # never was, or was removed meanwhile
+            self._begin()
+        path, books = self._piece(place), done.books
+        shutil.rmtree(path, ignore_errors=True)  # a damaged one
+        content = {
+            "kind": "piece",
+            "format": FORMAT,
+            "part": part,
+            "identity": dict(self.identity),
+            "argument": dict(argument),
+            "facts": done.facts,
+            "parts": {name: each.model_dump() for name, each in books.parts.items()},
+            "history": books.history,
+            "seconds": books.seconds,
+        }
+        tensors = done.tensors | {f"network.{name}": buffer for name, buffer in done.buffers.items()}
+        with artefact.write(path, content) as folder:
+            save_tensors(tensors, folder / "piece.safetensors")
+        for checkpoint in self.folder.glob("[0-9]*-*"):
+            if int(checkpoint.name.partition("-")[0]) in numbers(place):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        self._last = time.monotonic()
+
+    def kept(self, place: int, part: str, argument: Mapping[str, Any]) -> Done | None:
+        """The ``place``-th piece, if it is there and whole.
+
+        Raises:
+            UsageError: it is of another run.
+        """
+        try:
+            content = artefact.read(self._piece(place), "piece", (FORMAT,))
+            tensors = load_tensors(self._piece(place) / "piece.safetensors")
+        except ArtefactError:
+            return None  # made anew
+        self._check(content, part, argument)
+        buffers = _named(tensors, "network.")
+        parts = {name: Part.model_validate(each) for name, each in content["parts"].items()}
+        return Done(
+            {name: tensor for name, tensor in tensors.items() if not name.startswith("network.")},
+            content["facts"],
+            buffers,
+            Books(parts, content["history"], content["seconds"]),
+        )
 
     def close(self) -> None:
         """Let another process go on with the run."""
@@ -195,6 +267,16 @@ class Checkpoints:
         self.close()
         if self._begun:  # or else it is another process's
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _check(self, content: Mapping[str, Any], part: str, argument: Mapping[str, Any] | None = None) -> None:
+        if (content["part"], content["identity"], content.get("argument")) != (part, dict(self.identity), argument):
+            raise UsageError(
+                f"{self.folder} is of a run with other options or other images: give the ones it was begun with, "
+                "or remove it"
+            )
+
+    def _piece(self, place: int) -> Path:
+        return self.folder / f"piece-{place:04}"
 
     def _find(self, number: int) -> list[Path]:
         return sorted(self.folder.glob(f"{number:04}-*")) if self.folder.is_dir() else []

@@ -7,18 +7,20 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ensembler.errors import ArtefactError, DataError, DivergedError, ShapeError, UsageError
+from ensembler.errors import ArtefactError, DataError, DivergedError, EngineError, ShapeError, UsageError
 
 if TYPE_CHECKING:
     from ensembler.checkpoint import Checkpoint
+    from ensembler.engine import Engine
     from ensembler.run import Run
-    from ensembler.trainers.checkpoints import Checkpoints
+    from ensembler.trainers.orders import Order
     from ensembler.trainers.session import Session
 
 __all__ = ["app"]
@@ -26,11 +28,14 @@ __all__ = ["app"]
 app = typer.Typer()
 
 _BEGINNING = ("init", "second", "weights")  # options that say what to start from
+_PROGRESS = ("checkpoint_every", "quiet", "log", "tensorboard", "data")
+_ENGINE = ("engine", "address")  # where a run is made is no part of what it is
 
 _option = functools.partial(typer.Option, rich_help_panel="Method")
 _image_option = functools.partial(typer.Option, rich_help_panel="Images")
 _training_option = functools.partial(typer.Option, rich_help_panel="Training")
 _progress_option = functools.partial(typer.Option, rich_help_panel="Progress")
+_engine_option = functools.partial(typer.Option, rich_help_panel="Engine")
 
 _Init = Annotated[
     Path | None,
@@ -59,9 +64,9 @@ _Concentration = Annotated[
 
 
 @contextmanager
-def _session(
+def _order(
     start: "Run | Checkpoint | None",
-    checkpoints: "Checkpoints",
+    method: "Callable[[Session], Run]",
     dataset: Annotated[
         str | None,
         _image_option(
@@ -117,16 +122,20 @@ def _session(
         bool, _training_option("--compile", help="Compile the network: takes a minute, and is meant for GPUs.")
     ] = False,
     seed: Annotated[int, _training_option(help="Of everything that is drawn.")] = 0,
+    threads: Annotated[
+        int | None, _training_option(help="CPU threads that compute one piece of the training. (default: all)")
+    ] = None,
     device: Annotated[str | None, _training_option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
     quiet: Annotated[bool, _progress_option("--quiet", help="Say nothing before the end.")] = False,
     log: Annotated[Path | None, _progress_option(help="File that each epoch adds a line of JSON to.")] = None,
     tensorboard: Annotated[Path | None, _progress_option(help="Folder for TensorBoard's event files.")] = None,
-) -> Iterator["Session"]:
-    """A session made of the shared options, its progress told while the block runs."""
+) -> Iterator[tuple["Order", Callable[..., None]]]:
+    """What the shared options say of the runs to make, and what hears their progress while the block runs."""
     from ensembler import datasets
     from ensembler.run import Run
+    from ensembler.trainers.orders import Order
     from ensembler.trainers.progress import progress
-    from ensembler.trainers.session import Session, Settings
+    from ensembler.trainers.session import Settings
 
     settings = Settings(
         architecture=architecture,
@@ -143,6 +152,7 @@ def _session(
         workers=workers,
         seed=seed,
         device=device,
+        threads=threads,
     )
     if isinstance(start, Run) and dataset is None and image_size is None:
         images = start.manifest.dataset.load(data, download=download)
@@ -153,7 +163,8 @@ def _session(
     with progress(quiet, log, tensorboard) as (watch, say):
         if images.skipped:
             say(f"{len(images.skipped)} images cannot be read and are left out: {', '.join(images.skipped)}")
-        yield Session(images, settings, start, watch, say, checkpoints)
+        told: dict[str, Callable[..., None]] = {"watch": watch, "say": say}
+        yield Order(method, images, settings, start), lambda kind, *what: told[kind](*what)
 
 
 def _start(init: list[Path] | Path | None, weights: str | None, architecture: str) -> "Run | Checkpoint | None":
@@ -193,7 +204,7 @@ def _give_options_again(context: typer.Context, path: Path | None) -> Path | Non
 
 def _check_typed(context: typer.Context) -> None:
     """A checkpoint of other options is another run's: those typed beside ``--resume`` would give a mixture."""
-    for name in context.params.keys() - {"resume", "checkpoint_every", "quiet", "log", "tensorboard", "data"}:
+    for name in context.params.keys() - {"resume", *_PROGRESS, *_ENGINE}:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise UsageError(f"--resume keeps the options that the run was begun with: leave out {name}")
@@ -209,22 +220,34 @@ _Resume = Annotated[
     ),
 ]
 _CheckpointEvery = Annotated[float, _progress_option(help="Seconds between two checkpoints.")]
+_Seeds = Annotated[
+    int, _engine_option(help="N, runs with the seeds --seed, --seed + 1, ...: OUT-s0, OUT-s1, ... where N > 1.")
+]
+_Engine = Annotated[
+    Literal["local", "ray"],
+    _engine_option(help="What runs independent pieces (members, simplexes, seeds): this process in turn, or Ray."),
+]
+_Address = Annotated[
+    str | None, _engine_option(help="Of a Ray cluster. (default: RAY_ADDRESS, or a Ray of this machine's own)")
+]
 
 
-def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
+_Method = Callable[..., "Run"]
+
+
+def _trains(name: str, has_pieces: bool = False) -> Callable[[_Method], _Method]:
     """Make a command of a method: its own options, then the shared ones, then where to start and what to keep.
 
-    A method that names a shared option itself declares it in its own way.
+    A method that names a shared option itself declares it in its own way. One that ``has_pieces`` gives them to its
+    session's engine; else the whole run is a piece.
     """
 
     by_name = inspect.Parameter.KEYWORD_ONLY
 
-    def decorate(method: Callable[..., "Run"]) -> Callable[..., None]:
+    def decorate(method: _Method) -> _Method:
         own = {name: p for name, p in inspect.signature(method).parameters.items() if name != "session"}
         shared = {
-            name: p
-            for name, p in inspect.signature(_session).parameters.items()
-            if name not in ("start", "checkpoints")
+            name: p for name, p in inspect.signature(_order).parameters.items() if name not in ("start", "method")
         }
 
         @functools.wraps(method)
@@ -234,42 +257,43 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
             collapse: str | None,
             out: Path | None,
             resume: Path | None,
+            seeds: int,
+            engine: Literal["local", "ray"],
+            address: str | None,
             **given: Any,
         ) -> None:
+            from ensembler.engine import Local, choose
             from ensembler.run import new_path
-            from ensembler.trainers.checkpoints import Checkpoints, unfinished
-            from ensembler.trainers.collapse import collapse_run
 
             if resume:
                 _check_typed(context)
-            beginning = {name: _written(given[name]) for name in _BEGINNING if name in given}
-            kept = {name: value for name, value in context.params.items() if name not in ("out", "resume")}
-            options = {name: _written(value) for name, value in kept.items() if value is not None}
+            if seeds < 1:
+                raise UsageError(f"at least one run is made, not {seeds}")
+            beginning = {key: _written(given[key]) for key in _BEGINNING if key in given}
+            kept = {key: value for key, value in context.params.items() if key not in ("out", "resume", *_ENGINE)}
+            options = {key: _written(value) for key, value in kept.items() if value is not None} | {"seeds": 1}
             path = resume or out or new_path(Path("runs"), f"{name.removeprefix('train-')}-{_label(given)}")
-            _check_free(path, resume is not None)
+            of_seeds = range(given["seed"], given["seed"] + seeds)
+            paths = {seed: path if seeds == 1 else path.with_name(f"{path.name}-s{seed}") for seed in of_seeds}
+            for one in paths.values():
+                _check_free(one, resume is not None, several=seeds > 1)
             start = _start(given["init"], given["weights"], given["architecture"])
             if recipe:
                 given |= _from_recipe(recipe, context, start, given)
-            checkpoints = Checkpoints(unfinished(path), given.pop("checkpoint_every"), {name: options})
-            try:
-                with _session(start, checkpoints, **{name: given[name] for name in shared}) as session:
-                    run = method(session, **{name: given[name] for name in own})
-                    if collapse:
-                        run = collapse_run(session, run)
-                run.manifest.options |= {"recipe": recipe} | beginning
-                _save(run, path)
-            except (KeyboardInterrupt, ArtefactError):  # the latter: a full disk
-                if checkpoints.folder.is_dir():
-                    begun = checkpoints.folder.with_suffix("")
-                    typer.echo(f"to go on: ensembler {name} --resume {begun}", err=True)
-                raise
-            except (UsageError, DataError, ShapeError, DivergedError):
-                checkpoints.remove()  # to go on would end the same way
-                raise
-            else:
-                checkpoints.remove()
-            finally:
-                checkpoints.close()
+            every = given.pop("checkpoint_every")
+            whole = functools.partial(method, **{key: _absolute(given[key]) for key in own})
+            about = {"recipe": recipe} | beginning
+            with (
+                choose(engine, address, given["device"], given["threads"]) as chosen,
+                _order(start, whole, **{key: given[key] for key in shared}) as (order, hear),
+            ):
+                of_pieces = replace(order, collapse=collapse is not None, several=seeds > 1)
+                if seeds > 1:
+                    paths = _not_made(of_pieces, paths, name, options, given | about)
+                if has_pieces and seeds == 1:
+                    _make(replace(of_pieces, engine=chosen), paths, every, name, options, Local(), hear, about)
+                else:
+                    _make(of_pieces, paths, every, name, options, chosen, hear, about)
 
         last = {
             **{"init": _Init, "weights": _Weights, "recipe": _Recipe, "collapse": _Collapse, "out": _Out},
@@ -279,6 +303,9 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
         rest["checkpoint_every"] = inspect.Parameter(
             "checkpoint_every", by_name, default=60.0, annotation=_CheckpointEvery
         )
+        rest["seeds"] = inspect.Parameter("seeds", by_name, default=1, annotation=_Seeds)
+        rest["engine"] = inspect.Parameter("engine", by_name, default="local", annotation=_Engine)
+        rest["address"] = inspect.Parameter("address", by_name, default=None, annotation=_Address)
         options = own | shared | rest | own  # its own come first, and win
         parameters = [
             inspect.Parameter("context", by_name, annotation=typer.Context),
@@ -287,9 +314,68 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         app.command(name)(command)
-        return command
+        return method
 
     return decorate
+
+
+def _not_made(
+    order: "Order", paths: Mapping[int, Path], name: str, options: dict[str, Any], given: Mapping[str, Any]
+) -> dict[int, Path]:
+    """Of a comparison's runs, by their seeds, those that are still to be made, or to be gone on with."""
+    from ensembler.trainers.orders import check_begun, is_made
+
+    missing = {}
+    for seed, path in paths.items():
+        check_begun(path, name, options | {"seed": seed}, ignored=_PROGRESS)
+        if is_made(path, seed, given, order):
+            typer.echo(f"{path} is there already", err=True)
+        else:
+            missing[seed] = path
+    return missing
+
+
+def _make(
+    order: "Order",
+    paths: Mapping[int, Path],
+    every: float,
+    name: str,
+    options: dict[str, Any],
+    engine: "Engine",
+    hear: Callable[..., None],
+    about: Mapping[str, Any],
+) -> None:
+    """Make the run of each seed by the engine, and save each as soon as it is finished; then its checkpoints go."""
+    from ensembler.trainers.checkpoints import Checkpoints, unfinished
+    from ensembler.trainers.orders import make
+
+    begun = {
+        seed: Checkpoints(unfinished(path), every, {name: options | {"seed": seed}}) for seed, path in paths.items()
+    }
+    asked = [(seed, checkpoints if engine.here else None) for seed, checkpoints in begun.items()]
+    try:
+        with closing(engine.run(make, order, asked, hear)) as made:
+            for place, run in made:
+                seed, _ = asked[place]
+                run.manifest.options |= about
+                _save(run, paths[seed])
+                begun.pop(seed).remove()
+    except (KeyboardInterrupt, EngineError, ArtefactError):  # the last: a full disk
+        for seed, checkpoints in begun.items():
+            if order.several:
+                path = paths[seed].with_name(paths[seed].name.removesuffix(f"-s{seed}"))
+                typer.echo(f"to go on: the same command with --out {path}", err=True)
+                break
+            if checkpoints.folder.is_dir():
+                typer.echo(f"to go on: ensembler {name} --resume {checkpoints.folder.with_suffix('')}", err=True)
+        raise
+    except (UsageError, DataError, ShapeError, DivergedError):
+        for checkpoints in begun.values():
+            checkpoints.remove()  # to go on would end the same way
+        raise
+    finally:
+        for checkpoints in begun.values():
+            checkpoints.close()
 
 
 def _from_recipe(
@@ -307,6 +393,13 @@ def _from_recipe(
     return {name: options[name] for name, source in sources.items() if source is None or source.name == "DEFAULT"}
 
 
+def _absolute(given: Any) -> Any:
+    """A path that means the same in another process."""
+    if isinstance(given, list):
+        return [_absolute(one) for one in given]
+    return given.absolute() if isinstance(given, Path) else given
+
+
 def _written(given: Path | list[Path] | str | None) -> Any:
     """What to start from, as a manifest holds it: a link such as latest points elsewhere tomorrow."""
     if isinstance(given, list):
@@ -314,7 +407,7 @@ def _written(given: Path | list[Path] | str | None) -> Any:
     return str(given.resolve()) if isinstance(given, Path) else given
 
 
-@_trains("train-deep-ensemble")
+@_trains("train-deep-ensemble", has_pieces=True)
 def train_deep_ensemble(
     session: "Session",
     members: Annotated[int, _option(help="M, networks trained; 1 is a single network.")] = 4,
@@ -359,7 +452,7 @@ def train_snapshots(
     return method(session, members, cycle)
 
 
-@_trains("train-simplex")
+@_trains("train-simplex", has_pieces=True)
 def train_simplex(
     session: "Session",
     vertices: Annotated[int, _option(help="K, corners of the simplex.")] = 4,
@@ -501,17 +594,17 @@ def _number_or_auto(text: str) -> float | Literal["auto"]:
         raise UsageError(f"--regularisation is a number or auto, not {text!r}") from None
 
 
-def _check_free(path: Path, resumed: bool = False) -> None:
-    """Said before an hour of training, not after."""
+def _check_free(path: Path, resumed: bool = False, several: bool = False) -> None:
+    """Said before an hour of training, not after. Of ``several`` runs, some may be there, or begun, already."""
     from ensembler.artefact import check_writable
     from ensembler.trainers.checkpoints import OPTIONS, Checkpoints, unfinished
 
     begun = unfinished(path)
     if path.exists() and resumed:
         raise UsageError(f"{path} exists already: remove {begun} if that is it, finished; else move it away to go on")
-    if path.exists():
+    if path.exists() and not several:
         raise UsageError(f"{path} exists already: choose another --out, or remove it first")
-    if (begun / OPTIONS).is_file() and not resumed:
+    if (begun / OPTIONS).is_file() and not (resumed or several):
         Checkpoints(begun).close()  # says so where another process is working on it
         raise UsageError(f"{begun} holds a run that was broken off: go on with --resume {path}, or remove it")
     check_writable(path.parent)

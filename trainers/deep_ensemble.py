@@ -10,7 +10,8 @@ import torch
 from ensembler.errors import UsageError
 from ensembler.run import Run
 from ensembler.trainers import side_by_side
-from ensembler.trainers.session import Session, Solution, stack_buffers
+from ensembler.trainers.pieces import Made, Piece, each
+from ensembler.trainers.session import Session, stack_buffers
 
 __all__ = ["train_deep_ensemble"]
 
@@ -32,14 +33,24 @@ def train_deep_ensemble(session: Session, members: int = 4, parallel: int = 1) -
         raise UsageError(f"at least one member is trained at a time, not {parallel}")
     if session.begins_solved:
         raise UsageError("a deep ensemble's members start from independent weights, never from a run")
-    solutions: list[Solution] = []
-    for first in range(0, members, parallel):
-        group = range(first, min(first + parallel, members))
-        solutions += side_by_side.solutions(session, group) if len(group) > 1 else [session.solution(first)]
+    groups = [list(range(first, min(first + parallel, members))) for first in range(0, members, parallel)]
+    names = [f"solution {group[0] + 1}" + f" to {group[-1] + 1}" * (len(group) > 1) for group in groups]
+    pieces = [
+        Piece(place, name, {"members": group}) for place, (name, group) in enumerate(zip(names, groups, strict=True))
+    ]
+    made = [tensors for tensors, _ in each(session, _solutions, pieces)]
+    whole = {name: torch.cat([tensors[name] for tensors in made]) for name in made[0]}
     return session.finish(
         "single" if members == 1 else "deep-ensemble",
-        torch.stack([solution.vector for solution in solutions]),
+        whole.pop("vertices"),
         torch.eye(members),
-        stack_buffers(solutions),
+        {name.removeprefix("buffer."): rows.cpu() for name, rows in whole.items()},
         options={"members": members, "parallel_members": parallel},
     )
+
+
+def _solutions(session: Session, members: list[int]) -> Made:
+    """A piece: the vertices (G, P) of one or more members, and their buffers (G, ...)."""
+    solutions = side_by_side.solutions(session, members) if len(members) > 1 else [session.solution(members[0])]
+    buffers = {f"buffer.{name}": rows for name, rows in stack_buffers(solutions).items()}
+    return {"vertices": torch.stack([solution.vector for solution in solutions])} | buffers, {}

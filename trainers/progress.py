@@ -70,14 +70,18 @@ def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | N
 @contextmanager
 def _lines() -> Told:
     """A plain line an epoch, with the time that its part has left."""
-    last = time.monotonic()
+    free = time.monotonic()  # when a part ended, and so the next one began
     began: dict[str, tuple[float, int]] = {}
 
     def watch(part: str, epoch: Epoch, epochs: int) -> None:
-        nonlocal last
-        start, before = began.setdefault(part, (last, epoch.number - 1))
-        last = time.monotonic()
-        seconds = round((last - start) / (epoch.number - before) * (epochs - epoch.number))
+        nonlocal free
+        start, before = began.setdefault(part, (free, epoch.number - 1))
+        if epoch.number <= before:  # begun again
+            start, before = began[part] = (free, epoch.number - 1)
+        now = time.monotonic()
+        seconds = round((now - start) / (epoch.number - before) * (epochs - epoch.number))
+        if epoch.number == epochs:
+            free = now
         left = f", {timedelta(seconds=seconds)} left" if epoch.number < epochs else ""
         typer.echo(f"{part}: epoch {epoch.number} of {epochs}, {_state(epoch)}{left}", err=True)
 

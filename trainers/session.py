@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from ensembler import architectures, checkpoint
 from ensembler.checkpoint import Checkpoint
 from ensembler.datasets import Dataset
+from ensembler.engine import Engine, Local
 from ensembler.ensemble import BATCHNORM_EXAMPLES, Ensemble, choose_device, has_batchnorm, member_buffers
 from ensembler.errors import UsageError
 from ensembler.images import Images, Split, normalise
@@ -27,6 +28,7 @@ from ensembler.run import Cost, DatasetRecord, Manifest, Part, Run, Sampling, ve
 from ensembler.seeds import derive, generator
 from ensembler.trainers import memory
 from ensembler.trainers.batches import Batches
+from ensembler.trainers.books import Books
 from ensembler.trainers.checkpoints import Checkpoints, Saved
 from ensembler.trainers.loop import Epoch, Snapshot, State, train
 from ensembler.trainers.schedules import SCHEDULES, Schedule
@@ -45,6 +47,7 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weight_decay": (lambda value: 0 <= value < math.inf, "at least 0"),
     "clip": (lambda value: value > 0, "positive"),
     "workers": (lambda value: value >= 0, "at least 0"),
+    "threads": (lambda value: value >= 1, "at least 1"),
 }
 
 Watcher = Callable[[str, Epoch, int], None]  # part, what its epoch did, epochs in all
@@ -68,6 +71,8 @@ class Settings:
         seed: of everything that is drawn.
         device: ``"cpu"``, ``"cuda"``, ...; by default CUDA where there is one.
         workers: processes that read images from their files; see :class:`ensembler.trainers.batches.Batches`.
+        threads: CPU threads that compute one piece of the training, set for the whole process; by default as they are.
+            The last bits of a result depend on them.
     """
 
     architecture: str = "cnn"
@@ -84,6 +89,7 @@ class Settings:
     seed: int = 0
     device: str | None = None
     workers: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ class Session:
         watch: told of every epoch.
         say: told what a method finds on its way, a line at a time.
         checkpoints: where to keep what has been reached, and to go on from; nowhere by default.
+        engine: what runs those pieces of the training that are independent: see :mod:`ensembler.trainers.pieces`.
 
     Attributes:
         begins_solved: whether ``init`` is a solution.
@@ -140,6 +147,7 @@ class Session:
     watch: Watcher = lambda part, epoch, epochs: None
     say: Callable[[str], None] = lambda line: None
     checkpoints: Checkpoints | None = None
+    engine: Engine = field(default_factory=Local)
 
     def __post_init__(self) -> None:
         settings, init = self.settings, self.init
@@ -148,6 +156,8 @@ class Session:
                 raise UsageError(f"{name} must be {_RANGES[name][1]}, not {value}")
         if settings.schedule not in SCHEDULES:
             raise UsageError(f"unknown schedule {settings.schedule!r}: use one of {', '.join(SCHEDULES)}")
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         self.device = choose_device(settings.device)
         keep_freed(self.device)
         if settings.precision not in PRECISIONS:
@@ -159,6 +169,8 @@ class Session:
         new_head = checkpoint.fit(network, init.tensors) if isinstance(init, Checkpoint) else []
         self.begins_solved = init is not None and not new_head
         self.weights = FlatWeights(network)
+        if isinstance(init, Run):
+            self.weights.load_frozen(init.frozen)
         if settings.compile:
             network.compile()
         self.history: list[dict[str, Any]] = []
@@ -173,7 +185,7 @@ class Session:
         self._batch_size = settings.batch_size or (128 if len(self._images) >= 10_000 else 32)
         self._record = DatasetRecord.of(self.dataset, settings.augmentation)
         self.per_epoch = self.batches("").per_epoch
-        self._numbers = count()
+        self._numbers: Iterator[int] = count()
         if self.checkpoints:
             self.checkpoints.identity = {
                 "train_sha256": self._record.train_sha256,
@@ -326,6 +338,29 @@ class Session:
                 **options,
             )
 
+    @contextmanager
+    def apart(self, numbers: range) -> Iterator[Books]:
+        """Enter what the block does in books of its own, its parts numbered by ``numbers``; see :meth:`absorb`."""
+        own = self._parts, self.history, self._numbers, self._seconds_before, self._start
+        books = Books()
+        self._parts, self.history, self._numbers = books.parts, books.history, iter(numbers)
+        self._seconds_before, self._start = 0.0, time.monotonic()
+        try:
+            yield books
+            books.seconds = self._seconds()
+        finally:
+            self._parts, self.history, self._numbers, self._seconds_before, self._start = own
+
+    @contextmanager
+    def absorb(self) -> Iterator[list[Books]]:
+        """Take over the books that the block collects, as if it had itself done nothing else."""
+        found: list[Books] = []
+        own = Books(self._parts, self.history, self._seconds())
+        yield found
+        for books in found:
+            own.add(books)
+        self._seconds_before, self._start = own.seconds, time.monotonic()
+
     def next_number(self) -> int:
         """Of a call of :meth:`train`, or of what takes its place: checkpoints are named by it."""
         return next(self._numbers)
@@ -410,7 +445,7 @@ class Session:
         )
         run = Run(
             manifest=manifest,
-            vertices=self.weights.unflatten(vertices),
+            vertices=self.weights.unflatten(vertices.cpu()),
             coefficients=coefficients.cpu(),
             buffers=buffers,
             frozen={name: tensor.cpu() for name, tensor in self.weights.frozen().items()},

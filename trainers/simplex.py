@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -31,6 +32,7 @@ from ensembler.run import Run, Sampling
 from ensembler.seeds import derive, generator
 from ensembler.subspace import AffineHull, dirichlet, edge_lengths, log_volume
 from ensembler.trainers.loop import Penalty, Regulariser
+from ensembler.trainers.pieces import Made, Piece, each
 from ensembler.trainers.schedules import cosine
 from ensembler.trainers.session import Probe, Session
 from ensembler.uncertainty import disagreement
@@ -90,31 +92,32 @@ def train_simplex(
     rows = torch.arange(simplexes * vertices).view(simplexes, vertices).tolist()
     sampling = Sampling(simplexes=rows, concentration=concentration, corners=corners)
     coefficients = sample_coefficients(sampling, simplexes * vertices, members, session.settings.seed)
-    growth = _Growth(session, epochs, vertex_rate, regulariser, samples_per_step)
+    names = ["simplex"] if simplexes == 1 else [f"simplex {number + 1}" for number in range(simplexes)]
 
-    strength: float | Literal["auto"] = regularisation
-    trials: list[dict[str, float]] = []
-    grown, metrics, stages = [], [], []
-    for number in range(simplexes):
-        name = "simplex" if simplexes == 1 else f"simplex {number + 1}"
-        simplex = session.solution(number).vector[None].clone()
-        for k in range(1, vertices):
-            part = f"vertex {k + 1}" if simplexes == 1 else f"{name}, vertex {k + 1}"
-            if strength == "auto":
-                strength, simplex, trials = growth.within(tolerance, simplex, part)
-            else:
-                simplex = growth.one_more(simplex, strength, part)
-            stages.append(describe(session, simplex, f"{name} of {k + 1} vertices"))
-        grown.append(simplex)
-        metrics.append(stages[-1])
-    everything = torch.cat(grown)
+    def grow(numbers: range, strength: float | Literal["auto"]) -> list[Made]:
+        common = {
+            **{"vertices": vertices, "strength": strength, "tolerance": tolerance, "epochs": epochs},
+            **{"rate": vertex_rate, "regulariser": regulariser, "samples": samples_per_step},
+        }
+        given = [{"number": n, "name": names[n], "alone": simplexes == 1} | common for n in numbers]
+        return each(session, _simplex, [Piece(n, names[n], one) for n, one in zip(numbers, given, strict=True)])
+
+    # "auto" finds the first simplex's lambda, and the others take it.
+    alone = 1 if regularisation == "auto" else simplexes
+    made = grow(range(alone), regularisation)
+    strength, trials = made[0][1]["strength"], made[0][1]["trials"]
+    if alone < simplexes:
+        made += grow(range(alone, simplexes), strength)
+    stages = [facts["stages"] for _, facts in made]
+    everything = torch.cat([tensors["simplex"] for tensors, _ in made])
     return session.finish(
         "simplex" if simplexes == 1 else "simplexes",
         everything,
         coefficients,
         session.member_buffers(everything, coefficients),
         sampling=sampling,
-        metrics={"simplexes": metrics, "growth": stages} | ({"lambda": strength, "trials": trials} if trials else {}),
+        metrics={"simplexes": [found[-1] for found in stages], "growth": list(chain(*stages))}
+        | ({"lambda": strength, "trials": trials} if trials else {}),
         options={
             "vertices": vertices,
             "members": members,
@@ -129,6 +132,34 @@ def train_simplex(
             "simplexes": simplexes,
         },
     )
+
+
+def _simplex(
+    session: Session,
+    number: int,
+    name: str,
+    alone: bool,
+    vertices: int,
+    strength: float | Literal["auto"],
+    tolerance: float,
+    epochs: float,
+    rate: float,
+    regulariser: str,
+    samples: int,
+) -> Made:
+    """A piece: one simplex (K, P); what was found at each stage of it, its lambda, and the trials of "auto"."""
+    growth = _Growth(session, epochs, rate, regulariser, samples)
+    simplex = session.solution(number).vector[None].clone()
+    trials: list[dict[str, float]] = []
+    stages = []
+    for k in range(1, vertices):
+        part = f"vertex {k + 1}" if alone else f"{name}, vertex {k + 1}"
+        if strength == "auto":
+            strength, simplex, trials = growth.within(tolerance, simplex, part)
+        else:
+            simplex = growth.one_more(simplex, strength, part)
+        stages.append(describe(session, simplex, f"{name} of {k + 1} vertices"))
+    return {"simplex": simplex}, {"stages": stages, "strength": strength, "trials": trials}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,331 @@
+"""What runs independent pieces of work: this process, one after another, or Ray, many at once on many machines.
+
+A piece is ``function(shared, argument, tell)``. All pieces have ``shared`` in common, which is sent to each machine
+once, and each has an argument of its own; what it tells meanwhile, ``tell(...)``, arrives at ``hear(...)`` in the
+caller's process. Function, arguments and results are such as one process can send to another, and a piece depends on
+nothing else: so it does not matter where it runs, nor whether it had to be run twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
+
+from ensembler.errors import EngineError, EnsemblerError, UsageError
+
+__all__ = ["Engine", "Local", "Ray", "choose", "resources"]
+
+Tell = Callable[..., None]
+S = TypeVar("S")
+A = TypeVar("A")
+R = TypeVar("R")
+
+_LISTEN = 0.5  # seconds between two looks at what the pieces have told
+_PATIENCE = 30.0  # seconds in which what was told arrives, or is given up
+_KNOCK = 2.0  # seconds between two looks whether Ray is alive
+_HEAD = 30.0  # seconds of silence after which Ray's head is taken for lost: after 60, Ray would end this process
+_HERE = 5.0  # likewise its part on this machine: after some 15
+
+
+class Engine(Protocol):
+    """Runs pieces of work. As a context, it ends what it started.
+
+    Attributes:
+        here: whether pieces run in this very process.
+    """
+
+    here: ClassVar[bool]
+
+    def run(
+        self, function: Callable[[S, A, Tell], R], shared: S, arguments: Sequence[A], hear: Tell
+    ) -> Generator[tuple[int, R], None, None]:
+        """The pieces' places among the arguments and their results, each as soon as it is finished.
+
+        An error that a piece raises on purpose (:class:`~ensembler.errors.EnsemblerError`) is raised here, and ends
+        the others; so does closing the generator.
+        """
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Local:
+    """Runs the pieces here, in their order; ``tell`` is ``hear``, and nothing is copied."""
+
+    here: ClassVar[bool] = True
+
+    def run(
+        self, function: Callable[[S, A, Tell], R], shared: S, arguments: Sequence[A], hear: Tell
+    ) -> Generator[tuple[int, R], None, None]:
+        """See :class:`Engine`."""
+        for place, argument in enumerate(arguments):
+            yield place, function(shared, argument, hear)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@dataclass(eq=False)
+class Ray:
+    """Runs the pieces as tasks of Ray, each on a worker with CPUs, and if need be a GPU, of its own.
+
+    A piece whose worker is lost (killed, out of memory, its machine gone) is run again elsewhere. Where Ray has been
+    initialised in this process already, that one is used, and left as it is.
+
+    Args:
+        address: of a cluster; by default ``RAY_ADDRESS``, or else a Ray of this machine's own, for as long as needed.
+        device: that the pieces compute on; see :func:`resources`.
+        threads: CPU threads that compute one piece, and CPUs that it asks for; by default those of this process, or 1
+            beside a GPU.
+        retries: how often a piece is run again, at most.
+
+    Raises:
+        UsageError: Ray is not installed.
+        EngineError: Ray does not answer, no machine has as many CPUs as a piece needs, or a piece was lost too often.
+    """
+
+    address: str | None = None
+    device: str | None = None
+    threads: int | None = None
+    retries: int = 3
+    here: ClassVar[bool] = False
+    _begun: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if self.device is not None and self.device.startswith("cuda:"):
+            raise UsageError(f"{self.device} is a GPU of one machine: with Ray, cuda is whichever a piece is given")
+
+    def run(
+        self, function: Callable[[S, A, Tell], R], shared: S, arguments: Sequence[A], hear: Tell
+    ) -> Generator[tuple[int, R], None, None]:
+        """See :class:`Engine`."""
+        if not arguments:
+            return
+        ray = self._begin()
+        needs = self._needs(ray)
+        mailbox = ray.remote(_Mailbox).options(num_cpus=0, max_restarts=-1).remote()
+        task = ray.remote(_work).options(**needs, max_retries=self.retries, retry_exceptions=False)
+        held = ray.put((function, shared))
+        places = {task.remote([held], one, mailbox, needs["num_cpus"]): place for place, one in enumerate(arguments)}
+        pulses, news = _Pulse.all(ray), _News(ray, mailbox, hear)
+        try:
+            while places:
+                with _ray_alive(ray):
+                    done, _ = ray.wait(list(places), timeout=_LISTEN)
+                    for pulse in pulses:
+                        pulse.check()
+                    news.hear(_PATIENCE if done else 0.0)
+                for reference in done:
+                    place = places.pop(reference)
+                    yield place, self._result(ray, reference, f"piece {place + 1} of {len(arguments)}")
+        finally:
+            if all(pulse.answers() for pulse in pulses):
+                with suppress(ray.exceptions.RayError):
+                    for reference in places:
+                        ray.cancel(reference, force=True)
+                    ray.kill(mailbox)
+
+    def _begin(self) -> ModuleType:
+        try:
+            import ray
+        except ImportError as error:
+            raise UsageError("the engine ray needs Ray: pip install 'ensembler[ray]'") from error
+        if not ray.is_initialized():
+            address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # it announces what will change in later versions
+                    ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise EngineError(f"cannot reach Ray at {address}: {reason}: is it running there?") from error
+            self._begun = True
+        return ray
+
+    def _needs(self, ray: ModuleType) -> dict[str, int]:
+        import torch
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        needs = resources(self.device, self.threads, nodes, torch.get_num_threads())
+        most = max(int(node.get("CPU", 0)) for node in nodes)
+        if 0 < most < needs["num_cpus"]:  # with none at all, it is a cluster that has yet to grow
+            raise EngineError(
+                f"a piece takes {needs['num_cpus']} CPUs and no machine of the cluster has more than {most}: "
+                f"give --threads {most} or fewer"
+            )
+        return needs
+
+    def _result(self, ray: ModuleType, reference: Any, piece: str) -> Any:
+        try:
+            with _ray_alive(ray):
+                result, error = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ImportError | ray.exceptions.RaySystemError):
+                reason = str(error.cause).strip().splitlines()[-1]
+                raise EngineError(
+                    f"a worker cannot read what it was sent ({reason}): install the same ensembler, and whatever "
+                    "module --arch names, on every machine of the cluster"
+                ) from error
+            raise
+        except ray.exceptions.RayError as error:
+            raise EngineError(
+                f"{piece} was lost {self.retries + 1} times ({type(error).__name__}): look for machines that went "
+                "away or ran out of memory, then run the rest again"
+            ) from error
+        if error is not None:
+            raise error
+        return result
+
+    def __enter__(self) -> Self:
+        self._needs(self._begin())  # said before hours of other work
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._begun:
+            import ray
+
+            self._begun = False
+            ray.shutdown()
+
+
+def choose(
+    name: Literal["local", "ray"], address: str | None = None, device: str | None = None, threads: int | None = None
+) -> Engine:
+    """The engine of that name; the rest as of :class:`Ray`.
+
+    Raises:
+        UsageError: an address of the local one.
+    """
+    if name == "ray":
+        return Ray(address, device, threads)
+    if address is not None:
+        raise UsageError("--address is of a Ray cluster: add --engine ray")
+    return Local()
+
+
+def resources(
+    device: str | None, threads: int | None, nodes: Sequence[Mapping[str, float]], own_threads: int
+) -> dict[str, int]:
+    """What one piece asks Ray for: CPUs, and a GPU where a machine has any, unless it is to compute on the CPU.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"``, ..., or ``None`` for a GPU where there is one.
+        threads: as of :class:`Ray`.
+        nodes: what each machine has, by Ray's names.
+        own_threads: of this process.
+    """
+    gpu = (device is None or device.startswith("cuda")) and any(node.get("GPU", 0) >= 1 for node in nodes)
+    return {"num_cpus": threads or (1 if gpu else own_threads), "num_gpus": int(gpu)}
+
+
+@contextmanager
+def _ray_alive(ray: ModuleType) -> Iterator[None]:
+    try:
+        yield
+    except (ray.exceptions.LocalRayletDiedError, ray.exceptions.RaySystemError) as error:
+        raise EngineError("Ray has died on this machine: start it again, then run the rest") from error
+
+
+class _Mailbox:
+    """An actor: where pieces leave what they tell."""
+
+    def __init__(self) -> None:
+        self._letters: list[tuple[Any, ...]] = []
+
+    def put(self, letter: tuple[Any, ...]) -> None:
+        self._letters.append(letter)
+
+    def take(self) -> list[tuple[Any, ...]]:
+        letters, self._letters = self._letters, []
+        return letters
+
+
+class _News:
+    """Fetches what lies in the mailbox. A lost one is set up anew by Ray, and only progress is lost with it."""
+
+    def __init__(self, ray: ModuleType, mailbox: Any, hear: Tell) -> None:
+        self._ray, self._mailbox, self._hear = ray, mailbox, hear
+        self._coming = mailbox.take.remote()
+
+    def hear(self, patience: float = 0.0) -> None:
+        """What has come; with patience, what was told until now."""
+        for _ in range(2 if patience else 1):
+            if not self._ray.wait([self._coming], timeout=patience)[0]:
+                return
+            coming, self._coming = self._coming, self._mailbox.take.remote()
+            with suppress(self._ray.exceptions.RayError):
+                for letter in self._ray.get(coming):
+                    self._hear(*letter)
+
+
+def _work(held: list[Any], argument: Any, mailbox: Any, threads: int) -> tuple[Any, EnsemblerError | None]:
+    """A task: the piece's result, or the error that it raised on purpose, which Ray would wrap in one of its own."""
+    import ray
+    import torch
+
+    torch.set_num_threads(threads)
+    last: list[Any] = []
+
+    def tell(*letter: Any) -> None:
+        last[:] = [mailbox.put.remote(letter)]
+
+    function, shared = ray.get(held[0])
+    result: Any = None
+    refusal: EnsemblerError | None = None
+    try:
+        result = function(shared, argument, tell)
+    except EnsemblerError as error:
+        refusal = error
+    if last:
+        ray.wait(last, timeout=_PATIENCE)  # so that all of it is heard before the result is
+    return result, refusal
+
+
+class _Pulse:
+    """Knows when a process of Ray's no longer answers, before Ray ends this one without another word."""
+
+    def __init__(self, name: str, host: str, port: int, patience: float) -> None:
+        self._name, self._place, self._patience = name, (host, port), patience
+        self._heard = time.monotonic()
+
+    @classmethod
+    def all(cls, ray: ModuleType) -> list[Self]:
+        """The head's, and that of what runs the tasks of this machine."""
+        context = ray.get_runtime_context()
+        own = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+        host, _, port = context.gcs_address.rpartition(":")
+        return [
+            cls("Ray's head", host, int(port), _HEAD),
+            cls("Ray on this machine", own["NodeManagerAddress"], own["NodeManagerPort"], _HERE),
+        ]
+
+    def answers(self) -> bool:
+        with suppress(OSError):
+            socket.create_connection(self._place, timeout=_KNOCK).close()
+            return True
+        return False
+
+    def check(self) -> None:
+        silent = time.monotonic() - self._heard
+        if silent < _KNOCK:
+            return
+        if self.answers():
+            self._heard = time.monotonic()
+        elif silent > self._patience:
+            raise EngineError(
+                f"{self._name} has not answered for {self._patience:.0f} seconds: start it again, then run the rest"
+            )
