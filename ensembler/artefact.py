@@ -19,10 +19,10 @@ from typing import Any
 
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 
-__all__ = ["MANIFEST", "check_writable", "read", "replace_file", "sha256", "write"]
+__all__ = ["MANIFEST", "SEAL", "appear", "check_writable", "read", "replace_file", "sha256", "write"]
 
 MANIFEST = "manifest.json"
-_SEAL = "manifest.sha256"
+SEAL = "manifest.sha256"
 
 
 def sha256(path: Path) -> str:
@@ -64,13 +64,12 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
-    """Write an artefact whole or not at all.
+def appear(path: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all.
 
-    Yields a hidden folder beside ``path`` to put the files in. When the block ends well, every file is hashed into
-    ``manifest["files"]``, flushed to disk, and the folder takes its name in one rename. When it ends with any
-    exception (a full disk, Ctrl-C) the hidden folder is removed; after a SIGKILL it stays behind as
-    ``.partial-*`` and is never taken for an artefact.
+    Yields a hidden folder beside ``path`` to put the files in. When the block ends well, all is flushed to disk, and
+    the folder takes its name in one rename. When it ends with any exception (a full disk, Ctrl-C) the hidden folder is
+    removed; after a SIGKILL it stays behind as ``.partial-*`` and is never taken for what it was to be.
 
     Raises:
         UsageError: ``path`` exists already; nothing is ever overwritten.
@@ -84,11 +83,7 @@ def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=f".partial-{path.name}-", dir=path.parent))
         partial.chmod(0o777 & ~_umask())
         yield partial
-        files = sorted(file for file in partial.rglob("*") if file.is_file())
-        manifest["files"] = {file.relative_to(partial).as_posix(): sha256(file) for file in files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        (partial / _SEAL).write_text(_seal(partial), encoding="utf-8")
-        for file in [*files, partial / MANIFEST, partial / _SEAL, partial]:
+        for file in [*partial.rglob("*"), partial]:
             _flush(file)
         partial.rename(path)
         _flush(path.parent)
@@ -99,6 +94,25 @@ def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """Write an artefact whole or not at all.
+
+    Yields a hidden folder to put the files in, as :func:`appear` does. When the block ends well, every file is hashed
+    into ``manifest["files"]``, and the manifest and its seal are written beside them.
+
+    Raises:
+        UsageError: ``path`` exists already; nothing is ever overwritten.
+        ArtefactError: the disk is full, or the folder cannot be written.
+    """
+    with appear(path) as partial:
+        yield partial
+        files = sorted(file for file in partial.rglob("*") if file.is_file())
+        manifest["files"] = {file.relative_to(partial).as_posix(): sha256(file) for file in files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (partial / SEAL).write_text(_seal(partial), encoding="utf-8")
 
 
 def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
@@ -118,11 +132,11 @@ def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
     if not (path / MANIFEST).is_file():
         raise ArtefactError(f"{path} is not a {kind}: it has no {MANIFEST}")
     try:
-        if (path / _SEAL).read_text(encoding="utf-8") != _seal(path):
+        if (path / SEAL).read_text(encoding="utf-8") != _seal(path):
             raise CorruptError(_changed(path / MANIFEST, kind))
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CorruptError(f"{path / _SEAL} is missing: the {kind} is incomplete, copy or make it again") from error
+        raise CorruptError(f"{path / SEAL} is missing: the {kind} is incomplete, copy or make it again") from error
     except ValueError as error:
         raise CorruptError(_changed(path / MANIFEST, kind)) from error
     except OSError as error:

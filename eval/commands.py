@@ -10,6 +10,7 @@ import typer
 
 from ensembler.eval import data_commands
 from ensembler.eval.progress import watching
+from ensembler.storage import is_url, place
 
 __all__ = ["app"]
 
@@ -39,7 +40,10 @@ _ReportOut = Annotated[Path | None, typer.Option(help="Folder for the report. (d
 
 @app.command("eval")
 def evaluate(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Runs to score. (default: the newest in runs/)")] = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(parser=place, help="Runs to score. (default: the newest in runs/)"),
+    ] = None,
     shift: _Shift = None,
     ood: _Ood = None,
     examples: _Examples = None,
@@ -63,9 +67,10 @@ def evaluate(
 
 @app.command("compare")
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two runs or more, of one dataset.")],
+    runs: Annotated[list[Path], typer.Argument(parser=place, help="Two runs or more, of one dataset.")],
     baseline: Annotated[
-        Path | None, typer.Option(help="Which of them the others are compared with. (default: the first)")
+        Path | None,
+        typer.Option(parser=place, help="Which of them the others are compared with. (default: the first)"),
     ] = None,
     curve: Annotated[
         bool, typer.Option("--curve", help="Score every run against its number of members, to choose M.")
@@ -99,7 +104,7 @@ def compare(
 
 @app.command("calibrate")
 def calibrate(
-    run: Annotated[Path | None, typer.Argument(help="The run. (default: the newest in runs/)")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="The run. (default: the newest in runs/)")] = None,
     method: Annotated[
         Literal["temperature", "isotonic", "beta", "histogram"], typer.Option(help="Of the pooled prediction.")
     ] = "temperature",
@@ -118,10 +123,16 @@ def calibrate(
 ) -> None:
     """Fit a run's calibration, prediction sets and abstention on its validation images; kept with the run."""
     from ensembler import calibration
+    from ensembler.errors import UsageError
     from ensembler.eval.calibrate import calibrate, summary
     from ensembler.run import latest
 
-    path = run or latest(Path("runs"))
+    if run is not None and is_url(run):
+        raise UsageError(
+            f"a calibration is kept with its run: ensembler pull {run} --out PATH, ensembler calibrate PATH, and "
+            f"ensembler push PATH {run} sends it there"
+        )
+    path = latest(Path("runs")) if run is None else Path(run)
     with watching(quiet) as watch:
         found = calibrate(
             path,
@@ -188,7 +199,8 @@ def _report(
 @app.command("surface")
 def surface(
     runs: Annotated[
-        list[Path] | None, typer.Argument(help="One run, or three of one network. (default: the newest in runs/)")
+        list[Path] | None,
+        typer.Argument(parser=place, help="One run, or three of one network. (default: the newest in runs/)"),
     ] = None,
     vertices: Annotated[
         str | None,

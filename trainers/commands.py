@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ensembler.errors import DataError, DivergedError, ShapeError, UsageError
+from ensembler.storage import destination, place
+from ensembler.transfers import push_finished
 
 if TYPE_CHECKING:
     from ensembler.checkpoint import Checkpoint
@@ -34,7 +36,10 @@ _progress_option = functools.partial(typer.Option, rich_help_panel="Progress")
 
 _Init = Annotated[
     Path | None,
-    _training_option(help="What to start from: a run, of which the first member, or a .safetensors or .pt file."),
+    _training_option(
+        parser=place,
+        help="What to start from: a run, of which the first member, or a .safetensors or .pt file.",
+    ),
 ]
 _Weights = Annotated[
     str | None, _training_option(help="Start from published weights of torchvision or timm: DEFAULT, or a name.")
@@ -44,7 +49,13 @@ _Recipe = Annotated[
     _training_option(help="Other defaults: those published for the method, network and dataset, or a short run's."),
 ]
 
-_Out = Annotated[Path | None, typer.Option(help="Folder of the new run. (default: one in runs/)")]
+_Out = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH|URL",
+        help="Folder of the new run, or a URL: then one in runs/, pushed when it is finished. (default: one in runs/)",
+    ),
+]
 _Collapse = Annotated[
     Literal["centroid"] | None,
     typer.Option(help="Average the vertices into one network (SWA) and keep only that; see also: ensembler collapse."),
@@ -232,7 +243,7 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
             context: typer.Context,
             recipe: str | None,
             collapse: str | None,
-            out: Path | None,
+            out: str | None,
             resume: Path | None,
             **given: Any,
         ) -> None:
@@ -242,10 +253,14 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
 
             if resume:
                 _check_typed(context)
-            beginning = {name: _written(given[name]) for name in _BEGINNING if name in given}
-            kept = {name: value for name, value in context.params.items() if name not in ("out", "resume")}
-            options = {name: _written(value) for name, value in kept.items() if value is not None}
-            path = resume or out or new_path(Path("runs"), f"{name.removeprefix('train-')}-{_label(given)}")
+            beginning = {name: _written(context.params[name]) for name in _BEGINNING if name in given}
+            folder, url = destination(out, "runs")
+            options = {
+                name: _written(value)
+                for name, value in (context.params | {"out": url, "resume": None}).items()
+                if value is not None
+            }
+            path = resume or folder or new_path(Path("runs"), f"{name.removeprefix('train-')}-{_label(given)}")
             _check_free(path, resume is not None)
             start = _start(given["init"], given["weights"], given["architecture"])
             if recipe:
@@ -257,7 +272,7 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
                     if collapse:
                         run = collapse_run(session, run)
                 run.manifest.options |= {"recipe": recipe} | beginning
-                _save(run, path)
+                path = _save(run, path)
             except KeyboardInterrupt:
                 if checkpoints.folder.is_dir():
                     begun = checkpoints.folder.with_suffix("")
@@ -270,6 +285,7 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
                 checkpoints.remove()
             finally:
                 checkpoints.close()
+            push_finished(path, url, given["quiet"])
 
         last = {
             **{"init": _Init, "weights": _Weights, "recipe": _Recipe, "collapse": _Collapse, "out": _Out},
@@ -419,8 +435,10 @@ def train_subspace(
 @_trains("train-curve")
 def train_curve(
     session: "Session",
-    init: Annotated[Path, typer.Argument(metavar="FIRST", help="The run whose first member is one end.")],
-    second: Annotated[Path, typer.Argument(metavar="SECOND", help="The run whose first member is the other end.")],
+    init: Annotated[Path, typer.Argument(parser=place, metavar="FIRST", help="The run whose first member is one end.")],
+    second: Annotated[
+        Path, typer.Argument(parser=place, metavar="SECOND", help="The run whose first member is the other end.")
+    ],
     curve: Annotated[str, _option(help="bezier, or chain for straight pieces.")] = "bezier",
     bends: Annotated[int, _option(help="N, points between the ends that move.")] = 1,
     members: Annotated[int, _option(help="M, points of the curve in the ensemble, evenly spaced.")] = 5,
@@ -437,7 +455,10 @@ def train_curve(
 @_trains("train-complex")
 def train_complex(
     session: "Session",
-    init: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two runs or more; of each, the first member.")],
+    init: Annotated[
+        list[Path],
+        typer.Argument(parser=place, metavar="RUN...", help="Two runs or more; of each, the first member."),
+    ],
     connectors: Annotated[int, _option(help="Vertices that all simplexes share, added one at a time.")] = 1,
     members: _Points = 10,
     regularisation: Annotated[float, _option(help="lambda, the reward of log volume.")] = 1e-2,
@@ -456,7 +477,7 @@ def train_complex(
 
 @app.command("collapse")
 def collapse(
-    run: Annotated[Path | None, typer.Argument(help="Any run. (default: the newest in runs/)")] = None,
+    run: Annotated[Path | None, typer.Argument(parser=place, help="Any run. (default: the newest in runs/)")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the dataset's files.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
     out: _Out = None,
@@ -466,17 +487,19 @@ def collapse(
     from ensembler.trainers.collapse import collapse_run as method
     from ensembler.trainers.session import Session, Settings
 
-    _check_free(out or Path("runs", "new"))
+    folder, url = destination(out, "runs")
+    _check_free(folder or Path("runs", "new"))
     whole = Run.load(run or latest(Path("runs")))
     record = whole.manifest.dataset
     settings = Settings(augmentation=record.augmentation, seed=whole.manifest.seed, device=device)
     found = method(Session(record.load(data), settings, whole), whole)
-    _save(found, out or new_path(Path("runs"), f"{found.manifest.method}-{_label(found.manifest.options)}"))
+    name = f"{found.manifest.method}-{_label(found.manifest.options)}"
+    push_finished(_save(found, folder or new_path(Path("runs"), name)), url)
 
 
 @app.command("show")
 def show(
-    run: Annotated[Path | None, typer.Argument(help="Any run. (default: the newest in runs/)")] = None,
+    run: Annotated[Path | None, typer.Argument(parser=place, help="Any run. (default: the newest in runs/)")] = None,
 ) -> None:
     """Say what a run is: method, sizes, geometry, cost, metrics, files."""
     from rich.console import Console
@@ -518,7 +541,7 @@ def _label(given: Mapping[str, Any]) -> str:
     return str(given["architecture"]).replace(":", "-")
 
 
-def _save(run: "Run", path: Path) -> None:
+def _save(run: "Run", path: Path) -> Path:
     from rich.console import Console
 
     from ensembler.run import new_path
@@ -530,3 +553,4 @@ def _save(run: "Run", path: Path) -> None:
         typer.echo(f"{path} was taken while this run was trained: it is saved beside it", err=True)
         path = run.save(new_path(path.parent, path.name))
     Console(highlight=False).print("\n".join([*lines(run.manifest), f"run: {path}"]), soft_wrap=True)
+    return path
