@@ -57,7 +57,7 @@ def _front_matter(manifest: Mapping[str, Any], name: str, bundle: bool) -> str:
     content: dict[str, Any] = {
         "library_name": "ensembler",
         "pipeline_tag": "image-classification",
-        "tags": ["ensemble", "uncertainty", str(manifest.get("method", "ensemble")), *(["onnx"] if bundle else [])],
+        "tags": ["ensemble", "uncertainty", _line(manifest.get("method", "ensemble")), *(["onnx"] if bundle else [])],
     }
     test = (manifest.get("metrics") or {}).get("test") or {}
     kinds = {"accuracy": "Accuracy", "nll": "Negative log-likelihood (nats)"}
@@ -68,7 +68,7 @@ def _front_matter(manifest: Mapping[str, Any], name: str, bundle: bool) -> str:
     ]
     if metrics:
         record = manifest["dataset"]
-        dataset = {"name": record["title"], "type": str(record["name"]).partition(":")[0], "split": "test"}
+        dataset = {"name": _line(record["title"]), "type": _line(record["name"]).partition(":")[0], "split": "test"}
         task = {"type": "image-classification"}
         content["model-index"] = [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}]
     return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---"
@@ -175,7 +175,8 @@ def _not_known(manifest: Mapping[str, Any], bundle: bool) -> str:
         "What it is fit for, and whom its errors would harm: nothing of this was measured.",
     ]
     cost = manifest.get("training_cost" if bundle else "cost") or {}
-    origins = [part.get("origin") for part in (cost.get("parts") or {}).values()]
+    parts = (cost.get("parts") or {}).values()
+    origins = [part.get("origin") for part in parts if isinstance(part, Mapping)]  # in format 1, parts are numbers
     facts += [f"What {_plain(origin)} cost, from whose weights training began." for origin in origins if origin]
     of_run = manifest.get("metrics") or {}
     if any("examples" not in (of_run.get(split) or {"examples": 0}) for split in ("validation", "test")):
@@ -220,5 +221,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _plain(value: Any) -> str:
     """Text that breaks no table and makes no tag, whatever a dataset's folder was called."""
-    text = " ".join(str(value).split())
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return _line(value).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _line(value: Any) -> str:
+    return " ".join(str(value).split())

@@ -27,6 +27,7 @@ class Hub:
     def __init__(self) -> None:
         self.repositories: dict[str, list[Commit]] = {}
         self.visibility: dict[str, str | None] = {}
+        self.address = ""
         self.before_commit = lambda: None  # what another does meanwhile
 
     def create(self, name: str, visibility: str | None = None) -> None:
@@ -49,9 +50,9 @@ class Hub:
             wanted = json.loads(body)
             name = f"{wanted['organization']}/{wanted['name']}"
             if name in self.repositories:
-                return 409, {"url": f"/{name}"}
+                return 409, {"url": f"{self.address}/{name}"}
             self.create(name, wanted.get("visibility"))
-            return 200, {"url": f"https://hub/{name}"}
+            return 200, {"url": f"{self.address}/{name}"}
         match = re.fullmatch(r"/api/models/(\w+/\w+)/(\w[\w-]*)/([^/]+)(?:/.*)?", path)
         found = match or re.fullmatch(r"/(\w+/\w+)/(resolve)/([^/]+)/(.*)", path)
         if not found or found[1] not in self.repositories:
@@ -80,7 +81,7 @@ class Hub:
                 return 412, "PreconditionFailed"
             added = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines}
             self.repositories[name].append(files | added)
-            return 200, {"commitUrl": f"https://hub/{name}/commit/x", "commitOid": self.at(name, "main")[0]}
+            return 200, {"commitUrl": f"{self.address}/{name}/commit/x", "commitOid": self.at(name, "main")[0]}
         return 400, f"{method} {path}"
 
 
@@ -101,7 +102,8 @@ def serving(hub: Hub) -> Iterator[str]:
                 status, answer = 401, "no"
             else:
                 status, answer = hub.answer(self.command, path, body)
-            content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+            said = {"error": answer} if isinstance(answer, str) else answer
+            content = said if isinstance(said, bytes) else json.dumps(said).encode()
             self.send_response(status)
             if isinstance(answer, str):
                 self.send_header("X-Error-Code", answer)
@@ -114,8 +116,9 @@ def serving(hub: Hub) -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
+    hub.address = f"http://127.0.0.1:{server.server_port}"
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield hub.address
     finally:
         server.shutdown()
         server.server_close()

@@ -259,7 +259,7 @@ def test_two_that_push_to_one_place_at_once_leave_nothing_that_passes_for_whole(
     fs = fsspec.filesystem("memory")
 
     def meanwhile(label, done, total):
-        if done == total:
+        if total > done > total - 100:  # all but the seal
             fs.pipe_file(f"{url}/{MANIFEST}", (other / MANIFEST).read_bytes())
 
     with pytest.raises(UsageError, match=r"another push to .* went on at the same time"):
@@ -323,7 +323,7 @@ def test_a_damaged_file_there_gets_one_sentence_and_leaves_nothing_behind(name, 
     else:
         middle = len(good) // 2
         bad = {
-            "truncated": good[:-1],
+            "truncated": good[:-9],
             "empty": b"",
             "changed": good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :],
         }
@@ -563,7 +563,7 @@ def test_what_is_not_there_and_what_is_no_url(tmp_path):
         call("push", made(tmp_path / "source"), "memory://x/y", "--public"), "--private and --public are of Hugging"
     )
     (tmp_path / "file").write_bytes(b"")
-    refused(call("push", tmp_path / "source", f"file://{tmp_path}/file/x"), "cannot write file://")
+    refused(call("push", tmp_path / "source", f"file://{tmp_path}/file/x", "--quiet"), "cannot write file://")
 
 
 @pytest.mark.parametrize(
@@ -596,7 +596,7 @@ def test_what_a_file_system_raises_becomes_one_sentence(error, words, tmp_path):
 
 @pytest.fixture
 def trained(tmp_path, images):
-    result = call("train-simplex", "--vertices", 2, "--members", 3, *SMALL, *images, "--out", "made", "--quiet")
+    result = call("train-simplex", "--vertices", 3, "--members", 3, *SMALL, *images, "--out", "made", "--quiet")
     assert result.exit_code == 0, result.output
     return Path("made")
 
@@ -608,26 +608,27 @@ def test_every_command_takes_a_url_where_it_takes_a_run_or_bundle(trained, tmp_p
     assert sent.stdout.startswith(f"pushed: {run} ({MANIFEST}, ")
     assert "pushing to" in sent.stderr
     assert call("push", trained, run).stdout == f"{run} holds it already: nothing was sent\n"
-    here = ["--device", "cpu", "--quiet"]
+    centroid, here = at("file", tmp_path, "centroid"), ["--device", "cpu", "--quiet"]
+    short = ["--points", 3, "--examples", 20, *SMALL[2:], "--quiet"]
     for arguments in (
         ["show", run],
         ["eval", run, *here, "--out", "report"],
-        ["collapse", run, "--device", "cpu", "--out", at("file", tmp_path, "centroid")],
-        ["compare", run, at("file", tmp_path, "centroid"), "--baseline", run, *here],
-        ["surface", run, at("file", tmp_path, "centroid"), trained, "--grid", 3, *here],
+        ["collapse", run, "--device", "cpu", "--out", centroid],
+        ["compare", run, centroid, "--baseline", run, *here],
+        ["surface", run, "--grid", 3, *here],
         ["export", run, "--no-data", "--out", bundle],
         ["verify", bundle],
         ["predict", bundle, tmp_path / "images" / "top" / "0.png"],
-        ["train-fge", "--init", run, "--members", 2, "--cycle", 0.5, *SMALL[2:], "--quiet", "--out", "fge"],
-        ["train-curve", run, trained, "--points", 3, "--examples", 20, *SMALL[2:], "--quiet", "--out", "curve"],
-        ["train-complex", run, trained, "--points", 3, "--examples", 20, *SMALL[2:], "--quiet", "--out", "complex"],
-        ["pull", bundle],
+        ["train-fge", "--init", run, "--members", 2, "--cycle", 1, *SMALL[2:], "--quiet", "--out", "fge"],
+        ["train-curve", run, centroid, *short, "--out", "curve"],
+        ["train-complex", run, centroid, *short, "--out", "complex"],
+        ["pull", bundle, "--out", "pulled"],
     ):
         result = call(*arguments)
         assert result.exit_code == 0, (arguments, result.output)
     assert json.loads(Path("report/report.json").read_text())["runs"][0]["name"] == "a-run"
     assert Path("runs/centroid").is_dir()
-    assert content(Path("bundles/a-bundle")) == content(local(bundle))
+    assert content(Path("bundles/a-bundle")) == content(local(bundle)) == content(Path("pulled"))
     for name in ("fge", "curve", "complex"):  # where it began is written as it was typed
         begun = Run.load(Path(name)).manifest.options["init"]
         assert (begun[0] if isinstance(begun, list) else begun) == run
@@ -645,7 +646,7 @@ def test_every_command_takes_a_url_where_it_takes_a_run_or_bundle(trained, tmp_p
 
 def test_a_run_is_pushed_when_it_is_finished(tmp_path, images, monkeypatch):
     url = at("counting", tmp_path, "fge")
-    train = ["train-fge", "--members", 2, "--cycle", 0.5, *SMALL, *images, "--quiet"]
+    train = ["train-fge", "--members", 2, "--cycle", 1, *SMALL, *images, "--quiet"]
     result = call(*train, "--out", url)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-2:] == ["run: runs/fge", f"pushed: {url}"]
@@ -669,7 +670,7 @@ def test_a_resumed_run_is_pushed_where_it_was_to_go(tmp_path, images, monkeypatc
     from tests._interrupt import BreakingOff
 
     url = at("file", tmp_path, "resumed")
-    train = ["train-fge", "--members", 2, "--cycle", 0.5, *SMALL, *images, "--quiet", "--checkpoint-every", 0]
+    train = ["train-fge", "--members", 2, "--cycle", 1, *SMALL, *images, "--quiet", "--checkpoint-every", 0]
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "Checkpoints", BreakingOff)
         patch.setattr(BreakingOff, "left", 3)
