@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -299,7 +300,7 @@ class _Store:
             if name == SEAL and self.read(MANIFEST) != files[MANIFEST]:
                 raise UsageError(f"another push to {self.url} went on at the same time: choose another URL, or repeat")
             with self._asking("write"):
-                self._put(name, source, lambda sent, before=done: watch(label, before + sent, total))
+                self._put(name, source, partial(_told, watch, label, done, total))
             done += _size(source)
         watch(label, done, total)
 
@@ -395,7 +396,7 @@ class _HubRepository(_Store):
         import sys
 
         from huggingface_hub import CommitOperationAdd
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         if not sys.stderr.isatty():
             disable_progress_bars()
@@ -576,11 +577,15 @@ def _discard(folder: Path) -> None:
         folder.rename(Path(away) / folder.name)
 
 
+def _told(watch: Watcher, label: str, before: int, total: int, sent: int) -> None:
+    watch(label, before + sent, total)
+
+
 def _size(source: Path | bytes) -> int:
     return len(source) if isinstance(source, bytes) else source.stat().st_size
 
 
 def _changed(where: str, *, missing: bool = False) -> str:
     if missing:
-        return f"{where} is missing: push the run or bundle there again"
-    return f"{where} is not what was pushed (its SHA-256 differs): remove what is there, and push it again"
+        return f"{where} is missing: push again"
+    return f"{where} is not what was pushed (its SHA-256 differs): remove that file, and push again"

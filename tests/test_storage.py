@@ -277,7 +277,7 @@ def test_the_same_one_again_mends_what_is_missing(scheme, tmp_path):
     fs = fsspec.filesystem(scheme)
     for name in ("vertices.safetensors", "deep/member-000.onnx"):
         fs.rm_file(f"{url}/{name}")
-        with pytest.raises(CorruptError, match=f"{name} is missing: push the run or bundle there again"):
+        with pytest.raises(CorruptError, match=f"{name} is missing: push again"):
             local(url)
         assert push(source, url) == [name]
     fs.pipe_file(f"{url}/{MANIFEST}", b"{}")
