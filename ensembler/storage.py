@@ -17,16 +17,14 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from ensembler import artefact
 from ensembler.artefact import MANIFEST, SEAL
-from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, UsageError
+from ensembler.errors import ArtefactError, CorruptError, UsageError
+from ensembler.stores import NAME, HubRepository, Store, Watcher, changed, is_url, name_of, open_store, silent
 
 __all__ = [
     "Url",
@@ -45,31 +43,14 @@ __all__ = [
 CALIBRATION = "calibration.json"  # of a run; ensembler.calibration says more, and imports more
 CARD = "README.md"
 
-Watcher = Callable[[str, int, int], None]  # what is done, bytes done, of how many
-
 _KINDS = {"run": "runs", "bundle": "bundles"}  # and where they are pulled to by default
-_CHUNK = 2**22
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+://")  # of two letters at least: C:// is a disk
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ .,=+-]*")
-_HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^/@]+))?/?")
 _SEALED = re.compile(rf"([0-9a-f]{{64}})  {re.escape(MANIFEST)}\n")
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hub"}
-_FLAT = {*_EXTRAS, "az", "abfs", "abfss", "oss", "oci", "http", "https"}  # no folders to make; s3fs would make a bucket
 
 
 class Url(str):
     """Where a run or bundle lies; a :class:`~pathlib.Path` would lose a slash of it."""
 
     __slots__ = ()
-
-
-def _silent(label: str, done: int, total: int) -> None:
-    pass
-
-
-def is_url(text: str) -> bool:
-    """Whether a text is a URL rather than a path."""
-    return _URL.match(text) is not None
 
 
 def place(text: str | Path) -> Path:
@@ -81,25 +62,12 @@ def place(text: str | Path) -> Path:
     return Url(text) if isinstance(text, str) and is_url(text) else Path(text)  # type: ignore[return-value]
 
 
-def name_of(url: str) -> str:
-    """The last part of a URL: the name of what lies there.
-
-    Raises:
-        UsageError: it is no name for a folder.
-    """
-    repository = _HUB.fullmatch(url)
-    name = (repository[1] if repository else url.partition("://")[2]).rstrip("/").rpartition("/")[2]
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"{url} must end with a name for the run or bundle, such as {url.rstrip('/')}/NAME")
-    return name
-
-
 def default_folder() -> Path:
     """What is fetched is kept here: ``$XDG_CACHE_HOME/ensembler/artefacts``, or ``~/.cache/...``; safe to remove."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ensembler" / "artefacts"
 
 
-def local(location: str | Path, watch: Watcher = _silent) -> Path:
+def local(location: str | Path, watch: Watcher = silent) -> Path:
     """The folder on this machine of a run or bundle that may lie at a URL.
 
     Of a URL the seal is read, and a run's calibration. Where the cache holds that artefact, nothing more is; else it
@@ -118,7 +86,7 @@ def local(location: str | Path, watch: Watcher = _silent) -> Path:
     """
     if isinstance(location, Path) or not is_url(location):
         return Path(location)
-    store = _store(location)
+    store = open_store(location)
     seal, sha256 = _sealed(store)
     calibration = store.read(CALIBRATION)
     version = f"-{hashlib.sha256(calibration).hexdigest()[:32]}" if calibration is not None else ""
@@ -134,7 +102,7 @@ def local(location: str | Path, watch: Watcher = _silent) -> Path:
     return folder
 
 
-def pull(url: str, out: Path | None = None, watch: Watcher = _silent) -> Path:
+def pull(url: str, out: Path | None = None, watch: Watcher = silent) -> Path:
     """Fetch a run or bundle into a folder, verified, whole or not at all.
 
     Args:
@@ -145,7 +113,7 @@ def pull(url: str, out: Path | None = None, watch: Watcher = _silent) -> Path:
     Raises:
         As :func:`local`; UsageError: ``out`` exists.
     """
-    store = _store(url)
+    store = open_store(url)
     seal, _ = _sealed(store)
     if out is None:
         out = Path(_KINDS[_manifest(store, seal)[1]["kind"]], store.name)
@@ -155,7 +123,7 @@ def pull(url: str, out: Path | None = None, watch: Watcher = _silent) -> Path:
     return out
 
 
-def push(path: Path, url: str, *, private: bool | None = None, watch: Watcher = _silent) -> list[str]:
+def push(path: Path, url: str, *, private: bool | None = None, watch: Watcher = silent) -> list[str]:
     """Verify a run or bundle and write it to a URL, such that it is never taken for whole before it is.
 
     A push that was interrupted can be repeated. What lies there whole is never overwritten: if it is the same artefact,
@@ -182,7 +150,7 @@ def push(path: Path, url: str, *, private: bool | None = None, watch: Watcher = 
         raise UsageError(f"--private and --public are of Hugging Face Hub repositories (hf://USER/NAME), not of {url}")
     manifest = _whole(path)
     seal = (path / SEAL).read_bytes()
-    store = _store(url)
+    store = open_store(url)
     store.prepare(private is not False)
     is_there = _check(store, seal, (path / MANIFEST).read_bytes())
     small, sizes = [MANIFEST], store.sizes() if is_there else {}
@@ -213,7 +181,7 @@ def check_free(url: str) -> None:
     Raises:
         UsageError: something lies there, or the URL cannot be used. ArtefactError: it cannot be reached.
     """
-    _check(_store(url), None, None)
+    _check(open_store(url), None, None)
 
 
 def destination(out: str | None, folder: str) -> tuple[Path | None, str | None]:
@@ -228,196 +196,7 @@ def destination(out: str | None, folder: str) -> tuple[Path | None, str | None]:
     return Path(folder, name_of(out)), out
 
 
-class _Store:
-    """A folder on a file system that fsspec knows."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.name = url.rstrip("/"), name_of(url)
-        with self._asking("reach"):
-            from fsspec.core import url_to_fs
-
-            self._fs, root = url_to_fs(url)
-            self._root = root.rstrip("/")
-            self._fs.invalidate_cache()
-
-    def prepare(self, private: bool) -> None:
-        """Make what must be there before anything is written."""
-
-    def read(self, name: str) -> bytes | None:
-        """A small file's content; ``None`` where there is none."""
-        with self._asking("read"):
-            try:
-                content: bytes = self._fs.cat_file(self._at(name))
-                return content
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-
-    def has(self, name: str) -> bool:
-        with self._asking("read"):
-            return bool(self._fs.exists(self._at(name)))
-
-    def names(self) -> list[str]:
-        """What lies in the folder."""
-        with self._asking("read"):
-            try:
-                self._fs.invalidate_cache()
-                found = self._fs.ls(self._root, detail=False)
-            except (FileNotFoundError, NotADirectoryError):
-                return []
-        return [name.rstrip("/").rpartition("/")[2] for name in found if name.rstrip("/") != self._root]
-
-    def sizes(self) -> dict[str, int]:
-        """The size of every file of the folder."""
-        with self._asking("read"):
-            try:
-                self._fs.invalidate_cache()
-                found = self._fs.find(self._root, maxdepth=2, detail=True)
-            except (FileNotFoundError, NotADirectoryError):
-                return {}
-        return {name.removeprefix(self._root).lstrip("/"): entry["size"] for name, entry in found.items()}
-
-    def chunks(self, name: str) -> Iterator[bytes]:
-        """A file's content, some of it at a time."""
-        with self._asking("read"):
-            try:
-                file = self._open(name)
-            except FileNotFoundError as error:
-                raise CorruptError(_changed(f"{self.url}/{name}", missing=True)) from error
-        with file:
-            while True:
-                with self._asking("read"):
-                    chunk = file.read(_CHUNK)
-                if not chunk:
-                    return
-                yield chunk
-
-    def write(self, files: Mapping[str, Path | bytes], watch: Watcher) -> None:
-        """Write files one after another: the first claims the folder, and the seal waits to see it still ours."""
-        done, total = 0, sum(map(_size, files.values()))
-        label = f"pushing to {self.url}"
-        for name, source in files.items():
-            watch(label, done, total)
-            if name == SEAL and self.read(MANIFEST) != files[MANIFEST]:
-                raise UsageError(f"another push to {self.url} went on at the same time: choose another URL, or repeat")
-            with self._asking("write"):
-                self._put(name, source, partial(_told, watch, label, done, total))
-            done += _size(source)
-        watch(label, done, total)
-
-    def _put(self, name: str, source: Path | bytes, sent: Callable[[int], None]) -> None:
-        from fsspec.callbacks import Callback
-
-        protocols = self._fs.protocol if isinstance(self._fs.protocol, tuple | list) else (self._fs.protocol,)
-        target = self._at(name)
-        folder, _, last = target.rpartition("/")
-        if not _FLAT.intersection(protocols):
-            self._fs.makedirs(folder, exist_ok=True)
-        hidden = f"{folder}/.partial-{os.getpid()}-{last}" if "file" in protocols else target
-        try:
-            if isinstance(source, bytes):
-                self._fs.pipe_file(hidden, source)
-            else:
-                told = Callback(hooks={"sent": lambda size, value, **_: sent(value)})
-                self._fs.put_file(str(source), hidden, callback=told)
-            if hidden != target:
-                self._fs.mv(hidden, target)
-        except BaseException:
-            if hidden != target:
-                with suppress(OSError):
-                    self._fs.rm_file(hidden)
-            raise
-
-    def _open(self, name: str) -> Any:
-        return self._fs.open(self._at(name), "rb")
-
-    def _at(self, name: str) -> str:
-        return f"{self._root}/{name}"
-
-    @contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
-        """Whatever class of error a file system raises becomes one of ours, on one line."""
-        try:
-            yield
-        except EnsemblerError:
-            raise
-        except ImportError as error:
-            scheme = self.url.partition("://")[0]
-            package = (
-                f"'ensembler[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else str(getattr(error, "name", None) or "")
-            )
-            mend = f"pip install {package}" if package else str(error)
-            raise UsageError(f"{self.url} needs a package that is not installed: {mend}") from error
-        except FileNotFoundError as error:
-            raise ArtefactError(f"cannot {what} {self.url}: there is no such place: make it first") from error
-        except Exception as error:
-            said = (error.strerror if isinstance(error, OSError) else "") or str(error).strip() or type(error).__name__
-            status = getattr(getattr(error, "response", None), "status_code", None)
-            mend = "check the URL and the network, and try again"
-            if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in type(error).__name__:
-                mend = "are the credentials for it in the environment, and do they allow it?"
-            raise ArtefactError(f"cannot {what} {self.url}: {said.splitlines()[0]}: {mend}") from error
-
-
-class _HubRepository(_Store):
-    """A model repository on the Hugging Face Hub, as it was at one commit."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.name = url.rstrip("/"), name_of(url)
-        if not (match := _HUB.fullmatch(url)):
-            raise UsageError(f"{url} names no repository: give hf://USER/NAME or hf://USER/NAME@REVISION")
-        self._repository, self._revision = match[1], unquote(match[2] or "main")
-        self._commit = ""
-        with self._asking("reach"):
-            from huggingface_hub import HfApi, HfFileSystem
-
-            self._api, self._fs = HfApi(), HfFileSystem()
-            self._pin()
-
-    def _pin(self) -> None:
-        """From here on, read what the revision is now: a later commit changes nothing under our hands."""
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-        self._fs.invalidate_cache()
-        with suppress(RepositoryNotFoundError, RevisionNotFoundError):
-            self._commit = self._api.repo_info(self._repository, revision=self._revision).sha or ""
-        self._root = f"{self._repository}@{self._commit or self._revision}"
-
-    def prepare(self, private: bool) -> None:
-        if not self._commit:
-            with self._asking("write"):
-                self._api.create_repo(self._repository, private=private, exist_ok=True)
-                self._pin()
-
-    def read(self, name: str) -> bytes | None:
-        return super().read(name) if self._commit else None
-
-    def write(self, files: Mapping[str, Path | bytes], watch: Watcher) -> None:
-        """Write all files in one commit; refused where another came between."""
-        import sys
-
-        from huggingface_hub import CommitOperationAdd
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        if not sys.stderr.isatty():
-            disable_progress_bars()
-        with self._asking("write"):
-            self._api.create_commit(
-                self._repository,
-                [CommitOperationAdd(name, source) for name, source in files.items()],
-                commit_message=f"Push {self.name} with ensembler",
-                revision=self._revision,
-                parent_commit=self._commit or None,
-            )
-
-    def _open(self, name: str) -> Any:
-        return self._fs.open(self._at(name), "rb", block_size=0)  # one stream, not a request a block
-
-
-def _store(url: str) -> _Store:
-    return _HubRepository(url) if url.startswith("hf://") else _Store(url)
-
-
-def _sealed(store: _Store) -> tuple[bytes, str]:
+def _sealed(store: Store) -> tuple[bytes, str]:
     """The seal of what lies there, and the SHA-256 in it.
 
     Raises:
@@ -428,14 +207,14 @@ def _sealed(store: _Store) -> tuple[bytes, str]:
     if seal is not None and match:
         return seal, match[1]
     if seal is None and store.read(MANIFEST) is None:
-        hidden = "; if it is private, set HF_TOKEN" if isinstance(store, _HubRepository) else ""
+        hidden = "; if it is private, set HF_TOKEN" if isinstance(store, HubRepository) else ""
         raise ArtefactError(f"no run or bundle at {store.url}{hidden}")
     raise CorruptError(
         f"what lies at {store.url} is incomplete: wait until its push has ended, or push it again if it was broken off"
     )
 
 
-def _manifest(store: _Store, seal: bytes) -> tuple[bytes, dict[str, Any]]:
+def _manifest(store: Store, seal: bytes) -> tuple[bytes, dict[str, Any]]:
     """The manifest at a URL, as bytes and read.
 
     Raises:
@@ -443,7 +222,7 @@ def _manifest(store: _Store, seal: bytes) -> tuple[bytes, dict[str, Any]]:
     """
     content = store.read(MANIFEST)
     if content is None or hashlib.sha256(content).hexdigest().encode() != seal[:64]:
-        raise CorruptError(_changed(f"{store.url}/{MANIFEST}", missing=content is None))
+        raise CorruptError(changed(f"{store.url}/{MANIFEST}", missing=content is None))
     return content, _read(content, store.url)
 
 
@@ -457,7 +236,7 @@ def _read(content: bytes, where: str | Path) -> dict[str, Any]:
     if kind not in _KINDS:
         raise ArtefactError(f"what lies at {where} is a {kind}, not a run or bundle")
     for name, expected in files.items():
-        if not all(map(_NAME.fullmatch, name.split("/"))) or name in (MANIFEST, SEAL, CARD):
+        if not all(map(NAME.fullmatch, name.split("/"))) or name in (MANIFEST, SEAL, CARD):
             raise ArtefactError(
                 f"the {MANIFEST} at {where} names {name!r}, which is no file of a {kind}: do not use it"
             )
@@ -477,7 +256,7 @@ def _whole(path: Path) -> dict[str, Any]:
     return artefact.read(path, said["kind"], (said.get("format"),))  # type: ignore[arg-type]
 
 
-def _check(store: _Store, seal: bytes | None, manifest: bytes | None) -> bool:
+def _check(store: Store, seal: bytes | None, manifest: bytes | None) -> bool:
     """Whether an artefact lies there sealed; if not, the place is free for it, or its push was broken off.
 
     Args:
@@ -502,7 +281,7 @@ def _check(store: _Store, seal: bytes | None, manifest: bytes | None) -> bool:
     return False
 
 
-def _fetch(store: _Store, seal: bytes, calibration: bytes | None, path: Path, watch: Watcher) -> None:
+def _fetch(store: Store, seal: bytes, calibration: bytes | None, path: Path, watch: Watcher) -> None:
     """Make ``path`` the artefact that was sealed.
 
     Raises:
@@ -531,7 +310,7 @@ def _fetch(store: _Store, seal: bytes, calibration: bytes | None, path: Path, wa
                     done += len(chunk)
                     watch(label, done, total)
             if digest.hexdigest() != expected:
-                raise CorruptError(_changed(f"{store.url}/{name}"))
+                raise CorruptError(changed(f"{store.url}/{name}"))
         (folder / MANIFEST).write_bytes(content)
         (folder / SEAL).write_bytes(seal)
         if calibration is not None and manifest["kind"] == "run":
@@ -575,17 +354,3 @@ def _discard(folder: Path) -> None:
     """Remove a folder in one step, so that nobody finds half of it."""
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as away, suppress(OSError):
         folder.rename(Path(away) / folder.name)
-
-
-def _told(watch: Watcher, label: str, before: int, total: int, sent: int) -> None:
-    watch(label, before + sent, total)
-
-
-def _size(source: Path | bytes) -> int:
-    return len(source) if isinstance(source, bytes) else source.stat().st_size
-
-
-def _changed(where: str, *, missing: bool = False) -> str:
-    if missing:
-        return f"{where} is missing: push again"
-    return f"{where} is not what was pushed (its SHA-256 differs): remove that file, and push again"

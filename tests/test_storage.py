@@ -469,7 +469,7 @@ def test_sigkill_while_pushing(tmp_path):
         process.stdout.readline()
         process.stdin.write("go\n")
         process.stdin.flush()
-        time.sleep(random.Random(attempt).uniform(0.02, 0.12))
+        time.sleep(random.Random(attempt).uniform(0, 0.1) if attempt else 0)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         try:
@@ -494,7 +494,7 @@ def test_sigkill_while_pulling(tmp_path):
         process.stdout.readline()
         process.stdin.write("go\n")
         process.stdin.flush()
-        time.sleep(random.Random(attempt).uniform(0.02, 0.12))
+        time.sleep(random.Random(attempt).uniform(0, 0.1) if attempt else 0)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         if target.exists():
@@ -726,6 +726,8 @@ def test_a_repository_of_the_hub(hub, tmp_path):
     first = hub.sha(hub.repositories["user/mine"], 1)
     assert CALIBRATION in content(local(url))
     assert CALIBRATION not in content(local(f"{url}@{first}"))  # as it was
+    storage.check_free("hf://user/open")
+    assert hub.repositories.keys() == {"user/mine"}
     push(source, "hf://user/open", private=False)
     assert hub.visibility["user/open"] == "public"
 
