@@ -23,6 +23,8 @@ from ensembler.errors import ArtefactError, CorruptError, UsageError
 __all__ = [
     "HELD",
     "MANIFEST",
+    "SEAL",
+    "appear",
     "check_writable",
     "hold",
     "read",
@@ -34,10 +36,10 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+SEAL = "manifest.sha256"
 HELD = ".held"
 """Ends the name of a hidden file or folder whose writer holds a lock on it: see :func:`sweep`."""
 
-_SEAL = "manifest.sha256"
 _FORGOTTEN = 3600.0  # seconds since it was touched
 
 
@@ -133,13 +135,13 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
 
 
 @contextmanager
-def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
-    """Write an artefact whole or not at all.
+def appear(path: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all.
 
-    Yields a hidden folder beside ``path`` to put the files in. When the block ends well, every file is hashed into
-    ``manifest["files"]``, flushed to disk, and the folder takes its name in one rename. When it ends with any
-    exception (a full disk, Ctrl-C) the hidden folder is removed; after a SIGKILL it stays behind as
-    ``.partial-*``, is never taken for an artefact, and goes when another is written beside it an hour later.
+    Yields a hidden folder beside ``path`` to put the files in. When the block ends well, all is flushed to disk, and
+    the folder takes its name in one rename. When it ends with any exception (a full disk, Ctrl-C) the hidden folder is
+    removed; after a SIGKILL it stays behind as ``.partial-*``, is never taken for what it was to be, and goes when
+    another is written beside it an hour later.
 
     Raises:
         UsageError: ``path`` exists already; nothing is ever overwritten.
@@ -156,13 +158,10 @@ def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
         lock = hold(partial)
         partial.chmod(0o777 & ~_umask())
         yield partial
-        files = sorted(file for file in partial.rglob("*") if file.is_file())
-        for file in files:
-            file.chmod(0o666 & ~_umask())  # safetensors lets nobody else read its files
-        manifest["files"] = {file.relative_to(partial).as_posix(): sha256(file) for file in files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        (partial / _SEAL).write_text(_seal(partial), encoding="utf-8")
-        for file in [*files, partial / MANIFEST, partial / _SEAL, partial]:
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())  # safetensors lets nobody else read its files
+        for file in [*partial.rglob("*"), partial]:
             _flush(file)
         partial.rename(path)
         _flush(path.parent)
@@ -175,6 +174,25 @@ def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+@contextmanager
+def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """Write an artefact whole or not at all.
+
+    Yields a hidden folder to put the files in, as :func:`appear` does. When the block ends well, every file is hashed
+    into ``manifest["files"]``, and the manifest and its seal are written beside them.
+
+    Raises:
+        UsageError: ``path`` exists already; nothing is ever overwritten.
+        ArtefactError: the disk is full, or the folder cannot be written.
+    """
+    with appear(path) as partial:
+        yield partial
+        files = sorted(file for file in partial.rglob("*") if file.is_file())
+        manifest["files"] = {file.relative_to(partial).as_posix(): sha256(file) for file in files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (partial / SEAL).write_text(_seal(partial), encoding="utf-8")
 
 
 def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
@@ -194,11 +212,11 @@ def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
     if not (path / MANIFEST).is_file():
         raise ArtefactError(f"{path} is not a {kind}: it has no {MANIFEST}")
     try:
-        if (path / _SEAL).read_text(encoding="utf-8") != _seal(path):
+        if (path / SEAL).read_text(encoding="utf-8") != _seal(path):
             raise CorruptError(_changed(path / MANIFEST, kind))
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CorruptError(f"{path / _SEAL} is missing: the {kind} is incomplete, copy or make it again") from error
+        raise CorruptError(f"{path / SEAL} is missing: the {kind} is incomplete, copy or make it again") from error
     except ValueError as error:
         raise CorruptError(_changed(path / MANIFEST, kind)) from error
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The ``ensembler`` command: finds each room's commands, gives each ``--config``, and turns errors into one clear line.
+"""The ``ensembler`` command: finds all commands, gives each ``--config``, and turns errors into one clear line.
 
 Nothing heavy is imported here or by the rooms' ``commands.py``: a command imports what it needs when it runs.
 """
@@ -19,10 +19,11 @@ import typer
 
 from ensembler import __version__, config
 from ensembler.errors import EnsemblerError
+from ensembler.transfers import at_hand
 
 __all__ = ["app", "main"]
 
-ROOMS = ("trainers", "eval", "serve")
+COMMANDS = ("trainers.commands", "eval.commands", "serve.commands", "commands")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -92,7 +93,7 @@ _Config = Annotated[
 
 
 def _finished(command: Callable[..., None]) -> Callable[..., None]:
-    """A room's command with ``--config``, its errors on one line."""
+    """A room's command with ``--config``, runs and bundles by their URLs, its errors on one line."""
     signature = inspect.signature(command, eval_str=True)
     option = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config)
     parameters = [*signature.parameters.values(), option]
@@ -100,7 +101,7 @@ def _finished(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(config: None, **given: Any) -> None:
         with _errors_on_one_line():
-            command(**given)
+            command(**at_hand(given))
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -116,8 +117,8 @@ def _finish(commands: typer.Typer) -> None:
             _finish(group.typer_instance)
 
 
-for _room in ROOMS:
-    _commands = import_module(f"ensembler.{_room}.commands").app
+for _module in COMMANDS:
+    _commands = import_module(f"ensembler.{_module}").app
     _finish(_commands)
     app.registered_commands += _commands.registered_commands
     app.registered_groups += _commands.registered_groups

@@ -14,6 +14,7 @@ import typer
 
 from ensembler.eval import data_commands
 from ensembler.eval.progress import watching
+from ensembler.storage import is_url, place
 
 __all__ = ["app"]
 
@@ -148,7 +149,9 @@ def _reports(name: str) -> Callable[[_Chosen], _Chosen]:
 
 @_reports("eval")
 def evaluate(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Runs to score. (default: the newest in runs/)")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Argument(parser=place, help="Runs to score. (default: the newest in runs/)")
+    ] = None,
 ) -> tuple[list[Path], None]:
     """Score runs side by side: accuracy, likelihood, calibration; clean, under shift and out of distribution."""
     from ensembler.run import latest
@@ -158,9 +161,10 @@ def evaluate(
 
 @_reports("compare")
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two runs or more, of one dataset.")],
+    runs: Annotated[list[Path], typer.Argument(parser=place, help="Two runs or more, of one dataset.")],
     baseline: Annotated[
-        Path | None, typer.Option(help="Which of them the others are compared with. (default: the first)")
+        Path | None,
+        typer.Option(parser=place, help="Which of them the others are compared with. (default: the first)"),
     ] = None,
     curve: Annotated[
         bool, typer.Option("--curve", help="Score every run against its number of members, to choose M.")
@@ -180,7 +184,7 @@ def compare(
 
 @app.command("calibrate")
 def calibrate(
-    run: Annotated[Path | None, typer.Argument(help="The run. (default: the newest in runs/)")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="The run. (default: the newest in runs/)")] = None,
     method: Annotated[
         Literal["temperature", "isotonic", "beta", "histogram"], typer.Option(help="Of the pooled prediction.")
     ] = "temperature",
@@ -200,10 +204,16 @@ def calibrate(
     """Fit a run's calibration, prediction sets and abstention on its validation images; kept with the run."""
     from ensembler import calibration
     from ensembler.artefact import check_writable
+    from ensembler.errors import UsageError
     from ensembler.eval.calibrate import calibrate, summary
     from ensembler.run import latest
 
-    path = run or latest(Path("runs"))
+    if run is not None and is_url(run):
+        raise UsageError(
+            f"a calibration is kept with its run: ensembler pull {run} --out PATH, ensembler calibrate PATH, and "
+            f"ensembler push PATH {run} sends it there"
+        )
+    path = latest(Path("runs")) if run is None else Path(run)
     path = path.resolve() if path.is_symlink() else path  # latest may be another one soon
     check_writable(path, "a calibration lies in its run's folder: copy the run to where you may write")
     with watching(quiet) as watch:
@@ -227,7 +237,8 @@ def calibrate(
 @app.command("surface")
 def surface(
     runs: Annotated[
-        list[Path] | None, typer.Argument(help="One run, or three of one network. (default: the newest in runs/)")
+        list[Path] | None,
+        typer.Argument(parser=place, help="One run, or three of one network. (default: the newest in runs/)"),
     ] = None,
     vertices: Annotated[
         str | None,

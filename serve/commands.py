@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ensembler.errors import UsageError
+from ensembler.serve.client import is_url
+from ensembler.storage import destination, place
+from ensembler.transfers import push_finished
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,9 +30,17 @@ app = typer.Typer()
 
 @app.command()
 def export(
-    run: Annotated[Path | None, typer.Argument(help="The run's folder; by default the newest in runs/.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Argument(parser=place, help="The run's folder; by default the newest in runs/."),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The bundle's folder; by default bundles/ and the run's name.")
+        str | None,
+        typer.Option(
+            metavar="PATH|URL",
+            help="The bundle's folder, or a URL: then one in bundles/, pushed when it is finished. By default bundles/ "
+            "and the run's name.",
+        ),
     ] = None,
     layout: Annotated[
         Literal["vertices", "members"] | None,
@@ -64,11 +75,12 @@ def export(
 
     console = Console()
     run = (run or latest(Path("runs"))).resolve()
-    out = out or Path("bundles") / run.name
+    folder, url = destination(out, "bundles")
+    folder = folder or Path("bundles") / run.name
     started = time.perf_counter()
     export_run(
         run,
-        out,
+        folder,
         layout=layout,
         members=members,
         seed=seed,
@@ -80,11 +92,14 @@ def export(
         tune=tune,
         say=lambda sentence: console.print(sentence, markup=False, highlight=False),
     )
-    console.print(_of_bundle(out, read_bundle(out), time.perf_counter() - started))
+    console.print(_of_bundle(folder, read_bundle(folder), time.perf_counter() - started))
+    push_finished(folder, url)
 
 
 @app.command()
-def verify(bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")]) -> None:
+def verify(
+    bundle: Annotated[Path, typer.Argument(parser=place, help="The bundle's folder.")],
+) -> None:
     """Check every byte of a bundle, run every member, and compare its answers with those that PyTorch gave."""
     from rich.console import Console
     from rich.table import Table
@@ -110,7 +125,7 @@ def verify(bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")])
 
 @app.command()
 def serve(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(parser=place, help="The bundle's folder.")],
     host: Annotated[str, typer.Option(help="The IP address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 3000,
     workers: Annotated[int, typer.Option(min=1, help="Processes; they share the CPUs.")] = 1,
@@ -146,9 +161,16 @@ def serve(
     os.execve(sys.executable, command, environment)  # noqa: S606  BentoML itself takes Ctrl-C and SIGTERM
 
 
+def _target(text: str) -> Path | str:
+    """A service's address, or a bundle wherever it lies."""
+    return text if is_url(text) else place(text)
+
+
 @app.command()
 def predict(
-    target: Annotated[str, typer.Argument(metavar="BUNDLE|URL", help="A bundle's folder, or a service's address.")],
+    target: Annotated[
+        str, typer.Argument(parser=_target, metavar="BUNDLE|URL", help="A bundle's folder, or a service's address.")
+    ],
     images: Annotated[list[str], typer.Argument(help="PNG or JPEG files, folders of them, or patterns.")],
     mode: Annotated[
         Literal["full", "exact", "confidence"],
@@ -169,7 +191,7 @@ def predict(
 
     from ensembler.serve.client import find_images, predict_files, table_of
 
-    answer = predict_files(target, find_images(images), mode=mode, members=members, token=token)
+    answer = predict_files(str(target), find_images(images), mode=mode, members=members, token=token)
     if as_json:
         typer.echo(json.dumps(answer, indent=1))
         return
@@ -186,7 +208,7 @@ def predict(
 
 @app.command()
 def bento(
-    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    bundle: Annotated[Path, typer.Argument(parser=place, help="The bundle's folder.")],
     tag: Annotated[str | None, typer.Option(help="NAME or NAME:VERSION. (default: the run's name)")] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="With the ONNX Runtime that can use one.")] = False,
 ) -> None:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ensembler.errors import ArtefactError, DataError, DivergedError, EngineError, ShapeError, UsageError
+from ensembler.storage import destination, place
+from ensembler.transfers import push_finished
 
 if TYPE_CHECKING:
     from ensembler.checkpoint import Checkpoint
@@ -39,7 +41,10 @@ _engine_option = functools.partial(typer.Option, rich_help_panel="Engine")
 
 _Init = Annotated[
     Path | None,
-    _training_option(help="What to start from: a run, of which the first member, or a .safetensors or .pt file."),
+    _training_option(
+        parser=place,
+        help="What to start from: a run, of which the first member, or a .safetensors or .pt file.",
+    ),
 ]
 _Weights = Annotated[
     str | None, _training_option(help="Start from published weights of torchvision or timm: DEFAULT, or a name.")
@@ -49,7 +54,13 @@ _Recipe = Annotated[
     _training_option(help="Other defaults: those published for the method, network and dataset, or a short run's."),
 ]
 
-_Out = Annotated[Path | None, typer.Option(help="Folder of the new run. (default: one in runs/)")]
+_Out = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH|URL",
+        help="Folder of the new run, or a URL: then one in runs/, pushed when it is finished. (default: one in runs/)",
+    ),
+]
 _Collapse = Annotated[
     Literal["centroid"] | None,
     typer.Option(help="Average the vertices into one network (SWA) and keep only that; see also: ensembler collapse."),
@@ -255,7 +266,7 @@ def _trains(name: str, has_pieces: bool = False) -> Callable[[_Method], _Method]
             context: typer.Context,
             recipe: str | None,
             collapse: str | None,
-            out: Path | None,
+            out: str | None,
             resume: Path | None,
             seeds: int,
             engine: Literal["local", "ray"],
@@ -269,12 +280,13 @@ def _trains(name: str, has_pieces: bool = False) -> Callable[[_Method], _Method]
                 _check_typed(context)
             if seeds < 1:
                 raise UsageError(f"at least one run is made, not {seeds}")
-            beginning = {key: _written(given[key]) for key in _BEGINNING if key in given}
-            kept = {key: value for key, value in context.params.items() if key not in ("out", "resume", *_ENGINE)}
-            options = {key: _written(value) for key, value in kept.items() if value is not None} | {"seeds": 1}
-            path = resume or out or new_path(Path("runs"), f"{name.removeprefix('train-')}-{_label(given)}")
-            of_seeds = range(given["seed"], given["seed"] + seeds)
-            paths = {seed: path if seeds == 1 else path.with_name(f"{path.name}-s{seed}") for seed in of_seeds}
+            beginning = {key: _written(context.params[key]) for key in _BEGINNING if key in given}
+            folder, url = destination(out, "runs")
+            kept = {key: value for key, value in context.params.items() if key not in ("resume", *_ENGINE)}
+            kept |= {"out": url, "seeds": 1}
+            options = {key: _written(value) for key, value in kept.items() if value is not None}
+            path = resume or folder or new_path(Path("runs"), f"{name.removeprefix('train-')}-{_label(given)}")
+            paths = _of_seeds(path, given["seed"], seeds)
             for one in paths.values():
                 _check_free(one, resume is not None, several=seeds > 1)
             start = _start(given["init"], given["weights"], given["architecture"])
@@ -283,17 +295,20 @@ def _trains(name: str, has_pieces: bool = False) -> Callable[[_Method], _Method]
             every = given.pop("checkpoint_every")
             whole = functools.partial(method, **{key: _absolute(given[key]) for key in own})
             about = {"recipe": recipe} | beginning
+            missing = paths
             with (
                 choose(engine, address, given["device"], given["threads"]) as chosen,
                 _order(start, whole, **{key: given[key] for key in shared}) as (order, hear),
             ):
                 of_pieces = replace(order, collapse=collapse is not None, several=seeds > 1)
                 if seeds > 1:
-                    paths = _not_made(of_pieces, paths, name, options, given | about)
+                    missing = _not_made(of_pieces, paths, name, options, given | about)
                 if has_pieces and seeds == 1:
-                    _make(replace(of_pieces, engine=chosen), paths, every, name, options, Local(), hear, about)
+                    made = _make(replace(of_pieces, engine=chosen), missing, every, name, options, Local(), hear, about)
                 else:
-                    _make(of_pieces, paths, every, name, options, chosen, hear, about)
+                    made = _make(of_pieces, missing, every, name, options, chosen, hear, about)
+            for seed, one in (paths | made).items():
+                push_finished(one, url and url + f"-s{seed}" * (seeds > 1), given["quiet"])
 
         last = {
             **{"init": _Init, "weights": _Weights, "recipe": _Recipe, "collapse": _Collapse, "out": _Out},
@@ -344,8 +359,12 @@ def _make(
     engine: "Engine",
     hear: Callable[..., None],
     about: Mapping[str, Any],
-) -> None:
-    """Make the run of each seed by the engine, and save each as soon as it is finished; then its checkpoints go."""
+) -> dict[int, Path]:
+    """Make the run of each seed by the engine, and save each as soon as it is finished; then its checkpoints go.
+
+    Returns:
+        where each lies, by its seed.
+    """
     from ensembler.trainers.checkpoints import Checkpoints, unfinished
     from ensembler.trainers.orders import make
 
@@ -353,12 +372,13 @@ def _make(
         seed: Checkpoints(unfinished(path), every, {name: options | {"seed": seed}}) for seed, path in paths.items()
     }
     asked = [(seed, checkpoints if engine.here else None) for seed, checkpoints in begun.items()]
+    saved: dict[int, Path] = {}
     try:
         with closing(engine.run(make, order, asked, hear)) as made:
             for place, run in made:
                 seed, _ = asked[place]
                 run.manifest.options |= about
-                _save(run, paths[seed])
+                saved[seed] = _save(run, paths[seed])
                 begun.pop(seed).remove()
     except (KeyboardInterrupt, EngineError, ArtefactError):  # the last: a full disk
         for seed, checkpoints in begun.items():
@@ -376,6 +396,14 @@ def _make(
     finally:
         for checkpoints in begun.values():
             checkpoints.close()
+    return saved
+
+
+def _of_seeds(path: Path, first: int, seeds: int) -> dict[int, Path]:
+    """Where the run of each seed is to be."""
+    if seeds == 1:
+        return {first: path}
+    return {seed: path.with_name(f"{path.name}-s{seed}") for seed in range(first, first + seeds)}
 
 
 def _from_recipe(
@@ -512,8 +540,10 @@ def train_subspace(
 @_trains("train-curve")
 def train_curve(
     session: "Session",
-    init: Annotated[Path, typer.Argument(metavar="FIRST", help="The run whose first member is one end.")],
-    second: Annotated[Path, typer.Argument(metavar="SECOND", help="The run whose first member is the other end.")],
+    init: Annotated[Path, typer.Argument(parser=place, metavar="FIRST", help="The run whose first member is one end.")],
+    second: Annotated[
+        Path, typer.Argument(parser=place, metavar="SECOND", help="The run whose first member is the other end.")
+    ],
     curve: Annotated[str, _option(help="bezier, or chain for straight pieces.")] = "bezier",
     bends: Annotated[int, _option(help="N, points between the ends that move.")] = 1,
     members: Annotated[int, _option(help="M, points of the curve in the ensemble, evenly spaced.")] = 5,
@@ -530,7 +560,10 @@ def train_curve(
 @_trains("train-complex")
 def train_complex(
     session: "Session",
-    init: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two runs or more; of each, the first member.")],
+    init: Annotated[
+        list[Path],
+        typer.Argument(parser=place, metavar="RUN...", help="Two runs or more; of each, the first member."),
+    ],
     connectors: Annotated[int, _option(help="Vertices that all simplexes share, added one at a time.")] = 1,
     members: _Points = 10,
     regularisation: Annotated[float, _option(help="lambda, the reward of log volume.")] = 1e-2,
@@ -549,7 +582,7 @@ def train_complex(
 
 @app.command("collapse")
 def collapse(
-    run: Annotated[Path | None, typer.Argument(help="Any run. (default: the newest in runs/)")] = None,
+    run: Annotated[Path | None, typer.Argument(parser=place, help="Any run. (default: the newest in runs/)")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the dataset's files.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
     out: _Out = None,
@@ -559,17 +592,19 @@ def collapse(
     from ensembler.trainers.collapse import collapse_run as method
     from ensembler.trainers.session import Session, Settings
 
-    _check_free(out or Path("runs", "new"))
+    folder, url = destination(out, "runs")
+    _check_free(folder or Path("runs", "new"))
     whole = Run.load(run or latest(Path("runs")))
     record = whole.manifest.dataset
     settings = Settings(augmentation=record.augmentation, seed=whole.manifest.seed, device=device)
     found = method(Session(record.load(data), settings, whole), whole)
-    _save(found, out or new_path(Path("runs"), f"{found.manifest.method}-{_label(found.manifest.options)}"))
+    name = f"{found.manifest.method}-{_label(found.manifest.options)}"
+    push_finished(_save(found, folder or new_path(Path("runs"), name)), url)
 
 
 @app.command("show")
 def show(
-    run: Annotated[Path | None, typer.Argument(help="Any run. (default: the newest in runs/)")] = None,
+    run: Annotated[Path | None, typer.Argument(parser=place, help="Any run. (default: the newest in runs/)")] = None,
 ) -> None:
     """Say what a run is: method, sizes, geometry, cost, metrics, files."""
     from rich.console import Console
@@ -614,7 +649,7 @@ def _label(given: Mapping[str, Any]) -> str:
     return str(given["architecture"]).replace(":", "-")
 
 
-def _save(run: "Run", path: Path) -> None:
+def _save(run: "Run", path: Path) -> Path:
     from rich.console import Console
 
     from ensembler.run import new_path
@@ -626,3 +661,4 @@ def _save(run: "Run", path: Path) -> None:
         typer.echo(f"{path} was taken while this run was trained: it is saved beside it", err=True)
         path = run.save(new_path(path.parent, path.name))
     Console(highlight=False).print("\n".join([*lines(run.manifest), f"run: {path}"]), soft_wrap=True)
+    return path

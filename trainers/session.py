@@ -530,6 +530,7 @@ def _measure(ensemble: Ensemble, split: Images) -> dict[str, float | None]:
         "nll": nll(mean, split.labels),
         "member_accuracy": (members.argmax(2) == split.labels).double().mean().item(),
         "disagreement": None if differ is None else float(differ.mean()),
+        "examples": len(split),
     }
 
 
