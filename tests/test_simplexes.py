@@ -184,6 +184,14 @@ def test_auto_without_a_lambda_that_fits_does_not_regularise(monkeypatch):
     assert same(run, train_simplex(session(), vertices=2, regularisation=0.0, vertex_epochs=1))
 
 
+def test_a_trial_that_diverges_is_too_much_and_the_run_is_saved(monkeypatch, tmp_path):
+    monkeypatch.setattr("ensembler.trainers.simplex.LADDER", (1e-3, 1e38))
+    path = train_simplex(session(), vertices=2, regularisation="auto", tolerance=1e9).save(tmp_path / "run")
+    trials = Run.load(path).manifest.metrics["trials"]
+    assert {trial["lambda"]: trial["held_out_nll"] for trial in trials}[1e38] is None
+    assert Run.load(path).manifest.metrics["lambda"] == 1e-3
+
+
 def test_what_is_said_of_a_simplex_is_what_its_members_do():
     said, images = [], dataset()
     run = train_simplex(session(said), vertices=3, members=3, vertex_epochs=1)

@@ -150,7 +150,7 @@ def _simplex(
     """A piece: one simplex (K, P); what was found at each stage of it, its lambda, and the trials of "auto"."""
     growth = _Growth(session, epochs, rate, regulariser, samples)
     simplex = session.solution(number).vector[None].clone()
-    trials: list[dict[str, float]] = []
+    trials: list[dict[str, float | None]] = []
     stages = []
     for k in range(1, vertices):
         part = f"vertex {k + 1}" if alone else f"{name}, vertex {k + 1}"
@@ -196,13 +196,15 @@ class _Growth:
         )
         return larger
 
-    def within(self, tolerance: float, simplex: Tensor, part: str) -> tuple[float, Tensor, list[dict[str, float]]]:
+    def within(
+        self, tolerance: float, simplex: Tensor, part: str
+    ) -> tuple[float, Tensor, list[dict[str, float | None]]]:
         """Bisect the ladder: the largest lambda that fits, the simplex that it gives, and all trials."""
         (solution,) = _probes(self.session, simplex, torch.eye(1, len(simplex)))
         limit = (1 + tolerance) * solution.nll
         K = len(simplex) + 1
         points = torch.cat([torch.eye(K), _inside(K)])
-        best, trials = None, []
+        best, trials = None, list[dict[str, float | None]]()
         low, high = 0, len(LADDER)  # all below low fit, all from high on do not
         while low < high:
             middle = (low + high) // 2
@@ -214,7 +216,8 @@ class _Growth:
             except DivergedError:
                 found = math.inf
             fits = found <= limit
-            trials.append({"lambda": strength, "held_out_nll": found, "limit": limit})
+            held_out = found if math.isfinite(found) else None  # JSON has no infinity
+            trials.append({"lambda": strength, "held_out_nll": held_out, "limit": limit})
             verdict = "fits" if fits else "is too much"
             self.session.say(f"lambda {strength:g}: held-out NLL {found:.4f}, at most {limit:.4f}: it {verdict}")
             if fits:
