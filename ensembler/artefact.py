@@ -118,11 +118,14 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
     Raises:
         ArtefactError: the disk is full, or a file cannot be written.
     """
-    path, partials = Path(), {path: path.with_name(f".partial-{os.getpid()}-{path.name}") for path in contents}
+    path, locks = Path(), list[int | None]()
+    partials = {path: path.with_name(f".partial-{os.getpid()}-{path.name}{HELD}") for path in contents}
     try:
         for path, partial in partials.items():
             path.parent.mkdir(parents=True, exist_ok=True)
+            sweep(path.parent)
             partial.write_bytes(contents[path])
+            locks.append(hold(partial))
             _flush(partial)
         for path, partial in partials.items():
             partial.replace(path)
@@ -132,6 +135,9 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
         for partial in partials.values():
             with suppress(OSError):
                 partial.unlink()
+        for lock in locks:
+            if lock is not None:
+                os.close(lock)
 
 
 @contextmanager

@@ -297,12 +297,13 @@ class _Gathering:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):
-            if self._every is not None:
+        if self._every is not None:
+            with suppress(OSError):  # on a full disk, what it still holds cannot be written
                 self._every.close()
+        with suppress(OSError):
             self._partial.unlink(missing_ok=True)
-            if self._lock is not None:
-                os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _write(self, done: int, found: NDArray[np.float32]) -> None:
         if self._every is None:

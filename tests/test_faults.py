@@ -171,7 +171,8 @@ def test_killed_while_evaluating(nursery, world, tmp_path, kills):
         for _ in range(2):  # the second goes on where the first was killed
             killed += killed_at_random(begin, seconds, rng)
             assert {path.name for path in (tmp_path / "cache").rglob("[!.]*.*")} <= kept
-        assert not (tmp_path / "report").exists() or (tmp_path / "report" / "report.json").read_bytes() == whole
+        report = tmp_path / "report" / "report.json"
+        assert not report.exists() or report.read_bytes() == whole
         process = begin()
         assert process.wait() == 0, process.err
         assert (tmp_path / "report" / "report.json").read_bytes() == whole

@@ -102,6 +102,22 @@ def test_a_damaged_checkpoint_costs_its_part_and_no_more(tmp_path):
     assert_the_same(method(None), method(Checkpoints(folder, every=0.0)))
 
 
+@pytest.mark.parametrize("harm", ["truncated", "half removed"])
+def test_a_damaged_checkpoint_of_a_finished_part(tmp_path, harm):
+    """Its part is trained anew, and ends under the very name of what was damaged."""
+    method, folder = METHODS["simplex"], tmp_path / "x.unfinished"
+    checkpoints = BreakingOff(folder, every=1e9)
+    checkpoints.left = 2
+    with pytest.raises(KeyboardInterrupt):
+        method(checkpoints)
+    first = min(folder.glob("0*"))
+    if harm == "truncated":
+        (first / "state.safetensors").write_bytes((first / "state.safetensors").read_bytes()[:-10])
+    else:
+        (first / "manifest.json").unlink()
+    assert_the_same(method(None), method(Checkpoints(folder, every=1e9)))
+
+
 def test_checkpoints_of_another_run_are_refused(tmp_path):
     checkpoints = BreakingOff(tmp_path / "x.unfinished", every=0.0)
     checkpoints.left = 3
