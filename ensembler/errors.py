@@ -9,6 +9,7 @@
     ├── ArtefactError        a run or bundle that is missing, unreadable or of another format
     │   └── CorruptError     a file of a run or bundle whose bytes are not the ones written
     ├── DivergedError        training produced a loss or weight that is not finite
+    ├── GroupError           a process of those that train together is gone
     └── ExportError          an exported member that does not reproduce its PyTorch original
 
 The service adds its own, each with the status that it answers: see ``ensembler.serve``.
@@ -25,6 +26,7 @@ __all__ = [
     "DivergedError",
     "EnsemblerError",
     "ExportError",
+    "GroupError",
     "ShapeError",
     "UsageError",
 ]
@@ -56,6 +58,10 @@ class CorruptError(ArtefactError):
 
 class DivergedError(EnsemblerError):
     """Training produced a loss or weight that is not finite."""
+
+
+class GroupError(EnsemblerError):
+    """A process of those that train together is gone."""
 
 
 class ExportError(EnsemblerError):

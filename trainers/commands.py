@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ensembler.checkpoint import Checkpoint
     from ensembler.run import Run
     from ensembler.trainers.checkpoints import Checkpoints
+    from ensembler.trainers.distributed import Group
     from ensembler.trainers.session import Session
 
 __all__ = ["app"]
@@ -62,6 +63,7 @@ _Concentration = Annotated[
 def _session(
     start: "Run | Checkpoint | None",
     checkpoints: "Checkpoints",
+    group: "Group",
     dataset: Annotated[
         str | None,
         _image_option(
@@ -100,7 +102,8 @@ def _session(
     ] = "cnn",
     epochs: Annotated[float, _training_option(help="Passes over the training images for one solution.")] = 20,
     batch_size: Annotated[
-        int | None, _training_option(help="Images a step. (default: 128, or 32 under 10,000 images)")
+        int | None,
+        _training_option(help="Images a step, all processes together. (default: 128, or 32 under 10,000 images)"),
     ] = None,
     rate: Annotated[float, _training_option("--lr", help="Highest learning rate of a solution.")] = 0.1,
     schedule: Annotated[
@@ -115,6 +118,12 @@ def _session(
     ] = "float32",
     compiled: Annotated[
         bool, _training_option("--compile", help="Compile the network: takes a minute, and is meant for GPUs.")
+    ] = False,
+    sync_batchnorm: Annotated[
+        bool,
+        _training_option(
+            "--sync-batchnorm", help="Under torchrun: normalise over the images of all GPUs, not of each."
+        ),
     ] = False,
     seed: Annotated[int, _training_option(help="Of everything that is drawn.")] = 0,
     device: Annotated[str | None, _training_option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
@@ -139,21 +148,29 @@ def _session(
         clip=clip or None,
         precision=precision,
         compile=compiled,
+        sync_batchnorm=sync_batchnorm,
         augmentation=augmentation,
         workers=workers,
         seed=seed,
         device=device,
     )
     if isinstance(start, Run) and dataset is None and image_size is None:
-        images = start.manifest.dataset.load(data, download=download)
+        load = functools.partial(start.manifest.dataset.load, data, download=download)
     else:
-        images = datasets.load(
-            dataset or "digits", data, download=download, image_size=image_size, in_memory=in_memory, corrupt=corrupt
+        load = functools.partial(
+            datasets.load,
+            dataset or "digits",
+            data,
+            download=download,
+            image_size=image_size,
+            in_memory=in_memory,
+            corrupt=corrupt,
         )
-    with progress(quiet, log, tensorboard) as (watch, say):
+    images = group.after_first(load)
+    with progress(quiet, log, tensorboard) if group.first else progress(quiet=True) as (watch, say):
         if images.skipped:
             say(f"{len(images.skipped)} images cannot be read and are left out: {', '.join(images.skipped)}")
-        yield Session(images, settings, start, watch, say, checkpoints)
+        yield Session(images, settings, start, watch, say, checkpoints, group)
 
 
 def _start(init: list[Path] | Path | None, weights: str | None, architecture: str) -> "Run | Checkpoint | None":
@@ -211,6 +228,19 @@ _Resume = Annotated[
 _CheckpointEvery = Annotated[float, _progress_option(help="Seconds between two checkpoints.")]
 
 
+def _together(command: Callable[..., None]) -> Callable[..., None]:
+    """A command in which the processes that torchrun started together take part; without it, this one alone."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        from ensembler.trainers.distributed import joined
+
+        with joined(given["device"]) as group:
+            command(group=group, **given)
+
+    return run
+
+
 def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
     """Make a command of a method: its own options, then the shared ones, then where to start and what to keep.
 
@@ -224,11 +254,13 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
         shared = {
             name: p
             for name, p in inspect.signature(_session).parameters.items()
-            if name not in ("start", "checkpoints")
+            if name not in ("start", "checkpoints", "group")
         }
 
         @functools.wraps(method)
+        @_together
         def command(
+            group: "Group",
             context: typer.Context,
             recipe: str | None,
             collapse: str | None,
@@ -236,7 +268,6 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
             resume: Path | None,
             **given: Any,
         ) -> None:
-            from ensembler.run import new_path
             from ensembler.trainers.checkpoints import Checkpoints, unfinished
             from ensembler.trainers.collapse import collapse_run
 
@@ -245,21 +276,22 @@ def _trains(name: str) -> Callable[[Callable[..., "Run"]], Callable[..., None]]:
             beginning = {name: _written(given[name]) for name in _BEGINNING if name in given}
             kept = {name: value for name, value in context.params.items() if name not in ("out", "resume")}
             options = {name: _written(value) for name, value in kept.items() if value is not None}
-            path = resume or out or new_path(Path("runs"), f"{name.removeprefix('train-')}-{_label(given)}")
-            _check_free(path, resume is not None)
+            path = resume or out or _unnamed(f"{name.removeprefix('train-')}-{_label(given)}")
+            group.from_first(lambda: _check_free(path, resume is not None or _broken_off(path, {name: options})))
             start = _start(given["init"], given["weights"], given["architecture"])
             if recipe:
                 given |= _from_recipe(recipe, context, start, given)
-            checkpoints = Checkpoints(unfinished(path), given.pop("checkpoint_every"), {name: options})
+            every = given.pop("checkpoint_every")
+            checkpoints = Checkpoints(unfinished(path), every, {name: options}, ours=group.first)
             try:
-                with _session(start, checkpoints, **{name: given[name] for name in shared}) as session:
+                with _session(start, checkpoints, group, **{name: given[name] for name in shared}) as session:
                     run = method(session, **{name: given[name] for name in own})
                     if collapse:
                         run = collapse_run(session, run)
                 run.manifest.options |= {"recipe": recipe} | beginning
-                _save(run, path)
+                group.from_first(lambda: _save(run, path))
             except KeyboardInterrupt:
-                if checkpoints.folder.is_dir():
+                if group.first and checkpoints.folder.is_dir():
                     begun = checkpoints.folder.with_suffix("")
                     typer.echo(f"to go on: ensembler {name} --resume {begun}", err=True)
                 raise
@@ -512,6 +544,25 @@ def _check_free(path: Path, resumed: bool = False) -> None:
     if begun.exists() and not resumed:
         raise UsageError(f"{begun} holds a run that was broken off: go on with --resume {path}, or remove it")
     check_writable(path.parent)
+
+
+def _unnamed(label: str) -> Path:
+    """Where a run goes that the user has not named."""
+    from ensembler.run import new_path
+    from ensembler.trainers.distributed import launched
+
+    if launched():
+        raise UsageError("under torchrun, name the run with --out: every process and every restart must mean the same")
+    return new_path(Path("runs"), label)
+
+
+def _broken_off(path: Path, options: Mapping[str, Any]) -> bool:
+    """Whether torchrun runs the very command again that was broken off, by a restart of its own or by the user."""
+    from ensembler.trainers.checkpoints import OPTIONS, unfinished
+    from ensembler.trainers.distributed import launched
+
+    begun = unfinished(path) / OPTIONS
+    return launched() and begun.is_file() and json.loads(begun.read_text("utf-8")) == json.loads(json.dumps(options))
 
 
 def _label(given: Mapping[str, Any]) -> str:
