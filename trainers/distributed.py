@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -137,7 +138,8 @@ def joined(device: str | None = None) -> Iterator[Group]:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes cannot be found ({error}): start them "
             "by torchrun, or unset WORLD_SIZE"
         ) from error
-    store = dist.PrefixStore("ensembler", store)
+    with _answered():
+        store = _unused(store, rank, size)
     try:
         own = _own_device(device)
         nccl = own.type == "cuda" and dist.is_nccl_available()
@@ -167,6 +169,30 @@ def joined(device: str | None = None) -> Iterator[Group]:
         raise SystemExit(130) from None
     else:
         dist.destroy_process_group()
+
+
+def _unused(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of torchrun's store that no earlier start has written to.
+
+    torchrun keeps its store over restarts, and with it the addresses of processes that are gone, to which the new ones
+    would try to connect (pytorch issue 135712). Nor do all machines count the restarts alike. So the first process
+    names the part, and tells each other one that asks, until as many as there are have heard it.
+    """
+    own = uuid4().hex
+    if rank:
+        store.set(f"ensembler {rank}", own)
+        name = store.get(own).decode()
+        store.add(name, 1)
+        return dist.PrefixStore(name, store)
+    deadline = time.monotonic() + _STEP.total_seconds()
+    while store.add(own, 0) < size - 1:
+        for other in range(1, size):
+            if store.check([f"ensembler {other}"]):  # by a process that may be gone: the new one asks, too
+                store.set(store.get(f"ensembler {other}").decode(), own)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{size} processes were expected")
+        time.sleep(0.05)
+    return dist.PrefixStore(own, store)
 
 
 def _own_device(name: str | None) -> torch.device:
