@@ -33,6 +33,7 @@ from tests._interrupt import BreakingOff
 from tests._small import SETTINGS, dataset
 from tests._together import METHODS, session, simplex
 from tests.test_batches import load, make_photos
+from tests.test_cli import SMALL, call
 
 ROOT = Path(__file__).parents[1]
 
@@ -199,18 +200,36 @@ def test_what_was_broken_off_is_resumed(whole):
     kill(process, 0, folder / "first.unfinished")
     ended(process, code=1)
     assert not (folder / "first").exists()
-    _, err = ended(torchrun(*command, "--lr", 0.2, "--out", folder / "first"), code=1)
-    assert "holds a run that was broken off" in err
     ended(torchrun("-m", "ensembler", "train-simplex", "--resume", folder / "first"))
     assert same_bytes(folder / "whole", folder / "first")
 
 
 def test_a_common_error_is_said_once_and_an_error_of_one_process_by_it(tmp_path):
-    _, err = ended(torchrun("-m", "ensembler", "train-simplex", "--device", "cpu"), code=1)
-    assert err.count("under torchrun, name the run with --out") == 1
+    _, err = ended(torchrun("-m", "ensembler", "train-simplex", "--vertices", 1, "--out", tmp_path / "x"), code=1)
+    assert err.count("a simplex needs at least 2 vertices, not 1") == 1
+    assert not list(tmp_path.iterdir())
     _, err = ended(torchrun(ROOT / "tests" / "_together.py", tmp_path, "fail"), code=1)
     assert err.count("rank 1: error: this process alone has failed") == 1
     assert "another process of this training has ended" in err
+
+
+def test_under_torchrun_a_run_has_a_name_and_its_command_goes_on_by_itself(tmp_path, images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one process of it")
+    command = ["train-deep-ensemble", "--members", 1, *SMALL, *images]
+    assert "under torchrun, name the run with --out" in call(*command).stderr
+    monkeypatch.setattr(Checkpoints, "remove", Checkpoints.close)  # as if killed before the end
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", lambda run, path: os.kill(os.getpid(), signal.SIGINT))
+        assert call(*command, "--out", "x").exit_code == 130
+    assert Path("x.unfinished").is_dir()
+    refused = call(*command, "--out", "x", "--lr", 0.2)
+    assert refused.exit_code == 1
+    assert "x.unfinished holds a run that was broken off" in refused.stderr
+    gone_on = call(*command, "--out", "x")
+    assert gone_on.exit_code == 0
+    assert "epoch" not in gone_on.stderr, "nothing was left to train"
+    assert Run.load(Path("x")).manifest.cost.example_passes == 2 * 64
 
 
 def test_what_cannot_be_honoured_is_refused(monkeypatch):

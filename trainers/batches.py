@@ -69,7 +69,7 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
             raise UsageError(f"the batch size must be at least 1, not {size}")
         workers = max(1, min(_cpus() // group.here, _WORKERS)) if workers is None else workers
         self.per_epoch, self.whole = -(-len(split) // size), 0
-        self._sizes = cycle(len(places) for places in torch.arange(len(split)).split(size))
+        self._sizes = cycle(min(size, len(split) - start) for start in range(0, len(split), size))
         self._mean, self._std = mean, std
         self._drawn = _draw(len(split), size, augmentation, generator, group.share)
         if isinstance(split, Split):

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import typer
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from ensembler.ensemble import choose_device
 from ensembler.errors import EnsemblerError, GroupError, UsageError
@@ -132,7 +133,7 @@ def joined(device: str | None = None) -> Iterator[Group]:
         yield ALONE
         return
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=_STEP))
+        store, rank, size = next(rendezvous("env://", timeout=_STEP))
     except (ValueError, RuntimeError) as error:
         raise UsageError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes cannot be found ({error}): start them "
@@ -171,7 +172,7 @@ def joined(device: str | None = None) -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def _unused(store: dist.Store, rank: int, size: int) -> dist.Store:
+def _unused(store: Any, rank: int, size: int) -> Any:
     """A part of torchrun's store that no earlier start has written to.
 
     torchrun keeps its store over restarts, and with it the addresses of processes that are gone, to which the new ones
@@ -183,7 +184,7 @@ def _unused(store: dist.Store, rank: int, size: int) -> dist.Store:
         store.set(f"ensembler {rank}", own)
         name = store.get(own).decode()
         store.add(name, 1)
-        return dist.PrefixStore(name, store)
+        return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
     deadline = time.monotonic() + _STEP.total_seconds()
     while store.add(own, 0) < size - 1:
         for other in range(1, size):
@@ -192,7 +193,7 @@ def _unused(store: dist.Store, rank: int, size: int) -> dist.Store:
         if time.monotonic() > deadline:
             raise RuntimeError(f"{size} processes were expected")
         time.sleep(0.05)
-    return dist.PrefixStore(own, store)
+    return dist.PrefixStore(own, store)  # type: ignore[attr-defined]
 
 
 def _own_device(name: str | None) -> torch.device:
@@ -211,7 +212,7 @@ def _own_device(name: str | None) -> torch.device:
     return device
 
 
-def _first_says(store: dist.Store, message: str) -> bool:
+def _first_says(store: Any, message: str) -> bool:
     """Whether the first process has failed with the same words, or does within seconds."""
     try:
         for _ in range(30):

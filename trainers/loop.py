@@ -160,7 +160,9 @@ def train(
         drawn = draw(samples) if draw else torch.ones(samples, 1)
         others = draw(samples) if draw and penalty else drawn
         shares, found = group.shares(batches.whole, samples), torch.zeros_like(totals)
-        for c, other, x_part, y_part in zip(drawn, others, x.split(shares), y.split(shares), strict=False):
+        for c, other, x_part, y_part in zip(
+            drawn, others, torch.split(x, shares), torch.split(y, shares), strict=False
+        ):
             found += point.accumulate(c, other, x_part, y_part, share=len(y_part) / batches.whole)
         if alone:
             group.sum_(weights.grad)

@@ -544,7 +544,7 @@ def _synchronised(weights: FlatWeights) -> FlatWeights:
     module = weights.module
     kept = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
     twin = copy.copy(weights)
-    twin.module = SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(module, kept))
+    twin.module = SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(module, kept))  # type: ignore[no-untyped-call]
     return twin
 
 
