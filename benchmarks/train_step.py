@@ -44,6 +44,7 @@ class OneBatch:
         stream = torch.Generator().manual_seed(0)
         self.x = torch.randn(size, 3, 32, 32, generator=stream).to(device, memory_format=torch.channels_last)
         self.y = torch.randint(10, (size,), generator=stream).to(device)
+        self.whole = size
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.x, self.y

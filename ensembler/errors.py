@@ -10,6 +10,7 @@
     │   └── CorruptError     a file of a run or bundle whose bytes are not the ones written
     ├── DivergedError        training produced a loss or weight that is not finite
     ├── EngineError          Ray that cannot be reached, or has lost a piece of work
+    ├── GroupError           a process of those that train together is gone
     └── ExportError          an exported member that does not reproduce its PyTorch original
 
 The service adds its own, each with the status that it answers: see ``ensembler.serve``.
@@ -27,6 +28,7 @@ __all__ = [
     "EngineError",
     "EnsemblerError",
     "ExportError",
+    "GroupError",
     "ShapeError",
     "UsageError",
 ]
@@ -62,6 +64,10 @@ class DivergedError(EnsemblerError):
 
 class EngineError(EnsemblerError):
     """Ray that cannot be reached, or has lost a piece of work."""
+
+
+class GroupError(EnsemblerError):
+    """A process of those that train together is gone."""
 
 
 class ExportError(EnsemblerError):

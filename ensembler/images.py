@@ -203,7 +203,7 @@ def augment(images: Tensor, augmentation: str, choices: Tensor) -> Tensor:
     ``"resized-crop-flip"`` is ImageNet's usual: torchvision's ``v2.RandomResizedCrop`` (8 to 100 % of the area, 3:4 to
     4:3, brought to the old size) and ``v2.RandomHorizontalFlip``; ``"none"`` changes nothing.
     """
-    if augmentation == "none":
+    if augmentation == "none" or not len(images):
         return images
     count, height, width, _ = images.shape
     if augmentation == "resized-crop-flip":

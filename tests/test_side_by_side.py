@@ -77,7 +77,7 @@ class Stream:
 
     def __next__(self):
         self.taken += 1
-        size = 2 if self.taken % 3 == 0 else 5
+        self.whole = size = 2 if self.taken % 3 == 0 else 5
         x = torch.randn(size, 3, 8, 8, generator=self.generator, dtype=self.dtype)
         return x, torch.randint(3, (size,), generator=self.generator)
 

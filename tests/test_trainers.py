@@ -47,7 +47,9 @@ class Repeated:
 
     def __next__(self):
         self.at += 1
-        return self.batches[(self.at - 1) % len(self.batches)]
+        batch = self.batches[(self.at - 1) % len(self.batches)]
+        self.whole = len(batch[1])
+        return batch
 
 
 def random_batches(count, size=6):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator
+from itertools import cycle
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ensembler.errors import DataError, UsageError
 from ensembler.images import FileSplit, Images, Split, draw, normalise, read_images
+from ensembler.trainers.distributed import ALONE, Group
 
 __all__ = ["Batches"]
 
@@ -33,18 +35,22 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
     :class:`torch.utils.data.DataLoader`, as many as one likes. Either way the batches are the same, but for
     ``"resized-crop-flip"``, which crops a file's image at its full size.
 
+    Processes that train together draw the same batches; of each, every one makes its own share, which may be empty.
+
     Args:
         split: the training images.
-        size: B, images a batch.
+        size: B, images a batch, all processes together.
         augmentation: see :func:`ensembler.images.augment`.
         mean, std: of the normalisation.
         generator: a CPU generator; the only source of randomness.
         device: where batches of files are brought to; by default the CPU.
         workers: processes that read files; 0 for none but this one; by default one for each CPU that this process may
-            use, 8 at most.
+            use, 8 at most, or its part of them where several train on one machine.
+        group: the processes that train together.
 
     Attributes:
         per_epoch: batches in an epoch.
+        whole: images in the batch that was taken last, the other processes' included.
     """
 
     def __init__(
@@ -57,12 +63,15 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
         generator: torch.Generator,
         device: torch.device | str = "cpu",
         workers: int | None = None,
+        group: Group = ALONE,
     ) -> None:
         if size < 1:
             raise UsageError(f"the batch size must be at least 1, not {size}")
-        self.per_epoch = -(-len(split) // size)
+        workers = max(1, min(_cpus() // group.here, _WORKERS)) if workers is None else workers
+        self.per_epoch, self.whole = -(-len(split) // size), 0
+        self._sizes = cycle(min(size, len(split) - start) for start in range(0, len(split), size))
         self._mean, self._std = mean, std
-        self._drawn = _draw(len(split), size, augmentation, generator)
+        self._drawn = _draw(len(split), size, augmentation, generator, group.share)
         if isinstance(split, Split):
             self._made = _in_memory(split, augmentation, self._drawn)
         else:
@@ -72,23 +81,28 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
     def __next__(self) -> tuple[Tensor, Tensor]:
         self._begun = True
         batch = next(self._made)
+        self.whole = next(self._sizes)
         return normalise(batch.images, self._mean, self._std), batch.labels
 
     def skip(self, batches: int) -> None:
         """Pass over so many batches. Before the first one is taken, none is made for it."""
         for _ in range(batches):
             next(self._made if self._begun else self._drawn)
+            next(self._sizes)
 
     def close(self) -> None:
         """End the processes, if there are any, and the stream. They end with this object, too."""
         self._made.close()
 
 
-def _draw(count: int, size: int, augmentation: str, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """For every batch, without end: the indices (B,) of its images, and how each is varied."""
+def _draw(
+    count: int, size: int, augmentation: str, generator: torch.Generator, share: slice
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every batch, without end: the indices of a share of its B images, and how each is varied."""
     while True:
         for index in torch.split(torch.randperm(count, generator=generator), size):
-            yield index, draw(augmentation, len(index), generator)
+            choices = draw(augmentation, len(index), generator)
+            yield index[share], choices[share]
 
 
 def _in_memory(split: Split, augmentation: str, drawn: Iterator[tuple[Tensor, Tensor]]) -> Generator[Split, None, None]:
@@ -101,9 +115,8 @@ def _from_files(
     augmentation: str,
     drawn: Iterator[tuple[Tensor, Tensor]],
     device: torch.device,
-    workers: int | None,
+    workers: int,
 ) -> Generator[Split, None, None]:
-    workers = min(_cpus(), _WORKERS) if workers is None else workers
     loader = DataLoader(
         _Reader(split.shape, augmentation, threads=1 if workers else None),
         batch_size=None,  # a key is a whole batch

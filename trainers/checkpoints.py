@@ -3,14 +3,16 @@
 Beside the run that is being made lies a folder ``NAME.unfinished``. In it are the command's options
 (``options.json``, which ``--resume NAME`` gives it again), and for each part of the training one checkpoint, an
 artefact (:mod:`ensembler.artefact`) that a later one replaces: the moving vertices, the optimiser's state, the
-network's buffers, the snapshots taken, every random generator's state, and the step.
+network's buffers, the snapshots taken, the state of what points are drawn from, and the step.
 
 A piece of the training that is independent of the others (a member of a deep ensemble: :mod:`.pieces`) is kept whole,
 as ``piece-NUMBER``, as soon as it is finished, in place of the checkpoints of its parts.
 
 A method is a deterministic function of its seeds. So resuming is running it again: parts that are there are read
 instead of trained, the one that was broken off goes on from its checkpoint, and whatever is missing or damaged is
-trained anew. On a CPU, with the same number of threads, the result is the uninterrupted run's, bit for bit.
+trained anew. On a CPU, with the same number of threads, the result is the uninterrupted run's, bit for bit. Of
+processes that train together the first one keeps the checkpoints and tells the others what it read: any number of
+processes can go on.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from ensembler.trainers.loop import Snapshot, State
 
 __all__ = ["OPTIONS", "Checkpoints", "Done", "Saved", "numbers", "unfinished"]
 
-FORMAT = 1
+FORMAT = 2
+_FORMATS = (1, 2)  # 1 also held random generators' states; dropout's masks are drawn anew at every step since
 OPTIONS = "options.json"
 _NUMBERS = 10_000  # for a piece's parts
 
@@ -49,11 +52,10 @@ def unfinished(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Saved:
-    """A part's training so far: the loop's state and, as JSON values and tensors, that of what lies around it."""
+    """A part's training so far: the loop's state and, as JSON values, that of what lies around it."""
 
     state: State
     facts: dict[str, Any]
-    generators: dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +88,7 @@ class Checkpoints:
         every: seconds between two checkpoints of a part; its end is always kept.
         options: of the command, by its name; written beside the checkpoints.
         identity: what must be the same for a checkpoint to be of use: the training images, the network, the batches.
+        ours: whether this process keeps them; of those that train together, the first.
 
     Raises:
         UsageError: another process is working on the same run.
@@ -95,12 +98,13 @@ class Checkpoints:
     every: float = 60.0
     options: Mapping[str, Any] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
+    ours: bool = True
     _last: float = field(default_factory=time.monotonic, init=False)
     _lock: IO[bytes] | None = field(default=None, init=False)
     _begun: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._begun = self.folder.is_dir()
+        self._begun = self.ours and self.folder.is_dir()
         if self._begun:
             self._own(self.folder)
             for partial in self.folder.glob(".partial-*") if self._lock else ():
@@ -162,7 +166,6 @@ class Checkpoints:
             "totals": state.totals,
             **{f"buffer.{name}": buffer for name, buffer in state.buffers.items()},
             **{f"optimiser.{name}": tensor for name, tensor in optimiser.items()},
-            **{f"generator.{name}": tensor for name, tensor in saved.generators.items()},
         }
         for i, snapshot in enumerate(state.snapshots):
             tensors[f"snapshot.{i}.vertices"] = snapshot.vertices
@@ -196,7 +199,7 @@ class Checkpoints:
         """
         for path in reversed(self._find(number)):
             try:
-                content = artefact.read(path, "checkpoint", (FORMAT,))
+                content = artefact.read(path, "checkpoint", _FORMATS)
                 tensors = load_tensors(path / "state.safetensors")
             except ArtefactError as error:
                 if (path / artefact.MANIFEST).is_file() and not isinstance(error, CorruptError):
@@ -204,7 +207,7 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)  # damaged, or half removed: trained anew
                 continue
             self._check(content, part)
-            return Saved(_state(content, tensors), content["facts"], _named(tensors, "generator."))
+            return Saved(_state(content, tensors), content["facts"])
         return None
 
     def keep(self, place: int, part: str, argument: Mapping[str, Any], done: Done) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ensembler.checkpoint import Checkpoint
     from ensembler.engine import Engine
     from ensembler.run import Run
+    from ensembler.trainers.distributed import Group
     from ensembler.trainers.orders import Order
     from ensembler.trainers.session import Session
 
@@ -78,6 +79,7 @@ _Concentration = Annotated[
 def _order(
     start: "Run | Checkpoint | None",
     method: "Callable[[Session], Run]",
+    group: "Group",
     dataset: Annotated[
         str | None,
         _image_option(
@@ -116,7 +118,8 @@ def _order(
     ] = "cnn",
     epochs: Annotated[float, _training_option(help="Passes over the training images for one solution.")] = 20,
     batch_size: Annotated[
-        int | None, _training_option(help="Images a step. (default: 128, or 32 under 10,000 images)")
+        int | None,
+        _training_option(help="Images a step, all processes together. (default: 128, or 32 under 10,000 images)"),
     ] = None,
     rate: Annotated[float, _training_option("--lr", help="Highest learning rate of a solution.")] = 0.1,
     schedule: Annotated[
@@ -131,6 +134,12 @@ def _order(
     ] = "float32",
     compiled: Annotated[
         bool, _training_option("--compile", help="Compile the network: takes a minute, and is meant for GPUs.")
+    ] = False,
+    sync_batchnorm: Annotated[
+        bool,
+        _training_option(
+            "--sync-batchnorm", help="Under torchrun: normalise over the images of all GPUs, not of each."
+        ),
     ] = False,
     seed: Annotated[int, _training_option(help="Of everything that is drawn.")] = 0,
     threads: Annotated[
@@ -159,6 +168,7 @@ def _order(
         clip=clip or None,
         precision=precision,
         compile=compiled,
+        sync_batchnorm=sync_batchnorm,
         augmentation=augmentation,
         workers=workers,
         seed=seed,
@@ -166,16 +176,23 @@ def _order(
         threads=threads,
     )
     if isinstance(start, Run) and dataset is None and image_size is None:
-        images = start.manifest.dataset.load(data, download=download)
+        load = functools.partial(start.manifest.dataset.load, data, download=download)
     else:
-        images = datasets.load(
-            dataset or "digits", data, download=download, image_size=image_size, in_memory=in_memory, corrupt=corrupt
+        load = functools.partial(
+            datasets.load,
+            dataset or "digits",
+            data,
+            download=download,
+            image_size=image_size,
+            in_memory=in_memory,
+            corrupt=corrupt,
         )
-    with progress(quiet, log, tensorboard) as (watch, say):
+    images = group.after_first(load)
+    with progress(quiet, log, tensorboard) if group.first else progress(quiet=True) as (watch, say):
         if images.skipped:
             say(f"{len(images.skipped)} images cannot be read and are left out: {', '.join(images.skipped)}")
         told: dict[str, Callable[..., None]] = {"watch": watch, "say": say}
-        yield Order(method, images, settings, start), lambda kind, *what: told[kind](*what)
+        yield Order(method, images, settings, start, group=group), lambda kind, *what: told[kind](*what)
 
 
 def _start(init: list[Path] | Path | None, weights: str | None, architecture: str) -> "Run | Checkpoint | None":
@@ -246,6 +263,19 @@ _Address = Annotated[
 _Method = Callable[..., "Run"]
 
 
+def _together(command: Callable[..., None]) -> Callable[..., None]:
+    """A command in which the processes that torchrun started together take part; without it, this one alone."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        from ensembler.trainers.distributed import joined
+
+        with joined(given["device"]) as group:
+            command(group=group, **given)
+
+    return run
+
+
 def _trains(name: str, has_pieces: bool = False) -> Callable[[_Method], _Method]:
     """Make a command of a method: its own options, then the shared ones, then where to start and what to keep.
 
@@ -258,11 +288,15 @@ def _trains(name: str, has_pieces: bool = False) -> Callable[[_Method], _Method]
     def decorate(method: _Method) -> _Method:
         own = {name: p for name, p in inspect.signature(method).parameters.items() if name != "session"}
         shared = {
-            name: p for name, p in inspect.signature(_order).parameters.items() if name not in ("start", "method")
+            name: p
+            for name, p in inspect.signature(_order).parameters.items()
+            if name not in ("start", "method", "group")
         }
 
         @functools.wraps(method)
+        @_together
         def command(
+            group: "Group",
             context: typer.Context,
             recipe: str | None,
             collapse: str | None,
@@ -274,21 +308,20 @@ def _trains(name: str, has_pieces: bool = False) -> Callable[[_Method], _Method]
             **given: Any,
         ) -> None:
             from ensembler.engine import Local, choose
-            from ensembler.run import new_path
 
             if resume:
                 _check_typed(context)
-            if seeds < 1:
-                raise UsageError(f"at least one run is made, not {seeds}")
+            _check_together(group, seeds, engine)
             beginning = {key: _written(context.params[key]) for key in _BEGINNING if key in given}
             folder, url = destination(out, "runs")
             kept = {key: value for key, value in context.params.items() if key not in ("resume", *_ENGINE)}
             kept |= {"out": url, "seeds": 1}
             options = {key: _written(value) for key, value in kept.items() if value is not None}
-            path = resume or folder or new_path(Path("runs"), f"{name.removeprefix('train-')}-{_label(given)}")
+            path = resume or folder or _unnamed(f"{name.removeprefix('train-')}-{_label(given)}")
             paths = _of_seeds(path, given["seed"], seeds)
+            again = resume is not None or _broken_off(path, {name: options})
             for one in paths.values():
-                _check_free(one, resume is not None, several=seeds > 1)
+                group.from_first(functools.partial(_check_free, one, again, several=seeds > 1))
             start = _start(given["init"], given["weights"], given["architecture"])
             if recipe:
                 given |= _from_recipe(recipe, context, start, given)
@@ -298,7 +331,7 @@ def _trains(name: str, has_pieces: bool = False) -> Callable[[_Method], _Method]
             missing = paths
             with (
                 choose(engine, address, given["device"], given["threads"]) as chosen,
-                _order(start, whole, **{key: given[key] for key in shared}) as (order, hear),
+                _order(start, whole, group, **{key: given[key] for key in shared}) as (order, hear),
             ):
                 of_pieces = replace(order, collapse=collapse is not None, several=seeds > 1)
                 if seeds > 1:
@@ -307,7 +340,7 @@ def _trains(name: str, has_pieces: bool = False) -> Callable[[_Method], _Method]
                     made = _make(replace(of_pieces, engine=chosen), missing, every, name, options, Local(), hear, about)
                 else:
                     made = _make(of_pieces, missing, every, name, options, chosen, hear, about)
-            for seed, one in (paths | made).items():
+            for seed, one in (paths | made).items() if group.first else ():
                 push_finished(one, url and url + f"-s{seed}" * (seeds > 1), given["quiet"])
 
         last = {
@@ -369,7 +402,8 @@ def _make(
     from ensembler.trainers.orders import make
 
     begun = {
-        seed: Checkpoints(unfinished(path), every, {name: options | {"seed": seed}}) for seed, path in paths.items()
+        seed: Checkpoints(unfinished(path), every, {name: options | {"seed": seed}}, ours=order.group.first)
+        for seed, path in paths.items()
     }
     asked = [(seed, checkpoints if engine.here else None) for seed, checkpoints in begun.items()]
     saved: dict[int, Path] = {}
@@ -378,10 +412,10 @@ def _make(
             for place, run in made:
                 seed, _ = asked[place]
                 run.manifest.options |= about
-                saved[seed] = _save(run, paths[seed])
+                saved[seed] = order.group.from_first(functools.partial(_save, run, paths[seed]))
                 begun.pop(seed).remove()
     except (KeyboardInterrupt, EngineError, ArtefactError):  # the last: a full disk
-        for seed, checkpoints in begun.items():
+        for seed, checkpoints in begun.items() if order.group.first else ():
             if order.several:
                 path = paths[seed].with_name(paths[seed].name.removesuffix(f"-s{seed}"))
                 typer.echo(f"to go on: the same command with --out {path}", err=True)
@@ -397,6 +431,14 @@ def _make(
         for checkpoints in begun.values():
             checkpoints.close()
     return saved
+
+
+def _check_together(group: "Group", seeds: int, engine: str) -> None:
+    """Processes that train together make one run, and make it themselves."""
+    if group.size > 1 and (seeds > 1 or engine != "local"):
+        raise UsageError(
+            "under torchrun, one run is made by the processes that it started: leave out --seeds and --engine"
+        )
 
 
 def _of_seeds(path: Path, first: int, seeds: int) -> dict[int, Path]:
@@ -643,6 +685,25 @@ def _check_free(path: Path, resumed: bool = False, several: bool = False) -> Non
         Checkpoints(begun).close()  # says so where another process is working on it
         raise UsageError(f"{begun} holds a run that was broken off: go on with --resume {path}, or remove it")
     check_writable(path.parent)
+
+
+def _unnamed(label: str) -> Path:
+    """Where a run goes that the user has not named."""
+    from ensembler.run import new_path
+    from ensembler.trainers.distributed import launched
+
+    if launched():
+        raise UsageError("under torchrun, name the run with --out: every process and every restart must mean the same")
+    return new_path(Path("runs"), label)
+
+
+def _broken_off(path: Path, options: Mapping[str, Any]) -> bool:
+    """Whether torchrun runs the very command again that was broken off, by a restart of its own or by the user."""
+    from ensembler.trainers.checkpoints import OPTIONS, unfinished
+    from ensembler.trainers.distributed import launched
+
+    begun = unfinished(path) / OPTIONS
+    return launched() and begun.is_file() and json.loads(begun.read_text("utf-8")) == json.loads(json.dumps(options))
 
 
 def _label(given: Mapping[str, Any]) -> str:

@@ -3,6 +3,9 @@
 A step draws coefficients ``c``, writes ``c @ V`` into the network, runs it forward and backward, and gives each
 trainable vertex ``k`` its gradient ``c[k] * g``, plus the method's regulariser; any ``torch.optim`` optimiser does
 the rest. A single network is the case ``K = 1``, ``c = [1]``.
+
+Processes that train together (:mod:`ensembler.trainers.distributed`) do the same steps, each on its share of every
+batch; their gradients are added up once a step, and all the rest is alike in each.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch.optim import Optimizer
 
 from ensembler.errors import DivergedError
 from ensembler.trainers.batches import Batches
+from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.schedules import Schedule
 from ensembler.weights import FlatWeights
 
@@ -40,7 +44,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class State:
-    """All that the next step depends on, after ``iteration`` steps, but for what the random generators hold.
+    """All that the next step depends on, after ``iteration`` steps, but for what is drawn at random.
 
     ``vertices`` (T, P) are the moving ones, ``optimiser`` the optimiser's state by vertex, ``totals`` and ``examples``
     the running epoch's sums, ``scaler`` the loss scaler's state in half precision.
@@ -87,6 +91,7 @@ def train(
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     resume: State | None = None,
     on_step: Callable[[int, Callable[[], State]], None] = lambda iteration, state: None,
+    group: Group = ALONE,
 ) -> list[Snapshot]:
     """Train some of the vertices, in place.
 
@@ -112,6 +117,7 @@ def train(
         on_epoch: called at the end of each epoch, and of the last, unfinished one.
         resume: the state to go on from; ``batches`` and ``draw`` stand where they stood then.
         on_step: called after each step with its number and a function that copies the state.
+        group: the processes that train together; each calls this alike.
 
     Returns:
         The snapshots, in order.
@@ -130,7 +136,7 @@ def train(
     if decay:
         stepper.param_groups[0]["weight_decay"] = 0.0
     scaler = torch.amp.GradScaler(vertices.device.type, enabled=precision == torch.float16)
-    point = _Point(weights, vertices, list(trainable), gradients, decay, penalty, precision, scaler)
+    point = _Point(weights, vertices, list(trainable), gradients, decay, penalty, precision, scaler, group)
     weights.module.train()
     snapshots: list[Snapshot] = []
     totals, examples, done = torch.zeros(2, device=vertices.device), 0, 0
@@ -147,15 +153,22 @@ def train(
         )
 
     for iteration in range(done + 1, iterations + 1):
-        for group in stepper.param_groups:
-            group["lr"] = schedule(iteration)
+        for parameters in stepper.param_groups:
+            parameters["lr"] = schedule(iteration)
         x, y = next(batches)
         gradients.zero_()
         drawn = draw(samples) if draw else torch.ones(samples, 1)
         others = draw(samples) if draw and penalty else drawn
-        for c, other, x_part, y_part in zip(drawn, others, x.chunk(samples), y.chunk(samples), strict=False):
-            totals += point.accumulate(c, other, x_part, y_part, share=len(y_part) / len(y))
-        examples += len(y)
+        shares, found = group.shares(batches.whole, samples), torch.zeros_like(totals)
+        for c, other, x_part, y_part in zip(
+            drawn, others, torch.split(x, shares), torch.split(y, shares), strict=False
+        ):
+            found += point.accumulate(c, other, x_part, y_part, share=len(y_part) / batches.whole)
+        if alone:
+            group.sum_(weights.grad)
+        group.sum_(found)  # at every step, so that a checkpoint holds what all processes have seen
+        totals += found
+        examples += batches.whole
         scaler.unscale_(stepper)
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(moving, clip)
@@ -191,30 +204,41 @@ class _Point:
     penalty: Penalty | None
     precision: torch.dtype
     scaler: torch.amp.GradScaler
+    group: Group
 
     def accumulate(self, c: Tensor, other: Tensor, x: Tensor, y: Tensor, share: float) -> Tensor:
         """Add ``share * c[k] * g`` at ``c @ V`` to each trainable vertex's gradient.
 
+        Where several vertices move, g is the sum of all processes': it is P long, and their gradients are T x P. Where
+        one moves, its gradient is this process's; the loop adds them up once all points are through.
+
         Returns:
             (2,) the sum of the losses over the examples, and how many the network got right.
         """
-        if self.penalty:
-            with torch.no_grad():
-                compared = self._logits(other, x)
-        logits = self._logits(c, x)
-        loss = cross_entropy(logits, y)
-        objective = loss + self.penalty(logits, compared) if self.penalty else loss
         grad = self.weights.grad
         alone = self.gradients.data_ptr() == grad.data_ptr()
         if alone:
             share *= c[self.trainable[0]].item()
         else:
             grad.zero_()
+        # Of a batch smaller than the number of processes, some get nothing.
+        found = self._pass(c, other, x, y, share) if len(y) else torch.zeros(2, device=grad.device)
+        if not alone:
+            self.group.sum_(grad)
+            self.gradients.addr_(c.to(grad.device)[self.trainable], grad)
+        return found
+
+    def _pass(self, c: Tensor, other: Tensor, x: Tensor, y: Tensor, share: float) -> Tensor:
+        """Add ``share * g`` to the network's gradient."""
+        if self.penalty:
+            with torch.no_grad():
+                compared = self._logits(other, x)
+        logits = self._logits(c, x)
+        loss = cross_entropy(logits, y)
+        objective = loss + self.penalty(logits, compared) if self.penalty else loss
         self.scaler.scale(objective * share).backward()  # type: ignore[no-untyped-call]
         if self.decay:
-            grad.add_(self.weights.vector, alpha=self.decay * share * self.scaler.get_scale())
-        if not alone:
-            self.gradients.addr_(c.to(grad.device)[self.trainable], grad)
+            self.weights.grad.add_(self.weights.vector, alpha=self.decay * share * self.scaler.get_scale())
         return torch.stack([loss.detach() * len(y), (logits.detach().argmax(1) == y).sum()])
 
     def _logits(self, c: Tensor, x: Tensor) -> Tensor:

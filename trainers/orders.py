@@ -19,6 +19,7 @@ from ensembler.errors import ArtefactError, UsageError
 from ensembler.run import Run
 from ensembler.trainers.checkpoints import OPTIONS, Checkpoints, unfinished
 from ensembler.trainers.collapse import collapse_run
+from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.session import Session, Settings
 
 __all__ = ["Order", "check_begun", "is_made", "make"]
@@ -36,6 +37,7 @@ class Order:
         collapse: whether only the vertices' centroid is kept.
         several: whether it is one of several runs, so that what is told of it must name its seed.
         engine: what runs the run's own pieces.
+        group: the processes that train together.
     """
 
     method: Callable[[Session], Run]
@@ -45,6 +47,7 @@ class Order:
     collapse: bool = False
     several: bool = False
     engine: Engine = field(default_factory=Local)
+    group: Group = ALONE
 
 
 def make(order: Order, argument: tuple[int, Checkpoints | None], tell: Callable[..., None]) -> Run:
@@ -65,6 +68,7 @@ def make(order: Order, argument: tuple[int, Checkpoints | None], tell: Callable[
         lambda line: tell("say", which + line),
         checkpoints,
         order.engine,
+        order.group,
     )
     run = order.method(session)
     return collapse_run(session, run) if order.collapse else run

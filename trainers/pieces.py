@@ -50,14 +50,19 @@ def each(session: Session, function: Callable[..., Made], pieces: Sequence[Piece
         UsageError: what is kept is of another run, or the engine cannot be had.
         EngineError: the engine has lost a piece.
     """
-    watch, say, checkpoints = session.watch, session.say, session.checkpoints
+    watch, say, group = session.watch, session.say, session.group
+    checkpoints = session.checkpoints if group.first else None
     steps = session.iterations(session.settings.epochs)
     titles = [f"{piece.name}, {steps} steps" for piece in pieces]
-    found: dict[int, Done] = {}
-    if checkpoints:
-        for i, piece in enumerate(pieces):
-            if (kept := checkpoints.kept(piece.place, titles[i], piece.argument)) is not None:
-                found[i] = kept
+
+    def kept() -> dict[int, Done]:
+        all_of_them = (
+            (i, checkpoints.kept(piece.place, titles[i], piece.argument) if checkpoints else None)
+            for i, piece in enumerate(pieces)
+        )
+        return {i: done for i, done in all_of_them if done is not None}
+
+    found = group.from_first(kept)
     missing = [i for i in range(len(pieces)) if i not in found]
     shared = function, session if session.engine.here else (session.dataset, session.settings, session.init)
     told: dict[str, Callable[..., None]] = {"watch": watch, "say": say}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import SyncBatchNorm
 from torch.optim import Optimizer
 
 from ensembler import architectures, checkpoint
@@ -30,6 +32,7 @@ from ensembler.trainers import memory
 from ensembler.trainers.batches import Batches
 from ensembler.trainers.books import Books
 from ensembler.trainers.checkpoints import Checkpoints, Saved
+from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.loop import Epoch, Snapshot, State, train
 from ensembler.trainers.schedules import SCHEDULES, Schedule
 from ensembler.uncertainty import disagreement
@@ -60,13 +63,15 @@ class Settings:
     Attributes:
         architecture: see :mod:`ensembler.architectures`.
         epochs: passes over the training images for one solution; a fraction will do.
-        batch_size: B; by default 128, or 32 where there are fewer than 10,000 training images.
+        batch_size: B, of all processes together; by default 128, or 32 where there are fewer than 10,000 training
+            images.
         rate: highest learning rate of a solution's schedule.
         schedule: of :data:`ensembler.trainers.schedules.SCHEDULES`.
         momentum, weight_decay: of SGD with Nesterov momentum.
         clip: largest gradient norm, or ``None``.
         precision: of the forward and backward pass: ``"float32"``, ``"bfloat16"``, or on a GPU ``"float16"``.
         compile: whether ``torch.compile`` makes the network faster: it takes a minute, and pays on a GPU.
+        sync_batchnorm: whether BatchNorm normalises over the images of all processes, not over each one's: on GPUs.
         augmentation: see :func:`ensembler.images.augment`; by default what suits the dataset.
         seed: of everything that is drawn.
         device: ``"cpu"``, ``"cuda"``, ...; by default CUDA where there is one.
@@ -85,6 +90,7 @@ class Settings:
     clip: float | None = 1.0
     precision: str = "float32"
     compile: bool = False
+    sync_batchnorm: bool = False
     augmentation: str | None = None
     seed: int = 0
     device: str | None = None
@@ -132,6 +138,8 @@ class Session:
         say: told what a method finds on its way, a line at a time.
         checkpoints: where to keep what has been reached, and to go on from; nowhere by default.
         engine: what runs those pieces of the training that are independent: see :mod:`ensembler.trainers.pieces`.
+        group: the processes that train together, from :func:`ensembler.trainers.distributed.joined`. Each calls the
+            same methods with the same arguments and gets the same run; the first measures and keeps the checkpoints.
 
     Attributes:
         begins_solved: whether ``init`` is a solution.
@@ -148,6 +156,7 @@ class Session:
     say: Callable[[str], None] = lambda line: None
     checkpoints: Checkpoints | None = None
     engine: Engine = field(default_factory=Local)
+    group: Group = ALONE
 
     def __post_init__(self) -> None:
         settings, init = self.settings, self.init
@@ -164,6 +173,8 @@ class Session:
             raise UsageError(f"unknown precision {settings.precision!r}: use one of {', '.join(PRECISIONS)}")
         if settings.precision == "float16" and self.device.type == "cpu":
             raise UsageError("float16 needs a GPU: use bfloat16 or float32 on the CPU")
+        if settings.sync_batchnorm and self.device.type == "cpu":
+            raise UsageError("BatchNorm is synchronised on GPUs alone: leave --sync-batchnorm out on the CPU")
         self.architecture = init.manifest.architecture if isinstance(init, Run) else settings.architecture
         network = self._network(settings.seed)
         new_head = checkpoint.fit(network, init.tensors) if isinstance(init, Checkpoint) else []
@@ -171,8 +182,10 @@ class Session:
         self.weights = FlatWeights(network)
         if isinstance(init, Run):
             self.weights.load_frozen(init.frozen)
+        together = settings.sync_batchnorm and self.group.size > 1
+        self._synchronised = _synchronised(self.weights) if together else None
         if settings.compile:
-            network.compile()
+            (self._synchronised or self.weights).module.compile()
         self.history: list[dict[str, Any]] = []
         self._parts: dict[str, Part] = {}
         if isinstance(init, Checkpoint):
@@ -256,16 +269,20 @@ class Session:
         BatchNorm statistics are recomputed for each, from as many training images.
         """
         record, train, held_out = self._record, _some(self._images, examples), _some(unseen, examples)
-        result = []
-        with self.booked("measurements") as booked:
+
+        def measure() -> list[Probe]:
+            result = []
             for row in coefficients:
                 buffers = member_buffers(self.weights, vertices, row[None], train, record)
                 self.weights.load_buffers({name: rows[0] for name, rows in buffers.items()})
                 loss = nll(self._probabilities(train), train.labels.cpu())
                 result.append(Probe(loss, self._probabilities(held_out), held_out.labels))
+            return result
+
+        with self.booked("measurements") as booked:
             each = len(train) * (2 if has_batchnorm(self.weights.module) else 1) + len(held_out)
             booked.forward_passes += len(coefficients) * each
-        return result
+            return self.group.from_first(measure)
 
     def train(
         self,
@@ -274,14 +291,20 @@ class Session:
         schedule: Schedule,
         iterations: int,
         rng: np.random.Generator | None = None,
+        *,
+        trainable: Sequence[int] = (0,),
         **options: Any,
     ) -> list[Snapshot]:
         """Run the loop (:func:`ensembler.trainers.loop.train`) and book what it cost under ``part``.
 
         ``part`` also names the stream of images, augmentations and dropout masks that it sees. ``rng`` is what the
-        method draws its points from, so that a checkpoint can hold its state.
+        method draws its points from, so that a checkpoint can hold its state. Processes that train together begin and
+        end with the first one's vertices and buffers.
         """
         settings, batches, number = self.settings, self.batches(part), self.next_number()
+        if self._synchronised:
+            self._check_parts(options.get("samples", 1))
+        checkpoints = self.checkpoints if self.group.first else None
         title = f"{part}, {iterations} steps"
         epochs, told = -(-iterations // batches.per_epoch), len(self.history)
         devices = [self.device] if self.device.type == "cuda" else []
@@ -290,8 +313,12 @@ class Session:
             booked.forward_passes += epoch.examples if "penalty" in options else 0
             self.note(part, booked, epoch, epochs)
 
+        def seed(iteration: int) -> None:  # of the masks of the step after it, others in every process
+            torch.manual_seed(derive(settings.seed, "dropout", part, self.group.rank, iteration))
+
         def on_step(iteration: int, state: Callable[[], State]) -> None:
-            if self.checkpoints and (iteration == iterations or self.checkpoints.due()):
+            seed(iteration)
+            if checkpoints and (iteration == iterations or checkpoints.due()):
                 facts = {
                     "history": self.history[told:],
                     "example_passes": booked.example_passes - before.example_passes,
@@ -299,15 +326,12 @@ class Session:
                     "seconds": time.monotonic() - start,
                     "rng": rng.bit_generator.state if rng else None,
                 }
-                generators = {"cpu": torch.get_rng_state()}
-                if devices:
-                    generators["cuda"] = torch.cuda.get_rng_state(self.device)
-                self.checkpoints.save(number, title, Saved(state(), facts, generators))
+                checkpoints.save(number, title, Saved(state(), facts))
 
         with self.booked(part) as booked, torch.random.fork_rng(devices), closing(batches):
             before, start = booked.model_copy(), time.monotonic()
-            torch.manual_seed(derive(settings.seed, "dropout", part))
-            saved = self.checkpoints.load(number, title) if self.checkpoints else None
+            saved = self.group.from_first(lambda: checkpoints.load(number, title) if checkpoints else None)
+            seed(saved.state.iteration if saved else 0)
             if saved:
                 facts = saved.facts
                 booked.example_passes += facts["example_passes"]
@@ -318,13 +342,11 @@ class Session:
                 self.history += facts["history"]
                 if rng:
                     rng.bit_generator.state = facts["rng"]
-                torch.set_rng_state(saved.generators["cpu"])
-                if devices:
-                    torch.cuda.set_rng_state(saved.generators["cuda"], self.device)
                 if saved.state.iteration < iterations:
                     batches.skip(saved.state.iteration)
-            return train(
-                self.weights,
+            self._agree(vertices, trainable)
+            snapshots = train(
+                self._synchronised or self.weights,
                 vertices,
                 batches,
                 self.optimiser,
@@ -335,7 +357,30 @@ class Session:
                 on_epoch=on_epoch,
                 resume=saved.state if saved else None,
                 on_step=on_step,
+                group=self.group,
+                trainable=trainable,
                 **options,
+            )
+            self._agree(vertices, trainable)
+            return snapshots
+
+    def _agree(self, vertices: Tensor, trainable: Sequence[int]) -> None:
+        """Take over the first process's moving vertices and buffers."""
+        if self.group.size > 1:
+            buffers = self.weights.buffers()
+            for tensor in (*(vertices[k] for k in trainable), *buffers.values()):
+                self.group.broadcast_(tensor)
+            self.weights.load_buffers(buffers)
+
+    def _check_parts(self, samples: int) -> None:
+        """Synchronised BatchNorm waits for every process: none may be without images."""
+        images, size = len(self._images), self._batch_size
+        parts = [part for whole in (size, images % size or size) for part in torch.arange(whole).chunk(samples)]
+        if min(map(len, parts)) < self.group.size:
+            raise UsageError(
+                f"synchronised BatchNorm needs an image for every process and point in every batch: of {images} images "
+                f"in batches of {size}, a part has {min(map(len, parts))} for {self.group.size} processes: "
+                "choose another --batch-size"
             )
 
     @contextmanager
@@ -389,7 +434,9 @@ class Session:
         with self.booked("members") as booked:
             if has_batchnorm(self.weights.module):
                 booked.forward_passes += len(coefficients) * min(len(self._images), BATCHNORM_EXAMPLES)
-            return member_buffers(self.weights, vertices, coefficients, self._images, self._record)
+            return self.group.from_first(
+                lambda: member_buffers(self.weights, vertices, coefficients, self._images, self._record)
+            )
 
     def finish(
         self,
@@ -436,7 +483,7 @@ class Session:
                 forward_passes=sum(part.forward_passes for part in self._parts.values()),
                 seconds=round(self._seconds(), 3),
                 peak_memory=max(peaks, default=None),
-                device=_device_name(self.device),
+                device=self._device_name,
                 parts=self._parts,
             ),
             metrics={},
@@ -451,11 +498,13 @@ class Session:
             frozen={name: tensor.cpu() for name, tensor in self.weights.frozen().items()},
             history=self.history,
         )
-        ensemble = Ensemble(run, self.device)
-        manifest.metrics = (metrics or {}) | {
-            name: _measure(ensemble, split)
-            for name, split in (("validation", self.dataset.validation), ("test", self.dataset.test))
-        }
+
+        def measure() -> dict[str, Any]:
+            ensemble = Ensemble(run, self.device)
+            splits = {"validation": self.dataset.validation, "test": self.dataset.test}
+            return {name: _measure(ensemble, split) for name, split in splits.items()}
+
+        manifest.metrics = (metrics or {}) | self.group.from_first(measure)
         return run
 
     def _network(self, seed: int) -> torch.nn.Module:
@@ -472,6 +521,7 @@ class Session:
             stream,
             self.device,
             self.settings.workers,
+            self.group,
         )
 
     def _flattened(self, run: Run) -> Tensor:
@@ -493,12 +543,17 @@ class Session:
     @contextmanager
     def booked(self, name: str) -> Iterator[Part]:
         """Book under ``name`` what the block counts, and the time and memory that it takes."""
-        part = self._parts.setdefault(name, Part(device=_device_name(self.device)))
+        part = self._parts.setdefault(name, Part(device=self._device_name))
         start = time.monotonic()
         memory.forget_peak(self.device)
         yield part
         part.seconds = round((part.seconds or 0.0) + time.monotonic() - start, 3)
         part.peak_memory = max(filter(None, (part.peak_memory, memory.peak(self.device))), default=None)
+
+    @property
+    def _device_name(self) -> str:
+        together = f"{self.group.size} x " if self.group.size > 1 else ""
+        return together + _device_name(self.device)
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._start
@@ -514,6 +569,18 @@ def nll(probabilities: Tensor, labels: Tensor) -> float:
     """Mean negative log-likelihood of ``labels`` (N,) under ``probabilities`` (N, C), in nats."""
     chosen = probabilities.gather(1, labels[:, None]).clamp_min(torch.finfo(torch.float32).tiny)
     return -chosen.log().double().mean().item()
+
+
+def _synchronised(weights: FlatWeights) -> FlatWeights:
+    """The same weights and buffers in a network whose BatchNorm layers normalise over the images of all processes.
+
+    Only training takes it: where one process measures alone, such layers would wait for the others.
+    """
+    module = weights.module
+    kept = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    twin = copy.copy(weights)
+    twin.module = SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(module, kept))  # type: ignore[no-untyped-call]
+    return twin
 
 
 def _part(member: int) -> str:

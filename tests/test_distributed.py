@@ -1,0 +1,296 @@
+"""Two processes that train one network together end where a single one does, and only the first one writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ensembler.architectures import build
+from ensembler.errors import UsageError
+from ensembler.images import FileSplit
+from ensembler.run import Run
+from ensembler.seeds import generator
+from ensembler.trainers import Session, Settings, train_deep_ensemble
+from ensembler.trainers import checkpoints as checkpoints_module
+from ensembler.trainers.batches import Batches
+from ensembler.trainers.checkpoints import Checkpoints
+from ensembler.trainers.distributed import ALONE, Group, joined
+from ensembler.trainers.session import _synchronised
+from ensembler.weights import FlatWeights
+from tests._interrupt import BreakingOff
+from tests._small import SETTINGS, dataset
+from tests._together import METHODS, session, simplex
+from tests.test_batches import load, make_photos
+from tests.test_cli import SMALL, call
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(*arguments, options=()):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def ended(process, code=0):
+    """What it printed, once it has ended with the given code, or with any but 0."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == code if code == 0 else process.returncode != 0, err
+    return out, err
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_every_point_gets_the_images_that_a_single_process_would_give_it(size):
+    for whole in range(1, 18):
+        for samples in range(1, 5):
+            places = list(range(whole))
+            length = int(np.ceil(whole / samples))
+            points = [places[start : start + length] for start in range(0, whole, length)]
+            for rank in range(size):
+                group = Group(rank, size)
+                mine = torch.tensor(places)[group.share].split(group.shares(whole, samples))
+                expected = [[place for place in point if place % size == rank] for point in points]
+                assert [part.tolist() for part in mine] == expected
+
+
+@pytest.mark.parametrize("augmentation", ["crop-flip", "resized-crop-flip", "none"])
+@pytest.mark.parametrize(("in_memory", "workers"), [(True, 0), (False, 0), (False, 1)])
+def test_the_shares_of_a_batch_are_the_batch(tmp_path, augmentation, in_memory, workers):
+    images = load(make_photos(tmp_path / "photos", count=10), in_memory).train.part(slice(9))
+    assert isinstance(images, FileSplit) != in_memory
+
+    def stream(group):
+        return Batches(images, 8, augmentation, (0.5,) * 3, (0.5,) * 3, generator(0, "x"), workers=workers, group=group)
+
+    whole = list(islice(stream(ALONE), 4))
+    assert [len(y) for _, y in whole] == [8, 1, 8, 1], "the last batch of an epoch leaves two processes without images"
+    for rank in range(3):
+        shares = stream(Group(rank, 3))
+        for at, (x, y) in enumerate(whole):
+            if at == 2:  # skipping comes to the same place
+                shares = stream(Group(rank, 3))
+                shares.skip(2)
+            x_share, y_share = next(shares)
+            chosen = [place for place in range(len(y)) if place % 3 == rank]
+            assert torch.equal(x_share, x[chosen])
+            assert torch.equal(y_share, y[chosen])
+            assert shares.whole == len(y)
+        shares.close()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What two processes hold after each method, and what a single one does."""
+    folder = tmp_path_factory.mktemp("together")
+    expected = {name: method(ALONE) for name, method in METHODS.items()}
+    broken_off = BreakingOff(folder / "begun.unfinished", every=0.0)
+    broken_off.left = 27
+    with pytest.raises(KeyboardInterrupt):
+        simplex(ALONE, broken_off)
+    expected["resumed"] = expected["simplex"]
+    ended(torchrun(ROOT / "tests" / "_together.py", folder))
+    return folder, expected
+
+
+@pytest.mark.parametrize("name", [*METHODS, "resumed"])
+def test_two_processes_end_where_a_single_one_does(trained, name):
+    folder, expected = trained[0], trained[1][name]
+    first, second = (load_file(folder / f"{name} {rank}.safetensors") for rank in range(2))
+    facts = [json.loads((folder / f"{name} {rank}.json").read_text()) for rank in range(2)]
+    for parameter, tensor in expected.vertices.items():
+        assert torch.equal(first[parameter], second[parameter])
+        torch.testing.assert_close(first[parameter], tensor, rtol=0, atol=1e-5)
+    parts = expected.manifest.cost.parts
+    for found in facts:
+        assert found["passes"] == {name: [part.example_passes, part.forward_passes] for name, part in parts.items()}
+        assert found["metrics"] == facts[0]["metrics"]
+        assert found["device"] == f"2 x {expected.manifest.cost.device}"
+        assert len(found["history"]) == len(expected.history)
+        for epoch, record in zip(found["history"], expected.history, strict=True):
+            assert [epoch[key] for key in ("part", "number", "examples", "accuracy")] == [
+                record[key] for key in ("part", "number", "examples", "accuracy")
+            ]
+            assert epoch["loss"] == pytest.approx(record["loss"], abs=1e-5)
+    if name == "plain":
+        assert sum(epoch["examples"] for epoch in facts[0]["history"]) == 33 * 10
+
+
+NETWORK = ["--arch", "tests._small:noisy", "--device", "cpu", "--augmentation", "crop", "--batch-size", 8]
+LENGTH = ["--vertices", 2, "--epochs", 10, "--vertex-epochs", 10]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two processes through the command line, its command, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    images = make_photos(folder / "images", count=12, size=(8, 8))
+    # Without the dashes, torchrun takes --log for one of its own.
+    command = ["-m", "ensembler", "--", "train-simplex", *LENGTH, *NETWORK, "--dataset", images]
+    process = torchrun(*command, "--log", folder / "log", "--out", folder / "whole")
+    return folder, command, ended(process)
+
+
+def same_bytes(one, other):
+    return all(
+        (one / name).read_bytes() == (other / name).read_bytes()
+        for name in ("vertices.safetensors", "members.safetensors")
+    )
+
+
+def test_only_the_first_process_writes(whole):
+    folder, _, (out, err) = whole
+    assert out.splitlines()[-1] == f"run: {folder / 'whole'}"
+    assert out.count("run: ") == 1
+    assert err.count("solution 1: epoch 3 of 10,") == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["images", "latest", "log", "whole"]
+    run = Run.load(folder / "whole")
+    logged = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+    assert [(line["part"], line["number"]) for line in logged] == [
+        (line["part"], line["number"]) for line in run.history
+    ]
+
+
+def processes_of(torchrun_process):
+    """The training processes by their rank."""
+    found = {}
+    for child in psutil.Process(torchrun_process.pid).children():
+        rank = child.environ().get("RANK")
+        if rank is not None:
+            found[int(rank)] = child
+    return found
+
+
+def kill(process, rank, folder):
+    """SIGKILL one of the training processes in the middle of the second part."""
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("0001-*")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    processes_of(process)[rank].send_signal(signal.SIGKILL)
+
+
+def test_a_killed_process_costs_no_more_than_a_restart(whole):
+    folder, command, _ = whole
+    process = torchrun(*command, "--checkpoint-every", 0, "--out", folder / "killed", options=["--max-restarts", "2"])
+    kill(process, 1, folder / "killed.unfinished")
+    _, err = ended(process)
+    assert same_bytes(folder / "whole", folder / "killed")
+    assert not (folder / "killed.unfinished").exists()
+    assert err.count("solution 1: epoch 1 of 10,") == 1, "it was not begun anew"
+
+
+def test_what_was_broken_off_is_resumed(whole):
+    folder, command, _ = whole
+    process = torchrun(*command, "--checkpoint-every", 0, "--out", folder / "first")
+    kill(process, 0, folder / "first.unfinished")
+    ended(process, code=1)
+    assert not (folder / "first").exists()
+    ended(torchrun("-m", "ensembler", "train-simplex", "--resume", folder / "first"))
+    assert same_bytes(folder / "whole", folder / "first")
+
+
+def test_a_common_error_is_said_once_and_an_error_of_one_process_by_it(tmp_path):
+    _, err = ended(torchrun("-m", "ensembler", "train-simplex", "--vertices", 1, "--out", tmp_path / "x"), code=1)
+    assert err.count("a simplex needs at least 2 vertices, not 1") == 1
+    assert not list(tmp_path.iterdir())
+    _, err = ended(torchrun(ROOT / "tests" / "_together.py", tmp_path, "fail"), code=1)
+    assert err.count("rank 1: error: this process alone has failed") == 1
+    assert "another process of this training has ended" in err
+
+
+def test_under_torchrun_a_run_has_a_name_and_its_command_goes_on_by_itself(tmp_path, images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one process of it")
+    command = ["train-deep-ensemble", "--members", 1, *SMALL, *images]
+    assert "under torchrun, name the run with --out" in call(*command).stderr
+    monkeypatch.setattr(Checkpoints, "remove", Checkpoints.close)  # as if killed before the end
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", lambda run, path: os.kill(os.getpid(), signal.SIGINT))
+        assert call(*command, "--out", "x").exit_code == 130
+    assert Path("x.unfinished").is_dir()
+    refused = call(*command, "--out", "x", "--lr", 0.2)
+    assert refused.exit_code == 1
+    assert "x.unfinished holds a run that was broken off" in refused.stderr
+    gone_on = call(*command, "--out", "x")
+    assert gone_on.exit_code == 0
+    assert "epoch" not in gone_on.stderr, "nothing was left to train"
+    assert Run.load(Path("x")).manifest.cost.example_passes == 2 * 64
+
+
+def test_what_cannot_be_honoured_is_refused(monkeypatch):
+    with pytest.raises(UsageError, match="BatchNorm is synchronised on GPUs alone"):
+        Session(dataset(), Settings(**SETTINGS, sync_batchnorm=True))
+    with pytest.raises(UsageError, match="leave --parallel-members out"):
+        train_deep_ensemble(session(Group(0, 2)), members=2, parallel=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but .* by torchrun, or unset WORLD_SIZE"), joined("cpu"):
+        pass
+
+
+def test_the_synchronised_network_has_the_weights_and_buffers_of_the_plain_one():
+    weights = FlatWeights(build("resnet20", 3))
+    twin = _synchronised(weights)
+    kinds = [type(module).__name__ for module in twin.module.modules()]
+    assert kinds.count("SyncBatchNorm") > 0
+    assert "BatchNorm2d" not in kinds
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in weights.module.modules())
+    assert list(twin.module.state_dict()) == list(weights.module.state_dict())
+    with torch.no_grad():
+        weights.vector.fill_(0.5)
+    for name, tensor in twin.module.state_dict(keep_vars=True).items():
+        assert tensor is weights.module.state_dict(keep_vars=True)[name]
+    assert all(bool((parameter == 0.5).all()) for parameter in twin.module.parameters())
+
+
+def test_masks_differ_between_processes_and_steps_and_come_again():
+    def masks(rank):
+        found = []
+
+        class Spy(torch.nn.Module):
+            def forward(self, x):
+                found.append(torch.rand(4))
+                return x
+
+        one = session(ALONE, epochs=1)
+        one.group = Group(rank)
+        one.weights.module.append(Spy())
+        one.train("part", one.fresh().vector[None].clone(), one.schedule(4), 4)
+        return found
+
+    first, again, second = masks(0), masks(0), masks(1)
+    drawn = [tuple(mask.tolist()) for mask in first + second]
+    assert len(drawn) == len(set(drawn)) == 8
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+def test_a_checkpoint_of_format_1_is_read(tmp_path, monkeypatch):
+    folder = tmp_path / "x.unfinished"
+    monkeypatch.setattr(checkpoints_module, "FORMAT", 1)
+    save = checkpoints_module.save_tensors
+    states = {"generator.cpu": torch.get_rng_state()}
+    monkeypatch.setattr(checkpoints_module, "save_tensors", lambda tensors, path: save(tensors | states, path))
+    broken_off = BreakingOff(folder, every=0.0)
+    broken_off.left = 7
+    with pytest.raises(KeyboardInterrupt):
+        train_deep_ensemble(session(checkpoints=broken_off), members=1)
+    monkeypatch.undo()
+    assert json.loads(max(folder.glob("0*"), key=str).joinpath("manifest.json").read_text())["format"] == 1
+    resumed = train_deep_ensemble(session(checkpoints=Checkpoints(folder)), members=1)
+    expected = train_deep_ensemble(session(), members=1)
+    assert all(torch.equal(tensor, expected.vertices[name]) for name, tensor in resumed.vertices.items())
