@@ -177,7 +177,7 @@ def processes_of(torchrun_process):
 def kill(process, rank, folder):
     """SIGKILL one of the training processes in the middle of the second part."""
     deadline = time.monotonic() + 60
-    while not list(folder.glob("0001-*")):
+    while not list(folder.glob("10001-*")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
