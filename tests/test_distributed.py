@@ -290,7 +290,7 @@ def test_a_checkpoint_of_format_1_is_read(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train_deep_ensemble(session(checkpoints=broken_off), members=1)
     monkeypatch.undo()
-    assert json.loads(max(folder.glob("0*"), key=str).joinpath("manifest.json").read_text())["format"] == 1
+    assert json.loads(max(folder.glob("1*"), key=str).joinpath("manifest.json").read_text())["format"] == 1
     resumed = train_deep_ensemble(session(checkpoints=Checkpoints(folder)), members=1)
     expected = train_deep_ensemble(session(), members=1)
     assert all(torch.equal(tensor, expected.vertices[name]) for name, tensor in resumed.vertices.items())

@@ -31,6 +31,8 @@ def train_deep_ensemble(session: Session, members: int = 4, parallel: int = 1) -
         raise UsageError(f"an ensemble needs at least one member, not {members}")
     if parallel < 1:
         raise UsageError(f"at least one member is trained at a time, not {parallel}")
+    if parallel > 1 and session.group.size > 1:
+        raise UsageError("several processes train one member at a time: leave --parallel-members out")
     if session.begins_solved:
         raise UsageError("a deep ensemble's members start from independent weights, never from a run")
     groups = [list(range(first, min(first + parallel, members))) for first in range(0, members, parallel)]

@@ -51,8 +51,6 @@ def solutions(session: Session, members: Sequence[int]) -> list[Solution]:
     Raises:
         UsageError: ``torch.func.vmap`` cannot run the network. DivergedError: a loss is not finite.
     """
-    if session.group.size > 1:
-        raise UsageError("several processes train one member at a time: leave --parallel-members out")
     settings, parts = session.settings, [f"solution {member + 1}" for member in members]
     beginnings = [session.fresh(member) for member in members]
     vertices = torch.stack([beginning.vector for beginning in beginnings])
