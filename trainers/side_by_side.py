@@ -39,7 +39,7 @@ def solutions(session: Session, members: Sequence[int]) -> list[Solution]:
     """What ``session.solution`` gives for each of the members, all of them trained at once.
 
     Each is booked under a part of its own: the seconds shared out evenly; as peak memory that of all together, since so
-    much was held. No checkpoint is kept: a run that is resumed trains them anew.
+    much was held. No checkpoint is kept before they are finished: until then, a resumed run trains them anew.
 
     Args:
         session: not begun from a solution.
