@@ -66,7 +66,7 @@ class Folder:
         self.environment = ours | {
             "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
-            "XDG_CACHE_HOME": str(path.with_name(f"{path.name}-cache")),
+            "XDG_CACHE_HOME": str(commands / "cache"),  # what one page has predicted, another need not
             "BENTOML_HOME": str(path.with_name(f"{path.name}-bentoml")),
             "BENTOML_DO_NOT_TRACK": "True",
             "DOCS_PORT": self.port,
