@@ -1,7 +1,7 @@
 """The pictures of docs/how.md that are of runs on the digits: python examples/method_figures.py FOLDER
 
 Trains SSE, FGE, a simplex and a joint subspace with `cnn`, and draws the rate and the loss of the first two, and the
-planes of the last three. A few minutes on 2 cores.
+planes of the last three.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ def main() -> None:
         return Session(digits, Settings(epochs=epochs))
 
     steps, rate = session(1).per_epoch, Settings().rate
-    sse, fge = train_snapshots(session(20), members=4), train_fge(session(10), members=4, cycle=2)
-    cycle, begin = 5 * steps, 8 * steps
+    sse, fge = train_snapshots(session(12), members=3), train_fge(session(5), members=4, cycle=1)
+    cycle, begin = 4 * steps, 4 * steps
     rates = {
-        "SSE: cosine cycles": (sse, repeated(cosine(rate, cycle), cycle), [5.0, 10.0, 15.0, 20.0]),
-        "FGE: triangles after 80 % of a budget of 10 epochs": (
+        "SSE: cosine cycles": (sse, repeated(cosine(rate, cycle), cycle), [4.0, 8.0, 12.0]),
+        "FGE: triangles after 80 % of a budget of 5 epochs": (
             fge,
-            after(begin, one_cycle(rate, 10 * steps), cyclic(5e-2, 5e-4, 2 * steps)),
-            [9.0, 11.0, 13.0, 15.0],
+            after(begin, one_cycle(rate, 5 * steps), cyclic(5e-2, 5e-4, steps)),
+            [4.5, 5.5, 6.5, 7.5],
         ),
     }
     _write(folder / "schedules.png", _schedules(rates, steps))
     planes = {
         "fge": fge,
-        "simplex": train_simplex(session(10), vertices=3, members=8),
-        "subspace": train_subspace(session(20), vertices=3, members=8),
+        "simplex": train_simplex(session(6), vertices=3, members=8),
+        "subspace": train_subspace(session(10), vertices=3, members=8),
     }
     with tempfile.TemporaryDirectory() as scratch:
         for name, run in planes.items():
             path = run.save(Path(scratch) / name)
-            _write(folder / f"{name}-surface.png", plot_surface(measure_surface([path], grid=15)))
+            _write(folder / f"{name}-surface.png", plot_surface(measure_surface([path], grid=11, examples=300)))
 
 
 def _schedules(rates: dict[str, tuple[Run, Callable[[int], float], list[float]]], steps: int) -> bytes:
@@ -58,8 +58,8 @@ def _schedules(rates: dict[str, tuple[Run, Callable[[int], float], list[float]]]
     figure = new_figure(11, 4.6)
     grid = figure.subplots(2, len(rates), sharex="col", sharey="row")
     for (upper, lower), (title, (run, schedule, snapshots)) in zip(grid.T, rates.items(), strict=True):
-        epochs = [row["number"] for row in run.history]
-        every = np.arange(1, steps * round(snapshots[-1]) + 1)
+        epochs = [min(row["number"], snapshots[-1]) for row in run.history]
+        every = np.arange(1, round(steps * snapshots[-1]) + 1)
         upper.plot(every / steps, [schedule(int(step)) for step in every], color=STYLES[0][0])
         upper.plot(snapshots, [schedule(round(at * steps)) for at in snapshots], "o", color=STYLES[1][0])
         upper.set(title=title, ylabel="learning rate")
