@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-long lint types smoke check clean
+.PHONY: help demo docs test test-long lint types smoke check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -12,8 +12,12 @@ demo: $(VENV)/.installed  ## train, evaluate, export, serve and ask, in a few mi
 	rm -rf demo-output
 	$(BIN)/python examples/demo.py demo-output
 
+docs: $(VENV)/wheel/ensembler  ## the documentation as a site in site/; writes docs/cli.md from the commands
+	$(BIN)/python .ci/cli_reference.py
+	NO_MKDOCS_2_WARNING=1 ENSEMBLER_PACKAGE=$(VENV)/wheel $(BIN)/python -m mkdocs build --strict
+
 test: $(VENV)/.installed-dev  ## the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 test-long: $(VENV)/.installed-dev  ## the tests that take minutes: every fault, many times
 	$(BIN)/python -m pytest -m long
@@ -28,10 +32,10 @@ types: $(VENV)/wheel/ensembler  ## mypy on the built wheel, from outside the sou
 smoke: $(VENV)/wheel/ensembler  ## the built wheel trains, evaluates and exports from a temporary folder
 	sh .ci/smoke "$(abspath $(BIN))/python" "$(abspath $(VENV))/wheel"
 
-check: lint types smoke demo test  ## all of the above: what CI runs
+check: lint types smoke docs demo test  ## all of the above: what CI runs
 
 clean:  ## remove what was built, not what was trained
-	rm -rf build *.egg-info $(VENV)/wheel .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build site *.egg-info $(VENV)/wheel .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ensembler needs Python 3.11 or newer; try: make PYTHON=python3.11")'

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ import pytest
 from ensembler import artefact
 from ensembler.serve import Runtime
 from ensembler.serve.schemas import Validation, read_bundle
+from tests._ports import free_port  # noqa: F401  tests find it here
 from tests._runs import CLASSES, TINY, make_bundle
 
 with warnings.catch_warnings():  # of BentoML's own imports, and of httpx in Starlette's test client
@@ -151,11 +150,3 @@ class Server:
                     process.kill()
             self.process.kill()
             self.process.wait()
-
-
-def free_port() -> int:
-    """A free port below those that the system gives out: BentoML takes two of them before it takes this one."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port

@@ -36,7 +36,8 @@ def train_curve(
 
     Args:
         session: the dataset and settings; ``settings.epochs`` are spent on the bends, at ``settings.rate``.
-        first, second: runs of one architecture on the session's dataset.
+        first: a run, of the session's architecture and dataset.
+        second: another.
         curve: ``"bezier"``, or ``"chain"`` for straight pieces.
         bends: N >= 1.
         members: M >= 2, evenly spaced from end to end.

@@ -1,0 +1,167 @@
+"""Write docs/cli.md, the reference of the command line, from the commands themselves: python .ci/cli_reference.py
+
+Names, help, types, defaults and panels are read where Typer reads them. An option that every training command has alike
+stands once, above them all, as one that every command has does. A test fails where the page is not what this makes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import typer
+
+from ensembler.cli import ROOMS, app
+
+__all__ = ["commands", "reference"]
+
+PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+TITLES = {"trainers": "Make runs", "eval": "Score runs", "serve": "Ship runs"}
+
+
+class Row(NamedTuple):
+    """One argument or option of a command, as the page shows it."""
+
+    panel: str
+    name: str
+    takes: str
+    default: str
+    help: str
+
+
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command below a group, by the words that are typed."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
+def reference() -> str:
+    """The page."""
+    found = dict(commands(typer.main.get_command(app)))
+    rows = {name: list(_rows(command)) for name, command in found.items()}
+    always = _common(rows.values())
+    training = _common(own for name, own in rows.items() if name.startswith("train-"))
+    shared = [row for row in training if row not in always]
+    lines = [
+        "# The command line",
+        "",
+        "Made from the commands' own help by `make docs`; `ensembler COMMAND --help` says the same. A dash stands for",
+        "no default: the option is not needed, or its text says what holds without it.",
+        "",
+    ]
+    for room in ROOMS:
+        own = [name for name, command in found.items() if _room(command) == room]
+        lines += [f"**{TITLES[room]}**", "", "| command | |", "|---|---|"]
+        lines += [f"| [`{name}`](#{_anchor(name)}) | {_cell(found[name].help)} |" for name in own] + [""]
+    lines += ["## Options of every command", "", *_tables(always)]
+    lines += ["## Options of every training command", "", "What all methods share, beside each method's own below.", ""]
+    lines += _tables(shared)
+    for name, command in found.items():
+        here = [row for row in rows[name] if row not in always and not (name.startswith("train-") and row in shared)]
+        words = [_usage(row) for row in here if row.panel == "Arguments"]
+        lines += [f"## {name}", "", _sentence(command.help), ""]
+        lines += ["```text", " ".join(["ensembler", name, *words, "[OPTIONS]"]), "```", "", *_tables(here)]
+        if name.startswith("train-"):
+            lines += ["And [those of every training command](#options-of-every-training-command).", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _rows(command: Any) -> Iterator[Row]:
+    signature = inspect.signature(command.callback)
+    for parameter in command.params:
+        if parameter.name == "help" or getattr(parameter, "hidden", False):
+            continue
+        kind, info = _annotation(signature.parameters[parameter.name].annotation)
+        flag = kind is bool
+        if isinstance(info, typer.models.ArgumentInfo):
+            many = typing.get_origin(kind) is list
+            name = info.metavar or parameter.name.upper() + "..." * many
+            panel = "Arguments"
+        else:
+            name = " / ".join(f"`{each}`" for each in (*parameter.opts, *parameter.secondary_opts))
+            panel = info.rich_help_panel or "Options"
+        yield Row(
+            panel, name, "" if flag else _takes(kind, info), _default(parameter, info, flag), _sentence(info.help or "")
+        )
+
+
+def _annotation(annotation: Any) -> tuple[Any, Any]:
+    """The type without ``None``, and what Typer was told of it."""
+    kind, *told = typing.get_args(annotation)
+    info = next(each for each in told if isinstance(each, typer.models.ParameterInfo))
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        kind = next(each for each in typing.get_args(kind) if each is not type(None))
+    return kind, info
+
+
+def _takes(kind: Any, info: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return f"{_takes(typing.get_args(kind)[0], info)}, several"
+    name = info.metavar or {int: "whole number", float: "number", Path: "path", str: "text"}[kind]
+    bounds = [f"from {info.min:g}"] if info.min is not None else []
+    bounds += [f"to {info.max:g}"] if info.max is not None else []
+    return " ".join([name, *bounds])
+
+
+def _default(parameter: Any, info: Any, flag: bool) -> str:
+    if parameter.required:
+        return "required"
+    if flag and not parameter.secondary_opts:
+        return "off"
+    if parameter.default is None:
+        return f"`${info.envvar}`" if info.envvar else "–"
+    if flag:
+        return f"`{(parameter.opts if parameter.default else parameter.secondary_opts)[0]}`"
+    return f"`{parameter.default}`"
+
+
+def _usage(row: Row) -> str:
+    return row.name if row.default == "required" else f"[{row.name}]"
+
+
+def _common(groups: Iterable[Sequence[Row]]) -> list[Row]:
+    """The rows that all groups have, in the order of the first."""
+    first, *others = groups
+    return [row for row in first if all(row in other for other in others)]
+
+
+def _tables(rows: Sequence[Row]) -> Iterator[str]:
+    panels: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        panels[row.panel].append(row)
+    for panel, own in panels.items():
+        yield from (f"| {panel} | takes | default | |", "|---|---|---|---|")
+        for row in own:
+            name = f"`{row.name}`" if panel == "Arguments" else row.name
+            yield f"| {name} | {row.takes} | {row.default} | {_cell(row.help)} |"
+        yield ""
+
+
+def _room(command: Any) -> str:
+    return str(command.callback.__module__).split(".")[1]
+
+
+def _sentence(text: str) -> str:
+    return " ".join(inspect.cleandoc(text).split())
+
+
+def _cell(text: str) -> str:
+    return _sentence(text).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _anchor(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(reference(), encoding="utf-8")
