@@ -16,12 +16,12 @@ from typing import Any, Literal, NamedTuple
 
 import typer
 
-from ensembler.cli import ROOMS, app
+from ensembler.cli import COMMANDS, app
 
 __all__ = ["commands", "reference"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
-TITLES = {"trainers": "Make runs", "eval": "Score runs", "serve": "Ship runs"}
+TITLES = {"trainers": "Make runs", "eval": "Score runs", "serve": "Ship runs", "": "Move runs and bundles"}
 
 
 class Row(NamedTuple):
@@ -57,7 +57,7 @@ def reference() -> str:
         "no default: the option is not needed, or its text says what holds without it.",
         "",
     ]
-    for room in ROOMS:
+    for room in (module.rpartition(".")[0] for module in COMMANDS):
         own = [name for name, command in found.items() if _room(command) == room]
         lines += [f"**{TITLES[room]}**", "", "| command | |", "|---|---|"]
         lines += [f"| [`{name}`](#{_anchor(name)}) | {_cell(found[name].help)} |" for name in own] + [""]
@@ -148,7 +148,7 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _room(command: Any) -> str:
-    return str(command.callback.__module__).split(".")[1]
+    return ".".join(str(command.callback.__module__).split(".")[1:-1])
 
 
 def _sentence(text: str) -> str:
