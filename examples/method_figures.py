@@ -45,7 +45,7 @@ def main() -> None:
     planes = {
         "fge": fge,
         "simplex": train_simplex(session(6), vertices=3, members=8),
-        "subspace": train_subspace(session(10), vertices=3, members=8),
+        "subspace": train_subspace(session(40), vertices=3, members=8),
     }
     with tempfile.TemporaryDirectory() as scratch:
         for name, run in planes.items():

@@ -29,7 +29,10 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "docs" / "index.md"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 LANGUAGES = {"sh", "bash", "console", "python", "json", "toml", "yaml", "text"}
 _LAUNCHERS = {"env", "exec", "nice", "nohup", "python", "srun", "time", "timeout", "torchrun"}
