@@ -315,7 +315,7 @@ def filled(disk: Path, free: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     "shares", [pytest.param((0.5,), id="quick"), pytest.param((*np.linspace(0, 0.95, 8),), id="long", marks=LONG)]
 )
-@pytest.mark.parametrize("what", quick(COMMANDS, "train", "calibrate"))
+@pytest.mark.parametrize("what", quick(COMMANDS, "train"))
 def test_a_full_disk(nursery, world, images, tmp_path, what, shares):
     with small_disk(tmp_path / "disk", "8m") as disk:
         for share in shares:
@@ -567,6 +567,7 @@ def test_two_exports_to_one_folder(nursery, world, tmp_path):
     assert hidden(tmp_path) == [] and visible(tmp_path / "bundles") == ["x"]
 
 
+@LONG
 def test_two_calibrations_of_one_run(nursery, world, run, tmp_path):
     both = [nursery.start(tmp_path, "calibrate", run, "--risk", "0.4") for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0], [process.err for process in both]
