@@ -312,16 +312,15 @@ def _fresh(parent: Path, label: str) -> Path:
 def _write(folder: Path, files: dict[str, bytes], json: Path | None) -> None:
     """Write a command's files, and its JSON where it is wanted, too: all or none."""
     from ensembler.artefact import replace_files
-    from ensembler.errors import ArtefactError
 
     contents = {folder / name: content for name, content in files.items()}
     if json is not None:
         contents[json] = next(content for name, content in files.items() if name.endswith(".json"))
     try:
         replace_files(contents)
-    except ArtefactError:
+    except BaseException:  # Ctrl-C, too
         with suppress(OSError):
-            folder.rmdir()  # where nothing else is in it
+            folder.rmdir()  # where nothing is in it
         raise
 
 
