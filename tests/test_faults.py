@@ -583,8 +583,8 @@ def test_a_clock_that_jumps_while_a_run_is_trained(nursery, world, images, tmp_p
     clock.write_text("0")
     process = nursery.start(tmp_path, *TRAIN, *images, "--out", "runs/x", clock=clock)
     for jump in (365 * 86400, -86400, 0):
-        checkpoints = {path.name for path in (tmp_path / "runs").glob("x.unfinished/0*")}
-        until(lambda seen=checkpoints: {p.name for p in (tmp_path / "runs").glob("x.unfinished/0*")} - seen, process)
+        checkpoints = {path.name for path in (tmp_path / "runs").glob("x.unfinished/1*")}
+        until(lambda seen=checkpoints: {p.name for p in (tmp_path / "runs").glob("x.unfinished/1*")} - seen, process)
         clock.write_text(str(jump))
     process.send(signal.SIGINT)
     assert process.wait() == 130, process.err

@@ -311,7 +311,7 @@ def _trains(name: str, has_pieces: bool = False) -> Callable[[_Method], _Method]
 
             if resume:
                 _check_typed(context)
-            _check_together(group, seeds, engine)
+            _check_runs(group, seeds, engine)
             beginning = {key: _written(context.params[key]) for key in _BEGINNING if key in given}
             folder, url = destination(out, "runs")
             kept = {key: value for key, value in context.params.items() if key not in ("resume", *_ENGINE)}
@@ -433,8 +433,10 @@ def _make(
     return saved
 
 
-def _check_together(group: "Group", seeds: int, engine: str) -> None:
-    """Processes that train together make one run, and make it themselves."""
+def _check_runs(group: "Group", seeds: int, engine: str) -> None:
+    """At least one run is made; by processes that train together, one, and by themselves."""
+    if seeds < 1:
+        raise UsageError(f"at least one run is made, not {seeds}")
     if group.size > 1 and (seeds > 1 or engine != "local"):
         raise UsageError(
             "under torchrun, one run is made by the processes that it started: leave out --seeds and --engine"
