@@ -94,7 +94,7 @@ def imagenet(c: dict[str, float], members: int = 100, epochs: int = 90) -> dict[
         "shift table: forward passes": f"{looks:.3g}",
         "shift table: A100 hours, forward passes": f"{looks / forward / 3600:,.0f}",
         "shift table: core hours, corruptions": f"{corrupted:,.0f} (made once for all runs)",
-        "shift table: core hours, reducing probabilities to scores": f"{reduced:,.0f}",
+        "shift table: core hours, reducing probabilities to scores": f"{reduced:,.1f}",
         "kept predictions of a cell": f"{cell / GB:.2f} GB; of all {CELLS}: {CELLS * cell / GB:.0f} GB",
         "every member's probabilities on the clean images": f"{every / GB:.0f} GB",
     }
