@@ -17,7 +17,7 @@ docs: $(VENV)/wheel/ensembler  ## the documentation as a site in site/; writes d
 	NO_MKDOCS_2_WARNING=1 ENSEMBLER_PACKAGE=$(VENV)/wheel $(BIN)/python -m mkdocs build --strict
 
 test: $(VENV)/.installed-dev  ## the test suite
-	$(BIN)/python -m pytest -n logical --dist loadfile
+	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.installed-dev  ## the tests that take minutes: every fault, many times
 	$(BIN)/python -m pytest -m long

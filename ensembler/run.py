@@ -363,7 +363,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # its writer's, and no OSError
-        raise ArtefactError(f"cannot write {path.name}: {error}; nothing was left behind") from error
+        raise ArtefactError(f"cannot write {path}: {error}; nothing was left behind") from error
 
 
 def _identity(path: Path) -> str:
