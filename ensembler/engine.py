@@ -146,7 +146,11 @@ class Ray:
             raise UsageError("the engine ray needs Ray: pip install 'ensembler[ray]'") from error
         if not ray.is_initialized():
             address = self.address or os.environ.get("RAY_ADDRESS") or "local"
+            host, _, port = address.rpartition(":")
             try:
+                if host and port.isdecimal() and "/" not in host:
+                    # Ray itself would go on trying for many minutes.
+                    socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK).close()
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # it announces what will change in later versions
                     ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

@@ -175,6 +175,7 @@ def test_ctrl_c_leaves_no_run_and_no_traceback(tmp_path, images):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.long
 def test_a_kill_at_any_moment_leaves_no_run_or_a_whole_one(tmp_path, images):
     rng, began = random.Random(0), time.monotonic()
     arguments = ["train-simplex", "--vertices", 2, *SMALL, *images]

@@ -150,8 +150,10 @@ def test_what_cannot_be_had_is_said(ray, monkeypatch):
         raise ConnectionError(f"no answer\nfrom {address}")
 
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
-    with pytest.raises(EngineError, match="cannot reach Ray at here:6379: no answer: is it running there"):
-        choose("ray", "here:6379").__enter__()
+    with pytest.raises(EngineError, match="cannot reach Ray at ray://here:6379: no answer: is it running there"):
+        choose("ray", "ray://here:6379").__enter__()
+    with pytest.raises(EngineError, match=r"cannot reach Ray at 127.0.0.1:1: .*refused.*: is it running there"):
+        choose("ray", "127.0.0.1:1").__enter__()  # Ray itself would try for many minutes
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install 'ensembler\[ray\]'"):
         choose("ray").__enter__()
