@@ -10,7 +10,8 @@ import typer
 
 from ensembler import storage
 from ensembler.errors import UsageError
-from ensembler.transfers import watching
+from ensembler.progress import watching
+from ensembler.transfers import MEGABYTES
 
 __all__ = ["app"]
 
@@ -39,7 +40,7 @@ def push(
     *given, url = places
     if len(given) > 1 or not storage.is_url(url):
         raise UsageError("push takes a run or bundle, and the URL to write it to, such as s3://BUCKET/NAME")
-    with watching(quiet) as watch:
+    with watching(quiet, **MEGABYTES) as watch:
         sent = storage.push(storage.local(given[0], watch) if given else _latest(), url, private=private, watch=watch)
     typer.echo(f"pushed: {url} ({', '.join(sent)})" if sent else f"{url} holds it already: nothing was sent")
 
@@ -55,7 +56,7 @@ def pull(
     """Fetch a run or bundle from a URL and verify every byte; the folder appears whole or not at all."""
     if not storage.is_url(url):
         raise UsageError(f"{url} is no URL: what lies on this machine needs no pulling")
-    with watching(quiet) as watch:
+    with watching(quiet, **MEGABYTES) as watch:
         found = storage.pull(url, out, watch)
     typer.echo(f"pulled: {found}")
 

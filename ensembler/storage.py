@@ -24,11 +24,11 @@ from typing import Any
 from ensembler import artefact
 from ensembler.artefact import MANIFEST, SEAL
 from ensembler.errors import ArtefactError, CorruptError, UsageError
-from ensembler.stores import NAME, HubRepository, Store, Watcher, changed, is_url, name_of, open_store, silent
+from ensembler.progress import Watcher
+from ensembler.stores import NAME, HubRepository, Store, changed, is_url, name_of, open_store, silent
 
 __all__ = [
     "Url",
-    "Watcher",
     "check_free",
     "default_folder",
     "destination",

@@ -16,10 +16,9 @@ from urllib.parse import unquote
 
 from ensembler.artefact import MANIFEST, SEAL
 from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, UsageError
+from ensembler.progress import Watcher
 
-__all__ = ["NAME", "HubRepository", "Store", "Watcher", "changed", "is_url", "name_of", "open_store", "silent"]
-
-Watcher = Callable[[str, int, int], None]  # what is done, bytes done, of how many
+__all__ = ["NAME", "HubRepository", "Store", "changed", "is_url", "name_of", "open_store", "silent"]
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ .,=+-]*")  # of a folder or a file, on any system
 

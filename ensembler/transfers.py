@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,12 @@ import typer
 
 from ensembler import storage
 from ensembler.errors import ArtefactError, UsageError
-from ensembler.storage import Url, Watcher, local
+from ensembler.progress import watching
+from ensembler.storage import Url, local
 
-__all__ = ["at_hand", "push_finished", "watching"]
+__all__ = ["MEGABYTES", "at_hand", "push_finished"]
+
+MEGABYTES: dict[str, Any] = {"unit": "MB", "scale": 1e6}  # what transfers are counted in, for :mod:`.progress`
 
 
 def at_hand(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def at_hand(given: Mapping[str, Any]) -> dict[str, Any]:
     remote = {name for name, values in many.items() if any(isinstance(value, Url) for value in values)}
     if not remote:
         return dict(given)
-    with watching(bool(given.get("quiet"))) as watch:
+    with watching(bool(given.get("quiet")), **MEGABYTES) as watch:
         found = {
             name: [local(value, watch) if isinstance(value, Url) else value for value in many[name]] for name in remote
         }
@@ -46,7 +48,7 @@ def push_finished(path: Path, url: str | None, quiet: bool = False) -> None:
         return
     again = f"what was made is safe at {path}; to push it: ensembler push {path} {url}"
     try:
-        with watching(quiet) as watch:
+        with watching(quiet, **MEGABYTES) as watch:
             storage.push(path, url, watch=watch)
     except (ArtefactError, UsageError) as error:
         raise ArtefactError(f"{error}; {again}") from error
@@ -54,34 +56,3 @@ def push_finished(path: Path, url: str | None, quiet: bool = False) -> None:
         typer.echo(again, err=True)
         raise
     typer.echo(f"pushed: {url}")
-
-
-@contextmanager
-def watching(quiet: bool) -> Iterator[Watcher]:
-    """A function to be told how many bytes have gone: a bar on a terminal, else a line for each transfer."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    console = Console(stderr=True)
-    if quiet:
-        yield lambda label, done, total: None
-    elif not console.is_terminal:
-        told: set[str] = set()
-
-        def say(label: str, done: int, total: int) -> None:
-            if label not in told:
-                typer.echo(f"{label} ({total / 1e6:,.1f} MB)", err=True)
-            told.add(label)
-
-        yield say
-    else:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-            tasks: dict[str, Any] = {}
-
-            def watch(label: str, done: int, total: int) -> None:
-                if label not in tasks:
-                    tasks[label] = bar.add_task(label)
-                bar.update(tasks[label], completed=done, total=total or None)
-
-            yield watch

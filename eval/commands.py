@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ensembler.eval import data_commands
-from ensembler.eval.progress import watching
+from ensembler.progress import watching
 from ensembler.storage import is_url, place
 
 __all__ = ["app"]

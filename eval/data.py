@@ -27,8 +27,8 @@ from ensembler.eval.layout import (
     read_record,
     stored,
 )
-from ensembler.eval.progress import Watcher
 from ensembler.images import Images
+from ensembler.progress import Watcher
 from ensembler.run import versions
 
 __all__ = ["write_corruptions"]

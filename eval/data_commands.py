@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ensembler.eval.progress import watching
+from ensembler.progress import watching
 
 __all__ = ["app"]
 

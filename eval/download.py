@@ -24,7 +24,7 @@ from ensembler import __version__
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.corruptions import HEADLINE, VALIDATION
 from ensembler.eval.layout import LABELS, RECORD, alone
-from ensembler.eval.progress import Watcher
+from ensembler.progress import Watcher
 
 __all__ = ["ARCHIVES", "HOST", "Archive", "download"]
 

@@ -92,10 +92,8 @@ def is_made(path: Path, seed: int, given: Mapping[str, Any], order: Order) -> bo
         return False
     manifest = Run.load(path).manifest
     manifest.dataset.check(order.dataset)
-    held = manifest.options | {
-        "seed": manifest.seed,
-        "clip": manifest.options.get("clip") or 0.0,
-    }  # none is 0, as typed
+    clip = manifest.options.get("clip") or 0.0  # none is 0, as typed
+    held = manifest.options | {"seed": manifest.seed, "clip": clip}
     wanted = dict(given) | {"seed": seed}
     if isinstance(order.init, Run):
         wanted["architecture"] = order.init.manifest.architecture

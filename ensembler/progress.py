@@ -21,7 +21,7 @@ _EVERY = 10.0  # seconds between two lines
 def watching(quiet: bool, *, unit: str = "", scale: float = 1.0) -> Iterator[Watcher]:
     """A function to be told of the progress: what is being done, how much is done, of how much.
 
-    What becomes less, or of another total, is a new stage, with a bar of its own.
+    What becomes less, or of another total, is a new stage, with a bar of its own. A total of 0 is one not known.
 
     Args:
         quiet: say nothing.
@@ -45,7 +45,7 @@ def watching(quiet: bool, *, unit: str = "", scale: float = 1.0) -> Iterator[Wat
             def watch(label: str, done: int, total: int) -> None:
                 fields: dict[str, Any] = {"done": f"{done / scale:,.0f}", "all": f"{total / scale:,.0f}"}
                 if total != stages[-1][1] or done < stages[-1][0]:
-                    bar.add_task(label, total=total, **fields)
+                    bar.add_task(label, total=total or None, **fields)
                 stages.append((done, total))
                 del stages[:-1]
                 bar.update(bar.task_ids[-1], description=label, completed=done, **fields)
@@ -63,7 +63,7 @@ def _lines(unit: str, scale: float) -> Watcher:
         if new := total != of or done < previous:
             begun, before, of = now, done, total
         previous = done
-        if not new and done < total and now - printed < _EVERY:
+        if not new and (done < total or not total) and now - printed < _EVERY:
             return
         printed, left = now, ""
         if before < done < total:
