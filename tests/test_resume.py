@@ -128,6 +128,32 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
             train_deep_ensemble(session(Checkpoints(tmp_path / "x.unfinished"), **changes), members=1)
 
 
+class RemovedByHalf(Checkpoints):
+    """Lose the files of these names after the third checkpoint, as a removal that comes while the fourth is written."""
+
+    gone: tuple[str, ...] = ()
+    left = 3
+
+    def save(self, number, part, saved):
+        super().save(number, part, saved)
+        self.left -= 1
+        for name in self.gone if self.left == 0 else ():
+            (self.folder / name).unlink()
+
+
+@pytest.mark.parametrize("gone", [("options.json",), ("options.json", ".lock")])
+def test_a_folder_removed_by_half_is_begun_again_and_nothing_of_it_stays(tmp_path, gone):
+    checkpoints = RemovedByHalf(tmp_path / "x.unfinished", every=0.0)
+    checkpoints.gone = gone
+    run = METHODS["simplex"](checkpoints)
+    assert checkpoints.left < 0
+    assert [path.name for path in tmp_path.iterdir()] == ["x.unfinished"]
+    assert (tmp_path / "x.unfinished" / "options.json").is_file()
+    assert_the_same(METHODS["simplex"](None), run)
+    checkpoints.remove()
+    assert not [*tmp_path.iterdir()]
+
+
 def test_checkpoints_are_written_when_due_and_at_the_end_of_a_part(tmp_path):
     checkpoints = Checkpoints(tmp_path / "x.unfinished", every=1e9)
     train_snapshots(session(checkpoints), members=2)

@@ -128,7 +128,10 @@ class Checkpoints:
                 except OSError:
                     if not self.folder.exists():
                         raise
-                    self.folder = self.folder.with_name(f"{name}-{number}.unfinished")
+                    if not (self.folder / OPTIONS).is_file():  # the rest of one that is removed while we write to it
+                        shutil.rmtree(self.folder, ignore_errors=True)
+                    if self.folder.exists():
+                        self.folder = self.folder.with_name(f"{name}-{number}.unfinished")
         except OSError as error:
             raise ArtefactError(f"cannot write {self.folder}: {error.strerror or error}") from error
         finally:
