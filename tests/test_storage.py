@@ -666,13 +666,13 @@ def test_a_run_is_pushed_when_it_is_finished(tmp_path, images, monkeypatch):
 
 
 def test_a_resumed_run_is_pushed_where_it_was_to_go(tmp_path, images, monkeypatch):
-    from ensembler.trainers import checkpoints
+    from ensembler.trainers import orders
     from tests._interrupt import BreakingOff
 
     url = at("file", tmp_path, "resumed")
     train = ["train-fge", "--members", 2, "--cycle", 1, *SMALL, *images, "--quiet", "--checkpoint-every", 0]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "Checkpoints", BreakingOff)
+        patch.setattr(orders, "Checkpoints", BreakingOff)
         patch.setattr(BreakingOff, "left", 3)
         assert call(*train, "--out", url).exit_code == 130
     result = call("train-fge", "--resume", "runs/resumed")
