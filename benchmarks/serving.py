@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -38,6 +39,7 @@ from typing import Any
 import numpy as np
 
 WARM_UP = 50
+LATE = 100  # milliseconds, of p99
 ROUTE = "/predictive-uncertainty/binary"
 
 
@@ -106,7 +108,7 @@ def compare(bundle: Path, options: argparse.Namespace) -> None:
         capacity = statistics.median(rates)
         for part in (0.5,) if options.quick else (0.25, 0.5, 0.7):
             for name, port in ports.items():
-                found = client(ours, port=port, shape=[1, *shape], rate=part * capacity, seconds=5 * seconds)
+                found = client(ours, port=port, shape=[1, *shape], rates=[[part * capacity, 5 * seconds]])
                 line = {key: found[key] for key in ("p50", "p95", "p99", "errors", "mean_batch")}
                 figures |= {f"open_loop.{part:g}.{name}.{key}": float(value) for key, value in line.items()}
                 print(f"open loop, {part * capacity:.0f} images/s, {name}: {line} {found['statuses']}")
@@ -119,54 +121,73 @@ def compare(bundle: Path, options: argparse.Namespace) -> None:
 def soak(
     bundle: Path, shape: list[int], theirs: list[int], ours: list[int], seconds: float, capacity: float
 ) -> dict[str, float]:
-    """The highest rate that keeps p99 under 100 ms, for a while; then four times that for a fifth of it; then again."""
+    """The highest rate that keeps p99 under 100 ms, for a while; four times that for a fifth of it; and the rate again.
+
+    The flood comes twice: the first takes the memory that many connections at a time take, the second shows whether
+    that grows.
+    """
+    shape = [1, *shape]
     with running("ensembler", bundle, theirs) as port:
         rate, tried = 0.0, 0.1 * capacity
         while tried < capacity:  # upwards: what a server did not bear would weigh on the next trial
-            found = client(ours, port=port, shape=[1, *shape], rate=tried, seconds=10)
-            if found["p99"] >= 100 or set(found["statuses"]) != {"200"}:
+            found = client(ours, port=port, shape=shape, rates=[[tried, 10]])
+            if found["p99"] >= LATE or set(found["statuses"]) != {"200"}:
                 break
             rate, tried = tried, 1.2 * tried
         if not rate:
-            raise SystemExit("no rate keeps p99 under 100 ms on this machine, now")
+            raise SystemExit(f"no rate keeps p99 under {LATE} ms on this machine, now")
         rate *= 0.9  # room for what else the machine does meanwhile
         time.sleep(10)
-        before = memory(port)
-        steady = client(ours, port=port, shape=[1, *shape], rate=rate, seconds=seconds)
-        after_steady = memory(port)
-        flood = client(ours, port=port, shape=[1, *shape], rate=4 * rate, seconds=seconds / 5)
-        after_flood = memory(port)
-        after = client(ours, port=port, shape=[1, *shape], rate=rate, seconds=15)
-        late = [second for second, ms in zip(after["seconds"], after["ms"], strict=True) if ms > 100]
-    for name, found in {"steady": steady, "four times that": flood, "after it": after}.items():
+        sizes = [memory(port)]
+        steady = client(ours, port=port, shape=shape, rates=[[rate, seconds]])
+        sizes.append(memory(port))
+        floods = []
+        for _ in range(2):
+            floods.append(client(ours, port=port, shape=shape, rates=[[4 * rate, seconds / 5], [rate, 15]])["phases"])
+            sizes.append(memory(port))
+    recovered = [recovery(after) for _, after in floods]
+    for name, found in {"steady": steady, "four times that": floods[0][0], "and again": floods[1][0]}.items():
         print(f"soak, {name}: p99 {found['p99']:.0f} ms, {found['statuses']}, passes of {found['mean_batch']:.1f}")
-    megabytes = [size / 2**20 for size in (before, after_steady, after_flood)]
-    print(f"soak: {rate:.0f} images/s; memory {', '.join(f'{size:.0f}' for size in megabytes)} MiB")
+    mib = [size / 2**20 for size in sizes]
+    print(f"soak: {rate:.0f} images/s; memory {', '.join(f'{size:.0f}' for size in mib)} MiB; recovered after", end=" ")
+    print(", ".join(f"{second:.1f} s" for second in recovered))
+    flood = floods[0][0]
     return {
         "soak.rate": rate,
         "soak.p99_ms": steady["p99"],
         "soak.other_statuses": float(
-            sum(found["errors"] - found["statuses"].get("503", 0) for found in (steady, flood))
+            sum(found["errors"] - found["statuses"].get("503", 0) for found in (steady, *floods[0], *floods[1]))
         ),
         "soak.refused_at_four_times": flood["statuses"].get("503", 0) / max(1, sum(flood["statuses"].values())),
         "soak.p99_of_answered_at_four_times_ms": flood["p99"],
-        "soak.memory_growth_mib": megabytes[1] - megabytes[0],
-        "soak.memory_growth_after_flood_mib": megabytes[2] - megabytes[0],
-        "soak.recovered_after_s": max(late, default=0.0),
+        "soak.memory_growth_mib": mib[1] - mib[0],
+        "soak.memory_of_first_flood_mib": mib[2] - mib[1],
+        "soak.memory_of_second_flood_mib": mib[3] - mib[2],
+        "soak.recovered_after_s": max(recovered),
     }
 
 
+def recovery(after: dict[str, Any]) -> float:
+    """Seconds from a flood's last request until p99, of all that is asked from then on, is under the limit."""
+    seconds, ms = np.array(after["seconds"]), np.array(after["ms"])
+    for begun in np.arange(0, 14, 0.1):
+        if np.quantile(ms[seconds >= begun], 0.99) < LATE:
+            return float(begun)
+    return float("inf")
+
+
 class Client:
-    """Loads one server: open-loop at a ``rate`` of requests a second, or closed-loop on some ``connections``."""
+    """Loads one server: open-loop at ``rates``, of requests a second, each for some seconds, one after the other; or
+    closed-loop on some ``connections`` for some ``seconds``."""
 
     def __init__(
         self,
         on: list[int],
         port: int,
         shape: list[int],
-        seconds: float,
-        rate: float | None = None,
-        connections: int | None = None,
+        rates: list[tuple[float, float]] | None = None,
+        connections: int = 1,
+        seconds: float = 1.0,
     ) -> None:
         pin(on)
         images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -177,7 +198,7 @@ class Client:
             f"X-Shape: {','.join(map(str, shape))}\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         self.request = head.encode() + body
-        self.port, self.seconds, self.rate, self.connections = port, seconds, rate, connections
+        self.port, self.rates, self.connections, self.seconds = port, rates or [], connections, seconds
         self.images = len(images)
         self.idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self.done: list[tuple[float, float, str, int]] = []  # intended, finished, status, batch
@@ -187,36 +208,44 @@ class Client:
             await self.ask(time.perf_counter())
         self.done.clear()
         start = time.perf_counter()
-        if self.rate:
-            await self.open_loop(start, random.Random(0))
-        else:
-            await asyncio.gather(*(self.closed_loop(start) for _ in range(self.connections or 1)))
-        taken = time.perf_counter() - start
-        answered = [entry for entry in self.done if entry[2] == "200"]
+        if not self.rates:
+            await asyncio.gather(*(self.closed_loop(start) for _ in range(self.connections)))
+            return self.found(start)
+        starts = [start + sum(seconds for _, seconds in self.rates[:i]) for i in range(len(self.rates) + 1)]
+        await self.open_loop(start, random.Random(0))
+        return self.found(start) | {"phases": [self.found(*phase) for phase in itertools.pairwise(starts)]}
+
+    def found(self, start: float, end: float = float("inf")) -> dict[str, Any]:
+        """What became of the requests that were meant to be sent between two moments."""
+        done = [entry for entry in self.done if start <= entry[0] < end]
+        answered = [entry for entry in done if entry[2] == "200"]
         ms = [1000 * (finished - intended) for intended, finished, _, _ in answered]
         batches = [batch for *_, batch in answered]
         quantiles = np.quantile(ms, [0.5, 0.95, 0.99]).round(2).tolist() if ms else [float("nan")] * 3
-        statuses = Counter(status for _, _, status, _ in self.done)
+        statuses = Counter(status for _, _, status, _ in done)
+        taken = max((finished for _, finished, _, _ in done), default=start) - start
         return {
             "ms": ms,
             "seconds": [intended - start for intended, *_ in answered],
             "batches": batches,
             "mean_batch": round(statistics.mean(batches), 2) if batches else 0.0,
-            "rate": self.images * len(answered) / taken,
+            "rate": self.images * len(answered) / max(taken, 1e-9),
             "statuses": statuses,
             "errors": statuses.total() - statuses["200"],
             **dict(zip(("p50", "p95", "p99"), quantiles, strict=True)),
         }
 
     async def open_loop(self, start: float, rng: random.Random) -> None:
-        assert self.rate
         asked: set[asyncio.Task[None]] = set()
         intended = start
-        while (intended := intended + rng.expovariate(self.rate)) < start + self.seconds:
-            await asyncio.sleep(max(0.0, intended - time.perf_counter()))
-            task = asyncio.create_task(self.ask(intended))
-            asked.add(task)
-            task.add_done_callback(asked.discard)
+        for rate, seconds in self.rates:
+            start += seconds
+            while (intended := intended + rng.expovariate(rate)) < start:
+                await asyncio.sleep(max(0.0, intended - time.perf_counter()))
+                task = asyncio.create_task(self.ask(intended))
+                asked.add(task)
+                task.add_done_callback(asked.discard)
+            intended = start
         await asyncio.gather(*asked)
 
     async def closed_loop(self, start: float) -> None:
