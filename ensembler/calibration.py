@@ -18,10 +18,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from ensembler import artefact
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
+from ensembler.record import Record
 
 __all__ = [
     "FILE",
@@ -56,8 +57,8 @@ Array = NDArray[np.float64]
 ConformalMethod = Literal["lac", "aps"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class _Record(Record):
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class Temperature(_Record):

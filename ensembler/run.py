@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -36,6 +36,7 @@ from ensembler import artefact, datasets
 from ensembler.datasets import AUGMENTATIONS, Dataset
 from ensembler.errors import ArtefactError, CorruptError, DataError, DivergedError, UsageError
 from ensembler.images import FileSplit
+from ensembler.record import Record
 
 __all__ = [
     "Cost",
@@ -59,11 +60,7 @@ _PACKAGES = (
 )
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class DatasetRecord(_Record):
+class DatasetRecord(Record):
     """Which images, so that evaluation can find the same ones again, and what a network needs to see them.
 
     ``lazy``: whether they were read from their files whenever they were needed; ``skipped``: the files left out.
@@ -77,11 +74,11 @@ class DatasetRecord(_Record):
     std: list[float]
     augmentation: str
     train_examples: int
-    class_counts: list[int] = []
+    class_counts: list[int] = Field(default_factory=list)
     train_sha256: str
     test_sha256: str
     lazy: bool = False
-    skipped: list[str] = []
+    skipped: list[str] = Field(default_factory=list)
 
     @classmethod
     def of(cls, dataset: Dataset, augmentation: str | None = None) -> DatasetRecord:
@@ -145,7 +142,7 @@ class DatasetRecord(_Record):
                 )
 
 
-class Sampling(_Record):
+class Sampling(Record):
     """How further members can be drawn: barycentric coordinates in the simplexes.
 
     Attributes:
@@ -161,7 +158,7 @@ class Sampling(_Record):
     weights: list[float] | None = None
 
 
-class Part(_Record):
+class Part(Record):
     """What one piece of the training cost: a base solution ("solution 1"), or an addition ("vertex 2").
 
     Attributes:
@@ -183,7 +180,7 @@ class Part(_Record):
     origin: str | None = None
 
 
-class Cost(_Record):
+class Cost(Record):
     """What training cost in all, and in each of its parts; the units are those of :class:`Part`."""
 
     example_passes: int
@@ -199,7 +196,7 @@ class Cost(_Record):
         return [part.origin for part in self.parts.values() if part.origin is not None]
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """Everything about a run but its numbers."""
 
     kind: Literal["run"] = "run"
@@ -217,7 +214,7 @@ class Manifest(_Record):
     metrics: dict[str, Any]
     created: str
     versions: dict[str, str]
-    files: dict[str, str] = {}
+    files: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(eq=False)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict
 
 from ensembler.errors import ShapeError, UsageError
 from ensembler.eval.metrics import FLOOR, accuracy
+from ensembler.record import Record
 from ensembler.run import Manifest
 from ensembler.seeds import derive
 
@@ -45,14 +45,10 @@ _NOT_THE_METHOD = ("seed", "device", "workers", "compile", "parallel_members", "
 _BEGINNINGS = ("init", "second")
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
 # --- differences ----------------------------------------------------------------------------------------------------
 
 
-class Difference(_Record):
+class Difference(Record):
     """A score of ``a`` less that of ``b``, of which lower is better: below 0, ``a`` is the better one.
 
     Attributes:
@@ -265,7 +261,7 @@ def _resamples(examples: int, count: int, seed: int) -> Iterator[Array]:
 # --- several runs of one method -------------------------------------------------------------------------------------
 
 
-class Spread(_Record):
+class Spread(Record):
     """Values and how far they lie apart: the mean, the least and the greatest, and the sample standard deviation.
 
     ``deviation`` divides by n - 1, and is ``null`` where n is 1: one value says nothing of it.
@@ -296,7 +292,7 @@ def spread(values: Sequence[float]) -> Spread:
     )
 
 
-class Group(_Record):
+class Group(Record):
     """Runs of one method that differ in their seeds.
 
     Attributes:

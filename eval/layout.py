@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.corruptions import HEADLINE, SEVERITIES, VALIDATION, Constants, corrupt
 from ensembler.images import Images
+from ensembler.record import Record
 
 __all__ = [
     "LABELS",
@@ -51,7 +52,7 @@ _GROWING = {
 _STEP_BACK = 0.95
 
 
-class Generated(BaseModel):
+class Generated(Record):
     """What ``generated.json`` says of a folder made here.
 
     Attributes:
@@ -63,7 +64,7 @@ class Generated(BaseModel):
         versions: of the packages that made it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True)
 
     format: int = 1
     note: str

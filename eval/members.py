@@ -12,12 +12,12 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from ensembler import ordering
 from ensembler.errors import ShapeError, UsageError
 from ensembler.eval.comparison import BINS, Spread, losses_of, spread
 from ensembler.eval.metrics import FLOOR, accuracy
+from ensembler.record import Record
 from ensembler.seeds import derive
 
 __all__ = [
@@ -38,11 +38,7 @@ _ELEMENTS = 2**23  # of members' probabilities scored at once
 _SIZES = 12  # of a long curve
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class MemberScores(_Record):
+class MemberScores(Record):
     """Scores of the mean prediction of some members.
 
     ``calibrated_nll`` is the NLL after a temperature fitted on the validation images to these very members: NLLs of
@@ -57,7 +53,7 @@ class MemberScores(_Record):
     ece: float
 
 
-class CurvePoint(_Record):
+class CurvePoint(Record):
     """Scores of ``members`` members: over random subsets of them, and of the first ones in a given order."""
 
     members: int
@@ -260,7 +256,7 @@ def _check_members(members: NDArray[np.floating], labels: Labels) -> None:
 # --- the deep-ensemble equivalent -----------------------------------------------------------------------------------
 
 
-class Equivalent(_Record):
+class Equivalent(Record):
     """How many independently trained networks, in a deep ensemble, do as well.
 
     Attributes:

@@ -14,12 +14,12 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ensembler import datasets
 from ensembler.errors import DataError, ShapeError, UsageError
 from ensembler.images import FileSplit
+from ensembler.record import Record
 from ensembler.seeds import derive, generator
 from ensembler.uncertainty import entropy
 
@@ -44,7 +44,7 @@ _TRUE_POSITIVES = 0.95
 _EXAMPLES = 10_000
 
 
-class OodScores(BaseModel):
+class OodScores(Record):
     """How well one detector tells images out of distribution from images in distribution.
 
     Attributes:
@@ -57,8 +57,6 @@ class OodScores(BaseModel):
         examples_in, examples_out: how many images. Both average precisions depend on their ratio: a detector that knows
             nothing gets the positive class's share.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     auroc: float
     aupr_out: float

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from ensembler.eval.comparison import Difference, Group
 from ensembler.eval.members import CurvePoint, Equivalent
 from ensembler.eval.ood import OodScores
+from ensembler.record import Record
 
 __all__ = [
     "CellScores",
@@ -30,11 +30,7 @@ __all__ = [
 ]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class CellScores(_Record):
+class CellScores(Record):
     """Scores of the ensemble's mean prediction on one set of images; see :mod:`ensembler.eval.metrics`.
 
     Entropies and NLLs are in nats. ``calibrated_nll`` is the NLL after the run's temperature, which was fitted on the
@@ -62,14 +58,14 @@ class CellScores(_Record):
     mutual_information: float | None
 
 
-class SingleMember(_Record):
+class SingleMember(Record):
     """One member's own scores on the clean test images."""
 
     accuracy: float
     nll: float
 
 
-class ShiftReport(_Record):
+class ShiftReport(Record):
     """Which shift: ``source`` says whether the files are the official ones. Means are over ``headline``."""
 
     name: str
@@ -80,7 +76,7 @@ class ShiftReport(_Record):
     not_covered: list[str]
 
 
-class OodReport(_Record):
+class OodReport(Record):
     """One set of images of another kind."""
 
     name: str
@@ -89,7 +85,7 @@ class OodReport(_Record):
     images: int
 
 
-class RunReport(_Record):
+class RunReport(Record):
     """One run's cost and scores.
 
     ``sha256`` is of the run's manifest, which holds the hash of each of its files.
@@ -124,7 +120,7 @@ class RunReport(_Record):
     ood: dict[str, dict[str, OodScores | None]]
 
 
-class RunDifference(_Record):
+class RunDifference(Record):
     """A run less the baseline, by score, of which lower is better: on the clean test set, and as means over the shift's
     headline cells."""
 
@@ -133,7 +129,7 @@ class RunDifference(_Record):
     shifted: dict[str, Difference] | None
 
 
-class MemberCurve(_Record):
+class MemberCurve(Record):
     """Test scores against the number of members, with the costs that go with it.
 
     ``order`` is the members' order that helps most, chosen on the validation images; ``recommended`` the smallest
@@ -146,7 +142,7 @@ class MemberCurve(_Record):
     points: list[CurvePoint]
 
 
-class Comparison(_Record):
+class Comparison(Record):
     """Runs against one of them, the baseline.
 
     Intervals are a paired bootstrap's over the test examples. ``groups`` gathers runs that differ in their seed alone,
@@ -164,7 +160,7 @@ class Comparison(_Record):
     curves: list[MemberCurve]
 
 
-class Report(_Record):
+class Report(Record):
     """A whole evaluation."""
 
     format: Literal[2] = 2

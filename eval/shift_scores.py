@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from ensembler.errors import UsageError
 from ensembler.eval.corruptions import HEADLINE, SEVERITIES, VALIDATION
+from ensembler.record import Record
 
 __all__ = ["FAMILIES", "FiveNumbers", "ShiftScores", "five_numbers", "summarise"]
 
@@ -30,10 +30,8 @@ Cells = Mapping[str, Mapping[int, Mapping[str, float | None]]]
 Means = dict[str, float | None]
 
 
-class FiveNumbers(BaseModel):
+class FiveNumbers(Record):
     """A box of a box plot: the median and quartiles (linear between values), and whiskers to the least and greatest."""
-
-    model_config = ConfigDict(extra="forbid")
 
     minimum: float
     lower_quartile: float
@@ -42,7 +40,7 @@ class FiveNumbers(BaseModel):
     maximum: float
 
 
-class ShiftScores(BaseModel):
+class ShiftScores(Record):
     """Scores under shift by name; ``null`` where a cell has none.
 
     Attributes:
@@ -53,8 +51,6 @@ class ShiftScores(BaseModel):
         boxes: score, then severity: over the headline's corruptions, as in Ovadia et al. 2019
             (https://arxiv.org/abs/1906.02530).
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     headline: list[str]
     mean: Means

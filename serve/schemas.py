@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from ensembler import artefact
 from ensembler.errors import ArtefactError
+from ensembler.record import Record
 
 __all__ = [
     "FORMAT",
@@ -41,18 +42,14 @@ PROBE = "probe.npz"  # images, and what every member must answer
 Strategy = Literal["sessions", "loop", "merged"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Origin(_Record):
+class Origin(Record):
     """The run that a bundle was exported from; the hash is of its manifest, which holds those of its files."""
 
     name: str
     sha256: str
 
 
-class Simplexes(_Record):
+class Simplexes(Record):
     """How further members can be drawn; see :class:`ensembler.run.Sampling`.
 
     Attributes:
@@ -66,7 +63,7 @@ class Simplexes(_Record):
     weights: list[float] | None = None
 
 
-class Validation(_Record):
+class Validation(Record):
     """What the members said of images held out from training, as served: what drift is measured against.
 
     Attributes:
@@ -85,7 +82,7 @@ class Validation(_Record):
     mutual_information: list[float] | None
 
 
-class PrecisionCheck(_Record):
+class PrecisionCheck(Record):
     """What a lower precision changed, on images held out from training, and what was allowed.
 
     Attributes:
@@ -103,7 +100,7 @@ class PrecisionCheck(_Record):
     most_accuracy_drop: float
 
 
-class Timing(_Record):
+class Timing(Record):
     """The seconds that one way of running all members took for one batch: the lower quartile of ``repeats``."""
 
     batch: int
@@ -112,7 +109,7 @@ class Timing(_Record):
     repeats: int
 
 
-class Tuning(_Record):
+class Tuning(Record):
     """Which way of running the members was the fastest, where.
 
     Attributes:
@@ -135,7 +132,7 @@ class Tuning(_Record):
     table: list[Timing]
 
 
-class BundleManifest(_Record):
+class BundleManifest(Record):
     """Everything about a bundle but its graphs.
 
     Attributes:
@@ -172,7 +169,7 @@ class BundleManifest(_Record):
     input: Literal["uint8", "float"] = "uint8"
     precision: Literal["float32", "float16", "int8"] = "float32"
     precision_check: PrecisionCheck | None = None
-    order: list[int] = []
+    order: list[int] = Field(default_factory=list)
     ordered_by: Literal["the run", "validation NLL"] = "the run"
     vertices: int | None = None
     sampling: Simplexes | None = None
@@ -181,13 +178,13 @@ class BundleManifest(_Record):
     run: Origin
     opset: int
     max_difference: float
-    compared_on: list[str] = []
+    compared_on: list[str] = Field(default_factory=list)
     validation: Validation | None = None
     tuning: Tuning | None = None
     calibration: str | None = None
     created: str
     versions: dict[str, str]
-    files: dict[str, str] = {}
+    files: dict[str, str] = Field(default_factory=dict)
 
 
 def read_bundle(bundle: Path) -> BundleManifest:
@@ -216,7 +213,7 @@ def read_bundle(bundle: Path) -> BundleManifest:
     return manifest
 
 
-class ModelCard(_Record):
+class ModelCard(Record):
     """Which ensemble answered; ``bundle`` is the SHA-256 of its manifest."""
 
     method: str
@@ -226,7 +223,7 @@ class ModelCard(_Record):
     bundle: str
 
 
-class ImagePrediction(_Record):
+class ImagePrediction(Record):
     """One image's prediction and its uncertainty: the outputs that the caller chose.
 
     Attributes:
@@ -264,7 +261,7 @@ class ImagePrediction(_Record):
     abstain: bool | None = None
 
 
-class Answer(_Record):
+class Answer(Record):
     """A prediction for each image, in order.
 
     Attributes:
