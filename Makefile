@@ -29,10 +29,10 @@ lint: $(VENV)/.installed-dev  ## ruff
 types: $(VENV)/wheel/ensembler  ## mypy on the built wheel, from outside the source tree
 	cd $(VENV)/wheel && MYPYPATH=. ../bin/mypy --config-file $(CURDIR)/pyproject.toml -p ensembler
 
-smoke: $(VENV)/wheel/ensembler  ## the built wheel trains, evaluates and exports from a temporary folder
+smoke: $(VENV)/wheel/ensembler  ## the built wheel goes the demo's way, with less training, from a temporary folder
 	sh .ci/smoke "$(abspath $(BIN))/python" "$(abspath $(VENV))/wheel"
 
-check: lint types smoke docs demo test  ## all of the above: what CI runs
+check: lint types smoke docs test  ## what CI runs
 
 clean:  ## remove what was built, not what was trained
 	rm -rf build site *.egg-info $(VENV)/wheel .pytest_cache .mypy_cache .ruff_cache .hypothesis

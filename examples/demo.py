@@ -1,10 +1,11 @@
 """The whole way in a few minutes: train, evaluate under shift, export, serve, ask. Offline; writes to one folder.
 
-python examples/demo.py [FOLDER]
+python examples/demo.py [FOLDER] [--quick]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import signal
@@ -70,50 +71,36 @@ def ask(address: str) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "demo-output").resolve()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("demo-output"), metavar="FOLDER")
+    parser.add_argument("--quick", action="store_true", help="the same way in a minute, of which no figure means much")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
     if folder.exists():
         sys.exit(f"{folder} exists already: remove it, or name another folder")
     folder.mkdir(parents=True)
     os.chdir(folder)
     start = time.monotonic()
+    trained = ["--epochs", "2"] if options.quick else []
+    longer = ["--epochs", "3" if options.quick else "35"]
+    shift = ["--shift", "cifar10c", *(["--examples", "10"] if options.quick else [])]
+
     step(
         "1. A simplex of four vertices: these and six points inside are its members",
-        "train-simplex",
-        "--vertices",
-        "4",
-        "--out",
-        "runs/simplex",
+        *("train-simplex", "--vertices", "4", *trained, "--out", "runs/simplex"),
     )
     step(
         "2. Its peer, a deep ensemble of about the same cost",
-        "train-deep-ensemble",
-        "--members",
-        "2",
-        "--out",
-        "runs/deep",
+        *("train-deep-ensemble", "--members", "2", *trained, "--out", "runs/deep"),
     )
     step(
         "3. The control: one network trained for as long",
-        "train-deep-ensemble",
-        "--members",
-        "1",
-        "--epochs",
-        "35",
-        "--out",
-        "runs/single",
+        *("train-deep-ensemble", "--members", "1", *longer, "--out", "runs/single"),
     )
     step(
         "4. All three compared, clean and under shift",
-        "compare",
-        "runs/simplex",
-        "runs/deep",
-        "runs/single",
-        "--baseline",
-        "runs/single",
-        "--shift",
-        "cifar10c",
-        "--out",
-        "report",
+        *("compare", "runs/simplex", "runs/deep", "runs/single", "--baseline", "runs/single", *shift),
+        *("--out", "report"),
     )
     step("5. The simplex's members to ONNX", "export", "runs/simplex", "--out", "bundle")
 

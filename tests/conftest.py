@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-torch.set_num_threads(1)  # the networks here are too small for two
+torch.set_num_threads(1)  # the networks here are too small for two, here and in the processes that tests start;
+os.environ["OMP_NUM_THREADS"] = "1"  # and as many tests as there are CPUs run at a time
 
 
 @pytest.fixture(autouse=True)

@@ -156,7 +156,7 @@ def test_a_name_taken_during_training_loses_nothing(tmp_path, images):
 
 
 def start(folder, *arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "ensembler.cli", *map(str, arguments)]
 
     def listen() -> None:  # a test runner in the background hands down an ignored SIGINT

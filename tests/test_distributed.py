@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 
 def torchrun(*arguments, options=()):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -219,8 +219,12 @@ def test_under_torchrun_a_run_has_a_name_and_its_command_goes_on_by_itself(tmp_p
     command = ["train-deep-ensemble", "--members", 1, *SMALL, *images]
     assert "under torchrun, name the run with --out" in call(*command).stderr
     monkeypatch.setattr(Checkpoints, "remove", Checkpoints.close)  # as if killed before the end
+
+    def interrupted(run, path):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", lambda run, path: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(Run, "save", interrupted)
         assert call(*command, "--out", "x").exit_code == 130
     assert Path("x.unfinished").is_dir()
     refused = call(*command, "--out", "x", "--lr", 0.2)

@@ -355,7 +355,7 @@ def start(server, root):
     def listen() -> None:  # a test runner in the background hands down an ignored SIGINT
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     command = [sys.executable, "-c", code]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=listen)  # noqa: PLW1509
 

@@ -432,7 +432,7 @@ def test_a_kill_in_the_middle_loses_one_file_at_most(tmp_path, made):
         "write_corruptions(dataset(), Path(sys.argv[1]), AVAILABLE, watch=lambda *now: (print(*now, flush=True),"
         "time.sleep(0.02)))"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", code, str(tmp_path)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     for _ in range(8):
