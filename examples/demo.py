@@ -81,8 +81,8 @@ def main() -> None:
     folder.mkdir(parents=True)
     os.chdir(folder)
     start = time.monotonic()
-    trained = ["--epochs", "2"] if options.quick else []
-    longer = ["--epochs", "3" if options.quick else "35"]
+    trained = ["--epochs", "1"] if options.quick else []
+    longer = ["--epochs", "2" if options.quick else "35"]
     shift = ["--shift", "cifar10c", *(["--examples", "10"] if options.quick else [])]
 
     step(
