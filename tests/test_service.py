@@ -400,6 +400,18 @@ def test_a_deadline_is_kept(client: TestClient) -> None:
     assert client.post(ROUTE, json={"images": IMAGES}, headers={"X-Deadline-Ms": "20000"}).status_code == 200
 
 
+def test_an_answered_request_leaves_nothing_that_waits(client: TestClient) -> None:
+    for _ in range(10):
+        assert client.post(BINARY, content=npy(tiny_images(1))).status_code == 200
+
+    def waiting() -> int:
+        loop = asyncio.get_running_loop()
+        return sum(not timer.cancelled() for timer in loop._scheduled)  # type: ignore[attr-defined]
+
+    assert client.portal is not None
+    assert client.portal.call(waiting) < 5
+
+
 def test_a_browser_lands_on_the_page(client: TestClient) -> None:
     answer = client.get("/", follow_redirects=False)
     assert (answer.status_code, answer.headers["location"]) == (307, "/ui")
@@ -452,6 +464,7 @@ def test_the_class_called_directly(bundle: Path, monkeypatch: pytest.MonkeyPatch
         asyncio.run(service.predictive_uncertainty(images=IMAGES[0]))
     service.close()
     assert not asyncio.run(service.__is_ready__())
+    assert gc.get_freeze_count() == 0
 
 
 def test_one_member_answers_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
