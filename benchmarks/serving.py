@@ -130,13 +130,13 @@ def soak(
     with running("ensembler", bundle, theirs) as port:
         rate, tried = 0.0, 0.1 * capacity
         while tried < capacity:  # upwards: what a server did not bear would weigh on the next trial
-            found = client(ours, port=port, shape=shape, rates=[[tried, 10]])
+            found = client(ours, port=port, shape=shape, rates=[[tried, 20]])
             if found["p99"] >= LATE or set(found["statuses"]) != {"200"}:
                 break
             rate, tried = tried, 1.2 * tried
         if not rate:
             raise SystemExit(f"no rate keeps p99 under {LATE} ms on this machine, now")
-        rate *= 0.9  # room for what else the machine does meanwhile
+        rate *= 0.8  # room for what else the machine does meanwhile
         time.sleep(10)
         sizes = [memory(port)]
         steady = client(ours, port=port, shape=shape, rates=[[rate, seconds]])
