@@ -82,7 +82,7 @@ class Nursery:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests._faults"],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

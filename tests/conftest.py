@@ -12,8 +12,16 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-torch.set_num_threads(1)  # the networks here are too small for two, here and in the processes that tests start;
-os.environ["OMP_NUM_THREADS"] = "1"  # and as many tests as there are CPUs run at a time
+torch.set_num_threads(1)  # the networks here are too small for two
+
+
+def pytest_configure(config):
+    """As many tests as there are CPUs run at a time: what they start computes on one thread, too.
+
+    But for the long ones, which run alone, and some of which show what came out on all threads.
+    """
+    if config.option.markexpr == "not long":
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
