@@ -122,7 +122,7 @@ class Gate:
             finally:
                 self._handled -= 1
         except _GoneError:
-            # Nobody hears it, but BentoML's own middleware waits for a response until its timeout.
+            # Nobody hears it, but it is counted, here and in BentoML's own metrics.
             await outgoing.refuse(_RefusedError(499, "the caller hung up"))
         except _RefusedError as error:
             chunks.clear()

@@ -53,7 +53,6 @@ __all__ = ["PredictiveUncertainty"]
 _BYTES = 32 * 1024  # of JSON, and
 _NUMBERS = 4 * 1024  # to write as JSON: more would hold others up for longer than a change of threads takes
 _WORKERS = whole_number("ENSEMBLER_WORKERS", 1)
-_TIMEOUT = (whole_number("ENSEMBLER_DEADLINE_MS", 30_000) + whole_number("ENSEMBLER_BODY_MS", 30_000)) / 1000 + 5
 
 
 class Batch(bentoml.IODescriptor):
@@ -89,7 +88,7 @@ traffic.TimeoutMiddleware = lambda app, timeout: app  # type: ignore[assignment,
 
 
 # Tracing costs 0.3 ms a request even where nobody collects its spans, as by default.
-@bentoml.service(workers=_WORKERS, traffic={"timeout": _TIMEOUT}, tracing={"excluded_urls": JSON})
+@bentoml.service(workers=_WORKERS, tracing={"excluded_urls": JSON})
 class PredictiveUncertainty:
     """Predicts images with an ensemble, and says how sure it is of each."""
 
