@@ -23,7 +23,7 @@ import typer
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from ensembler.ensemble import choose_device
+from ensembler.device import choose_device
 from ensembler.errors import EnsemblerError, GroupError, UsageError
 
 __all__ = ["ALONE", "Group", "joined", "launched"]
@@ -75,11 +75,12 @@ class Group:
             with _answered():
                 dist.all_reduce(tensor)
 
-    def broadcast_(self, tensor: Tensor) -> None:
+    def broadcast_(self, tensor: Tensor) -> Tensor:
         """Give the first process's tensor to all, in place."""
         if self.size > 1:
             with _answered():
                 dist.broadcast(tensor, src=0)
+        return tensor
 
     def from_first(self, function: Callable[[], T]) -> T:
         """What ``function`` returns, or the error of ours that it raises: the first process calls it, all get it.

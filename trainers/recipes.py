@@ -41,9 +41,9 @@ _SGD = {"batch_size": 128, "momentum": 0.9, "clip": 0.0, "augmentation": "crop-f
 # timgaripov/dnn-mode-connectivity, README, "Training the endpoints", and train.py: epochs are the paper's budget B.
 _PIECEWISE = _SGD | {"schedule": "piecewise"}
 _GARIPOV = {
-    "vgg16": _PIECEWISE | {"epochs": 200, "rate": 0.05, "weight_decay": 5e-4},
-    "preresnet164": _PIECEWISE | {"epochs": 150, "rate": 0.1, "weight_decay": 3e-4},
-    "wrn28x10": _PIECEWISE | {"epochs": 200, "rate": 0.1, "weight_decay": 5e-4},
+    "vgg16": _PIECEWISE | {"epochs": 200, "lr": 0.05, "weight_decay": 5e-4},
+    "preresnet164": _PIECEWISE | {"epochs": 150, "lr": 0.1, "weight_decay": 3e-4},
+    "wrn28x10": _PIECEWISE | {"epochs": 200, "lr": 0.1, "weight_decay": 5e-4},
 }
 _GARIPOV_2018 = "Garipov et al. 2018, arXiv 1802.10026"
 
@@ -58,15 +58,15 @@ _FGE = {
 # The same README, "Training the curves"; its 3 bends count both ends.
 _CURVE = {"curve": "bezier", "bends": 1, "points": 61}
 _CURVES = {
-    "vgg16": _CURVE | {"epochs": 600, "rate": 0.015},
-    "preresnet164": _CURVE | {"epochs": 200, "rate": 0.03},
-    "wrn28x10": _CURVE | {"epochs": 200, "rate": 0.03},
+    "vgg16": _CURVE | {"epochs": 600, "lr": 0.015},
+    "preresnet164": _CURVE | {"epochs": 200, "lr": 0.03},
+    "wrn28x10": _CURVE | {"epochs": 200, "lr": 0.03},
 }
 
 # SamsungLabs/pytorch-ensembles, train/train_cifar.sh, train_fge.sh, train_sse_mcmc.sh. Its FGE starts from a solution
 # that is trained out in 160 epochs.
 _ASHUKHA_2020 = "Ashukha et al. 2020, arXiv 2002.06470"
-_SSE = {"batch_size": 64, "momentum": 0.0, "rate": 0.2, "epochs": 200, "cycle": 40, "members": 5}
+_SSE = {"batch_size": 64, "momentum": 0.0, "lr": 0.2, "epochs": 200, "cycle": 40, "members": 5}
 
 # g-benton/loss-surface-simplexes, experiments/vgg-cifar10 and vgg-cifar100. Its loss is summed over the 5 samples, not
 # averaged: its rate for a vertex, 0.01, acts as 0.05 does here, and its weight decay as a fifth, which cannot be had
@@ -74,8 +74,8 @@ _SSE = {"batch_size": 64, "momentum": 0.0, "rate": 0.2, "epochs": 200, "cycle": 
 # lambda comes to about 1e-7. Members: 2-simplexes and 25 points, as in the paper's figures.
 _BENTON_2021 = "Benton et al. 2021, arXiv 2102.13042"
 _BENTON = _SGD | {"weight_decay": 5e-4, "schedule": "cosine"}
-_SPRO = _BENTON | {"epochs": 300, "rate": 0.05, "vertices": 3, "vertex_rate": 0.05, "samples_per_step": 5}
-_SPRO |= {"regularisation": "1e-7", "regulariser": "volume", "members": 25, "corners": False, "concentration": 1.0}
+_SPRO = _BENTON | {"epochs": 300, "lr": 0.05, "vertices": 3, "vertex_lr": 0.05, "samples_per_step": 5}
+_SPRO |= {"regularisation": 1e-7, "regulariser": "volume", "members": 25, "corners": False, "concentration": 1.0}
 
 PAPER: tuple[Recipe, ...] = (
     *(Recipe("train-deep-ensemble", name, base, _GARIPOV_2018) for name, base in _GARIPOV.items()),
@@ -96,13 +96,15 @@ PAPER: tuple[Recipe, ...] = (
     Recipe("train-simplex", "vgg16", _SPRO | {"vertex_epochs": 10}, _BENTON_2021, ("cifar10",)),
     Recipe("train-simplex", "vgg16", _SPRO | {"vertex_epochs": 20}, _BENTON_2021, ("cifar100",)),
     # One sample a step here, 5 there, which are summed: see above.
-    Recipe("train-complex", "vgg16", _BENTON | {"epochs": 25, "rate": 0.05, "regularisation": 1e-7}, _BENTON_2021),
+    Recipe("train-complex", "vgg16", _BENTON | {"epochs": 25, "lr": 0.05, "regularisation": 1e-7}, _BENTON_2021),
     # apple/learning-subspaces, experiment_configs/cifar10, for the 20-layer ResNet whose blocks are activated last.
+    # What differs: their cosine is over convolutions' weights, here over the classifier's too; their vertices start
+    # unscaled.
     *(
         Recipe(
             "train-subspace",
             name,
-            _SGD | {"epochs": 160, "rate": 0.1, "schedule": "cosine", "weight_decay": 1e-4, "beta": 1.0},
+            _SGD | {"epochs": 160, "lr": 0.1, "schedule": "cosine", "weight_decay": 1e-4, "beta": 1.0},
             "Wortsman et al. 2021, arXiv 2102.10472",
             ("cifar10",),
         )
@@ -133,8 +135,12 @@ def find(recipe: str, command: str, architecture: str, dataset: str) -> Mapping[
         UsageError: none was published for these.
     """
     if recipe == "fast":
+        if command not in FAST:
+            raise UsageError(f"{command} has no fast recipe: give its options, or use one of {', '.join(FAST)}")
         return FAST[command]
     published = [found for found in PAPER if found.command == command]
+    if not published:
+        raise UsageError(f"{command} has no published recipe: leave out --recipe, and give its options")
     for found in published:
         if found.architecture == architecture and dataset in found.datasets:
             return found.options
