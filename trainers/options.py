@@ -59,18 +59,14 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
     def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise _InvalidOptionError(error.errors()[0], type(self)) from None
+        _fill(self, values, {})
 
     @classmethod
     def typed(cls, values: Mapping[str, Any]) -> Self:
         """The record of what a command was given, of which it takes its own fields; errors name the flags."""
-        try:
-            return cls(**{name: values[name] for name in cls.model_fields if name in values})
-        except _InvalidOptionError as error:
-            raise UsageError(_explained(error.details, cls, cls.flags())) from None
+        own = cls.__new__(cls)
+        _fill(own, {name: values[name] for name in cls.model_fields if name in values}, cls.flags())
+        return own
 
     @classmethod
     def flags(cls) -> dict[str, str]:
@@ -83,12 +79,11 @@ class Options(BaseModel):
         return {name for name, field in cls.model_fields.items() if _extra(field)[mark]}
 
 
-class _InvalidOptionError(UsageError):
-    """A value that a record does not take, named as in Python."""
-
-    def __init__(self, details: ErrorDetails, options: type[Options]) -> None:
-        super().__init__(_explained(details, options, {}))
-        self.details = details
+def _fill(record: Options, values: Mapping[str, Any], flags: Mapping[str, str]) -> None:
+    try:
+        record.__pydantic_validator__.validate_python(dict(values), self_instance=record)
+    except ValidationError as error:
+        raise UsageError(_explained(error.errors()[0], type(record), flags)) from None
 
 
 def parameters(options: type[Options], panel: str) -> Iterator[inspect.Parameter]:
