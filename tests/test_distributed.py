@@ -30,6 +30,7 @@ from ensembler.trainers.distributed import ALONE, Group, joined
 from ensembler.trainers.session import _synchronised
 from ensembler.weights import FlatWeights
 from tests._interrupt import BreakingOff
+from tests._ports import free_port
 from tests._small import SETTINGS, dataset
 from tests._together import METHODS, session, simplex
 from tests.test_batches import load, make_photos
@@ -204,13 +205,30 @@ def test_what_was_broken_off_is_resumed(whole):
     assert same_bytes(folder / "whole", folder / "first")
 
 
-def test_a_common_error_is_said_once_and_an_error_of_one_process_by_it(tmp_path):
+def test_a_common_error_is_said_once(tmp_path):
     _, err = ended(torchrun("-m", "ensembler", "train-simplex", "--vertices", 1, "--out", tmp_path / "x"), code=1)
     assert err.count("a simplex needs at least 2 vertices, not 1") == 1
     assert not list(tmp_path.iterdir())
-    _, err = ended(torchrun(ROOT / "tests" / "_together.py", tmp_path, "fail"), code=1)
-    assert err.count("rank 1: error: this process alone has failed") == 1
-    assert "another process of this training has ended" in err
+
+
+@pytest.mark.parametrize("slower", [0, 1])
+def test_a_common_error_is_said_once_whichever_process_is_slower(slower):
+    _, err = ended(torchrun(ROOT / "tests" / "_together.py", "both", slower), code=1)
+    assert err.count("error: all of them have failed") == 1
+
+
+def test_an_error_of_one_process_is_said_by_it_and_ends_the_other():
+    """Without torchrun, which may end the other one before it has said anything."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, ROOT / "tests" / "_together.py", "1", "1"]
+    first, second = (
+        subprocess.Popen(command, env=environment | {"RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"
+    )
+    messages = [process.communicate(timeout=120)[1] for process in (first, second)]
+    assert "another process of this training has ended" in messages[0]
+    assert messages[1].count("rank 1: error: this process alone has failed") == 1
+    assert (first.returncode, second.returncode) == (1, 1)
 
 
 def test_under_torchrun_a_run_has_a_name_and_its_command_goes_on_by_itself(tmp_path, images, monkeypatch):
