@@ -1,4 +1,4 @@
-"""What pyproject.toml asks for: floors that were tried, the lean list of serving, and every library that is imported."""
+"""What pyproject.toml asks for: floors that were tried, the lean list of serving, and all libraries imported."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ def requirements(*groups: list[str]) -> list[Requirement]:
 
 
 def test_every_dependency_has_the_floor_that_make_test_lowest_installs():
-    everything = requirements(
-        PROJECT["build-system"]["requires"], PROJECT["project"]["dependencies"], *EXTRAS.values()
-    )
+    everything = requirements(PROJECT["build-system"]["requires"], PROJECT["project"]["dependencies"], *EXTRAS.values())
     floors: dict[str, set[str]] = {}
     for requirement in everything:
         lowest = {part.version for part in requirement.specifier if part.operator == ">="}
