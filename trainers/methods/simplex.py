@@ -178,7 +178,7 @@ def add_vertex(
         regulariser=volume_regulariser(larger[:-1], larger[-1], strength, trainer.weights.vector) if volume else None,
         penalty=hellinger_repulsion(trainer.task, strength) if function else None,
     )
-    return trainer.fit(part, larger, buffers, plan, attempt=attempt)
+    return trainer.fit(part, larger, buffers, plan, attempt)
 
 
 def largest_that_fits(
