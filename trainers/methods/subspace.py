@@ -35,9 +35,9 @@ class Subspace(Method):
     command = "train-subspace"
     starts_fresh = True
     fast = {"epochs": 20, "vertices": 2}  # a vertex has its share of every step's gradient only
-    # apple/learning-subspaces, experiment_configs/cifar10, for the 20-layer ResNet whose blocks are activated last. What
-    # differs here: the cosine is over the classifier's weights, too, the vertices' start is scaled (see `spread`), and
-    # their 5 epochs of warm-up are left out.
+    # apple/learning-subspaces, experiment_configs/cifar10, for the 20-layer ResNet whose blocks are activated last.
+    # Here the cosine is over the classifier's weights, too, the vertices' start is scaled (see `spread`), and their 5
+    # epochs of warm-up are left out.
     published = tuple(
         Recipe(
             name,
