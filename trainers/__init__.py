@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ensembler.trainers.methods.snapshots import Snapshots
     from ensembler.trainers.methods.subspace import Subspace
     from ensembler.trainers.settings import Settings
-    from ensembler.trainers.train import collapse_run, train
     from ensembler.trainers.trainer import Trainer
+    from ensembler.trainers.training import collapse_run, train
 
 __all__ = [
     "FGE",
@@ -49,7 +49,7 @@ __getattr__, __dir__ = exports(
         "Snapshots": "ensembler.trainers.methods.snapshots:Snapshots",
         "Subspace": "ensembler.trainers.methods.subspace:Subspace",
         "Trainer": "ensembler.trainers.trainer:Trainer",
-        "collapse_run": "ensembler.trainers.train:collapse_run",
-        "train": "ensembler.trainers.train:train",
+        "collapse_run": "ensembler.trainers.training:collapse_run",
+        "train": "ensembler.trainers.training:train",
     },
 )

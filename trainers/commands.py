@@ -64,7 +64,7 @@ def collapse(
     """Average a run's vertices into one network: SWA of snapshots (Izmailov et al. 2018)."""
     from ensembler.run import Run, latest, new_path
     from ensembler.trainers.launch import check_free, save
-    from ensembler.trainers.train import collapse_run
+    from ensembler.trainers.training import collapse_run
 
     folder, url = destination(out, "runs")
     check_free(folder or Path("runs", "new"))

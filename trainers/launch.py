@@ -157,7 +157,7 @@ class _Work:
 
     def of_seed(self, seed: int) -> tuple[Spec, Settings]:
         """What decides the run of a seed."""
-        from ensembler.trainers.train import resolve
+        from ensembler.trainers.training import resolve
 
         settings = self.settings.model_copy(update={"seed": seed})
         spec, _, _ = resolve(self.dataset, self.method, settings, self.starts, collapse=self.spec.collapse)
@@ -168,7 +168,7 @@ def _run_of_seed(work: _Work, emit: OnEvent, seed: int) -> Run:
     """A job: the run of one seed."""
     from ensembler.trainers.distributed import ALONE
     from ensembler.trainers.events import named
-    from ensembler.trainers.train import make_run
+    from ensembler.trainers.training import make_run
 
     spec, settings = work.of_seed(seed)
     begun = work.begun.get(seed)
@@ -272,7 +272,7 @@ def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: 
     from ensembler.run import Run
     from ensembler.trainers import recipes
     from ensembler.trainers.starts import load_starts
-    from ensembler.trainers.train import resolve
+    from ensembler.trainers.training import resolve
 
     data, values = Data.typed(given), {name: _written(value) for name, value in given.items()}
     first = load_starts(kind.typed(values), Settings.typed(values))
@@ -281,7 +281,7 @@ def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: 
         about = (values["architecture"], data.dataset or "digits")
         if start:
             about = (start.manifest.architecture, data.dataset or start.manifest.dataset.name)
-        found = recipes.find(own.recipe, kind.command, *about)
+        found = recipes.find(own.recipe, kind, *about)
         values |= {name: value for name, value in found.items() if name not in chosen}
     method, settings = kind.typed(values), Settings.typed(values)
     if start and data.dataset is None and data.image_size is None:
@@ -309,7 +309,7 @@ def _resumed(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own
     """The work of an interrupted run, from its ``spec.json``."""
     from ensembler.trainers.spec import SPEC, Spec, unfinished
     from ensembler.trainers.starts import load_starts
-    from ensembler.trainers.train import resolve
+    from ensembler.trainers.training import resolve
 
     path = own.resume or Path()
     folder = unfinished(path)
