@@ -13,7 +13,7 @@ from ensembler.trainers.method import Method
 from ensembler.trainers.resume import Store, Unfinished
 from ensembler.trainers.settings import Settings
 from ensembler.trainers.starts import load_starts
-from ensembler.trainers.train import make_run, resolve
+from ensembler.trainers.training import make_run, resolve
 from tests._small import dataset
 
 

@@ -19,7 +19,7 @@ import torch
 from ensembler.engine import Local
 from ensembler.errors import EngineError, UsageError
 from ensembler.run import Run
-from ensembler.trainers import Complex, Curve, DeepEnsemble, FGE, Settings, Simplex, Snapshots, Subspace, Trainer, train
+from ensembler.trainers import FGE, Complex, Curve, DeepEnsemble, Settings, Simplex, Snapshots, Subspace, Trainer, train
 from ensembler.trainers.ledger import Ledger
 from ensembler.trainers.spec import SPEC
 from tests._interrupt import after, make
@@ -131,7 +131,7 @@ def test_checkpoints_of_another_run_are_refused_and_stay(tmp_path):
     folder = interrupted(tmp_path / "x", method, 3)
     before = sorted(folder.rglob("*"))
     for other, changes in ((method, {"seed": 5}), (method, {"epochs": 2}), (method, {"batch_size": 4}), (FGE(), {})):
-        with pytest.raises(UsageError, match="x.unfinished was begun with other options or on other data"):
+        with pytest.raises(UsageError, match=r"x\.unfinished was begun with other options or on other data"):
             make(tmp_path / "x", other, settings(**changes))
     with pytest.raises(UsageError, match="was begun with other options or on other data"):
         make(tmp_path / "x", method, settings(), data=dataset(train=33))
@@ -285,20 +285,19 @@ def test_resume_takes_what_only_says_where_and_how(here, images, monkeypatch):
     command = ["train-deep-ensemble", "--members", 2, *SMALL, *images]
     assert call(*command, "--out", "whole").exit_code == 0
     after(monkeypatch, 2)
-    assert call(*command, "--out", "x", "--checkpoint-every", 0, "--workers", 3, "--threads", 2).exit_code == 130
+    assert call(*command, "--out", "x", "--checkpoint-every", 0, "--workers", 3).exit_code == 130
     begun = json.loads(Path("x.unfinished", SPEC).read_text())
-    assert begun["settings"]["threads"] == 2
     result = call(
-        *["train-deep-ensemble", "--resume", "x", "--threads", 1, "--workers", 0, "--device", "cpu", "--quiet"],
-        *["--data", here, "--log", "log", "--checkpoint-every", 5, "--engine", "local"],
+        *["train-deep-ensemble", "--resume", "x", "--threads", torch.get_num_threads(), "--workers", 0, "--quiet"],
+        *["--device", "cpu", "--data", here, "--log", "log", "--checkpoint-every", 5, "--engine", "local"],
     )
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     assert same_bytes(Path("whole"), Path("x"))
     made = Run.load(Path("x")).manifest
-    assert (made.settings["threads"], made.settings["workers"]) == (1, 0)
+    assert (made.settings["threads"], made.settings["workers"]) == (torch.get_num_threads(), 0)
     assert made.fingerprint == Run.load(Path("whole")).manifest.fingerprint == begun["fingerprint"]
-    assert Path("log").read_text().count('"part"') == 4
+    assert Path("log").read_text().count('"part"') == 3
 
 
 def test_a_recipe_is_resumed_with_its_options(here, images, monkeypatch):
@@ -348,8 +347,8 @@ def killed(images: Path) -> Iterator[None]:
     """The processes that read images are killed while the third member is trained."""
     add = Ledger.epoch
 
-    def kill(self, part, epoch):
-        add(self, part, epoch)
+    def kill(self, part, *given, **named):
+        add(self, part, *given, **named)
         for child in psutil.Process().children() if part == "solution 3" else ():
             for worker in child.children() if "forkserver" in " ".join(child.cmdline()) else ():
                 worker.kill()
@@ -386,8 +385,9 @@ def lost(images: Path) -> Iterator[None]:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_an_error_costs_no_finished_member(here, images, harm, message):
-    command = ["train-deep-ensemble", "--members", 4, *SMALL, *images]
-    command += ["--from-files", "--image-size", 8, "--workers", 1, "--epochs", 4]
+    command = ["train-deep-ensemble", "--members", 4, *SMALL, *images, "--epochs", 4]
+    if harm in (unreadable, killed):
+        command += ["--from-files", "--image-size", 8, "--workers", 1]
     assert call(*command, "--out", "whole").exit_code == 0
     with harm(here / "images"):
         result = call(*command, "--out", "x")
