@@ -248,18 +248,18 @@ def _make_all(work: _Work, paths: Mapping[int, Path], engine: Engine, every: flo
 @contextmanager
 def _kept(work: _Work, paths: Mapping[int, Path], begun: Mapping[int, Unfinished]) -> Iterator[None]:
     """Where the block fails, what was reached is kept, and how to resume is said."""
+    planned = len(begun)
     try:
         yield
     except BaseException:
         if work.group and work.group.first:
-            if work.several:
+            kept = [one.folder for one in begun.values() if one.folder.is_dir()]
+            if work.several and (kept or len(begun) < planned):  # fewer: one was saved
                 seed, path = next(iter(paths.items()))
                 again = path.with_name(path.name.removesuffix(f"-s{seed}"))
                 typer.echo(f"to resume: the same command with --out {again}", err=True)
-            for one in () if work.several else begun.values():
-                if one.folder.is_dir():
-                    again = one.folder.with_suffix("")
-                    typer.echo(f"to resume: ensembler {work.spec.command} --resume {again}", err=True)
+            for folder in () if work.several else kept:
+                typer.echo(f"to resume: ensembler {work.spec.command} --resume {folder.with_suffix('')}", err=True)
         raise
     finally:
         for one in begun.values():
