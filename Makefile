@@ -1,9 +1,12 @@
 # Everything happens in a virtual environment of its own; a bare machine needs Python 3.11 or newer and make.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?=
+EXTRAS ?= dev
 BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
 
-.PHONY: help demo docs test test-long lint types smoke check clean
+.PHONY: help demo docs test test-long test-lowest lint types smoke check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -21,6 +24,9 @@ test: $(VENV)/.installed-dev  ## the test suite
 
 test-long: $(VENV)/.installed-dev  ## the tests that take minutes: every fault, many times
 	$(BIN)/python -m pytest -m long
+
+test-lowest:  ## the test suite with the oldest libraries that pyproject.toml allows; they have wheels for Python 3.11 and 3.12
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=.ci/lowest.txt EXTRAS=dev,gcs,s3,tensorboard
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .
@@ -41,12 +47,12 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ensembler needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) --editable .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) --editable '.[$(EXTRAS)]'
 	touch $@ $(VENV)/.installed
 
 $(VENV)/wheel/ensembler: $(VENV)/.installed-dev $(wildcard ensembler/* trainers/* eval/* serve/*)
