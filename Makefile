@@ -1,10 +1,12 @@
 # Everything happens in a virtual environment of its own; a bare machine needs Python 3.11 or newer and make.
 PYTHON ?= python3
 VENV ?= .venv
-CONSTRAINTS ?=
-EXTRAS ?= dev
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
+EXTRAS ?= dev
+CONSTRAINTS ?=
+PIP = $(BIN)/python -m pip install --quiet
+# pip takes an hour where uv takes seconds to find versions that go with the oldest ones.
+INSTALL = $(if $(CONSTRAINTS),$(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS),$(PIP))
 
 .PHONY: help demo docs test test-long test-lowest lint types smoke check clean
 
@@ -48,11 +50,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	$(PIP) --editable .
+	$(INSTALL) --editable .
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	$(PIP) --editable '.[$(EXTRAS)]'
+	$(INSTALL) --editable '.[$(EXTRAS)]'
 	touch $@ $(VENV)/.installed
 
 $(VENV)/wheel/ensembler: $(VENV)/.installed-dev $(wildcard ensembler/* trainers/* eval/* serve/*)
