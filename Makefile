@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 EXTRAS ?= dev
 CONSTRAINTS ?=
 PIP = $(BIN)/python -m pip install --quiet
-# pip takes an hour where uv takes seconds to find versions that go with the oldest ones.
+# uv finds the versions that go with the oldest ones in seconds; pip takes longer than the suite.
 INSTALL = $(if $(CONSTRAINTS),$(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS),$(PIP))
 
 .PHONY: help demo docs test test-long test-lowest lint types smoke check clean
