@@ -13,18 +13,16 @@ from ensembler.trainers.method import Method
 from ensembler.trainers.resume import Store, Unfinished
 from ensembler.trainers.settings import Settings
 from ensembler.trainers.starts import load_starts
-from ensembler.trainers.training import make_run, resolve
+from ensembler.trainers.training import Training
 from tests._small import dataset
 
 
 def make(path: Path | None, method: Method, settings: Settings, *, data=None, every=0.0, ours=True, **given) -> Run:
     """The run that is to be at ``path``, which may have been begun before; with ``None``, nothing is kept."""
-    data, starts = data or dataset(), load_starts(method, settings)
-    spec, method, settings = resolve(data, method, settings, starts)
-    unfinished = Unfinished(path, spec, every, ours) if path else None
-    store = unfinished.store if unfinished else None
+    training = Training.of(data or dataset(), method, settings, load_starts(method, settings))
+    unfinished = Unfinished(path, training.spec, every, ours) if path else None
     try:
-        return make_run(spec, data, method, settings, starts, store=store, **given)
+        return training.make(store=unfinished.store if unfinished else None, **given)
     finally:
         if unfinished:
             unfinished.close()  # as the end of a process does

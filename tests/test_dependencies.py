@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-OPTIONAL = {"timm"}  # --arch timm:NAME says how to install it
+OTHERS = {"pydantic-core", "timm"}  # comes with pydantic, in its exact version; --arch timm:NAME says how to install it
 
 
 def requirements(*groups: list[str]) -> list[Requirement]:
@@ -59,7 +59,7 @@ def imported(folder: Path) -> dict[str, Path]:
 def test_every_library_that_is_imported_is_asked_for(folder):
     users = [extra for extra in EXTRAS if extra not in ("dev", "docs")]
     asked = requirements(PROJECT["project"]["dependencies"], *(EXTRAS[extra] for extra in users))
-    names = {canonicalize_name(requirement.name) for requirement in asked} | OPTIONAL
+    names = {canonicalize_name(requirement.name) for requirement in asked} | OTHERS
     owners = metadata.packages_distributions()
     for module, path in imported(ROOT / folder).items():
         if module in {"ensembler", *sys.stdlib_module_names}:
