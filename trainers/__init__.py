@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ensembler.trainers.methods.snapshots import Snapshots
     from ensembler.trainers.methods.subspace import Subspace
     from ensembler.trainers.settings import Settings
-    from ensembler.trainers.training import collapse_run, train
     from ensembler.trainers.trainer import Trainer
+    from ensembler.trainers.training import collapse_run, train
 
 __all__ = [
     "FGE",

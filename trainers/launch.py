@@ -281,7 +281,7 @@ def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: 
         about = (values["architecture"], data.dataset or "digits")
         if start:
             about = (start.manifest.architecture, data.dataset or start.manifest.dataset.name)
-        found = recipes.find(own.recipe, kind.command, *about)
+        found = recipes.find(own.recipe, kind, *about)
         values |= {name: value for name, value in found.items() if name not in chosen}
     method, settings = kind.typed(values), Settings.typed(values)
     if start and data.dataset is None and data.image_size is None:

@@ -49,28 +49,32 @@ class Ledger:
         entry.seconds = round((entry.seconds or 0.0) + time.monotonic() - start, 3)
         entry.peak_memory = _largest(entry.peak_memory, peak_memory(device))
 
-    def epoch(self, part: str, epoch: Epoch) -> None:
+    def epoch(self, part: str, epoch: Epoch, forward_passes: int = 0) -> None:
         """Count an epoch's passes and add it to the history."""
         self.entries[part].example_passes += epoch.examples
+        self.entries[part].forward_passes += forward_passes
         self.history.append({"part": part, **asdict(epoch), "seconds": round(self.seconds, 3)})
 
     def fork(self) -> Ledger:
-        """An empty ledger, for a job; see :meth:`merging`."""
+        """An empty ledger, for a part or a job; see :meth:`merging`."""
         return Ledger(self.device)
+
+    def resume(self, part: str, record: Mapping[str, Any]) -> None:
+        """Go on from the :meth:`record` that was taken in the midst of a part."""
+        self._merge(record)
+        self.entries[part].seconds = self.before = record["seconds"]
 
     @contextmanager
     def merging(self) -> Iterator[list[Mapping[str, Any]]]:
-        """Merge the :meth:`record` of each job that the block collects, as if they had run here one after another."""
+        """Merge the :meth:`record` of each fork that the block collects, as if they had run one after another."""
         found: list[Mapping[str, Any]] = []
         seconds = self.seconds
         yield found
+        self.before = seconds
         for record in found:
-            for name, entry in record["entries"].items():
-                self._add(name, CostEntry.model_validate(entry))
-            for line in record["history"]:
-                self.history.append(line | {"seconds": round(seconds + line["seconds"], 3)})
-            seconds += record["seconds"]
-        self.before, self._start = seconds, time.monotonic()
+            self._merge(record)
+            self.before += record["seconds"]
+        self._start = time.monotonic()
 
     def record(self) -> dict[str, Any]:
         """Entries, history and seconds, as JSON values."""
@@ -90,13 +94,17 @@ class Ledger:
             entries=self.entries,
         )
 
-    def _add(self, name: str, new: CostEntry) -> None:
-        old = self.entries.setdefault(name, CostEntry(device=new.device))
-        old.example_passes += new.example_passes
-        old.forward_passes += new.forward_passes
-        old.seconds = None if new.seconds is None else round((old.seconds or 0.0) + new.seconds, 3)
-        old.peak_memory = _largest(old.peak_memory, new.peak_memory)
-        old.origin = old.origin or new.origin
+    def _merge(self, record: Mapping[str, Any]) -> None:
+        for name, content in record["entries"].items():
+            new = CostEntry.model_validate(content)
+            old = self.entries.setdefault(name, CostEntry(device=new.device))
+            old.example_passes += new.example_passes
+            old.forward_passes += new.forward_passes
+            old.seconds = None if new.seconds is None else round((old.seconds or 0.0) + new.seconds, 3)
+            old.peak_memory = _largest(old.peak_memory, new.peak_memory)
+            old.origin = old.origin or new.origin
+        for line in record["history"]:
+            self.history.append(line | {"seconds": round(self.before + line["seconds"], 3)})
 
 
 def _largest(*sizes: int | None) -> int | None:

@@ -83,7 +83,7 @@ def points(
             result.append(Point(loss, _predicted(trainer, unseen), unseen.labels.cpu(), trainer.task))
         return result
 
-    with trainer.measuring() as entry:
+    with trainer.ledger.entry("measurements", trainer.device) as entry:
         each = len(train) * (2 if has_batchnorm(trainer.weights.module) else 1) + len(unseen)
         entry.forward_passes += len(coefficients) * each
         return trainer.group.from_first(measure)

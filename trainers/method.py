@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ensembler.trainers.options import Options
+from ensembler.trainers.recipes import Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,10 +51,14 @@ class Method(Options):
     Attributes:
         command: what is typed.
         starts_fresh: whether training starts from fresh weights only, never from a trained solution.
+        published: the recipes of papers; see :mod:`ensembler.trainers.recipes`.
+        fast: a short run's options, by field name.
     """
 
     command: ClassVar[str]
     starts_fresh: ClassVar[bool] = False
+    published: ClassVar[tuple[Recipe, ...]] = ()
+    fast: ClassVar[Mapping[str, Any]] = {}
 
     @property
     def name(self) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -48,20 +47,18 @@ class Trainer:
     Args:
         dataset: what to train on.
         settings: resolved, see :meth:`Settings.resolved`.
-        starts: the runs and checkpoints that training may start from, by the names that the settings and the method
-            give them.
+        starts: what training may start from, by the names that the settings and the method give it.
         on_event: told of every epoch, and of what a method finds on its way.
         store: where what has been reached is kept; nowhere by default.
         engine: what runs independent jobs; see :func:`ensembler.trainers.work.each`.
-        group: the processes that train together, from :func:`ensembler.trainers.distributed.joined`. Each calls the
-            same methods with the same arguments and gets the same results; the first measures and keeps checkpoints.
+        group: the processes that train together. Each makes the same calls and gets the same results; the first
+            measures and keeps checkpoints.
 
     Attributes:
         starts_solved: whether ``settings.init`` is a whole solution, not only where training begins.
 
     Raises:
-        UsageError: a device that cannot do what is asked. DataError: a start was trained on other data. ShapeError: a
-            checkpoint is another network's.
+        UsageError: a device that cannot do what is asked. ShapeError: a checkpoint is another network's.
     """
 
     dataset: Dataset
@@ -83,8 +80,7 @@ class Trainer:
         self.record = DatasetRecord.of(self.dataset, settings.augmentation)
         train: Examples = self.dataset.train
         self.train_examples = train if isinstance(train, FileSplit) else train.to(self.device)  # type: ignore[attr-defined]
-        network = self.network(settings.seed)
-        start = self.start
+        network, start = self.network(settings.seed), self.start
         fresh_head = pretrained.fit(network, start.tensors) if isinstance(start, Checkpoint) else []
         self.starts_solved = start is not None and not fresh_head
         self.weights = FlatWeights(network)
@@ -94,8 +90,7 @@ class Trainer:
         self._synchronised = _synchronised(self.weights) if together else None
         if settings.compile:
             (self._synchronised or self.weights).module.compile()
-        several = f"{self.group.size} x " if self.group.size > 1 else ""
-        self.ledger = Ledger(several + device_name(self.device))
+        self.ledger = Ledger(f"{self.group.size} x " * (self.group.size > 1) + device_name(self.device))
         if isinstance(start, Checkpoint):
             self.ledger.entries["checkpoint"] = CostEntry(seconds=None, device="unknown", origin=start.origin)
 
@@ -140,27 +135,7 @@ class Trainer:
             self.group,
         )
 
-    def optimiser(self, moving: list[Tensor]) -> Optimizer:
-        """SGD as the settings have it."""
-        settings = self.settings
-        return torch.optim.SGD(
-            moving,
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=settings.momentum > 0,
-            fused=self.device.type in ("cpu", "cuda"),  # one pass over memory, and no temporary of size P
-        )
-
-    def fit(
-        self,
-        part: str,
-        vertices: Tensor,
-        buffers: Mapping[str, Tensor],
-        plan: Plan,
-        *,
-        attempt: str = "",
-    ) -> Fitted:
+    def fit(self, part: str, vertices: Tensor, buffers: Mapping[str, Tensor], plan: Plan, attempt: str = "") -> Fitted:
         """Run the loop (:func:`ensembler.trainers.loop.fit`) on ``vertices``, in place, and enter its cost.
 
         Args:
@@ -170,100 +145,65 @@ class Trainer:
             plan: what the method asks for.
             attempt: tells several trainings of one part apart, so that each has a checkpoint of its own.
         """
-        settings, batches = self.settings, self.batches(part)
+        settings, group, batches = self.settings, self.group, self.batches(part)
+        store = self.store if group.first else None
+        name, epochs = f"{part} {attempt}".rstrip(), -(-plan.iterations // batches.per_epoch)
         if self._synchronised:
-            _check_shares(batches, plan.samples, self.group.size)
-        kept = _Checkpoints(self, part, f"{part} {attempt}".rstrip(), plan.iterations)
-        devices = [self.device] if self.device.type == "cuda" else []
-        epochs, told = -(-plan.iterations // batches.per_epoch), self.task.metric
+            _check_shares(batches, plan.samples, group.size)
 
         def on_epoch(epoch: Epoch) -> None:
-            entry.forward_passes += epoch.examples if plan.penalty else 0
-            self.ledger.epoch(part, epoch)
-            self.on_event(EpochEnd(part, epoch, epochs, told))
+            ledger.epoch(part, epoch, forward_passes=epoch.examples if plan.penalty else 0)
+            self.on_event(EpochEnd(part, epoch, epochs, self.task.metric))
 
-        def seed(iteration: int) -> None:  # other masks in every process
-            seed_dropout(derive(settings.seed, "dropout", part, self.group.rank, iteration), self.device)
+        def before_step(iteration: int) -> None:  # other masks in every process
+            seed_dropout(derive(settings.seed, "dropout", part, group.rank, iteration), self.device)
 
-        with self.ledger.entry(part, self.device) as entry, torch.random.fork_rng(devices):
-            resume = kept.load(entry)
-            fitted = fit(
-                self._synchronised or self.weights,
-                self.task,
-                self.group.broadcast_(vertices),
-                {name: self.group.broadcast_(buffer.to(self.device)) for name, buffer in buffers.items()},
-                batches,
-                self.optimiser,
-                plan,
-                stream=(settings.seed, part),
-                clip=settings.clip,
-                precision=getattr(torch, settings.precision),
-                on_epoch=on_epoch,
-                before_step=seed,
-                after_step=kept.save,
-                resume=resume,
-                group=self.group,
-            )
+        def after_step(iteration: int, state: Callable[[], TrainState]) -> None:
+            if store and (iteration == plan.iterations or store.due):
+                store.save_state(name, state(), ledger.record())
+
+        with (
+            self.ledger.merging() as ledgers,
+            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+        ):
+            ledger = self.ledger.fork()
+            resume, record = group.from_first(lambda: store.load_state(name) if store else None) or (None, None)
+            if record:
+                ledger.resume(part, record)
+            with ledger.entry(part, self.device):
+                fitted = fit(
+                    self._synchronised or self.weights,
+                    self.task,
+                    group.broadcast_(vertices),
+                    {key: group.broadcast_(buffer.to(self.device)) for key, buffer in buffers.items()},
+                    batches,
+                    partial(_sgd, settings),
+                    plan,
+                    stream=(settings.seed, part),
+                    clip=settings.clip,
+                    precision=getattr(torch, settings.precision),
+                    on_epoch=on_epoch,
+                    before_step=before_step,
+                    after_step=after_step,
+                    resume=resume,
+                    group=group,
+                )
             # Each process has summed the same numbers, in an order of its own.
-            self.group.broadcast_(fitted.vertices)
-            for buffer in fitted.buffers.values():
-                self.group.broadcast_(buffer)
-            return fitted
-
-    @contextmanager
-    def measuring(self) -> Iterator[CostEntry]:
-        """The entry of the cost for what a method measures on its way."""
-        with self.ledger.entry("measurements", self.device) as entry:
-            yield entry
+            for tensor in (fitted.vertices, *fitted.buffers.values()):
+                group.broadcast_(tensor)
+            ledgers.append(ledger.record())
+        return fitted
 
 
-@dataclass(frozen=True, eq=False)
-class _Checkpoints:
-    """Keeps one part's state in the trainer's store, with what the ledger says of it."""
-
-    trainer: Trainer
-    part: str
-    name: str
-    iterations: int
-    start: list[float] = field(default_factory=lambda: [time.monotonic()])  # moved back by what went before
-    begin: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        ledger = self.trainer.ledger
-        entry = ledger.entries.get(self.part)
-        passes = (entry.example_passes, entry.forward_passes) if entry else (0, 0)
-        self.begin[:] = [len(ledger.history), *passes]
-
-    def load(self, entry: CostEntry) -> TrainState | None:
-        """The state to go on from, if there is one; what it took is entered."""
-        trainer, ledger = self.trainer, self.trainer.ledger
-        store, group = trainer.store, trainer.group
-        saved = group.from_first(lambda: store.load_state(self.name) if store else None)
-        if saved is None:
-            return None
-        state, facts = saved
-        entry.example_passes += facts["example_passes"]
-        entry.forward_passes += facts["forward_passes"]
-        entry.seconds = (entry.seconds or 0.0) + facts["seconds"]
-        ledger.before += facts["seconds"]
-        ledger.history += facts["history"]
-        self.start[0] -= facts["seconds"]
-        return state
-
-    def save(self, iteration: int, state: Callable[[], TrainState]) -> None:
-        """Keep the state at the end, and whenever it is time."""
-        store = self.trainer.store if self.trainer.group.first else None
-        if store is None or not (iteration == self.iterations or store.due):
-            return
-        ledger, (told, examples, forward) = self.trainer.ledger, self.begin
-        entry = ledger.entries[self.part]
-        facts = {
-            "history": ledger.history[told:],
-            "example_passes": entry.example_passes - examples,
-            "forward_passes": entry.forward_passes - forward,
-            "seconds": time.monotonic() - self.start[0],
-        }
-        store.save_state(self.name, state(), facts)
+def _sgd(settings: Settings, moving: list[Tensor]) -> Optimizer:
+    return torch.optim.SGD(
+        moving,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.momentum > 0,
+        fused=moving[0].device.type in ("cpu", "cuda"),  # one pass over memory, and no temporary of size P
+    )
 
 
 def _synchronised(weights: FlatWeights) -> FlatWeights:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ensembler.errors import UsageError
 from ensembler.trainers.method import Members, Method
+from ensembler.trainers.methods.simplex import BASE, BENTON_2021
 from ensembler.trainers.options import option
+from ensembler.trainers.recipes import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,6 +33,9 @@ class Complex(Method):
     """Join independent solutions by simplexes with shared connectors (Benton et al. 2021)."""
 
     command = "train-complex"
+    fast = {"epochs": 5, "points": 11}
+    # One sample a step here; in g-benton/loss-surface-simplexes there are 5, which are summed.
+    published = (Recipe("vgg16", BASE | {"epochs": 25, "lr": 0.05, "regularisation": 1e-7}, BENTON_2021),)
 
     modes: list[str] = option(
         argument=True, path=True, metavar="RUN...", help="Two runs or more; of each, the first member."

@@ -12,17 +12,30 @@ from typing import TYPE_CHECKING, Literal
 from ensembler.errors import UsageError
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.options import option
+from ensembler.trainers.recipes import GARIPOV_2018, SOLUTIONS, Recipe
 
 if TYPE_CHECKING:
     from ensembler.trainers.trainer import Trainer
 
 __all__ = ["Curve"]
 
+# timgaripov/dnn-mode-connectivity, README, "Training the curves"; its 3 bends count both ends.
+_CURVES = {
+    "vgg16": {"epochs": 600, "lr": 0.015},
+    "preresnet164": {"epochs": 200, "lr": 0.03},
+    "wrn28x10": {"epochs": 200, "lr": 0.03},
+}
+
 
 class Curve(Method):
     """Connect two solutions by a path of low loss (Garipov et al. 2018)."""
 
     command = "train-curve"
+    fast = {"epochs": 5, "points": 21}
+    published = tuple(
+        Recipe(name, SOLUTIONS[name] | {"curve": "bezier", "bends": 1, "points": 61} | options, GARIPOV_2018)
+        for name, options in _CURVES.items()
+    )
 
     first: str = option(argument=True, path=True, metavar="FIRST", help="The run whose first member is one end.")
     second: str = option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.options import option
+from ensembler.trainers.recipes import ASHUKHA_2020, GARIPOV_2018, SOLUTIONS, Recipe
 
 if TYPE_CHECKING:
     from ensembler.trainers.trainer import Trainer
@@ -22,6 +23,11 @@ class DeepEnsemble(Method):
 
     command = "train-deep-ensemble"
     starts_fresh = True
+    fast = {"epochs": 10, "members": 3}
+    published = (
+        *(Recipe(name, options, GARIPOV_2018) for name, options in SOLUTIONS.items()),
+        Recipe("vgg16bn", SOLUTIONS["vgg16"] | {"epochs": 400}, ASHUKHA_2020),
+    )
 
     members: int = option(4, ge=1, help="M, networks trained; 1 is a single network.")
 

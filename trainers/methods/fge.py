@@ -11,17 +11,32 @@ from typing import TYPE_CHECKING
 
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.options import option
+from ensembler.trainers.recipes import ASHUKHA_2020, GARIPOV_2018, SOLUTIONS, Recipe
 
 if TYPE_CHECKING:
     from ensembler.trainers.trainer import Trainer
 
 __all__ = ["FGE"]
 
+# Garipov et al. 2018, as repeated in SamsungLabs/pytorch-ensembles, train/train_fge.sh; the README of their own code
+# has other rates, with alpha_1 = alpha_2 for VGG16. Members: as many cycles as one budget holds.
+_CYCLES = {
+    "vgg16": {"members": 20, "cycle": 2, "high": 1e-2, "low": 5e-4, "start": 160 / 200},
+    "preresnet164": {"members": 6, "cycle": 4, "high": 5e-2, "low": 5e-4, "start": 125 / 150},
+    "wrn28x10": {"members": 10, "cycle": 4, "high": 5e-2, "low": 5e-4, "start": 160 / 200},
+}
+
 
 class FGE(Method):
     """Collect snapshots along a cyclic learning rate (FGE, Garipov et al. 2018)."""
 
     command = "train-fge"
+    fast = {"epochs": 10, "members": 3}
+    published = (
+        *(Recipe(name, SOLUTIONS[name] | options, GARIPOV_2018) for name, options in _CYCLES.items()),
+        # SamsungLabs/pytorch-ensembles starts from a solution that is trained out in 160 epochs.
+        Recipe("vgg16bn", SOLUTIONS["vgg16"] | _CYCLES["vgg16"] | {"epochs": 160, "start": 1.0}, ASHUKHA_2020),
+    )
 
     members: int = option(5, ge=1, help="M, snapshots taken, one a cycle.")
     cycle: float = option(2, gt=0, help="c, epochs a cycle; the paper takes 2 to 4.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.options import option
+from ensembler.trainers.recipes import ASHUKHA_2020, SGD, SOLUTIONS, Recipe
 
 if TYPE_CHECKING:
     from ensembler.trainers.settings import Settings
@@ -19,11 +20,26 @@ if TYPE_CHECKING:
 
 __all__ = ["Snapshots"]
 
+# SamsungLabs/pytorch-ensembles, train/train_sse_mcmc.sh.
+_SSE = {"batch_size": 64, "momentum": 0.0, "lr": 0.2, "epochs": 200, "cycle": 40, "members": 5}
+
 
 class Snapshots(Method):
     """Collect snapshots at the end of cosine cycles (SSE, Huang et al. 2017)."""
 
     command = "train-snapshots"
+    fast = {"epochs": 20, "members": 3}  # 7 epochs a cycle: in 5, the digits were not learnt
+    published = (
+        Recipe("vgg16bn", SOLUTIONS["vgg16"] | _SSE, ASHUKHA_2020),
+        Recipe("preresnet164", SOLUTIONS["preresnet164"] | _SSE, ASHUKHA_2020),
+        Recipe("wrn28x10", SOLUTIONS["wrn28x10"] | _SSE, ASHUKHA_2020),
+        # gaohuang/SnapshotEnsemble, README and opts.lua, for the 110-layer ResNet whose blocks are activated last.
+        Recipe(
+            "preresnet110",
+            SGD | _SSE | {"momentum": 0.9, "weight_decay": 1e-4},
+            "Huang et al. 2017, arXiv 1704.00109",
+        ),
+    )
 
     members: int = option(5, ge=1, help="M, snapshots taken, one a cycle.")
     cycle: float | None = option(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.options import option
+from ensembler.trainers.recipes import SGD, Recipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,19 @@ class Subspace(Method):
 
     command = "train-subspace"
     starts_fresh = True
+    fast = {"epochs": 20, "vertices": 2}  # a vertex has its share of every step's gradient only
+    # apple/learning-subspaces, experiment_configs/cifar10, for the 20-layer ResNet whose blocks are activated last.
+    # Here the cosine is over the classifier's weights, too, the vertices' start is scaled (see `spread`), and their 5
+    # epochs of warm-up are left out.
+    published = tuple(
+        Recipe(
+            name,
+            SGD | {"epochs": 160, "lr": 0.1, "schedule": "cosine", "weight_decay": 1e-4, "beta": 1.0},
+            "Wortsman et al. 2021, arXiv 2102.10472",
+            ("cifar10",),
+        )
+        for name in ("preresnet20", "resnet20")
+    )
 
     vertices: int = option(3, ge=2, help="K, ends of a line (2) or corners of a simplex.")
     members: int = option(10, ge=1, help="M: the vertices first, then points drawn inside.")
