@@ -25,7 +25,7 @@ aten = torch.ops.aten
 class Needs(TorchDispatchMode):
     """Lists where the host is needed by what runs on "meta", a device of shapes without data.
 
-    Values read from the device are 0 or false, so that whatever reads them goes on.
+    A value that is read is 0 or false, and a tensor a uniform distribution, so that whatever reads them goes on.
 
     Attributes:
         noting: whether places are listed.
@@ -49,7 +49,8 @@ class Needs(TorchDispatchMode):
                 return False if func is aten.equal.default else 0
             if func is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
                 self.note("a tensor is read")
-                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+                dtype = kwargs.get("dtype") or args[0].dtype
+                return torch.full(args[0].shape, 1 / max(1, args[0].numel()), dtype=torch.float64).to(dtype)
             if func in (aten._fused_sgd_.default, aten._fused_sgd_.tensor_lr):  # in place, and without shapes of "meta"
                 return None
             if func is aten.copy_.default and args[0].device.type == "cpu":
@@ -70,7 +71,10 @@ class _Made(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and result.device.type == "meta":
+        listed = func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], list)
+        if (listed or func in (torch.tensor, torch.as_tensor, Tensor.new_tensor)) and "meta" in _devices(
+            (args, result)
+        ):
             self.needs.note("a tensor is made of Python numbers")
         return result
 
@@ -111,14 +115,14 @@ class Recorder(TorchDispatchMode):
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations by name, but for views, which cost nothing on a device."""
+    """Counts operations on tensors by name, but for views, which cost nothing on a device."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts = Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts[str(func)] += not _is_view(func)
+        self.counts[str(func)] += func.namespace == "aten" and not _is_view(func)
         return func(*args, **(kwargs or {}))
 
 
