@@ -7,7 +7,7 @@ names it in its manifest, as ``package.module:Class``, and finds it there again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
@@ -15,12 +15,15 @@ from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from ensembler.device import upload
 from ensembler.errors import ShapeError, UsageError
 from ensembler.naming import imported
 
-__all__ = ["Arrays", "Examples", "InMemory", "find"]
+__all__ = ["Arrays", "Examples", "InMemory", "find", "stream"]
 
 Inputs = Callable[[Tensor], Tensor]
+Epoch = tuple[Tensor, Tensor]
+Cut = Callable[[Tensor, Tensor], Iterator[tuple[Tensor, Tensor]]]
 
 
 @runtime_checkable
@@ -61,6 +64,20 @@ class Examples(Protocol):
 
     def augmented(self, index: Tensor, augmentation: str, choices: Tensor) -> InMemory:
         """The examples of ``index`` (B,), varied by ``choices`` (B, ...) of :meth:`draw`."""
+        ...
+
+    def stream(
+        self, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device, workers: int | None
+    ) -> Generator[InMemory, None, None]:
+        """The batches of epochs, on ``device``; of examples in memory, see :func:`stream`.
+
+        Args:
+            epochs: each epoch's order (N,) and choices (N, ...), on the CPU.
+            cut: from an epoch's order and choices to those of its batches.
+            augmentation: one of :attr:`augmentations`.
+            device: where examples in memory lie, and those of files are brought to.
+            workers: processes that read files.
+        """
         ...
 
     @staticmethod
@@ -144,6 +161,12 @@ class Arrays:
         """The rows of ``index`` (B,)."""
         return self.part(index)
 
+    def stream(
+        self, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device, workers: int | None
+    ) -> Generator[InMemory, None, None]:
+        """See :func:`stream`."""
+        return stream(self, epochs, cut, augmentation, device)
+
     @staticmethod
     def draw(augmentation: str, count: int, generator: torch.Generator) -> Tensor:
         """Nothing to draw: (count, 0)."""
@@ -161,6 +184,15 @@ class Arrays:
         if not (x.is_floating_point() and x.dim() == 2 and x.shape[1:] == tuple(shape)):
             raise ShapeError(f"expected rows of {shape[0]} features, (B, {shape[0]}) float, found {tuple(x.shape)}")
         return True
+
+
+def stream(
+    examples: InMemory, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device
+) -> Generator[InMemory, None, None]:
+    """The batches of examples in memory: an epoch's order and choices go to the device at once."""
+    for order, choices in epochs:
+        for index, chosen in cut(upload(order, device), upload(choices, device)):
+            yield examples.augmented(index, augmentation, chosen)
 
 
 def find(kind: str) -> type[Examples]:

@@ -7,8 +7,9 @@ either way it gets a :class:`Split`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ensembler.errors import DataError, ShapeError
+from ensembler.examples import Cut, Epoch, InMemory, stream
 
 __all__ = [
     "AUGMENTATIONS",
@@ -133,6 +135,12 @@ class Split(_Images):
         batch = self[index]
         return Split(augment(batch.images, augmentation, choices), batch.labels)
 
+    def stream(
+        self, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device, workers: int | None = None
+    ) -> Generator[InMemory, None, None]:
+        """See :func:`ensembler.examples.stream`."""
+        return stream(self, epochs, cut, augmentation, device)
+
 
 @dataclass(frozen=True, eq=False)
 class FileSplit(_Images):
@@ -209,6 +217,17 @@ class FileSplit(_Images):
         part = self.part(index)
         return Split(read_images(part.paths, self.shape, augmentation, choices), part.labels)
 
+    def stream(
+        self, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device, workers: int | None = None
+    ) -> Generator[InMemory, None, None]:
+        """Read ahead by other processes, see :func:`ensembler.loading.read_ahead`."""
+        from ensembler.loading import read_ahead
+
+        keys = (key for order, choices in epochs for key in cut(order, choices))
+        with closing(read_ahead(self, keys, augmentation, device, workers)) as batches:
+            for images, labels in batches:
+                yield Split(images, labels)
+
     def _decoded(self) -> Split:
         return Split(read_images(self.paths, self.shape), self.labels)
 
@@ -257,7 +276,7 @@ def augment(images: Tensor, augmentation: str, choices: Tensor) -> Tensor:
     if augmentation == "none" or not len(images):
         return images
     count, height, width, _ = images.shape
-    if augmentation == "resized-crop-flip":
+    if augmentation == "resized-crop-flip":  # image by image: its seeds are read on the host
         pairs = zip(images, choices.tolist(), strict=True)
         return torch.stack([_resized_crop_flip(image, seed, (height, width)) for image, seed in pairs])
     device = images.device

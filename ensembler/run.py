@@ -263,7 +263,7 @@ class Run:
     history: Sequence[Mapping[str, Any]] = ()
     sha256: str = ""
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write the run to ``path``, whole or not at all, and let ``latest`` beside it name it.
 
         Raises:
@@ -271,6 +271,7 @@ class Run:
             ArtefactError: it cannot be written.
             DivergedError: a weight is not finite.
         """
+        path = Path(path)
         for name, tensor in self.vertices.items():
             if not torch.isfinite(tensor).all():
                 raise DivergedError(f"parameter {name!r} is not finite: train with a lower learning rate")
@@ -283,18 +284,19 @@ class Run:
                 save_tensors(self.frozen, folder / "frozen.safetensors")
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
             (folder / "history.jsonl").write_text(lines, encoding="utf-8")
-        self.manifest.files = content["files"]
+        self.manifest.files, self.sha256 = content["files"], _identity(path)
         _point_latest_at(path)
         return path
 
     @classmethod
-    def load(cls, path: Path) -> Run:
+    def load(cls, path: str | Path) -> Run:
         """Read a run and verify every byte of it. What becomes of its files later does not reach the run in memory.
 
         Raises:
             ArtefactError: no run there, or of a format this version cannot read.
             CorruptError: a file is missing or changed; it is named. Or another run took its place meanwhile.
         """
+        path = Path(path)
         sha256 = _identity(path)
         content = artefact.read(path, "run", formats=(FORMAT,))
         try:

@@ -41,12 +41,10 @@ class Group:
     Attributes:
         rank: this process's number, 0 to size - 1; the first one, 0, measures and writes.
         size: how many there are.
-        here: how many of them are on this machine.
     """
 
     rank: int = 0
     size: int = 1
-    here: int = 1
     _objects: Any = field(default=None, repr=False)  # the process group that objects travel by
 
     @property
@@ -155,7 +153,7 @@ def joined(device: str | None = None) -> Iterator[Group]:
                 device_id=own if nccl else None,
             )
             objects = dist.new_group(backend="gloo", timeout=_MEASURING)
-        yield Group(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), objects)
+        yield Group(rank, size, objects)
     except EnsemblerError as error:  # the process group is left to the end of the process: the others may wait in it
         lost = isinstance(error, GroupError)
         if rank == 0:

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ensembler.errors import UsageError
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.options import option
 from ensembler.trainers.recipes import ASHUKHA_2020, GARIPOV_2018, SOLUTIONS, Recipe
+from ensembler.trainers.schedules import Schedule, after
 
 if TYPE_CHECKING:
     from ensembler.trainers.trainer import Trainer
 
-__all__ = ["FGE"]
+__all__ = ["FGE", "cyclic", "cyclic_middles"]
 
 # Garipov et al. 2018, as repeated in SamsungLabs/pytorch-ensembles, train/train_fge.sh; the README of their own code
 # has other rates, with alpha_1 = alpha_2 for VGG16. Members: as many cycles as one budget holds.
@@ -49,7 +51,6 @@ class FGE(Method):
         import torch
 
         from ensembler.trainers.loop import Plan
-        from ensembler.trainers.schedules import after, cyclic, cyclic_middles
         from ensembler.trainers.starts import fresh, solution, stack_buffers
 
         length = trainer.steps(self.cycle)
@@ -66,3 +67,31 @@ class FGE(Method):
         fitted = trainer.fit("fge", begin_at.vector[None].clone(), begin_at.buffers, plan)
         vertices = torch.cat([snapshot.vertices for snapshot in fitted.snapshots])
         return Members(vertices, torch.eye(self.members), stack_buffers(fitted.snapshots))
+
+
+def cyclic(high: float, low: float, cycle: int) -> Schedule:
+    """Fast Geometric Ensembling's triangular cycle (Garipov et al. 2018, sec. 4).
+
+    With ``t = (mod(i - 1, c) + 1) / c``: ``(1 - 2t) high + 2t low`` for ``t <= 1/2``, then
+    ``(2 - 2t) low + (2t - 1) high``.
+
+    Args:
+        high: the paper's alpha_1.
+        low: the paper's alpha_2, below ``high``; reached in mid-cycle.
+        cycle: c, iterations a cycle, at least 2.
+    """
+    if not 0 < low < high:
+        raise UsageError(f"FGE's rates must satisfy 0 < low < high, not low = {low:g}, high = {high:g}")
+    if cycle < 2:
+        raise UsageError(f"an FGE cycle takes at least 2 iterations, not {cycle}")
+
+    def schedule(iteration: int) -> float:
+        t = ((iteration - 1) % cycle + 1) / cycle
+        return (1 - 2 * t) * high + 2 * t * low if t <= 0.5 else (2 - 2 * t) * low + (2 * t - 1) * high
+
+    return schedule
+
+
+def cyclic_middles(cycle: int, cycles: int) -> list[int]:
+    """The iterations in mid-cycle, where :func:`cyclic` is lowest and a snapshot is due: one a cycle."""
+    return [cycle // 2 + cycle * n for n in range(cycles)]
