@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from typer.testing import CliRunner, Result
 
+from ensembler.cli import app
 from ensembler.datasets import Dataset
 from ensembler.run import Run
 from ensembler.task import Classification
@@ -39,6 +41,11 @@ def trainer(data: Dataset | None = None, starts: dict[str, Start] | None = None,
 def saved(run: Run, path: Path) -> str:
     """Where a run lies, as an option that names one."""
     return str(run.save(path))
+
+
+def call(*arguments: object) -> Result:
+    """A command of the package, run in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def passes(run: Run) -> dict[str, int]:
