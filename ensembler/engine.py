@@ -304,7 +304,7 @@ class _Heartbeat:
 
     def __init__(self, name: str, host: str, port: int, patience: float) -> None:
         self._name, self._place, self._patience = name, (host, port), patience
-        self._on_eventd = time.monotonic()
+        self._heard = time.monotonic()
 
     @classmethod
     def all(cls, ray: ModuleType) -> list[Self]:
@@ -324,11 +324,11 @@ class _Heartbeat:
         return False
 
     def check(self) -> None:
-        silent = time.monotonic() - self._on_eventd
+        silent = time.monotonic() - self._heard
         if silent < _PROBE:
             return
         if self.answers():
-            self._on_eventd = time.monotonic()
+            self._heard = time.monotonic()
         elif silent > self._patience:
             raise EngineError(
                 f"{self._name} has not answered for {self._patience:.0f} seconds: start it again, then run the rest"
