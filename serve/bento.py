@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ensembler import __version__, artefact
 from ensembler.errors import EnsemblerError, UsageError
-from ensembler.serve.schemas import BundleManifest, read_bundle
+from ensembler.serve.runtime.manifest import BundleManifest, read_bundle
 
 __all__ = ["SERVING", "BentoError", "build_bento", "pinned", "write_sources"]
 

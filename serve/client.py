@@ -75,11 +75,11 @@ def predict_files(
     Args:
         target: a bundle's folder, or a service's address such as ``http://localhost:3000``.
         images: PNG or JPEG files.
-        mode, members: see :class:`ensembler.serve.options.Options`.
+        mode, members: see :class:`ensembler.serve.http.options.Options`.
         token: what the service wants; of no meaning for a bundle.
 
     Returns:
-        :class:`ensembler.serve.schemas.Answer` as a dictionary, each prediction with its file as ``"image"``.
+        :class:`ensembler.serve.runtime.manifest.Answer` as a dictionary, each prediction with its file as ``"image"``.
 
     Raises:
         ServiceError: nobody answers at the address, somebody else does, or the token is not the one.
@@ -133,10 +133,10 @@ def _figure(value: float | None) -> str | None:
 
 
 def _from_bundle(bundle: str, images: Sequence[Path], chosen: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    from ensembler.serve import answers
-    from ensembler.serve.images import image_from_file
-    from ensembler.serve.options import read_options
-    from ensembler.serve.runtime import Runtime
+    from ensembler.serve.http import answers
+    from ensembler.serve.http.options import read_options
+    from ensembler.serve.http.readers import image_from_file
+    from ensembler.serve.runtime.runtime import Runtime
 
     if not Path(bundle).is_dir():
         looks = ": an address begins with http:// or https://" if ":" in bundle else ""
@@ -159,7 +159,7 @@ def _from_service(
 ) -> Iterator[dict[str, Any]]:
     import httpx
 
-    from ensembler.serve.limits import IMAGE
+    from ensembler.serve.http.gate import IMAGE
 
     if token and not all("!" <= character <= "~" for character in token):
         raise UsageError("the token must consist of visible ASCII characters: a header carries no others")

@@ -4,9 +4,8 @@ Start it with ``ensembler serve BUNDLE``, or by hand from any folder::
 
     ENSEMBLER_BUNDLE=bundles/NAME bentoml serve ensembler.serve.service:PredictiveUncertainty
 
-The way of a request: :class:`~ensembler.serve.limits.Gate` lets it in, :mod:`~ensembler.serve.images` and
-:mod:`~ensembler.serve.options` read it, :class:`~ensembler.serve.batcher.Batcher` has it predicted together with those
-that wait beside it, :mod:`~ensembler.serve.answers` writes what was asked for.
+The way of a request: ``gate`` lets it in, ``readers`` and ``options`` read it, ``batcher`` has it predicted together
+with those that wait beside it, ``answers`` writes what was asked for.
 """
 
 # BentoML ships no types.
@@ -35,15 +34,19 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from ensembler.errors import EnsemblerError, ShapeError, UsageError
-from ensembler.serve import answers, images, openapi, page
-from ensembler.serve.adaptive import Mode
-from ensembler.serve.batcher import Answered, Batcher, Columns
-from ensembler.serve.limits import BINARY, IMAGE, JSON, Gate, refusal
-from ensembler.serve.metrics import Metrics
-from ensembler.serve.options import Options, options_from_query, read_options
-from ensembler.serve.runtime import Runtime, available_cpus
-from ensembler.serve.schemas import Answer, read_bundle
-from ensembler.serve.settings import Settings, whole_number
+from ensembler.serve.http import answers, openapi, page
+from ensembler.serve.http import readers as images
+from ensembler.serve.http.batcher import Answered, Batcher, Columns
+from ensembler.serve.http.gate import BINARY, IMAGE, JSON, Gate, refusal
+from ensembler.serve.http.metrics import Metrics
+from ensembler.serve.http.options import Options, options_from_query, read_options
+from ensembler.serve.http.schemas import Answer
+from ensembler.serve.http.settings import Settings, whole_number
+from ensembler.serve.runtime.early_exit import Mode
+from ensembler.serve.runtime.images import check_images
+from ensembler.serve.runtime.machine import available_cpus
+from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.serve.runtime.runtime import Runtime
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -154,7 +157,7 @@ class PredictiveUncertainty:
 
         Args:
             images: (B, H, W, 3), whole numbers from 0 to 255: red, green and blue of each pixel.
-            outputs, mode, members, level, alpha: see :mod:`ensembler.serve.options`.
+            outputs, mode, members, level, alpha: see :mod:`ensembler.serve.http.options`.
         """
         if isinstance(images, Request):
             return await self.respond(images)
@@ -251,7 +254,7 @@ class PredictiveUncertainty:
         return await self._call(True, read)
 
     def _check(self, batch: object) -> NDArray[np.uint8]:
-        return images.check_images(batch, self.runtime.manifest.image_shape, self.settings.max_batch)
+        return check_images(batch, self.runtime.manifest.image_shape, self.settings.max_batch)
 
     def _options(self, chosen: dict[str, Any]) -> Options:
         return read_options(chosen, self.runtime.members, self.runtime.calibration)

@@ -23,7 +23,7 @@ import pytest
 
 from ensembler import artefact
 from ensembler.serve import Runtime
-from ensembler.serve.schemas import Validation, read_bundle
+from ensembler.serve.runtime.manifest import Validation, read_bundle
 from tests._ports import free_port  # noqa: F401  tests find it here
 from tests._runs import CLASSES, TINY, make_bundle
 

@@ -25,8 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ensembler.serve.images import MediaTypeError, image_from_file
-from ensembler.serve.options import OUTPUTS
+from ensembler.serve.http.options import OUTPUTS
+from ensembler.serve.http.readers import MediaTypeError, image_from_file
 from tests._runs import TINY, make_bundle
 from tests._service import (
     BINARY,

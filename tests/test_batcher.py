@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ensembler.serve.batcher import Batcher, DeadlineError, OverloadError
+from ensembler.serve.http.batcher import Batcher, DeadlineError, OverloadError
 
 POISON = 13
 

@@ -23,9 +23,10 @@ from typer.testing import CliRunner
 from ensembler import __version__, artefact
 from ensembler.cli import app
 from ensembler.errors import CorruptError, UsageError
-from ensembler.serve import Runtime, settings
+from ensembler.serve import Runtime
 from ensembler.serve.bento import BentoError, build_bento, pinned, write_sources
-from ensembler.serve.schemas import read_bundle
+from ensembler.serve.http import settings
+from ensembler.serve.runtime.manifest import read_bundle
 from tests._service import IMAGE, ROUTE, Server, free_port, make_calibrated, tiny_images
 
 ROOT = Path(__file__).parents[1]
@@ -78,8 +79,8 @@ def test_the_list_is_everything_that_is_loaded_in_the_versions_installed(bundle:
     code = (
         "import ensembler.serve.service, ensembler.cli, ensembler.serve.client, httpx, sys, json, numpy\n"
         "from PIL import Image\n"
-        "from ensembler.serve.runtime import Runtime\n"
-        "from ensembler.serve.verify import verify_bundle\n"
+        "from ensembler.serve.runtime.runtime import Runtime\n"
+        "from ensembler.serve.runtime.verify import verify_bundle\n"
         f"verify_bundle({str(bundle)!r})\n"
         "print(json.dumps([*{name.split('.')[0] for name in sys.modules}]))"
     )

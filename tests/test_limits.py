@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from ensembler.errors import UsageError
-from ensembler.serve.settings import Settings
+from ensembler.serve.http.settings import Settings
 from tests._runs import make_bundle
 from tests._service import BINARY, IMAGE, MODEL_FIELDS, ROUTE, TestClient, assert_refused, in_process, tiny_images
 
-from ensembler.serve.limits import KINDS, OPEN, Gate  # isort: skip  # BentoML's imports warn: tests._service has them
+from ensembler.serve.http.gate import KINDS, OPEN, Gate  # isort: skip  # BentoML's imports warn: tests._service has them
 
 pytestmark = pytest.mark.filterwarnings(MODEL_FIELDS)
 

@@ -29,8 +29,8 @@ from ensembler.artefact import sha256
 from ensembler.errors import ArtefactError, ShapeError, UsageError
 from ensembler.images import read_image
 from ensembler.serve import Runtime
-from ensembler.serve.options import OUTPUTS
-from ensembler.serve.schemas import Answer
+from ensembler.serve.http.options import OUTPUTS
+from ensembler.serve.http.schemas import Answer
 from tests._runs import CLASSES, TINY, make_bundle
 from tests._service import (
     BINARY,

@@ -17,8 +17,8 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ensembler.serve.metrics import Metrics, Refusals
-from ensembler.serve.schemas import Validation
+from ensembler.serve.http.metrics import Metrics, Refusals
+from ensembler.serve.runtime.manifest import Validation
 from tests._service import BINARY, ROUTE, Server, free_port, make_calibrated, tiny_images
 
 DOCS = Path(__file__).parents[1] / "docs"

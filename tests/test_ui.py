@@ -21,8 +21,9 @@ from PIL import Image
 from starlette.applications import Starlette
 
 from ensembler import artefact
-from ensembler.serve import Runtime, page
-from ensembler.serve.schemas import PROBE, read_bundle
+from ensembler.serve import Runtime
+from ensembler.serve.http import page
+from ensembler.serve.runtime.manifest import PROBE, read_bundle
 from tests._runs import TINY
 from tests._service import MODEL_FIELDS, Server, TestClient, free_port, make_calibrated, tiny_images
 

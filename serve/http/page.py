@@ -1,4 +1,4 @@
-"""The page at ``/ui``: one file, ``ui.html``, that asks the service's own routes from within the browser. No torch.
+"""The page at ``/ui``: one file, ``page.html``, that asks the service's own routes from within the browser. No torch.
 
 The page holds nothing of the bundle and needs no token; what it shows, it fetches as any caller does. Its
 Content-Security-Policy lets only its own script and style run, by their hashes, and forbids every other address.
@@ -19,7 +19,7 @@ import numpy as np
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ensembler.serve.schemas import PROBE, BundleManifest
+from ensembler.serve.runtime.manifest import PROBE, BundleManifest
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -35,7 +35,7 @@ _MOST = 8
 @cache
 def html() -> str:
     """The page."""
-    return files("ensembler.serve").joinpath("ui.html").read_text(encoding="utf-8")
+    return files("ensembler.serve.http").joinpath("page.html").read_text(encoding="utf-8")
 
 
 @cache

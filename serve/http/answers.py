@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from ensembler import calibration
 from ensembler.errors import UsageError
-from ensembler.serve.batcher import Columns
-from ensembler.serve.options import CALIBRATED, OUTPUTS, STANDARD, Options
-from ensembler.serve.runtime import Prediction, Runtime
-from ensembler.serve.schemas import ModelCard
+from ensembler.serve.http.batcher import Columns
+from ensembler.serve.http.options import CALIBRATED, OUTPUTS, STANDARD, Options
+from ensembler.serve.http.schemas import ModelCard
+from ensembler.serve.runtime.runtime import Prediction, Runtime
 
 __all__ = ["as_columns", "as_json", "as_npy", "calibration_id", "content", "metadata", "model_card", "with_outputs"]
 
@@ -54,7 +54,7 @@ def with_outputs(columns: Columns, options: Options, runtime: Runtime) -> Column
 
 
 def content(columns: Columns, options: Options, runtime: Runtime) -> dict[str, Any]:
-    """The answer as :class:`ensembler.serve.schemas.Answer` has it, ready for JSON."""
+    """The answer as :class:`ensembler.serve.runtime.manifest.Answer` has it, ready for JSON."""
     classes = runtime.manifest.classes
     fields = {output: _values(output, columns, classes) for output in options.outputs}
     if options.mode != "full" or options.members not in (None, runtime.members):

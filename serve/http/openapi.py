@@ -5,10 +5,11 @@ from __future__ import annotations
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
 
-from ensembler.serve.adaptive import LEVEL, Mode
-from ensembler.serve.limits import BINARY, IMAGE, JSON
-from ensembler.serve.options import OUTPUTS
-from ensembler.serve.schemas import Answer, BundleManifest
+from ensembler.serve.http.gate import BINARY, IMAGE, JSON
+from ensembler.serve.http.options import OUTPUTS
+from ensembler.serve.http.schemas import Answer
+from ensembler.serve.runtime.early_exit import LEVEL, Mode
+from ensembler.serve.runtime.manifest import BundleManifest
 
 __all__ = ["document"]
 

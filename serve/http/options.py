@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from ensembler.calibration import Calibration
 from ensembler.errors import UsageError
-from ensembler.serve.adaptive import LEVEL, MODES, Mode
-from ensembler.serve.images import shown
+from ensembler.serve.runtime.early_exit import LEVEL, MODES, Mode
+from ensembler.serve.runtime.images import shown
 
 __all__ = ["CALIBRATED", "OUTPUTS", "STANDARD", "Options", "options_from_query", "read_options"]
 
@@ -40,7 +40,7 @@ class Options:
 
     Attributes:
         outputs: each one's field in the answer, in this order.
-        mode: see :meth:`ensembler.serve.runtime.Runtime.predict`.
+        mode: see :meth:`ensembler.serve.runtime.runtime.Runtime.predict`.
         members: ask no more than these first ones; ``None`` for all.
         level: of the mode ``"confidence"``.
         alpha: 1 - alpha is the coverage that the prediction sets promise; ``None`` without them.

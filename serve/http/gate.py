@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 from starlette.responses import JSONResponse
 
 from ensembler.errors import EnsemblerError
-from ensembler.serve.batcher import OverloadError
-from ensembler.serve.metrics import refusals
-from ensembler.serve.settings import Settings
+from ensembler.serve.http.batcher import OverloadError
+from ensembler.serve.http.metrics import refusals
+from ensembler.serve.http.settings import Settings
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

@@ -13,8 +13,8 @@ from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from ensembler.serve.batcher import Columns
-from ensembler.serve.schemas import Validation
+from ensembler.serve.http.batcher import Columns
+from ensembler.serve.runtime.manifest import Validation
 
 __all__ = ["Metrics", "Refusals", "refusals"]
 
