@@ -17,7 +17,7 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ensembler.serve.http.metrics import Metrics, Refusals
+from ensembler.serve.http.metrics import Metrics, Requests
 from ensembler.serve.runtime.manifest import Validation
 from tests._service import BINARY, ROUTE, Server, free_port, make_calibrated, tiny_images
 
@@ -32,7 +32,7 @@ def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
 
 def made(validation: Validation | None, members: int = 3) -> tuple[Metrics, CollectorRegistry]:
     registry = CollectorRegistry()
-    Refusals(registry)
+    Requests(registry)
     return Metrics(validation, members, 5, registry), registry
 
 
@@ -94,9 +94,9 @@ def asked_for(text: str) -> set[str]:
 def test_rules_and_dashboard_ask_for_what_exists() -> None:
     metrics, registry = made(validation([0.1, 0.4, 0.8, 1.2], [0.1, 0.2, 0.3, 0.4]))
     for stage in ("read", "queue", "predict", "write"):
-        metrics.stage(stage, 0.1)
+        metrics.stages({stage: 0.1})
     metrics.answer(columns([0.1], [0.1], [3]), whole=True)
-    exist = {name for name, _ in samples(generate_latest(registry).decode())} | {"ensembler_refusals_total"}
+    exist = {name for name, _ in samples(generate_latest(registry).decode())} | {"ensembler_requests_total"}
     rules = yaml.safe_load((DOCS / "alerts.yml").read_text())
     expressions = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
     dashboard = json.loads((DOCS / "grafana.json").read_text())
@@ -139,8 +139,10 @@ def test_a_real_server_tells_prometheus(tmp_path: Path) -> None:
     assert total("ensembler_members_used_count") == 10
     assert total("ensembler_mutual_information_nats_count") == 8
     assert total("ensembler_abstentions_total") == 8
-    assert total("ensembler_refusals_total", status="400") == 3
-    assert total("ensembler_refusals_total", status="401") == 1
+    assert total("ensembler_requests_total", status="200", route=ROUTE) == 2
+    assert total("ensembler_requests_total", status="200", route=BINARY) == 1
+    assert total("ensembler_requests_total", status="400", route=ROUTE) == 3
+    assert total("ensembler_requests_total", status="401", route="/metrics") == 1
     for stage in ("read", "queue", "predict", "write"):
         assert total("ensembler_stage_seconds_count", stage=stage) == 3
     assert total("ensembler_validation_nats", measure="mutual_information", level="0.9") > 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,15 +43,14 @@ class MediaTypeError(ShapeError):
     status = 415
 
 
-def fields_from_json(body: bytes, options: Collection[str] = ()) -> dict[str, Any]:
-    """A body ``{"images": [...]}``, whose nested lists :func:`check_images` is to check.
+def fields_from_json(body: bytes) -> tuple[list[Any], dict[str, Any]]:
+    """Read a body ``{"images": [...], ...}``.
 
-    Args:
-        body: JSON.
-        options: names of other fields that may stand beside the images, holding anything.
+    Returns:
+        The nested lists of the images, unchecked, and the other fields.
 
     Raises:
-        ShapeError: malformed JSON, or anything but an object with these fields, of which ``images`` is a list.
+        ShapeError: malformed JSON, or no object whose field ``images`` is a list.
     """
     try:
         content = json.loads(body)
@@ -64,12 +63,10 @@ def fields_from_json(body: bytes, options: Collection[str] = ()) -> dict[str, An
         raise ShapeError(f"the body is {kind_of(content)}, not an object: {_FORM}")
     if "images" not in content:
         raise ShapeError(f"the body has no field 'images': {_FORM}")
-    if unknown := sorted(set(content) - {"images", *options}):
-        beside = f", and beside it no more than {', '.join(options)}" if options else " and nothing else"
-        raise ShapeError(f"the body has an unknown field {shown(unknown[0])}: {_FORM}{beside}")
-    if not isinstance(content["images"], list):
-        raise ShapeError(f"'images' is {kind_of(content['images'])}, not a list: {_FORM}")
-    return content
+    images = content.pop("images")
+    if not isinstance(images, list):
+        raise ShapeError(f"'images' is {kind_of(images)}, not a list: {_FORM}")
+    return images, content
 
 
 def images_from_npy(body: bytes) -> NDArray[Any]:
