@@ -45,7 +45,7 @@ def home(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BENTOML_HOME", str(home))
-        before = metadata.distributions()
+        before = list(metadata.distributions())
         assert build_bento(bundle, "made:one") == "made:one"
         names = {one.metadata["Name"] for one in before}
         assert {one.metadata["Name"] for one in metadata.distributions()} == names  # it installs nothing, as uv
@@ -63,9 +63,10 @@ def test_the_bento_holds_what_it_needs_and_nothing_else(home: Path, bundle: Path
     assert read_bundle(source / "bundle") == read_bundle(bundle)
     assert not list(source.rglob("__pycache__"))
     for room in ("trainers", "eval", "serve"):
-        for path in (ROOT / room).iterdir():
-            if path.is_file():
-                assert (source / "ensembler" / room / path.name).read_bytes() == path.read_bytes()
+        for path in (ROOT / room).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                copied = source / "ensembler" / room / path.relative_to(ROOT / room)
+                assert copied.read_bytes() == path.read_bytes()
     needed = (bento / "env" / "python" / "requirements.txt").read_text().split()
     assert sorted(needed) == pinned()
     dockerfile = (bento / "env" / "docker" / "Dockerfile").read_text()
@@ -108,13 +109,18 @@ def has(name: str) -> bool:
 
 def test_what_cannot_be_built_is_told(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for tag in ("Digits", "a b", "digits:", "-a", "a:b:c", "x" * 64):
-        with pytest.raises(UsageError, match="is no tag"):
+        with pytest.raises(UsageError, match="is not a tag"):
             build_bento(bundle, tag)
     damaged = tmp_path / "damaged"
     shutil.copytree(bundle, damaged)
     (damaged / "member-000.onnx").write_bytes(b"")
     with pytest.raises(CorruptError, match="member-000"):
         build_bento(damaged)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda name: None)
+        patch.setattr("ensembler.serve.bento._installed", lambda name: name != "uv")
+        with pytest.raises(UsageError, match="needs uv, which is not installed: run pip install uv"):
+            build_bento(bundle)
     monkeypatch.setattr("ensembler.serve.bento.SERVING", ("no-such-package",))
     with pytest.raises(UsageError, match="needs no-such-package, which is not installed"):
         write_sources(bundle, read_bundle(bundle), tmp_path / "bento", "name")

@@ -57,7 +57,7 @@ def with_outputs(columns: Columns, options: Options, runtime: Runtime) -> Column
 def content(columns: Columns, options: Options, runtime: Runtime) -> dict[str, Any]:
     """Return the answer as :class:`ensembler.serve.http.schemas.Answer` defines it, ready for JSON."""
     classes, outputs = runtime.manifest.classes, options.outputs or ()
-    fields = {output: _values(output, columns, classes) for output in outputs}
+    fields: dict[str, list[Any]] = {output: _values(output, columns, classes) for output in outputs}
     if not options.asks_all(runtime.members):
         fields["partial"] = (~columns["complete"].astype(bool)).tolist()
     answer: dict[str, Any] = {

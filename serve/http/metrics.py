@@ -31,15 +31,15 @@ _EVEN = 20  # buckets without validation images
 
 _logger = logging.getLogger("ensembler.serve")
 
-Self = TypeVar("Self")
+Owner = TypeVar("Owner")
 P = ParamSpec("P")
 
 
-def _harmless(method: Callable[Concatenate[Self, P], None]) -> Callable[Concatenate[Self, P], None]:
+def _harmless(method: Callable[Concatenate[Owner, P], None]) -> Callable[Concatenate[Owner, P], None]:
     """Log what a metric raises: a full disk, which holds the counts of all workers, must not fail a request."""
 
     @functools.wraps(method)
-    def observe(self: Self, *arguments: P.args, **named: P.kwargs) -> None:
+    def observe(self: Owner, /, *arguments: P.args, **named: P.kwargs) -> None:
         try:
             method(self, *arguments, **named)
         except Exception:
