@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -24,7 +25,7 @@ from ensembler import calibration
 from ensembler.artefact import sha256
 from ensembler.images import read_image
 from ensembler.serve import Runtime
-from ensembler.serve.http.options import OUTPUTS
+from ensembler.serve.http.options import CALIBRATED, OUTPUTS, Options
 from tests._runs import CLASSES, TINY, make_bundle
 from tests._service import (
     BINARY,
@@ -67,6 +68,7 @@ def ragged(*place: int) -> dict[str, Any]:
 
 
 IMAGES = tiny_images(1).tolist()
+GOOD = {"images": IMAGES}
 MALFORMED: dict[str, tuple[Any, str]] = {
     "no body": (b"", "the body is not JSON"),
     "half a body": (b'{"images": [[[', "the body is not JSON"),
@@ -357,6 +359,110 @@ def test_the_service_describes_its_routes(client: TestClient) -> None:
     assert set(answer["predictions"][0]) <= set(fields)
     assert set(answer) <= set(described["components"]["schemas"]["Answer"]["properties"])
     assert tuple(output for output in OUTPUTS if output in fields) == OUTPUTS
+
+
+@pytest.mark.parametrize("token", ["", "sesame"])
+def test_docs_json_is_valid_openapi_3_1(bundle: Path, token: str) -> None:
+    from openapi_spec_validator import OpenAPIV31SpecValidator
+
+    with in_process(bundle, ENSEMBLER_TOKEN=token) as client:
+        described = client.get("/docs.json", headers={"Authorization": f"Bearer {token}"}).json()
+    assert described["openapi"] == "3.1.0"
+    OpenAPIV31SpecValidator(described).validate()
+    assert described.get("security") == ([{"token": []}] if token else None)
+
+
+def test_docs_json_describes_what_is_sent_and_answered(client: TestClient) -> None:
+    from jsonschema import Draft202012Validator, ValidationError
+
+    described = client.get("/docs.json").json()
+
+    def check(schema: dict[str, Any], value: Any) -> None:
+        Draft202012Validator(schema | {"components": described["components"]}).validate(value)
+
+    operation = described["paths"][ROUTE]["post"]
+    body = operation["requestBody"]["content"]["application/json"]["schema"]
+    answer = operation["responses"]["200"]["content"]["application/json"]["schema"]
+    error = operation["responses"]["400"]["content"]["application/json"]["schema"]
+    for options in (
+        {},
+        {"outputs": ["class", "members"]},
+        {"mode": "exact", "members": 2},
+        dict.fromkeys(Options.model_fields),
+    ):
+        check(body, GOOD | options)
+        check(answer, client.post(ROUTE, json=GOOD | options).json())
+    of_the_bundle = ("ask from 1 to 3", "calibration", "NaN")  # JSON has no NaN
+    for options, message in REFUSED_OPTIONS.values():
+        if any(words in message for words in of_the_bundle):
+            continue
+        with pytest.raises(ValidationError):
+            check(body, GOOD | options)
+        check(error, client.post(ROUTE, content=json.dumps(GOOD | options)).json())
+
+
+def test_one_record_holds_every_option(client: TestClient) -> None:
+    """What the documentation and the service's description list is what the record reads."""
+    described = client.get("/docs.json").json()["paths"]
+    schema = described[ROUTE]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert list(schema["properties"]) == ["images", *Options.model_fields]
+    for path in (BINARY, IMAGE):
+        query = [parameter for parameter in described[path]["post"]["parameters"] if parameter["in"] == "query"]
+        assert [parameter["name"] for parameter in query] == list(Options.model_fields)
+        assert all(parameter["schema"]["description"] for parameter in query)
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    section = text.split("### Options")[1].split("###")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(Options.model_fields)
+    fields = text.split("### The answer")[1].split("###")[0]
+    told = {name for row in re.findall(r"^\| (`.*?`) \|", fields, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert set(OUTPUTS) - {"mean"} <= told
+
+
+SAME = [{}, {"mode": "full"}, {"level": 0.9}, {"members": 3}, {"mode": "full", "members": 3, "level": 0.5}]
+
+
+def test_requests_that_ask_alike_share_a_pass(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they say it: the level is of the mode confidence alone, and three members are all there are."""
+    begun, go = threading.Event(), threading.Event()
+    passes: list[int] = []
+    predict = Runtime.predict
+
+    def held(self: Runtime, images: Any, *options: Any, **more: Any) -> Any:
+        passes.append(len(images))
+        begun.set()
+        assert go.wait(20)
+        return predict(self, images, *options, **more)
+
+    monkeypatch.setattr(Runtime, "predict", held)
+    with ThreadPoolExecutor(1 + len(SAME)) as pool:
+        first = pool.submit(client.post, ROUTE, json=GOOD)
+        assert begun.wait(20)
+        answers = [pool.submit(client.post, ROUTE, json=GOOD | options) for options in SAME]
+        predictor = client.app.state.predictor  # type: ignore[attr-defined]
+        deadline = time.monotonic() + 20
+        while predictor._batcher.waiting < len(SAME) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        go.set()
+        assert first.result().headers["x-batch-size"] == "1"
+        assert [answer.result().headers["x-batch-size"] for answer in answers] == [str(len(SAME))] * len(SAME)
+    assert passes == [1, len(SAME)]
+
+
+@pytest.mark.parametrize("query", ["outputs=label", "outputs=mean,class", "outputs=mutual_information&members=1"])
+def test_npy_that_cannot_be_is_refused_before_the_prediction(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, query: str
+) -> None:
+    monkeypatch.setattr(Runtime, "predict", lambda *arguments, **named: pytest.fail("it was predicted"))
+    answer = client.post(f"{BINARY}?{query}", content=npy(tiny_images(1)), headers={"Accept": "application/x-npy"})
+    assert "ask for" in assert_refused(answer, 400)
+
+
+@pytest.mark.parametrize("output", [output for output in OUTPUTS if output not in ("label", *CALIBRATED)])
+def test_every_other_output_is_an_array(client: TestClient, output: str) -> None:
+    url = f"{BINARY}?outputs={output}"
+    answer = client.post(url, content=npy(tiny_images(2)), headers={"Accept": "application/x-npy"})
+    expected = client.post(url, content=npy(tiny_images(2))).json()["predictions"]
+    np.testing.assert_allclose(np.load(io.BytesIO(answer.content)), [one[output] for one in expected])
 
 
 def test_an_answer_tells_its_batch_and_its_stages(client: TestClient) -> None:

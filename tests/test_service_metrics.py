@@ -14,12 +14,13 @@ import httpx
 import numpy as np
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ensembler.serve.http.metrics import Metrics, Requests
 from ensembler.serve.runtime.manifest import Validation
-from tests._service import BINARY, ROUTE, Server, free_port, make_calibrated, tiny_images
+from tests._runs import make_bundle, tiny_weights
+from tests._service import BINARY, ROUTE, Server, free_port, in_process, make_calibrated, tiny_images
 
 DOCS = Path(__file__).parents[1] / "docs"
 LEVELS = [0.0, 0.5, 0.9, 1.0]
@@ -75,6 +76,42 @@ def test_fewer_members_say_nothing_of_drift() -> None:
     assert found["ensembler_mutual_information_nats_count", frozenset()] == 0
     assert found["ensembler_predictive_entropy_nats_count", frozenset()] == 0
     assert found["ensembler_members_used_count", frozenset()] == 2
+
+
+def test_one_nan_spoils_no_sum() -> None:
+    metrics, registry = made(None)
+    for entropy in (np.nan, np.inf, 0.5):
+        metrics.answer(columns([entropy], [entropy], [3]), whole=True)
+    found = samples(generate_latest(registry).decode())
+    for name in ("predictive_entropy", "mutual_information"):
+        assert found[f"ensembler_{name}_nats_sum", frozenset()] == 0.5
+        assert found[f"ensembler_{name}_nats_count", frozenset()] == 1
+
+
+def test_a_member_that_answers_nan_spoils_no_sum(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    weights = tiny_weights(3)
+    weights[1] = np.nan
+    with in_process(make_bundle(tmp_path / "bundle", weights=weights), registry) as client:
+        assert client.post(ROUTE, json={"images": tiny_images(1).tolist()}).status_code == 500
+    found = samples(generate_latest(registry).decode())
+    assert all(np.isfinite(value) for value in found.values())
+    assert found["ensembler_requests_total", frozenset({("route", ROUTE), ("status", "500")})] == 1
+
+
+def test_a_metric_that_cannot_be_written_harms_no_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as on a full disk, where the counts of all workers lie."""
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with in_process(make_bundle(tmp_path / "bundle")) as client:
+        for kind in (Histogram, Gauge, Counter):
+            for method in {"observe", "set", "inc"} & set(dir(kind)):
+                monkeypatch.setattr(kind, method, full)
+        body = {"images": tiny_images(2).tolist()}
+        answers = [client.post(ROUTE, json=body, headers={"X-Deadline-Ms": "5000"}) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200] * 3
 
 
 @pytest.mark.parametrize("members", [1, 2, 100])
