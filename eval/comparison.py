@@ -326,7 +326,7 @@ def group_key(manifest: Manifest) -> str:
             "architecture": manifest.architecture,
             "members": manifest.members,
             "vertices": manifest.vertices,
-            "images": [images.image_shape, images.train_sha256, images.test_sha256],
+            "images": [images.shape, images.train_sha256, images.test_sha256],
             "example_passes": manifest.cost.example_passes,
             "options": {name: value for name, value in options.items() if value is not None},
         },

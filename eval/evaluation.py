@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ensembler import artefact
 from ensembler.datasets import Dataset
+from ensembler.device import keep_freed
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
@@ -26,7 +27,6 @@ from ensembler.eval.report import CellScores, OodReport, Report, RunReport, Shif
 from ensembler.eval.shift import Cell, Shift, find_shift
 from ensembler.eval.shift_scores import FAMILIES
 from ensembler.images import Images, Split
-from ensembler.memory import keep_freed
 from ensembler.run import Manifest, Run, versions
 from ensembler.seeds import generator
 

@@ -28,10 +28,10 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from ensembler.artefact import HELD, hold, replace_file, sha256, sweep
+from ensembler.device import keep_freed
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
-from ensembler.memory import keep_freed
 from ensembler.run import Run
 from ensembler.uncertainty import disagreement_of_votes, entropy, expected_entropy
 

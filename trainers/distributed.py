@@ -23,7 +23,7 @@ import typer
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from ensembler.ensemble import choose_device
+from ensembler.device import choose_device
 from ensembler.errors import EnsemblerError, GroupError, UsageError
 
 __all__ = ["ALONE", "Group", "joined", "launched"]
@@ -41,12 +41,10 @@ class Group:
     Attributes:
         rank: this process's number, 0 to size - 1; the first one, 0, measures and writes.
         size: how many there are.
-        here: how many of them are on this machine.
     """
 
     rank: int = 0
     size: int = 1
-    here: int = 1
     _objects: Any = field(default=None, repr=False)  # the process group that objects travel by
 
     @property
@@ -75,11 +73,12 @@ class Group:
             with _answered():
                 dist.all_reduce(tensor)
 
-    def broadcast_(self, tensor: Tensor) -> None:
+    def broadcast_(self, tensor: Tensor) -> Tensor:
         """Give the first process's tensor to all, in place."""
         if self.size > 1:
             with _answered():
                 dist.broadcast(tensor, src=0)
+        return tensor
 
     def from_first(self, function: Callable[[], T]) -> T:
         """What ``function`` returns, or the error of ours that it raises: the first process calls it, all get it.
@@ -154,7 +153,7 @@ def joined(device: str | None = None) -> Iterator[Group]:
                 device_id=own if nccl else None,
             )
             objects = dist.new_group(backend="gloo", timeout=_MEASURING)
-        yield Group(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), objects)
+        yield Group(rank, size, objects)
     except EnsemblerError as error:  # the process group is left to the end of the process: the others may wait in it
         lost = isinstance(error, GroupError)
         if rank == 0:
