@@ -23,7 +23,7 @@ from PIL import Image
 
 from ensembler import artefact, calibration
 from ensembler.run import Run, latest
-from ensembler.serve.verify import verify_bundle
+from ensembler.serve.runtime.verify import verify_bundle
 from tests._faults import Nursery, Process, small_disk, until
 
 # BatchNorm and dropout: all that a checkpoint must hold.

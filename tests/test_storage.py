@@ -687,7 +687,7 @@ def test_a_resumed_run_is_pushed_where_it_was_to_go(tmp_path, images, monkeypatc
 
 
 def test_real_runs_and_bundles_load_from_where_they_were_fetched_to(tmp_path):
-    from ensembler.serve.schemas import read_bundle
+    from ensembler.serve.runtime.manifest import read_bundle
 
     run, bundle = make_run(tmp_path / "run"), make_bundle(tmp_path / "bundle")
     for source in (run, bundle):
