@@ -180,6 +180,10 @@ class FileSplit(_Images):
             )
         return part._decode()
 
+    def to(self, device: torch.device | str) -> FileSplit:
+        """Return the split itself: its batches go to the device as they are read."""
+        return self
+
     @property
     def paths(self) -> list[Path]:
         """The files' N paths."""

@@ -20,7 +20,6 @@ from ensembler.device import choose_device, device_name, keep_freed, seed_dropou
 from ensembler.engine import Engine, Local
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
-from ensembler.images import FileSplit
 from ensembler.pretrained import Checkpoint
 from ensembler.run import CostEntry, DatasetRecord, Run
 from ensembler.seeds import derive
@@ -78,8 +77,7 @@ class Trainer:
         keep_freed(self.device)
         self.task = task.find(self.dataset.task)
         self.record = DatasetRecord.of(self.dataset, settings.augmentation)
-        train: Examples = self.dataset.train
-        self.train_examples = train if isinstance(train, FileSplit) else train.to(self.device)  # type: ignore[attr-defined]
+        self.train_examples: Examples = self.dataset.train.to(self.device)
         network, start = self.network(settings.seed), self.start
         fresh_head = pretrained.fit(network, start.tensors) if isinstance(start, Checkpoint) else []
         self.starts_solved = start is not None and not fresh_head
