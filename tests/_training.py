@@ -16,21 +16,29 @@ from ensembler.run import Run
 from ensembler.task import Classification
 from ensembler.trainers import Method, Settings, Trainer, loop, train
 from ensembler.trainers.batches import Batch
-from ensembler.trainers.events import Message
+from ensembler.trainers.events import Event, Message, OnEvent
 from ensembler.trainers.loop import Fitted, Plan
 from ensembler.trainers.starts import Start
 from ensembler.weights import FlatWeights
 from tests._small import SETTINGS, dataset
 
 
-def make(method: Method, data: Dataset | None = None, *, said: list[str] | None = None, **settings) -> Run:
+def make(
+    method: Method,
+    data: Dataset | None = None,
+    *,
+    said: list[str] | None = None,
+    on_event: OnEvent = lambda event: None,
+    **settings,
+) -> Run:
     """A run of the small dataset; what is found on the way goes to ``said``."""
 
-    def on_event(event):
+    def tell(event: Event) -> None:
         if said is not None and isinstance(event, Message):
             said.append(event.text)
+        on_event(event)
 
-    return train(data or dataset(), method, Settings(**(SETTINGS | settings)), on_event=on_event)
+    return train(data or dataset(), method, Settings(**(SETTINGS | settings)), on_event=tell)
 
 
 def trainer(data: Dataset | None = None, starts: dict[str, Start] | None = None, **settings) -> Trainer:
