@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ensembler import architectures, artefact
 from ensembler.datasets import Dataset
 from ensembler.run import Cost, DatasetRecord, Manifest, Run, Sampling
-from ensembler.serve.schemas import BundleManifest, Origin
+from ensembler.serve.runtime.manifest import BundleManifest, Origin
 from ensembler.weights import FlatWeights
 
 CLASSES = [f"class {index}" for index in range(5)]

@@ -25,13 +25,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ensembler.serve.images import MediaTypeError, image_from_file
-from ensembler.serve.options import OUTPUTS
+from ensembler.serve.http.options import OUTPUTS
+from ensembler.serve.http.readers import MediaTypeError, image_from_file
 from tests._runs import TINY, make_bundle
 from tests._service import (
     BINARY,
     IMAGE,
-    MODEL_FIELDS,
     ROUTE,
     Server,
     TestClient,
@@ -41,7 +40,6 @@ from tests._service import (
     tiny_images,
 )
 
-pytestmark = pytest.mark.filterwarnings(MODEL_FIELDS)
 many = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 GOOD = {"images": tiny_images(1).tolist()}

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ensembler.serve.batcher import Batcher, DeadlineError, OverloadError
+from ensembler.serve.http.batcher import Batcher, DeadlineError, OverloadError
 
 POISON = 13
 
@@ -31,19 +31,19 @@ class Doubler:
     def __call__(self, images: np.ndarray, key: Any) -> dict[str, np.ndarray]:
         self.passes.append((key, images.tolist()))
         self.begun.set()
-        assert self.go.wait(10)
+        assert self.go.wait(100)
         if POISON in images:
             raise ValueError("poison")
         return {"double": 2 * images, "pair": np.stack([images, images], axis=1)}
 
 
-def run(test: Callable[[Batcher, Doubler], Coroutine[Any, Any, None]], **limits: int) -> Doubler:
+def run(test: Callable[[Batcher, Doubler], Coroutine[Any, Any, None]], **limits: Any) -> Doubler:
     doubler = Doubler()
 
     async def main() -> None:
         batcher = Batcher(doubler, **limits)
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(200):
                 await test(batcher, doubler)
             assert batcher.waiting == 0
         finally:
@@ -212,5 +212,32 @@ def test_what_is_told_of_time_is_so() -> None:
         assert (await first).predicted >= 0.05
         assert (await task).queued >= 0.05
         assert (await task).predicted < 1
+
+    run(test)
+
+
+def test_a_hook_that_fails_keeps_nobody_waiting() -> None:
+    def fail(images: int) -> None:
+        raise OSError("no space left")
+
+    async def test(batcher: Batcher, doubler: Doubler) -> None:
+        first = await held_up(batcher, doubler)
+        tasks = await started(*(batcher.submit(np.array([n]), "a", monotonic() + 10) for n in range(3)))
+        doubler.go.set()
+        async with asyncio.timeout(5):
+            await first
+            answers = await asyncio.gather(*tasks)
+            assert [answer.columns["double"].tolist() for answer in answers] == [[0], [2], [4]]
+            assert (await batcher.submit(np.array([7]), "a")).columns["double"].tolist() == [14]
+
+    run(test, on_pass=fail)
+
+
+def test_a_pass_that_cannot_begin_keeps_nobody_waiting() -> None:
+    async def test(batcher: Batcher, doubler: Doubler) -> None:
+        batcher.close()
+        with pytest.raises(RuntimeError, match="shutdown"):
+            async with asyncio.timeout(5):
+                await batcher.submit(np.array([1]), "a")
 
     run(test)

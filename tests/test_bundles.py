@@ -26,10 +26,11 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, CorruptError, DataError, ExportError, UsageError
 from ensembler.ordering import greedy_order
 from ensembler.run import Sampling
-from ensembler.serve import Runtime, export_run, graphs, precision, writer
-from ensembler.serve import export as export_module
-from ensembler.serve.schemas import Timing, Tuning
-from ensembler.serve.verify import verify_bundle
+from ensembler.serve import Runtime, export_run
+from ensembler.serve.export import bundle as export_module
+from ensembler.serve.export import graphs, precision, writer
+from ensembler.serve.runtime.manifest import Timing, Tuning
+from ensembler.serve.runtime.verify import verify_bundle
 from tests._runs import make_run
 
 SAMPLING = Sampling(simplexes=[[0, 1], [1, 2]], concentration=1.0)
@@ -362,7 +363,7 @@ def test_rank_correlation_is_scipys(seed: int) -> None:
 
 
 def tuning(members: int, winner: Any) -> Tuning:
-    from ensembler.serve.machine import available_cpus
+    from ensembler.serve.runtime.machine import available_cpus
 
     rows = [Timing(batch=1, strategy=winner, seconds=0.001, repeats=5)]
     return Tuning(
@@ -396,7 +397,7 @@ def test_all_members_in_one_graph_are_the_members(
 
 
 def test_a_measurement_is_kept_with_its_winners(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ensembler.serve import tune
+    from ensembler.serve.runtime import tune
 
     monkeypatch.setattr(export_module, "measured", lambda members, images: tune.tune(members, images, seconds=0.05))
     manifest = Runtime.load(export_run(run, tmp_path / "bundle", tune=True)).manifest
@@ -536,8 +537,8 @@ def test_serving_needs_neither_torch_nor_onnx(bundle: Path) -> None:
         "for name in ('torch', 'onnx', 'onnxscript', 'scipy', 'sklearn', 'safetensors', 'bentoml'):\n"
         "    sys.modules[name] = None\n"
         "import numpy as np\n"
-        "from ensembler.serve.runtime import Runtime\n"
-        "from ensembler.serve.verify import verify_bundle\n"
+        "from ensembler.serve.runtime.runtime import Runtime\n"
+        "from ensembler.serve.runtime.verify import verify_bundle\n"
         "loaded = Runtime.load(sys.argv[1], members=8)\n"
         "print(loaded.predict(np.zeros((2, 8, 8, 3), np.uint8), 'exact').members_used.max() <= 8)\n"
         "print(max(verify_bundle(sys.argv[1]).differences) < 1e-5)\n"

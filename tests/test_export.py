@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from ensembler import artefact
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, CorruptError, ExportError, UsageError
-from ensembler.serve import Runtime, export_run, graphs, writer
+from ensembler.serve import Runtime, export_run
+from ensembler.serve.export import graphs, writer
 from tests._runs import CLASSES, SHAPE, make_run
 
 BUNDLE_FILES = ["manifest.json", "manifest.sha256", *(f"member-00{m}.onnx" for m in range(3)), "probe.npz"]

@@ -17,8 +17,8 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
 from ensembler.eval.predictions import predictions
 from ensembler.run import Run
-from ensembler.serve.schemas import read_bundle
-from ensembler.serve.verify import verify_bundle
+from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.serve.runtime.verify import verify_bundle
 from ensembler.trainers import train_deep_ensemble
 from ensembler.trainers.checkpoints import Checkpoints
 from tests._formats import RUN, images, predictor, session

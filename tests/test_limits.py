@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from ensembler.errors import UsageError
-from ensembler.serve.settings import Settings
+from ensembler.serve.http.gate import Gate
+from ensembler.serve.http.metrics import Requests
+from ensembler.serve.http.routes import KINDS, PUBLIC
+from ensembler.serve.http.settings import Settings
 from tests._runs import make_bundle
-from tests._service import BINARY, IMAGE, MODEL_FIELDS, ROUTE, TestClient, assert_refused, in_process, tiny_images
-
-from ensembler.serve.limits import KINDS, OPEN, Gate  # isort: skip  # BentoML's imports warn: tests._service has them
-
-pytestmark = pytest.mark.filterwarnings(MODEL_FIELDS)
+from tests._service import BINARY, IMAGE, ROUTE, TestClient, assert_refused, in_process, tiny_images
 
 LIMITS = {"ENSEMBLER_BUNDLE": "nowhere", "ENSEMBLER_MAX_BODY": "100", "ENSEMBLER_BODY_MS": "200"}
 
@@ -75,14 +75,13 @@ class Stub:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def run() -> Callable[..., None]:
     def go(test: Callable[[Gate, Stub], Awaitable[None]], **environment: str) -> None:
-        for name, value in (LIMITS | environment).items():
-            monkeypatch.setenv(name, value)
+        settings = Settings.read(LIMITS | environment)
 
         async def main() -> None:
             stub = Stub()
-            gate = Gate(stub)
+            gate = Gate(stub, settings, Requests(CollectorRegistry()))
             async with asyncio.timeout(20):
                 await test(gate, stub)
             assert (gate._held, gate._handled) == (0, 0)
@@ -195,7 +194,7 @@ def test_a_token_is_wanted_everywhere_but_where_probers_look(run: Any, path: str
         assert stub.handled == 0
         for right in ("Bearer sesame", "bearer sesame", "Bearer  sesame "):
             assert (await status(path, authorization=right))[0] == 200
-        for free in (*OPEN, "/ui/page.js"):
+        for free in (*PUBLIC, "/ui/page.js"):
             assert (await status(free))[0] == 200
 
     run(test, ENSEMBLER_TOKEN="sesame")

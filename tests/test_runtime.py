@@ -13,9 +13,11 @@ import pytest
 
 from ensembler import artefact
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
-from ensembler.serve import Runtime, runtime
-from ensembler.serve.images import check_images
-from ensembler.serve.schemas import Tuning
+from ensembler.serve import Runtime
+from ensembler.serve.runtime.images import check_images
+from ensembler.serve.runtime.machine import available_cpus
+from ensembler.serve.runtime.manifest import Tuning
+from ensembler.serve.runtime.strategies import softmax
 from tests._runs import CLASSES, TINY, agreeing_weights, make_bundle, tiny_weights
 
 
@@ -119,11 +121,11 @@ def test_ready_once_every_session_has_run(loaded: Runtime) -> None:
 def test_sessions_compute_where_they_can(loaded: Runtime) -> None:
     provider = loaded._members._sessions[0].get_providers()[0]
     assert loaded.device == {"CUDAExecutionProvider": "cuda"}.get(provider, "cpu")
-    assert loaded.threads == runtime.available_cpus() >= 1
+    assert loaded.threads == available_cpus() >= 1
 
 
 def test_softmax_does_not_overflow() -> None:
-    found = runtime.softmax(np.array([[1e4, 1e4, -1e4], [0, 0, 0]], dtype=np.float32))
+    found = softmax(np.array([[1e4, 1e4, -1e4], [0, 0, 0]], dtype=np.float32))
     np.testing.assert_allclose(found, [[0.5, 0.5, 0], [1 / 3] * 3], atol=1e-7)
 
 
@@ -399,7 +401,7 @@ def test_a_bundle_of_format_1_is_read_and_predicts_for_ever() -> None:
 
 def test_serving_imports_neither_torch_nor_bentoml() -> None:
     code = (
-        "import sys, ensembler.serve.runtime, ensembler.serve.schemas, ensembler.serve.commands;"
+        "import sys, ensembler.serve.runtime.runtime, ensembler.serve.runtime.manifest, ensembler.serve.commands;"
         "print([name for name in ('torch', 'torchvision', 'bentoml', 'onnx') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

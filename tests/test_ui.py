@@ -18,15 +18,13 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from starlette.applications import Starlette
 
 from ensembler import artefact
-from ensembler.serve import Runtime, page
-from ensembler.serve.schemas import PROBE, read_bundle
+from ensembler.serve import Runtime
+from ensembler.serve.http import page
+from ensembler.serve.runtime.manifest import PROBE, read_bundle
 from tests._runs import TINY
-from tests._service import MODEL_FIELDS, Server, TestClient, free_port, make_calibrated, tiny_images
-
-pytestmark = pytest.mark.filterwarnings(MODEL_FIELDS)
+from tests._service import Server, free_port, in_process, make_calibrated, tiny_images
 
 TOKEN = "correct-horse"
 HOSTILE = "<img src=x onerror=document.title=1>"
@@ -53,8 +51,9 @@ def parts(tag: str) -> list[str]:
     return re.findall(f"<{tag}>(.*?)</{tag}>", page.html(), re.DOTALL)
 
 
-def test_the_policy_lets_only_the_pages_own_script_and_style_run() -> None:
-    answer = TestClient(Starlette(routes=page.ROUTES)).get("/ui")
+def test_the_policy_lets_only_the_pages_own_script_and_style_run(bundle: Path) -> None:
+    with in_process(bundle) as client:
+        answer = client.get("/ui")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
     assert policy["default-src"] == "'none'"

@@ -7,10 +7,11 @@ first does. Nothing else of ``torch.distributed`` is used.
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 _STEP = timedelta(minutes=10)  # all are at the same step: no compiling network and no checkpoint takes longer
 _MEASURING = timedelta(days=1)  # the first one measures and writes while the others wait
+_COMMON = timedelta(seconds=10)  # what all of them raise, they raise nearly at once
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def joined(device: str | None = None) -> Iterator[Group]:
         if rank == 0:
             if not lost:
                 store.set("error", str(error))
+                atexit.register(store.set, "said", "")
             raise
         if not lost and not _first_says(store, str(error)):
             typer.echo(f"rank {rank}: error: {error}", err=True)
@@ -212,15 +215,19 @@ def _own_device(name: str | None) -> torch.device:
 
 
 def _first_says(store: Any, message: str) -> bool:
-    """Whether the first process has failed with the same words, or does within seconds."""
+    """Whether the first process has failed with the same words, or does within seconds.
+
+    Returns once it has said them: torchrun ends all processes as soon as one has failed, and the first one may be slow.
+    """
     try:
-        for _ in range(30):
-            if store.check(["error"]):
-                return bool(store.get("error").decode() == message)
-            time.sleep(0.1)
-    except RuntimeError:  # the store has gone with the first process
-        pass
-    return False
+        store.wait(["error"], _COMMON)
+        if store.get("error").decode() != message:
+            return False
+    except RuntimeError:  # it has not failed, or the store has gone with it
+        return False
+    with suppress(RuntimeError):  # gone, so it has ended
+        store.wait(["said"], _COMMON)
+    return True
 
 
 @contextmanager

@@ -8,14 +8,14 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Collection, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensembler.errors import ShapeError
+from ensembler.serve.runtime.images import kind_of, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,18 +23,15 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_PIXELS",
     "MediaTypeError",
-    "check_images",
     "fields_from_json",
     "image_from_file",
     "images_from_npy",
     "images_from_raw",
-    "shown",
 ]
 
 MAX_PIXELS = 25_000_000
 
 _FORM = 'send {"images": [...]}'
-_RANGE = "send whole numbers from 0 to 255"
 _NPY = "send what numpy.save writes of a uint8 array (batch, H, W, 3), or raw bytes and their X-Shape"
 _NPY_HEADER = 10_000  # bytes; numpy's own limit
 _MODES = {"1", "L", "P", "RGB", "RGBA", "LA", "PA"}  # of Pillow: 8 bits a channel, grey, palette or RGB
@@ -46,15 +43,14 @@ class MediaTypeError(ShapeError):
     status = 415
 
 
-def fields_from_json(body: bytes, options: Collection[str] = ()) -> dict[str, Any]:
-    """A body ``{"images": [...]}``, whose nested lists :func:`check_images` is to check.
+def fields_from_json(body: bytes) -> tuple[list[Any], dict[str, Any]]:
+    """Read a body ``{"images": [...], ...}``.
 
-    Args:
-        body: JSON.
-        options: names of other fields that may stand beside the images, holding anything.
+    Returns:
+        The nested lists of the images, unchecked, and the other fields.
 
     Raises:
-        ShapeError: malformed JSON, or anything but an object with these fields, of which ``images`` is a list.
+        ShapeError: malformed JSON, or no object whose field ``images`` is a list.
     """
     try:
         content = json.loads(body)
@@ -64,15 +60,13 @@ def fields_from_json(body: bytes, options: Collection[str] = ()) -> dict[str, An
     except (ValueError, RecursionError) as error:
         raise ShapeError(f"the body is not JSON that can be read: {_FORM}") from error
     if not isinstance(content, dict):
-        raise ShapeError(f"the body is {_kind(content)}, not an object: {_FORM}")
+        raise ShapeError(f"the body is {kind_of(content)}, not an object: {_FORM}")
     if "images" not in content:
         raise ShapeError(f"the body has no field 'images': {_FORM}")
-    if unknown := sorted(set(content) - {"images", *options}):
-        beside = f", and beside it no more than {', '.join(options)}" if options else " and nothing else"
-        raise ShapeError(f"the body has an unknown field {shown(unknown[0])}: {_FORM}{beside}")
-    if not isinstance(content["images"], list):
-        raise ShapeError(f"'images' is {_kind(content['images'])}, not a list: {_FORM}")
-    return content
+    images = content.pop("images")
+    if not isinstance(images, list):
+        raise ShapeError(f"'images' is {kind_of(images)}, not a list: {_FORM}")
+    return images, content
 
 
 def images_from_npy(body: bytes) -> NDArray[Any]:
@@ -170,88 +164,6 @@ def _check_opaque(image: Image) -> None:
     low, _ = image.convert("RGBA").getchannel("A").getextrema()
     if low != 255:
         raise ShapeError("an image with transparent pixels, whose colour nobody sees: send it on a background")
-
-
-def check_images(images: object, image_shape: Sequence[int], max_batch: int | None = None) -> NDArray[np.uint8]:
-    """Images as the graphs take them.
-
-    Args:
-        images: (B, H, W, 3), integers from 0 to 255: an array, a list of arrays, or nested lists of numbers.
-        image_shape: the (H, W, 3) that is expected.
-        max_batch: the largest B that is accepted; by default any.
-
-    Raises:
-        ShapeError: another shape, ragged lists, no image, too many, or a value that is not such an integer.
-    """
-    values: list[Any] | NDArray[Any]
-    if isinstance(images, list) and not any(isinstance(image, np.ndarray) for image in images):
-        values, shape = _flat(images)
-    else:
-        try:
-            values = np.asarray(images)
-        except ValueError as error:
-            raise ShapeError("images differ in shape: bring them to one size") from error
-        shape = values.shape
-    wanted = f"expected images of shape (batch, {', '.join(map(str, image_shape))})"
-    if 0 in shape:
-        raise ShapeError(f"{wanted}, found {shape}: send at least one image")
-    if shape == tuple(image_shape):
-        raise ShapeError(f"{wanted}, found a single image: put it in a list")
-    if len(shape) != 4 or shape[1:] != tuple(image_shape):
-        raise ShapeError(f"{wanted}, found {shape}: send each image as rows of pixels of [red, green, blue]")
-    if max_batch is not None and shape[0] > max_batch:
-        raise ShapeError(f"{shape[0]} images are more than {max_batch} at a time: send several smaller requests")
-    return _from_list(values, shape) if isinstance(values, list) else _from_array(values)
-
-
-def _flat(level: list[Any]) -> tuple[list[Any], tuple[int, ...]]:
-    """The numbers of nested lists, in order, and the lists' shape, to six dimensions at most.
-
-    Its loops are C's, as a body may hold millions of numbers.
-    """
-    shape: tuple[int, ...] = (len(level),)
-    while list in (kinds := set(map(type, level))) and len(shape) < 6:
-        if len(kinds) > 1:
-            raise ShapeError(f"images mix lists and other values at depth {len(shape)}: send lists of equal length")
-        lengths = set(map(len, level))
-        if len(lengths) > 1:
-            found = f"{min(lengths)} to {max(lengths)} items at depth {len(shape) + 1}"
-            raise ShapeError(f"images are ragged, lists with {found}: send lists of equal length")
-        shape = (*shape, *lengths)
-        level = list(chain.from_iterable(level))
-    return level, shape
-
-
-def _from_list(values: list[Any], shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    if set(map(type, values)) == {int}:  # a boolean would pass for a number below
-        try:
-            return np.frombuffer(bytes(values), dtype=np.uint8).reshape(shape)
-        except ValueError:
-            pass  # no byte holds one of them: it is found and named below
-    wrong = next(i for i, value in enumerate(values) if type(value) is not int or not 0 <= value <= 255)
-    place = "".join(f"[{axis}]" for axis in np.unravel_index(wrong, shape))
-    raise ShapeError(f"images{place} is {shown(values[wrong])}: {_RANGE}")
-
-
-def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
-    if array.dtype.kind not in "iu":
-        raise ShapeError(f"images are of type {array.dtype}: {_RANGE}")
-    if array.dtype != np.uint8 and (array.min() < 0 or array.max() > 255):
-        raise ShapeError(f"images hold values from {array.min()} to {array.max()}: {_RANGE}")
-    return np.ascontiguousarray(array, dtype=np.uint8)
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def shown(value: object) -> str:
-    """A caller's value in a sentence: never long, and never as deep as it came."""
-    if isinstance(value, list | dict):
-        return _kind(value)
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -13,10 +13,19 @@ from numpy.typing import NDArray
 
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ExportError, UsageError
-from ensembler.serve.graphs import Graph, holds_weights, merge, opset, replace_weights, save, trace, without_weights
-from ensembler.serve.precision import Precision, to_float16, to_int8
-from ensembler.serve.schemas import GRAPH, MERGED, WEIGHTS, BundleManifest
-from ensembler.serve.weights import Vertices
+from ensembler.serve.export.graphs import (
+    Graph,
+    holds_weights,
+    merge,
+    opset,
+    replace_weights,
+    save,
+    trace,
+    without_weights,
+)
+from ensembler.serve.export.precision import Precision, to_float16, to_int8
+from ensembler.serve.runtime.manifest import GRAPH, MERGED, WEIGHTS, BundleManifest
+from ensembler.serve.runtime.vertices import Vertices
 
 __all__ = ["Layout", "Pixels", "Writer", "write_merged"]
 

@@ -1,4 +1,4 @@
-"""The page at ``/ui``: one file, ``ui.html``, that asks the service's own routes from within the browser. No torch.
+"""The page at ``/ui``: one file, ``page.html``, that asks the service's own routes from within the browser. No torch.
 
 The page holds nothing of the bundle and needs no token; what it shows, it fetches as any caller does. Its
 Content-Security-Policy lets only its own script and style run, by their hashes, and forbids every other address.
@@ -13,21 +13,13 @@ import zipfile
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
-from ensembler.serve.schemas import PROBE, BundleManifest
+from ensembler.serve.runtime.manifest import PROBE, BundleManifest
 
-if TYPE_CHECKING:
-    from starlette.requests import Request
-
-__all__ = ["EXAMPLES", "PAGE", "ROUTES", "examples", "headers", "html"]
-
-PAGE = "/ui"
-EXAMPLES = "/examples"
+__all__ = ["examples", "headers", "html"]
 
 _MOST = 8
 
@@ -35,7 +27,7 @@ _MOST = 8
 @cache
 def html() -> str:
     """The page."""
-    return files("ensembler.serve").joinpath("ui.html").read_text(encoding="utf-8")
+    return files("ensembler.serve.http").joinpath("page.html").read_text(encoding="utf-8")
 
 
 @cache
@@ -90,18 +82,3 @@ def _example(name: str, image: np.ndarray[Any, np.dtype[Any]]) -> dict[str, str]
 def _hashes(tag: str) -> str:
     parts = re.findall(rf"<{tag}>(.*?)</{tag}>", html(), re.DOTALL)
     return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" for part in parts)
-
-
-async def _page(request: Request) -> Response:
-    return Response(html(), media_type="text/html", headers=headers())
-
-
-async def _examples(request: Request) -> Response:
-    import bentoml
-
-    service = bentoml.get_current_service()
-    return JSONResponse(examples(service.settings.bundle, service.runtime.manifest))
-
-
-ROUTES = [Route(PAGE, _page), Route(EXAMPLES, _examples)]
-"""For the service to mount. :data:`EXAMPLES` shows some of the bundle and so needs the token; :data:`PAGE` does not."""

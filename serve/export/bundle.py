@@ -27,14 +27,14 @@ from ensembler.images import Images
 from ensembler.ordering import greedy_order
 from ensembler.run import DatasetRecord, versions
 from ensembler.seeds import derive
-from ensembler.serve.machine import available_cpus
-from ensembler.serve.precision import Precision, check_precision
-from ensembler.serve.schemas import MERGED, PROBE, BundleManifest, Origin, Simplexes, Validation
-from ensembler.serve.sessions import open_members, open_merged
-from ensembler.serve.strategies import Members
-from ensembler.serve.tune import tune as measured
-from ensembler.serve.verify import TOLERANCE
-from ensembler.serve.writer import Layout, Pixels, Writer, write_merged
+from ensembler.serve.export.precision import Precision, check_precision
+from ensembler.serve.export.writer import Layout, Pixels, Writer, write_merged
+from ensembler.serve.runtime.machine import available_cpus
+from ensembler.serve.runtime.manifest import MERGED, PROBE, BundleManifest, Origin, Simplexes, Validation
+from ensembler.serve.runtime.sessions import open_members, open_merged
+from ensembler.serve.runtime.strategies import Members
+from ensembler.serve.runtime.tune import tune as measured
+from ensembler.serve.runtime.verify import TOLERANCE
 from ensembler.uncertainty import mean_probabilities, uncertainty
 
 __all__ = ["BATCHES", "EXAMPLES", "LEVELS", "TOLERANCE", "export_run"]
@@ -73,7 +73,7 @@ def export_run(
         members: sample this many new ones from the run's simplexes; by default its own.
         seed: of that sample.
         pixels: ``"uint8"``: graphs take pixels from 0 to 255; ``"float"``: float32 from 0 to 1.
-        precision: lower ones are only accepted within :data:`ensembler.serve.precision.BOUNDS`.
+        precision: lower ones are only accepted within :data:`ensembler.serve.export.precision.BOUNDS`.
         data: where the run's dataset lies; by default its usual place, and where it is not there, what needs it is
             left out.
         use_data: whether to look for it.

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from ensembler import calibration
 from ensembler.errors import ArtefactError
-from ensembler.serve.machine import available_cpus
-from ensembler.serve.schemas import MERGED, PROBE, BundleManifest, read_bundle
-from ensembler.serve.sessions import open_members, open_merged
-from ensembler.serve.strategies import Members
+from ensembler.serve.runtime.machine import available_cpus
+from ensembler.serve.runtime.manifest import MERGED, PROBE, BundleManifest, read_bundle
+from ensembler.serve.runtime.sessions import open_members, open_merged
+from ensembler.serve.runtime.strategies import Members
 
 __all__ = ["TOLERANCE", "Verified", "verify_bundle"]
 

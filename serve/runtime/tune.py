@@ -12,9 +12,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler.serve.machine import available_cpus
-from ensembler.serve.schemas import Strategy, Timing, Tuning
-from ensembler.serve.strategies import Members
+from ensembler.serve.runtime.machine import available_cpus
+from ensembler.serve.runtime.manifest import Strategy, Timing, Tuning
+from ensembler.serve.runtime.strategies import Members
 
 __all__ = ["BATCHES", "machine_in_words", "measure", "tune"]
 

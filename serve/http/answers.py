@@ -1,4 +1,4 @@
-"""From what the runtime knows of some images to what a caller asked for: JSON, or one array as ``.npy``."""
+"""From a prediction to the answer that a request asked for: JSON, or one array as ``.npy``."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from numpy.typing import NDArray
 
 from ensembler import calibration
 from ensembler.errors import UsageError
-from ensembler.serve.batcher import Columns
-from ensembler.serve.options import CALIBRATED, OUTPUTS, STANDARD, Options
+from ensembler.serve.http.batcher import Columns
+from ensembler.serve.http.options import CALIBRATED, OUTPUTS, STANDARD, Options, calibrated_outputs
+from ensembler.serve.http.schemas import ModelCard
 from ensembler.serve.runtime import Prediction, Runtime
-from ensembler.serve.schemas import ModelCard
 
-__all__ = ["as_columns", "as_json", "as_npy", "calibration_id", "content", "metadata", "model_card", "with_outputs"]
+__all__ = ["array_output", "as_columns", "as_json", "as_npy", "content", "metadata", "with_outputs"]
 
-Array = NDArray[np.generic]
+_PAIRWISE = ("mutual_information", "disagreement")  # one member alone has none
+_TEXT = ("label",)
 
 
 def as_columns(prediction: Prediction) -> Columns:
-    """A prediction of B images as arrays (B, ...); what one member cannot say is left out."""
-    columns: dict[str, Array | None] = {
+    """Return a prediction of B images as arrays (B, ...), without what one member alone does not have."""
+    columns: dict[str, NDArray[np.generic] | None] = {
         "class": prediction.classes,
         "probabilities": prediction.probabilities,
         "members": prediction.members.swapaxes(0, 1),
@@ -39,77 +40,74 @@ def as_columns(prediction: Prediction) -> Columns:
 
 
 def with_outputs(columns: Columns, options: Options, runtime: Runtime) -> Columns:
-    """The columns, and those of the calibrated outputs that were asked for."""
+    """Return the columns with the calibrated ones that the options, resolved, ask for."""
     result = dict(columns)
-    fitted = runtime.calibration
+    fitted, outputs = runtime.calibration, options.outputs or ()
     if fitted is not None:
         pooled = columns["probabilities"]
-        if "calibrated" in options.outputs:
+        if "calibrated" in outputs:
             result["calibrated"] = calibration.apply(fitted, pooled)
-        if "prediction_set" in options.outputs:
+        if "prediction_set" in outputs:
             result["prediction_set"] = calibration.prediction_sets(fitted, pooled, options.alpha)
-        if "abstain" in options.outputs:
+        if "abstain" in outputs:
             result["abstain"] = calibration.abstain(fitted, pooled)
     return result
 
 
 def content(columns: Columns, options: Options, runtime: Runtime) -> dict[str, Any]:
-    """The answer as :class:`ensembler.serve.schemas.Answer` has it, ready for JSON."""
-    classes = runtime.manifest.classes
-    fields = {output: _values(output, columns, classes) for output in options.outputs}
-    if options.mode != "full" or options.members not in (None, runtime.members):
+    """Return the answer as :class:`ensembler.serve.http.schemas.Answer` defines it, ready for JSON."""
+    classes, outputs = runtime.manifest.classes, options.outputs or ()
+    fields: dict[str, list[Any]] = {output: _values(output, columns, classes) for output in outputs}
+    if not options.asks_all(runtime.members):
         fields["partial"] = (~columns["complete"].astype(bool)).tolist()
     answer: dict[str, Any] = {
-        "model": model_card(runtime).model_dump(),
+        "model": _model_card(runtime).model_dump(),
         "predictions": [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)],
     }
-    if set(options.outputs) & set(CALIBRATED):
-        answer["calibration_id"] = calibration_id(runtime)
+    if set(outputs) & set(CALIBRATED):
+        answer["calibration_id"] = _calibration_id(runtime)
     if options.alpha is not None:
         answer["alpha"] = options.alpha
     return answer
 
 
 def as_json(columns: Columns, options: Options, runtime: Runtime) -> bytes:
-    """:func:`content` as UTF-8."""
+    """Return :func:`content` as UTF-8.
+
+    Raises:
+        ValueError: a number is not finite, as JSON has none such.
+    """
     return json.dumps(content(columns, options, runtime), allow_nan=False).encode()
 
 
-def as_npy(columns: Columns, options: Options) -> bytes:
-    """The one output that was asked for, or the probabilities, as a ``.npy`` file.
+def array_output(options: Options) -> str:
+    """Return the column that a ``.npy`` answer consists of: the one output, or by default the probabilities.
 
     Raises:
-        UsageError: several outputs, or one that is no array of numbers or not known.
+        UsageError: several outputs, or one that is no array of numbers.
     """
-    outputs = ("probabilities",) if set(STANDARD) <= set(options.outputs) else options.outputs
-    name = "probabilities" if outputs[0] == "mean" else outputs[0]
+    outputs = ["probabilities"] if set(STANDARD) <= set(options.outputs or STANDARD) else options.outputs or []
     if len(outputs) > 1:
         raise UsageError(f"a .npy holds one array: ask for one of the outputs ({', '.join(OUTPUTS)}), or for JSON")
-    if name not in columns:
+    name = "probabilities" if outputs[0] == "mean" else outputs[0]
+    if name in _TEXT or (name in _PAIRWISE and options.members == 1):
         raise UsageError(f"{name} is not an array of numbers here: ask for JSON, or for another output")
+    return name
+
+
+def as_npy(column: NDArray[np.generic]) -> bytes:
+    """Return an array as the content of a ``.npy`` file."""
     file = io.BytesIO()
-    np.lib.format.write_array(file, np.ascontiguousarray(columns[name]), allow_pickle=False)
+    np.lib.format.write_array(file, np.ascontiguousarray(column), allow_pickle=False)
     return file.getvalue()
 
 
-def model_card(runtime: Runtime) -> ModelCard:
-    """Which ensemble answers."""
-    manifest = runtime.manifest
-    return ModelCard(
-        method=manifest.method,
-        architecture=manifest.architecture,
-        dataset=manifest.dataset,
-        members=runtime.members,
-        bundle=runtime.sha256,
-    )
-
-
 def metadata(runtime: Runtime, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The model card at length: the bundle's manifest, what it costs to ask, its calibration, this server's limits."""
-    manifest, fitted = runtime.manifest, runtime.calibration
+    """Return the bundle's manifest, what a prediction costs, the calibration, and this server's limits."""
+    fitted = runtime.calibration
     return {
         "bundle": runtime.sha256,
-        "manifest": manifest.model_dump(mode="json"),
+        "manifest": runtime.manifest.model_dump(mode="json"),
         "inference": {
             "members": runtime.members,
             "forward_passes_per_image": runtime.members,
@@ -120,28 +118,30 @@ def metadata(runtime: Runtime, settings: Mapping[str, Any]) -> dict[str, Any]:
         "calibration": None
         if fitted is None
         else {
-            "id": calibration_id(runtime),
-            "dataset": fitted.dataset,
-            "fitted": fitted.fitted,
-            "held_out": fitted.held_out,
+            "id": _calibration_id(runtime),
             "map": fitted.map.method,
             "conformal": fitted.conformal.method,
             "alpha": fitted.conformal.alpha,
             "abstention": None if fitted.abstention is None else fitted.abstention.model_dump(),
-            "before": fitted.before,
-            "after": fitted.after,
+            **fitted.model_dump(include={"dataset", "fitted", "held_out", "before", "after"}),
         },
-        "outputs": [
-            output
-            for output in OUTPUTS
-            if output not in CALIBRATED
-            or (fitted is not None and (output != "abstain" or fitted.abstention is not None))
-        ],
+        "outputs": [output for output in OUTPUTS if output not in CALIBRATED or output in calibrated_outputs(fitted)],
         "settings": dict(settings),
     }
 
 
-def calibration_id(runtime: Runtime) -> str | None:
+def _model_card(runtime: Runtime) -> ModelCard:
+    manifest = runtime.manifest
+    return ModelCard(
+        method=manifest.method,
+        architecture=manifest.architecture,
+        dataset=manifest.dataset,
+        members=runtime.members,
+        bundle=runtime.sha256,
+    )
+
+
+def _calibration_id(runtime: Runtime) -> str | None:
     """SHA-256 of the bundle's calibration."""
     manifest = runtime.manifest
     return manifest.files[manifest.calibration] if manifest.calibration and runtime.calibration else None

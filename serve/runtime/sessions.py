@@ -11,9 +11,9 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ensembler.errors import ArtefactError, UsageError
-from ensembler.serve.machine import gpu_answers
-from ensembler.serve.schemas import GRAPH, MERGED, WEIGHTS, BundleManifest
-from ensembler.serve.weights import Vertices, further_coefficients
+from ensembler.serve.runtime.machine import gpu_answers
+from ensembler.serve.runtime.manifest import GRAPH, MERGED, WEIGHTS, BundleManifest
+from ensembler.serve.runtime.vertices import Vertices, further_coefficients
 
 __all__ = ["merged_name", "open_members", "open_merged", "open_session", "providers"]
 

@@ -81,6 +81,12 @@ class Settings:
             body_time=number("ENSEMBLER_BODY_MS", 30_000) / 1000,
         )
 
+    def limits(self) -> dict[str, int]:
+        """Return what a caller may know of the settings; times in milliseconds."""
+        names = ("workers", "max_batch", "run_batch", "max_queue", "max_requests", "max_body", "max_pixels")
+        limits: dict[str, int] = {name: getattr(self, name) for name in names}
+        return limits | {"deadline_ms": round(1000 * self.deadline)}
+
 
 def whole_number(name: str, default: int) -> int:
     """An environment variable that holds a whole number from 1 up.

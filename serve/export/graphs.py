@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ensembler.errors import ExportError
 from ensembler.images import normalise
 from ensembler.run import DatasetRecord
-from ensembler.serve.sessions import merged_name
+from ensembler.serve.runtime.sessions import merged_name
 
 __all__ = ["Graph", "holds_weights", "merge", "opset", "replace_weights", "save", "silence", "trace", "without_weights"]
 

@@ -19,7 +19,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ensembler.errors import UsageError
-from ensembler.serve.schemas import Strategy
+from ensembler.serve.runtime.manifest import Strategy
 
 __all__ = ["Members", "softmax"]
 

@@ -12,8 +12,8 @@ import onnx
 from numpy.typing import NDArray
 
 from ensembler.errors import ExportError
-from ensembler.serve.graphs import save, silence
-from ensembler.serve.schemas import PrecisionCheck
+from ensembler.serve.export.graphs import save, silence
+from ensembler.serve.runtime.manifest import PrecisionCheck
 from ensembler.uncertainty import mean_probabilities, mutual_information
 
 __all__ = ["BOUNDS", "Precision", "check_precision", "rank_correlation", "to_float16", "to_int8"]

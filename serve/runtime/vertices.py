@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.seeds import derive
-from ensembler.serve.schemas import Simplexes
+from ensembler.serve.runtime.manifest import Simplexes
 
 __all__ = ["Vertices", "further_coefficients"]
 

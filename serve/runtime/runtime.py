@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from ensembler import artefact, calibration
 from ensembler.errors import ShapeError, UsageError
-from ensembler.serve import adaptive
-from ensembler.serve.adaptive import LEVEL, MODES, Mode
-from ensembler.serve.images import check_images
-from ensembler.serve.machine import available_cpus, resident_memory
-from ensembler.serve.schemas import MERGED, BundleManifest, Strategy, Tuning, read_bundle
-from ensembler.serve.sessions import open_members, open_merged
-from ensembler.serve.strategies import Members, softmax
+from ensembler.serve.runtime import early_exit
+from ensembler.serve.runtime.early_exit import LEVEL, MODES, Mode
+from ensembler.serve.runtime.images import check_images
+from ensembler.serve.runtime.machine import available_cpus, resident_memory
+from ensembler.serve.runtime.manifest import MERGED, BundleManifest, Strategy, Tuning, read_bundle
+from ensembler.serve.runtime.sessions import open_members, open_merged
+from ensembler.serve.runtime.strategies import Members, softmax
 from ensembler.uncertainty import mean_probabilities, uncertainty
 
 __all__ = ["MODES", "Mode", "Prediction", "Runtime", "available_cpus", "softmax"]
@@ -180,7 +180,7 @@ class Runtime:
             images: what :meth:`predict_members` takes.
             mode: ``"full"`` asks every member; ``"exact"`` stops where the class can no longer change, so that the
                 classes are those of all members; ``"confidence"`` stops where the members' spread makes the class
-                probable enough. See :mod:`ensembler.serve.adaptive`. Images that are done leave the batch.
+                probable enough. See :mod:`ensembler.serve.runtime.early_exit`. Images that are done leave the batch.
             members: ask no more than these first ones; by default all.
             level: of ``"confidence"``, in (0, 1).
 
@@ -212,11 +212,11 @@ class Runtime:
         self, images: NDArray[np.generic], mode: Mode, members: int, level: float
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Each member's probabilities (members, B, C), as far as asked, and how many were asked for each image."""
-        settled = adaptive.rule(mode, level)
+        settled = early_exit.rule(mode, level)
         probabilities = np.full((members, len(images), len(self.manifest.classes)), np.nan, dtype=np.float32)
         used = np.zeros(len(images), dtype=np.int64)
         left = np.arange(len(images))
-        for first, last in adaptive.waves(mode, members):
+        for first, last in early_exit.waves(mode, members):
             probabilities[first:last, left] = self._ask(images[left], first, last)
             used[left] = last
             left = left[~settled(probabilities[:last, left], members)]

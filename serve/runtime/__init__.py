@@ -1,0 +1,16 @@
+"""A bundle's members in ONNX Runtime and NumPy, without torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ensembler._lazy import exports
+
+if TYPE_CHECKING:
+    from ensembler.serve.runtime.runtime import Prediction, Runtime
+
+__all__ = ["Prediction", "Runtime"]
+
+__getattr__, __dir__ = exports(
+    __name__, {name: f"ensembler.serve.runtime.runtime:{name}" for name in ("Prediction", "Runtime")}
+)
