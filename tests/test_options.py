@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from ensembler.cli import _finished
 from ensembler.errors import UsageError
 from ensembler.run import Run
 from ensembler.trainers import FGE, Complex, Curve, DeepEnsemble, Method, Settings, Simplex, Snapshots, Subspace
-from ensembler.trainers.commands import command_of
 from ensembler.trainers.launch import Launch
 from ensembler.trainers.method import methods
 from ensembler.trainers.options import option
 from tests._small import SETTINGS
-from tests._training import call, make, saved
+from tests._training import call, call_with_method, make, saved
 
 # --- every option of a run is in its manifest ---
 
@@ -70,58 +65,63 @@ def test_what_is_only_computed_otherwise_is_the_same_run():
 # --- one more option is one more field ---
 
 
+MINE = """
+from ensembler.trainers import Simplex
+from ensembler.trainers.options import option
+
 class Mine(Simplex):
-    """A simplex of mine."""
+    \"\"\"A simplex of mine.\"\"\"
 
     command = "train-mine"
 
     extra: float = option(0.5, ge=0, lt=1, help="Something that a simplex has not.")
     style: str | None = option(None, flag="--how", help="How it is done.")
+"""
 
 
-@pytest.fixture
-def mine():
-    app = typer.Typer()
-    app.command("train-mine")(_finished(command_of(Mine)))
-    app.command("other")(lambda: None)  # of a single command, Typer would make no group
-    return lambda *arguments: CliRunner().invoke(app, ["train-mine", *map(str, arguments)])
+def lines_of(printed: str) -> list[str]:
+    """Without colours and with single spaces."""
+    return [" ".join(line.split()) for line in re.sub(r"\x1b\[[\d;]*m", "", printed).splitlines()]
 
 
-def lines_of(result) -> list[str]:
-    """What a command printed, without colours and with single spaces."""
-    return [" ".join(line.split()) for line in re.sub(r"\x1b\[[\d;]*m", "", result.output).splitlines()]
-
-
-def test_a_field_is_an_option_of_the_command_its_help_its_file_and_the_manifest(mine, images, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    shown = lines_of(mine("--help"))
-    assert any("A simplex of mine." in line for line in shown)
+def test_a_field_is_an_option_of_the_command_its_help_its_file_and_the_manifest(images, tmp_path):
+    """A method of one file, whose two fields are all that is said of them."""
+    (tmp_path / "mine.toml").write_text("[train-mine]\nextra = 0.25\nhow = 'so'\n")
+    small = ["--vertices", 2, "--arch", "tests._small:network", "--epochs", 1, "--device", "cpu", "--quiet", *images]
+    shown, refused, *made = call_with_method(
+        MINE,
+        tmp_path,
+        ["train-mine", "--help"],
+        ["train-mine", "--extra", 1, *images],
+        ["train-mine", "--config", "mine.toml", "--out", "run", *small],
+        ["train-mine", "--config", "run", "--how", "else", "--out", "again", *images],  # a run to make again
+    )
+    help_lines = lines_of(shown[1])
+    assert any("A simplex of mine." in line for line in help_lines)
     for flag, text in (
         ("--extra", "Something that a simplex has not. [default: 0.5]"),
         ("--how", "How it is done."),
         ("--vertices", "[default: 4]"),
     ):
-        assert any(flag in line and text in line for line in shown), flag
+        assert any(flag in line and text in line for line in help_lines), flag
+    assert (refused[0], refused[2]) == (1, "error: --extra must be below 1, not 1.0\n")
+    for (code, _, errors), name, style in zip(made, ("run", "again"), ("so", "else"), strict=True):
+        assert code == 0, errors
+        options = Run.load(tmp_path / name).manifest.options
+        assert (options["extra"], options["style"], options["vertices"]) == (0.25, style, 2)
 
-    result = mine("--extra", 1, *images)
-    assert (result.exit_code, result.stderr) == (1, "error: --extra must be below 1, not 1.0\n")
+
+class Mine(Simplex):
+    command = "train-mine"
+    extra: float = option(0.5, ge=0, help="Something.")
+
+
+def test_a_field_of_a_record_in_python():
+    assert make(Mine(vertices=2, extra=0.25)).manifest.options["extra"] == 0.25
     with pytest.raises(UsageError, match=r"^extra must be at least 0, not -1$"):
         Mine(extra=-1)
     with pytest.raises(UsageError, match=r"^Simplex has no option extra: it has vertices, members"):
         Simplex(extra=0.5)
-
-    Path("mine.toml").write_text("[train-mine]\nextra = 0.25\nhow = 'so'\n")
-    small = ["--vertices", 2, "--arch", "tests._small:network", "--epochs", 1, "--device", "cpu", "--quiet", *images]
-    result = mine("--config", "mine.toml", "--out", "run", *small)
-    assert result.exit_code == 0, result.output
-    options = Run.load("run").manifest.options
-    assert (options["extra"], options["style"], options["vertices"]) == (0.25, "so", 2)
-
-    result = mine("--config", "run", "--how", "else", "--out", "again", *images)  # a run to make again
-    assert result.exit_code == 0, result.output
-    options = Run.load("again").manifest.options
-    assert (options["extra"], options["style"], options["vertices"]) == (0.25, "else", 2)
 
 
 def test_every_field_is_an_option_of_its_command(monkeypatch):
@@ -131,7 +131,7 @@ def test_every_field_is_an_option_of_its_command(monkeypatch):
         assert given.exit_code == 0
         shared = (Settings.flags() | Launch.flags()).values()
         own = [flag for name, flag in kind.flags().items() if not kind.model_fields[name].json_schema_extra["argument"]]
-        text = " ".join(lines_of(given))
+        text = " ".join(lines_of(given.output))
         left_out = {"--init", "--weights"} if kind.marked("path") else set()
         for flag in {*own, *shared} - left_out:
             assert flag.partition("/")[0] in text, f"{kind.command} {flag}"

@@ -5,18 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from ensembler.cli import _finished
 from ensembler.errors import UsageError
 from ensembler.run import Run
-from ensembler.trainers import FGE, Curve, Method, Settings, Simplex, Snapshots, Subspace
-from ensembler.trainers.commands import command_of
+from ensembler.trainers import FGE, Curve, Settings, Simplex, Snapshots, Subspace
 from ensembler.trainers.method import methods
 from ensembler.trainers.recipes import find
 from ensembler.trainers.schedules import piecewise
-from tests._training import call
+from tests._training import call, call_with_method
 
 
 @pytest.mark.parametrize("method", methods())
@@ -96,26 +92,24 @@ def test_what_was_not_published_is_refused_with_what_was():
     assert call("train-fge", "--recipe", "slow").exit_code == 2
 
 
+TOY = """
+from ensembler.trainers import Method
+
 class Toy(Method):
-    """A method that nobody has published a recipe of."""
+    \"\"\"A method that nobody has published a recipe of.\"\"\"
 
     command = "train-toy"
 
     def train(self, trainer):
         raise AssertionError("it is refused before anything is trained")
+"""
 
 
-@pytest.mark.parametrize(("recipe", "kind"), [("fast", "fast"), ("paper", "published")])
-def test_a_method_without_a_recipe_says_so_in_one_sentence(recipe, kind, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    message = f"train-toy has no {kind} recipe: leave out --recipe, and give its options"
-    with pytest.raises(UsageError) as caught:
-        find(recipe, Toy, "cnn", "digits")
-    assert str(caught.value) == message
-    app = typer.Typer()
-    app.command("train-toy")(_finished(command_of(Toy)))
-    result = CliRunner().invoke(app, ["--recipe", recipe])
-    assert (result.exit_code, result.stderr) == (1, f"error: {message}\n")
+def test_a_method_without_a_recipe_says_so_in_one_sentence(tmp_path):
+    found = call_with_method(TOY, tmp_path, *(["train-toy", "--recipe", recipe] for recipe in ("fast", "paper")))
+    for (code, _, errors), kind in zip(found, ("fast", "published"), strict=True):
+        message = f"error: train-toy has no {kind} recipe: leave out --recipe, and give its options\n"
+        assert (code, errors) == (1, message)
 
 
 def test_the_command_line_wins_over_a_file_and_a_file_over_a_recipe(tmp_path, monkeypatch):
