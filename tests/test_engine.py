@@ -345,7 +345,7 @@ def test_ledgers_of_jobs_add_up():
     ledger, one, other = Ledger("cpu"), Ledger("cpu"), Ledger("a GPU")
     for own, part, examples, forward in ((one, "a", 3, 0), (other, "a", 4, 2), (other, "b", 1, 0)):
         with own.entry(part, torch.device("cpu")):
-            own.epoch(part, Epoch(1, 0.1, 0.5, 0.5, examples), forward)
+            own.epoch(EpochEnd(part, Epoch(1, 0.1, 0.5, 0.5, examples), 1, "accuracy"), forward)
     records = one.record() | {"seconds": 2.0}, other.record() | {"seconds": 3.0}
     for record, own in zip(records, ((1.5, 7), (0.25, 5), (None, None)), strict=False):
         record["entries"]["a"] |= {"seconds": own[0], "peak_memory": own[1]}
