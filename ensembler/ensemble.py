@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -175,7 +175,8 @@ class Ensemble:
         record = self.run.manifest.dataset
         if train is None and has_batchnorm(self._network):
             train = record.load().train
-        buffers = member_buffers(self._weights, self._vertices, coefficients, train, record)
+        first = {name: rows[0] for name, rows in self.run.buffers.items()}
+        buffers = member_buffers(self._weights, self._vertices, coefficients, train, record, first)
         manifest = self.run.manifest.model_copy(update={"members": len(coefficients), "files": {}})
         moved = replace(self.run, manifest=manifest, coefficients=coefficients, buffers=buffers)
         return Ensemble(moved, self.device, self.batch_size)
@@ -218,7 +219,7 @@ def member_buffers(
     coefficients: Tensor,
     train: Examples | None,
     record: DatasetRecord,
-    buffers: dict[str, Tensor] | None = None,
+    buffers: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Compute the buffers of members that were not trained themselves, with recomputed BatchNorm statistics.
 
@@ -233,7 +234,7 @@ def member_buffers(
         coefficients: (M, K).
         train: the training examples; ``None`` is enough for a network without BatchNorm.
         record: their normalisation and augmentation.
-        buffers: all other buffers of each member, by name; by default the network's.
+        buffers: all other buffers of each member, by name.
 
     Returns:
         Buffer name to (M, ...), on the CPU; empty for a network without buffers.
@@ -244,11 +245,10 @@ def member_buffers(
     if train is not None:
         # Shuffled, because files are often sorted by class, and the variance within one class is too small.
         train = train.part(torch.randperm(len(train), generator=generator(0, "batchnorm"))[:BATCHNORM_EXAMPLES])
-    begin = weights.buffers() if buffers is None else buffers
     rows: list[dict[str, Tensor]] = []
     for row in coefficients.to(vertices.device):
         torch.mv(vertices.T, row, out=weights.vector)
-        weights.load_buffers(begin)
+        weights.load_buffers(buffers)
         if has_batchnorm(weights.module):
             if train is None:
                 raise UsageError("new members of a network with BatchNorm need its training images")

@@ -7,10 +7,11 @@ Nothing else of ``torch.distributed`` is used.
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 _STEP = timedelta(minutes=10)  # longest step; compiling the network or writing a checkpoint takes less
 _MEASURING = timedelta(days=1)  # longest time that the others wait while the first one measures or writes
+_COMMON = timedelta(seconds=10)  # within which all processes raise an error that they have in common
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def joined(device: str | None = None) -> Iterator[Group]:
         if rank == 0:
             if not lost:
                 store.set("error", str(error))
+                atexit.register(store.set, "said", "")
             raise
         if not lost and not _first_says(store, str(error)):
             typer.echo(f"rank {rank}: error: {error}", err=True)
@@ -212,15 +215,19 @@ def _own_device(name: str | None) -> torch.device:
 
 
 def _first_says(store: Any, message: str) -> bool:
-    """Return whether the first process failed with the same message, or does so within seconds."""
+    """Return whether the first process failed with the same message, or does so within seconds.
+
+    Waits until it has printed the message, because torchrun ends all processes as soon as one has failed.
+    """
     try:
-        for _ in range(30):
-            if store.check(["error"]):
-                return bool(store.get("error").decode() == message)
-            time.sleep(0.1)
-    except RuntimeError:  # the store ended with the first process
-        pass
-    return False
+        store.wait(["error"], _COMMON)
+        if store.get("error").decode() != message:
+            return False
+    except RuntimeError:  # it has not failed, or the store ended with it
+        return False
+    with suppress(RuntimeError):  # the store ended with it
+        store.wait(["said"], _COMMON)
+    return True
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
         folder, url = destination(own.out, "runs")
         path = own.resume or folder or _unnamed(f"{kind.command.removeprefix('train-')}-{label(given['architecture'])}")
         if not several:
-            group.from_first(partial(check_free, path, resumed=own.resume is not None or launched()))
+            group.from_first(partial(check_free, path, resumed=own.resume is not None, restarted=launched()))
         with progress(own.quiet, own.log, own.tensorboard) if group.first else progress(quiet=True) as on_event:
             training = (_resumed if own.resume else _given)(kind, given, chosen, own, group)
             first = training.settings.seed
@@ -250,16 +250,12 @@ def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: 
 
 def _resumed(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: Launch, group: Group) -> Training:
     """What an interrupted run's ``spec.json`` asks for."""
-    from ensembler.trainers.spec import SPEC, Spec, unfinished
+    from ensembler.trainers.spec import Spec, unfinished
     from ensembler.trainers.starts import load_starts
     from ensembler.trainers.training import Training
 
     path = own.resume or Path()
-    folder = unfinished(path)
-    if not (folder / SPEC).is_file():
-        state = "it is finished" if path.exists() else f"there is no {folder}"
-        raise UsageError(f"nothing to resume at {path}: {state}")
-    spec = Spec.read(folder)
+    spec = group.from_first(partial(Spec.read, unfinished(path)))
     if spec.command != kind.command:
         raise UsageError(f"{path} was begun by another command: ensembler {spec.command} --resume {path}")
     if wrong := sorted(chosen - _WITH_RESUME):
@@ -285,21 +281,31 @@ def _unnamed(name: str) -> Path:
     return new_path(Path("runs"), name)
 
 
-def check_free(path: Path, resumed: bool = False) -> None:
+def check_free(path: Path, resumed: bool = False, restarted: bool = False) -> None:
     """Before an hour of training, not after, say what stands where a run is to be, or that nothing can be written.
 
+    Args:
+        path: where it is to be.
+        resumed: whether it must have been begun.
+        restarted: whether it may have been begun, by the very same command.
+
     Raises:
-        UsageError: a run is there, or what was begun of one. ArtefactError: the folder cannot be written to.
+        UsageError: a run is there, or what was begun of one; or nothing is there to resume. ArtefactError: the folder
+            cannot be written to.
     """
     from ensembler.artefact import check_writable
     from ensembler.trainers.spec import SPEC, unfinished
 
     begun = unfinished(path)
-    if path.exists() and resumed and begun.is_dir():
+    if resumed and not (begun / SPEC).is_file():
+        raise UsageError(
+            f"nothing to resume at {path}: {'it is finished' if path.exists() else f'there is no {begun}'}"
+        )
+    if path.exists() and (resumed or restarted) and begun.is_dir():
         raise UsageError(f"{path} already exists. If it is this run, remove {begun}; otherwise move it away and resume")
     if path.exists():
         raise UsageError(f"{path} already exists: choose another --out, or remove it first")
-    if (begun / SPEC).is_file() and not resumed:
+    if (begun / SPEC).is_file() and not (resumed or restarted):
         raise UsageError(f"{begun} holds an interrupted run: resume it with --resume {path}, or remove it")
     check_writable(path.parent)
 

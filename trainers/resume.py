@@ -23,25 +23,25 @@ import secrets
 import shutil
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from torch import Tensor
 
 from ensembler import artefact
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.jobs import Job
-from ensembler.run import load_tensors, save_tensors
 from ensembler.trainers.loop import Snapshot, TrainState
 from ensembler.trainers.spec import SPEC, Spec, unfinished
 
 __all__ = ["JobResult", "Store", "Unfinished"]
 
 FORMAT = 1
+_FILE = "state.pt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,11 +170,8 @@ class Store:
 
     def load(self, job: Job) -> JobResult | None:
         """Return the result of a finished job, or ``None`` if it is missing or damaged."""
-        saved = self._read(self._folder / f"{_slug(job.name)}.done", "job")
-        if saved is None:
-            return None
-        content, tensors = saved
-        return JobResult(tensors, content["facts"], content["ledger"])
+        content = self._read(self._folder / f"{_slug(job.name)}.done")
+        return None if content is None else JobResult(**content)
 
     def save(self, job: Job, result: JobResult) -> None:
         """Write the result of a job, and remove the checkpoints of its parts.
@@ -182,33 +179,29 @@ class Store:
         Raises:
             ArtefactError: it cannot be written.
         """
-        content = {"kind": "job", "name": job.name, "facts": result.facts, "ledger": result.ledger}
-        with self._writing():
-            self._write(f"{_slug(job.name)}.done", content, result.tensors)
-            shutil.rmtree(self._folder / _slug(job.name), ignore_errors=True)
+        self._write(f"{_slug(job.name)}.done", vars(result))
+        shutil.rmtree(self._folder / _slug(job.name), ignore_errors=True)
 
     def load_state(self, part: str) -> tuple[TrainState, dict[str, Any]] | None:
-        """Return a part's newest intact checkpoint and the facts saved with it, or ``None`` if there is none."""
+        """Return a part's newest intact checkpoint and the ledger's record saved with it, or ``None``."""
         for path in reversed(self._states(part)):
-            saved = self._read(path, "checkpoint")
-            if saved is not None:
-                content, tensors = saved
-                return _unflatten(content, tensors), content["facts"]
+            content = self._read(path)
+            if content is not None:
+                snapshots = [Snapshot(**snapshot) for snapshot in content["state"]["snapshots"]]
+                return TrainState(**content["state"] | {"snapshots": snapshots}), content["ledger"]
         return None
 
-    def save_state(self, part: str, state: TrainState, facts: Mapping[str, Any]) -> None:
+    def save_state(self, part: str, state: TrainState, ledger: Mapping[str, Any]) -> None:
         """Write a part's checkpoint, and remove the previous one.
 
         Raises:
             ArtefactError: it cannot be written.
         """
-        content, tensors = _flatten(state)
-        content |= {"kind": "checkpoint", "name": part, "facts": dict(facts)}
-        with self._writing():
-            older = self._states(part)
-            self._write(f"{_slug(part)}.{state.iteration:09}", content, tensors)
-            for path in older:
-                shutil.rmtree(path, ignore_errors=True)
+        older = self._states(part)
+        content = vars(state) | {"snapshots": [vars(snapshot) for snapshot in state.snapshots]}
+        self._write(f"{_slug(part)}.{state.iteration:09}", {"state": content, "ledger": ledger})
+        for path in older:
+            shutil.rmtree(path, ignore_errors=True)
 
     @property
     def _folder(self) -> Path:
@@ -217,72 +210,28 @@ class Store:
     def _states(self, part: str) -> list[Path]:
         return sorted(self._folder.glob(f"{_slug(part)}.[0-9]*")) if self._folder.is_dir() else []
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
         self.unfinished.begin()
-        yield
-        self.unfinished.written = time.monotonic()
-
-    def _write(self, name: str, content: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         path = self._folder / name
         shutil.rmtree(path, ignore_errors=True)  # if it exists, it is damaged
-        with artefact.write(path, content | {"format": FORMAT}) as folder:
-            save_tensors(tensors, folder / "state.safetensors")
+        try:
+            with artefact.write(path, {"kind": "checkpoint", "format": FORMAT}) as folder:
+                torch.save(dict(content), folder / _FILE)
+        except RuntimeError as error:  # PyTorch raises it for a full disk
+            raise ArtefactError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        self.unfinished.written = time.monotonic()
 
-    def _read(self, path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def _read(self, path: Path) -> dict[str, Any] | None:
         if not path.is_dir():
             return None
         try:
-            return artefact.read(path, kind, (FORMAT,)), load_tensors(path / "state.safetensors")
-        except ArtefactError:
+            artefact.read(path, "checkpoint", (FORMAT,))
+            content: dict[str, Any] = torch.load(path / _FILE, map_location="cpu", weights_only=True)
+        except (ArtefactError, OSError):
             shutil.rmtree(path, ignore_errors=True)  # damaged or partly removed, so it is trained again
             return None
+        return content
 
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower())
-
-
-def _flatten(state: TrainState) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Split a state into JSON values and tensors."""
-    flat = {f"{index}.{name}": value for index, own in state.optimiser.items() for name, value in own.items()}
-    moments = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
-    tensors = {"vertices": state.vertices, "totals": state.totals}
-    tensors |= {f"buffer.{name}": buffer for name, buffer in state.buffers.items()}
-    tensors |= {f"optimiser.{name}": tensor for name, tensor in moments.items()}
-    for i, snapshot in enumerate(state.snapshots):
-        tensors[f"snapshot.{i}.vertices"] = snapshot.vertices
-        tensors |= {f"snapshot.{i}.buffer.{name}": buffer for name, buffer in snapshot.buffers.items()}
-    content = {
-        "iteration": state.iteration,
-        "examples": state.examples,
-        "snapshots": len(state.snapshots),
-        "optimiser": {name: value for name, value in flat.items() if name not in moments},
-        "scaler": state.scaler,
-    }
-    return content, tensors
-
-
-def _unflatten(content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TrainState:
-    """Invert :func:`_flatten`."""
-    optimiser: dict[int, dict[str, Any]] = {}
-    for name, value in (content["optimiser"] | _with_prefix(tensors, "optimiser.")).items():
-        index, _, key = name.partition(".")
-        optimiser.setdefault(int(index), {})[key] = value
-    return TrainState(
-        iteration=content["iteration"],
-        vertices=tensors["vertices"],
-        buffers=_with_prefix(tensors, "buffer."),
-        optimiser=optimiser,
-        snapshots=[
-            Snapshot(tensors[f"snapshot.{i}.vertices"], _with_prefix(tensors, f"snapshot.{i}.buffer."))
-            for i in range(content["snapshots"])
-        ],
-        totals=tensors["totals"],
-        examples=content["examples"],
-        scaler=content["scaler"],
-    )
-
-
-def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
