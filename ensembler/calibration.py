@@ -233,11 +233,11 @@ def temper(probs: ArrayLike, temperature: float) -> Array:
 def prediction_sets(
     calibration: Calibration, probs: ArrayLike, alpha: float | None = None, method: ConformalMethod | None = None
 ) -> NDArray[np.bool_]:
-    """Compute the sets of classes of split conformal prediction: with probability 1 - alpha, they contain the true class.
+    """Compute sets of classes that contain the true class with probability at least 1 - alpha.
 
-    The guarantee is an average over images like those of the validation split, and over the draw of that split. It does
-    not hold for every image or class, nor under shift. LAC's sets are smaller, and empty if no class is probable
-    enough; APS's always contain the most probable class.
+    Split conformal prediction. The guarantee is an average over images like those of the validation split, and over the
+    draw of that split. It does not hold for every image or class, nor under shift. LAC's sets are smaller, and empty if
+    no class is probable enough; APS's always contain the most probable class.
 
     Args:
         calibration: fitted for this ensemble.
