@@ -28,7 +28,7 @@ from ensembler.calibration import Calibration, abstain, apply, prediction_sets
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.eval.calibrate import METHODS, fit
-from ensembler.eval.metrics import ece, nll
+from ensembler.eval.scores.metrics import ece, nll
 from ensembler.seeds import generator
 from ensembler.uncertainty import mean_probabilities
 
@@ -102,7 +102,7 @@ def _predict(ensemble: Ensemble, images: Tensor, labels: Tensor, places: Tensor 
 
 def _corrupted(ensemble: Ensemble, dataset: Dataset, examples: int) -> dict[str, Predicted]:
     """All headline corruptions of some test images, by severity."""
-    from ensembler.eval.corruptions import AVAILABLE, HEADLINE, corrupt
+    from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, corrupt
 
     index = torch.randperm(len(dataset.test), generator=generator(0, "examples"))[:examples].sort().values
     test = dataset.test[index]

@@ -30,7 +30,7 @@ from ensembler.calibration import (
     conformal_scores,
 )
 from ensembler.errors import UsageError
-from ensembler.eval.metrics import fit_temperature, nll, scores
+from ensembler.eval.scores.metrics import fit_temperature, nll, scores
 from ensembler.seeds import derive
 
 __all__ = ["METHODS", "calibrate", "certify", "fit", "fit_map", "summary"]

@@ -81,10 +81,10 @@ def _report(
     from ensembler.ensemble import choose_device
     from ensembler.eval.compare import compare
     from ensembler.eval.evaluation import evaluate
-    from ensembler.eval.figures import figures
-    from ensembler.eval.page import page
-    from ensembler.eval.plots import to_png
-    from ensembler.eval.tables import csv, markdown, tables
+    from ensembler.eval.report.figures import figures
+    from ensembler.eval.report.page import page
+    from ensembler.eval.report.plots import to_png
+    from ensembler.eval.report.text import csv, markdown, tables
 
     start = time.monotonic()
     check_writable(out or Path("reports"))

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ensembler.errors import UsageError
-from ensembler.eval.comparison import Difference, Losses, differences, group, group_key, resample
 from ensembler.eval.evaluation import Evaluation, Scored
-from ensembler.eval.members import Equivalent, curve, deep_ensemble_equivalent, greedy_order, recommended_members
-from ensembler.eval.report import CellScores, Comparison, MemberCurve, Report, RunDifference
+from ensembler.eval.report.schema import CellScores, Comparison, MemberCurve, Report, RunDifference
+from ensembler.eval.scores.comparison import Difference, Losses, differences, group, group_key, resample
+from ensembler.eval.scores.members import Equivalent, curve, deep_ensemble_equivalent, greedy_order, recommended_members
 
 __all__ = ["check_names", "compare"]
 

@@ -26,7 +26,7 @@ def download(
 ) -> None:
     """Fetch CIFAR-10-C or CIFAR-100-C (2.9 GB), check its MD5 and unpack it; an interrupted transfer goes on."""
     from ensembler.datasets import default_root
-    from ensembler.eval.download import ARCHIVES, download
+    from ensembler.eval.shift.download import ARCHIVES, download
 
     try:
         with watching(quiet, unit="MB", scale=1e6) as watch:
@@ -51,8 +51,8 @@ def corrupt(
     """Write a dataset's test images under corruptions at 5 severities, in the layout of CIFAR-10-C."""
     from ensembler.artefact import check_writable
     from ensembler.datasets import load
-    from ensembler.eval.corruptions import AVAILABLE
-    from ensembler.eval.data import write_corruptions
+    from ensembler.eval.shift.corruptions import AVAILABLE
+    from ensembler.eval.shift.generated import write_corruptions
 
     check_writable(out)
     images = load(dataset, data, download=download, image_size=image_size)

@@ -17,14 +17,22 @@ from ensembler.datasets import Dataset
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
-from ensembler.eval.comparison import Losses
-from ensembler.eval.corruptions import SEVERITIES
-from ensembler.eval.metrics import FLOOR, fit_temperature, nll, scores, temper
-from ensembler.eval.ood import OodScores, detector_scores, detectors, load_ood
 from ensembler.eval.predictions import Prediction, Predictor, Slice, default_folder, predictions
-from ensembler.eval.report import CellScores, OodReport, Report, RunReport, ShiftReport, SingleMember, mean_scores
-from ensembler.eval.shift import Cell, Shift, find_shift
-from ensembler.eval.shift_scores import FAMILIES
+from ensembler.eval.report.schema import (
+    CellScores,
+    OodReport,
+    Report,
+    RunReport,
+    ShiftReport,
+    SingleMember,
+    mean_scores,
+)
+from ensembler.eval.scores.comparison import Losses
+from ensembler.eval.scores.metrics import FLOOR, fit_temperature, nll, scores, temper
+from ensembler.eval.scores.ood import OodScores, detector_scores, detectors, load_ood
+from ensembler.eval.scores.shift_scores import FAMILIES
+from ensembler.eval.shift.corruptions import SEVERITIES
+from ensembler.eval.shift.find import Cell, Shift, find_shift
 from ensembler.images import Images, Split
 from ensembler.memory import keep_freed
 from ensembler.run import Manifest, Run, versions
@@ -97,8 +105,8 @@ def evaluate(
 
     Args:
         paths: the runs' folders, all trained on one dataset.
-        shift: one of :data:`ensembler.eval.shift.SHIFTS`, or ``None`` for the clean test set alone.
-        ood: sets of images of another kind, as :func:`ensembler.eval.ood.load_ood` names them.
+        shift: one of :data:`ensembler.eval.shift.find.SHIFTS`, or ``None`` for the clean test set alone.
+        ood: sets of images of another kind, as :func:`ensembler.eval.scores.ood.load_ood` names them.
         data: folder of the dataset's files and of the official shift's.
         download: fetch the dataset if it is missing.
         examples: use so many test images, drawn with ``seed``; by default all.

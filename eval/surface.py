@@ -25,8 +25,8 @@ from torch import Tensor
 from ensembler.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DivergedError, UsageError
-from ensembler.eval.metrics import accuracy, nll
-from ensembler.eval.plots import STYLES, new_figure, to_png
+from ensembler.eval.report.plots import STYLES, new_figure, to_png
+from ensembler.eval.scores.metrics import accuracy, nll
 from ensembler.images import Images
 from ensembler.run import Run, versions
 from ensembler.seeds import generator

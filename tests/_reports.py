@@ -13,7 +13,7 @@ import numpy as np
 from ensembler.eval.compare import compare
 from ensembler.eval.evaluation import Evaluation, evaluate
 from ensembler.eval.predictions import Prediction
-from ensembler.eval.report import Report
+from ensembler.eval.report.schema import Report
 from ensembler.trainers import Session, Settings, train_deep_ensemble, train_simplex
 from tests._small import SETTINGS, dataset
 

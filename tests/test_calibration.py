@@ -38,7 +38,7 @@ from ensembler.calibration import (
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.eval.calibrate import METHODS, calibrate, certify, fit, fit_map, summary
-from ensembler.eval.metrics import nll, scores
+from ensembler.eval.scores.metrics import nll, scores
 from ensembler.trainers import Session, Settings, train_deep_ensemble
 from tests._small import SETTINGS, dataset
 

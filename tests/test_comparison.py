@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ensembler.errors import ShapeError, UsageError
-from ensembler.eval import comparison
-from ensembler.eval import members as of_members
-from ensembler.eval.comparison import (
+from ensembler.eval.scores import comparison
+from ensembler.eval.scores import members as of_members
+from ensembler.eval.scores.comparison import (
     Losses,
     compare_losses,
     differences,
@@ -26,8 +26,7 @@ from ensembler.eval.comparison import (
     resample,
     spread,
 )
-from ensembler.eval.corruptions import HEADLINE, SEVERITIES, VALIDATION
-from ensembler.eval.members import (
+from ensembler.eval.scores.members import (
     CurvePoint,
     MemberScores,
     curve,
@@ -36,8 +35,9 @@ from ensembler.eval.members import (
     recommended_members,
     score_subsets,
 )
-from ensembler.eval.metrics import FLOOR, brier, ece, nll, scores
-from ensembler.eval.shift_scores import FAMILIES, five_numbers, summarise
+from ensembler.eval.scores.metrics import FLOOR, brier, ece, nll, scores
+from ensembler.eval.scores.shift_scores import FAMILIES, five_numbers, summarise
+from ensembler.eval.shift.corruptions import HEADLINE, SEVERITIES, VALIDATION
 from ensembler.run import Cost, DatasetRecord, Manifest
 
 NAMES = ("error", "nll", "brier", "ece")
@@ -636,15 +636,15 @@ def test_bad_cells_are_refused() -> None:
 
 
 def test_pictures_show_what_they_are_given() -> None:
-    from ensembler.eval.comparison_plots import (
+    from ensembler.eval.report.comparison_plots import (
         plot_boxes,
         plot_differences,
         plot_entropy,
         plot_members,
         plot_rejection,
     )
-    from ensembler.eval.metrics import risk_coverage
-    from ensembler.eval.plots import to_png
+    from ensembler.eval.report.plots import to_png
+    from ensembler.eval.scores.metrics import risk_coverage
     from ensembler.uncertainty import predictive_entropy
 
     members, labels = informed(60, 3, 0, noise=1.5, members=3)

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from scipy import ndimage, stats
 from torch import Tensor
 
-from ensembler.eval import blurs, corruptions, spatter, weather
-from ensembler.eval.corruptions import SEVERITIES, corrupt
-from ensembler.eval.noise import below, branch, image_keys, normals, uniforms
+from ensembler.eval.shift import corruptions
+from ensembler.eval.shift.corruptions import SEVERITIES, corrupt
+from ensembler.eval.shift.pixels import blurs, spatter, weather
+from ensembler.eval.shift.pixels.noise import below, branch, image_keys, normals, uniforms
 
 _path = Path(__file__).parents[1] / "benchmarks" / "per_image.py"
 _spec = importlib.util.spec_from_file_location("per_image", _path)

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 from ensembler.cli import app
 from ensembler.errors import DataError, UsageError
-from ensembler.eval import download as module
-from ensembler.eval.corruptions import HEADLINE, VALIDATION
-from ensembler.eval.download import ARCHIVES, Archive, download
+from ensembler.eval.shift import download as module
+from ensembler.eval.shift.corruptions import HEADLINE, VALIDATION
+from ensembler.eval.shift.download import ARCHIVES, Archive, download
 
 ROOT = Path(__file__).parents[1]
 FILES = {f"{name}.npy": 3000 + index for index, name in enumerate(("labels", *HEADLINE, *VALIDATION))}
@@ -346,7 +346,7 @@ def test_too_little_room_is_said_before_and_a_full_disk_loses_nothing(tmp_path, 
 
 def start(server, root):
     code = (
-        "import sys; from ensembler.eval import download as d; from ensembler import cli;"
+        "import sys; from ensembler.eval.shift import download as d; from ensembler import cli;"
         f"d.ARCHIVES['cifar10c'] = d.Archive(*{[*vars(published(server.content)).values()][:4]!r});"
         f"d.download.__kwdefaults__['base'] = {server.base!r};"
         f"sys.argv = ['ensembler', 'data', 'download', 'cifar10c', '--data', {str(root)!r}]; cli.main()"

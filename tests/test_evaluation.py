@@ -14,8 +14,8 @@ from ensembler.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.compare import compare
-from ensembler.eval.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
 from ensembler.eval.evaluation import evaluate
+from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
 from ensembler.trainers import Session, Settings, train_deep_ensemble, train_simplex
 from tests._small import SETTINGS, dataset
 

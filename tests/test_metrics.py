@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from ensembler.errors import EnsemblerError, ShapeError, UsageError
-from ensembler.eval.metrics import (
+from ensembler.eval.scores.metrics import (
     FLOOR,
     TEMPERATURES,
     accuracy,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ensembler.errors import DataError, ShapeError, UsageError
-from ensembler.eval.ood import (
+from ensembler.eval.scores.ood import (
     DETECTORS,
     NOISES,
     detector_scores,

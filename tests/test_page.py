@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from ensembler.eval import figures as drawing
 from ensembler.eval.compare import compare
-from ensembler.eval.comparison import Group, Losses
-from ensembler.eval.figures import figures
-from ensembler.eval.metrics import reliability, risk_coverage
-from ensembler.eval.page import page
-from ensembler.eval.plots import to_png, to_svg
-from ensembler.eval.rows import report_tables
+from ensembler.eval.report import figures as drawing
+from ensembler.eval.report.figures import figures
+from ensembler.eval.report.page import page
+from ensembler.eval.report.plots import to_png, to_svg
+from ensembler.eval.report.tables import report_tables
+from ensembler.eval.scores.comparison import Group, Losses
+from ensembler.eval.scores.metrics import reliability, risk_coverage
 from tests._reports import comparison, evaluation, named, part
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}

@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 from ensembler.cli import app
 from ensembler.datasets import Dataset, load
 from ensembler.errors import ArtefactError, DataError, UsageError
-from ensembler.eval import data as module
-from ensembler.eval import shift as shift_module
-from ensembler.eval.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
-from ensembler.eval.data import write_corruptions
-from ensembler.eval.layout import alone, check_official
-from ensembler.eval.shift import Cell, find_shift
+from ensembler.eval.shift import find as shift_module
+from ensembler.eval.shift import generated as module
+from ensembler.eval.shift.cifar_c import alone, check_official
+from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
+from ensembler.eval.shift.find import Cell, find_shift
+from ensembler.eval.shift.generated import write_corruptions
 from ensembler.images import FileSplit, Split
 
 ROOT = Path(__file__).parents[1]

@@ -14,8 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ensembler.eval.filters import Taps, gaussian_taps, linear_zoom, mirror, nearest, pad, separable, to_bytes
-from ensembler.eval.noise import below
+from ensembler.eval.shift.pixels.filters import (
+    Taps,
+    gaussian_taps,
+    linear_zoom,
+    mirror,
+    nearest,
+    pad,
+    separable,
+    to_bytes,
+)
+from ensembler.eval.shift.pixels.noise import below
 
 __all__ = ["ANGLES", "defocus_blur", "gaussian_blur", "glass_blur", "motion_blur", "smear", "trails", "zoom_blur"]
 

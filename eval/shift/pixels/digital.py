@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ensembler.eval.filters import pixels, planes, to_bytes
+from ensembler.eval.shift.pixels.filters import pixels, planes, to_bytes
 
 __all__ = ["brightness", "contrast", "pixelate", "saturate"]
 

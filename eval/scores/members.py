@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ensembler import ordering
 from ensembler.errors import ShapeError, UsageError
-from ensembler.eval.comparison import BINS, Spread, losses_of, spread
-from ensembler.eval.metrics import FLOOR, accuracy
+from ensembler.eval.scores.comparison import BINS, Spread, losses_of, spread
+from ensembler.eval.scores.metrics import FLOOR, accuracy
 from ensembler.record import Record
 from ensembler.seeds import derive
 
@@ -128,7 +128,7 @@ def score_subsets(
     Raises:
         ShapeError: arrays that are not probabilities of the same M members, or labels that do not fit.
     """
-    from ensembler.eval.metrics import fit_temperature, temper
+    from ensembler.eval.scores.metrics import fit_temperature, temper
 
     _check_members(members_test, labels)
     _check_members(members_validation, labels_validation)

@@ -8,14 +8,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ensembler.eval.comparison import Losses
-from ensembler.eval.comparison_plots import plot_boxes, plot_differences, plot_entropy, plot_members, plot_rejection
 from ensembler.eval.evaluation import Evaluation
-from ensembler.eval.metrics import Reliability, RiskCoverage, risk_coverage
-from ensembler.eval.notation import compact, label, representatives
-from ensembler.eval.plots import STYLES, plot_reliability, plot_severity
-from ensembler.eval.report import Report, RunReport, ShiftReport
-from ensembler.eval.shift_scores import ShiftScores, summarise
+from ensembler.eval.report.comparison_plots import (
+    plot_boxes,
+    plot_differences,
+    plot_entropy,
+    plot_members,
+    plot_rejection,
+)
+from ensembler.eval.report.notation import compact, label, representatives
+from ensembler.eval.report.plots import STYLES, plot_reliability, plot_severity
+from ensembler.eval.report.schema import Report, RunReport, ShiftReport
+from ensembler.eval.scores.comparison import Losses
+from ensembler.eval.scores.metrics import Reliability, RiskCoverage, risk_coverage
+from ensembler.eval.scores.shift_scores import ShiftScores, summarise
 
 __all__ = ["Picture", "figures"]
 
@@ -31,7 +37,7 @@ class Picture:
 
     Attributes:
         section: the part of a report that it belongs to, as for tables.
-        figure: as drawn; :func:`ensembler.eval.plots.to_png` and ``to_svg`` make files of it.
+        figure: as drawn; :func:`ensembler.eval.report.plots.to_png` and ``to_svg`` make files of it.
         caption: what it shows.
         alt: what kind of picture of what, for those who cannot see it; the figures themselves are in the tables.
     """

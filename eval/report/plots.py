@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ensembler.eval.metrics import Reliability
-from ensembler.eval.report import RunReport
+from ensembler.eval.report.schema import RunReport
+from ensembler.eval.scores.metrics import Reliability
 
 __all__ = ["STYLES", "new_figure", "plot_reliability", "plot_severity", "to_png", "to_svg"]
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from html import escape
 
 from ensembler.eval.evaluation import Evaluation
-from ensembler.eval.figures import Picture
-from ensembler.eval.notation import SCORES, plain
-from ensembler.eval.plots import to_svg
-from ensembler.eval.report import Report
-from ensembler.eval.rows import Table, about, report_tables
-from ensembler.eval.words import compared, findings
+from ensembler.eval.report.figures import Picture
+from ensembler.eval.report.notation import SCORES, plain
+from ensembler.eval.report.plots import to_svg
+from ensembler.eval.report.schema import Report
+from ensembler.eval.report.sentences import compared, findings
+from ensembler.eval.report.tables import Table, about, report_tables
 
 __all__ = ["page"]
 
@@ -31,7 +31,7 @@ _SECTIONS = {
     "number": "Number of members",
     "cells": "Every cell of the shift",
 }
-"""In reading order; see :class:`ensembler.eval.rows.Table` and :class:`ensembler.eval.figures.Picture`."""
+"""In reading order: the sections of tables and of pictures."""
 
 _FOLDED = "cells"  # long: folded on a screen, left out in print
 
@@ -92,7 +92,7 @@ def page(
     Args:
         found: what was evaluated.
         report: its report, or the one with the comparison in it.
-        pictures: :func:`ensembler.eval.figures.figures` of both.
+        pictures: :func:`ensembler.eval.report.figures.figures` of both.
         seconds: how long it took.
         command: what made it, as typed.
     """

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, ValidationError
 
 from ensembler.errors import DataError, UsageError
-from ensembler.eval.corruptions import HEADLINE, SEVERITIES, VALIDATION, Constants, corrupt
+from ensembler.eval.shift.corruptions import HEADLINE, SEVERITIES, VALIDATION, Constants, corrupt
 from ensembler.images import Images
 from ensembler.record import Record
 
@@ -99,7 +99,7 @@ def stored(folder: Path) -> tuple[str, ...]:
 
 
 def constants_of(shape: tuple[int, int]) -> Constants:
-    """The constants that :func:`ensembler.eval.corruptions.corrupt` takes by itself for images of (H, W)."""
+    """The constants that :func:`ensembler.eval.shift.corruptions.corrupt` takes by itself for images of (H, W)."""
     return "imagenet" if min(shape) > _LARGE else "cifar"
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensembler.eval.filters import between, planes, to_bytes
-from ensembler.eval.noise import branch, uniforms
+from ensembler.eval.shift.pixels.filters import between, planes, to_bytes
+from ensembler.eval.shift.pixels.noise import branch, uniforms
 
 __all__ = ["elastic_transform"]
 

@@ -11,9 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-from ensembler.eval.comparison import Difference, Group
-from ensembler.eval.members import CurvePoint, Equivalent
-from ensembler.eval.ood import OodScores
+from ensembler.eval.scores.comparison import Difference, Group
+from ensembler.eval.scores.members import CurvePoint, Equivalent
+from ensembler.eval.scores.ood import OodScores
 from ensembler.record import Record
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 
 
 class CellScores(Record):
-    """Scores of the ensemble's mean prediction on one set of images; see :mod:`ensembler.eval.metrics`.
+    """Scores of the ensemble's mean prediction on one set of images; see :mod:`ensembler.eval.scores.metrics`.
 
     Entropies and NLLs are in nats. ``calibrated_nll`` is the NLL after the run's temperature, which was fitted on the
     validation images. ``member_accuracy`` and ``member_nll`` are means over the members alone. ``null``: not known, of

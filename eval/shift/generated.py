@@ -15,8 +15,7 @@ import numpy as np
 from ensembler.artefact import replace_file
 from ensembler.datasets import Dataset
 from ensembler.errors import ArtefactError, UsageError
-from ensembler.eval.corruptions import AVAILABLE, SEVERITIES, corrupt
-from ensembler.eval.layout import (
+from ensembler.eval.shift.cifar_c import (
     LABELS,
     RECORD,
     Generated,
@@ -27,6 +26,7 @@ from ensembler.eval.layout import (
     read_record,
     stored,
 )
+from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, corrupt
 from ensembler.images import Images
 from ensembler.progress import Watcher
 from ensembler.run import versions
@@ -47,7 +47,7 @@ def write_corruptions(
     """Write the dataset's test images under corruptions at severities 1 to 5, one file a corruption.
 
     Every file is whole or absent, and one that is there already is not made again: after a kill, the same call goes
-    on. The bytes are those of :func:`ensembler.eval.corruptions.corrupt`, so they do not depend on any of that.
+    on. The bytes are those of :func:`ensembler.eval.shift.corruptions.corrupt`, so they do not depend on any of that.
 
     Args:
         dataset: its test images may lie in their files; they are decoded once for every corruption.

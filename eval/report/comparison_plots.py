@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ensembler.eval.comparison import Difference
-from ensembler.eval.members import CurvePoint
-from ensembler.eval.metrics import RiskCoverage
-from ensembler.eval.plots import STYLES, new_figure
-from ensembler.eval.shift_scores import ShiftScores
+from ensembler.eval.report.plots import STYLES, new_figure
+from ensembler.eval.scores.comparison import Difference
+from ensembler.eval.scores.members import CurvePoint
+from ensembler.eval.scores.metrics import RiskCoverage
+from ensembler.eval.scores.shift_scores import ShiftScores
 
 __all__ = ["plot_boxes", "plot_differences", "plot_entropy", "plot_members", "plot_rejection"]
 

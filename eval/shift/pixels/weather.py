@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ensembler.eval.blurs import smear
-from ensembler.eval.filters import between, linear_zoom, luminance, pixels, planes, to_bytes
-from ensembler.eval.noise import below, branch, normals, uniforms
+from ensembler.eval.shift.pixels.blurs import smear
+from ensembler.eval.shift.pixels.filters import between, linear_zoom, luminance, pixels, planes, to_bytes
+from ensembler.eval.shift.pixels.noise import below, branch, normals, uniforms
 
 __all__ = ["fog", "frost", "snow"]
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ensembler.errors import ShapeError, UsageError
-from ensembler.eval.metrics import FLOOR, accuracy
+from ensembler.eval.scores.metrics import FLOOR, accuracy
 from ensembler.record import Record
 from ensembler.run import Manifest
 from ensembler.seeds import derive
@@ -109,7 +109,7 @@ class Losses:
         return cls(error, nll, brier, gaps, bins)
 
     def scores(self) -> dict[str, float]:
-        """Error, NLL, Brier score and ECE, as :mod:`ensembler.eval.metrics` has them."""
+        """Error, NLL, Brier score and ECE, as :mod:`ensembler.eval.scores.metrics` has them."""
         ones = np.ones((1, len(self.error)))
         means = {name: float(getattr(self, name).mean()) for name in _MEANS}
         return means | {"ece": float(self._ece(ones)[0])}

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ensembler.eval.filters import nearest, pad
+from ensembler.eval.shift.pixels.filters import nearest, pad
 
 __all__ = ["jpeg_compression"]
 

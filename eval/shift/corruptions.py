@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from ensembler.errors import ShapeError, UsageError
-from ensembler.eval.blurs import defocus_blur, gaussian_blur, glass_blur, motion_blur, zoom_blur
-from ensembler.eval.digital import brightness, contrast, pixelate, saturate
-from ensembler.eval.jpeg import jpeg_compression
-from ensembler.eval.noise import gaussian_noise, image_keys, impulse_noise, shot_noise, speckle_noise
-from ensembler.eval.spatter import spatter
-from ensembler.eval.warps import elastic_transform
-from ensembler.eval.weather import fog, frost, snow
+from ensembler.eval.shift.pixels.blurs import defocus_blur, gaussian_blur, glass_blur, motion_blur, zoom_blur
+from ensembler.eval.shift.pixels.digital import brightness, contrast, pixelate, saturate
+from ensembler.eval.shift.pixels.jpeg import jpeg_compression
+from ensembler.eval.shift.pixels.noise import gaussian_noise, image_keys, impulse_noise, shot_noise, speckle_noise
+from ensembler.eval.shift.pixels.spatter import spatter
+from ensembler.eval.shift.pixels.warps import elastic_transform
+from ensembler.eval.shift.pixels.weather import fog, frost, snow
 
 __all__ = ["AVAILABLE", "HEADLINE", "SEVERITIES", "VALIDATION", "Constants", "corrupt", "fingerprint"]
 

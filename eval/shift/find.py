@@ -17,8 +17,16 @@ from torch import Tensor
 
 from ensembler.datasets import Dataset, default_root
 from ensembler.errors import DataError, UsageError
-from ensembler.eval.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt, fingerprint
-from ensembler.eval.layout import LABELS, check_generated, check_official, constants_of, read_record, read_rows, stored
+from ensembler.eval.shift.cifar_c import (
+    LABELS,
+    check_generated,
+    check_official,
+    constants_of,
+    read_record,
+    read_rows,
+    stored,
+)
+from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt, fingerprint
 from ensembler.images import Images
 
 __all__ = ["SHIFTS", "Cell", "Shift", "find_shift"]

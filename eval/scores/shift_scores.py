@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from ensembler.errors import UsageError
-from ensembler.eval.corruptions import HEADLINE, SEVERITIES, VALIDATION
+from ensembler.eval.shift.corruptions import HEADLINE, SEVERITIES, VALIDATION
 from ensembler.record import Record
 
 __all__ = ["FAMILIES", "FiveNumbers", "ShiftScores", "five_numbers", "summarise"]

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ensembler.eval.comparison import Difference
-from ensembler.eval.members import CurvePoint, MemberScores
-from ensembler.eval.notation import NOTHING, SCORES, Score, compact, group_label, label, plain, spread_text, told_apart
-from ensembler.eval.ood import OodScores
-from ensembler.eval.report import CellScores, Comparison, Report, RunReport, ShiftReport
-from ensembler.eval.shift_scores import FAMILIES
+from ensembler.eval.report.notation import (
+    NOTHING,
+    SCORES,
+    Score,
+    compact,
+    group_label,
+    label,
+    plain,
+    spread_text,
+    told_apart,
+)
+from ensembler.eval.report.schema import CellScores, Comparison, Report, RunReport, ShiftReport
+from ensembler.eval.scores.comparison import Difference
+from ensembler.eval.scores.members import CurvePoint, MemberScores
+from ensembler.eval.scores.ood import OodScores
+from ensembler.eval.scores.shift_scores import FAMILIES
 
 __all__ = ["Table", "about", "report_tables"]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ensembler.eval.comparison import Difference
-from ensembler.eval.notation import (
+from ensembler.eval.report.notation import (
     SCORES,
     Score,
     compact,
@@ -16,7 +15,8 @@ from ensembler.eval.notation import (
     spread_text,
     told_apart,
 )
-from ensembler.eval.report import CellScores, Comparison, Report, RunReport
+from ensembler.eval.report.schema import CellScores, Comparison, Report, RunReport
+from ensembler.eval.scores.comparison import Difference
 
 __all__ = ["compared", "findings"]
 

@@ -11,8 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ensembler.eval.filters import gaussian_taps, mirror, nearest, pad, planes, separable, to_bytes
-from ensembler.eval.noise import normals
+from ensembler.eval.shift.pixels.filters import gaussian_taps, mirror, nearest, pad, planes, separable, to_bytes
+from ensembler.eval.shift.pixels.noise import normals
 
 __all__ = ["spatter"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ensembler.eval.comparison import Difference, Group, Spread
-from ensembler.eval.report import Report
+from ensembler.eval.report.schema import Report
+from ensembler.eval.scores.comparison import Difference, Group, Spread
 
 __all__ = [
     "NOTHING",
@@ -68,7 +68,7 @@ SCORES: dict[str, Score] = {
         "mutual information", 1, 4, "predictive less expected entropy: how far the members differ"
     ),
 }
-"""Every score of :class:`ensembler.eval.report.CellScores`; lower is better but for the accuracies and the AUROC."""
+"""Every score of the schema's ``CellScores``; lower is better but for the accuracies and the AUROC."""
 
 
 def plain(text: str) -> str:

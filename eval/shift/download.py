@@ -22,8 +22,8 @@ from typing import Any
 
 from ensembler import __version__
 from ensembler.errors import DataError, UsageError
-from ensembler.eval.corruptions import HEADLINE, VALIDATION
-from ensembler.eval.layout import LABELS, RECORD, alone
+from ensembler.eval.shift.cifar_c import LABELS, RECORD, alone
+from ensembler.eval.shift.corruptions import HEADLINE, VALIDATION
 from ensembler.progress import Watcher
 
 __all__ = ["ARCHIVES", "HOST", "Archive", "download"]
