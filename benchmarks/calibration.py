@@ -27,8 +27,9 @@ from ensembler import datasets
 from ensembler.calibration import Calibration, abstain, apply, prediction_sets
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
-from ensembler.eval.calibrate import METHODS, fit
+from ensembler.eval.calibrate import fit
 from ensembler.eval.scores.metrics import ece, nll
+from ensembler.eval.scores.recalibration import METHODS
 from ensembler.seeds import generator
 from ensembler.uncertainty import mean_probabilities
 

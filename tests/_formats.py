@@ -14,22 +14,11 @@ import torch
 from ensembler import artefact, calibration
 from ensembler.ensemble import Ensemble
 from ensembler.eval.calibrate import fit
-from ensembler.eval.predictions import Predictor, Slice, predictions
 from ensembler.trainers import Session, Settings, train_deep_ensemble
 from tests._interrupt import BreakingOff
 from tests._small import SETTINGS, dataset
 
 RUN = Path(__file__).parent / "data" / "run-format-1"
-
-
-def images() -> Slice:
-    """The small dataset's test images, named by their hash."""
-    test = dataset().test
-    return Slice("test", test.sha256, lambda: test.images.split(4), test.labels.numpy(), members=True)
-
-
-def predictor(folder: Path) -> Predictor:
-    return Predictor(Ensemble.load(RUN, device="cpu"), artefact.sha256(RUN / artefact.MANIFEST), folder)
 
 
 def session(checkpoints=None) -> Session:
@@ -38,8 +27,6 @@ def session(checkpoints=None) -> Session:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    list(predictions([predictor(folder / "predictions-format-1")], [images()]))
-
     run = Path(shutil.copytree(RUN, folder / "run"))
     probs = Ensemble.load(RUN, device="cpu").predict_proba(dataset().test.images).double().numpy()
     origin = {"dataset": "small", "validation_sha256": dataset().test.sha256}

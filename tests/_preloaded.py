@@ -21,7 +21,7 @@ from pathlib import Path
 IMPORTS = (  # not ensembler.cli: a page's own command is added before that is imported
     "ensembler.eval.calibrate",
     "ensembler.eval.compare",
-    "ensembler.eval.shift.generated",
+    "ensembler.eval.shift.writer",
     "ensembler.eval.evaluation",
     "ensembler.eval.report.figures",
     "ensembler.eval.report.page",

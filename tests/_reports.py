@@ -46,7 +46,7 @@ def comparison() -> Report:
 
 
 def part(runs: int = 1, *, shift: bool = False, ood: bool = False) -> Evaluation:
-    """The first runs of it alone, with or without shift and images of another kind."""
+    """The first runs of it alone, with or without shift and out-of-distribution images."""
     whole = evaluation()
     report = whole.report.model_copy(deep=True)
     report.runs = report.runs[:runs]

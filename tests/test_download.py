@@ -371,7 +371,7 @@ def test_ctrl_c_keeps_what_was_fetched_and_two_processes_do_not_meet(tmp_path, s
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "what was fetched is kept: run the same command again to go on" in errors
+    assert "the partial download was kept: run the same command again to resume" in errors
     assert "Traceback" not in errors
     kept = partial.stat().st_size
     assert 0 < kept <= len(server.content) // 2

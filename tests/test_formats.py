@@ -9,19 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from ensembler import artefact, calibration
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
-from ensembler.eval.predictions import predictions
 from ensembler.run import Run
 from ensembler.serve.schemas import read_bundle
 from ensembler.serve.verify import verify_bundle
 from ensembler.trainers import train_deep_ensemble
 from ensembler.trainers.checkpoints import Checkpoints
-from tests._formats import RUN, images, predictor, session
+from tests._formats import RUN, session
 from tests._small import dataset
 
 DATA = Path(__file__).parent / "data"
@@ -54,20 +51,6 @@ def test_a_run_of_the_first_format(probabilities):
 def test_a_bundle_of_the_first_format():
     assert read_bundle(DATA / "bundle-format-1").format == 1
     assert verify_bundle(DATA / "bundle-format-1").differences == [0.0] * 3
-
-
-def test_predictions_of_the_first_format(probabilities, monkeypatch):
-    """They are found where they are, and believed: what was paid for is not paid for again."""
-    kept = predictor(DATA / "predictions-format-1")
-    with safe_open(kept.path(images()), "numpy") as file:
-        assert "format" not in file.metadata()
-    monkeypatch.setattr(Ensemble, "predict_members", None)
-    ((_, (found,)),) = predictions([kept], [images()])
-    labels = dataset().test.labels.numpy()
-    np.testing.assert_allclose(found.members, probabilities, atol=1e-5)
-    np.testing.assert_allclose(found.mean, probabilities.mean(axis=0), atol=1e-5)
-    np.testing.assert_array_equal(found.classes, probabilities.argmax(axis=2))
-    np.testing.assert_allclose(found.label_probabilities, probabilities[:, np.arange(15), labels], atol=1e-5)
 
 
 def test_a_calibration_of_the_first_format(probabilities):
@@ -124,31 +107,3 @@ def test_a_later_calibration_is_refused_in_one_sentence(tmp_path):
     calibration.save(found.model_copy(update={"format": 99}), run)
     with pytest.raises(ArtefactError, match=r"has calibration format 99; .* reads 1: update it$"):
         calibration.load(run)
-
-
-def test_later_predictions_are_made_again(tmp_path, probabilities):
-    """A cache refuses nothing: what it cannot read is as if it were not there."""
-    kept = predictor(Path(shutil.copytree(DATA / "predictions-format-1", tmp_path / "cache")))
-    path = kept.path(images())
-    with safe_open(path, "numpy") as file:
-        arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    save_file(arrays | {"mean": arrays["mean"] * 0}, path, metadata | {"format": "99"})
-    assert kept.kept(images()) is None
-    ((_, (found,)),) = predictions([kept], [images()])
-    np.testing.assert_allclose(found.mean, probabilities.mean(axis=0), atol=1e-5)
-    assert kept.kept(images()) is not None
-
-
-def test_what_members_said_is_verified_too(tmp_path, probabilities):
-    """Since format 2 the file of all members' probabilities has a hash."""
-    kept = predictor(tmp_path)
-    list(predictions([kept], [images()]))
-    with safe_open(kept.path(images()), "numpy") as file:
-        assert file.metadata()["format"] == "2"
-    file = kept.path(images()).with_suffix(".npy")
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert kept.kept(images()) is None
-    ((_, (found,)),) = predictions([kept], [images()])
-    np.testing.assert_allclose(found.members, probabilities, atol=1e-5)

@@ -18,7 +18,8 @@ from ensembler.cli import app
 from ensembler.datasets import normalise
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, DivergedError, UsageError
-from ensembler.eval.surface import Surface, measure_surface, plane, plane_coefficients, plot_paths, plot_surface
+from ensembler.eval.report.surface_figures import plot_paths, plot_surface
+from ensembler.eval.surface import Surface, measure_surface, plane, plane_coefficients
 from ensembler.run import Run
 from ensembler.trainers import Session, Settings, train_curve, train_deep_ensemble
 from tests import _small

@@ -87,7 +87,7 @@ def test_what_every_table_must_say_is_said():
         "not the official files, so not comparable with published figures",
         "Means are over: gaussian_noise, shot_noise",
         "which count in no other mean",
-        "one member cannot say",
+        "not defined for one member",
         "generated, seed 3",
         "nothing of another training seed",
         "Mean and sample standard deviation",

@@ -4,30 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from ensembler.eval.evaluation import Evaluation
-from ensembler.eval.report.comparison_plots import (
+from ensembler.eval.report.comparison_plots import plot_differences, plot_members
+from ensembler.eval.report.notation import compact, count_runs, label, representatives
+from ensembler.eval.report.plots import (
+    STYLES,
     plot_boxes,
-    plot_differences,
     plot_entropy,
-    plot_members,
     plot_rejection,
+    plot_reliability,
+    plot_severity,
 )
-from ensembler.eval.report.notation import compact, label, representatives
-from ensembler.eval.report.plots import STYLES, plot_reliability, plot_severity
-from ensembler.eval.report.schema import Report, RunReport, ShiftReport
+from ensembler.eval.report.schema import Report, ShiftReport
 from ensembler.eval.scores.comparison import Losses
-from ensembler.eval.scores.metrics import Reliability, RiskCoverage, risk_coverage
-from ensembler.eval.scores.shift_scores import ShiftScores, summarise
+from ensembler.eval.scores.metrics import BINS
+from ensembler.eval.scores.selective import Reliability, RiskCoverage, reliability, risk_coverage
 
 __all__ = ["Picture", "figures"]
 
-Array = NDArray[np.float64]
-
-_BINS = 15
 _LONGEST = 40  # characters of a name in a picture
 
 
@@ -63,14 +59,14 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
     runs = [found.runs[place] for place in places]
     reports = [report.runs[place] for place in places]
     shift = report.shift if all(run.shifted for run in runs) else None
-    listed = _runs(len(names))
+    listed = count_runs(len(names))
     clean = [_reliability(run.losses) for run in runs]
     pictures = {
         "reliability": Picture(
             "calibration",
             plot_reliability(names, clean),
-            f"Reliability on the clean test images: accuracy against confidence in {_BINS} bins of equal width. Bars "
-            f"below the dashed line: surer than right. The grey line is the share of the images in each bin.{drawn}",
+            f"Reliability on the clean test images: accuracy against confidence in {BINS} bins of equal width. Bars "
+            f"below the dashed line: overconfident. The grey line is the share of the images in each bin.{drawn}",
             f"Reliability diagrams of {listed} on clean images.",
         )
     }
@@ -92,7 +88,7 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
         )
         pictures["boxes"] = Picture(
             "shift",
-            plot_boxes(names, [_shift_scores(run) for run in reports], [run.clean.model_dump() for run in reports]),
+            plot_boxes(names, reports, shift.headline),
             f"Error, NLL and ECE over the {len(shift.headline)} corruptions at each severity, {under}: the median, the "
             f"quartiles, the least and the greatest; the mark at 0 is the clean score.{drawn}",
             f"Box plots of error, NLL and ECE of {listed} over corruptions, at severities 1 to 5.",
@@ -117,7 +113,7 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
                 {title: [run.entropies[name] for run in runs] for title, name in titles.items()},
                 runs[0].clean.mean.shape[1],
             ),
-            f"Predictive entropy of the clean test images and of images of another kind.{drawn}",
+            f"Predictive entropy of the clean test images and of out-of-distribution images.{drawn}",
             f"Histograms of the predictive entropy of {listed}, in and out of distribution.",
         )
     pictures |= _comparison(report)
@@ -147,7 +143,7 @@ def _comparison(report: Report) -> dict[str, Picture]:
                 ),
                 f"Scores less those of {baseline}, {where}, with {comparison.confidence:.0%} bootstrap intervals over "
                 "the test images; lower is better. A hollow mark: the interval holds 0.",
-                f"Forest plot of the differences of {_runs(len(known))} from the baseline, {where}.",
+                f"Forest plot of the differences of {count_runs(len(known))} from the baseline, {where}.",
             )
     if comparison.curves:
         drawn = [places[curve.run] for curve in comparison.curves]
@@ -160,7 +156,7 @@ def _comparison(report: Report) -> dict[str, Picture]:
             ),
             "Clean scores against the number of members: solid, the mean over random subsets, in a band from the best "
             "to the worst; dashed, in the order that helps most on the validation images.",
-            f"Curves of calibrated NLL and error of {_runs(len(drawn))} against members.",
+            f"Curves of calibrated NLL and error of {count_runs(len(drawn))} against members.",
         )
     return pictures
 
@@ -177,42 +173,11 @@ def _printable(text: str) -> str:
 
 
 def _reliability(losses: Losses) -> Reliability:
-    right, confidence = _answers(losses)
-    bins = losses.bins.ravel()
-    count = np.bincount(bins, minlength=_BINS)
-
-    def mean(values: Array) -> Array:
-        sums = np.bincount(bins, weights=values, minlength=_BINS)
-        means: Array = np.divide(sums, count, out=np.full(_BINS, np.nan), where=count > 0)
-        return means
-
-    return Reliability(mean(confidence), mean(right), count)
+    return reliability(losses.confidence.ravel(), losses.correct.ravel(), BINS)
 
 
 def _risk_coverage(losses: Losses) -> RiskCoverage:
-    right, confidence = _answers(losses)
-    # The order of the confidences is all that counts, so two classes will do: p >= 1/2 makes the first one the answer.
-    p = (1 + confidence) / 2
-    return risk_coverage(np.stack([p, 1 - p], axis=1), (right == 0).astype(np.int64))
-
-
-def _answers(losses: Losses) -> tuple[Array, Array]:
-    """Right or wrong (1 or 0) and how confident, (cells * B,) each."""
-    gaps = losses.gaps.ravel()
-    right = (gaps >= 0).astype(np.float64)
-    return right, right - gaps
-
-
-def _shift_scores(run: RunReport) -> ShiftScores:
-    cells = {
-        corruption: {severity: scores.model_dump() for severity, scores in levels.items()}
-        for corruption, levels in run.cells.items()
-    }
-    return summarise(cells)
-
-
-def _runs(count: int) -> str:
-    return "1 run" if count == 1 else f"{count} runs"
+    return risk_coverage(losses.confidence.ravel(), losses.correct.ravel())
 
 
 def _cells(shift: ShiftReport) -> str:

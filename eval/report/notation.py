@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ensembler.eval.report.schema import Report
-from ensembler.eval.scores.comparison import Difference, Group, Spread
+from ensembler.eval.report.schema import Group, Report
+from ensembler.eval.scores.comparison import Difference, Spread
 
 __all__ = [
     "NOTHING",
     "SCORES",
     "Score",
     "compact",
+    "count_runs",
     "group_label",
     "label",
     "plain",
@@ -51,7 +52,9 @@ SCORES: dict[str, Score] = {
     "ece": Score("ECE %", 100, 2, "expected calibration error: confidence against accuracy in 15 bins of equal width"),
     "adaptive_ece": Score("adaptive ECE %", 100, 2, "ECE in 15 bins that hold equally many images"),
     "classwise_ece": Score("class-wise ECE %", 100, 3, "ECE of every class's own probability, mean over the classes"),
-    "mce": Score("MCE %", 100, 2, "the largest gap among ECE's bins, however few images it holds"),
+    "max_calibration_error": Score(
+        "max. calibration error %", 100, 2, "the largest gap among ECE's bins, however few images it holds"
+    ),
     "aurc": Score(
         "AURC %", 100, 3, "error among the most confident images, averaged over every number of images that one keeps"
     ),
@@ -87,6 +90,11 @@ def compact(passes: int) -> str:
         if passes >= size:
             return f"{passes / size:,.1f}{unit}"
     return str(passes)
+
+
+def count_runs(count: int) -> str:
+    """A number of runs, such as "2 runs"."""
+    return "1 run" if count == 1 else f"{count} runs"
 
 
 def representatives(report: Report, most: int) -> tuple[list[int], str]:

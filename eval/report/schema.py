@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from ensembler.eval.scores.comparison import Difference, Group
+from ensembler.eval.scores.comparison import Difference, Spread
 from ensembler.eval.scores.members import CurvePoint, Equivalent
 from ensembler.eval.scores.ood import OodScores
 from ensembler.record import Record
@@ -19,10 +19,12 @@ from ensembler.record import Record
 __all__ = [
     "CellScores",
     "Comparison",
+    "Group",
     "MemberCurve",
     "OodReport",
     "Report",
     "RunDifference",
+    "RunEquivalent",
     "RunReport",
     "ShiftReport",
     "SingleMember",
@@ -46,7 +48,7 @@ class CellScores(Record):
     ece: float
     adaptive_ece: float
     classwise_ece: float
-    mce: float
+    max_calibration_error: float
     aurc: float
     risk_at_80: float
     misclassification_auroc: float | None
@@ -77,7 +79,7 @@ class ShiftReport(Record):
 
 
 class OodReport(Record):
-    """One set of images of another kind."""
+    """One set of out-of-distribution images."""
 
     name: str
     title: str
@@ -129,6 +131,24 @@ class RunDifference(Record):
     shifted: dict[str, Difference] | None
 
 
+class Group(Record):
+    """Runs of one method that differ in their seeds alone.
+
+    ``runs`` are their places in the report; a seed in ``seeds`` that comes twice is the same run made twice, and tells
+    nothing new; ``scores`` holds the spread of each score, those under shift as ``shifted_NAME``.
+    """
+
+    runs: list[int]
+    seeds: list[int]
+    scores: dict[str, Spread]
+
+
+class RunEquivalent(Equivalent):
+    """A run's deep-ensemble equivalent, read off the curve of the deep ensemble ``reference``."""
+
+    reference: str
+
+
 class MemberCurve(Record):
     """Test scores against the number of members, with the costs that go with it.
 
@@ -145,9 +165,8 @@ class MemberCurve(Record):
 class Comparison(Record):
     """Runs against one of them, the baseline.
 
-    Intervals are a paired bootstrap's over the test examples. ``groups`` gathers runs that differ in their seed alone,
-    by their places in the report; ``equivalents`` holds each run's deep-ensemble equivalent against
-    ``deep_ensemble``, the largest among the runs.
+    Intervals are a paired bootstrap's over the test examples. ``equivalents`` holds, by run, those of which a deep
+    ensemble of the same network and data is among the runs.
     """
 
     baseline: str
@@ -155,15 +174,14 @@ class Comparison(Record):
     resamples: int
     differences: list[RunDifference]
     groups: list[Group]
-    deep_ensemble: str | None
-    equivalents: dict[str, Equivalent]
+    equivalents: dict[str, RunEquivalent]
     curves: list[MemberCurve]
 
 
 class Report(Record):
     """A whole evaluation."""
 
-    format: Literal[2] = 2
+    format: Literal[1] = 1
     dataset: str
     test_examples: int
     test_sha256: str

@@ -8,6 +8,7 @@ from ensembler.eval.report.notation import (
     SCORES,
     Score,
     compact,
+    count_runs,
     group_label,
     label,
     plain,
@@ -26,8 +27,8 @@ _LONGEST = 7  # runs of which each has a sentence
 
 def compared(report: Report) -> list[str]:
     """What was compared, on what, a sentence each."""
-    runs = "1 run" if len(report.runs) == 1 else f"{len(report.runs)} runs"
-    found = [f"{runs}, scored on the same {report.test_examples:,} test images of {plain(report.dataset)}."]
+    images = f"{report.test_examples:,} test images of {plain(report.dataset)}"
+    found = [f"{count_runs(len(report.runs))}, scored on the same {images}."]
     if report.shift is not None:
         found.append(report.shift.note)
     if report.ood:

@@ -1,4 +1,4 @@
-"""How many members does it take, and which?
+"""Subsets of members: how many does it take, and which?
 
 Pure functions of an ensemble's members' probabilities (M, B, C), which may be a memory map. Lower is better in every
 score here.
@@ -13,10 +13,11 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler import ordering
+from ensembler.calibration_maps import FLOOR, temper
 from ensembler.errors import ShapeError, UsageError
-from ensembler.eval.scores.comparison import BINS, Spread, losses_of, spread
-from ensembler.eval.scores.metrics import FLOOR, accuracy
+from ensembler.eval.scores.comparison import Losses, Spread, spread
+from ensembler.eval.scores.metrics import BINS
+from ensembler.eval.scores.recalibration import fit_temperature
 from ensembler.record import Record
 from ensembler.seeds import derive
 
@@ -26,7 +27,6 @@ __all__ = [
     "MemberScores",
     "curve",
     "deep_ensemble_equivalent",
-    "greedy_order",
     "recommended_members",
     "score_subsets",
 ]
@@ -85,7 +85,7 @@ def curve(
         labels: (B,).
         members_validation: (M, B', C), whose mean is held whole in float64; temperatures are fitted on it.
         labels_validation: (B',).
-        order: M or fewer different members, such as :func:`greedy_order` gives; scored from its start.
+        order: M or fewer different members, such as :func:`ensembler.ordering.greedy_order` gives.
         subsets: how many for each number, at least 1.
         seed: of the subsets.
 
@@ -128,8 +128,6 @@ def score_subsets(
     Raises:
         ShapeError: arrays that are not probabilities of the same M members, or labels that do not fit.
     """
-    from ensembler.eval.scores.metrics import fit_temperature, temper
-
     _check_members(members_test, labels)
     _check_members(members_validation, labels_validation)
     if (len(members_test), members_test.shape[2]) != (len(members_validation), members_validation.shape[2]):
@@ -148,7 +146,7 @@ def score_subsets(
         y = np.asarray(labels[start : start + size], dtype=np.int64)
         for row, (subset, temperature) in enumerate(zip(chosen, temperatures, strict=True)):
             mean = part[subset].mean(axis=0, dtype=np.float64)
-            found = losses_of(mean, y)
+            found = Losses.of(mean, y)
             calibrated = np.asarray(temper(mean, temperature))[np.arange(len(y)), y]
             nll = -np.log(np.maximum(calibrated, FLOOR))
             sums[row] += found.error.sum(), found.nll.sum(), nll.sum(), found.brier.sum()
@@ -161,24 +159,7 @@ def score_subsets(
     ]
 
 
-def greedy_order(members_validation: NDArray[np.floating], labels_validation: Labels) -> list[int]:
-    """The members in the order that helps most: each next one gives the lowest validation NLL with those before it.
-
-    Only the members' probabilities of the labels decide; see :func:`ensembler.ordering.greedy_order`.
-
-    Args:
-        members_validation: (M, B, C) probabilities of images held out: never the test images.
-        labels_validation: (B,).
-
-    Raises:
-        ShapeError: not probabilities (M, B, C), or labels that do not fit.
-    """
-    return ordering.greedy_order(_label_probabilities(members_validation, labels_validation))
-
-
-def recommended_members(
-    members_validation: NDArray[np.floating], labels_validation: Labels, order: Sequence[int] | None = None
-) -> int:
+def recommended_members(likelihoods: NDArray[np.floating], order: Sequence[int] | None = None) -> int:
     """The smallest number of members that is as good as all of them, as far as the validation images can tell.
 
     That is: whose NLL exceeds all members' by at most one standard error of the difference, example by example (the
@@ -186,15 +167,16 @@ def recommended_members(
     numbers a little: look at the curve on the test images before trusting it.
 
     Args:
-        members_validation: (M, B, C) probabilities of images held out.
-        labels_validation: (B,).
+        likelihoods: (M, B) each member's probability of the label of each validation image.
         order: of all members; by default as they are.
 
     Raises:
-        ShapeError: not probabilities (M, B, C), or labels that do not fit.
+        ShapeError: not (M, B) with at least one of each.
         UsageError: an order that is not of all members.
     """
-    likely = _label_probabilities(members_validation, labels_validation)
+    likely = np.asarray(likelihoods, dtype=np.float64)
+    if likely.ndim != 2 or not likely.size:
+        raise ShapeError(f"expected the members' probabilities of the labels, (M, B), found shape {likely.shape}")
     M, B = likely.shape
     order = list(range(M)) if order is None else list(order)
     if sorted(order) != list(range(M)):
@@ -235,22 +217,11 @@ def _mean(members: NDArray[np.floating], subset: Sequence[int]) -> Array:
     return total
 
 
-def _label_probabilities(members: NDArray[np.floating], labels: Labels) -> Array:
-    """What each member gives to the labels: (M, B)."""
-    _check_members(members, labels)
-    examples = np.arange(len(labels))
-    return np.stack([member[examples, labels] for member in members]).astype(np.float64)
-
-
 def _check_members(members: NDArray[np.floating], labels: Labels) -> None:
-    """Shapes, and the first member's values: to look at all would read a long memory map once more."""
     if members.ndim != 3 or not members.size:
         raise ShapeError(f"expected the members' probabilities (M, B, C), none empty, found shape {members.shape}")
-    rows = max(1, _ELEMENTS // members.shape[2])
     if np.shape(labels) != members.shape[1:2]:
         raise ShapeError(f"labels must be {members.shape[1]} integers, one an example, found {np.shape(labels)}")
-    for start in range(0, members.shape[1], rows):
-        accuracy(members[0, start : start + rows], labels[start : start + rows])
 
 
 # --- the deep-ensemble equivalent -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Can an ensemble tell images unlike any that it was trained on? Detectors, their scores, and such images.
+"""Out-of-distribution detection: detectors and their scores.
 
 A detector is one number an image that should be larger out of distribution. Out of distribution is the positive class
 everywhere but in ``aupr_in``.
@@ -7,41 +7,21 @@ everywhere but in ``aupr_in``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ensembler import datasets
-from ensembler.errors import DataError, ShapeError, UsageError
-from ensembler.images import FileSplit
+from ensembler.errors import ShapeError
 from ensembler.record import Record
-from ensembler.seeds import derive, generator
 from ensembler.uncertainty import entropy
 
-__all__ = [
-    "DETECTORS",
-    "NOISES",
-    "OodImages",
-    "OodScores",
-    "detector_scores",
-    "detectors",
-    "load_ood",
-    "noise_images",
-    "ood_scores",
-]
+__all__ = ["DETECTORS", "OodScores", "detector_scores", "detectors", "ood_scores"]
 
 Array = NDArray[np.float64]
 
 DETECTORS = ("predictive_entropy", "mutual_information", "one_minus_max")
-NOISES = ("gaussian", "uniform", "constant")
 
 _TRUE_POSITIVES = 0.95
-_EXAMPLES = 10_000
 
 
 class OodScores(Record):
@@ -136,125 +116,3 @@ def _finite(values: NDArray[np.floating], which: str) -> Array:
             + (" with NaN or infinity" if found.ndim == 1 and len(found) and found.dtype.kind == "f" else "")
         )
     return found.astype(np.float64)
-
-
-# --- images ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class OodImages:
-    """Images out of distribution, at a network's size.
-
-    Attributes:
-        name: as the user asked for them.
-        title: as a report should call them.
-        source: where they are from: a named ``"dataset"``'s test images, a ``"folder"``, or ``"generated"`` here.
-        images: (N, H, W, 3) uint8.
-    """
-
-    name: str
-    title: str
-    source: Literal["dataset", "folder", "generated"]
-    images: Tensor
-
-
-def load_ood(
-    name: str,
-    shape: tuple[int, int],
-    *,
-    root: Path | None = None,
-    download: bool = False,
-    examples: int | None = None,
-    seed: int = 0,
-) -> OodImages:
-    """Images that a network was not trained on.
-
-    Nothing here knows what it *was* trained on: that the two have no class in common is the caller's to see to.
-
-    Args:
-        name: ``noise:KIND`` of :data:`NOISES`; ``folder:PATH``: every image in the folder and below, sorted by class or
-            not, or those in its ``test/`` where it has ``train/`` and ``test/``; or another dataset of
-            :data:`ensembler.datasets.NAMES`, of which the test images are taken.
-        shape: (H, W) to bring them to by a plain bilinear resize, whatever their proportions.
-        root, download: of a dataset's files, see :func:`ensembler.datasets.load`.
-        examples: how many, drawn with the seed where there are more; by default all, and of noise 10,000.
-        seed: of the choice, and of noise.
-
-    Raises:
-        UsageError: an unknown name, or an option out of range.
-        DataError: files missing or malformed, or too many images to hold.
-    """
-    if examples is not None and examples < 1:
-        raise UsageError(f"give at least 1 example out of distribution, not {examples}")
-    if name.startswith("noise:"):
-        kind = name.removeprefix("noise:")
-        images = noise_images(kind, examples or _EXAMPLES, shape, seed)
-        return OodImages(name, f"{kind} noise (generated, seed {seed})", "generated", images)
-    if name.startswith("folder:"):
-        folder = Path(name.removeprefix("folder:")).expanduser().resolve()
-        split = _folder(folder, shape)
-        chosen = split[_some(len(split), examples, seed)]
-        return OodImages(f"folder:{folder}", f"images of {folder.name}", "folder", chosen.images)
-    dataset = datasets.load(name, root, download=download)
-    images = dataset.test[_some(len(dataset.test), examples, seed)].images
-    return OodImages(dataset.name, f"{dataset.title}, test images", "dataset", _resized(images, shape))
-
-
-def noise_images(kind: str, count: int, shape: tuple[int, int], seed: int = 0) -> Tensor:
-    """Images of noise: image i depends on the seed, the kind, the shape and i alone.
-
-    Args:
-        kind: ``"gaussian"``: each byte of N(0.5, 1), clipped to [0, 1]; ``"uniform"``: each byte uniform (both as in
-            Liang et al. 2018, https://arxiv.org/abs/1706.02690); ``"constant"``: one uniform colour an image.
-        count: N, at least 1.
-        shape: (H, W).
-        seed: any integer.
-
-    Returns:
-        (N, H, W, 3) uint8.
-
-    Raises:
-        UsageError: an unknown kind, no image, or no pixel.
-    """
-    if kind not in NOISES:
-        raise UsageError(f"unknown noise {kind!r}: use one of {', '.join(NOISES)}")
-    if count < 1 or min(shape) < 1:
-        raise UsageError(f"noise takes at least 1 image of at least 1 x 1 pixels, not {count} of {shape}")
-    images = np.empty((count, *shape, 3), dtype=np.uint8)
-    for index, image in enumerate(images):
-        rng = np.random.default_rng(derive(seed, "noise", kind, index))
-        if kind == "gaussian":
-            image[:] = np.rint(255 * np.clip(rng.normal(0.5, 1.0, image.shape), 0.0, 1.0))
-        else:
-            image[:] = rng.integers(0, 256, image.shape if kind == "uniform" else 3, dtype=np.uint8)
-    return torch.from_numpy(images)
-
-
-def _folder(folder: Path, shape: tuple[int, int]) -> FileSplit:
-    if not folder.is_dir():
-        raise DataError(f"no folder of images at {folder}")
-    part = folder / "test" if (folder / "train").is_dir() and (folder / "test").is_dir() else folder
-    files = sorted(path for path in part.rglob("*") if path.suffix.lower() in datasets.IMAGE_SUFFIXES)
-    if not files:
-        raise DataError(f"{part} holds no image ({', '.join(sorted(datasets.IMAGE_SUFFIXES))})")
-    names = tuple(path.relative_to(folder).as_posix() for path in files)
-    return FileSplit(folder, names, torch.zeros(len(names), dtype=torch.int64), shape)
-
-
-def _some(available: int, examples: int | None, seed: int) -> Tensor:
-    """Which images, in their order."""
-    if examples is None or examples >= available:
-        return torch.arange(available)
-    return torch.randperm(available, generator=generator(seed, "ood"))[:examples].sort().values
-
-
-def _resized(images: Tensor, shape: tuple[int, int]) -> Tensor:
-    from torchvision.transforms.v2.functional import resize
-
-    if tuple(images.shape[1:3]) == shape:
-        return images
-    parts = [
-        resize(images[start : start + 1024].permute(0, 3, 1, 2), list(shape), antialias=True).permute(0, 2, 3, 1)
-        for start in range(0, len(images), 1024)
-    ]
-    return torch.cat(parts).contiguous()

@@ -32,17 +32,32 @@ from ensembler.eval.shift.pixels.spatter import spatter
 from ensembler.eval.shift.pixels.warps import elastic_transform
 from ensembler.eval.shift.pixels.weather import fog, frost, snow
 
-__all__ = ["AVAILABLE", "HEADLINE", "SEVERITIES", "VALIDATION", "Constants", "corrupt", "fingerprint"]
+__all__ = [
+    "AVAILABLE",
+    "FAMILIES",
+    "HEADLINE",
+    "SEVERITIES",
+    "VALIDATION",
+    "Constants",
+    "constants_for",
+    "corrupt",
+    "fingerprint",
+]
 
-_NOISE = ("gaussian_noise", "shot_noise", "impulse_noise")
-_BLUR = ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur")
-_WEATHER = ("snow", "frost", "fog", "brightness")
-_DIGITAL = ("contrast", "elastic_transform", "pixelate", "jpeg_compression")
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+    "validation": ("speckle_noise", "gaussian_blur", "spatter", "saturate"),
+}
+"""The families of Hendrycks & Dietterich 2019, and the four corruptions kept for validation, which no other mean
+includes."""
 
-HEADLINE: tuple[str, ...] = (*_NOISE, *_BLUR, *_WEATHER, *_DIGITAL)
-VALIDATION: tuple[str, ...] = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-AVAILABLE: tuple[str, ...] = HEADLINE + VALIDATION
-SEVERITIES: tuple[int, ...] = (1, 2, 3, 4, 5)
+VALIDATION = FAMILIES["validation"]
+HEADLINE = tuple(name for family, names in FAMILIES.items() if family != "validation" for name in names)
+AVAILABLE = HEADLINE + VALIDATION
+SEVERITIES = (1, 2, 3, 4, 5)
 
 Constants = Literal["cifar", "imagenet"]
 
@@ -172,8 +187,8 @@ def corrupt(
     _check(images)
     positions = _positions(indices, len(images))
     found = _TABLE[corruption]
-    large = min(images.shape[1:3]) > _LARGE if constants is None else constants == "imagenet"
-    level = (found.imagenet if large else found.cifar)[severity - 1]
+    chosen = constants or constants_for((images.shape[1], images.shape[2]))
+    level = (found.imagenet if chosen == "imagenet" else found.cifar)[severity - 1]
     # Not every accelerator has the float64 and int64 arithmetic that makes the bytes the same everywhere.
     device = images.device if images.device.type in _CHUNK else torch.device("cpu")
     keys = image_keys(f"{seed:d}/{corruption}/{severity:d}", positions.to(device))
@@ -187,6 +202,11 @@ def corrupt(
     size = max(1, min(size, -(-len(images) // threads)))
     _side_by_side(work, [slice(start, start + size) for start in range(0, len(images), size)], threads)
     return out
+
+
+def constants_for(shape: tuple[int, int]) -> Constants:
+    """The constants that :func:`corrupt` uses by default for images of ``shape`` (H, W)."""
+    return "imagenet" if min(shape) > _LARGE else "cifar"
 
 
 def _side_by_side(work: Callable[[slice], None], parts: list[slice], threads: int) -> None:

@@ -22,8 +22,9 @@ from typing import Any
 
 from ensembler import __version__
 from ensembler.errors import DataError, UsageError
-from ensembler.eval.shift.cifar_c import LABELS, RECORD, alone
 from ensembler.eval.shift.corruptions import HEADLINE, VALIDATION
+from ensembler.eval.shift.generated import RECORD
+from ensembler.eval.shift.layout import LABELS, lock
 from ensembler.progress import Watcher
 
 __all__ = ["ARCHIVES", "HOST", "Archive", "download"]
@@ -102,7 +103,7 @@ def download(
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with alone(root / f".{archive.folder}.lock", folder):
+        with lock(root / f".{archive.folder}.lock", folder):
             if _is_there(archive, folder):  # another process was quicker
                 return folder
             tar = own if own.is_file() else partial

@@ -1,152 +1,151 @@
-"""Make a corrupted copy of a dataset's test images, in the layout of the official files."""
+"""Corruptions generated here: made as they are asked for, or read from a folder that they were written to.
+
+Such a folder says so in ``generated.json``, so that nobody takes it for the official files.
+"""
 
 from __future__ import annotations
 
-import io
-import math
-import os
-import shutil
-from collections.abc import Generator, Sequence
-from contextlib import closing, suppress
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
+from pydantic import ValidationError
+from torch import Tensor
 
-from ensembler.artefact import replace_file
-from ensembler.datasets import Dataset
-from ensembler.errors import ArtefactError, UsageError
-from ensembler.eval.shift.cifar_c import (
-    LABELS,
-    RECORD,
-    Generated,
-    alone,
-    check_generated,
-    constants_of,
-    expected_rows,
-    read_record,
-    stored,
-)
-from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, corrupt
+from ensembler.errors import DataError
+from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, Constants, constants_for, corrupt, fingerprint
+from ensembler.eval.shift.layout import Rows, StoredFolder
+from ensembler.eval.shift.test_set import Shift, Shifted, TestSet
 from ensembler.images import Images
-from ensembler.progress import Watcher
-from ensembler.run import versions
+from ensembler.record import Record
 
-__all__ = ["write_corruptions"]
+__all__ = [
+    "RECORD",
+    "Corrupted",
+    "GeneratedRecord",
+    "check_generated",
+    "generated_folder",
+    "generated_shift",
+    "read_record",
+]
 
-_BATCH = 2**25  # bytes of clean images worked on at once
+RECORD = "generated.json"
+
+_REMEDY = "remove the folder, and make it again with ensembler data corrupt"
 
 
-def write_corruptions(
-    dataset: Dataset,
-    out: Path,
-    corruptions: Sequence[str] = AVAILABLE,
-    *,
-    seed: int = 0,
-    watch: Watcher = lambda label, done, total: None,
-) -> list[str]:
-    """Write the dataset's test images under corruptions at severities 1 to 5, one file a corruption.
+@dataclass(frozen=True, eq=False)
+class Corrupted(Shifted):
+    """Images corrupted as they are asked for, with a seed."""
 
-    Every file is whole or absent, and one that is there already is not made again: after a kill, the same call goes
-    on. The bytes are those of :func:`ensembler.eval.shift.corruptions.corrupt`, so they do not depend on any of that.
+    seed: int
+
+    def images(self, part: slice) -> Tensor:
+        """Some of the images, (B, H, W, 3) uint8."""
+        clean = self.clean[part].images
+        return corrupt(clean, self.corruption, self.severity, indices=self.indices[part], seed=self.seed)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the clean images and of what the corruption does to a fixed batch: none of the images is made."""
+        made = fingerprint(self.corruption, self.severity, self.seed, self.shape)
+        what = (self.corruption, self.severity, self.seed, made, self.clean.sha256, self.indices.tolist())
+        return hashlib.sha256(repr(what).encode()).hexdigest()
+
+
+def generated_shift(name: str, test: Images, indices: Tensor, seed: int = 0, path: Path | None = None) -> Shift:
+    """Every corruption at every severity of some of the test images.
 
     Args:
-        dataset: its test images may lie in their files; they are decoded once for every corruption.
-        out: a new folder, or one that this function began with the same images and seed.
-        corruptions: some of ``AVAILABLE``.
+        name: as the user asked for it.
+        test: all test images.
+        indices: (N,) those to use.
         seed: of the corruptions.
-        watch: told which file is being written, how many bytes of all are written, and how many there are.
-
-    Returns:
-        The corruptions that were made now.
+        path: a folder written by :func:`write_corruptions` with the same images and seed; what it holds is read.
 
     Raises:
-        UsageError: an unknown corruption, or a folder of other images.
-        DataError: an image, or a file that is there already, is not what it should be.
-        ArtefactError: the disk is full, or cannot be written to.
+        DataError: a file of the folder is not what this version makes.
     """
-    unknown = [name for name in corruptions if name not in AVAILABLE]
-    if unknown or not corruptions:
-        raise UsageError(f"there is no corruption {', '.join(unknown) or 'named'}: choose from {', '.join(AVAILABLE)}")
-    test, shape = dataset.test, expected_rows(dataset.test)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with alone(out / ".lock", out):
-            _begin(dataset, out, seed)
-            labels = io.BytesIO()
-            dtype = np.uint8 if len(dataset.classes) <= 256 else np.int64
-            np.save(labels, np.tile(test.labels.numpy(), len(SEVERITIES)).astype(dtype))
-            replace_file(out / LABELS, labels.getvalue())
-            check_generated(out, test, seed)
-            missing = [name for name in dict.fromkeys(corruptions) if name not in stored(out)]
-            total, free = len(missing) * math.prod(shape), shutil.disk_usage(out).free
-            if total > free:
-                raise ArtefactError(
-                    f"{out} has {free / 1e9:.1f} GB free, and {len(missing)} corruptions take {total / 1e9:.1f} GB: "
-                    "make room, choose another --out, or fewer --corruptions"
-                )
-            for number, name in enumerate(missing):
-                with closing(_write(out, name, test, seed)) as writing:
-                    for done in writing:
-                        watch(name, number * math.prod(shape) + done, total)
-    except OSError as error:
-        raise ArtefactError(
-            f"cannot write to {out}: {error.strerror or error}: mend that or choose another --out; whole files are kept"
-        ) from error
-    return missing
-
-
-def _begin(dataset: Dataset, out: Path, seed: int) -> None:
-    """Say in the folder what will be in it, before anything is."""
-    height, width = dataset.test.shape
-    record = Generated(
-        note="Generated by ensembler data corrupt in the layout of CIFAR-10-C. These are not the official files, which "
-        "were drawn without a seed: figures on them do not compare with published ones.",
-        dataset=dataset.name,
-        title=dataset.title,
-        test_examples=len(dataset.test),
-        test_sha256=dataset.test.sha256,
-        image_shape=(height, width, 3),
-        seed=seed,
-        constants=constants_of((height, width)),
-        versions=versions(),
+    stored = () if path is None else check_generated(folder := generated_folder(path, test), seed)
+    clean = test.part(indices)
+    sets = []
+    for corruption in AVAILABLE:
+        for severity in SEVERITIES:
+            made = Corrupted(clean, indices, corruption, severity, seed)
+            examples = Rows(clean, indices, corruption, severity, folder, made) if corruption in stored else made
+            title = f"{corruption} {severity}"
+            sets.append(TestSet(corruption, title, examples, "shift", severity, "generated"))
+    constants = {"cifar": "CIFAR-10-C's 32 x 32 constants", "imagenet": "ImageNet-C's constants"}
+    note = (
+        f"Shift: generated with {constants[constants_for(test.shape)]}, seed {seed}, {len(AVAILABLE)} corruptions at "
+        "5 severities; not the official files, so not comparable with published figures."
     )
-    found = read_record(out)
-    if found is None:
-        if any(out.glob("*.npy")):
-            raise UsageError(f"{out} holds arrays that were not generated here: choose another --out")
-        replace_file(out / RECORD, (record.model_dump_json(indent=2) + "\n").encode())
-        return
-    if found.test_sha256 != record.test_sha256:
-        raise UsageError(f"{out} was begun with other images ({found.title}): choose another --out")
-    if found.seed != seed:
-        raise UsageError(f"{out} was begun with seed {found.seed}, not {seed}: choose another --out")
+    return Shift(name, "generated", note, tuple(sets))
 
 
-def _write(out: Path, corruption: str, test: Images, seed: int) -> Generator[int, None, None]:
-    """Write one file, and tell how many bytes of it are written.
+def generated_folder(path: Path, test: Images) -> StoredFolder:
+    """A folder for corruptions of these test images that are generated here."""
+    return StoredFolder(path, test, _REMEDY)
 
-    Plain writes, not a memory map: on a full disk those fail, where a map kills the process.
+
+class GeneratedRecord(Record):
+    """What ``generated.json`` says of a folder written here.
+
+    Attributes:
+        note: for whoever opens it.
+        dataset: the dataset's name, and ``title`` as a report calls it.
+        test_sha256: of its test images and labels.
+        image_shape: (H, W, 3).
+        constants: see :func:`ensembler.eval.shift.corruptions.constants_for`.
+        versions: of the packages that made it.
     """
-    hidden = out / f".partial-{corruption}.npy"
-    image = 3 * math.prod(test.shape)
-    size, done = max(1, _BATCH // image), 0
+
+    format: int = 1
+    note: str
+    dataset: str
+    title: str
+    test_examples: int
+    test_sha256: str
+    image_shape: tuple[int, int, int]
+    seed: int
+    constants: Constants
+    versions: dict[str, str]
+
+
+def read_record(path: Path) -> GeneratedRecord | None:
+    """The record of a folder written here; ``None`` where there is none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    file = path / RECORD
     try:
-        with hidden.open("wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": expected_rows(test)}
-            np.lib.format.write_array_header_1_0(file, header)
-            begin = file.tell()
-            for number, batch in enumerate(test.batches(size)):
-                first = number * size
-                positions = range(first, first + len(batch))
-                for severity in SEVERITIES:
-                    made = corrupt(batch.images, corruption, severity, indices=positions, seed=seed)
-                    file.seek(begin + ((severity - 1) * len(test) + first) * image)
-                    file.write(made.numpy().data)
-                    done += made.numel()
-                    yield done
-            file.flush()
-            os.fsync(file.fileno())
-        hidden.rename(out / f"{corruption}.npy")
-    finally:
-        with suppress(OSError):
-            hidden.unlink()
+        return GeneratedRecord.model_validate_json(file.read_bytes()) if file.is_file() else None
+    except (OSError, ValidationError) as error:
+        raise DataError(f"cannot read {file}, without which nobody knows what made the images: {_REMEDY}") from error
+
+
+def check_generated(folder: StoredFolder, seed: int) -> tuple[str, ...]:
+    """Check that a folder written here holds what this version makes: a few images of each file are made again.
+
+    Returns:
+        The corruptions that it holds.
+
+    Raises:
+        DataError: a file differs; it is named.
+    """
+    folder.check_labels()
+    sample = torch.linspace(0, len(folder.test) - 1, 3).long().unique()
+    clean = folder.test[sample].images
+    for name in folder.corruptions:
+        for severity in SEVERITIES:
+            made = corrupt(clean, name, severity, indices=sample, seed=seed).numpy()
+            if not np.array_equal(made, folder.some(name, severity, sample.numpy())):
+                raise DataError(
+                    f"{folder.file(name)} is not what this version of ensembler makes of these images at severity "
+                    f"{severity}: {folder.remedy}"
+                )
+    return folder.corruptions
