@@ -72,6 +72,12 @@ class _Scorer:
 
     run: Run
     name: str
+    validation: Prediction = field(init=False)
+    temperature: float = field(init=False)
+    clean: Prediction = field(init=False)
+    losses: Losses = field(init=False)
+    scores: CellScores = field(init=False)
+    members: list[SingleMember] = field(init=False)
     cells: dict[str, dict[int, CellScores]] = field(default_factory=dict)
     headline: list[Losses] = field(default_factory=list)
     entropies: dict[str, NDArray[np.float64]] = field(default_factory=dict)

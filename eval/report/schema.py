@@ -83,7 +83,7 @@ class OodReport(Record):
 
     name: str
     title: str
-    source: Literal["dataset", "folder", "generated"]
+    source: Literal["dataset", "folder", "official", "generated"]
     images: int
 
 

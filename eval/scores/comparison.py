@@ -68,7 +68,7 @@ class Losses:
         """
         answers = Answers(probs, labels)
         return cls(
-            error=1.0 - answers.correct,
+            error=(~answers.correct).astype(np.float64),
             nll=answers.label_nll,
             brier=np.einsum("bc,bc->b", answers.misses, answers.misses),
             confidence=answers.confidence[None],

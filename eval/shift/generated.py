@@ -138,12 +138,12 @@ def check_generated(folder: StoredFolder, seed: int) -> tuple[str, ...]:
         DataError: a file differs; it is named.
     """
     folder.check_labels()
-    sample = torch.linspace(0, len(folder.test) - 1, 3).long().unique()
-    clean = folder.test[sample].images
+    sample = np.unique(np.linspace(0, len(folder.test) - 1, 3).astype(int))
+    clean = folder.test[torch.from_numpy(sample)].images
     for name in folder.corruptions:
         for severity in SEVERITIES:
-            made = corrupt(clean, name, severity, indices=sample, seed=seed).numpy()
-            if not np.array_equal(made, folder.some(name, severity, sample.numpy())):
+            made = corrupt(clean, name, severity, indices=sample.tolist(), seed=seed).numpy()
+            if not np.array_equal(made, folder.some(name, severity, sample)):
                 raise DataError(
                     f"{folder.file(name)} is not what this version of ensembler makes of these images at severity "
                     f"{severity}: {folder.remedy}"
