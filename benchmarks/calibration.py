@@ -88,11 +88,11 @@ def _ensembles(options: argparse.Namespace) -> Iterator[tuple[str, Ensemble, Dat
         ensemble = Ensemble.load(path)
         yield path.name, ensemble, ensemble.run.manifest.dataset.load(options.data)
     if not options.runs:
-        from ensembler.trainers import Session, Settings, train_deep_ensemble
+        from ensembler.trainers import DeepEnsemble, Settings, train
 
         digits = datasets.load("digits")
         settings = Settings(architecture="cnn", epochs=1 if options.quick else 3)
-        yield "digits", Ensemble(train_deep_ensemble(Session(digits, settings), members=3)), digits
+        yield "digits", Ensemble(train(digits, DeepEnsemble(members=3), settings)), digits
 
 
 def _predict(ensemble: Ensemble, images: Tensor, labels: Tensor, places: Tensor | None = None) -> Predicted:

@@ -21,17 +21,15 @@ from 32 x 32 up; their parameters are counted for 10 classes.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ensembler.errors import UsageError
+from ensembler.naming import imported
 from ensembler.seeds import derive
 
 __all__ = ["build", "cnn", "from_timm", "from_torchvision", "preresnet", "vgg16"]
@@ -221,18 +219,11 @@ def from_timm(name: str, **options: Any) -> nn.Module:
 
 
 def _factory(name: str, classes: int) -> nn.Module:
-    module_name, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"cannot import the architecture {name!r}: {error}") from error
-    finally:
-        sys.path.remove(here)
+    factory = imported(name, "architecture")
     try:
         network = factory(num_classes=classes)
     except TypeError as error:
+        attribute = name.partition(":")[2]
         raise UsageError(f"{name} cannot be called as {attribute}(num_classes={classes}): {error}") from error
     if not isinstance(network, nn.Module):
         raise UsageError(f"{name} returned {type(network).__name__}, not a torch.nn.Module")

@@ -11,10 +11,11 @@ from pydantic import Field
 
 from ensembler.errors import UsageError
 from ensembler.record import Record
+from ensembler.task import TINY, softmax
 
 __all__ = ["FLOOR", "Beta", "Histogram", "Isotonic", "Map", "Temperature", "bin_indices", "temper"]
 
-FLOOR = float(np.finfo(np.float32).tiny)
+FLOOR = TINY
 """Smallest probability that a logarithm is taken of: float32's smallest normal number, 1.2e-38, or 87.3 nats."""
 
 Array = NDArray[np.float64]
@@ -81,7 +82,7 @@ class Beta(Record):
         epsilon = np.finfo(np.float64).eps  # netcal's
         log = np.log(np.clip(p, epsilon, 1.0 - epsilon))
         log_rest = np.log(np.clip(1.0 - p, epsilon, 1.0 - epsilon))
-        return _softmax(np.array(self.a) * log - np.array(self.b) * log_rest + np.array(self.c))
+        return softmax(np.array(self.a) * log - np.array(self.b) * log_rest + np.array(self.c))
 
 
 Map = Annotated[Temperature | Isotonic | Histogram | Beta, Field(discriminator="method")]
@@ -117,7 +118,7 @@ def temper(probs: ArrayLike, temperature: float) -> Array:
     """
     if not 0 < temperature < math.inf:
         raise UsageError(f"a temperature must be positive and finite, not {temperature}")
-    return _softmax(np.log(np.maximum(np.asarray(probs, dtype=np.float64), FLOOR)) / temperature)
+    return softmax(np.log(np.maximum(np.asarray(probs, dtype=np.float64), FLOOR)) / temperature)
 
 
 def _one_vs_rest(p: Array, columns: ArrayLike) -> Array:
@@ -127,9 +128,3 @@ def _one_vs_rest(p: Array, columns: ArrayLike) -> Array:
         return np.hstack([1.0 - q, q])
     total = q.sum(axis=1, keepdims=True)
     return np.where(total > 0, q / np.where(total > 0, total, 1.0), p)
-
-
-def _softmax(logits: Array) -> Array:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares: Array = powers / powers.sum(axis=1, keepdims=True)
-    return shares

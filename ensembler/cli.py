@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -96,7 +98,7 @@ def _finished(command: Callable[..., None]) -> Callable[..., None]:
     """A room's command with ``--config``, runs and bundles by their URLs, its errors on one line."""
     signature = inspect.signature(command, eval_str=True)
     option = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config)
-    parameters = [*signature.parameters.values(), option]
+    parameters = [*map(_as_parsed, signature.parameters.values()), option]
 
     @functools.wraps(command)
     def run(config: None, **given: Any) -> None:
@@ -106,6 +108,26 @@ def _finished(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def _as_parsed(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return a parameter without ``Path`` where it has a parser: Typer before 0.29 converts what a parser returns.
+
+    A URL that becomes a path loses a slash.
+    """
+    kind, *infos = get_args(parameter.annotation) or (None,)
+    if not any(getattr(info, "parser", None) for info in infos):
+        return parameter
+    return parameter.replace(annotation=Annotated[_without_path(kind), *infos])
+
+
+def _without_path(kind: Any) -> Any:
+    if kind is Path:
+        return str
+    arguments = tuple(map(_without_path, get_args(kind)))
+    if isinstance(kind, UnionType):
+        return functools.reduce(operator.or_, arguments)
+    return get_origin(kind)[arguments] if arguments else kind  # type: ignore[index]
 
 
 def _finish(commands: typer.Typer) -> None:

@@ -30,19 +30,6 @@ from ensembler.errors import UsageError
 
 __all__ = ["read"]
 
-_COMMANDS = {  # a run's method: the command that makes it
-    "single": "train-deep-ensemble",
-    "deep-ensemble": "train-deep-ensemble",
-    "fge": "train-fge",
-    "snapshots": "train-snapshots",
-    "simplex": "train-simplex",
-    "simplexes": "train-simplex",
-    "subspace": "train-subspace",
-    "curve-bezier": "train-curve",
-    "curve-chain": "train-curve",
-    "complex": "train-complex",
-}
-
 
 def read(path: Path, context: typer.Context) -> dict[str, Any]:
     """The defaults that a file gives to the options of the command at hand, as Click's ``default_map`` wants them.
@@ -137,25 +124,17 @@ def _of_file(
 
 def _of_run(path: Path, manifest: Mapping[str, Any], command: str) -> dict[str, Any]:
     try:
-        method, record, options = manifest["method"], manifest["dataset"], manifest["options"]
-        height, width, _ = record["image_shape"]
-        held = options | {
-            "architecture": manifest["architecture"],
-            "clip": options.get("clip") or 0.0,  # none is 0, as typed
-            "dataset": record["name"],
-            "image_size": height if height == width else None,
-            "seed": manifest["seed"],
-        }
+        record = manifest["dataset"]
+        height, width, _ = record["shape"]
+        held = manifest["settings"] | manifest["options"]
+        held |= {"dataset": record["name"], "image_size": height if height == width else None}
         if record["name"].startswith("folder:"):
-            held |= {
-                "in_memory": not record.get("lazy", False),
-                "corrupt": "skip" if record.get("skipped") else "refuse",
-            }
-        made_by = _COMMANDS.get(method.split("-centroid")[0])
+            held |= {"in_memory": not record["lazy"], "corrupt": "skip" if record["skipped"] else "refuse"}
+        method, made_by = manifest["method"], manifest["command"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} is not the manifest of a run: only that can be made again") from error
+        raise UsageError(f"{path} is not the manifest of a run: only a run can be made again") from error
     if made_by != command:
-        raise UsageError(f"{path} is of a run of {method}, made again by {made_by or 'no command'}, not by {command}")
+        raise UsageError(f"{path} is a run of {method}, made again by {made_by or 'no command'}, not by {command}")
     return {key: value for key, value in held.items() if value is not None}
 
 

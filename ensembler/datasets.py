@@ -20,6 +20,7 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,22 +68,25 @@ class Dataset:
         title: as a report should call it.
         classes: the class names, in label order.
         augmentation: what suits these images: one of :data:`ensembler.images.AUGMENTATIONS`.
-        train, validation, test: all in memory, or all in their files.
+        train, validation, test: all in memory, or all in their files. Images, of what :func:`load` gives; a dataset of
+            one's own may be of another kind (:mod:`ensembler.examples`).
         mean: (3,) of the training images, pixels in [0, 1]; of images in their files, of 2,048 drawn with a seed.
         std: (3,) likewise.
         skipped: the files of the folder that were left out, by their names below it.
+        task: what the targets are: see :func:`ensembler.task.find`.
     """
 
     name: str
     title: str
     classes: tuple[str, ...]
     augmentation: str
-    train: Images
-    validation: Images
-    test: Images
+    train: Any
+    validation: Any
+    test: Any
     mean: tuple[float, ...]
     std: tuple[float, ...]
     skipped: tuple[str, ...] = ()
+    task: str = "classification"
 
     @property
     def class_counts(self) -> dict[str, int]:

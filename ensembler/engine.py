@@ -1,8 +1,8 @@
-"""What runs independent pieces of work: this process, one after another, or Ray, many at once on many machines.
+"""What runs independent jobs: this process, one after another, or Ray, many at once on many machines.
 
-A piece is ``function(shared, argument, tell)``. All pieces have ``shared`` in common, which is sent to each machine
-once, and each has an argument of its own; what it tells meanwhile, ``tell(...)``, arrives at ``hear(...)`` in the
-caller's process. Function, arguments and results are such as one process can send to another, and a piece depends on
+A job is ``function(shared, argument, emit)``. All jobs have ``shared`` in common, which is sent to each machine
+once, and each has an argument of its own; what it reports meanwhile, ``emit(...)``, arrives at ``on_event(...)`` in the
+caller's process. Function, arguments and results are such as one process can send to another, and a job depends on
 nothing else: so it does not matter where it runs, nor whether it had to be run twice.
 """
 
@@ -23,33 +23,33 @@ from ensembler.errors import EngineError, EnsemblerError, UsageError
 
 __all__ = ["Engine", "Local", "Ray", "choose", "resources"]
 
-Tell = Callable[..., None]
+Emit = Callable[..., None]
 S = TypeVar("S")
 A = TypeVar("A")
 R = TypeVar("R")
 
-_LISTEN = 0.5  # seconds between two looks at what the pieces have told
-_PATIENCE = 30.0  # seconds in which what was told arrives, or is given up
-_KNOCK = 2.0  # seconds between two looks whether Ray is alive
-_HEAD = 30.0  # seconds of silence after which Ray's head is taken for lost: after 60, Ray would end this process
-_HERE = 5.0  # likewise its part on this machine: after some 15
+_POLL = 0.5  # seconds between two looks at what the jobs have emitted
+_GRACE = 30.0  # seconds in which what was emitted arrives, or is given up
+_PROBE = 2.0  # seconds between two looks whether Ray is alive
+_HEAD_LIMIT = 30.0  # seconds of silence after which Ray's head is taken for lost: after 60, Ray would end this process
+_LOCAL_LIMIT = 5.0  # likewise its part on this machine: after some 15
 
 
 class Engine(Protocol):
-    """Runs pieces of work. As a context, it ends what it started.
+    """Runs jobs. As a context, it ends what it started.
 
     Attributes:
-        here: whether pieces run in this very process.
+        here: whether jobs run in this very process.
     """
 
     here: ClassVar[bool]
 
     def run(
-        self, function: Callable[[S, A, Tell], R], shared: S, arguments: Sequence[A], hear: Tell
+        self, function: Callable[[S, A, Emit], R], shared: S, arguments: Sequence[A], on_event: Emit
     ) -> Generator[tuple[int, R], None, None]:
-        """The pieces' places among the arguments and their results, each as soon as it is finished.
+        """The jobs' places among the arguments and their results, each as soon as it is finished.
 
-        An error that a piece raises on purpose (:class:`~ensembler.errors.EnsemblerError`) is raised here, and ends
+        An error that a job raises on purpose (:class:`~ensembler.errors.EnsemblerError`) is raised here, and ends
         the others; so does closing the generator.
         """
         ...
@@ -61,16 +61,16 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Local:
-    """Runs the pieces here, in their order; ``tell`` is ``hear``, and nothing is copied."""
+    """Runs the jobs here, in their order; ``emit`` is ``on_event``, and nothing is copied."""
 
     here: ClassVar[bool] = True
 
     def run(
-        self, function: Callable[[S, A, Tell], R], shared: S, arguments: Sequence[A], hear: Tell
+        self, function: Callable[[S, A, Emit], R], shared: S, arguments: Sequence[A], on_event: Emit
     ) -> Generator[tuple[int, R], None, None]:
         """See :class:`Engine`."""
         for place, argument in enumerate(arguments):
-            yield place, function(shared, argument, hear)
+            yield place, function(shared, argument, on_event)
 
     def __enter__(self) -> Self:
         return self
@@ -81,21 +81,21 @@ class Local:
 
 @dataclass(eq=False)
 class Ray:
-    """Runs the pieces as tasks of Ray, each on a worker with CPUs, and if need be a GPU, of its own.
+    """Runs the jobs as tasks of Ray, each on a worker with CPUs, and if need be a GPU, of its own.
 
-    A piece whose worker is lost (killed, out of memory, its machine gone) is run again elsewhere. Where Ray has been
+    A job whose worker is lost (killed, out of memory, its machine gone) is run again elsewhere. Where Ray has been
     initialised in this process already, that one is used, and left as it is.
 
     Args:
         address: of a cluster; by default ``RAY_ADDRESS``, or else a Ray of this machine's own, for as long as needed.
-        device: that the pieces compute on; see :func:`resources`.
-        threads: CPU threads that compute one piece, and CPUs that it asks for; by default those of this process, or 1
+        device: that the jobs compute on; see :func:`resources`.
+        threads: CPU threads that compute one job, and CPUs that it asks for; by default those of this process, or 1
             beside a GPU.
-        retries: how often a piece is run again, at most.
+        retries: how often a job is run again, at most.
 
     Raises:
         UsageError: Ray is not installed.
-        EngineError: Ray does not answer, no machine has as many CPUs as a piece needs, or a piece was lost too often.
+        EngineError: Ray does not answer, no machine has as many CPUs as a job needs, or a job was lost too often.
     """
 
     address: str | None = None
@@ -107,37 +107,37 @@ class Ray:
 
     def __post_init__(self) -> None:
         if self.device is not None and self.device.startswith("cuda:"):
-            raise UsageError(f"{self.device} is a GPU of one machine: with Ray, cuda is whichever a piece is given")
+            raise UsageError(f"{self.device} is a GPU of one machine: with Ray, cuda is whichever a job is given")
 
     def run(
-        self, function: Callable[[S, A, Tell], R], shared: S, arguments: Sequence[A], hear: Tell
+        self, function: Callable[[S, A, Emit], R], shared: S, arguments: Sequence[A], on_event: Emit
     ) -> Generator[tuple[int, R], None, None]:
         """See :class:`Engine`."""
         if not arguments:
             return
         ray = self._begin()
         needs = self._needs(ray)
-        mailbox = ray.remote(_Mailbox).options(num_cpus=0, max_restarts=-1).remote()
+        inbox = ray.remote(_Inbox).options(num_cpus=0, max_restarts=-1).remote()
         task = ray.remote(_work).options(**needs, max_retries=self.retries, retry_exceptions=False)
         held = ray.put((function, shared))
-        places = {task.remote([held], one, mailbox, needs["num_cpus"]): place for place, one in enumerate(arguments)}
-        pulses, news = _Pulse.all(ray), _News(ray, mailbox, hear)
+        places = {task.remote([held], one, inbox, needs["num_cpus"]): place for place, one in enumerate(arguments)}
+        heartbeats, events = _Heartbeat.all(ray), _Events(ray, inbox, on_event)
         try:
             while places:
                 with _ray_alive(ray):
-                    done, _ = ray.wait(list(places), timeout=_LISTEN)
-                    for pulse in pulses:
-                        pulse.check()
-                    news.hear(_PATIENCE if done else 0.0)
+                    done, _ = ray.wait(list(places), timeout=_POLL)
+                    for heartbeat in heartbeats:
+                        heartbeat.check()
+                    events.deliver(_GRACE if done else 0.0)
                 for reference in done:
                     place = places.pop(reference)
-                    yield place, self._result(ray, reference, f"piece {place + 1} of {len(arguments)}")
+                    yield place, self._result(ray, reference, f"job {place + 1} of {len(arguments)}")
         finally:
-            if all(pulse.answers() for pulse in pulses):
+            if all(heartbeat.answers() for heartbeat in heartbeats):
                 with suppress(ray.exceptions.RayError):
                     for reference in places:
                         ray.cancel(reference, force=True)
-                    ray.kill(mailbox)
+                    ray.kill(inbox)
 
     def _begin(self) -> ModuleType:
         try:
@@ -150,7 +150,7 @@ class Ray:
             try:
                 if host and port.isdecimal() and "/" not in host:
                     # Ray itself would go on trying for many minutes.
-                    socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK).close()
+                    socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE).close()
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # it announces what will change in later versions
                     ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -168,12 +168,12 @@ class Ray:
         most = max(int(node.get("CPU", 0)) for node in nodes)
         if 0 < most < needs["num_cpus"]:  # with none at all, it is a cluster that has yet to grow
             raise EngineError(
-                f"a piece takes {needs['num_cpus']} CPUs and no machine of the cluster has more than {most}: "
+                f"a job takes {needs['num_cpus']} CPUs and no machine of the cluster has more than {most}: "
                 f"give --threads {most} or fewer"
             )
         return needs
 
-    def _result(self, ray: ModuleType, reference: Any, piece: str) -> Any:
+    def _result(self, ray: ModuleType, reference: Any, job: str) -> Any:
         try:
             with _ray_alive(ray):
                 result, error = ray.get(reference)
@@ -187,7 +187,7 @@ class Ray:
             raise
         except ray.exceptions.RayError as error:
             raise EngineError(
-                f"{piece} was lost {self.retries + 1} times ({type(error).__name__}): look for machines that went "
+                f"{job} was lost {self.retries + 1} times ({type(error).__name__}): look for machines that went "
                 "away or ran out of memory, then run the rest again"
             ) from error
         if error is not None:
@@ -224,7 +224,7 @@ def choose(
 def resources(
     device: str | None, threads: int | None, nodes: Sequence[Mapping[str, float]], own_threads: int
 ) -> dict[str, int]:
-    """What one piece asks Ray for: CPUs, and a GPU where a machine has any, unless it is to compute on the CPU.
+    """What one job asks Ray for: CPUs, and a GPU where a machine has any, unless it is to compute on the CPU.
 
     Args:
         device: ``"cpu"``, ``"cuda"``, ..., or ``None`` for a GPU where there is one.
@@ -244,67 +244,67 @@ def _ray_alive(ray: ModuleType) -> Iterator[None]:
         raise EngineError("Ray has died on this machine: start it again, then run the rest") from error
 
 
-class _Mailbox:
-    """An actor: where pieces leave what they tell."""
+class _Inbox:
+    """An actor: where jobs leave what they emit."""
 
     def __init__(self) -> None:
-        self._letters: list[tuple[Any, ...]] = []
+        self._messages: list[tuple[Any, ...]] = []
 
-    def put(self, letter: tuple[Any, ...]) -> None:
-        self._letters.append(letter)
+    def put(self, message: tuple[Any, ...]) -> None:
+        self._messages.append(message)
 
     def take(self) -> list[tuple[Any, ...]]:
-        letters, self._letters = self._letters, []
-        return letters
+        messages, self._messages = self._messages, []
+        return messages
 
 
-class _News:
-    """Fetches what lies in the mailbox. A lost one is set up anew by Ray, and only progress is lost with it."""
+class _Events:
+    """Fetches what lies in the inbox. A lost one is set up anew by Ray, and only progress is lost with it."""
 
-    def __init__(self, ray: ModuleType, mailbox: Any, hear: Tell) -> None:
-        self._ray, self._mailbox, self._hear = ray, mailbox, hear
-        self._coming = mailbox.take.remote()
+    def __init__(self, ray: ModuleType, inbox: Any, on_event: Emit) -> None:
+        self._ray, self._inbox, self._on_event = ray, inbox, on_event
+        self._coming = inbox.take.remote()
 
-    def hear(self, patience: float = 0.0) -> None:
-        """What has come; with patience, what was told until now."""
+    def deliver(self, patience: float = 0.0) -> None:
+        """Deliver what has come; with patience, what was emitted until now."""
         for _ in range(2 if patience else 1):
             if not self._ray.wait([self._coming], timeout=patience)[0]:
                 return
-            coming, self._coming = self._coming, self._mailbox.take.remote()
+            coming, self._coming = self._coming, self._inbox.take.remote()
             with suppress(self._ray.exceptions.RayError):
-                for letter in self._ray.get(coming):
-                    self._hear(*letter)
+                for message in self._ray.get(coming):
+                    self._on_event(*message)
 
 
-def _work(held: list[Any], argument: Any, mailbox: Any, threads: int) -> tuple[Any, EnsemblerError | None]:
-    """A task: the piece's result, or the error that it raised on purpose, which Ray would wrap in one of its own."""
+def _work(held: list[Any], argument: Any, inbox: Any, threads: int) -> tuple[Any, EnsemblerError | None]:
+    """A task: the job's result, or the error that it raised on purpose, which Ray would wrap in one of its own."""
     import ray
     import torch
 
     torch.set_num_threads(threads)
     last: list[Any] = []
 
-    def tell(*letter: Any) -> None:
-        last[:] = [mailbox.put.remote(letter)]
+    def emit(*message: Any) -> None:
+        last[:] = [inbox.put.remote(message)]
 
     function, shared = ray.get(held[0])
     result: Any = None
     refusal: EnsemblerError | None = None
     try:
-        result = function(shared, argument, tell)
+        result = function(shared, argument, emit)
     except EnsemblerError as error:
         refusal = error
     if last:
-        ray.wait(last, timeout=_PATIENCE)  # so that all of it is heard before the result is
+        ray.wait(last, timeout=_GRACE)  # so that all of it is delivered before the result is
     return result, refusal
 
 
-class _Pulse:
+class _Heartbeat:
     """Knows when a process of Ray's no longer answers, before Ray ends this one without another word."""
 
     def __init__(self, name: str, host: str, port: int, patience: float) -> None:
         self._name, self._place, self._patience = name, (host, port), patience
-        self._heard = time.monotonic()
+        self._on_eventd = time.monotonic()
 
     @classmethod
     def all(cls, ray: ModuleType) -> list[Self]:
@@ -313,22 +313,22 @@ class _Pulse:
         own = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
         host, _, port = context.gcs_address.rpartition(":")
         return [
-            cls("Ray's head", host, int(port), _HEAD),
-            cls("Ray on this machine", own["NodeManagerAddress"], own["NodeManagerPort"], _HERE),
+            cls("Ray's head", host, int(port), _HEAD_LIMIT),
+            cls("Ray on this machine", own["NodeManagerAddress"], own["NodeManagerPort"], _LOCAL_LIMIT),
         ]
 
     def answers(self) -> bool:
         with suppress(OSError):
-            socket.create_connection(self._place, timeout=_KNOCK).close()
+            socket.create_connection(self._place, timeout=_PROBE).close()
             return True
         return False
 
     def check(self) -> None:
-        silent = time.monotonic() - self._heard
-        if silent < _KNOCK:
+        silent = time.monotonic() - self._on_eventd
+        if silent < _PROBE:
             return
         if self.answers():
-            self._heard = time.monotonic()
+            self._on_eventd = time.monotonic()
         elif silent > self._patience:
             raise EngineError(
                 f"{self._name} has not answered for {self._patience:.0f} seconds: start it again, then run the rest"

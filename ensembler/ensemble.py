@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
@@ -12,11 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
-from ensembler import architectures
+from ensembler import architectures, batchnorm, examples, task
+from ensembler.batchnorm import has_batchnorm
+from ensembler.device import choose_device
 from ensembler.errors import ShapeError, UsageError
-from ensembler.images import Images, draw, normalise
+from ensembler.examples import Examples
 from ensembler.run import DatasetRecord, Run, Sampling
 from ensembler.seeds import derive, generator
 from ensembler.subspace import dirichlet
@@ -25,7 +27,7 @@ from ensembler.weights import FlatWeights
 if TYPE_CHECKING:
     from ensembler.uncertainty import Uncertainty
 
-__all__ = ["BATCHNORM_EXAMPLES", "Ensemble", "choose_device", "has_batchnorm", "member_buffers", "sample_coefficients"]
+__all__ = ["BATCHNORM_EXAMPLES", "Ensemble", "member_buffers", "sample_coefficients"]
 
 BATCHNORM_EXAMPLES = 8192  # enough for a channel's mean and variance; all images would cost more than training did
 
@@ -40,11 +42,12 @@ class Ensemble:
     Args:
         run: what was trained.
         device: ``"cpu"``, ``"cuda"``, ...; by default CUDA where there is one.
-        batch_size: images a forward pass; by default what suits the device and the image size.
+        batch_size: examples a forward pass; by default what suits the device and the image size.
 
     Attributes:
         run: the run it was made of.
         device: where it computes.
+        task: what the network's outputs mean.
 
     Raises:
         UsageError: a device that is not there, or ``batch_size < 1``.
@@ -56,14 +59,17 @@ class Ensemble:
         self.run = run
         self.device = choose_device(device)
         record = run.manifest.dataset
-        height, width = record.image_shape[:2]
-        budget = (2048 if self.device.type == "cuda" else 64) * 32 * 32  # on a CPU, what its cache holds
-        self.batch_size = batch_size or max(1, budget // (height * width))
-        self._network = architectures.build(run.manifest.architecture, len(record.classes)).to(self.device).eval()
+        self.task = task.find(run.manifest.task)
+        budget = (2048 if self.device.type == "cuda" else 64) * 3 * 32 * 32  # on a CPU, what its cache holds
+        self.batch_size = batch_size or max(1, budget // math.prod(record.shape))
+        outputs = self.task.outputs(len(record.classes))
+        self._network = architectures.build(run.manifest.architecture, outputs).to(self.device).eval()
         self._weights = FlatWeights(self._network)
         self._weights.load_frozen(run.frozen)
         self._vertices = self._weights.flatten(run.vertices)
         self._coefficients = run.coefficients.to(self.device)
+        self._kind = examples.find(record.kind)
+        self._inputs = self._kind.inputs(record.mean, record.std, self.device)
 
     @classmethod
     def load(
@@ -96,10 +102,11 @@ class Ensemble:
         return self._network
 
     def predict_members(self, x: Tensor | NDArray[np.generic]) -> Tensor:
-        """Each member's probabilities.
+        """Each member's predictive distribution; of a classifier, its probabilities.
 
         Args:
-            x: images (B, H, W, 3) uint8; or (B, 3, H, W) float, already normalised as the network takes them.
+            x: examples as they are stored: images (B, H, W, 3) uint8, rows of features (B, F) float. Or, of images,
+                inputs (B, 3, H, W) float, already normalised as the network takes them.
 
         Returns:
             (M, B, C) float32 on the CPU, rows with sum 1.
@@ -107,19 +114,26 @@ class Ensemble:
         Raises:
             ShapeError: ``x`` is of neither form.
         """
-        x = _checked(torch.as_tensor(x))
-        result = torch.empty(self.members, len(x), len(self.classes))
+        x = torch.as_tensor(x)
+        stored = self._kind.check(x, self.run.manifest.dataset.shape)
+        result = torch.empty(0)
         with torch.inference_mode():
-            for member, rows in enumerate(result):
+            for member in range(self.members):
                 network = self.network(member)
-                for start in range(0, len(x), self.batch_size):
-                    logits = network(self._prepare(x[start : start + self.batch_size]))
-                    rows[start : start + self.batch_size] = torch.softmax(logits.float(), dim=-1)
+                for start in range(0, max(1, len(x)), self.batch_size):
+                    part = slice(start, start + self.batch_size)
+                    found = self.task.distribution(network(self._prepare(x[part], stored)))
+                    if not start and not member:
+                        result = torch.empty(self.members, len(x), *found.shape[1:])
+                    result[member, part] = found
         return result
 
     def predict_proba(self, x: Tensor | NDArray[np.generic]) -> Tensor:
-        """The ensemble's probabilities (B, C): the mean of the members'. Takes what :meth:`predict_members` takes."""
-        return self.predict_members(x).mean(dim=0)
+        """The ensemble's distribution; of classifiers, the mean (B, C) of the members' probabilities.
+
+        Takes what :meth:`predict_members` takes.
+        """
+        return self.task.combine(self.predict_members(x))
 
     def uncertainty(self, x: Tensor | NDArray[np.generic]) -> Uncertainty:
         """Entropies, mutual information and disagreement of each image; see :mod:`ensembler.uncertainty`."""
@@ -127,7 +141,7 @@ class Ensemble:
 
         return uncertainty(self.predict_members(x).numpy())
 
-    def sample(self, members: int, seed: int = 0, train: Images | None = None) -> Ensemble:
+    def sample(self, members: int, seed: int = 0, train: Examples | None = None) -> Ensemble:
         """An ensemble of fresh members from the same simplexes.
 
         Args:
@@ -144,7 +158,7 @@ class Ensemble:
             raise UsageError(f"the members of a run by {self.run.manifest.method} are fixed: nothing to sample from")
         return self.at(sample_coefficients(sampling, len(self._vertices), members, seed), train)
 
-    def at(self, coefficients: Tensor, train: Images | None = None) -> Ensemble:
+    def at(self, coefficients: Tensor, train: Examples | None = None) -> Ensemble:
         """An ensemble of the members at other coefficients of the same vertices: any points of their affine span.
 
         Args:
@@ -166,27 +180,9 @@ class Ensemble:
         moved = replace(self.run, manifest=manifest, coefficients=coefficients, buffers=buffers)
         return Ensemble(moved, self.device, self.batch_size)
 
-    def _prepare(self, x: Tensor) -> Tensor:
+    def _prepare(self, x: Tensor, stored: bool) -> Tensor:
         x = x.to(self.device)
-        if x.is_floating_point():
-            return x.float()
-        record = self.run.manifest.dataset
-        return normalise(x, tuple(record.mean), tuple(record.std))
-
-
-def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or CUDA where there is one, or the CPU.
-
-    Raises:
-        UsageError: the device is not one of this machine's.
-    """
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"cannot compute on the device {device!r}: {reason}") from error
-    return chosen
+        return self._inputs(x) if stored else x.float()
 
 
 def sample_coefficients(sampling: Sampling, vertices: int, members: int, seed: int) -> Tensor:
@@ -215,24 +211,28 @@ def sample_coefficients(sampling: Sampling, vertices: int, members: int, seed: i
     return coefficients
 
 
-def has_batchnorm(network: nn.Module) -> bool:
-    """Whether the network keeps statistics that depend on its weights."""
-    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in network.modules())
-
-
 def member_buffers(
     weights: FlatWeights,
     vertices: Tensor,
     coefficients: Tensor,
-    train: Images | None,
+    train: Examples | None,
     record: DatasetRecord,
+    buffers: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Buffers of members that were never trained themselves, BatchNorm's recomputed from the training images.
+    """Buffers of members that were never trained themselves, BatchNorm's recomputed from the training examples.
 
     A point between two solutions has activations that neither's statistics describe (Izmailov et al. 2018, sec. 3.2;
-    Garipov et al. 2018), so each member's are averaged anew in training mode, by torch's own ``update_bn``, over
-    :data:`BATCHNORM_EXAMPLES` training images, augmented as in training: without the augmentation, a ResNet-20 lost 5
-    points of accuracy. The weights and buffers that the network holds are overwritten.
+    Garipov et al. 2018), so each member's are averaged anew over :data:`BATCHNORM_EXAMPLES` training examples,
+    augmented as in training: without the augmentation, a ResNet-20 lost 5 points of accuracy. The weights and buffers
+    that the network holds are overwritten.
+
+    Args:
+        weights: the network.
+        vertices: (K, P).
+        coefficients: (M, K).
+        train: the training examples.
+        record: how they were seen in training.
+        buffers: all others of each member, by name; by default as the network holds them.
 
     Returns:
         Buffer name to (M, ...), on the CPU; empty for a network without buffers.
@@ -240,31 +240,24 @@ def member_buffers(
     if train is not None:
         # Shuffled: images often lie sorted by class, and the variance within a class is not the variance.
         train = train.part(torch.randperm(len(train), generator=generator(0, "batchnorm"))[:BATCHNORM_EXAMPLES])
+    begin = weights.buffers() if buffers is None else buffers
     rows: list[dict[str, Tensor]] = []
     for row in coefficients.to(vertices.device):
         torch.mv(vertices.T, row, out=weights.vector)
+        weights.load_buffers(begin)
         if has_batchnorm(weights.module):
             if train is None:
                 raise UsageError("a BatchNorm network needs its training images to make new members")
-            update_bn(_inputs(train, record, vertices.device), weights.module)
+            batchnorm.recompute(weights.module, _inputs(train, record, vertices.device))
         rows.append({name: buffer.cpu() for name, buffer in weights.buffers().items()})
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
-def _inputs(split: Images, record: DatasetRecord, device: torch.device) -> Iterator[Tensor]:
-    """Training inputs in batches of nearly equal size: ``update_bn`` gives each batch the same weight."""
+def _inputs(train: Examples, record: DatasetRecord, device: torch.device) -> Iterator[Tensor]:
+    """Training inputs in batches of nearly equal size: each counts the same in the statistics."""
     stream = generator(0, "batchnorm augmentation")
-    for index in torch.arange(len(split)).tensor_split(-(-len(split) // _BATCHNORM_BATCH)):
-        batch = split.augmented(index, record.augmentation, draw(record.augmentation, len(index), stream))
-        yield normalise(batch.images.to(device), tuple(record.mean), tuple(record.std))
-
-
-def _checked(x: Tensor) -> Tensor:
-    images = x.dtype == torch.uint8 and x.dim() == 4 and x.shape[3] == 3
-    inputs = x.is_floating_point() and x.dim() == 4
-    if not images and not inputs:
-        raise ShapeError(
-            "expected images (B, H, W, 3) uint8, or normalised inputs (B, 3, H, W) float; "
-            f"found {tuple(x.shape)} of {x.dtype}"
-        )
-    return x
+    prepare = train.inputs(record.mean, record.std, device)
+    for index in torch.arange(len(train)).tensor_split(-(-len(train) // _BATCHNORM_BATCH)):
+        choices = train.draw(record.augmentation, len(index), stream)
+        batch = train.augmented(index.to(train.labels.device), record.augmentation, choices.to(train.labels.device))
+        yield prepare(batch.data.to(device))

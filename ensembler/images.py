@@ -1,26 +1,28 @@
-"""Images with their labels: in memory or in their files, how they are varied in training, and what a network sees.
+"""Images with their labels, in memory or in their files: how training varies them, and what a network sees.
 
-A split of a dataset is of one of two kinds. Code that indexes it, or goes through it by ``batches()``, need not know
-which: either way it gets a :class:`Split`.
+Code that indexes a split of a dataset, or goes through it by ``batches()``, need not know which of the two it is:
+either way it gets a :class:`Split`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ensembler.errors import DataError
+from ensembler.errors import DataError, ShapeError
+from ensembler.examples import Cut, Epoch, InMemory, stream
 
 __all__ = [
     "AUGMENTATIONS",
@@ -31,6 +33,7 @@ __all__ = [
     "augment",
     "draw",
     "normalise",
+    "normaliser",
     "read_image",
     "read_images",
     "unreadable",
@@ -43,8 +46,43 @@ _PADDING = 4
 _GLOBAL_NUMBERS = Lock()
 
 
+class _Images:
+    """What :class:`Split` and :class:`FileSplit` have in common; see :class:`ensembler.examples.Examples`."""
+
+    kind: ClassVar[str] = "images"
+    augmentations: ClassVar[Sequence[str]] = AUGMENTATIONS
+    shape: tuple[int, int]
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """(H, W, 3)."""
+        return (*self.shape, 3)
+
+    @staticmethod
+    def draw(augmentation: str, count: int, generator: torch.Generator) -> Tensor:
+        """See :func:`draw`."""
+        return draw(augmentation, count, generator)
+
+    @staticmethod
+    def inputs(mean: Sequence[float], std: Sequence[float], device: torch.device | str) -> Callable[[Tensor], Tensor]:
+        """See :func:`normaliser`."""
+        return normaliser(mean, std, device)
+
+    @staticmethod
+    def check(x: Tensor, shape: Sequence[int]) -> bool:
+        """Whether ``x`` is images (B, H, W, 3) uint8, or else normalised inputs (B, 3, H, W) float."""
+        if x.dtype == torch.uint8 and x.dim() == 4 and x.shape[3] == 3:
+            return True
+        if x.is_floating_point() and x.dim() == 4:
+            return False
+        raise ShapeError(
+            "expected images (B, H, W, 3) uint8, or normalised inputs (B, 3, H, W) float; "
+            f"found {tuple(x.shape)} of {x.dtype}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
-class Split:
+class Split(_Images):
     """Images in memory and their classes.
 
     Attributes:
@@ -62,9 +100,18 @@ class Split:
         return Split(self.images[index], self.labels[index])
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
         """(H, W)."""
         return self.images.shape[1], self.images.shape[2]
+
+    @property
+    def data(self) -> Tensor:
+        """The images."""
+        return self.images
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same images on another device."""
+        return Split(self.images.to(device), self.labels.to(device))
 
     @cached_property
     def sha256(self) -> str:
@@ -85,12 +132,18 @@ class Split:
 
     def augmented(self, index: Tensor, augmentation: str, choices: Tensor) -> Split:
         """The images of ``index`` (B,), varied as :func:`augment` does it."""
-        batch = self[index.to(self.images.device)]
+        batch = self[index]
         return Split(augment(batch.images, augmentation, choices), batch.labels)
+
+    def stream(
+        self, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device, workers: int | None = None
+    ) -> Generator[InMemory, None, None]:
+        """See :func:`ensembler.examples.stream`."""
+        return stream(self, epochs, cut, augmentation, device)
 
 
 @dataclass(frozen=True, eq=False)
-class FileSplit:
+class FileSplit(_Images):
     """Images in their files, decoded whenever they are asked for, and their classes.
 
     Attributes:
@@ -164,21 +217,38 @@ class FileSplit:
         part = self.part(index)
         return Split(read_images(part.paths, self.shape, augmentation, choices), part.labels)
 
+    def stream(
+        self, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device, workers: int | None = None
+    ) -> Generator[InMemory, None, None]:
+        """Read ahead by other processes, see :func:`ensembler.loading.read_ahead`."""
+        from ensembler.loading import read_ahead
+
+        keys = (key for order, choices in epochs for key in cut(order, choices))
+        with closing(read_ahead(self, keys, augmentation, device, workers)) as batches:
+            for images, labels in batches:
+                yield Split(images, labels)
+
     def _decoded(self) -> Split:
         return Split(read_images(self.paths, self.shape), self.labels)
 
 
 Images = Split | FileSplit
+"""Images in memory, or in their files."""
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """What the network sees: uint8 (B, H, W, 3) to float32 (B, 3, H, W), zero mean and unit variance a channel.
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """What the network sees of images (B, H, W, 3) uint8; of many batches, :func:`normaliser` once."""
+    return normaliser(mean, std, images.device)(images)
+
+
+def normaliser(mean: Sequence[float], std: Sequence[float], device: torch.device | str) -> Callable[[Tensor], Tensor]:
+    """A function from uint8 (B, H, W, 3) to float32 (B, 3, H, W), of zero mean and unit variance a channel.
 
     The result keeps the images' memory order, which makes it channels-last: no copy, and the faster layout.
     """
-    scale = images.new_tensor([1 / (255 * s) for s in std], dtype=torch.float32)
-    shift = images.new_tensor([m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    return images.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
+    scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32, device=device)
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32, device=device)
+    return lambda images: images.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
 
 
 def draw(augmentation: str, count: int, generator: torch.Generator) -> Tensor:
@@ -197,7 +267,7 @@ def draw(augmentation: str, count: int, generator: torch.Generator) -> Tensor:
 
 
 def augment(images: Tensor, augmentation: str, choices: Tensor) -> Tensor:
-    """A variant of every image of a batch (B, H, W, 3) uint8, by the ``choices`` of :func:`draw`.
+    """A variant of every image of a batch (B, H, W, 3) uint8, by the ``choices`` of :func:`draw` on the same device.
 
     ``"crop"`` pads 4 black pixels and crops to the old size; ``"crop-flip"`` mirrors half the images as well;
     ``"resized-crop-flip"`` is ImageNet's usual: torchvision's ``v2.RandomResizedCrop`` (8 to 100 % of the area, 3:4 to
@@ -206,15 +276,15 @@ def augment(images: Tensor, augmentation: str, choices: Tensor) -> Tensor:
     if augmentation == "none" or not len(images):
         return images
     count, height, width, _ = images.shape
-    if augmentation == "resized-crop-flip":
+    if augmentation == "resized-crop-flip":  # image by image: its seeds are read on the host
         pairs = zip(images, choices.tolist(), strict=True)
         return torch.stack([_resized_crop_flip(image, seed, (height, width)) for image, seed in pairs])
-    rows = choices[:, :1] + torch.arange(height)
-    columns = choices[:, 1:2] + torch.arange(width)
+    device = images.device
+    rows = choices[:, :1] + torch.arange(height, device=device)
+    columns = choices[:, 1:2] + torch.arange(width, device=device)
     columns = torch.where(choices[:, 2:].bool(), columns.flip(1), columns)
     padded = torch.nn.functional.pad(images, (0, 0, _PADDING, _PADDING, _PADDING, _PADDING))
-    picture = torch.arange(count)[:, None, None]
-    rows, columns, picture = (part.to(images.device) for part in (rows, columns, picture))
+    picture = torch.arange(count, device=device)[:, None, None]
     return padded[picture, rows[:, :, None], columns[:, None, :]]
 
 
@@ -277,7 +347,7 @@ def read_image(path: Path, shape: tuple[int, int] | None = None) -> NDArray[np.u
             if shape is not None and image.size != shape[::-1]:
                 image = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
             return np.array(image)
-    except Exception as error:  # of any kind: the bytes are a stranger's
+    except Exception as error:  # of any kind: the file is untrusted
         raise DataError(
             f"cannot read the image {path}: {error}: mend or remove it, or leave out all that cannot be read "
             "(--corrupt skip)"

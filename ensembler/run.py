@@ -33,16 +33,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ensembler import artefact, datasets
-from ensembler.datasets import AUGMENTATIONS, Dataset
+from ensembler.datasets import Dataset
 from ensembler.errors import ArtefactError, CorruptError, DataError, DivergedError, UsageError
 from ensembler.images import FileSplit
 from ensembler.record import Record
 
 __all__ = [
     "Cost",
+    "CostEntry",
     "DatasetRecord",
     "Manifest",
-    "Part",
     "Run",
     "Sampling",
     "latest",
@@ -52,8 +52,7 @@ __all__ = [
     "versions",
 ]
 
-FORMAT = 2
-_FORMATS = (1, 2)
+FORMAT = 1
 _PACKAGES = (
     *("ensembler", "torch", "torchvision", "numpy", "scikit-learn", "netcal"),
     *("onnx", "onnxruntime-gpu", "onnxruntime", "bentoml"),
@@ -61,15 +60,20 @@ _PACKAGES = (
 
 
 class DatasetRecord(Record):
-    """Which images, so that evaluation can find the same ones again, and what a network needs to see them.
+    """Which data, so that evaluation can find the same again, and what a network needs to see them.
 
-    ``lazy``: whether they were read from their files whenever they were needed; ``skipped``: the files left out.
+    Attributes:
+        kind: of data: see :func:`ensembler.examples.find`.
+        shape: of one example as it is stored; of images, [H, W, 3].
+        lazy: whether images were read from their files whenever they were needed.
+        skipped: the files of a folder that were left out.
     """
 
     name: str
     title: str
+    kind: str = "images"
     classes: list[str]
-    image_shape: list[int]
+    shape: list[int]
     mean: list[float]
     std: list[float]
     augmentation: str
@@ -87,14 +91,15 @@ class DatasetRecord(Record):
         Raises:
             UsageError: an unknown augmentation.
         """
-        augmentation = augmentation or dataset.augmentation
-        if augmentation not in AUGMENTATIONS:
-            raise UsageError(f"unknown augmentation {augmentation!r}: use one of {', '.join(AUGMENTATIONS)}")
+        augmentation, known = augmentation or dataset.augmentation, dataset.train.augmentations
+        if augmentation not in known:
+            raise UsageError(f"unknown augmentation {augmentation!r}: use one of {', '.join(known)}")
         return cls(
             name=dataset.name,
             title=dataset.title,
+            kind=dataset.train.kind,
             classes=list(dataset.classes),
-            image_shape=[*dataset.train.shape, 3],
+            shape=list(dataset.train.example_shape),
             mean=list(dataset.mean),
             std=list(dataset.std),
             augmentation=augmentation,
@@ -110,9 +115,11 @@ class DatasetRecord(Record):
         """The same images again; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
 
         Raises:
-            DataError: they are missing, or are not the same.
+            DataError: they are missing, or are not the same; or they are not images.
         """
-        height, width = self.image_shape[:2]
+        if self.kind != "images":
+            raise DataError(f"{self.title} is no dataset that can be loaded by name: give it from Python")
+        height, width = self.shape[:2]
         size = height if height == width else None
         dataset = datasets.load(
             self.name,
@@ -158,8 +165,8 @@ class Sampling(Record):
     weights: list[float] | None = None
 
 
-class Part(Record):
-    """What one piece of the training cost: a base solution ("solution 1"), or an addition ("vertex 2").
+class CostEntry(Record):
+    """What one part of the training cost: a base solution ("solution 1"), or an addition ("vertex 2").
 
     Attributes:
         example_passes: one example forward and backward once.
@@ -181,27 +188,42 @@ class Part(Record):
 
 
 class Cost(Record):
-    """What training cost in all, and in each of its parts; the units are those of :class:`Part`."""
+    """What training cost in all, and in each of its parts; the units are those of :class:`CostEntry`."""
 
     example_passes: int
     forward_passes: int
     seconds: float
     peak_memory: int | None
     device: str
-    parts: dict[str, Part]
+    entries: dict[str, CostEntry]
 
     @property
     def unknown(self) -> list[str]:
         """The files of weights whose own cost is not known and not counted."""
-        return [part.origin for part in self.parts.values() if part.origin is not None]
+        return [entry.origin for entry in self.entries.values() if entry.origin is not None]
 
 
 class Manifest(Record):
-    """Everything about a run but its numbers."""
+    """Everything about a run but its numbers.
+
+    Attributes:
+        method: its name, as a report should call it.
+        command: the command that makes it; ``None`` where none does.
+        independent: whether the members were trained independently of one another.
+        task: what the outputs mean; see :func:`ensembler.task.find`.
+        options: of the method, every one, resolved.
+        settings: what all methods share, every one, resolved.
+        fingerprint: SHA-256 of what decides the result: method, options, settings, data, and what it started from.
+        vertices, members, parameters: K, M and P.
+        sampling: how further members can be drawn; ``None`` where the members are fixed.
+    """
 
     kind: Literal["run"] = "run"
     format: int = FORMAT
     method: str
+    command: str | None = None
+    independent: bool = False
+    task: str = "classification"
     architecture: str
     dataset: DatasetRecord
     seed: int
@@ -209,7 +231,9 @@ class Manifest(Record):
     members: int
     parameters: int
     sampling: Sampling | None
-    options: dict[str, Any]
+    options: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    fingerprint: str = ""
     cost: Cost
     metrics: dict[str, Any]
     created: str
@@ -239,7 +263,7 @@ class Run:
     history: Sequence[Mapping[str, Any]] = ()
     sha256: str = ""
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write the run to ``path``, whole or not at all, and let ``latest`` beside it name it.
 
         Raises:
@@ -247,6 +271,7 @@ class Run:
             ArtefactError: it cannot be written.
             DivergedError: a weight is not finite.
         """
+        path = Path(path)
         for name, tensor in self.vertices.items():
             if not torch.isfinite(tensor).all():
                 raise DivergedError(f"parameter {name!r} is not finite: train with a lower learning rate")
@@ -259,22 +284,23 @@ class Run:
                 save_tensors(self.frozen, folder / "frozen.safetensors")
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
             (folder / "history.jsonl").write_text(lines, encoding="utf-8")
-        self.manifest.files = content["files"]
+        self.manifest.files, self.sha256 = content["files"], _identity(path)
         _point_latest_at(path)
         return path
 
     @classmethod
-    def load(cls, path: Path) -> Run:
+    def load(cls, path: str | Path) -> Run:
         """Read a run and verify every byte of it. What becomes of its files later does not reach the run in memory.
 
         Raises:
             ArtefactError: no run there, or of a format this version cannot read.
             CorruptError: a file is missing or changed; it is named. Or another run took its place meanwhile.
         """
+        path = Path(path)
         sha256 = _identity(path)
-        content = artefact.read(path, "run", formats=_FORMATS)
+        content = artefact.read(path, "run", formats=(FORMAT,))
         try:
-            manifest = Manifest.model_validate(_of_format_1(content) if content["format"] == 1 else content)
+            manifest = Manifest.model_validate(content)
             members = load_tensors(path / "members.safetensors")
             frozen = path / "frozen.safetensors"
             run = cls(
@@ -329,17 +355,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def _of_format_1(content: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 knew only how many example passes each part had taken."""
-    cost = dict(content["cost"])
-    device = cost["device"]
-    cost["parts"] = {
-        name: {"example_passes": passes, "seconds": None, "device": device} for name, passes in cost["parts"].items()
-    }
-    cost |= {"forward_passes": cost.pop("batchnorm_examples"), "peak_memory": None}
-    return content | {"cost": cost}
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -83,6 +83,14 @@ class FlatWeights:
         """The number of parameters P."""
         return self.vector.numel()
 
+    def slices(self, least_dimensions: int = 0) -> dict[str, slice]:
+        """Where each parameter of at least so many dimensions lies in a vector, by its name."""
+        return {
+            slot.name: slice(slot.offset, slot.offset + slot.size)
+            for slot in self._slots
+            if len(slot.shape) >= least_dimensions
+        }
+
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
         """Name the parts of ``vectors`` (K, P): each tensor under its parameter's name, with a leading K axis."""
         self._check(vectors)

@@ -81,8 +81,8 @@ def _report(
     from rich.console import Console
 
     from ensembler.artefact import check_writable
+    from ensembler.device import choose_device
     from ensembler.engine import choose
-    from ensembler.ensemble import choose_device
     from ensembler.eval.compare import compare
     from ensembler.eval.evaluation import evaluate
     from ensembler.eval.report.figures import figures

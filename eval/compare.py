@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -30,12 +29,8 @@ __all__ = ["check_names", "compare", "group_key"]
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 _GROUPED = ("error", "nll", "calibrated_nll", "brier", "ece")
-# Options that change where or from which seed a run was made, not what was done.
-_NOT_THE_METHOD = {
-    *("seed", "device", "threads", "workers", "compile", "parallel_members", "engine", "address"),
-    *("data", "download", "recipe"),
-}
-_BEGINNINGS = ("init", "second")
+_HOW = {"seed", "device", "threads", "workers", "compile"}  # how a run was made, not what was made
+_STARTS = {"init", "first", "second", "runs"}  # the runs or files that it started from
 
 
 def compare(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Report:
@@ -106,11 +101,12 @@ def group_key(manifest: Manifest) -> str:
     """Equal for runs that differ only in their seed, as readable JSON.
 
     What counts is the method, its options, the network, the members, the images, and the example passes that it took in
-    all. What does not: the seed and what follows from it (weights, metrics), how it was run (device, threads, workers,
-    compilation, members side by side), when, and whether an option was typed or came from a recipe. Of the runs or
-    files that it started from it counts how many there were, not their names: three seeds start from three
-    solutions; that these cost the same is in the passes. Published weights count by their name.
+    all. What does not: the seed and what follows from it (weights, metrics), how it was computed (device, threads,
+    workers, compilation), where, and when. Of the runs or files that it started from it counts how many there were, not
+    their names: three seeds start from three solutions; that these cost the same is in the passes. Published weights
+    count by their name.
     """
+    given = {name: value for name, value in (manifest.settings | manifest.options).items() if value is not None}
     images = manifest.dataset
     return json.dumps(
         {
@@ -118,21 +114,17 @@ def group_key(manifest: Manifest) -> str:
             "architecture": manifest.architecture,
             "members": manifest.members,
             "vertices": manifest.vertices,
-            "images": [images.image_shape, images.train_sha256, images.test_sha256],
+            "images": [images.shape, images.train_sha256, images.test_sha256],
             "example_passes": manifest.cost.example_passes,
-            "options": _identifying(manifest.options),
+            "options": {name: value for name, value in given.items() if name not in _HOW | _STARTS},
+            "starts": {
+                name: len(value) if isinstance(value, list | tuple) else 1
+                for name, value in given.items()
+                if name in _STARTS
+            },
         },
         sort_keys=True,
     )
-
-
-def _identifying(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that say what was done, those without a value left out."""
-    found = {name: value for name, value in options.items() if name not in _NOT_THE_METHOD and value is not None}
-    for name in _BEGINNINGS:
-        value = found.pop(name, ())
-        found[f"{name}: how many"] = len(value) if isinstance(value, list | tuple) else 1
-    return found
 
 
 def _groups(report: Report, runs: Sequence[ScoredRun]) -> list[Group]:
@@ -164,7 +156,9 @@ def _reference(run: ScoredRun, runs: Sequence[ScoredRun]) -> int | None:
     deep = [
         number
         for number, other in enumerate(runs)
-        if other.manifest.method == "deep-ensemble" and other.manifest.architecture == run.manifest.architecture
+        if other.manifest.independent
+        and other.clean.size > 1
+        and other.manifest.architecture == run.manifest.architecture
     ]
     return max(deep, key=lambda number: runs[number].clean.size, default=None)
 

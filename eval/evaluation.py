@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ensembler import artefact
 from ensembler.datasets import Dataset
+from ensembler.device import keep_freed
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
@@ -23,7 +24,6 @@ from ensembler.eval.scoring import ScoredRun, score
 from ensembler.eval.shift.ood import load_ood
 from ensembler.eval.shift.readers import load_shift
 from ensembler.eval.shift.test_set import Shift, clean_set, validation_set
-from ensembler.memory import keep_freed
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
 

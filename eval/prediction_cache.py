@@ -34,8 +34,8 @@ __all__ = ["PREDICTING", "Arrays", "Entry", "MembersFile", "PredictionCache", "c
 
 FORMAT = 1
 PREDICTING = (
-    *("ensembler.architectures", "ensembler.ensemble", "ensembler.images", "ensembler.uncertainty"),
-    *("ensembler.weights", "ensembler.eval.predictions"),
+    *("ensembler.architectures", "ensembler.device", "ensembler.ensemble", "ensembler.examples", "ensembler.images"),
+    *("ensembler.task", "ensembler.uncertainty", "ensembler.weights", "ensembler.eval.predictions"),
 )
 """The modules that a prediction depends on: building the network, preparing images, predicting, reducing."""
 

@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ensembler.device import keep_freed
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.eval.prediction_cache import Arrays, Entry, MembersFile, PredictionCache
 from ensembler.eval.shift.test_set import TestSet
-from ensembler.memory import keep_freed
 from ensembler.run import Run
 from ensembler.uncertainty import disagreement_of_votes, entropy, expected_entropy
 

@@ -167,7 +167,7 @@ def _content(ensemble: Ensemble, run_path: Path, pixels: Pixels, **written: Any)
         architecture=record.architecture,
         dataset=record.dataset.title,
         classes=record.dataset.classes,
-        image_shape=record.dataset.image_shape,
+        image_shape=record.dataset.shape,
         members=ensemble.members,
         input=pixels,
         order=list(range(ensemble.members)),

@@ -57,7 +57,7 @@ def trace(graph: Graph, dataset: DatasetRecord) -> onnx.ModelProto:
     Raises:
         ExportError: PyTorch cannot export it so.
     """
-    example = torch.zeros(2, *dataset.image_shape, dtype=torch.float32 if graph.scaled else torch.uint8)
+    example = torch.zeros(2, *dataset.shape, dtype=torch.float32 if graph.scaled else torch.uint8)
     try:
         with silence(), torch.no_grad():
             program = torch.onnx.export(
@@ -76,7 +76,7 @@ def trace(graph: Graph, dataset: DatasetRecord) -> onnx.ModelProto:
     except Exception as error:  # the exporter raises whatever it meets
         reason = str(error).strip().splitlines()[0]
         raise ExportError(f"PyTorch cannot export this network to ONNX with a free batch: {reason}") from error
-    _check_shapes(model, [*dataset.image_shape], len(dataset.classes))
+    _check_shapes(model, [*dataset.shape], len(dataset.classes))
     _strip(model)
     return model
 

@@ -1,17 +1,21 @@
 """What torchrun starts in the tests: every process trains the same, and writes down what it holds.
 
-``python -m torch.distributed.run --nproc-per-node 2 tests/_together.py FOLDER [fail]``
+``python -m torch.distributed.run --nproc-per-node 2 tests/_together.py FOLDER``; or, to fail, with the rank of the one
+that does in place of the folder, or with ``both`` and the rank of the slower one.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ensembler.errors import DataError
+from ensembler.errors import DataError, EnsemblerError
 from ensembler.run import save_tensors
 from ensembler.trainers import (
     Session,
@@ -63,13 +67,27 @@ def resumed(group, folder):
     return simplex(group, checkpoints)
 
 
+def fail(ranks: str, slower: int) -> None:
+    """As a command does it whose processes fail."""
+    try:
+        with joined("cpu") as group:
+            if ranks == "both":
+                time.sleep(2 * (group.rank == slower))
+                raise DataError("all of them have failed")
+            if group.rank == int(ranks):
+                raise DataError("this process alone has failed")
+            while True:
+                group.sum_(torch.ones(()))
+    except EnsemblerError as error:
+        time.sleep(2 * (group.rank == slower))
+        sys.exit(f"error: {error}")
+
+
 def main() -> None:
+    if len(sys.argv) == 3:
+        return fail(sys.argv[1], int(sys.argv[2]))
     folder = Path(sys.argv[1])
     with joined("cpu") as group:
-        if "fail" in sys.argv:
-            if group.rank == 1:
-                raise DataError("this process alone has failed")
-            group.from_first(lambda: None)
         for name, method in {**METHODS, "resumed": lambda group: resumed(group, folder)}.items():
             run = method(group)
             save_tensors(run.vertices, folder / f"{name} {group.rank}.safetensors")

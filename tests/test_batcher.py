@@ -31,7 +31,7 @@ class Doubler:
     def __call__(self, images: np.ndarray, key: Any) -> dict[str, np.ndarray]:
         self.passes.append((key, images.tolist()))
         self.begun.set()
-        assert self.go.wait(10)
+        assert self.go.wait(100)
         if POISON in images:
             raise ValueError("poison")
         return {"double": 2 * images, "pair": np.stack([images, images], axis=1)}
@@ -43,7 +43,7 @@ def run(test: Callable[[Batcher, Doubler], Coroutine[Any, Any, None]], **limits:
     async def main() -> None:
         batcher = Batcher(doubler, **limits)
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(200):
                 await test(batcher, doubler)
             assert batcher.waiting == 0
         finally:

@@ -38,7 +38,7 @@ from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.eval.calibrate import calibrate, fit, summary
 from ensembler.eval.scores.metrics import nll, scores
 from ensembler.eval.scores.recalibration import METHODS, certify, fit_map
-from ensembler.trainers import Session, Settings, train_deep_ensemble
+from ensembler.trainers import DeepEnsemble, Settings, train
 from tests._small import SETTINGS, dataset
 
 ORIGIN: dict[str, str] = {"run_sha256": "0" * 64, "dataset": "made by hand", "validation_sha256": "1" * 64}
@@ -330,8 +330,7 @@ def test_other_shapes_are_refused():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    session = Session(dataset(), Settings(**SETTINGS))
-    return train_deep_ensemble(session, members=2).save(folder / "run")
+    return train(dataset(), DeepEnsemble(members=2), Settings(**SETTINGS)).save(folder / "run")
 
 
 @pytest.fixture
@@ -415,7 +414,7 @@ def test_a_later_format_and_a_wrong_field_are_refused(run):
 def test_other_members_are_refused(run, tmp_path):
     found = calibrate(run, device="cpu")
     save(found, run)
-    other = train_deep_ensemble(Session(dataset(), Settings(**SETTINGS, seed=1)), members=2).save(tmp_path / "other")
+    other = train(dataset(), DeepEnsemble(members=2), Settings(**SETTINGS, seed=1)).save(tmp_path / "other")
     message = "was fitted for other members than this run's: run `ensembler calibrate` again"
     with pytest.raises(ArtefactError, match=message):
         save(found, other)

@@ -242,12 +242,13 @@ def test_bad_comparisons_are_refused() -> None:
 
 
 def manifest(**changes) -> Manifest:
-    options = {"epochs": 10.0, "seed": 0, "device": "cpu", "init": None, "members": 4} | changes.pop("options", {})
+    options = {"members": 4} | changes.pop("options", {})
+    settings = {"epochs": 10.0, "seed": 0, "device": "cpu", "init": None} | changes.pop("settings", {})
     record = DatasetRecord(
         name="folder:/here/a",
         title="made by hand",
         classes=["a", "b"],
-        image_shape=[8, 8, 3],
+        shape=[8, 8, 3],
         mean=[0.5] * 3,
         std=[0.2] * 3,
         augmentation="none",
@@ -256,7 +257,7 @@ def manifest(**changes) -> Manifest:
         test_sha256="1" * 64,
     )
     cost = Cost(
-        parts={},
+        entries={},
         example_passes=changes.pop("example_passes", 1000),
         forward_passes=0,
         seconds=1.0,
@@ -275,17 +276,16 @@ def manifest(**changes) -> Manifest:
         "created": "2026-01-01T00:00:00+00:00",
         "versions": {},
     }
-    return Manifest(**(facts | changes), dataset=record, cost=cost, options=options)
+    return Manifest(**(facts | changes), dataset=record, cost=cost, options=options, settings=settings)
 
 
 @pytest.mark.parametrize(
     "same",
     [
-        {"seed": 1, "options": {"seed": 1}},
+        {"seed": 1, "settings": {"seed": 1}},
         {"created": "2026-02-02T00:00:00+00:00", "versions": {"torch": "9"}, "metrics": {"test": {"nll": 1.0}}},
-        {"options": {"device": "cuda", "workers": 4, "compile": True, "parallel_members": 4, "recipe": "fast"}},
-        {"options": {"threads": 1}},
-        {"options": {"engine": "ray", "address": "head:6379", "data": "/elsewhere", "download": True}},
+        {"settings": {"device": "cuda", "workers": 4, "compile": True}},
+        {"settings": {"threads": 1}},
         {"options": {"second": None}},
     ],
 )
@@ -301,9 +301,10 @@ def test_runs_that_differ_in_their_seed_are_one_group(same) -> None:
         {"members": 5},
         {"train_sha256": "2" * 64},
         {"example_passes": 2000},
-        {"options": {"epochs": 20.0}},
-        {"options": {"init": "runs/single"}},
-        {"options": {"weights": "DEFAULT"}},
+        {"settings": {"epochs": 20.0}},
+        {"settings": {"init": "runs/single"}},
+        {"options": {"members": 5}},
+        {"settings": {"weights": "DEFAULT"}},
     ],
 )
 def test_runs_that_differ_otherwise_are_not(other) -> None:
@@ -311,12 +312,15 @@ def test_runs_that_differ_otherwise_are_not(other) -> None:
 
 
 def test_runs_from_different_solutions_are_one_group() -> None:
-    keys = {group_key(manifest(seed=n, options={"seed": n, "init": f"runs/single-{n}"})) for n in range(3)}
+    keys = {
+        group_key(manifest(seed=n, settings={"seed": n, "init": f"runs/{n}"}, options={"first": f"runs/{n}"}))
+        for n in range(3)
+    }
     assert len(keys) == 1
     (key,) = keys
-    assert "runs/single" not in key
-    assert json.loads(key)["options"]["init: how many"] == 1
-    assert len({group_key(manifest(options={"init": ["a", "b"][:n]})) for n in (1, 2)}) == 2
+    assert "runs/" not in key
+    assert json.loads(key)["starts"] == {"first": 1, "init": 1}
+    assert len({group_key(manifest(options={"runs": ["a", "b"][:n]})) for n in (1, 2)}) == 2
 
 
 def test_groups_hold_the_mean_and_the_spread() -> None:

@@ -30,6 +30,7 @@ from ensembler.trainers.distributed import ALONE, Group, joined
 from ensembler.trainers.session import _synchronised
 from ensembler.weights import FlatWeights
 from tests._interrupt import BreakingOff
+from tests._ports import free_port
 from tests._small import SETTINGS, dataset
 from tests._together import METHODS, session, simplex
 from tests.test_batches import load, make_photos
@@ -38,9 +39,9 @@ from tests.test_cli import SMALL, call
 ROOT = Path(__file__).parents[1]
 
 
-def torchrun(*arguments, options=()):
+def torchrun(*arguments, options=(), **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment |= os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -48,7 +49,7 @@ def torchrun(*arguments, options=()):
 
 def ended(process, code=0):
     """What it printed, once it has ended with the given code, or with any but 0."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == code if code == 0 else process.returncode != 0, err
     return out, err
 
@@ -129,7 +130,7 @@ def test_two_processes_end_where_a_single_one_does(trained, name):
         assert sum(epoch["examples"] for epoch in facts[0]["history"]) == 33 * 10
 
 
-NETWORK = ["--arch", "tests._small:noisy", "--device", "cpu", "--augmentation", "crop", "--batch-size", 8]
+NETWORK = ["--arch", "tests._small:holding", "--device", "cpu", "--augmentation", "crop", "--batch-size", 8]
 LENGTH = ["--vertices", 2, "--epochs", 10, "--vertex-epochs", 10]
 
 
@@ -174,21 +175,23 @@ def processes_of(torchrun_process):
     return found
 
 
-def kill(process, rank, folder):
-    """SIGKILL one of the training processes in the middle of the second part."""
-    deadline = time.monotonic() + 60
-    while not list(folder.glob("10001-*")):
+def killed(command, rank, folder, options=()):
+    """A training of which one process gets SIGKILL in the middle of the second part, where all of them wait for it."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    arguments = [*command, "--checkpoint-every", 0, "--out", folder]
+    process = torchrun(*arguments, options=options, TESTS_HOLD_AT=str(unfinished))
+    deadline = time.monotonic() + 300
+    while not list(unfinished.glob("10001-*")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
     processes_of(process)[rank].send_signal(signal.SIGKILL)
+    return process
 
 
 def test_a_killed_process_costs_no_more_than_a_restart(whole):
     folder, command, _ = whole
-    process = torchrun(*command, "--checkpoint-every", 0, "--out", folder / "killed", options=["--max-restarts", "2"])
-    kill(process, 1, folder / "killed.unfinished")
-    _, err = ended(process)
+    _, err = ended(killed(command, 1, folder / "killed", options=["--max-restarts", "2"]))
     assert same_bytes(folder / "whole", folder / "killed")
     assert not (folder / "killed.unfinished").exists()
     assert err.count("solution 1: epoch 1 of 10,") == 1, "it was not begun anew"
@@ -196,21 +199,36 @@ def test_a_killed_process_costs_no_more_than_a_restart(whole):
 
 def test_what_was_broken_off_is_resumed(whole):
     folder, command, _ = whole
-    process = torchrun(*command, "--checkpoint-every", 0, "--out", folder / "first")
-    kill(process, 0, folder / "first.unfinished")
-    ended(process, code=1)
+    ended(killed(command, 0, folder / "first"), code=1)
     assert not (folder / "first").exists()
     ended(torchrun("-m", "ensembler", "train-simplex", "--resume", folder / "first"))
     assert same_bytes(folder / "whole", folder / "first")
 
 
-def test_a_common_error_is_said_once_and_an_error_of_one_process_by_it(tmp_path):
+def test_a_common_error_is_said_once(tmp_path):
     _, err = ended(torchrun("-m", "ensembler", "train-simplex", "--vertices", 1, "--out", tmp_path / "x"), code=1)
     assert err.count("a simplex needs at least 2 vertices, not 1") == 1
     assert not list(tmp_path.iterdir())
-    _, err = ended(torchrun(ROOT / "tests" / "_together.py", tmp_path, "fail"), code=1)
-    assert err.count("rank 1: error: this process alone has failed") == 1
-    assert "another process of this training has ended" in err
+
+
+@pytest.mark.parametrize("slower", [0, 1])
+def test_a_common_error_is_said_once_whichever_process_is_slower(slower):
+    _, err = ended(torchrun(ROOT / "tests" / "_together.py", "both", slower), code=1)
+    assert err.count("error: all of them have failed") == 1
+
+
+def test_an_error_of_one_process_is_said_by_it_and_ends_the_other():
+    """Without torchrun, which may end the other one before it has said anything."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, ROOT / "tests" / "_together.py", "1", "1"]
+    first, second = (
+        subprocess.Popen(command, env=environment | {"RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"
+    )
+    messages = [process.communicate(timeout=600)[1] for process in (first, second)]
+    assert "another process of this training has ended" in messages[0]
+    assert messages[1].count("rank 1: error: this process alone has failed") == 1
+    assert (first.returncode, second.returncode) == (1, 1)
 
 
 def test_under_torchrun_a_run_has_a_name_and_its_command_goes_on_by_itself(tmp_path, images, monkeypatch):

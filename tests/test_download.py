@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class Handler(BaseHTTPRequestHandler):
         if server.stall:
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
-            server.stall.wait(20)
+            server.stall.wait(600)
             body = body[len(body) // 2 :]
         if server.cuts:
             body = body[: server.cuts.pop(0)]
@@ -366,10 +367,11 @@ def test_ctrl_c_keeps_what_was_fetched_and_two_processes_do_not_meet(tmp_path, s
     assert process.stderr.readline().startswith("fetching CIFAR-10-C: 0 of 0 MB")
     while not (partial := tmp_path / "CIFAR-10-C.tar.partial").exists() or not partial.stat().st_size:
         assert process.poll() is None
+        time.sleep(0.01)
     with pytest.raises(UsageError, match=r"another process is working on .*CIFAR-10-C: let it finish"):
         fetch(server, tmp_path)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "the partial download was kept: run the same command again to resume" in errors
     assert "Traceback" not in errors

@@ -18,17 +18,16 @@ from ensembler.errors import DataError, UsageError
 from ensembler.eval.compare import compare
 from ensembler.eval.evaluation import evaluate
 from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
-from ensembler.trainers import Session, Settings, train_deep_ensemble, train_simplex
+from ensembler.trainers import DeepEnsemble, Settings, Simplex, train
 from tests._small import SETTINGS, dataset
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset())
-    session = lambda: Session(dataset(), Settings(**SETTINGS))  # noqa: E731
     return [
-        train_simplex(session(), vertices=3, members=4).save(tmp_path / "runs" / "simplex"),
-        train_deep_ensemble(session(), members=1).save(tmp_path / "runs" / "single"),
+        train(dataset(), method, Settings(**SETTINGS)).save(tmp_path / "runs" / name)
+        for name, method in (("simplex", Simplex(vertices=3, members=4)), ("single", DeepEnsemble(members=1)))
     ]
 
 
@@ -134,8 +133,8 @@ def test_a_comparison_is_paired_and_knows_its_baseline(runs):
 def test_deep_ensembles_give_the_equivalents_and_seeds_are_grouped(runs, tmp_path):
     paths = [runs[0]]
     for seed in (0, 1):
-        session = Session(dataset(), Settings(**SETTINGS | {"seed": seed}))
-        paths.append(train_deep_ensemble(session, members=3).save(tmp_path / "runs" / f"deep{seed}"))
+        run = train(dataset(), DeepEnsemble(members=3), Settings(**SETTINGS | {"seed": seed}))
+        paths.append(run.save(tmp_path / "runs" / f"deep{seed}"))
     comparison = compare(evaluate(paths, device="cpu")).comparison
     assert {found.reference for found in comparison.equivalents.values()} == {"deep0"}
     assert [group.runs for group in comparison.groups] == [[0], [1, 2]]
@@ -147,8 +146,8 @@ def test_the_equivalent_is_read_off_a_deep_ensemble_of_the_same_network(runs, tm
     """Five networks of another architecture are more, but no measure of what more of this one would give."""
 
     def deep(name, members, **changes):
-        session = Session(dataset(), Settings(**SETTINGS | changes))
-        return train_deep_ensemble(session, members=members).save(tmp_path / "runs" / name)
+        run = train(dataset(), DeepEnsemble(members=members), Settings(**SETTINGS | changes))
+        return run.save(tmp_path / "runs" / name)
 
     paths = [
         runs[0],
@@ -219,6 +218,6 @@ def test_what_cannot_be_evaluated_is_refused(runs, monkeypatch):
 
 def test_runs_of_different_datasets_are_not_compared(runs, tmp_path):
     other = dataclasses.replace(dataset(), title="other", test=dataset().validation)
-    path = train_deep_ensemble(Session(other, Settings(**SETTINGS)), members=1).save(tmp_path / "runs" / "other")
+    path = train(other, DeepEnsemble(members=1), Settings(**SETTINGS)).save(tmp_path / "runs" / "other")
     with pytest.raises(UsageError, match="evaluate runs of one dataset together"):
         evaluate([runs[0], path], device="cpu")

@@ -7,41 +7,49 @@ from typing import TYPE_CHECKING
 from ensembler._lazy import exports
 
 if TYPE_CHECKING:
-    from ensembler.trainers.collapse import collapse_run
-    from ensembler.trainers.complex import train_complex
-    from ensembler.trainers.curve import train_curve
-    from ensembler.trainers.deep_ensemble import train_deep_ensemble
-    from ensembler.trainers.fge import train_fge
-    from ensembler.trainers.session import Session, Settings
-    from ensembler.trainers.simplex import train_simplex
-    from ensembler.trainers.snapshot import train_snapshots
-    from ensembler.trainers.subspace import train_subspace
+    from ensembler.trainers.method import Members, Method
+    from ensembler.trainers.methods.complex import Complex
+    from ensembler.trainers.methods.curve import Curve
+    from ensembler.trainers.methods.deep_ensemble import DeepEnsemble
+    from ensembler.trainers.methods.fge import FGE
+    from ensembler.trainers.methods.simplex import Simplex
+    from ensembler.trainers.methods.snapshots import Snapshots
+    from ensembler.trainers.methods.subspace import Subspace
+    from ensembler.trainers.settings import Settings
+    from ensembler.trainers.trainer import Trainer
+    from ensembler.trainers.training import collapse_run, train
 
 __all__ = [
-    "Session",
+    "FGE",
+    "Complex",
+    "Curve",
+    "DeepEnsemble",
+    "Members",
+    "Method",
     "Settings",
+    "Simplex",
+    "Snapshots",
+    "Subspace",
+    "Trainer",
     "collapse_run",
-    "train_complex",
-    "train_curve",
-    "train_deep_ensemble",
-    "train_fge",
-    "train_simplex",
-    "train_snapshots",
-    "train_subspace",
+    "train",
 ]
 
 __getattr__, __dir__ = exports(
     __name__,
     {
-        "Session": "ensembler.trainers.session:Session",
-        "Settings": "ensembler.trainers.session:Settings",
-        "collapse_run": "ensembler.trainers.collapse:collapse_run",
-        "train_complex": "ensembler.trainers.complex:train_complex",
-        "train_curve": "ensembler.trainers.curve:train_curve",
-        "train_deep_ensemble": "ensembler.trainers.deep_ensemble:train_deep_ensemble",
-        "train_fge": "ensembler.trainers.fge:train_fge",
-        "train_simplex": "ensembler.trainers.simplex:train_simplex",
-        "train_snapshots": "ensembler.trainers.snapshot:train_snapshots",
-        "train_subspace": "ensembler.trainers.subspace:train_subspace",
+        "FGE": "ensembler.trainers.methods.fge:FGE",
+        "Complex": "ensembler.trainers.methods.complex:Complex",
+        "Curve": "ensembler.trainers.methods.curve:Curve",
+        "DeepEnsemble": "ensembler.trainers.methods.deep_ensemble:DeepEnsemble",
+        "Members": "ensembler.trainers.method:Members",
+        "Method": "ensembler.trainers.method:Method",
+        "Settings": "ensembler.trainers.settings:Settings",
+        "Simplex": "ensembler.trainers.methods.simplex:Simplex",
+        "Snapshots": "ensembler.trainers.methods.snapshots:Snapshots",
+        "Subspace": "ensembler.trainers.methods.subspace:Subspace",
+        "Trainer": "ensembler.trainers.trainer:Trainer",
+        "collapse_run": "ensembler.trainers.training:collapse_run",
+        "train": "ensembler.trainers.training:train",
     },
 )

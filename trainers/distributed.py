@@ -7,10 +7,11 @@ first does. Nothing else of ``torch.distributed`` is used.
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import pairwise
@@ -23,7 +24,7 @@ import typer
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from ensembler.ensemble import choose_device
+from ensembler.device import choose_device
 from ensembler.errors import EnsemblerError, GroupError, UsageError
 
 __all__ = ["ALONE", "Group", "joined", "launched"]
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 _STEP = timedelta(minutes=10)  # all are at the same step: no compiling network and no checkpoint takes longer
 _MEASURING = timedelta(days=1)  # the first one measures and writes while the others wait
+_COMMON = timedelta(seconds=10)  # what all of them raise, they raise nearly at once
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,10 @@ class Group:
     Attributes:
         rank: this process's number, 0 to size - 1; the first one, 0, measures and writes.
         size: how many there are.
-        here: how many of them are on this machine.
     """
 
     rank: int = 0
     size: int = 1
-    here: int = 1
     _objects: Any = field(default=None, repr=False)  # the process group that objects travel by
 
     @property
@@ -75,11 +75,12 @@ class Group:
             with _answered():
                 dist.all_reduce(tensor)
 
-    def broadcast_(self, tensor: Tensor) -> None:
+    def broadcast_(self, tensor: Tensor) -> Tensor:
         """Give the first process's tensor to all, in place."""
         if self.size > 1:
             with _answered():
                 dist.broadcast(tensor, src=0)
+        return tensor
 
     def from_first(self, function: Callable[[], T]) -> T:
         """What ``function`` returns, or the error of ours that it raises: the first process calls it, all get it.
@@ -154,12 +155,13 @@ def joined(device: str | None = None) -> Iterator[Group]:
                 device_id=own if nccl else None,
             )
             objects = dist.new_group(backend="gloo", timeout=_MEASURING)
-        yield Group(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")), objects)
+        yield Group(rank, size, objects)
     except EnsemblerError as error:  # the process group is left to the end of the process: the others may wait in it
         lost = isinstance(error, GroupError)
         if rank == 0:
             if not lost:
                 store.set("error", str(error))
+                atexit.register(store.set, "said", "")
             raise
         if not lost and not _first_says(store, str(error)):
             typer.echo(f"rank {rank}: error: {error}", err=True)
@@ -213,15 +215,19 @@ def _own_device(name: str | None) -> torch.device:
 
 
 def _first_says(store: Any, message: str) -> bool:
-    """Whether the first process has failed with the same words, or does within seconds."""
+    """Whether the first process has failed with the same words, or does within seconds.
+
+    Returns once it has said them: torchrun ends all processes as soon as one has failed, and the first one may be slow.
+    """
     try:
-        for _ in range(30):
-            if store.check(["error"]):
-                return bool(store.get("error").decode() == message)
-            time.sleep(0.1)
-    except RuntimeError:  # the store has gone with the first process
-        pass
-    return False
+        store.wait(["error"], _COMMON)
+        if store.get("error").decode() != message:
+            return False
+    except RuntimeError:  # it has not failed, or the store has gone with it
+        return False
+    with suppress(RuntimeError):  # gone, so it has ended
+        store.wait(["said"], _COMMON)
+    return True
 
 
 @contextmanager

@@ -1,8 +1,12 @@
-"""The one training loop: every method of this room is a choice of its arguments.
+"""The one training loop: every method of this package is a choice of its :class:`Plan`.
 
 A step draws coefficients ``c``, writes ``c @ V`` into the network, runs it forward and backward, and gives each
 trainable vertex ``k`` its gradient ``c[k] * g``, plus the method's regulariser; any ``torch.optim`` optimiser does
 the rest. A single network is the case ``K = 1``, ``c = [1]``.
+
+What changes from step to step (the batch, the coefficients, what the regulariser draws) is drawn for a whole epoch and
+brought to the device at once, a function of the seed, the part of the training and the epoch. So no step waits for the
+host, and a checkpoint holds no random generator's state.
 
 Processes that train together (:mod:`ensembler.trainers.distributed`) do the same steps, each on its share of every
 batch; their gradients are added up once a step, and all the rest is alike in each.
@@ -12,26 +16,68 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
+from ensembler.device import upload
 from ensembler.errors import DivergedError
-from ensembler.trainers.batches import Batches
+from ensembler.seeds import derive
+from ensembler.task import Task
+from ensembler.trainers.batches import Batch, Batches
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.schedules import Schedule
 from ensembler.weights import FlatWeights
 
-__all__ = ["Epoch", "Snapshot", "State", "train"]
+__all__ = ["Epoch", "Fitted", "Plan", "Snapshot", "TrainState", "fit"]
 
-Draw = Callable[[int], Tensor]
-Regulariser = Callable[[Tensor], None]
+Draw = Callable[[np.random.Generator, int], Tensor]
+"""From a random generator and a count N to N rows of numbers, on the CPU."""
+Coefficients = Callable[[Tensor], Tensor]
+"""From the rows that were drawn for one step, (S, D) on the device, to the coefficients (S, K) of its S points."""
+Regulariser = Callable[[Tensor, Tensor | None], None]
+"""Adds its gradient to the trainable vertices' (T, P), in place; takes what was drawn for the step, too."""
 Penalty = Callable[[Tensor, Tensor], Tensor]
+"""A term of the loss, a scalar, from the outputs (B, O) at a point and at another one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method asks of the loop.
+
+    Attributes:
+        schedule: iteration, from 1, to learning rate.
+        iterations: how many steps.
+        trainable: the indices of the vertices that move; the others stay.
+        draw: rows of which each makes one point's coefficients; by default those of a single network, 1.
+        coefficients: how the rows become coefficients; by default they are such.
+        samples: S >= 1, points a step. The batch is split among them, so a step costs one pass whatever S.
+        regulariser: adds its gradient to the trainable vertices'.
+        regulariser_draw: draws a row a step for the regulariser.
+        penalty: a term of the loss that compares the outputs at the drawn point with those at a second one, for the
+            same examples; it costs one more forward pass. No gradient flows to the second point: where both are drawn
+            alike and the term is symmetric, that is half of the whole gradient in expectation.
+        decay_sampled: whether the optimiser's weight decay acts on the sampled weights ``c @ V``, not on the vertices.
+        collect: the iterations after which a snapshot is taken.
+    """
+
+    schedule: Schedule
+    iterations: int
+    trainable: Sequence[int] = (0,)
+    draw: Draw | None = None
+    coefficients: Coefficients | None = None
+    samples: int = 1
+    regulariser: Regulariser | None = None
+    regulariser_draw: Draw | None = None
+    penalty: Penalty | None = None
+    decay_sampled: bool = False
+    collect: Container[int] = ()
 
 
 @dataclass(frozen=True)
@@ -43,8 +89,17 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class State:
-    """All that the next step depends on, after ``iteration`` steps, but for what is drawn at random.
+class Fitted:
+    """What training gives: all vertices (K, P), the network's buffers at the end, and the snapshots, in order."""
+
+    vertices: Tensor
+    buffers: dict[str, Tensor]
+    snapshots: list[Snapshot] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that the next step depends on, after ``iteration`` steps.
 
     ``vertices`` (T, P) are the moving ones, ``optimiser`` the optimiser's state by vertex, ``totals`` and ``examples``
     the running epoch's sums, ``scaler`` the loss scaler's state in half precision.
@@ -65,196 +120,279 @@ class Epoch:
     """What one epoch did: means over the examples that passed, as they passed."""
 
     number: int
-    rate: float
+    lr: float
     loss: float
-    accuracy: float
+    metric: float
     examples: int
 
 
-def train(
+def fit(
     weights: FlatWeights,
+    task: Task,
     vertices: Tensor,
+    buffers: Mapping[str, Tensor],
     batches: Batches,
     optimiser: Callable[[list[Tensor]], Optimizer],
-    schedule: Schedule,
-    iterations: int,
+    plan: Plan,
     *,
-    trainable: Sequence[int] = (0,),
-    draw: Draw | None = None,
-    samples: int = 1,
-    clip: float | None = None,
-    decay_sampled: bool = False,
-    regulariser: Regulariser | None = None,
-    penalty: Penalty | None = None,
+    stream: tuple[int, str] = (0, ""),
+    clip: float = 0.0,
     precision: torch.dtype = torch.float32,
-    collect: Container[int] = (),
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
-    resume: State | None = None,
-    on_step: Callable[[int, Callable[[], State]], None] = lambda iteration, state: None,
+    before_step: Callable[[int], None] = lambda iteration: None,
+    after_step: Callable[[int, Callable[[], TrainState]], None] = lambda iteration, state: None,
+    resume: TrainState | None = None,
     group: Group = ALONE,
-) -> list[Snapshot]:
+) -> Fitted:
     """Train some of the vertices, in place.
 
     Args:
-        weights: the network; its weights are overwritten at every step.
+        weights: the network; its weights and buffers are overwritten.
+        task: what its outputs mean.
         vertices: (K, P), on the network's device.
+        buffers: the network's, to begin with.
         batches: where the examples come from.
-        optimiser: makes the optimiser of the given (P,) tensors.
-        schedule: iteration, from 1, to learning rate.
-        iterations: how many steps.
-        trainable: the indices of the vertices that move; the others stay.
-        draw: S to coefficients (S, K); by default the one coefficient of a single network, 1.
-        samples: S >= 1, points a step. The batch is split among them, so a step costs one pass whatever S.
-        clip: the largest norm of the loss's gradient; a longer one is shortened to it. Without BatchNorm, this is what
-            lets a network leave its first plateau at a high rate.
-        decay_sampled: whether the optimiser's weight decay acts on the sampled weights ``c @ V``, not on the vertices.
-        regulariser: adds its gradient to the trainable vertices' (T, P), in place.
-        penalty: a term of the loss that compares the logits (B, C) at the drawn point with those at a second one, for
-            the same images; it costs one more forward pass. No gradient flows to the second point: where both are
-            drawn alike and the term is symmetric, this is half the whole gradient in expectation.
+        optimiser: makes the optimiser of the given (P,) tensors; its rate is set at every step.
+        plan: what the method asks for.
+        stream: the seed and the part, which with the epoch decide all that is drawn.
+        clip: the largest norm of the loss's gradient, 0 for none; a longer one is shortened to it. Without BatchNorm,
+            this is what lets a network leave its first plateau at a high rate.
         precision: of the forward and backward pass, by autocast; the vertices stay in float32. float16 scales the loss.
-        collect: the iterations after which a snapshot is taken.
         on_epoch: called at the end of each epoch, and of the last, unfinished one.
-        resume: the state to go on from; ``batches`` and ``draw`` stand where they stood then.
-        on_step: called after each step with its number and a function that copies the state.
+        before_step: called before each step with its number, from 1.
+        after_step: called after each step with its number and a function that copies the state.
+        resume: the state to go on from.
         group: the processes that train together; each calls this alike.
-
-    Returns:
-        The snapshots, in order.
 
     Raises:
         DivergedError: the loss is not finite.
     """
-    moving = [vertices[k].detach().requires_grad_() for k in trainable]
-    # One moving vertex takes the network's own gradient vector, scaled through the loss: no copy of size P.
-    alone = len(moving) == 1
-    gradients = weights.grad[None] if alone else torch.zeros(len(moving), len(weights), device=vertices.device)
-    for vertex, gradient in zip(moving, gradients, strict=True):
-        vertex.grad = gradient
-    stepper = optimiser(moving)
-    decay = stepper.param_groups[0].get("weight_decay", 0.0) if decay_sampled else 0.0
-    if decay:
-        stepper.param_groups[0]["weight_decay"] = 0.0
-    scaler = torch.amp.GradScaler(vertices.device.type, enabled=precision == torch.float16)
-    point = _Point(weights, vertices, list(trainable), gradients, decay, penalty, precision, scaler, group)
+    weights.load_buffers(buffers)
     weights.module.train()
+    moving = [vertices[k].detach().requires_grad_() for k in plan.trainable]
+    # One moving vertex takes the network's own gradient vector, scaled through the loss: no copy of size P.
+    gradients = (
+        weights.grad[None] if len(moving) == 1 else torch.zeros(len(moving), len(weights), device=vertices.device)
+    )
+    scaler = torch.amp.GradScaler(vertices.device.type, enabled=precision == torch.float16)
+    step = _Step(weights, task, vertices, moving, gradients, optimiser(moving), plan, scaler, clip, precision, group)
     snapshots: list[Snapshot] = []
-    totals, examples, done = torch.zeros(2, device=vertices.device), 0, 0
+    examples = iteration = 0
     if resume:
-        _restore(resume, weights, moving, stepper, scaler)
-        snapshots, totals = list(resume.snapshots), resume.totals.to(vertices.device)
-        examples, done = resume.examples, resume.iteration
+        step.restore(resume)
+        examples, iteration = resume.examples, resume.iteration
+        for taken in resume.snapshots:
+            at_hand = {name: buffer.to(vertices.device) for name, buffer in taken.buffers.items()}
+            snapshots.append(Snapshot(taken.vertices.to(vertices.device), at_hand))
 
-    def state() -> State:
-        rows, optimiser = vertices[list(trainable)].clone(), copy.deepcopy(stepper.state_dict()["state"])
-        sums = totals.clone()
-        return State(
-            iteration, rows, weights.buffers(), optimiser, list(snapshots), sums, examples, scaler.state_dict()
+    def state() -> TrainState:
+        return step.state(iteration, snapshots, examples)
+
+    with closing(batches.begin(iteration)) as stream_of_batches:
+        while iteration < plan.iterations:
+            epoch, begin = divmod(iteration, batches.per_epoch)
+            feed = _Feed.of(plan, stream, epoch, batches.per_epoch, vertices.device)
+            end = min(batches.per_epoch, plan.iterations - epoch * batches.per_epoch)
+            for n in range(begin, end):
+                before_step(iteration + 1)
+                batch = next(stream_of_batches)
+                step(batch, *feed.at(n))
+                examples += batch.size
+                iteration += 1
+                if iteration in plan.collect:
+                    snapshots.append(Snapshot(vertices[list(plan.trainable)].clone(), weights.buffers()))
+                if n == end - 1:
+                    on_epoch(step.epoch(epoch + 1, plan.schedule(iteration), examples))
+                    examples = 0
+                after_step(iteration, state)
+    return Fitted(vertices, weights.buffers(), snapshots)
+
+
+@dataclass(frozen=True)
+class _Feed:
+    """What an epoch's steps take from the host, on the device, a row for each: N steps of S points.
+
+    ``rates`` (N,); ``points`` and ``others`` (N, S, D); ``drawn`` (N, ...), or ``None``.
+    """
+
+    rates: Tensor
+    points: Tensor
+    others: Tensor
+    drawn: Tensor | None
+
+    @classmethod
+    def of(cls, plan: Plan, stream: tuple[int, str], epoch: int, steps: int, device: torch.device) -> _Feed:
+        """That of one epoch, a function of the stream and the epoch."""
+        seed, part = stream
+
+        def rows(draw: Draw, name: str, count: int) -> Tensor:
+            return draw(np.random.default_rng(derive(seed, name, part, epoch)), count)
+
+        rates = [plan.schedule(epoch * steps + n + 1) for n in range(steps)]
+        points = torch.ones(steps * plan.samples, 1)
+        if plan.draw:
+            points = rows(plan.draw, "points", steps * plan.samples)
+        others = rows(plan.draw, "other points", len(points)) if plan.draw and plan.penalty else points
+        drawn = rows(plan.regulariser_draw, "regulariser", steps) if plan.regulariser_draw else None
+        points, others = (each.view(steps, plan.samples, -1) for each in (points, others))
+        return cls(
+            upload(torch.tensor(rates), device),
+            upload(points, device),
+            upload(others, device),
+            None if drawn is None else upload(drawn, device),
         )
 
-    for iteration in range(done + 1, iterations + 1):
-        for parameters in stepper.param_groups:
-            parameters["lr"] = schedule(iteration)
-        x, y = next(batches)
-        gradients.zero_()
-        drawn = draw(samples) if draw else torch.ones(samples, 1)
-        others = draw(samples) if draw and penalty else drawn
-        shares, found = group.shares(batches.whole, samples), torch.zeros_like(totals)
-        for c, other, x_part, y_part in zip(
-            drawn, others, torch.split(x, shares), torch.split(y, shares), strict=False
-        ):
-            found += point.accumulate(c, other, x_part, y_part, share=len(y_part) / batches.whole)
-        if alone:
-            group.sum_(weights.grad)
-        group.sum_(found)  # at every step, so that a checkpoint holds what all processes have seen
-        totals += found
-        examples += batches.whole
-        scaler.unscale_(stepper)
-        if clip is not None:
-            torch.nn.utils.clip_grad_norm_(moving, clip)
-        if regulariser:
-            regulariser(gradients)
-        scaler.step(stepper)
-        scaler.update()
-        if iteration in collect:
-            snapshots.append(Snapshot(vertices[list(trainable)].clone(), weights.buffers()))
-        if iteration % batches.per_epoch == 0 or iteration == iterations:
-            loss, accuracy = (totals / examples).tolist()
-            epoch = Epoch(-(-iteration // batches.per_epoch), schedule(iteration), loss, accuracy, examples)
-            if not math.isfinite(epoch.loss):
-                raise DivergedError(
-                    f"the training loss is {epoch.loss} in epoch {epoch.number}: "
-                    f"lower the learning rate (it is {epoch.rate:g} now)"
-                )
-            on_epoch(epoch)
-            totals, examples = torch.zeros_like(totals), 0
-        on_step(iteration, state)
-    return snapshots
+    def at(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Those of step ``n`` of the epoch."""
+        return self.rates[n], self.points[n], self.others[n], None if self.drawn is None else self.drawn[n]
 
 
-@dataclass(frozen=True, eq=False)
-class _Point:
-    """Writes a point ``c @ V`` into the network and tells the trainable vertices what the loss there says."""
+@dataclass(eq=False)
+class _Step:
+    """One step of training. All that it is given, and all that it holds, lies on the device."""
 
     weights: FlatWeights
+    task: Task
     vertices: Tensor
-    trainable: list[int]
+    moving: list[Tensor]  # (P,) views of vertices
     gradients: Tensor  # (T, P); the network's own where T = 1
-    decay: float
-    penalty: Penalty | None
-    precision: torch.dtype
+    optimiser: Optimizer
+    plan: Plan
     scaler: torch.amp.GradScaler
+    clip: float
+    precision: torch.dtype
     group: Group
+    trainable: Tensor = field(init=False)
+    decay: float = field(init=False, default=0.0)
+    rate: Tensor = field(init=False)
+    totals: Tensor = field(init=False)
+    shares: dict[int, Tensor] = field(init=False, default_factory=dict)  # of the points, by the batch's size
 
-    def accumulate(self, c: Tensor, other: Tensor, x: Tensor, y: Tensor, share: float) -> Tensor:
-        """Add ``share * c[k] * g`` at ``c @ V`` to each trainable vertex's gradient.
+    def __post_init__(self) -> None:
+        device = self.vertices.device
+        self.trainable = torch.tensor(list(self.plan.trainable), device=device)
+        self.rate, self.totals = torch.zeros((), device=device), torch.zeros(2, device=device)
+        for vertex, gradient in zip(self.moving, self.gradients, strict=True):
+            vertex.grad = gradient
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate
+            if self.plan.decay_sampled:
+                self.decay, group["weight_decay"] = group.get("weight_decay", 0.0), 0.0
+
+    def __call__(self, batch: Batch, rate: Tensor, points: Tensor, others: Tensor, drawn: Tensor | None) -> None:
+        """Move the trainable vertices.
+
+        Args:
+            batch: this process's share.
+            rate: the learning rate, without dimensions.
+            points: (S, D), of which each point's coefficients are made.
+            others: (S, D), likewise, the points that the penalty compares with.
+            drawn: what the regulariser drew.
+        """
+        self.rate.copy_(rate)
+        self.gradients.zero_()
+        if self.plan.coefficients:
+            points, others = self.plan.coefficients(points), self.plan.coefficients(others)
+        sizes = self.group.shares(batch.size, len(points))
+        found = torch.zeros_like(self.totals)
+        for c, other, x, y in zip(
+            points, others, torch.split(batch.x, sizes), torch.split(batch.y, sizes), strict=False
+        ):
+            found += self._accumulate(c, other, x, y, batch.size)
+        if len(self.moving) == 1:
+            self.group.sum_(self.weights.grad)
+        self.group.sum_(found)  # at every step, so that a checkpoint holds what all processes have seen
+        self.totals += found
+        self.scaler.unscale_(self.optimiser)
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.moving, self.clip)
+        if self.decay:
+            self._decay(points, batch.size)
+        if self.plan.regulariser:
+            self.plan.regulariser(self.gradients, drawn)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+
+    def _accumulate(self, c: Tensor, other: Tensor, x: Tensor, y: Tensor, size: int) -> Tensor:
+        """Add ``c[k] * g`` at ``c @ V`` to each trainable vertex's gradient, g that of the loss's sum over ``size``.
 
         Where several vertices move, g is the sum of all processes': it is P long, and their gradients are T x P. Where
-        one moves, its gradient is this process's; the loop adds them up once all points are through.
+        one moves, its gradient is this process's; it is summed once all points are through.
 
         Returns:
-            (2,) the sum of the losses over the examples, and how many the network got right.
+            (2,) the sums of the losses and of the metric over the examples.
         """
-        grad = self.weights.grad
-        alone = self.gradients.data_ptr() == grad.data_ptr()
-        if alone:
-            share *= c[self.trainable[0]].item()
-        else:
+        alone, grad = len(self.moving) == 1, self.weights.grad
+        if not alone:
             grad.zero_()
         # Of a batch smaller than the number of processes, some get nothing.
-        found = self._pass(c, other, x, y, share) if len(y) else torch.zeros(2, device=grad.device)
+        found = self._backward(c, other, x, y, size) if len(y) else torch.zeros_like(self.totals)
         if not alone:
             self.group.sum_(grad)
-            self.gradients.addr_(c.to(grad.device)[self.trainable], grad)
+            self.gradients.addr_(c[self.trainable], grad)
         return found
 
-    def _pass(self, c: Tensor, other: Tensor, x: Tensor, y: Tensor, share: float) -> Tensor:
-        """Add ``share * g`` to the network's gradient."""
-        if self.penalty:
+    def _backward(self, c: Tensor, other: Tensor, x: Tensor, y: Tensor, size: int) -> Tensor:
+        if self.plan.penalty:
             with torch.no_grad():
-                compared = self._logits(other, x)
-        logits = self._logits(c, x)
-        loss = cross_entropy(logits, y)
-        objective = loss + self.penalty(logits, compared) if self.penalty else loss
-        self.scaler.scale(objective * share).backward()  # type: ignore[no-untyped-call]
-        if self.decay:
-            self.weights.grad.add_(self.weights.vector, alpha=self.decay * share * self.scaler.get_scale())
-        return torch.stack([loss.detach() * len(y), (logits.detach().argmax(1) == y).sum()])
+                compared = self._outputs(other, x)
+        outputs = self._outputs(c, x)
+        loss = self.task.losses(outputs, y).sum()
+        objective = loss / size
+        if self.plan.penalty:
+            objective = objective + self.plan.penalty(outputs, compared) * (len(y) / size)
+        if len(self.moving) == 1 and self.plan.draw:
+            objective = objective * c[self.plan.trainable[0]]
+        self.scaler.scale(objective).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            return torch.stack([loss, self.task.metrics(outputs, y).sum()])
 
-    def _logits(self, c: Tensor, x: Tensor) -> Tensor:
-        torch.mv(self.vertices.T, c.to(self.vertices.device), out=self.weights.vector)
+    def _outputs(self, c: Tensor, x: Tensor) -> Tensor:
+        torch.mv(self.vertices.T, c, out=self.weights.vector)
         with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
-            logits: Tensor = self.weights.module(x)
-        return logits.float()
+            outputs: Tensor = self.weights.module(x)
+        return outputs.float()
 
+    def _decay(self, points: Tensor, size: int) -> None:
+        """Add the gradient of ``decay / 2 * |c @ V|^2``, the mean over the points by their shares of the batch."""
+        if size not in self.shares:
+            shares = torch.tensor(ALONE.shares(size, len(points)), dtype=points.dtype) / size
+            self.shares[size] = upload(shares, points.device)
+        used = points[: len(self.shares[size])]
+        mixed = (used * self.shares[size][:, None]).T @ used
+        self.gradients.addmm_(mixed[self.trainable], self.vertices, alpha=self.decay)
 
-def _restore(
-    state: State, weights: FlatWeights, moving: Sequence[Tensor], stepper: Optimizer, scaler: torch.amp.GradScaler
-) -> None:
-    with torch.no_grad():
-        for vertex, saved in zip(moving, state.vertices, strict=True):
-            vertex.copy_(saved)
-    weights.load_buffers(state.buffers)
-    stepper.load_state_dict({"state": state.optimiser, "param_groups": stepper.state_dict()["param_groups"]})
-    if state.scaler:
-        scaler.load_state_dict(state.scaler)
+    def epoch(self, number: int, rate: float, examples: int) -> Epoch:
+        """The epoch that ends here; the next one's sums begin at 0.
+
+        Raises:
+            DivergedError: the loss is not finite.
+        """
+        loss, metric = (self.totals / examples).tolist()
+        self.totals.zero_()
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the training loss is {loss} in epoch {number}: lower the learning rate (it is {rate:g} now)"
+            )
+        return Epoch(number, rate, loss, metric, examples)
+
+    def state(self, iteration: int, snapshots: Sequence[Snapshot], examples: int) -> TrainState:
+        """A copy of all that the next step depends on."""
+        rows = self.vertices[self.trainable].clone()
+        optimiser = copy.deepcopy(self.optimiser.state_dict()["state"])
+        totals, scaler = self.totals.clone(), self.scaler.state_dict()
+        return TrainState(iteration, rows, self.weights.buffers(), optimiser, list(snapshots), totals, examples, scaler)
+
+    def restore(self, state: TrainState) -> None:
+        """Go on from a state."""
+        with torch.no_grad():
+            for vertex, saved in zip(self.moving, state.vertices, strict=True):
+                vertex.copy_(saved)
+        self.weights.load_buffers(state.buffers)
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": state.optimiser, "param_groups": groups})
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate  # loading makes a copy
+        self.totals.copy_(state.totals)
+        if state.scaler:
+            self.scaler.load_state_dict(state.scaler)

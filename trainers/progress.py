@@ -1,40 +1,34 @@
-"""What is told while training goes on: on the screen, in a file of JSON lines, in TensorBoard.
+"""Progress of a training: on the screen, in a file of JSON lines, in TensorBoard.
 
-Each is a watcher, called after every epoch with the part that is being trained, what the epoch did, and how many
-epochs the part has.
+Each is a function of the events that a training reports (:mod:`ensembler.trainers.events`).
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ensembler.errors import ArtefactError, UsageError
+from ensembler.trainers.events import EpochEnd, Event, Message, OnEvent
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-    from ensembler.trainers.loop import Epoch
-    from ensembler.trainers.session import Watcher
-
-    Told = Iterator[tuple[Watcher, Callable[[str], None]]]
-
 __all__ = ["progress"]
 
 
 @contextmanager
-def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | None = None) -> Told:
-    """A watcher of epochs, and a function that says one line.
+def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | None = None) -> Iterator[OnEvent]:
+    """A function to report events to.
 
     Args:
         quiet: nothing on the screen.
@@ -49,32 +43,32 @@ def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | N
 
     console = Console(stderr=True)
     with ExitStack() as stack:
-        watchers = []
+        watchers: list[OnEvent] = []
         if log:
             watchers.append(stack.enter_context(_json_lines(log)))
         if tensorboard:
             watchers.append(stack.enter_context(_tensorboard(tensorboard)))
-        if quiet:
-            say: Callable[[str], None] = lambda line: None  # noqa: E731
-        else:
-            watch, say = stack.enter_context(_bars(console) if console.is_terminal else _lines())
-            watchers.append(watch)
+        if not quiet:
+            watchers.append(stack.enter_context(_bars(console)) if console.is_terminal else _lines())
 
-        def all_of_them(part: str, epoch: Epoch, epochs: int) -> None:
+        def on_event(event: Event) -> None:
             for watch in watchers:
-                watch(part, epoch, epochs)
+                watch(event)
 
-        yield all_of_them, say
+        yield on_event
 
 
-@contextmanager
-def _lines() -> Told:
+def _lines() -> OnEvent:
     """A plain line an epoch, with the time that its part has left."""
     free = time.monotonic()  # when a part ended, and so the next one began
     began: dict[str, tuple[float, int]] = {}
 
-    def watch(part: str, epoch: Epoch, epochs: int) -> None:
+    def watch(event: Event) -> None:
         nonlocal free
+        if isinstance(event, Message):
+            typer.echo(event.text, err=True)
+            return
+        part, epoch, epochs = event.part, event.epoch, event.epochs
         start, before = began.setdefault(part, (free, epoch.number - 1))
         if epoch.number <= before:  # begun again
             start, before = began[part] = (free, epoch.number - 1)
@@ -83,14 +77,14 @@ def _lines() -> Told:
         if epoch.number == epochs:
             free = now
         left = f", {timedelta(seconds=seconds)} left" if epoch.number < epochs else ""
-        typer.echo(f"{part}: epoch {epoch.number} of {epochs}, {_state(epoch)}{left}", err=True)
+        typer.echo(f"{part}: epoch {epoch.number} of {epochs}, {_state(event)}{left}", err=True)
 
-    yield watch, partial(typer.echo, err=True)
+    return watch
 
 
 @contextmanager
-def _bars(console: Console) -> Told:
-    """A bar a part, with the time that it has left, and what is said above them."""
+def _bars(console: Console) -> Iterator[OnEvent]:
+    """A bar a part, with the time that it has left, and messages above them."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(
@@ -103,26 +97,31 @@ def _bars(console: Console) -> Told:
     )
     tasks: dict[str, TaskID] = {}
 
-    def watch(part: str, epoch: Epoch, epochs: int) -> None:
-        if part not in tasks:
-            tasks[part] = bar.add_task(part, total=epochs, state="")
-        bar.update(tasks[part], completed=epoch.number, state=_state(epoch))
+    def watch(event: Event) -> None:
+        if isinstance(event, Message):
+            console.print(event.text, markup=False, highlight=False, soft_wrap=True)
+            return
+        if event.part not in tasks:
+            tasks[event.part] = bar.add_task(event.part, total=event.epochs, state="")
+        bar.update(tasks[event.part], completed=event.epoch.number, state=_state(event))
 
     with bar:
-        yield watch, lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+        yield watch
 
 
 @contextmanager
-def _json_lines(path: Path) -> Iterator[Watcher]:
+def _json_lines(path: Path) -> Iterator[OnEvent]:
     start = time.monotonic()
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a", encoding="utf-8", buffering=1)  # line by line, so that it can be followed
 
-    def watch(part: str, epoch: Epoch, epochs: int) -> None:
-        seconds = round(time.monotonic() - start, 3)
+    def watch(event: Event) -> None:
+        if isinstance(event, Message):
+            return
+        record = {"part": event.part, **_record(event), "epochs": event.epochs}
         with _writing(path):
-            file.write(json.dumps({"part": part, **asdict(epoch), "epochs": epochs, "seconds": seconds}) + "\n")
+            file.write(json.dumps(record | {"seconds": round(time.monotonic() - start, 3)}) + "\n")
 
     try:
         yield watch
@@ -132,7 +131,7 @@ def _json_lines(path: Path) -> Iterator[Watcher]:
 
 
 @contextmanager
-def _tensorboard(folder: Path) -> Iterator[Watcher]:
+def _tensorboard(folder: Path) -> Iterator[OnEvent]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -140,10 +139,13 @@ def _tensorboard(folder: Path) -> Iterator[Watcher]:
     with _writing(folder):
         writer = SummaryWriter(str(folder))
 
-    def watch(part: str, epoch: Epoch, epochs: int) -> None:
+    def watch(event: Event) -> None:
+        if isinstance(event, Message):
+            return
+        record = _record(event)
         with _writing(folder):
-            for name in ("loss", "accuracy", "rate"):
-                writer.add_scalar(f"{part}/{name}", getattr(epoch, name), epoch.number)
+            for name in ("loss", event.metric, "lr"):
+                writer.add_scalar(f"{event.part}/{name}", record[name], event.epoch.number)
             writer.flush()
 
     with closing(writer):
@@ -158,5 +160,12 @@ def _writing(path: Path) -> Iterator[None]:
         raise ArtefactError(f"cannot write {path}: {error.strerror or error}: choose another place") from error
 
 
-def _state(epoch: Epoch) -> str:
-    return f"loss {epoch.loss:.3f}, accuracy {epoch.accuracy:.3f}"
+def _record(event: EpochEnd) -> dict[str, Any]:
+    """An epoch's numbers by name."""
+    record = asdict(event.epoch)
+    record[event.metric] = record.pop("metric")
+    return record
+
+
+def _state(event: EpochEnd) -> str:
+    return f"loss {event.epoch.loss:.3f}, {event.metric} {event.epoch.metric:.3f}"

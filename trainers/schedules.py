@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ensembler.errors import UsageError
-
 __all__ = [
     "SCHEDULES",
     "Schedule",
     "after",
     "constant",
     "cosine",
-    "cyclic",
-    "cyclic_middles",
     "one_cycle",
     "piecewise",
     "repeated",
@@ -59,34 +55,6 @@ def piecewise(rate: float, iterations: int) -> Schedule:
         return rate * (1 - 0.99 * min(max((share - 0.5) / 0.4, 0), 1))
 
     return schedule
-
-
-def cyclic(high: float, low: float, cycle: int) -> Schedule:
-    """Fast Geometric Ensembling's triangular cycle (Garipov et al. 2018, sec. 4).
-
-    With ``t = (mod(i - 1, c) + 1) / c``: ``(1 - 2t) high + 2t low`` for ``t <= 1/2``, then
-    ``(2 - 2t) low + (2t - 1) high``.
-
-    Args:
-        high: the paper's alpha_1.
-        low: the paper's alpha_2, below ``high``; reached in mid-cycle.
-        cycle: c, iterations a cycle, at least 2.
-    """
-    if not 0 < low < high:
-        raise UsageError(f"FGE's rates must satisfy 0 < low < high, not low = {low:g}, high = {high:g}")
-    if cycle < 2:
-        raise UsageError(f"an FGE cycle takes at least 2 iterations, not {cycle}")
-
-    def schedule(iteration: int) -> float:
-        t = ((iteration - 1) % cycle + 1) / cycle
-        return (1 - 2 * t) * high + 2 * t * low if t <= 0.5 else (2 - 2 * t) * low + (2 * t - 1) * high
-
-    return schedule
-
-
-def cyclic_middles(cycle: int, cycles: int) -> list[int]:
-    """The iterations in mid-cycle, where :func:`cyclic` is lowest and a snapshot is due: one a cycle."""
-    return [cycle // 2 + cycle * n for n in range(cycles)]
 
 
 def repeated(schedule: Schedule, cycle: int) -> Schedule:

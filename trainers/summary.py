@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ensembler.run import Cost, DatasetRecord, Manifest, Part
+from ensembler.run import Cost, CostEntry, DatasetRecord, Manifest
 
 __all__ = ["lines", "rows"]
 
@@ -14,12 +14,13 @@ _LONG = ("path", "paths", "growth", "trials")  # metrics for a picture or a prog
 def lines(manifest: Manifest) -> list[str]:
     """What was trained, how good it is, its geometry and its cost, in Rich's markup."""
     cost, test = manifest.cost, manifest.metrics["test"]
-    found = [
-        f"[bold]{manifest.method}[/] of {manifest.members} members on {manifest.dataset.title}: "
-        f"test accuracy {test['accuracy']:.4f}, NLL {test['nll']:.4f}",
-        f"members: mean accuracy {test['member_accuracy']:.4f}, disagreement "
-        + ("not known of one member" if test["disagreement"] is None else f"{test['disagreement']:.4f}"),
+    members = "1 member" if manifest.members == 1 else f"{manifest.members} members"
+    scores = [
+        f"{name.replace('_', ' ').replace('nll', 'NLL')} " + ("unknown" if value is None else f"{value:.4f}")
+        for name, value in test.items()
+        if name != "examples"
     ]
+    found = [f"[bold]{manifest.method}[/] of {members} on {manifest.dataset.title}", f"test: {', '.join(scores)}"]
     for simplex in manifest.metrics.get("simplexes", ()):
         lengths = simplex["edge_lengths"]
         found.append(
@@ -35,7 +36,7 @@ def lines(manifest: Manifest) -> list[str]:
         for name, way in measured.items():
             found.append(
                 f"{prefix}{name}: highest train loss {way['highest_train_loss']:.4f}, highest test error "
-                f"{way['highest_test_error']:.4f}; an end with t = 1/2: error "
+                f"{way['highest_test_error']:.4f}; ensemble of an end with t = 1/2: error "
                 f"{way['ensemble_error'][len(way['t']) // 2]:.4f}"
             )
     found.append(f"cost: {cost.example_passes:,} example passes, {cost.seconds:.0f} s on {cost.device}")
@@ -52,9 +53,10 @@ def rows(manifest: Manifest) -> dict[str, str]:
         "classes": _classes(manifest.dataset),
         "sizes": f"{manifest.vertices} vertices, {manifest.members} members",
         "cost": _costs(cost),
-        **{f"  {name}": _costs(part) for name, part in cost.parts.items()},
+        **{f"  {name}": _costs(part) for name, part in cost.entries.items()},
         **{name: json.dumps(value) for name, value in manifest.metrics.items() if name not in _LONG},
         "options": json.dumps(manifest.options),
+        "settings": json.dumps(manifest.settings),
         "seed": str(manifest.seed),
         "created": manifest.created,
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
@@ -63,13 +65,11 @@ def rows(manifest: Manifest) -> dict[str, str]:
 
 
 def _classes(record: DatasetRecord) -> str:
-    if not record.class_counts:  # a run of before they were recorded
-        return ", ".join(record.classes)
     pairs = zip(record.classes, record.class_counts, strict=True)
     return ", ".join(f"{name} ({count:,})" for name, count in pairs)
 
 
-def _costs(cost: Cost | Part) -> str:
+def _costs(cost: Cost | CostEntry) -> str:
     unknown = cost.unknown if isinstance(cost, Cost) else [cost.origin] if cost.origin else []
     texts = [f"{cost.example_passes:,} example passes", *(f"the unknown ones of {origin}" for origin in unknown)]
     if cost.forward_passes:
@@ -77,5 +77,5 @@ def _costs(cost: Cost | Part) -> str:
     if cost.seconds is not None:
         texts.append(f"{cost.seconds:,.0f} s")
     if cost.peak_memory is not None:
-        texts.append(f"{cost.peak_memory / 2**30:.2f} GiB at the most")
+        texts.append(f"{cost.peak_memory / 2**30:.2f} GiB at most")
     return f"{', '.join(texts)} on {cost.device}"

@@ -66,7 +66,7 @@ def read(path: Path) -> dict[str, Tensor]:
         raise ArtefactError(f"{path} is a folder: name the file of weights in it") from error
     except OSError as error:
         raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # of any kind: the bytes are a stranger's
+    except Exception as error:  # of any kind: the file is untrusted
         if pickled := re.search(r"GLOBAL ([\w.]+)|(TorchScript|legacy \.tar)", str(error)):
             raise ArtefactError(
                 f"{path} holds more than tensors ({pickled[1] or pickled[2]}), and reading that could run code: "
@@ -195,7 +195,7 @@ def _torchvision(name: str, weights: str) -> dict[str, Tensor]:
         raise
     except (OSError, HTTPException) as error:
         raise ArtefactError(f"cannot fetch {url} ({_reason(error)}): put that file at {file}") from error
-    except Exception as error:  # of any kind: the bytes are a stranger's
+    except Exception as error:  # of any kind: the file is untrusted
         raise CorruptError(f"{url} came damaged ({_reason(error)}): remove {file}, and it is fetched again") from error
 
 
@@ -207,7 +207,7 @@ def _timm(name: str, weights: str) -> dict[str, Tensor]:
             return _tensors(architectures.from_timm(name, pretrained=True))
     except EnsemblerError:
         raise
-    except Exception as error:  # of any kind: timm, its hub's client and the bytes are strangers
+    except Exception as error:  # of any kind: whatever timm or its hub's client raises
         import timm  # type: ignore[import-not-found]
 
         origin = timm.get_pretrained_cfg(name)

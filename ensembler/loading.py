@@ -1,0 +1,136 @@
+"""Image files read and varied ahead of their turn, by the processes of a DataLoader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ensembler.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from ensembler.images import FileSplit
+
+__all__ = ["read_ahead"]
+
+_WORKERS = 8
+
+_Key = tuple[list[Path], NDArray[np.int64], NDArray[np.int64]]  # files, their labels, and how they are varied
+
+
+def read_ahead(
+    split: FileSplit,
+    keys: Iterator[tuple[Tensor, Tensor]],
+    augmentation: str,
+    device: torch.device,
+    workers: int | None = None,
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Batches of images (B, H, W, 3) and labels (B,) on ``device``, in the order of their keys.
+
+    Args:
+        split: the files.
+        keys: for each batch, the indices (B,) of its images, and how each is varied; see :func:`images.draw`.
+        augmentation: see :func:`images.read_images`.
+        device: where they are brought to; a GPU fetches them from pinned memory.
+        workers: processes; 0 for none but this one; by default one for each CPU that this process may use, or its part
+            of them where torchrun started several processes on one machine; 8 at most.
+
+    Raises:
+        DataError: an image cannot be read. UsageError: the processes have died.
+    """
+    if workers is None:
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = max(1, min(_cpus() // sharing, _WORKERS))
+    loader = DataLoader(
+        _Reader(split.shape, augmentation, threads=1 if workers else None),
+        batch_size=None,  # a key is a whole batch
+        sampler=_named(split, keys),
+        num_workers=workers,
+        multiprocessing_context=_context() if workers else None,
+        worker_init_fn=_end_with_parent,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # or else it draws from torch's global numbers
+    )
+    batches = iter(loader)
+    try:
+        while True:
+            images, labels = _next(batches, workers)
+            yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    finally:
+        # They end with ``batches``, but a traceback may keep that for long.
+        getattr(batches, "_shutdown_workers", lambda: None)()
+
+
+def _named(split: FileSplit, keys: Iterator[tuple[Tensor, Tensor]]) -> Iterator[_Key]:
+    for index, choices in keys:
+        part = split.part(index)
+        yield part.paths, part.labels.numpy(), choices.numpy()
+
+
+def _next(batches: Iterator[Any], workers: int) -> tuple[Tensor, Tensor]:
+    try:
+        found: tuple[Tensor, Tensor] | DataError = next(batches)
+    except (RuntimeError, OSError, EOFError) as error:
+        if not workers or str(error).startswith("Caught"):  # raised by what was to be done
+            raise
+        raise UsageError(
+            f"the processes that read images have died ({error}): use fewer, or --workers 0. "
+            'A script of yours must train under if __name__ == "__main__":, for each of them imports it'
+        ) from error
+    if isinstance(found, DataError):
+        raise found
+    return found
+
+
+class _Reader(Dataset[Any]):
+    """What a worker process holds: a key tells it all the rest, so that it needs no list of all the files."""
+
+    def __init__(self, shape: tuple[int, int], augmentation: str, threads: int | None) -> None:
+        self._shape, self._augmentation, self._threads = shape, augmentation, threads
+
+    def __getitem__(self, key: _Key) -> tuple[Tensor, Tensor] | DataError:
+        from ensembler.images import read_images
+
+        files, labels, choices = key
+        try:
+            images = read_images(
+                files, self._shape, self._augmentation, torch.from_numpy(choices), threads=self._threads
+            )
+        except DataError as error:
+            return error  # raised, it would come out as a traceback of the loader's
+        return images, torch.from_numpy(labels)
+
+
+def _context() -> BaseContext:
+    """How workers are started: from a clean server process, since a fork of this one could inherit OpenMP's locks."""
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["ensembler.images", "torchvision.transforms.v2"])
+    return context
+
+
+def _end_with_parent(worker: int) -> None:
+    """Let a worker end when the process that trains is killed: torch's own watchdog looks at the server process."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

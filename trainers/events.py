@@ -1,0 +1,45 @@
+"""What a training reports on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ensembler.trainers.loop import Epoch
+
+__all__ = ["EpochEnd", "Event", "Message", "OnEvent", "named"]
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """An epoch of a part has ended; the part has ``epochs`` in all, and ``metric`` names its second number."""
+
+    part: str
+    epoch: Epoch
+    epochs: int
+    metric: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a method finds on its way, in one line."""
+
+    text: str
+
+
+Event = EpochEnd | Message
+OnEvent = Callable[[Event], None]
+
+
+def named(prefix: str, on_event: OnEvent) -> OnEvent:
+    """A function that passes events on, with ``prefix`` before the names of their parts and their texts."""
+
+    def emit(event: Event) -> None:
+        if isinstance(event, EpochEnd):
+            on_event(replace(event, part=prefix + event.part))
+        else:
+            on_event(Message(prefix + event.text))
+
+    return emit

@@ -1,0 +1,342 @@
+"""A training command's runs, one a seed: their options resolved, made here or elsewhere, saved, resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from ensembler.errors import UsageError
+from ensembler.storage import destination
+from ensembler.trainers.options import Options, option
+from ensembler.trainers.settings import Settings
+from ensembler.transfers import push_finished
+
+if TYPE_CHECKING:
+    from ensembler.engine import Engine
+    from ensembler.jobs import Job
+    from ensembler.run import Run
+    from ensembler.trainers.distributed import Group
+    from ensembler.trainers.events import OnEvent
+    from ensembler.trainers.method import Method
+    from ensembler.trainers.resume import Unfinished
+    from ensembler.trainers.training import Training
+
+__all__ = ["Data", "Launch", "check_free", "label", "launch", "save"]
+
+
+class Data(Options):
+    """Which images to train on."""
+
+    dataset: str | None = option(
+        None, help="digits, cifar10, cifar100, fashion-mnist or folder:PATH. (default: that of --init, or digits)"
+    )
+    data: Path | None = option(None, help="Folder of the dataset's files. (default: ~/.cache/ensembler/data)")
+    download: bool = option(False, flag="--download", help="Download the dataset if it is not there.")
+    image_size: int | None = option(None, ge=1, help="Resize every image to this many pixels a side.")
+    in_memory: bool | None = option(
+        None,
+        flag="--in-memory/--from-files",
+        help="Hold a folder's images in memory, or read them when needed. (default: in memory up to 4 GiB)",
+    )
+    corrupt: Literal["refuse", "skip"] = option(
+        "refuse", help="Images of a folder that cannot be read: stop, or leave them out and name them."
+    )
+
+
+class Launch(Options):
+    """Where a command's runs go, how many there are, and what is shown of them."""
+
+    recipe: Literal["paper", "fast"] | None = option(
+        None,
+        panel="Training",
+        help="Other defaults: those published for the method, network and dataset, or those of a short run.",
+    )
+    collapse: Literal["centroid"] | None = option(
+        None, help="Keep only the average of the vertices (SWA), one network; see also: ensembler collapse."
+    )
+    out: str | None = option(
+        None,
+        metavar="PATH|URL",
+        help="Folder of the new run, or a URL: then one in runs/, pushed when it is finished. (default: one in runs/)",
+    )
+    resume: Path | None = option(None, metavar="RUN", help="Resume an interrupted run with its original options.")
+    seeds: int = option(
+        1, ge=1, panel="Engine", help="N, runs with the seeds --seed, --seed + 1, ...: OUT-s0, OUT-s1, ... where N > 1."
+    )
+    engine: Literal["local", "ray"] = option(
+        "local", panel="Engine", help="What runs independent jobs (members, simplexes, seeds): this process, or Ray."
+    )
+    address: str | None = option(
+        None, panel="Engine", help="Address of a Ray cluster. (default: RAY_ADDRESS, or a Ray of this machine's own)"
+    )
+    checkpoint_every: float = option(60.0, ge=0, panel="Progress", help="Seconds between two checkpoints.")
+    quiet: bool = option(False, flag="--quiet", panel="Progress", help="Print only the final result.")
+    log: Path | None = option(None, panel="Progress", help="File to which each epoch adds a line of JSON.")
+    tensorboard: Path | None = option(None, panel="Progress", help="Folder for TensorBoard's event files.")
+
+
+_WITH_RESUME = {"resume", "data", "device", "threads", "workers", "engine", "address"}
+_WITH_RESUME |= {"checkpoint_every", "quiet", "log", "tensorboard"}
+
+
+def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> None:
+    """Make the runs of a command.
+
+    Args:
+        kind: the method.
+        given: every option of the command, by name.
+        chosen: the names of those that were typed, or given by a file: the others have their defaults.
+
+    Raises:
+        UsageError: options that do not go together, or a run that already exists.
+    """
+    from ensembler.engine import choose
+    from ensembler.trainers.distributed import joined, launched
+    from ensembler.trainers.progress import progress
+
+    own = Launch.typed(given)
+    several = own.seeds > 1
+    with joined(given["device"]) as group, choose(own.engine, own.address, given["device"], given["threads"]) as engine:
+        if group.size > 1 and (several or own.engine != "local"):
+            raise UsageError(
+                "under torchrun, one run is made by the processes that it started: leave out --seeds and --engine"
+            )
+        folder, url = destination(own.out, "runs")
+        path = own.resume or folder or _unnamed(f"{kind.command.removeprefix('train-')}-{label(given['architecture'])}")
+        if not several:
+            group.from_first(partial(check_free, path, resumed=own.resume is not None, restarted=launched()))
+        with progress(own.quiet, own.log, own.tensorboard) if group.first else progress(quiet=True) as on_event:
+            training = (_resumed if own.resume else _given)(kind, given, chosen, own, group)
+            first = training.settings.seed
+            paths = {seed: path.with_name(f"{path.name}-s{seed}") for seed in range(first, first + own.seeds)}
+            runs = _Runs(training, paths if several else {first: path}, own.checkpoint_every, group)
+            runs.make(engine, on_event)
+        for seed, one in runs.saved.items() if group.first else ():
+            push_finished(one, url and url + f"-s{seed}" * several, own.quiet)
+
+
+@dataclass(eq=False)
+class _Runs:
+    """The runs of a command, one a seed; as a store of jobs, a job is done where its run lies.
+
+    Args:
+        training: of the first seed.
+        paths: where each run is to be, by its seed.
+        every: seconds between two checkpoints.
+        group: the processes that train together.
+    """
+
+    training: Training
+    paths: Mapping[int, Path]
+    every: float
+    group: Group
+    saved: dict[int, Path] = field(default_factory=dict)
+    unfinished: dict[int, Unfinished] = field(default_factory=dict)
+
+    @property
+    def several(self) -> bool:
+        return len(self.paths) > 1
+
+    def make(self, engine: Engine, on_event: OnEvent) -> None:
+        """Make those that are missing, and save each as soon as it is finished."""
+        from ensembler import jobs
+        from ensembler.engine import Local
+        from ensembler.trainers.resume import Unfinished
+
+        outer, inner = (engine, Local()) if self.several else (Local(), engine)
+        self.unfinished = {
+            seed: Unfinished(path, self.training.with_seed(seed).spec, self.every, ours=self.group.first)
+            for seed, path in self.paths.items()
+            if not path.exists()
+        }
+        here = (dict(self.unfinished), inner, self.group) if outer.here else None
+        todo = [jobs.Job(f"seed {seed}", _make, {"seed": seed}) for seed in self.paths]
+        shared = self.training, self.several, here
+        try:
+            with closing(jobs.run(todo, shared, outer, self, on_event)) as results:
+                for _ in results:
+                    pass
+        except BaseException:
+            if self.group.first:
+                self._say_how_to_resume()
+            raise
+        finally:
+            for one in self.unfinished.values():
+                one.close()
+
+    def load(self, job: Job) -> Path | None:
+        """Where the run of a seed lies, if it already exists.
+
+        Raises:
+            UsageError: another run does.
+        """
+        from ensembler.run import Run
+
+        seed = job.arguments["seed"]
+        path = self.paths[seed]
+        if seed in self.unfinished:
+            return None
+        if Run.load(path).manifest.fingerprint != self.training.with_seed(seed).spec.fingerprint:
+            raise UsageError(
+                f"{path} already exists, made with other options or of other data: choose another --out, or remove it"
+            )
+        typer.echo(f"{path} already exists, skipped", err=True)
+        self.saved[seed] = path
+        return path
+
+    def save(self, job: Job, result: Run) -> None:
+        """Save a run, and remove what was kept while it was made."""
+        seed = job.arguments["seed"]
+        self.saved[seed] = self.group.from_first(partial(save, result, self.paths[seed]))
+        self.unfinished.pop(seed).remove()
+
+    def _say_how_to_resume(self) -> None:
+        kept = [one.folder for one in self.unfinished.values() if one.folder.is_dir()]
+        if self.several and kept:
+            seed, path = next(iter(self.paths.items()))
+            again = path.with_name(path.name.removesuffix(f"-s{seed}"))
+            typer.echo(f"to resume: the same command with --out {again}", err=True)
+            return
+        for folder in kept:
+            typer.echo(f"to resume: ensembler {self.training.spec.command} --resume {folder.with_suffix('')}", err=True)
+
+
+def _make(shared: tuple[Training, bool, Any], emit: OnEvent, seed: int) -> Run:
+    """A job: the run of one seed, with its store, engine and group where it is made in the command's own process."""
+    from ensembler.trainers.distributed import ALONE
+    from ensembler.trainers.events import named
+
+    training, several, here = shared
+    unfinished, engine, group = here or (dict[int, Any](), None, ALONE)
+    store = unfinished[seed].store if seed in unfinished else None
+    on_event = named(f"seed {seed}, ", emit) if several else emit
+    made: Run = training.with_seed(seed).make(on_event, store, engine, group)
+    return made
+
+
+def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: Launch, group: Group) -> Training:
+    """What a command's options ask for."""
+    from ensembler import datasets
+    from ensembler.run import Run
+    from ensembler.trainers import recipes
+    from ensembler.trainers.starts import load_starts
+    from ensembler.trainers.training import Training
+
+    data, values = Data.typed(given), {name: _written(value) for name, value in given.items()}
+    starts = load_starts(kind.typed(values), Settings.typed(values))
+    start = next((found.manifest for found in starts.values() if isinstance(found, Run)), None)
+    if own.recipe:
+        architecture = start.architecture if start else values["architecture"]
+        name = data.dataset or (start.dataset.name if start else "digits")
+        found = recipes.find(own.recipe, kind, architecture, name)
+        values |= {name: value for name, value in found.items() if name not in chosen}
+    if start and data.dataset is None and data.image_size is None:
+        load = partial(start.dataset.load, data.data, download=data.download)
+    else:
+        asked = data.model_dump(include={"download", "image_size", "in_memory", "corrupt"})
+        load = partial(datasets.load, data.dataset or "digits", data.data, **asked)
+    dataset = group.after_first(load)
+    if dataset.skipped and group.first:
+        names = ", ".join(dataset.skipped)
+        typer.echo(f"{len(dataset.skipped)} images cannot be read and are left out: {names}", err=True)
+    return Training.of(dataset, kind.typed(values), Settings.typed(values), starts, own.collapse is not None)
+
+
+def _resumed(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: Launch, group: Group) -> Training:
+    """What an interrupted run's ``spec.json`` asks for."""
+    from ensembler.trainers.spec import Spec, unfinished
+    from ensembler.trainers.starts import load_starts
+    from ensembler.trainers.training import Training
+
+    path = own.resume or Path()
+    spec = group.from_first(partial(Spec.read, unfinished(path)))
+    if spec.command != kind.command:
+        raise UsageError(f"{path} was begun by another command: ensembler {spec.command} --resume {path}")
+    if wrong := sorted(chosen - _WITH_RESUME):
+        flags = Data.flags() | Settings.flags() | Launch.flags() | kind.flags()
+        raise UsageError(f"--resume keeps the options that the run was begun with: leave out {flags[wrong[0]]}")
+    here = {name: given[name] for name in Settings.marked("computing") & chosen}
+    method, settings = kind(**spec.options), Settings(**spec.settings | here)
+    dataset = group.after_first(partial(spec.dataset.load, given["data"]))
+    return Training.of(dataset, method, settings, load_starts(method, settings), spec.collapse)
+
+
+def _unnamed(name: str) -> Path:
+    """Where a run goes that the user has not named.
+
+    Raises:
+        UsageError: several processes train it, which would each find another name.
+    """
+    from ensembler.run import new_path
+    from ensembler.trainers.distributed import launched
+
+    if launched():
+        raise UsageError("under torchrun, name the run with --out: every process and every restart must mean the same")
+    return new_path(Path("runs"), name)
+
+
+def check_free(path: Path, resumed: bool = False, restarted: bool = False) -> None:
+    """Before an hour of training, not after, say what stands where a run is to be, or that nothing can be written.
+
+    Args:
+        path: where it is to be.
+        resumed: whether it must have been begun.
+        restarted: whether it may have been begun, by the very same command.
+
+    Raises:
+        UsageError: a run is there, or what was begun of one; or nothing is there to resume. ArtefactError: the folder
+            cannot be written to.
+    """
+    from ensembler.artefact import check_writable
+    from ensembler.trainers.spec import SPEC, unfinished
+
+    begun = unfinished(path)
+    if resumed and not (begun / SPEC).is_file():
+        raise UsageError(
+            f"nothing to resume at {path}: {'it is finished' if path.exists() else f'there is no {begun}'}"
+        )
+    if path.exists() and (resumed or restarted) and begun.is_dir():
+        raise UsageError(f"{path} already exists. If it is this run, remove {begun}; otherwise move it away and resume")
+    if path.exists():
+        raise UsageError(f"{path} already exists: choose another --out, or remove it first")
+    if (begun / SPEC).is_file() and not (resumed or restarted):
+        raise UsageError(f"{begun} holds an interrupted run: resume it with --resume {path}, or remove it")
+    check_writable(path.parent)
+
+
+def save(run: Run, path: Path) -> Path:
+    """Save a run, or beside ``path`` if another process took that name meanwhile, and print what it is.
+
+    Returns:
+        Where it lies.
+    """
+    from rich.console import Console
+
+    from ensembler.run import new_path
+    from ensembler.trainers.summary import lines
+
+    try:
+        run.save(path)
+    except UsageError:  # what was trained is not thrown away
+        typer.echo(f"{path} was taken while this run was trained: it is saved beside it", err=True)
+        path = run.save(new_path(path.parent, path.name))
+    Console(highlight=False).print("\n".join([*lines(run.manifest), f"run: {path}"]), soft_wrap=True)
+    return path
+
+
+def label(architecture: str) -> str:
+    """An architecture's name as part of a folder's."""
+    return architecture.replace(":", "-")
+
+
+def _written(value: Any) -> Any:
+    """A path as a manifest holds it: a link such as latest points elsewhere tomorrow."""
+    if isinstance(value, list):
+        return [_written(one) for one in value]
+    return str(value.resolve()) if isinstance(value, Path) else value

@@ -1,0 +1,111 @@
+"""What a training did and what it cost, entry by entry; ledgers of work done elsewhere are merged into it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ensembler.device import forget_peak, peak_memory
+from ensembler.run import Cost, CostEntry
+from ensembler.trainers.loop import Epoch
+
+__all__ = ["Ledger"]
+
+
+@dataclass(eq=False)
+class Ledger:
+    """Costs and history of a training, or of a job of it.
+
+    Attributes:
+        device: the name of what it runs on.
+        entries: what each part cost.
+        history: one mapping for each epoch, with the ``seconds`` that had passed by then.
+        before: seconds spent elsewhere: on what it starts from, on jobs, before it was interrupted.
+    """
+
+    device: str
+    entries: dict[str, CostEntry] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    before: float = 0.0
+    _start: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in all."""
+        return self.before + time.monotonic() - self._start
+
+    @contextmanager
+    def entry(self, name: str, device: torch.device) -> Iterator[CostEntry]:
+        """The entry of that name; the block's time and memory are added to it."""
+        entry = self.entries.setdefault(name, CostEntry(device=self.device))
+        start = time.monotonic()
+        forget_peak(device)
+        yield entry
+        entry.seconds = round((entry.seconds or 0.0) + time.monotonic() - start, 3)
+        entry.peak_memory = _largest(entry.peak_memory, peak_memory(device))
+
+    def epoch(self, part: str, epoch: Epoch, forward_passes: int = 0) -> None:
+        """Count an epoch's passes and add it to the history."""
+        self.entries[part].example_passes += epoch.examples
+        self.entries[part].forward_passes += forward_passes
+        self.history.append({"part": part, **asdict(epoch), "seconds": round(self.seconds, 3)})
+
+    def fork(self) -> Ledger:
+        """An empty ledger, for a part or a job; see :meth:`merging`."""
+        return Ledger(self.device)
+
+    def resume(self, part: str, record: Mapping[str, Any]) -> None:
+        """Go on from the :meth:`record` that was taken in the midst of a part."""
+        self._merge(record)
+        self.entries[part].seconds = self.before = record["seconds"]
+
+    @contextmanager
+    def merging(self) -> Iterator[list[Mapping[str, Any]]]:
+        """Merge the :meth:`record` of each fork that the block collects, as if they had run one after another."""
+        found: list[Mapping[str, Any]] = []
+        seconds = self.seconds
+        yield found
+        self.before = seconds
+        for record in found:
+            self._merge(record)
+            self.before += record["seconds"]
+        self._start = time.monotonic()
+
+    def record(self) -> dict[str, Any]:
+        """Entries, history and seconds, as JSON values."""
+        entries = {name: entry.model_dump() for name, entry in self.entries.items()}
+        return {"entries": entries, "history": self.history, "seconds": self.seconds}
+
+    def cost(self) -> Cost:
+        """The sum of all entries."""
+        entries = self.entries.values()
+        peaks = [entry.peak_memory for entry in entries if entry.peak_memory is not None]
+        return Cost(
+            example_passes=sum(entry.example_passes for entry in entries),
+            forward_passes=sum(entry.forward_passes for entry in entries),
+            seconds=round(self.seconds, 3),
+            peak_memory=max(peaks, default=None),
+            device=self.device,
+            entries=self.entries,
+        )
+
+    def _merge(self, record: Mapping[str, Any]) -> None:
+        for name, content in record["entries"].items():
+            new = CostEntry.model_validate(content)
+            old = self.entries.setdefault(name, CostEntry(device=new.device))
+            old.example_passes += new.example_passes
+            old.forward_passes += new.forward_passes
+            old.seconds = None if new.seconds is None else round((old.seconds or 0.0) + new.seconds, 3)
+            old.peak_memory = _largest(old.peak_memory, new.peak_memory)
+            old.origin = old.origin or new.origin
+        for line in record["history"]:
+            self.history.append(line | {"seconds": round(self.before + line["seconds"], 3)})
+
+
+def _largest(*sizes: int | None) -> int | None:
+    return max((size for size in sizes if size is not None), default=None)

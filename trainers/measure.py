@@ -1,0 +1,187 @@
+"""Losses and errors at points of weight space, each counted in the cost as forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ensembler import ensemble
+from ensembler.batchnorm import has_batchnorm
+from ensembler.ensemble import BATCHNORM_EXAMPLES
+from ensembler.examples import Examples
+from ensembler.seeds import generator
+from ensembler.subspace import dirichlet, edge_lengths, log_volume
+from ensembler.task import Task
+from ensembler.trainers.trainer import Trainer
+
+__all__ = ["Point", "describe", "inside", "member_buffers", "path_scores", "points"]
+
+INSIDE = 4  # interior points at which a simplex is measured
+EXAMPLES = 1000  # training and held-out examples that this takes, at most
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """One point of weight space.
+
+    Attributes:
+        train_loss: mean negative log-likelihood on training examples, in nats.
+        predicted: (N, D) predictive distributions of held-out examples.
+        targets: (N,) theirs.
+        task: what they mean.
+    """
+
+    train_loss: float
+    predicted: Tensor
+    targets: Tensor
+    task: Task
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood on the held-out examples, in nats."""
+        return self.task.nll(self.predicted, self.targets)
+
+    def error(self, other: Point | None = None) -> float:
+        """Error on the held-out examples; with ``other``, of the ensemble of the two."""
+        members = [self.predicted] if other is None else [self.predicted, other.predicted]
+        return self.task.error(self.task.combine(torch.stack(members)), self.targets)
+
+
+def points(
+    trainer: Trainer,
+    vertices: Tensor,
+    coefficients: Tensor,
+    buffers: Mapping[str, Tensor],
+    held_out: Examples,
+    examples: int = EXAMPLES,
+) -> list[Point]:
+    """Measure members on at most ``examples`` training examples and as many held-out ones, the same for every member.
+
+    BatchNorm statistics are recomputed for each, from as many training examples.
+
+    Args:
+        trainer: its network is used.
+        vertices: (K, P).
+        coefficients: (M, K).
+        buffers: the network's, but for BatchNorm's statistics.
+        held_out: of the trainer's dataset.
+        examples: at most.
+    """
+    train, unseen = _some(trainer.train_examples, examples), _some(held_out, examples)
+
+    def measure() -> list[Point]:
+        result = []
+        for row in coefficients:
+            own = ensemble.member_buffers(trainer.weights, vertices, row[None], train, trainer.record, dict(buffers))
+            trainer.weights.load_buffers({name: rows[0] for name, rows in own.items()})
+            loss = trainer.task.nll(_predicted(trainer, train), train.labels.cpu())
+            result.append(Point(loss, _predicted(trainer, unseen), unseen.labels.cpu(), trainer.task))
+        return result
+
+    with trainer.ledger.entry("measurements", trainer.device) as entry:
+        each = len(train) * (2 if has_batchnorm(trainer.weights.module) else 1) + len(unseen)
+        entry.forward_passes += len(coefficients) * each
+        return trainer.group.from_first(measure)
+
+
+def member_buffers(
+    trainer: Trainer, vertices: Tensor, coefficients: Tensor, buffers: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Buffers (M, ...) of sampled members, BatchNorm's recomputed, all others as in ``buffers``; counted.
+
+    See :func:`ensembler.ensemble.member_buffers`.
+    """
+    train = trainer.train_examples
+    with trainer.ledger.entry("members", trainer.device) as entry:
+        if has_batchnorm(trainer.weights.module):
+            entry.forward_passes += len(coefficients) * min(len(train), BATCHNORM_EXAMPLES)
+        return trainer.group.from_first(
+            lambda: ensemble.member_buffers(
+                trainer.weights, vertices, coefficients, train, trainer.record, dict(buffers)
+            )
+        )
+
+
+def inside(vertices: int) -> Tensor:
+    """Coefficients (4, K) of the points inside at which every simplex of K vertices is measured."""
+    return dirichlet(INSIDE, vertices, np.random.default_rng(0))
+
+
+def describe(trainer: Trainer, simplex: Tensor, buffers: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+    """Measure a simplex (K, P) on held-out examples, and report it in one line.
+
+    Returns:
+        ``name``, ``log_volume``, ``edge_lengths``; the mean ``train_loss`` and ``held_out_nll`` of the ``vertices``,
+        the ``centroid`` and the points ``inside``, in nats; the mean pairwise ``disagreement`` among the vertices and
+        among the points inside.
+    """
+    K = len(simplex)
+    coefficients = torch.cat([torch.eye(K), torch.full((1, K), 1 / K), inside(K)])
+    found = points(trainer, simplex, coefficients, buffers, trainer.dataset.validation)
+    groups = {"vertices": found[:K], "centroid": found[K : K + 1], "inside": found[K + 1 :]}
+    lengths = edge_lengths(simplex).tolist()
+    result: dict[str, Any] = {
+        "name": name,
+        "log_volume": log_volume(simplex).item(),
+        "edge_lengths": lengths,
+        "train_loss": {group: _mean([point.train_loss for point in own]) for group, own in groups.items()},
+        "held_out_nll": {group: _mean([point.nll for point in own]) for group, own in groups.items()},
+        "disagreement": {group: _disagreement(groups[group]) for group in ("vertices", "inside")},
+    }
+    texts = [
+        f"{group} loss {result['train_loss'][group]:.4f}, held-out NLL {result['held_out_nll'][group]:.4f}"
+        + (f", disagreement {result['disagreement'][group]:.4f}" if group in result["disagreement"] else "")
+        for group in groups
+    ]
+    size = f"log volume {result['log_volume']:.2f}, edge lengths {min(lengths):.2f} to {max(lengths):.2f}"
+    trainer.say(f"{name}: {size}; {'; '.join(texts)}")
+    return result
+
+
+def path_scores(
+    trainer: Trainer, vertices: Tensor, coefficients: Tensor, buffers: Mapping[str, Tensor], t: Tensor, examples: int
+) -> dict[str, list[float] | float]:
+    """Measure a path of points; BatchNorm statistics are recomputed at each.
+
+    Returns:
+        ``t``, ``train_loss``, ``test_error`` and ``ensemble_error`` (of the two-member ensemble of the path's first
+        point with the one at t; Garipov et al. 2018, figure 2, right): a list each, one number a point. And
+        ``highest_train_loss`` and ``highest_test_error``: the barrier.
+    """
+    found = points(trainer, vertices, coefficients, buffers, trainer.dataset.test, examples)
+    losses, errors = [point.train_loss for point in found], [point.error() for point in found]
+    return {
+        "t": t.tolist(),
+        "train_loss": losses,
+        "test_error": errors,
+        "ensemble_error": [point.error(found[0]) for point in found],
+        "highest_train_loss": max(losses),
+        "highest_test_error": max(errors),
+    }
+
+
+def _predicted(trainer: Trainer, examples: Examples) -> Tensor:
+    """Distributions (N, D) of the network as it is, on the CPU."""
+    trainer.weights.module.eval()
+    prepare = examples.inputs(trainer.record.mean, trainer.record.std, trainer.device)
+    with torch.inference_mode():
+        parts = examples.batches(trainer.settings.batch_size or 1)
+        outputs = [trainer.weights.module(prepare(part.data.to(trainer.device))) for part in parts]
+    return trainer.task.distribution(torch.cat(outputs)).cpu()
+
+
+def _disagreement(found: Sequence[Point]) -> float:
+    return found[0].task.disagreement(torch.stack([point.predicted for point in found]))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def _some(examples: Examples, count: int) -> Examples:
+    return examples.part(torch.randperm(len(examples), generator=generator(0, "probe"))[:count])

@@ -1,0 +1,63 @@
+"""Deep ensembles: the same network trained M times from independent weights (Lakshminarayanan et al. 2017).
+
+Vertices: the M solutions. Coefficients: the identity. One member is a single network, the baseline of everything.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ensembler.trainers.method import Members, Method
+from ensembler.trainers.options import option
+from ensembler.trainers.recipes import ASHUKHA_2020, GARIPOV_2018, SOLUTIONS, Recipe
+
+if TYPE_CHECKING:
+    from ensembler.trainers.trainer import Trainer
+    from ensembler.trainers.work import Made
+
+__all__ = ["DeepEnsemble"]
+
+
+class DeepEnsemble(Method):
+    """Train M networks from independent weights (Lakshminarayanan et al. 2017)."""
+
+    command = "train-deep-ensemble"
+    starts_fresh = True
+    fast = {"epochs": 10, "members": 3}
+    published = (
+        *(Recipe(name, options, GARIPOV_2018) for name, options in SOLUTIONS.items()),
+        Recipe("vgg16bn", SOLUTIONS["vgg16"] | {"epochs": 400}, ASHUKHA_2020),
+    )
+
+    members: int = option(4, ge=1, help="M, networks trained; 1 is a single network.")
+
+    @property
+    def name(self) -> str:
+        """``single`` where M = 1."""
+        return "single" if self.members == 1 else "deep-ensemble"
+
+    @property
+    def independent(self) -> bool:
+        """Always."""
+        return True
+
+    def train(self, trainer: Trainer) -> Members:
+        """Train each member from its own weights and on its own order of the data."""
+        import torch
+
+        from ensembler.trainers.work import each
+
+        jobs = {f"solution {member + 1}": {"member": member} for member in range(self.members)}
+        made = [tensors for tensors, _ in each(trainer, solve, jobs)]
+        whole = {name: torch.stack([tensors[name] for tensors in made]) for name in made[0]}
+        vertices = whole.pop("vector")
+        buffers = {name.removeprefix("buffer."): rows.cpu() for name, rows in whole.items()}
+        return Members(vertices, torch.eye(self.members), buffers)
+
+
+def solve(trainer: Trainer, member: int) -> Made:
+    """A job: one solution's ``vector`` (P,) and its buffers."""
+    from ensembler.trainers.starts import solution
+
+    found = solution(trainer, member)
+    return {"vector": found.vector} | {f"buffer.{name}": buffer for name, buffer in found.buffers.items()}, {}

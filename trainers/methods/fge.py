@@ -1,0 +1,97 @@
+"""Fast Geometric Ensembling: snapshots along a cyclic learning rate (Garipov et al. 2018, sec. 4).
+
+Vertices: the snapshots, taken in mid-cycle where the rate is lowest. Coefficients: the identity. One trainable
+vertex, one optimiser from the first step to the last: the cycles begin at ``start`` of one solution's budget and take
+its momentum over.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ensembler.errors import UsageError
+from ensembler.trainers.method import Members, Method
+from ensembler.trainers.options import option
+from ensembler.trainers.recipes import ASHUKHA_2020, GARIPOV_2018, SOLUTIONS, Recipe
+from ensembler.trainers.schedules import Schedule, after
+
+if TYPE_CHECKING:
+    from ensembler.trainers.trainer import Trainer
+
+__all__ = ["FGE", "cyclic", "cyclic_middles"]
+
+# Garipov et al. 2018, as repeated in SamsungLabs/pytorch-ensembles, train/train_fge.sh; the README of their own code
+# has other rates, with alpha_1 = alpha_2 for VGG16. Members: as many cycles as one budget holds.
+_CYCLES = {
+    "vgg16": {"members": 20, "cycle": 2, "high": 1e-2, "low": 5e-4, "start": 160 / 200},
+    "preresnet164": {"members": 6, "cycle": 4, "high": 5e-2, "low": 5e-4, "start": 125 / 150},
+    "wrn28x10": {"members": 10, "cycle": 4, "high": 5e-2, "low": 5e-4, "start": 160 / 200},
+}
+
+
+class FGE(Method):
+    """Collect snapshots along a cyclic learning rate (FGE, Garipov et al. 2018)."""
+
+    command = "train-fge"
+    fast = {"epochs": 10, "members": 3}
+    published = (
+        *(Recipe(name, SOLUTIONS[name] | options, GARIPOV_2018) for name, options in _CYCLES.items()),
+        # SamsungLabs/pytorch-ensembles starts from a solution that is trained out in 160 epochs.
+        Recipe("vgg16bn", SOLUTIONS["vgg16"] | _CYCLES["vgg16"] | {"epochs": 160, "start": 1.0}, ASHUKHA_2020),
+    )
+
+    members: int = option(5, ge=1, help="M, snapshots taken, one a cycle.")
+    cycle: float = option(2, gt=0, help="c, epochs a cycle; the paper takes 2 to 4.")
+    high: float = option(5e-2, gt=0, help="alpha_1, highest learning rate of a cycle.")
+    low: float = option(5e-4, gt=0, help="alpha_2, lowest learning rate of a cycle.")
+    start: float = option(0.8, gt=0, le=1, help="Share of one solution's budget before the cycles.")
+
+    def train(self, trainer: Trainer) -> Members:
+        """Train one network, from fresh weights or a start, and collect M snapshots of it."""
+        import torch
+
+        from ensembler.trainers.loop import Plan
+        from ensembler.trainers.starts import fresh, solution, stack_buffers
+
+        length = trainer.steps(self.cycle)
+        schedule, begin = cyclic(self.high, self.low, length), 0
+        if trainer.starts_solved:
+            begin_at = solution(trainer)
+        else:
+            begin_at, budget = fresh(trainer), trainer.steps(trainer.settings.epochs)
+            begin = max(1, round(self.start * budget))
+            schedule = after(begin, trainer.schedule(budget), schedule)
+        # The last cycle ends with its snapshot: the rise after it would change nothing.
+        collect = [begin + middle for middle in cyclic_middles(length, self.members)]
+        plan = Plan(schedule, collect[-1], collect=collect)
+        fitted = trainer.fit("fge", begin_at.vector[None].clone(), begin_at.buffers, plan)
+        vertices = torch.cat([snapshot.vertices for snapshot in fitted.snapshots])
+        return Members(vertices, torch.eye(self.members), stack_buffers(fitted.snapshots))
+
+
+def cyclic(high: float, low: float, cycle: int) -> Schedule:
+    """Fast Geometric Ensembling's triangular cycle (Garipov et al. 2018, sec. 4).
+
+    With ``t = (mod(i - 1, c) + 1) / c``: ``(1 - 2t) high + 2t low`` for ``t <= 1/2``, then
+    ``(2 - 2t) low + (2t - 1) high``.
+
+    Args:
+        high: the paper's alpha_1.
+        low: the paper's alpha_2, below ``high``; reached in mid-cycle.
+        cycle: c, iterations a cycle, at least 2.
+    """
+    if not 0 < low < high:
+        raise UsageError(f"FGE's rates must satisfy 0 < low < high, not low = {low:g}, high = {high:g}")
+    if cycle < 2:
+        raise UsageError(f"an FGE cycle takes at least 2 iterations, not {cycle}")
+
+    def schedule(iteration: int) -> float:
+        t = ((iteration - 1) % cycle + 1) / cycle
+        return (1 - 2 * t) * high + 2 * t * low if t <= 0.5 else (2 - 2 * t) * low + (2 * t - 1) * high
+
+    return schedule
+
+
+def cyclic_middles(cycle: int, cycles: int) -> list[int]:
+    """The iterations in mid-cycle, where :func:`cyclic` is lowest and a snapshot is due: one a cycle."""
+    return [cycle // 2 + cycle * n for n in range(cycles)]

@@ -1,0 +1,124 @@
+"""What a training starts from: fresh weights, a run's solution, or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ensembler import artefact, pretrained
+from ensembler.errors import UsageError
+from ensembler.pretrained import Checkpoint
+from ensembler.run import CostEntry, Run
+from ensembler.seeds import derive
+from ensembler.trainers.loop import Plan, Snapshot
+from ensembler.trainers.method import Method
+from ensembler.trainers.settings import Settings
+from ensembler.weights import FlatWeights
+
+if TYPE_CHECKING:
+    from ensembler.trainers.trainer import Trainer
+
+__all__ = ["Solution", "Start", "fresh", "identity", "inherit", "load_starts", "solution", "stack_buffers", "vertices"]
+
+Start = Run | Checkpoint
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One trained network: its weights (P,) and its buffers."""
+
+    vector: Tensor
+    buffers: Mapping[str, Tensor]
+
+
+def load_starts(method: Method, settings: Settings) -> dict[str, Start]:
+    """What training starts from, by the names that the method and the settings give: runs, or files of weights.
+
+    Raises:
+        UsageError: two answers to what to start from. ArtefactError: one cannot be read.
+    """
+    if settings.init and settings.weights:
+        raise UsageError("--init and --weights both name a start: give one of them")
+    starts: dict[str, Start] = {path: Run.load(Path(path)) for path in method.runs}
+    if settings.weights:
+        tensors = pretrained.pretrained(settings.architecture, settings.weights)
+        starts[settings.weights] = Checkpoint(f"{settings.architecture} {settings.weights}", tensors)
+    if settings.init:
+        path = Path(settings.init)
+        starts[settings.init] = Checkpoint(path.name, pretrained.read(path)) if path.is_file() else Run.load(path)
+    return starts
+
+
+def identity(name: str, start: Start) -> str:
+    """What stands for a start in a fingerprint: the SHA-256 of the run's manifest or of the file."""
+    if isinstance(start, Run):
+        return start.sha256
+    path = Path(name)
+    return artefact.sha256(path) if path.is_file() else start.origin
+
+
+def fresh(trainer: Trainer, member: int = 0) -> Solution:
+    """Freshly initialised weights of a member; those of a checkpoint, if there is one, in their places."""
+    network = trainer.network(derive(trainer.settings.seed, "member", member))
+    if isinstance(trainer.start, Checkpoint):
+        pretrained.fit(network, trainer.start.tensors)
+    weights = FlatWeights(network)
+    return Solution(weights.vector, weights.buffers())
+
+
+def solution(trainer: Trainer, member: int = 0) -> Solution:
+    """A solution: that of the settings' start, or one trained from fresh weights."""
+    part = f"solution {member + 1}"
+    if isinstance(trainer.start, Run):
+        return inherit(trainer, trainer.start, part)
+    begin = fresh(trainer, member)
+    if trainer.starts_solved:
+        return begin
+    iterations = trainer.steps(trainer.settings.epochs)
+    plan = Plan(trainer.schedule(iterations), iterations)
+    fitted = trainer.fit(part, begin.vector[None].clone(), begin.buffers, plan)
+    return Solution(fitted.vertices[0], fitted.buffers)
+
+
+def inherit(trainer: Trainer, run: Start, part: str) -> Solution:
+    """A run's first member, its cost entered under ``part``.
+
+    Raises:
+        DataError: it was trained on other data. UsageError: it is of another architecture.
+    """
+    assert isinstance(run, Run)  # noqa: S101  methods join runs
+    cost = run.manifest.cost
+    # An independent member was trained alone; of any other, the whole run was needed.
+    whole = CostEntry.model_validate(cost.model_dump(exclude={"entries"}))
+    entry = cost.entries["solution 1"] if run.manifest.independent else whole
+    origin = ", ".join(cost.unknown) or None
+    trainer.ledger.entries[part] = entry.model_copy(update={"origin": origin})
+    trainer.ledger.before += cost.seconds if entry.seconds is None else entry.seconds
+    rows = vertices(trainer, run)
+    buffers = {name: rows[0].to(trainer.device) for name, rows in run.buffers.items()}
+    return Solution(run.coefficients[0].to(rows) @ rows, buffers)
+
+
+def vertices(trainer: Trainer, run: Run) -> Tensor:
+    """All vertices (K, P) of a run of the same architecture and data.
+
+    Raises:
+        DataError, UsageError: it is of others.
+    """
+    run.manifest.dataset.check(trainer.dataset)
+    own, other = trainer.settings.architecture, run.manifest.architecture
+    if other != own:
+        raise UsageError(f"a run of {other} and {own} have no weights in common")
+    trainer.weights.load_frozen(run.frozen)
+    return trainer.weights.flatten(run.vertices)
+
+
+def stack_buffers(solutions: Sequence[Solution | Snapshot]) -> dict[str, Tensor]:
+    """The buffers of solutions that are members themselves: name to (M, ...), on the CPU."""
+    names = solutions[0].buffers
+    return {name: torch.stack([solution.buffers[name].cpu() for solution in solutions]) for name in names}

@@ -1,0 +1,230 @@
+"""What a method trains with: the network, the data on the device, and :meth:`Trainer.fit`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import SyncBatchNorm
+from torch.optim import Optimizer
+
+from ensembler import architectures, pretrained, task
+from ensembler.datasets import Dataset
+from ensembler.device import choose_device, device_name, keep_freed, seed_dropout
+from ensembler.engine import Engine, Local
+from ensembler.errors import UsageError
+from ensembler.examples import Examples
+from ensembler.images import FileSplit
+from ensembler.pretrained import Checkpoint
+from ensembler.run import CostEntry, DatasetRecord, Run
+from ensembler.seeds import derive
+from ensembler.trainers.batches import Batches
+from ensembler.trainers.distributed import ALONE, Group
+from ensembler.trainers.events import EpochEnd, Message, OnEvent
+from ensembler.trainers.ledger import Ledger
+from ensembler.trainers.loop import Epoch, Fitted, Plan, TrainState, fit
+from ensembler.trainers.resume import Store
+from ensembler.trainers.schedules import SCHEDULES, Schedule
+from ensembler.trainers.settings import Settings
+from ensembler.trainers.starts import Start
+from ensembler.weights import FlatWeights
+
+__all__ = ["Trainer"]
+
+
+@dataclass(eq=False)
+class Trainer:
+    """The network that all vertices take turns in, the data, and the cost of what is done with them.
+
+    Nothing is handed on from one part of a training to the next but what :meth:`fit` takes and gives.
+
+    Args:
+        dataset: what to train on.
+        settings: resolved, see :meth:`Settings.resolved`.
+        starts: what training may start from, by the names that the settings and the method give it.
+        on_event: told of every epoch, and of what a method finds on its way.
+        store: where what has been reached is kept; nowhere by default.
+        engine: what runs independent jobs; see :func:`ensembler.trainers.work.each`.
+        group: the processes that train together. Each makes the same calls and gets the same results; the first
+            measures and keeps checkpoints.
+
+    Attributes:
+        starts_solved: whether ``settings.init`` is a whole solution, not only where training begins.
+
+    Raises:
+        UsageError: a device that cannot do what is asked. ShapeError: a checkpoint is another network's.
+    """
+
+    dataset: Dataset
+    settings: Settings
+    starts: Mapping[str, Start] = field(default_factory=dict)
+    on_event: OnEvent = lambda event: None
+    store: Store | None = None
+    engine: Engine = field(default_factory=Local)
+    group: Group = ALONE
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.device = choose_device(settings.device)
+        settings.check_device(self.device.type)
+        keep_freed(self.device)
+        self.task = task.find(self.dataset.task)
+        self.record = DatasetRecord.of(self.dataset, settings.augmentation)
+        train: Examples = self.dataset.train
+        self.train_examples = train if isinstance(train, FileSplit) else train.to(self.device)  # type: ignore[attr-defined]
+        network, start = self.network(settings.seed), self.start
+        fresh_head = pretrained.fit(network, start.tensors) if isinstance(start, Checkpoint) else []
+        self.starts_solved = start is not None and not fresh_head
+        self.weights = FlatWeights(network)
+        if isinstance(start, Run):
+            self.weights.load_frozen(start.frozen)
+        together = settings.sync_batchnorm and self.group.size > 1
+        self._synchronised = _synchronised(self.weights) if together else None
+        if settings.compile:
+            (self._synchronised or self.weights).module.compile()
+        self.ledger = Ledger(f"{self.group.size} x " * (self.group.size > 1) + device_name(self.device))
+        if isinstance(start, Checkpoint):
+            self.ledger.entries["checkpoint"] = CostEntry(seconds=None, device="unknown", origin=start.origin)
+
+    def __reduce__(self) -> Any:
+        """Sent to another process, it is made there of the same data, settings and starts."""
+        return Trainer, (self.dataset, self.settings, self.starts)
+
+    @property
+    def start(self) -> Start | None:
+        """What the settings say to start from."""
+        name = self.settings.init or self.settings.weights
+        return self.starts[name] if name else None
+
+    def network(self, seed: int) -> torch.nn.Module:
+        """The network with the fresh weights of a seed, on the device."""
+        outputs = self.task.outputs(len(self.dataset.classes))
+        return architectures.build(self.settings.architecture, outputs, seed).to(self.device)
+
+    def say(self, text: str) -> None:
+        """Report what was found, in one line."""
+        self.on_event(Message(text))
+
+    def steps(self, epochs: float) -> int:
+        """Steps in so many epochs, at least 1."""
+        return max(1, round(epochs * self.batches("").per_epoch))
+
+    def schedule(self, iterations: int) -> Schedule:
+        """The settings' schedule over so many steps."""
+        return SCHEDULES[self.settings.schedule](self.settings.lr, iterations)
+
+    def batches(self, part: str) -> Batches:
+        """The stream of batches that a part of the training sees."""
+        return Batches(
+            self.train_examples,
+            self.settings.batch_size or 1,
+            self.record.augmentation,
+            self.dataset.mean,
+            self.dataset.std,
+            (self.settings.seed, "batches", part),
+            self.device,
+            self.settings.workers,
+            self.group,
+        )
+
+    def fit(self, part: str, vertices: Tensor, buffers: Mapping[str, Tensor], plan: Plan, attempt: str = "") -> Fitted:
+        """Run the loop (:func:`ensembler.trainers.loop.fit`) on ``vertices``, in place, and enter its cost.
+
+        Args:
+            part: names the entry of the cost, and the stream of data, coefficients and dropout masks that it sees.
+            vertices: (K, P).
+            buffers: the network's, to begin with.
+            plan: what the method asks for.
+            attempt: tells several trainings of one part apart, so that each has a checkpoint of its own.
+        """
+        settings, group, batches = self.settings, self.group, self.batches(part)
+        store = self.store if group.first else None
+        name, epochs = f"{part} {attempt}".rstrip(), -(-plan.iterations // batches.per_epoch)
+        if self._synchronised:
+            _check_shares(batches, plan.samples, group.size)
+
+        def on_epoch(epoch: Epoch) -> None:
+            ledger.epoch(part, epoch, forward_passes=epoch.examples if plan.penalty else 0)
+            self.on_event(EpochEnd(part, epoch, epochs, self.task.metric))
+
+        def before_step(iteration: int) -> None:  # other masks in every process
+            seed_dropout(derive(settings.seed, "dropout", part, group.rank, iteration), self.device)
+
+        def after_step(iteration: int, state: Callable[[], TrainState]) -> None:
+            if store and (iteration == plan.iterations or store.due):
+                store.save_state(name, state(), ledger.record())
+
+        with (
+            self.ledger.merging() as ledgers,
+            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+        ):
+            ledger = self.ledger.fork()
+            resume, record = group.from_first(lambda: store.load_state(name) if store else None) or (None, None)
+            if record:
+                ledger.resume(part, record)
+            with ledger.entry(part, self.device):
+                fitted = fit(
+                    self._synchronised or self.weights,
+                    self.task,
+                    group.broadcast_(vertices),
+                    {key: group.broadcast_(buffer.to(self.device)) for key, buffer in buffers.items()},
+                    batches,
+                    partial(_sgd, settings),
+                    plan,
+                    stream=(settings.seed, part),
+                    clip=settings.clip,
+                    precision=getattr(torch, settings.precision),
+                    on_epoch=on_epoch,
+                    before_step=before_step,
+                    after_step=after_step,
+                    resume=resume,
+                    group=group,
+                )
+            # Each process has summed the same numbers, in an order of its own.
+            for tensor in (fitted.vertices, *fitted.buffers.values()):
+                group.broadcast_(tensor)
+            ledgers.append(ledger.record())
+        return fitted
+
+
+def _sgd(settings: Settings, moving: list[Tensor]) -> Optimizer:
+    return torch.optim.SGD(
+        moving,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.momentum > 0,
+        fused=moving[0].device.type in ("cpu", "cuda"),  # one pass over memory, and no temporary of size P
+    )
+
+
+def _synchronised(weights: FlatWeights) -> FlatWeights:
+    """The same weights and buffers in a network whose BatchNorm layers normalise over the images of all processes.
+
+    Only training takes it: where one process measures alone, such layers would wait for the others.
+    """
+    module = weights.module
+    kept = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    twin = copy.copy(weights)
+    twin.module = SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(module, kept))  # type: ignore[no-untyped-call]
+    return twin
+
+
+def _check_shares(batches: Batches, samples: int, processes: int) -> None:
+    """Synchronised BatchNorm waits for every process: none may be without images."""
+    parts = [part for size in set(batches.sizes()) for part in torch.arange(size).chunk(samples)]
+    least = min(map(len, parts))
+    if least < processes:
+        raise UsageError(
+            f"synchronised BatchNorm needs an image for every process and point in every batch: of "
+            f"{len(batches.examples)} images in batches of {batches.size}, a part has {least} for {processes} "
+            "processes: choose another --batch-size"
+        )

@@ -1,0 +1,213 @@
+"""``train(dataset, method, settings)``: from data and a method to a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ensembler import datasets
+from ensembler.datasets import Dataset
+from ensembler.engine import Engine, Local
+from ensembler.ensemble import Ensemble
+from ensembler.errors import UsageError
+from ensembler.examples import Examples
+from ensembler.run import DatasetRecord, Manifest, Run, versions
+from ensembler.trainers.distributed import ALONE, Group
+from ensembler.trainers.events import OnEvent
+from ensembler.trainers.measure import member_buffers
+from ensembler.trainers.method import Members, Method
+from ensembler.trainers.resume import Store
+from ensembler.trainers.settings import Settings
+from ensembler.trainers.spec import Spec
+from ensembler.trainers.starts import Start, identity, load_starts, vertices
+from ensembler.trainers.trainer import Trainer
+
+__all__ = ["Training", "centroid", "collapse_run", "train"]
+
+
+def train(
+    dataset: Dataset | str,
+    method: Method,
+    settings: Settings | None = None,
+    *,
+    on_event: OnEvent = lambda event: None,
+    engine: Engine | None = None,
+) -> Run:
+    """Make an ensemble, and measure it on the held-out and the test data.
+
+    ::
+
+        run = train("digits", FGE(members=5), Settings(epochs=20))
+        run.save("runs/fge")
+
+    Args:
+        dataset: what to train on, or the name of one; see :func:`ensembler.datasets.load`.
+        method: what to make, e.g. ``FGE(members=5)``.
+        settings: what all methods share.
+        on_event: told of every epoch, and of what the method finds on its way.
+        engine: what runs its independent jobs; by default this process.
+
+    Raises:
+        UsageError: options that do not go together. DataError: the data are not those that a start was trained on.
+        DivergedError: the loss is not finite.
+    """
+    settings = settings or Settings()
+    starts = load_starts(method, settings)
+    if isinstance(dataset, str):
+        dataset = datasets.load(dataset)
+    return Training.of(dataset, method, settings, starts).make(on_event, engine=engine)
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """A run before it is made: the data, the options resolved, and what it starts from. See :meth:`of`."""
+
+    dataset: Dataset
+    method: Method
+    settings: Settings
+    starts: Mapping[str, Start]
+    collapse: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset,
+        method: Method,
+        settings: Settings,
+        starts: Mapping[str, Start],
+        collapse: bool = False,
+    ) -> Training:
+        """Fill in everything that is not given.
+
+        Raises:
+            UsageError: options that do not go together. DataError: a start was trained on other data.
+        """
+        runs = [start for start in starts.values() if isinstance(start, Run)]
+        for run in runs:
+            run.manifest.dataset.check(dataset)
+        settings = settings.resolved(dataset, runs[0].manifest.architecture if runs else None)
+        return cls(dataset, method.resolved(settings), settings, starts, collapse)
+
+    @cached_property
+    def spec(self) -> Spec:
+        """What decides the run, with its fingerprint."""
+        own, shared = type(self.method), Settings
+        spec = Spec(
+            command=own.command,
+            options=self.method.model_dump(mode="json"),
+            settings=self.settings.model_dump(mode="json"),
+            dataset=DatasetRecord.of(self.dataset, self.settings.augmentation),
+            task=self.dataset.task,
+            starts={name: identity(name, start) for name, start in self.starts.items()},
+            collapse=self.collapse,
+        )
+        marks = [options.marked(mark) for options in (own, shared) for mark in ("path", "computing")]
+        return spec.fingerprinted(set().union(*marks))
+
+    def with_seed(self, seed: int) -> Training:
+        """The same with another seed."""
+        return replace(self, settings=self.settings.model_copy(update={"seed": seed}))
+
+    def make(
+        self,
+        on_event: OnEvent = lambda event: None,
+        store: Store | None = None,
+        engine: Engine | None = None,
+        group: Group = ALONE,
+    ) -> Run:
+        """Train. Arguments as of :class:`ensembler.trainers.trainer.Trainer`."""
+        method = self.method
+        trainer = Trainer(self.dataset, self.settings, self.starts, on_event, store, engine or Local(), group)
+        if method.starts_fresh and trainer.starts_solved:
+            raise UsageError(
+                f"{method.command} starts from fresh weights: leave out --init, or give one of other classes"
+            )
+        members, name, independent = method.train(trainer), method.name, method.independent
+        if self.collapse:
+            members, name, independent = centroid(trainer, members.vertices, members.buffers), f"{name}-centroid", False
+        return assemble(self.spec, trainer, members, name, independent)
+
+
+def centroid(trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor]) -> Members:
+    """The average of vertices (K, P) as one network: SWA of snapshots (Izmailov et al. 2018).
+
+    BatchNorm statistics are recomputed for it (sec. 3.2); all other buffers are the first member's.
+    """
+    one, first = vertices.mean(dim=0, keepdim=True), {name: rows[0] for name, rows in buffers.items()}
+    return Members(one, torch.ones(1, 1), member_buffers(trainer, one, torch.ones(1, 1), first))
+
+
+def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
+    """The centroid of a run's vertices as a run of one network; it costs what the run cost, and its statistics.
+
+    Raises:
+        DataError: ``dataset`` is not what the run was trained on.
+    """
+    manifest = run.manifest
+    settings = Settings(**manifest.settings | {"init": None, "weights": None, "device": device})
+    trainer = Trainer(dataset, settings)
+    rows = vertices(trainer, run)
+    trainer.ledger.entries.update({name: entry.model_copy() for name, entry in manifest.cost.entries.items()})
+    trainer.ledger.before, trainer.ledger.history = manifest.cost.seconds, [dict(line) for line in run.history]
+    buffers = {name: own.to(trainer.device) for name, own in run.buffers.items()}
+    spec = Spec(
+        command=manifest.command or "",
+        options=manifest.options,
+        settings=manifest.settings,
+        dataset=manifest.dataset,
+        task=manifest.task,
+        starts={"run": run.sha256},
+        collapse=True,
+    ).fingerprinted(set())
+    return assemble(spec, trainer, centroid(trainer, rows, buffers), f"{manifest.method}-centroid", False)
+
+
+def assemble(spec: Spec, trainer: Trainer, members: Members, name: str, independent: bool) -> Run:
+    """The run, measured on the held-out and the test data."""
+    manifest = Manifest(
+        method=name,
+        command=spec.command,
+        independent=independent,
+        task=spec.task,
+        architecture=trainer.settings.architecture,
+        dataset=trainer.record,
+        seed=trainer.settings.seed,
+        vertices=len(members.vertices),
+        members=len(members.coefficients),
+        parameters=len(trainer.weights),
+        sampling=members.sampling,
+        options=spec.options | ({"collapse": "centroid"} if spec.collapse else {}),
+        settings=spec.settings,
+        fingerprint=spec.fingerprint,
+        cost=trainer.ledger.cost(),
+        metrics={},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions(),
+    )
+    run = Run(
+        manifest=manifest,
+        vertices=trainer.weights.unflatten(members.vertices.cpu()),
+        coefficients=members.coefficients.cpu(),
+        buffers=members.buffers,
+        frozen={key: tensor.cpu() for key, tensor in trainer.weights.frozen().items()},
+        history=trainer.ledger.history,
+    )
+
+    def measure() -> dict[str, dict[str, float | None]]:
+        ensemble = Ensemble(run, trainer.device)
+        splits = {"validation": trainer.dataset.validation, "test": trainer.dataset.test}
+        return {split: _scores(ensemble, examples) for split, examples in splits.items()}
+
+    manifest.metrics = members.metrics | trainer.group.from_first(measure)
+    return run
+
+
+def _scores(ensemble: Ensemble, examples: Examples) -> dict[str, float | None]:
+    parts = examples.batches(16 * ensemble.batch_size)  # files are decoded a few at a time
+    members = torch.cat([ensemble.predict_members(part.data) for part in parts], dim=1)
+    return ensemble.task.scores(members, examples.labels) | {"examples": len(examples)}
