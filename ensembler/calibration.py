@@ -1,9 +1,9 @@
-"""A fitted calibration: a map of the probabilities, conformal prediction sets, and a threshold to abstain at.
+"""Calibration of an ensemble: a map of its probabilities, conformal prediction sets, and a threshold for abstention.
 
-A calibration is one file, ``calibration.json``, in the folder of the run that it was fitted for
-(:mod:`ensembler.eval.calibrate` fits it). It names the run's manifest by its hash, and the manifest names every member
-by theirs, so it cannot serve other members; and it carries a hash of its own content. Everything here takes the
-ensemble's pooled prediction (B, C), the mean of its members' probabilities, as it comes: the map is applied inside.
+A calibration is a file, ``calibration.json``, in the folder of its run (:mod:`ensembler.eval.calibrate` fits it). It
+has the hash of the run's manifest, which has the hashes of all members, so it cannot be used with other members; and it
+has a hash of its own content. All functions here take the ensemble's pooled prediction (B, C), the uncalibrated mean of
+its members' probabilities, and apply the map themselves.
 
 NumPy, pydantic and the standard library only, so that serving needs neither torch nor netcal.
 """
@@ -50,11 +50,11 @@ ConformalMethod = Literal["lac", "aps"]
 
 
 class Conformal(Record):
-    """What split conformal prediction needs: how badly every held-out example's label fitted.
+    """The conformity scores of the held-out examples' labels, for split conformal prediction.
 
     Attributes:
-        method: what :func:`prediction_sets` uses unless told otherwise.
-        alpha: likewise; 1 - alpha is the coverage promised.
+        method: the default of :func:`prediction_sets`.
+        alpha: its default, too; the guaranteed coverage is 1 - alpha.
         lac, aps: the held-out examples' scores, sorted; see :func:`conformal_scores`.
     """
 
@@ -65,14 +65,14 @@ class Conformal(Record):
 
 
 class Abstention(Record):
-    """Below which confidence not to answer, so that at most a share ``risk`` of the answers is wrong.
+    """The confidence below which to abstain, so that at most a share ``risk`` of the answers is wrong.
 
     Attributes:
-        risk: the error rate among the answers that is not to be exceeded.
-        confidence: with what probability, over the held-out examples drawn, the promise holds.
-        threshold: of the calibrated largest probability; ``None`` where no threshold could be certified.
-        answered: how many held-out examples reach the threshold.
-        wrong: how many of these were wrong.
+        risk: the highest error rate among the answers.
+        confidence: the probability, over the draw of held-out examples, that the guarantee holds.
+        threshold: of the largest calibrated probability; ``None`` if no threshold could be certified.
+        answered: number of held-out examples that reach the threshold.
+        wrong: number of wrong ones among these.
     """
 
     risk: float = Field(gt=0, lt=1)
@@ -83,19 +83,19 @@ class Abstention(Record):
 
 
 class Calibration(Record):
-    """A fitted map, conformal scores and a threshold, and what they were fitted on.
+    """A fitted map, conformal scores and a threshold, and the data of the fit.
 
     Attributes:
-        run_sha256: of the run's manifest, which holds the hash of every file of its members.
+        run_sha256: of the run's manifest, which has the hash of every file of its members.
         dataset: its title.
-        validation_sha256: of the split that everything was fitted on.
+        validation_sha256: of the validation split, on which everything was fitted.
         classes: C.
-        fitted: how many of its examples the map was fitted on.
-        held_out: how many others gave the conformal scores and the threshold.
-        seed: of the choice between the two.
+        fitted: number of validation examples for the map.
+        held_out: number of the other validation examples, for the conformal scores and the threshold.
+        seed: of the split into these two.
         map: applied to the pooled prediction.
-        abstention: ``None`` where no risk was asked for.
-        before, after: scores of the held-out examples without and with the map, which has not seen them.
+        abstention: ``None`` if no risk was requested.
+        before, after: scores of the held-out examples without and with the map.
     """
 
     kind: Literal["calibration"] = "calibration"
@@ -117,7 +117,7 @@ class Calibration(Record):
 
 
 def apply(calibration: Calibration, probs: ArrayLike) -> Array:
-    """The calibrated prediction.
+    """Apply the map to a prediction.
 
     Args:
         calibration: fitted for this ensemble.
@@ -127,36 +127,36 @@ def apply(calibration: Calibration, probs: ArrayLike) -> Array:
         (B, C) float64, rows with sum 1.
 
     Raises:
-        ShapeError: not (B, C), with the C that was fitted.
+        ShapeError: ``probs`` is not (B, C) with the calibration's C.
     """
     p = np.asarray(probs, dtype=np.float64)
     if p.ndim != 2 or p.shape[1] != calibration.classes:
-        raise ShapeError(f"the calibration is of probabilities (B, {calibration.classes}), found {p.shape}")
+        raise ShapeError(f"the calibration is for probabilities (B, {calibration.classes}), found {p.shape}")
     return calibration.map(p)
 
 
 def prediction_sets(
     calibration: Calibration, probs: ArrayLike, alpha: float | None = None, method: ConformalMethod | None = None
 ) -> NDArray[np.bool_]:
-    """Sets of classes that hold the true one with probability at least 1 - alpha: split conformal prediction.
+    """Compute the sets of split conformal prediction: with probability 1 - alpha, they contain the true class.
 
-    The promise is on average over images like those of the validation split, and over its examples; not for every
-    image, not for every class, and not under shift. LAC's sets are the smaller ones and may be empty, where no class
-    is likely enough; APS's hold the most probable class always.
+    The guarantee is an average over images like those of the validation split, and over the draw of that split. It does
+    not hold for every image or class, nor under shift. LAC's sets are smaller, and empty if no class is probable
+    enough; APS's always contain the most probable class.
 
     Args:
         calibration: fitted for this ensemble.
         probs: (B, C) the ensemble's pooled probabilities.
-        alpha: in (0, 1); by default the calibration's own. Any may be asked for. Where the held-out examples are too
-            few for it, every set is all classes.
-        method: ``"lac"`` or ``"aps"``; by default the calibration's own.
+        alpha: any number in (0, 1); by default the calibration's. If the held-out examples are too few for it, every
+            set contains all classes.
+        method: ``"lac"`` or ``"aps"``; by default the calibration's.
 
     Returns:
         (B, C): whether the class is in the set.
 
     Raises:
-        ShapeError: not (B, C), with the C that was fitted.
-        UsageError: an alpha or a method that does not exist.
+        ShapeError: ``probs`` is not (B, C) with the calibration's C.
+        UsageError: ``alpha`` is out of range, or the method is unknown.
     """
     conformal = calibration.conformal
     method = method or conformal.method
@@ -167,22 +167,22 @@ def prediction_sets(
 
 
 def conformal_scores(p: Array, method: ConformalMethod) -> Array:
-    """How badly each class fits each prediction.
+    """Compute the conformity score of each class; larger is worse.
 
     - ``lac``: ``1 - p_c`` (Sadinle et al. 2019, https://arxiv.org/abs/1609.00451).
     - ``aps``: the sum of the probabilities larger than ``p_c`` (Romano et al. 2020,
-      https://arxiv.org/abs/2006.02544), without their randomisation, so that an image's set is always the same: the
-      class at which the sum crosses the threshold belongs to the set.
+      https://arxiv.org/abs/2006.02544), without their randomisation, so that the same image always has the same set.
+      The class at which the sum crosses the threshold is in the set.
 
     Args:
         p: (B, C) calibrated probabilities.
-        method: which.
+        method: ``"lac"`` or ``"aps"``.
 
     Returns:
         (B, C), in [0, 1].
 
     Raises:
-        UsageError: another method.
+        UsageError: the method is unknown.
     """
     if method == "lac":
         return 1.0 - p
@@ -192,49 +192,47 @@ def conformal_scores(p: Array, method: ConformalMethod) -> Array:
     falling = np.take_along_axis(p, order, axis=1)
     larger = np.zeros_like(p)
     larger[:, 1:] = np.where(falling[:, 1:] < falling[:, :-1], np.cumsum(falling, axis=1)[:, :-1], 0.0)
-    larger = np.maximum.accumulate(larger, axis=1)  # equally probable classes have the first one's sum
+    larger = np.maximum.accumulate(larger, axis=1)  # equally probable classes get the sum of the first of them
     scores = np.empty_like(p)
     np.put_along_axis(scores, order, larger, axis=1)
     return scores
 
 
 def conformal_quantile(scores: ArrayLike, alpha: float) -> float:
-    """The ``ceil((n + 1) (1 - alpha))``-th smallest of n scores; infinite where that is more than n.
+    """Return the ``ceil((n + 1) (1 - alpha))``-th smallest of n scores; infinity if that is more than n.
 
-    A new example's score is as likely to take any of the n + 1 places among them, so it is no larger with probability
+    The rank of a new example's score among them is uniform in 1 to n + 1, so its score is at most this with probability
     at least 1 - alpha (Vovk et al. 2005; Lei et al. 2018, https://arxiv.org/abs/1604.04173).
 
     Raises:
-        UsageError: an alpha outside (0, 1).
+        UsageError: ``alpha`` is not in (0, 1).
     """
     if not 0 < alpha < 1:
-        raise UsageError(f"alpha must lie between 0 and 1, not {alpha}")
+        raise UsageError(f"alpha must be between 0 and 1, not {alpha}")
     ordered = np.sort(np.asarray(scores, dtype=np.float64))
-    rank = math.ceil(round((len(ordered) + 1) * (1 - alpha), 9))  # 10 * (1 - 0.1) is no more than 9
+    rank = math.ceil(round((len(ordered) + 1) * (1 - alpha), 9))  # rounded: in floats, 10 * (1 - 0.1) may exceed 9
     return float(ordered[rank - 1]) if rank <= len(ordered) else math.inf
 
 
 def abstain(calibration: Calibration, probs: ArrayLike) -> NDArray[np.bool_]:
-    """Which predictions (B,) are better not given as answers: those below the threshold.
-
-    Where no threshold could be certified, all of them: nothing less would keep the promise.
+    """Return which predictions (B,) are below the threshold for abstention; all, if no threshold could be certified.
 
     Raises:
-        ShapeError: not (B, C), with the C that was fitted.
+        ShapeError: ``probs`` is not (B, C) with the calibration's C.
         UsageError: the calibration was fitted without a risk.
     """
     if calibration.abstention is None:
-        raise UsageError("this calibration has no threshold to abstain at: calibrate with --risk, such as --risk 0.05")
+        raise UsageError("this calibration has no threshold for abstention: calibrate with --risk, such as --risk 0.05")
     confidence = apply(calibration, probs).max(axis=1)
     threshold = calibration.abstention.threshold
     return np.ones(len(confidence), dtype=bool) if threshold is None else confidence < threshold
 
 
 def save(calibration: Calibration, run: Path) -> Path:
-    """Write the calibration into its run's folder, whole or not at all, in place of an earlier one.
+    """Write the calibration into its run's folder, or replace it, atomically.
 
     Raises:
-        ArtefactError: the run is not the one that it was fitted for, or the file cannot be written.
+        ArtefactError: the calibration was fitted for another run, or the file cannot be written.
     """
     _check_run(calibration, _run_sha256(run), run)
     content = calibration.model_dump()
@@ -245,23 +243,23 @@ def save(calibration: Calibration, run: Path) -> Path:
 
 
 def load(run: Path) -> Calibration | None:
-    """The calibration in a run's folder; ``None`` where there is none.
+    """Load the calibration in a run's folder; ``None`` if there is none.
 
-    The run's own files are not verified here, as loading the run does it.
+    The run's other files are not verified here, but when the run is loaded.
 
     Raises:
-        ArtefactError: it was fitted for other members, is of an unknown format, or there is no run.
+        ArtefactError: the calibration was fitted for another run or is of an unknown format, or there is no run.
         CorruptError: it has changed since it was written.
     """
     return read(run / FILE, _run_sha256(run)) if (run / FILE).is_file() else None
 
 
 def read(file: Path, run_sha256: str) -> Calibration:
-    """A calibration from its file, wherever it lies.
+    """Read a calibration from a file.
 
     Args:
-        file: as :func:`save` wrote it.
-        run_sha256: of the manifest of the run that is to be calibrated.
+        file: written by :func:`save`.
+        run_sha256: of the manifest of its run.
 
     Raises:
         ArtefactError: it was fitted for another run, is of an unknown format, or cannot be read.
@@ -284,16 +282,14 @@ def read(file: Path, run_sha256: str) -> Calibration:
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise ArtefactError(f"{file} is no calibration that this version can read ({reason}): make it again") from error
+        raise ArtefactError(f"{file} is not a calibration of this version ({reason}): calibrate again") from error
     _check_run(calibration, run_sha256, file)
     return calibration
 
 
 def _check_run(calibration: Calibration, run_sha256: str, where: Path) -> None:
     if calibration.run_sha256 != run_sha256:
-        raise ArtefactError(
-            f"{where}: the calibration was fitted for other members than this run's: run `ensembler calibrate` again"
-        )
+        raise ArtefactError(f"{where}: the calibration was fitted for another run: run `ensembler calibrate` again")
 
 
 def _run_sha256(run: Path) -> str:

@@ -16,13 +16,13 @@ from ensembler.task import TINY, softmax
 __all__ = ["FLOOR", "Beta", "Histogram", "Isotonic", "Map", "Temperature", "bin_indices", "temper"]
 
 FLOOR = TINY
-"""Smallest probability that a logarithm is taken of: float32's smallest normal number, 1.2e-38, or 87.3 nats."""
+"""Smallest probability whose logarithm is computed: float32's smallest normal number, 1.2e-38, or 87.3 nats."""
 
 Array = NDArray[np.float64]
 
 
 class Temperature(Record):
-    """``p**(1 / T)``, normalised (Guo et al. 2017): pool, then scale."""
+    """Temperature scaling of the pooled prediction: ``p**(1 / T)``, normalised (Guo et al. 2017)."""
 
     method: Literal["temperature"] = "temperature"
     temperature: float = Field(gt=0)
@@ -32,10 +32,10 @@ class Temperature(Record):
 
 
 class Isotonic(Record):
-    """One rising curve a class, straight between its points (Zadrozny & Elkan 2002); then rows are normalised.
+    """One piecewise linear, increasing curve per class (Zadrozny & Elkan 2002); then rows are normalised.
 
     Attributes:
-        x, y: (C, points of that class); of two classes, the second's curve alone.
+        x, y: (C, points of that class); for two classes, only the second's curve.
     """
 
     method: Literal["isotonic"] = "isotonic"
@@ -53,7 +53,7 @@ class Histogram(Record):
     The bins are those of :func:`bin_indices`.
 
     Attributes:
-        y: (C, bins); of two classes, the second's alone.
+        y: (C, bins); for two classes, only the second's.
     """
 
     method: Literal["histogram"] = "histogram"
@@ -65,9 +65,9 @@ class Histogram(Record):
 
 
 class Beta(Record):
-    """``softmax(a log p - b log(1 - p) + c)``, with a, b and c of each class (Kull et al. 2017, as netcal extends it).
+    """``softmax(a log p - b log(1 - p) + c)``, with a, b and c per class (Kull et al. 2017, as extended by netcal).
 
-    Of two classes, the first's are 0.
+    For two classes, the first's are 0.
 
     Attributes:
         a, b, c: (C,) each.
@@ -89,10 +89,10 @@ Map = Annotated[Temperature | Isotonic | Histogram | Beta, Field(discriminator="
 
 
 def bin_indices(values: ArrayLike, bins: int) -> NDArray[np.int64]:
-    """Which of ``bins`` bins of equal width each value lies in, from 0: those of the expected calibration error.
+    """Find the bin, from 0, of each value, among bins of equal width: those of the expected calibration error.
 
-    The bins are ``((b - 1) / bins, b / bins]``, left-open as in Guo et al. 2017; 0 lies in the first, and what is above
-    1 by rounding in the last.
+    The bins are ``((b - 1) / bins, b / bins]``, left-open as in Guo et al. 2017; 0 is in the first, and what exceeds 1
+    by rounding in the last.
 
     Args:
         values: of any shape, from 0 to 1.
@@ -107,14 +107,14 @@ def bin_indices(values: ArrayLike, bins: int) -> NDArray[np.int64]:
 
 
 def temper(probs: ArrayLike, temperature: float) -> Array:
-    """``p**(1 / T)``, normalised: softer for T > 1, sharper for T < 1; the order of the classes stays.
+    """Scale a prediction by a temperature: ``p**(1 / T)``, normalised; softer for T > 1, sharper for T < 1.
 
     Args:
-        probs: (B, C) probabilities; below ``FLOOR`` they count as ``FLOOR``.
+        probs: (B, C) probabilities; those below ``FLOOR`` count as ``FLOOR``.
         temperature: T > 0.
 
     Raises:
-        UsageError: a temperature that is not positive and finite.
+        UsageError: the temperature is not positive and finite.
     """
     if not 0 < temperature < math.inf:
         raise UsageError(f"a temperature must be positive and finite, not {temperature}")
@@ -122,9 +122,9 @@ def temper(probs: ArrayLike, temperature: float) -> Array:
 
 
 def _one_vs_rest(p: Array, columns: ArrayLike) -> Array:
-    """Every class's own frequency, as one distribution; a row that no class claims stays as it was."""
+    """Normalise the frequencies of all classes to distributions; rows that are all 0 keep ``p``."""
     q = np.clip(np.asarray(columns, dtype=np.float64).T, 0.0, 1.0)
-    if q.shape[1] < p.shape[1]:  # of two classes, the second alone
+    if q.shape[1] < p.shape[1]:  # only the second of two classes
         return np.hstack([1.0 - q, q])
     total = q.sum(axis=1, keepdims=True)
     return np.where(total > 0, q / np.where(total > 0, total, 1.0), p)

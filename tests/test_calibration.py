@@ -267,7 +267,7 @@ def test_where_nothing_can_be_certified_nothing_is_answered():
     assert calibration.abstention == Abstention(risk=0.01, confidence=0.95, threshold=None, answered=0, wrong=0)
     assert abstain(calibration, probs).all()
     assert "no threshold could be certified, so abstain always" in summary(calibration)
-    with pytest.raises(UsageError, match="no threshold to abstain at: calibrate with --risk"):
+    with pytest.raises(UsageError, match="no threshold for abstention: calibrate with --risk"):
         abstain(fit(probs, labels, **ORIGIN), probs)
 
 
@@ -296,9 +296,9 @@ def test_the_map_sees_one_half_and_the_rest_the_other():
     [
         ({"method": "platt"}, "unknown method 'platt': use one of temperature"),
         ({"conformal": "raps"}, "unknown conformal method 'raps': use lac or aps"),
-        ({"alpha": 0}, "alpha must lie between 0 and 1, not 0"),
-        ({"risk": 1.0}, "risk must lie between 0 and 1, not 1.0"),
-        ({"confidence": math.nan}, "confidence must lie between 0 and 1, not nan"),
+        ({"alpha": 0}, "alpha must be between 0 and 1, not 0"),
+        ({"risk": 1.0}, "risk must be between 0 and 1, not 1.0"),
+        ({"confidence": math.nan}, "confidence must be between 0 and 1, not nan"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -316,9 +316,9 @@ def test_one_image_is_too_few():
 def test_other_shapes_are_refused():
     for wrong in (np.ones((2, 3)) / 3, np.ones(4) / 4, np.ones((2, 1, 4)) / 4):
         for function in (apply, prediction_sets):
-            with pytest.raises(ShapeError, match=r"of probabilities \(B, 4\), found"):
+            with pytest.raises(ShapeError, match=r"for probabilities \(B, 4\), found"):
                 function(made(), wrong)
-    with pytest.raises(UsageError, match="alpha must lie between 0 and 1, not 1"):
+    with pytest.raises(UsageError, match="alpha must be between 0 and 1, not 1"):
         prediction_sets(made(), np.ones((2, 4)) / 4, 1)
     with pytest.raises(UsageError, match="unknown conformal method 'raps'"):
         prediction_sets(made(), np.ones((2, 4)) / 4, method="raps")
@@ -407,7 +407,7 @@ def test_a_later_format_and_a_wrong_field_are_refused(run):
     with pytest.raises(ArtefactError, match="calibration format 2; this version of ensembler reads 1: update it"):
         load(run)
     save(found.model_copy(update={"map": Temperature.model_construct(temperature=-1.0)}), run)
-    with pytest.raises(ArtefactError, match=r"no calibration that this version can read \(map"):
+    with pytest.raises(ArtefactError, match=r"not a calibration of this version \(map"):
         load(run)
 
 
@@ -415,7 +415,7 @@ def test_other_members_are_refused(run, tmp_path):
     found = calibrate(run, device="cpu")
     save(found, run)
     other = train(dataset(), DeepEnsemble(members=2), Settings(**SETTINGS, seed=1)).save(tmp_path / "other")
-    message = "was fitted for other members than this run's: run `ensembler calibrate` again"
+    message = "was fitted for another run: run `ensembler calibrate` again"
     with pytest.raises(ArtefactError, match=message):
         save(found, other)
     shutil.copy(run / FILE, other / FILE)

@@ -45,9 +45,11 @@ class Ledger:
         entry = self.entries.setdefault(name, CostEntry(device=self.device))
         start = time.monotonic()
         forget_peak(device)
-        yield entry
-        entry.seconds = round((entry.seconds or 0.0) + time.monotonic() - start, 3)
-        entry.peak_memory = _largest(entry.peak_memory, peak_memory(device))
+        try:
+            yield entry
+        finally:  # what diverged has cost something, too
+            entry.seconds = round((entry.seconds or 0.0) + time.monotonic() - start, 3)
+            entry.peak_memory = _largest(entry.peak_memory, peak_memory(device))
 
     def epoch(self, part: str, epoch: Epoch, forward_passes: int = 0) -> None:
         """Count an epoch's passes and add it to the history."""
@@ -56,7 +58,7 @@ class Ledger:
         self.history.append({"part": part, **asdict(epoch), "seconds": round(self.seconds, 3)})
 
     def fork(self) -> Ledger:
-        """An empty ledger, for a part or a job; see :meth:`merging`."""
+        """An empty ledger, for a job; see :meth:`merging`."""
         return Ledger(self.device)
 
     def resume(self, part: str, record: Mapping[str, Any]) -> None:
@@ -69,12 +71,24 @@ class Ledger:
         """Merge the :meth:`record` of each fork that the block collects, as if they had run one after another."""
         found: list[Mapping[str, Any]] = []
         seconds = self.seconds
-        yield found
-        self.before = seconds
-        for record in found:
-            self._merge(record)
-            self.before += record["seconds"]
-        self._start = time.monotonic()
+        try:
+            yield found
+        finally:
+            self.before = seconds
+            for record in found:
+                self._merge(record)
+                self.before += record["seconds"]
+            self._start = time.monotonic()
+
+    @contextmanager
+    def forked(self) -> Iterator[Ledger]:
+        """A fork that is merged when the block ends, by an error or not."""
+        fork = self.fork()
+        with self.merging() as ledgers:
+            try:
+                yield fork
+            finally:
+                ledgers.append(fork.record())
 
     def record(self) -> dict[str, Any]:
         """Entries, history and seconds, as JSON values."""

@@ -266,7 +266,6 @@ class _Step:
     decay: float = field(init=False, default=0.0)
     rate: Tensor = field(init=False)
     totals: Tensor = field(init=False)
-    shares: dict[int, Tensor] = field(init=False, default_factory=dict)  # of the points, by the batch's size
 
     def __post_init__(self) -> None:
         device = self.vertices.device
@@ -355,11 +354,9 @@ class _Step:
 
     def _decay(self, points: Tensor, size: int) -> None:
         """Add the gradient of ``decay / 2 * |c @ V|^2``, the mean over the points by their shares of the batch."""
-        if size not in self.shares:
-            shares = torch.tensor(ALONE.shares(size, len(points)), dtype=points.dtype) / size
-            self.shares[size] = upload(shares, points.device)
-        used = points[: len(self.shares[size])]
-        mixed = (used * self.shares[size][:, None]).T @ used
+        mixed = points.new_zeros(points.shape[1], points.shape[1])
+        for c, share in zip(points, ALONE.shares(size, len(points)), strict=False):
+            mixed.addr_(c, c, alpha=share / size)
         self.gradients.addmm_(mixed[self.trainable], self.vertices, alpha=self.decay)
 
     def epoch(self, number: int, rate: float, examples: int) -> Epoch:

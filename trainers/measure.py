@@ -77,7 +77,7 @@ def points(
     def measure() -> list[Point]:
         result = []
         for row in coefficients:
-            own = ensemble.member_buffers(trainer.weights, vertices, row[None], train, trainer.record, dict(buffers))
+            own = ensemble.member_buffers(trainer.weights, vertices, row[None], train, trainer.record, buffers)
             trainer.weights.load_buffers({name: rows[0] for name, rows in own.items()})
             loss = trainer.task.nll(_predicted(trainer, train), train.labels.cpu())
             result.append(Point(loss, _predicted(trainer, unseen), unseen.labels.cpu(), trainer.task))
@@ -101,9 +101,7 @@ def member_buffers(
         if has_batchnorm(trainer.weights.module):
             entry.forward_passes += len(coefficients) * min(len(train), BATCHNORM_EXAMPLES)
         return trainer.group.from_first(
-            lambda: ensemble.member_buffers(
-                trainer.weights, vertices, coefficients, train, trainer.record, dict(buffers)
-            )
+            lambda: ensemble.member_buffers(trainer.weights, vertices, coefficients, train, trainer.record, buffers)
         )
 
 

@@ -98,6 +98,13 @@ class Trainer:
         """Sent to another process, it is made there of the same data, settings and starts."""
         return Trainer, (self.dataset, self.settings, self.starts)
 
+    def fork(self, job: str, on_event: OnEvent) -> Trainer:
+        """The same network, data and processes, with a ledger and a store of its own, for a job."""
+        own = object.__new__(Trainer)
+        store = self.store.child(job) if self.store else None
+        own.__dict__.update(self.__dict__, on_event=on_event, ledger=self.ledger.fork(), store=store)
+        return own
+
     @property
     def start(self) -> Start | None:
         """What the settings say to start from."""
@@ -162,11 +169,8 @@ class Trainer:
             if store and (iteration == plan.iterations or store.due):
                 store.save_state(name, state(), ledger.record())
 
-        with (
-            self.ledger.merging() as ledgers,
-            torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
-        ):
-            ledger = self.ledger.fork()
+        devices = [self.device] if self.device.type == "cuda" else []
+        with self.ledger.forked() as ledger, torch.random.fork_rng(devices):
             resume, record = group.from_first(lambda: store.load_state(name) if store else None) or (None, None)
             if record:
                 ledger.resume(part, record)
@@ -191,8 +195,7 @@ class Trainer:
             # Each process has summed the same numbers, in an order of its own.
             for tensor in (fitted.vertices, *fitted.buffers.values()):
                 group.broadcast_(tensor)
-            ledgers.append(ledger.record())
-        return fitted
+            return fitted
 
 
 def _sgd(settings: Settings, moving: list[Tensor]) -> Optimizer:
