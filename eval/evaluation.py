@@ -23,7 +23,7 @@ from ensembler.eval.report.schema import OodReport, Report, ShiftReport
 from ensembler.eval.scoring import ScoredRun, score
 from ensembler.eval.shift.ood import load_ood
 from ensembler.eval.shift.readers import load_shift
-from ensembler.eval.shift.test_set import Shift, clean_set, validation_set
+from ensembler.eval.shift.test_set import Shift, TestSet, validation_set
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
 
@@ -106,7 +106,12 @@ def evaluate(
     artefact.check_writable(folder, "choose another --cache")
     predictors = [Predictor(Ensemble(run, device, batch_size), folder) for run in runs]
     keep_freed(predictors[0].ensemble.device)
-    test_sets = [validation_set(dataset.validation), clean_set(test), *(shifted.sets if shifted else ()), *outside]
+    test_sets = [
+        validation_set(dataset.validation),
+        TestSet("clean", "clean", test, "clean"),
+        *(shifted.sets if shifted else ()),
+        *outside,
+    ]
     scored = score(runs, [path.name for path in paths], predictions(predictors, test_sets, watch, engine), shifted)
     report = Report(
         dataset=dataset.title,

@@ -235,9 +235,9 @@ def test_glass_waves_keep_the_scripts_order(height: int, width: int, reach: int)
 
 
 def test_angles_are_even_and_trails_whole() -> None:
-    known, of_angle = blurs.trails(8, 2, 0)
+    known, of_angle = blurs.motion_kernels(8, 2, 0)
     assert len(of_angle) == blurs.ANGLES
-    assert all(sum(share for *_, share in trail) == 2**22 for trail in known)
+    assert all(sum(share for *_, share in kernel) == 2**22 for kernel in known)
     chosen = below(image_keys("angles", torch.arange(20000)), blurs.ANGLES, 1).flatten()
     assert stats.chisquare(chosen.bincount(minlength=blurs.ANGLES).numpy()).pvalue > 1e-3
 

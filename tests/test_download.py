@@ -152,7 +152,9 @@ def test_a_whole_archive_becomes_a_whole_folder(tmp_path, server):
 
 def test_a_cut_transfer_goes_on_where_it_stopped(tmp_path, server):
     server.cuts = [20_000, 0]  # the second attempt gets nothing, and there is no third
-    with pytest.raises(DataError, match=r"the connection was cut; 20,000 of \d\d,\d\d\d bytes are kept: check the net"):
+    with pytest.raises(
+        DataError, match=r"the connection was cut; 20,000 of \d\d,\d\d\d bytes were kept: check the net"
+    ):
         fetch(server, tmp_path)
     assert (tmp_path / "CIFAR-10-C.tar.partial").read_bytes() == server.content[:20_000]
     assert not (tmp_path / "CIFAR-10-C").exists()
@@ -228,7 +230,7 @@ def test_a_file_fetched_by_hand_is_used_and_kept(tmp_path, server):
         ([403], {}, "the server answers 403 Forbidden"),
         ([416], {}, "the server answers 416"),
         ([], {"Content-Length": 400}, "offers 400 bytes, not the .* is a proxy or a sign-in page between"),
-        ([], {"Content-Length": "many"}, "offers something of unknown size, not the"),
+        ([], {"Content-Length": "many"}, "bad Content-Length; 0 of"),
         ([], {"Content-Range": "bytes 7-9/10"}, "offers 10 bytes, not the"),
         ([], {"Content-Range": "nonsense"}, "offers something of unknown size, not the"),
     ],
@@ -306,7 +308,7 @@ def test_a_folder_in_the_way_is_refused(tmp_path, server):
     with pytest.raises(DataError, match=r"lacks gaussian_noise\.npy and 18 more: remove it, and run the command again"):
         fetch(server, tmp_path)
     (folder / "generated.json").write_text("{}")
-    with pytest.raises(UsageError, match="holds images that were generated here: move it away"):
+    with pytest.raises(UsageError, match="holds generated images: move it away"):
         fetch(server, tmp_path)
     for path in folder.iterdir():
         path.unlink()

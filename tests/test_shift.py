@@ -322,7 +322,7 @@ def test_a_generated_folder_must_hold_what_is_generated(tmp_path):
     good = path.read_bytes()
     rewrite(path, lambda rows: np.roll(rows, 1, axis=0))
     with pytest.raises(
-        DataError, match=r"contrast\.npy is not what this version of ensembler makes .* severity 1: rem"
+        DataError, match=r"contrast\.npy is not what this version of ensembler generates .* severity 1: rem"
     ):
         find()
     path.write_bytes(good[:-10])
@@ -502,7 +502,7 @@ def test_a_folder_of_something_else_is_left_lock(tmp_path):
             write_corruptions(images, tmp_path, SOME, seed=seed)
     path = tmp_path / f"{SOME[0]}.npy"
     rewrite(path, lambda rows: rows[::-1])  # of an older version, say
-    with pytest.raises(DataError, match="is not what this version of ensembler makes"):
+    with pytest.raises(DataError, match="is not what this version of ensembler generates"):
         write_corruptions(dataset(), tmp_path, SOME)
     path.write_bytes(before[path.name])
     (tmp_path / "generated.json").unlink()
@@ -545,7 +545,9 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
         return FullDisk()
 
     monkeypatch.setattr(Path, "open", full_disk)
-    with pytest.raises(ArtefactError, match=r"cannot write to .*: No space left on device: .* whole files are kept"):
+    with pytest.raises(
+        ArtefactError, match=r"cannot write to .*: No space left on device: .* complete files were kept"
+    ):
         write_corruptions(dataset(), tmp_path, ("gaussian_noise", "contrast"))
     assert {path.name for path in tmp_path.glob("*.npy")} == {"labels.npy", "gaussian_noise.npy"}
     assert not list(tmp_path.glob(".partial-*"))

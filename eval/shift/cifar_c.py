@@ -1,4 +1,4 @@
-"""The official CIFAR-10-C and CIFAR-100-C files, checked where a mistake would show."""
+"""The official CIFAR-10-C and CIFAR-100-C files, checked on a sample."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ensembler.images import Images
 __all__ = ["LABELS", "check_official", "official_shift"]
 
 _REMEDY = "remove the folder, and fetch it again with ensembler data download"
-_SAMPLE = 100  # images looked at
+_SAMPLE = 100  # images checked
 _OWN = 0.5  # share of them that must resemble their own clean image most; by chance it is one image
 _FLAT = 2.0  # standard deviation, in levels, below which an image cannot be told from others
 _FEWEST = 10  # distinct images below which nothing is concluded
@@ -31,17 +31,17 @@ _STEP_BACK = 0.95  # of the change at the severity before, below which the sever
 
 
 def official_shift(name: str, title: str, test: Images, indices: Tensor, path: Path) -> Shift:
-    """The official files over some of the test images.
+    """Read the official files for some of the test images.
 
     Args:
-        name: as the user asked for it.
-        title: what a report calls the files, such as ``"CIFAR-10-C"``.
+        name: as the user gave it.
+        title: of the files in reports, such as ``"CIFAR-10-C"``.
         test: all test images.
         indices: (N,) those to use.
         path: the folder of the files.
 
     Raises:
-        DataError: there is no corruption, or a file is not what it should be.
+        DataError: there is no corruption, or a file is damaged or of other images.
     """
     folder = StoredFolder(path, test, _REMEDY)
     if not folder.corruptions:
@@ -67,13 +67,12 @@ def official_shift(name: str, title: str, test: Images, indices: Tensor, path: P
 def check_official(folder: StoredFolder) -> None:
     """Check whether the files of a folder belong to its test images, in their order.
 
-    Checked are every file's shape and, on about a hundred images spread over the set, whether each resembles the clean
-    image in its place more than the others, and, for corruptions that grow with severity, whether the change grows.
-    Genuine images are far from being refused: of CIFAR-10's test images under every corruption generated here, 86 % or
-    more pass.
+    Every file's shape is checked and, for about a hundred images, whether each resembles its own clean image more than
+    the others, and, for corruptions that grow with severity, whether the change grows. Genuine files pass by a wide
+    margin: half of the images must, and of CIFAR-10's test images 86 % or more do under every corruption.
 
     Raises:
-        DataError: a file is not what it should be; it is named.
+        DataError: a file is damaged or of other images.
     """
     folder.check_labels()
     sample = np.unique(np.linspace(0, len(folder.test) - 1, _SAMPLE).astype(int))
@@ -98,7 +97,7 @@ def check_official(folder: StoredFolder) -> None:
 
 
 def _own_share(clean: NDArray[np.uint8], corrupted: NDArray[np.uint8]) -> float:
-    """Share of the images (N, H, W, 3) that correlate with their own clean image more than with any other one."""
+    """Compute the share of the images (N, H, W, 3) that correlate most with their own clean image."""
     pixels = [images.reshape(len(images), -1).astype(np.float32) for images in (clean, corrupted)]
     distinct = pixels[0].std(1) >= _FLAT
     if distinct.sum() < _FEWEST:
@@ -114,5 +113,5 @@ def _norm(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _change(clean: NDArray[np.uint8], corrupted: NDArray[np.uint8]) -> float:
-    """Mean absolute change, in levels."""
+    """Compute the mean absolute change, in levels."""
     return float(np.abs(corrupted.astype(np.int16) - clean).mean())

@@ -1,14 +1,13 @@
 """Common image corruptions at the constants of CIFAR-10-C and ImageNet-C, on whole batches of bytes.
 
 The nineteen corruptions and their five severities are those of Hendrycks & Dietterich 2019
-(https://arxiv.org/abs/1903.12261); the semantics follow the scripts with which the authors made CIFAR-10-C and
-ImageNet-C, which work on ``x / 255``, clip to [0, 1], multiply by 255 and truncate to a byte. Where a function does
-otherwise, its docstring says so and docs/corruptions.md why.
+(https://arxiv.org/abs/1903.12261); they follow the scripts with which the authors made CIFAR-10-C and ImageNet-C, which
+work on ``x / 255``, clip to [0, 1], multiply by 255 and truncate to a byte. Where a function differs, its docstring
+says so, and docs/corruptions.md says why.
 
-The authors drew without a seed, so nothing made here equals the published files, and nothing made here may be
-reported as if it did. What is made here can be made again: a random number depends only on (seed, corruption,
-severity, index of the image, position in the image), and no sum depends on the batch around it, so a slice of a batch
-holds the bytes that the whole batch would.
+The authors used no seed, so nothing generated here equals the published files, or may be reported as if it did. It is
+reproducible: a random number depends only on (seed, corruption, severity, index of the image, position in the image),
+and no sum depends on the rest of the batch, so a slice of a batch has the bytes that the whole batch would.
 
 To add a corruption, write one function ``(images, level, keys) -> images`` and add its line to the table.
 """
@@ -63,14 +62,14 @@ Constants = Literal["cifar", "imagenet"]
 
 
 class _Corruption(NamedTuple):
-    """A corruption, and its constants at severities 1 to 5: what they are, each function's docstring says."""
+    """A corruption and its constants at severities 1 to 5, which each function's docstring explains."""
 
     apply: Callable[[Tensor, Any, Tensor], Tensor]
     cifar: tuple[Any, ...]
     imagenet: tuple[Any, ...]
 
 
-_244 = 244 / 224  # the script means 224 pixels and writes 244
+_244 = 244 / 224  # the script writes 244 where it means 224 pixels
 
 # fmt: off
 _TABLE = {
@@ -143,8 +142,8 @@ _TABLE = {
 
 _SMALLEST = 4  # pixels a side
 _LARGE = 64  # pixels of the smaller side above which the constants are those of ImageNet-C
-_CHUNK = {"cpu": 2**19, "cuda": 2**25}  # bytes worked on at once: what a core's cache holds, or what fills a GPU
-# Larger chunks for those that take many steps, or short ones, for any number of images.
+_CHUNK = {"cpu": 2**19, "cuda": 2**25}  # bytes processed at once: what fits a core's cache, or fills a GPU
+# Larger chunks where the number of steps does not depend on the number of images.
 _LARGER = {"glass_blur": 2, "motion_blur": 32, "snow": 64} | dict.fromkeys(
     ("frost", "fog", "contrast", "elastic_transform", "pixelate", "jpeg_compression", "spatter"), 2
 )
@@ -205,12 +204,12 @@ def corrupt(
 
 
 def constants_for(shape: tuple[int, int]) -> Constants:
-    """The constants that :func:`corrupt` uses by default for images of ``shape`` (H, W)."""
+    """Return the constants that :func:`corrupt` uses by default for images of ``shape`` (H, W)."""
     return "imagenet" if min(shape) > _LARGE else "cifar"
 
 
 def _side_by_side(work: Callable[[slice], None], parts: list[slice], threads: int) -> None:
-    """Work on the parts in as many threads: some operations have no threads of their own, others wait for theirs."""
+    """Process the parts in threads: some operations have no threads of their own, others wait for theirs."""
     if threads == 1 or len(parts) == 1:
         for part in parts:
             work(part)
@@ -223,7 +222,7 @@ def _side_by_side(work: Callable[[slice], None], parts: list[slice], threads: in
 
 
 def fingerprint(corruption: str, severity: int, seed: int, shape: tuple[int, int]) -> str:
-    """SHA-256, in hex, of eight fixed images of ``shape`` (H, W) corrupted on the CPU.
+    """Hash eight fixed images of ``shape`` (H, W) after the corruption, on the CPU.
 
     It changes whenever a constant, the code or a library changes what a corruption does to them, and so tells a cache
     of predictions that the images behind it are no longer those that would be made.
@@ -247,7 +246,7 @@ def _check(images: Tensor) -> None:
 
 
 def _positions(indices: Tensor | Sequence[int] | None, count: int) -> Tensor:
-    """Positions of the images in the whole test set, (N,) int64."""
+    """Return the positions of the images in the whole test set, (N,) int64."""
     if indices is None:
         return torch.arange(count)
     positions = torch.as_tensor(indices)

@@ -1,24 +1,21 @@
-"""The official CIFAR-10-C and CIFAR-100-C archives (Hendrycks and Dietterich 2019), fetched from Zenodo.
+"""Download of the official CIFAR-10-C and CIFAR-100-C archives (Hendrycks & Dietterich 2019) from Zenodo.
 
-A transfer that was cut goes on where it stopped; nothing is unpacked before its MD5 is the published one; the folder
-is there whole or not at all.
+An interrupted transfer is resumed, the MD5 is checked before unpacking, and the folder appears only when complete.
 """
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import os
 import re
 import shutil
 import tarfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import httpx
 
 from ensembler import __version__
 from ensembler.errors import DataError, UsageError
@@ -33,8 +30,8 @@ HOST = "https://zenodo.org"
 
 _CHUNK = 2**20
 _TIMEOUT = 60.0  # seconds without a byte
-_WAITS = (2.0, 5.0, 15.0)  # seconds before each further attempt; anew whenever the one before has got something
-_PASSING = {408, 425, 429, 500, 502, 503, 504}  # statuses that may be others in a moment
+_WAITS = (2.0, 5.0, 15.0)  # seconds before each further attempt; starts again after any progress
+_PASSING = {408, 425, 429, 500, 502, 503, 504}  # temporary statuses
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,10 @@ class Archive:
 
     Attributes:
         folder: the folder's name; the tar is ``FOLDER.tar``.
-        record: where it is published, below the host.
+        record: its path below the host.
         size: in bytes.
         md5: hexadecimal, as published.
-        files: what the folder must hold.
+        files: the required files of the folder.
     """
 
     folder: str
@@ -57,7 +54,7 @@ class Archive:
 
     @property
     def path(self) -> str:
-        """Of the tar, below the host."""
+        """The path of the tar, below the host."""
         return f"{self.record}/files/{self.folder}.tar?download=1"
 
 
@@ -68,7 +65,7 @@ ARCHIVES = {
 
 
 class _Cut(Exception):  # noqa: N818
-    """The network failed in a way that may pass."""
+    """A failure of the network that may be temporary."""
 
 
 def download(
@@ -79,24 +76,24 @@ def download(
     waits: Sequence[float] = _WAITS,
     watch: Watcher = lambda label, done, total: None,
 ) -> Path:
-    """Fetch, check and unpack an archive; nothing is done if its folder is there already.
+    """Fetch, check and unpack an archive; an existing folder is left as it is.
 
-    What has been fetched lies in ``FOLDER.tar.partial`` until the folder is there, and is built upon after any
-    interruption. A ``FOLDER.tar`` that lies there already, fetched by hand, is checked, unpacked and kept.
+    Until then, fetched bytes are in ``FOLDER.tar.partial``, from which an interrupted download resumes. A
+    ``FOLDER.tar`` that was fetched by hand is checked, unpacked and kept.
 
     Args:
         archive: one of :data:`ARCHIVES`.
         root: the folder to unpack into.
         base: the host's URL.
-        waits: seconds before each further attempt; the first is tried again at once where an attempt got something.
-        watch: told what is being done, how many bytes are done, and of how many.
+        waits: seconds before each further attempt; after any progress, the first is immediate.
+        watch: called with the current step, how many bytes are done, and of how many.
 
     Returns:
         The unpacked folder.
 
     Raises:
-        UsageError: another process is fetching it, or the folder's images were generated.
-        DataError: the network, the disk, or bytes that are not the published ones.
+        UsageError: another process is fetching it, or the folder has generated images.
+        DataError: the network or the disk failed, or the archive is not the published one.
     """
     folder, partial, own = (root / f"{archive.folder}{suffix}" for suffix in ("", ".tar.partial", ".tar"))
     if _is_there(archive, folder):
@@ -115,8 +112,8 @@ def download(
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
-            f"cannot write to {root}: {error.strerror or error}: make room there or choose another --data; what was "
-            "fetched is kept, and running the command again goes on"
+            f"cannot write to {root}: {error.strerror or error}: make room there or choose another --data; fetched "
+            "bytes were kept: run the command again to resume"
         ) from error
     return folder
 
@@ -125,7 +122,7 @@ def _is_there(archive: Archive, folder: Path) -> bool:
     if not folder.is_dir() or not any(folder.iterdir()):
         return False
     if (folder / RECORD).exists():
-        raise UsageError(f"{folder} holds images that were generated here: move it away, or choose another --data")
+        raise UsageError(f"{folder} holds generated images: move it away, or choose another --data")
     missing = [name for name in archive.files if not (folder / name).is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -147,7 +144,7 @@ def _check_space(archive: Archive, root: Path, to_fetch: int) -> None:
 
 
 def _fetch(archive: Archive, partial: Path, base: str, waits: Sequence[float], watch: Watcher) -> None:
-    """Bring ``partial`` to its full length, in as many transfers as it takes."""
+    """Fetch ``partial`` to its full length, in any number of transfers."""
     if _size(partial) > archive.size:
         partial.unlink()
     waiting = iter(waits)
@@ -161,68 +158,53 @@ def _fetch(archive: Archive, partial: Path, base: str, waits: Sequence[float], w
             wait = next(waiting, None)
             if wait is None:
                 raise DataError(
-                    f"cannot fetch {archive.folder} from {base}: {cut}; {kept:,} of {archive.size:,} bytes are kept: "
-                    "check the network, and run the command again to go on"
+                    f"cannot fetch {archive.folder} from {base}: {cut}; {kept:,} of {archive.size:,} bytes were kept: "
+                    "check the network, and run the command again to resume"
                 ) from cut
             watch(f"{cut}, trying again in {wait:.0f} s", kept, archive.size)
             time.sleep(wait)
 
 
 def _transfer(archive: Archive, partial: Path, url: str, watch: Watcher) -> None:
-    """One request for what ``partial`` lacks, appended to it.
+    """Request the rest of ``partial``, and append it.
 
     Raises:
-        _Cut: the network failed; what came is in ``partial``.
-        DataError: the server offers something else.
+        _Cut: the network failed; what came was kept.
+        DataError: the server offers another file.
     """
     have = _size(partial)
     headers = {"User-Agent": f"ensembler/{__version__}", "Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
-    with _answer(archive, urllib.request.Request(url, headers=headers)) as response:  # noqa: S310
-        done = _first_byte(archive, response, url, have)
-        with partial.open("ab") as file:
-            file.truncate(done)
-            watch(f"fetching {archive.folder}", done, archive.size)
-            while done < archive.size:
-                chunk = _read(response, min(_CHUNK, archive.size - done))
-                file.write(chunk)
-                done += len(chunk)
+    try:
+        with httpx.stream("GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True) as response:
+            _check_status(archive, response)
+            done = _first_byte(archive, response, url, have)
+            with partial.open("ab") as file:
+                file.truncate(done)
                 watch(f"fetching {archive.folder}", done, archive.size)
+                for chunk in response.iter_raw():
+                    done += file.write(chunk[: archive.size - done])
+                    watch(f"fetching {archive.folder}", done, archive.size)
+    except httpx.TransportError as error:
+        reason = re.sub(r"^\[Errno -?\d+\] |^peer closed .*", "", str(error))
+        raise _Cut(reason or "the connection was cut") from error
 
 
-def _answer(archive: Archive, request: urllib.request.Request) -> Any:
-    try:
-        return urllib.request.urlopen(request, timeout=_TIMEOUT)  # noqa: S310
-    except urllib.error.HTTPError as error:
-        with error:
-            said = f"the server answers {error.code} {error.reason}"
-        if error.code in _PASSING:
-            raise _Cut(said) from error
+def _check_status(archive: Archive, response: httpx.Response) -> None:
+    answer = f"the server answers {response.status_code} {response.reason_phrase}"
+    if response.status_code in _PASSING:
+        raise _Cut(answer)
+    if response.is_error:
         raise DataError(
-            f"cannot fetch {request.full_url}: {said}: fetch {archive.folder}.tar by hand from {HOST}/{archive.record} "
+            f"cannot fetch {response.url}: {answer}: fetch {archive.folder}.tar by hand from {HOST}/{archive.record} "
             "into the same folder, and run the command again"
-        ) from error
-    except urllib.error.URLError as error:
-        raise _Cut(getattr(error.reason, "strerror", None) or str(error.reason)) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _Cut(str(error) or type(error).__name__) from error
+        )
 
 
-def _read(response: Any, size: int) -> bytes:
-    """Some bytes, at least one."""
-    try:
-        chunk: bytes = response.read1(size)
-    except (OSError, http.client.HTTPException) as error:
-        raise _Cut(str(error) or type(error).__name__) from error
-    if not chunk:
-        raise _Cut("the connection was cut")
-    return chunk
-
-
-def _first_byte(archive: Archive, response: Any, url: str, have: int) -> int:
-    """Which byte of the file an answer begins with: the one asked for, or 0 from a server that only sends the whole."""
-    if response.status == 206:
+def _first_byte(archive: Archive, response: httpx.Response, url: str, have: int) -> int:
+    """Return the position of an answer's first byte: the requested one, or 0 from a server without ranges."""
+    if response.status_code == 206:
         found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
         first, size = (int(found[1]), int(found[2])) if found else (None, None)
     else:
@@ -257,7 +239,7 @@ def _check_md5(archive: Archive, tar: Path, watch: Watcher) -> None:
 
 
 def _unpack(archive: Archive, tar: Path, folder: Path, watch: Watcher) -> None:
-    """The expected files of the archive, under names of ours: no path in it is ever followed."""
+    """Unpack the expected files under fixed names: no path in the archive is followed."""
     hidden = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
     names = {f"{archive.folder}/{name}": name for name in (*archive.files, "README.txt")}

@@ -1,6 +1,6 @@
-"""Corruptions generated here: made as they are asked for, or read from a folder that they were written to.
+"""Generated corruptions: made when needed, or read from a folder that ``ensembler data corrupt`` wrote.
 
-Such a folder says so in ``generated.json``, so that nobody takes it for the official files.
+Such a folder has a ``generated.json``, so that nobody takes it for the official files.
 """
 
 from __future__ import annotations
@@ -39,35 +39,35 @@ _REMEDY = "remove the folder, and make it again with ensembler data corrupt"
 
 @dataclass(frozen=True, eq=False)
 class Corrupted(Shifted):
-    """Images corrupted as they are asked for, with a seed."""
+    """Images that are corrupted when needed, with a seed."""
 
     seed: int
 
     def images(self, part: slice) -> Tensor:
-        """Some of the images, (B, H, W, 3) uint8."""
+        """Return some of the images, (B, H, W, 3) uint8."""
         clean = self.clean[part].images
         return corrupt(clean, self.corruption, self.severity, indices=self.indices[part], seed=self.seed)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the clean images and of what the corruption does to a fixed batch: none of the images is made."""
+        """Hash of the clean images and of the effect of the corruption on a fixed batch; no image is made for it."""
         made = fingerprint(self.corruption, self.severity, self.seed, self.shape)
         what = (self.corruption, self.severity, self.seed, made, self.clean.sha256, self.indices.tolist())
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
 
 def generated_shift(name: str, test: Images, indices: Tensor, seed: int = 0, path: Path | None = None) -> Shift:
-    """Every corruption at every severity of some of the test images.
+    """Return every corruption at every severity of some of the test images.
 
     Args:
-        name: as the user asked for it.
+        name: as the user gave it.
         test: all test images.
         indices: (N,) those to use.
         seed: of the corruptions.
-        path: a folder written by :func:`write_corruptions` with the same images and seed; what it holds is read.
+        path: a folder written with the same images and seed, from which existing files are read.
 
     Raises:
-        DataError: a file of the folder is not what this version makes.
+        DataError: a file of the folder is not what this version generates.
     """
     stored = () if path is None else check_generated(folder := generated_folder(path, test), seed)
     clean = test.part(indices)
@@ -87,20 +87,20 @@ def generated_shift(name: str, test: Images, indices: Tensor, seed: int = 0, pat
 
 
 def generated_folder(path: Path, test: Images) -> StoredFolder:
-    """A folder for corruptions of these test images that are generated here."""
+    """Return the folder at ``path`` for generated corruptions of these test images."""
     return StoredFolder(path, test, _REMEDY)
 
 
 class GeneratedRecord(Record):
-    """What ``generated.json`` says of a folder written here.
+    """The schema of ``generated.json``.
 
     Attributes:
-        note: for whoever opens it.
-        dataset: the dataset's name, and ``title`` as a report calls it.
+        note: for readers of the file.
+        dataset, title: the dataset's name, and its title in reports.
         test_sha256: of its test images and labels.
         image_shape: (H, W, 3).
         constants: see :func:`ensembler.eval.shift.corruptions.constants_for`.
-        versions: of the packages that made it.
+        versions: of the packages that generated it.
     """
 
     format: int = 1
@@ -116,7 +116,7 @@ class GeneratedRecord(Record):
 
 
 def read_record(path: Path) -> GeneratedRecord | None:
-    """The record of a folder written here; ``None`` where there is none.
+    """Read the ``generated.json`` of a folder; ``None`` if there is none.
 
     Raises:
         DataError: it cannot be read.
@@ -125,17 +125,17 @@ def read_record(path: Path) -> GeneratedRecord | None:
     try:
         return GeneratedRecord.model_validate_json(file.read_bytes()) if file.is_file() else None
     except (OSError, ValidationError) as error:
-        raise DataError(f"cannot read {file}, without which nobody knows what made the images: {_REMEDY}") from error
+        raise DataError(f"cannot read {file}, which describes the images: {_REMEDY}") from error
 
 
 def check_generated(folder: StoredFolder, seed: int) -> tuple[str, ...]:
-    """Check that a folder written here holds what this version makes: a few images of each file are made again.
+    """Check on a few images of each file that a folder has what this version generates.
 
     Returns:
-        The corruptions that it holds.
+        The corruptions that it has.
 
     Raises:
-        DataError: a file differs; it is named.
+        DataError: a file differs.
     """
     folder.check_labels()
     sample = np.unique(np.linspace(0, len(folder.test) - 1, 3).astype(int))
@@ -145,7 +145,7 @@ def check_generated(folder: StoredFolder, seed: int) -> tuple[str, ...]:
             made = corrupt(clean, name, severity, indices=sample.tolist(), seed=seed).numpy()
             if not np.array_equal(made, folder.some(name, severity, sample)):
                 raise DataError(
-                    f"{folder.file(name)} is not what this version of ensembler makes of these images at severity "
+                    f"{folder.file(name)} is not what this version of ensembler generates at severity "
                     f"{severity}: {folder.remedy}"
                 )
     return folder.corruptions

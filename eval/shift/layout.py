@@ -1,4 +1,4 @@
-"""The layout of CIFAR-10-C: one ``NAME.npy`` a corruption, and ``labels.npy``.
+"""The layout of CIFAR-10-C: one ``NAME.npy`` per corruption, and ``labels.npy``.
 
 Of ``n`` test images a file holds ``5 n`` rows, uint8 ``(5 n, H, W, 3)``: rows ``[(s - 1) n : s n]`` are severity s, in
 the test set's order. Files are mapped, never read whole, and never unpickled.
@@ -35,8 +35,8 @@ class StoredFolder:
 
     Attributes:
         path: where it is.
-        test: the clean test images that its files are of.
-        remedy: what to do where a file is wrong, said at the end of every error.
+        test: the clean test images.
+        remedy: the last clause of every error message.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class StoredFolder:
 
     @property
     def corruptions(self) -> tuple[str, ...]:
-        """The corruptions that it has a file of, in the protocol's order."""
+        """The corruptions that it has, in the protocol's order."""
         return tuple(name for name in AVAILABLE if self.file(name).is_file())
 
     @property
@@ -54,11 +54,11 @@ class StoredFolder:
         return (len(SEVERITIES) * len(self.test), *self.test.shape, 3)
 
     def file(self, corruption: str) -> Path:
-        """The path of a corruption's file."""
+        """Return the path of a corruption's file."""
         return self.path / f"{corruption}.npy"
 
     def rows(self, corruption: str) -> np.memmap[Any, Any]:
-        """A corruption's images, mapped into memory.
+        """Map a corruption's images into memory.
 
         Raises:
             DataError: the file is damaged, or its shape or type is wrong.
@@ -73,7 +73,7 @@ class StoredFolder:
         )
 
     def some(self, corruption: str, severity: int, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """A few images, far apart: read by seeking, as a memory map would bring 128 KB along with each.
+        """Read a few images by seeking; a memory map would read 128 KB for each.
 
         Raises:
             DataError: the file is damaged, or its shape or type is wrong.
@@ -87,7 +87,7 @@ class StoredFolder:
         return images
 
     def check_labels(self) -> None:
-        """Compare the labels with the test set's.
+        """Check that the labels are the test set's.
 
         Raises:
             DataError: they differ, or the file is damaged.
@@ -120,14 +120,14 @@ class Rows(Shifted):
 
     Attributes:
         folder: where the file is.
-        same_as: images known to be the same, whose hash then names these.
+        same_as: images known to be the same; their hash then names these.
     """
 
     folder: StoredFolder
     same_as: Shifted | None = None
 
     def images(self, part: slice) -> Tensor:
-        """Some of the images, (B, H, W, 3) uint8."""
+        """Return some of the images, (B, H, W, 3) uint8."""
         places = (self.severity - 1) * len(self.folder.test) + self.indices[part].numpy()
         return torch.from_numpy(self.folder.rows(self.corruption)[places])
 
@@ -145,7 +145,7 @@ class Rows(Shifted):
 
 @contextmanager
 def lock(file: Path, what: Path) -> Iterator[None]:
-    """Hold a lock while the block runs; it ends with the process, however that ends.
+    """Hold a lock on a file; it ends with the block, or with the process.
 
     Raises:
         UsageError: another process holds it.

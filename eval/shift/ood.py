@@ -30,9 +30,9 @@ def load_ood(
     examples: int | None = None,
     seed: int = 0,
 ) -> TestSet:
-    """Images that a network was not trained on, at its size.
+    """Load images that a network was not trained on, at its image size.
 
-    The caller sees to it that these images have no class in common with those of the training.
+    That they have no class in common with the training images is not checked.
 
     Args:
         name: ``noise:KIND`` of :data:`NOISES`; ``folder:PATH``: every image in the folder and below, sorted by class or
@@ -64,7 +64,7 @@ def load_ood(
 
 
 def noise_images(kind: str, count: int, shape: tuple[int, int], seed: int = 0) -> Tensor:
-    """Images of noise: image i depends on the seed, the kind, the shape and i alone.
+    """Draw images of noise; image i depends only on the seed, the kind, the shape and i.
 
     Args:
         kind: ``"gaussian"``: each byte of N(0.5, 1), clipped to [0, 1]; ``"uniform"``: each byte uniform (both as in
@@ -110,7 +110,7 @@ def _folder(folder: Path, shape: tuple[int, int]) -> FileSplit:
 
 
 def _some(available: int, examples: int | None, seed: int) -> Tensor:
-    """Which images, in their order."""
+    """Return the indices of the images, in order."""
     if examples is None or examples >= available:
         return torch.arange(available)
     return torch.randperm(available, generator=generator(seed, "ood"))[:examples].sort().values

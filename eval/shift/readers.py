@@ -1,8 +1,8 @@
-"""Which reader serves which ``--shift``: official files where they exist, else corruptions generated here.
+"""The values of ``--shift`` and their readers: official files where they exist, else corruptions generated here.
 
-A reader is one file of this package with a function that returns a :class:`~ensembler.eval.shift.test_set.Shift`, and
-a line here. Generated images are never passed off as official ones: the authors drew without a seed, so nobody can make
-the same files again, and figures on generated images do not compare with published ones.
+A reader is one file of this package, with a function that returns a :class:`~ensembler.eval.shift.test_set.Shift`.
+Generated images are never presented as official ones: the authors used no seed, so nobody can make the same files
+again, and figures on generated images are not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ _OFFICIAL = {"cifar10c": ("cifar10", "CIFAR-10-C"), "cifar100c": ("cifar100", "C
 
 
 def load_shift(name: str, dataset: Dataset, indices: Tensor, root: Path | None = None, seed: int = 0) -> Shift:
-    """The shift of that name for a dataset's test images.
+    """Load a shift of a dataset's test images.
 
     Args:
         name: one of :data:`SHIFTS`. ``"cifar10c"`` and ``"cifar100c"`` are the official files for the datasets
             ``"cifar10"`` and ``"cifar100"`` where they exist, else generated, as for any other dataset;
             ``"corruptions"`` is always generated.
         dataset: whose test images.
-        indices: (N,) which of its test images to use.
-        root: the folder of ``CIFAR-10-C/``, or that folder itself; by default where datasets lie. A folder that
-            ``ensembler data corrupt`` made of the same images with the same seed is read instead of made again.
-        seed: of the generated ones.
+        indices: (N,) the test images to use.
+        root: the folder of ``CIFAR-10-C/``, or that folder itself; by default the folder of datasets. Files that
+            ``ensembler data corrupt`` generated from the same images with the same seed are read.
+        seed: of generated corruptions.
 
     Raises:
         UsageError: an unknown shift.
-        DataError: the files exist, but are not what they should be.
+        DataError: the files exist, but are damaged or of other images.
     """
     if name not in SHIFTS:
         raise UsageError(f"unknown shift {name!r}: use {', '.join(SHIFTS)}")
@@ -54,7 +54,7 @@ def load_shift(name: str, dataset: Dataset, indices: Tensor, root: Path | None =
 
 
 def _folders(title: str, official: bool, root: Path) -> Iterator[tuple[Path, bool]]:
-    """Folders that may hold files, and whether those can be the official ones of this dataset."""
+    """Yield folders that may have files, and whether these can be the official ones of this dataset."""
     if official:
         yield root / title, True
     yield root, official

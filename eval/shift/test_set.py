@@ -1,4 +1,4 @@
-"""What an evaluation predicts and scores: test sets, and lists of them that belong together."""
+"""Test sets: named images that an evaluation predicts and scores."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import Tensor
 from ensembler.eval.shift.corruptions import HEADLINE, VALIDATION
 from ensembler.images import Images, Split
 
-__all__ = ["Shift", "Shifted", "Source", "TestSet", "clean_set", "validation_set"]
+__all__ = ["Shift", "Shifted", "Source", "TestSet", "validation_set"]
 
 Source = Literal["dataset", "folder", "official", "generated"]
 
-_BATCH = 2**26  # bytes of images made at once
+_BATCH = 2**26  # bytes of images in a batch
 
 
 @dataclass(frozen=True, eq=False)
 class Shifted(ABC):
-    """Chosen test images under one corruption at one severity; used like :class:`ensembler.images.Split`.
+    """Test images under one corruption at one severity; used like :class:`ensembler.images.Split`.
 
     Attributes:
-        clean: the chosen clean images.
+        clean: the clean images.
         indices: (N,) their positions in the whole test set.
         corruption, severity: which corruption; 1 to 5.
     """
@@ -38,7 +38,7 @@ class Shifted(ABC):
 
     @abstractmethod
     def images(self, part: slice) -> Tensor:
-        """Some of the images, (B, H, W, 3) uint8."""
+        """Return some of the images, (B, H, W, 3) uint8."""
 
     @property
     @abstractmethod
@@ -59,7 +59,7 @@ class Shifted(ABC):
         return len(self.clean)
 
     def batches(self, size: int) -> Iterator[Split]:
-        """The images in order, at most ``size`` at a time."""
+        """Yield the images in order, at most ``size`` at a time."""
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             yield Split(self.images(part), self.labels[part])
@@ -67,19 +67,19 @@ class Shifted(ABC):
 
 @dataclass(frozen=True, eq=False)
 class TestSet:
-    """Images that every run predicts, and how their scores are used.
+    """Images that every run predicts, and the role of their scores.
 
     Attributes:
-        name: of a shift, the corruption; else unique among an evaluation's sets.
-        title: what progress and reports call it.
-        examples: the images and their labels; out of distribution, labels say nothing.
-        group: ``"validation"`` fits temperatures and chooses members, ``"clean"`` is the test split, ``"shift"`` a
-            shifted copy of it, ``"ood"`` has no right answers.
-        severity: of a shift, 1 to 5.
-        source: where the images are from.
+        name: of a shifted set, the corruption; else unique in an evaluation.
+        title: its name in progress and reports.
+        examples: the images and labels; out of distribution, the labels are meaningless.
+        group: ``"validation"`` (fits temperatures, chooses members), ``"clean"`` (the test split), ``"shift"`` or
+            ``"ood"``.
+        severity: of a shifted set, 1 to 5.
+        source: of the images.
     """
 
-    __test__: ClassVar[bool] = False  # no test case of pytest's
+    __test__: ClassVar[bool] = False  # not a test case for pytest
 
     name: str
     title: str
@@ -95,24 +95,24 @@ class TestSet:
 
     @property
     def keeps_members(self) -> bool:
-        """Whether every member's probabilities are kept, as choosing members needs."""
+        """Whether every member's probabilities are kept: they are needed to choose members."""
         return self.group in ("validation", "clean")
 
     def batches(self) -> Iterator[Tensor]:
-        """The images in order, (b, H, W, 3) uint8, a memory-bounded number at a time."""
+        """Yield the images in order, (B, H, W, 3) uint8, in batches of limited memory."""
         height, width = self.examples.shape
         return (part.images for part in self.examples.batches(max(1, _BATCH // (3 * height * width))))
 
 
 @dataclass(frozen=True, eq=False)
 class Shift:
-    """Shifted copies of one test set: corruptions at severities.
+    """Shifted versions of one test set.
 
     Attributes:
-        name: as the user asked for it.
+        name: as the user gave it.
         source: ``"official"`` files, or ``"generated"`` here.
-        note: one sentence that must stand beside every number from it.
-        sets: one for each corruption and severity.
+        note: a sentence to print with every number.
+        sets: one per corruption and severity.
     """
 
     name: str
@@ -127,20 +127,15 @@ class Shift:
 
     @property
     def headline(self) -> tuple[str, ...]:
-        """The covered ones among the protocol's 15, over which means are taken."""
+        """Those of the protocol's 15 that it covers, over which means are taken."""
         return tuple(name for name in HEADLINE if name in self.corruptions)
 
     @property
     def not_covered(self) -> tuple[str, ...]:
-        """The protocol's corruptions that it lacks."""
+        """Those of the protocol's 19 that it lacks."""
         return tuple(name for name in HEADLINE + VALIDATION if name not in self.corruptions)
 
 
 def validation_set(validation: Images) -> TestSet:
-    """A dataset's validation split."""
+    """Return the test set of a validation split; evaluation and calibration share its prediction."""
     return TestSet("validation", "validation", validation, "validation")
-
-
-def clean_set(test: Images) -> TestSet:
-    """A dataset's test split, or the chosen part of it."""
-    return TestSet("clean", "clean", test, "clean")

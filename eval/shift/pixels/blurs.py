@@ -26,18 +26,27 @@ from ensembler.eval.shift.pixels.filters import (
 )
 from ensembler.eval.shift.pixels.noise import below
 
-__all__ = ["ANGLES", "defocus_blur", "gaussian_blur", "glass_blur", "motion_blur", "smear", "trails", "zoom_blur"]
+__all__ = [
+    "ANGLES",
+    "defocus_blur",
+    "gaussian_blur",
+    "glass_blur",
+    "motion_blur",
+    "motion_kernels",
+    "smear",
+    "zoom_blur",
+]
 
 
 def gaussian_blur(images: Tensor, sigma: float, keys: Tensor) -> Tensor:
-    """Gaussian filter cut at 4 sigma, each channel alone; the border's pixels are repeated outside."""
+    """Filter each channel with a Gaussian cut at 4 sigma; border pixels are repeated outside."""
     taps = gaussian_taps(sigma)
     return to_bytes(separable(images, [(taps, taps)], nearest))
 
 
 @lru_cache(maxsize=10)
 def _disk(radius: float, alias: float) -> list[tuple[Taps, Taps]]:
-    """The defocus kernel, a disk of pixels smoothed by a small Gaussian, as a sum of separable filters.
+    """Return the defocus kernel, a disk smoothed by a small Gaussian, as a sum of separable filters.
 
     As in the script, the disk is drawn on at least 17 x 17 pixels and mirrored beyond them, which at radius 8 and 10
     makes the kernel's sum 1.3 and 1.1 % more than 1.
@@ -59,7 +68,7 @@ def _disk(radius: float, alias: float) -> list[tuple[Taps, Taps]]:
 
 
 def defocus_blur(images: Tensor, level: tuple[float, float], keys: Tensor) -> Tensor:
-    """A disk of (radius, smoothing) in place of every pixel; the border is mirrored."""
+    """Replace every pixel by a disk of (radius, smoothing); the border is mirrored."""
     return to_bytes(separable(images, _disk(*level), mirror))
 
 
@@ -68,11 +77,10 @@ def defocus_blur(images: Tensor, level: tuple[float, float], keys: Tensor) -> Te
 
 @lru_cache(maxsize=16)
 def _waves(height: int, width: int, reach: int) -> tuple[Tensor, list[int]]:
-    """The pixels to swap in an order that may be cut into waves, within which no two swaps touch a common pixel.
+    """Order the pixels to swap in waves, within which no two swaps touch a common pixel.
 
     The script goes through the rows from the last, in each from the right, and swaps with a pixel at most ``reach``
-    away. Swaps 2 * reach columns or rows apart touch no common pixel, so that as soon as a row is that far ahead of
-    the next, both can go on at once.
+    away. Swaps 2 * reach columns or rows apart touch no common pixel, so rows that far apart are processed together.
 
     Returns:
         (S,) int64 places ``row * width + column``, and the waves' sizes.
@@ -86,7 +94,7 @@ def _waves(height: int, width: int, reach: int) -> tuple[Tensor, list[int]]:
 
 
 def glass_blur(images: Tensor, level: tuple[float, int, int], keys: Tensor) -> Tensor:
-    """Gaussian filter of sigma; pixels change places with others up to ``reach`` away, ``rounds`` times; filter again.
+    """Filter with a Gaussian, swap pixels with others up to ``reach`` away, ``rounds`` times, and filter again.
 
     A pixel's partner is 1 to ``reach`` rows above, up to ``reach - 1`` below or in its row, and likewise in columns.
     The script assigns array views, so that its pixels are copied where they should swap; here they swap.
@@ -116,25 +124,25 @@ def glass_blur(images: Tensor, level: tuple[float, int, int], keys: Tensor) -> T
 ANGLES = 128
 _ONE = 2**22  # a weight of 1: sums of bytes with such weights stay in 32 bits
 
-Trail = tuple[tuple[int, int, int], ...]  # (rows down, columns right, weight) of each pixel that shines in
+Kernel = tuple[tuple[int, int, int], ...]  # (rows down, columns right, weight) of each pixel
 
 
 @lru_cache(maxsize=40)
-def trails(radius: int, sigma: float, angle: float) -> tuple[tuple[Trail, ...], Tensor]:
-    """ImageMagick's motion blur for ``ANGLES`` equally spaced angles around ``angle``, 90 degrees in all.
+def motion_kernels(radius: int, sigma: float, angle: float) -> tuple[tuple[Kernel, ...], Tensor]:
+    """Return ImageMagick's motion blurs for ``ANGLES`` equally spaced angles around ``angle``, 90 degrees in all.
 
-    ``2 * radius + 1`` pixels from the place itself on shine in, the i-th the nearest one to i pixels away at the
+    A pixel becomes the mean of ``2 * radius + 1`` pixels, the i-th the nearest one to i pixels away at the
     angle (in degrees, clockwise from the right), with weight ``exp(-i**2 / (2 * sigma**2))``, of sum 1: half a
-    Gaussian. The angles differ in fewer trails, because places are whole pixels.
+    Gaussian. Several angles share a kernel, because offsets are whole pixels.
 
     Returns:
-        The different trails, and which of them each angle has, (ANGLES,) int64.
+        The distinct kernels, and the kernel of each angle, (ANGLES,) int64.
     """
     distance = np.arange(2 * radius + 1)
     weights = np.exp(-0.5 * (distance / sigma) ** 2)
     shares = np.rint(weights / weights.sum() * _ONE).astype(int)
     shares[0] += _ONE - shares.sum()
-    found: dict[Trail, int] = {}
+    found: dict[Kernel, int] = {}
     numbers = []
     for step in range(ANGLES):
         turned = math.radians(angle + 90 * ((step + 0.5) / ANGLES - 0.5))
@@ -143,21 +151,21 @@ def trails(radius: int, sigma: float, angle: float) -> tuple[tuple[Trail, ...], 
         total: dict[tuple[int, int], int] = {}
         for place, share in zip(zip(down.tolist(), right.tolist(), strict=True), shares.tolist(), strict=True):
             total[place] = total.get(place, 0) + share
-        trail = tuple((*place, share) for place, share in total.items() if share)
-        numbers.append(found.setdefault(trail, len(found)))
+        kernel = tuple((*place, share) for place, share in total.items() if share)
+        numbers.append(found.setdefault(kernel, len(found)))
     return tuple(found), torch.tensor(numbers)
 
 
 def smear(images: Tensor, radius: int, sigma: float, angle: float, keys: Tensor) -> Tensor:
-    """Motion blur of uint8 (N, H, W, C) at an angle drawn from within 45 degrees of ``angle``, to the nearest byte.
+    """Motion-blur uint8 (N, H, W, C) at a random angle within 45 degrees of ``angle``, to the nearest byte.
 
-    Images of one trail are worked on together; sums are of integers.
+    Images with the same kernel are processed together; sums are of integers.
     """
     H, W, C = images.shape[1:]
-    known, of_angle = trails(radius, sigma, angle)
-    trail = of_angle.to(images.device).index_select(0, below(keys, ANGLES, 1).flatten())
-    order = trail.argsort(stable=True)
-    sizes = trail.bincount(minlength=len(known)).tolist()
+    known, of_angle = motion_kernels(radius, sigma, angle)
+    kernel = of_angle.to(images.device).index_select(0, below(keys, ANGLES, 1).flatten())
+    order = kernel.argsort(stable=True)
+    sizes = kernel.bincount(minlength=len(known)).tolist()
     blurred = []
     for places, group in zip(known, torch.split(images.index_select(0, order), sizes), strict=True):
         if len(group):
@@ -173,7 +181,7 @@ def smear(images: Tensor, radius: int, sigma: float, angle: float, keys: Tensor)
 
 
 def motion_blur(images: Tensor, level: tuple[int, float], keys: Tensor) -> Tensor:
-    """Pixels along a line within 45 degrees of the horizontal shine in, weighted by half a Gaussian.
+    """Average pixels along a line within 45 degrees of the horizontal, weighted by half a Gaussian.
 
     The angle is one of 128 equally spaced ones instead of any.
     """
@@ -185,13 +193,13 @@ def motion_blur(images: Tensor, level: tuple[int, float], keys: Tensor) -> Tenso
 
 @lru_cache(maxsize=16)
 def _zooms(height: int, width: int, stop: float, step: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean of an image and its zooms as one sparse map from pixels to pixels.
+    """Return the mean of an image and its zooms as one sparse map from pixels to pixels.
 
     Weights are multiples of 2**-16, in which unit they are given: float32 then holds every partial sum of bytes with
     such weights, so that no sum depends on its order.
 
     Returns:
-        The pixels that shine in and their weights, (E,) int64 and float32, and where each pixel's own begin, (H * W,).
+        The source pixels and their weights, (E,) int64 and float32, and where each target's begin, (H * W,).
     """
     pixels = height * width
     factors = np.arange(1, stop, step)
@@ -210,12 +218,12 @@ def _zooms(height: int, width: int, stop: float, step: float) -> tuple[Tensor, T
     ).coalesce()
     shares = (mean.values() * 2**16).round()
     (target, source), shares = mean.indices()[:, shares > 0], shares[shares > 0]
-    shares[target == source] += 2**16 - target.bincount(shares, pixels)  # a pixel itself always shines in
+    shares[target == source] += 2**16 - target.bincount(shares, pixels)  # a pixel is always among its own sources
     return source, shares.float(), torch.searchsorted(target, torch.arange(pixels))
 
 
 def zoom_blur(images: Tensor, level: tuple[float, float], keys: Tensor) -> Tensor:
-    """The mean of the image and its zooms about the centre, by 1, 1 + step, ... below ``stop``, each bilinear.
+    """Average the image and its bilinear zooms about the centre, by 1, 1 + step, ... below ``stop``.
 
     As NumPy's ``arange`` has it: rounding lets 1.06, 1.11 and 1.31 - 0.01 in where the end should be left out.
     """

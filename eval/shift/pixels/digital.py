@@ -17,7 +17,7 @@ __all__ = ["brightness", "contrast", "pixelate", "saturate"]
 
 
 def contrast(images: Tensor, factor: float, keys: Tensor) -> Tensor:
-    """``(x - mean) * factor + mean`` with each image's and channel's own mean."""
+    """Compute ``(x - mean) * factor + mean`` with the mean of each image and channel."""
     N, H, W, _ = images.shape
     levels = images.view(N, H, W * 3).to(torch.float32)
     sums = levels.sum(1).to(torch.float64).view(N, W, 3).sum(1)  # of integers: exact in any order
@@ -28,13 +28,13 @@ def contrast(images: Tensor, factor: float, keys: Tensor) -> Tensor:
 
 
 def _extremes(levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest and smallest of the three channels of (N, 3, H, W)."""
+    """Return the largest and smallest of the three channels of (N, 3, H, W)."""
     red, green, blue = levels.unbind(1)
     return torch.maximum(red, green).maximum(blue), torch.minimum(red, green).minimum(blue)
 
 
 def brightness(images: Tensor, amount: float, keys: Tensor) -> Tensor:
-    """HSV value + amount: at one hue and saturation all three channels grow by the same factor."""
+    """Add to the HSV value: at constant hue and saturation all three channels grow by the same factor."""
     levels = planes(images)
     value = _extremes(levels)[0]
     raised = (value + 255 * amount).clamp_(max=255)
@@ -44,7 +44,7 @@ def brightness(images: Tensor, amount: float, keys: Tensor) -> Tensor:
 
 
 def saturate(images: Tensor, level: tuple[float, float], keys: Tensor) -> Tensor:
-    """HSV saturation * a + b: at one hue and value every channel's distance from the largest grows by one factor.
+    """Map the HSV saturation s to a * s + b: each channel's distance from the largest grows by one factor.
 
     Grey has no hue; by the convention that it is red, ``b > 0`` tints it.
     """
@@ -61,7 +61,7 @@ def saturate(images: Tensor, level: tuple[float, float], keys: Tensor) -> Tensor
 
 @lru_cache(maxsize=32)
 def _box_cells(size: int, cells: int) -> list[tuple[int, int]]:
-    """For a box filter from ``size`` pixels down to ``cells`` and back: the cell that each pixel shows.
+    """Return the cell that each pixel shows, after a box filter from ``size`` pixels down to ``cells`` and back.
 
     A cell takes the pixels whose centres lie inside it, as Pillow's box filter does.
 
@@ -77,7 +77,7 @@ def _box_cells(size: int, cells: int) -> list[tuple[int, int]]:
 
 
 def _mean(parts: list[Tensor]) -> Tensor:
-    """The mean of some bytes, to the nearest."""
+    """Return the mean of some bytes, to the nearest."""
     if len(parts) == 1:
         return parts[0]
     if len(parts) == 2:  # (a + b + 1) / 2 without leaving the bytes
@@ -101,7 +101,7 @@ def _shifts(size: int, cells: int) -> dict[int, list[tuple[int, Tensor]]]:
 
 
 def _pixelated_rows(images: Tensor, cells: int) -> Tensor:
-    """Every row of pixels shrunk to ``cells`` and grown back.
+    """Shrink every row of pixels to ``cells`` and grow it back.
 
     A processor takes 32 bytes at a time from one place, but gathers them one by one. All pixels lie a few places from
     their cells: those equally far are masked and moved together, at the cell's first pixel.

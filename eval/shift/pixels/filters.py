@@ -37,23 +37,23 @@ Border = Callable[[int, int], int]  # (a place, the size) -> the place inside th
 
 
 def nearest(index: int, size: int) -> int:
-    """The border's pixel is repeated outside."""
+    """Repeat the border's pixel outside."""
     return min(max(index, 0), size - 1)
 
 
 def mirror(index: int, size: int) -> int:
-    """Mirrored about the centre of the border's pixel, which is not repeated; as often as it takes."""
+    """Mirror about the centre of the border's pixel, which is not repeated; any number of times."""
     inside = index % (2 * size - 2)
     return min(inside, 2 * size - 2 - inside)
 
 
 def planes(images: Tensor) -> Tensor:
-    """uint8 (N, H, W, C) -> float levels (N, C, H, W), contiguous."""
+    """Convert uint8 (N, H, W, C) to float levels (N, C, H, W), contiguous."""
     return images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def pixels(levels: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, H, W, C), contiguous: a channel at a time, which takes half as long as all at once."""
+    """Convert (N, C, H, W) to (N, H, W, C), contiguous; a channel at a time takes half as long as all at once."""
     N, C, H, W = levels.shape
     images = levels.new_empty(N, H, W, C)
     for channel, plane in enumerate(levels.unbind(1)):
@@ -67,7 +67,7 @@ def to_bytes(levels: Tensor) -> Tensor:
 
 
 def luminance(levels: Tensor) -> Tensor:
-    """Grey levels of (N, 3, H, W) by the weights of ITU-R BT.601, (N, H, W)."""
+    """Compute the grey levels (N, H, W) of (N, 3, H, W), with the weights of ITU-R BT.601."""
     red, green, blue = levels.unbind(1)
     return (red * 0.299).add_(green * 0.587).add_(blue * 0.114)
 
@@ -95,13 +95,13 @@ def pad(
 
 
 def gaussian_taps(sigma: float, truncate: float = 4.0) -> Taps:
-    """A Gaussian cut at ``truncate`` sigma, whose weights sum to 1."""
+    """Return a Gaussian cut at ``truncate`` sigma, with weights of sum 1."""
     weights = np.exp(-0.5 * (np.arange(int(truncate * sigma + 0.5) + 1) / sigma) ** 2)
     return tuple((weights / (2 * weights.sum() - weights[0])).tolist())
 
 
 def separable(images: Tensor, filters: Sequence[tuple[Taps, Taps]], border: Border) -> Tensor:
-    """The sum of separable filters of (N, H, W, C), each its (vertical, horizontal) taps; float32."""
+    """Apply a sum of separable filters to (N, H, W, C), each given as (vertical, horizontal) taps; float32."""
     N, H, W, C = images.shape
     r = max(len(taps) for pair in filters for taps in pair) - 1
     wide = pad(images, (0, 0), (r, r), border, torch.float32)
@@ -127,12 +127,12 @@ def _convolve(padded: Tensor, taps: Taps, r: int, step: int) -> Tensor:
 
 
 def between(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    """``a + (b - a) * share``, rounded after each operation, which ``torch.lerp`` may fuse; overwrites ``b``."""
+    """Compute ``a + (b - a) * share``, rounded after each operation, unlike ``torch.lerp``; overwrites ``b``."""
     return b.sub_(a).mul_(share).add_(a)
 
 
 def linear_zoom(size: int, factor: float) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Where the pixels of a line lie before it is zoomed about its centre by ``factor`` >= 1.
+    """Find where the pixels of a line come from when it is zoomed about its centre by ``factor`` >= 1.
 
     As the script does with ``scipy.ndimage.zoom(order=1)``: the middle ``ceil(size / factor)`` pixels are stretched
     so that the first and the last stay the first and the last, and of the longer line the middle is kept.

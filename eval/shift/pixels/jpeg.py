@@ -36,7 +36,7 @@ _CHROMA = (
 
 
 def jpeg_compression(images: Tensor, quality: int, keys: Tensor) -> Tensor:
-    """JPEG at this quality, there and back: Pillow's bytes."""
+    """Compress to JPEG at this quality and decompress; equals Pillow to the byte."""
     _, H, W, _ = images.shape
     red, green, blue = pad(images, (0, H % 2), (0, -W % 16), nearest, torch.int32).unbind(3)
     luma = (red * 19595 + green * 38470 + blue * 7471 + 2**15) >> 16
@@ -62,13 +62,13 @@ def jpeg_compression(images: Tensor, quality: int, keys: Tensor) -> Tensor:
 
 @lru_cache(maxsize=20)
 def _table(base: tuple[tuple[int, ...], ...], quality: int) -> Tensor:
-    """The quantisation table at a quality from 1 to 100, (8, 8, 1) int32."""
+    """Return the quantisation table (8, 8, 1) int32 at a quality from 1 to 100."""
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     return ((torch.tensor(base, dtype=torch.int32) * scale + 50) // 100).clamp(1, 255)[:, :, None]
 
 
 def _coded(plane: Tensor, table: Tensor) -> Tensor:
-    """A plane (N, H, W) int32, W a multiple of 8, after DCT, quantisation and back, (N, 8 * ceil(H / 8), W)."""
+    """Quantise the DCT of a plane (N, H, W) int32, W a multiple of 8, and invert it, (N, 8 * ceil(H / 8), W)."""
     plane = pad(plane[..., None], (0, -plane.shape[1] % 8), (0, -plane.shape[2] % 8), nearest).squeeze(3)
     N, H, W = plane.shape
     blocks = plane.view(N, H // 8, 8, W // 8, 8).permute(2, 4, 0, 1, 3).reshape(8, 8, -1) - 128
@@ -87,7 +87,7 @@ def _rounded(x: Tensor, bits: int) -> Tensor:
 
 
 def _odd(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The rotations that the odd halves of both transforms share, in units of 2**-13."""
+    """Compute the rotations that the odd halves of both transforms share, in units of 2**-13."""
     shared = (a + b + c + d) * 9633
     ad, bc = (a + d) * -7373, (b + c) * -20995
     ac, bd = (a + c) * -16069 + shared, (b + d) * -3196 + shared
@@ -95,7 +95,7 @@ def _odd(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _forward(blocks: Tensor, axis: int, even: int, bits: int) -> Tensor:
-    """DCT of (8, 8, M) along an axis, rounded off by ``bits``; the two sums that need no factor by ``even``."""
+    """Transform (8, 8, M) along an axis by the DCT, shifted by ``bits``; the two sums without a factor by ``even``."""
     x = blocks.unbind(axis)
     sums, differences = [x[i] + x[7 - i] for i in range(4)], [x[i] - x[7 - i] for i in range(4)]
     outer, inner = sums[0] + sums[3], sums[1] + sums[2]
@@ -118,7 +118,7 @@ def _forward(blocks: Tensor, axis: int, even: int, bits: int) -> Tensor:
 
 
 def _inverse(coefficients: Tensor, axis: int, bits: int) -> Tensor:
-    """The inverse DCT of (8, 8, M) along an axis, rounded off by ``bits``."""
+    """Invert the DCT of (8, 8, M) along an axis, shifted by ``bits``."""
     x = coefficients.unbind(axis)
     turned = (x[2] + x[6]) * 4433
     near, far = turned - x[6] * 15137, turned + x[2] * 6270
@@ -131,7 +131,7 @@ def _inverse(coefficients: Tensor, axis: int, bits: int) -> Tensor:
 
 
 def _doubled(plane: Tensor) -> Tensor:
-    """Twice as many rows and columns of (N, H, W), each weighing the nearest 3 to 1 with the next nearest."""
+    """Double the rows and columns of (N, H, W), each weighing the nearest 3 to 1 with the next nearest."""
     N, H, W = plane.shape
     if W <= 2:  # libjpeg repeats pixels here
         return plane.repeat_interleave(2, 1).repeat_interleave(2, 2)

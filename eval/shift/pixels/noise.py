@@ -1,7 +1,7 @@
-"""Seeded noise: random numbers that depend on their place alone, and the four noises on bytes, which are tables.
+"""Seeded noise: random numbers that depend on their position only, and the four noises on bytes.
 
-A noise acts on every byte alone, and there are only 256 bytes: its law is a table of 256 distributions, from which
-Walker's alias method draws with one look-up a byte.
+A noise acts on every byte alone, and there are only 256 bytes: it is a table of 256 distributions, from which Walker's
+alias method draws with one look-up a byte.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
 def mix(z: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele et al. 2014), in place on int64, whose products wrap as uint64's do."""
+    """Apply the finaliser of splitmix64 (Steele et al. 2014) in place, on int64 with wrapping products."""
     shifted = torch.empty_like(z)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, None)):
         torch.bitwise_right_shift(z, shift, out=shifted)
@@ -42,29 +42,29 @@ def mix(z: Tensor) -> Tensor:
 
 
 def image_keys(stream: str, positions: Tensor) -> Tensor:
-    """One 64-bit key an image, (N,) int64: a function of the stream's name and the image's position."""
+    """Return a 64-bit key per image, (N,) int64: a function of the stream's name and the image's position."""
     digest = hashlib.blake2b(stream.encode(), digest_size=8).digest()
     return mix(positions * _GOLDEN + int.from_bytes(digest, "little", signed=True))
 
 
 def branch(keys: Tensor, number: int) -> Tensor:
-    """Keys of a further stream of random numbers of the same images, (N,) int64."""
+    """Return the keys (N,) int64 of a further stream of random numbers of the same images."""
     return mix(keys ^ torch.tensor(number, device=keys.device).mul_(_GOLDEN))
 
 
 def random_bits(keys: Tensor, count: int) -> Tensor:
-    """32 random bits for each of ``count`` positions in every image, (N, count) int32 over its whole range."""
+    """Draw 32 random bits for each of ``count`` positions in every image, (N, count) int32 over its whole range."""
     words = torch.arange(1, (count + 1) // 2 + 1, device=keys.device) * _GOLDEN
     return mix(keys[:, None] + words).view(torch.int32)[:, :count]
 
 
 def below(keys: Tensor, bounds: Tensor | int, count: int) -> Tensor:
-    """Integers from 0 to ``bounds - 1``, (N, count) int32; bounds up to 2**15, of which each is 2**-16 off at most."""
+    """Draw integers from 0 to ``bounds - 1``, (N, count) int32; bounds up to 2**15, probabilities exact to 2**-16."""
     return (random_bits(keys, count) & 0xFFFF).mul_(bounds).bitwise_right_shift_(16)
 
 
 def uniforms(keys: Tensor, count: int) -> Tensor:
-    """Uniform between -1 and 1, the middles of 2**12 equal steps, (N, count) float32; their sums are exact for long."""
+    """Draw uniform numbers in (-1, 1), one of 2**12 midpoints, (N, count) float32, so that sums are exact."""
     return (random_bits(keys, count) >> 20).to(torch.float32).add_(0.5).mul_(2.0**-11)
 
 
@@ -75,7 +75,7 @@ def _normal_quantiles(device: torch.device) -> Tensor:
 
 
 def normals(keys: Tensor, count: int) -> Tensor:
-    """Standard normal, one of 2**14 equally probable quantiles and so at most 4.01 away, (N, count) float32."""
+    """Draw standard normal numbers (N, count) float32, of 2**14 equally probable quantiles, up to 4.01."""
     halves = random_bits(keys, (count + 1) // 2).contiguous().view(torch.int16)[:, :count]
     quantile = halves.to(torch.int32).bitwise_and_(2**14 - 1)
     return _normal_quantiles(keys.device).index_select(0, quantile.flatten()).view(quantile.shape)
@@ -85,7 +85,7 @@ _UNIT = 2**24  # the mass of one column of an alias table
 
 
 def _alias_table(cdf: Tensor) -> Tensor:
-    """Prepare drawing a corrupted byte v from P(v <= . | clean byte x) = ``cdf[x]``, (256, 255) float64 for v < 255.
+    """Prepare drawing a corrupted byte from ``cdf[x]``, P(v <= . | clean byte x), (256, 255) float64 for v < 255.
 
     Walker's alias method (1977) in integers: 256 columns of equal mass, each shared by its own byte and at most one
     other, its alias. Every probability is exact to 2**-31.
@@ -113,7 +113,7 @@ def _alias_table(cdf: Tensor) -> Tensor:
 
 
 def _sample(images: Tensor, table: Tensor, keys: Tensor) -> Tensor:
-    """Draw every byte from its law: 8 of its random bits choose a column, 24 choose between the two bytes there."""
+    """Draw every byte from its distribution: 8 random bits choose a column, 24 choose between the two bytes there."""
     clean = images.flatten(1)
     bits = random_bits(keys, clean.shape[1])
     column = bits & 255
@@ -126,7 +126,7 @@ def _sample(images: Tensor, table: Tensor, keys: Tensor) -> Tensor:
 
 
 def _clean_and_next() -> tuple[Tensor, Tensor]:
-    """Clean bytes x (256, 1) and the values v + 1 below which a truncated level is at most v, (1, 255)."""
+    """Return clean bytes x (256, 1), and the values v + 1 (1, 255) below which a truncated level is at most v."""
     return torch.arange(256, dtype=torch.float64)[:, None], torch.arange(1, 256, dtype=torch.float64)[None]
 
 
@@ -159,20 +159,20 @@ def _impulse_table(amount: float) -> Tensor:
 
 
 def gaussian_noise(images: Tensor, sigma: float, keys: Tensor) -> Tensor:
-    """``x + N(0, sigma)``."""
+    """Add noise ``N(0, sigma)``."""
     return _sample(images, _gaussian_table(sigma), keys)
 
 
 def speckle_noise(images: Tensor, sigma: float, keys: Tensor) -> Tensor:
-    """``x + x * N(0, sigma)``."""
+    """Add noise ``x * N(0, sigma)``."""
     return _sample(images, _speckle_table(sigma), keys)
 
 
 def shot_noise(images: Tensor, rate: int, keys: Tensor) -> Tensor:
-    """``Poisson(x * rate) / rate``."""
+    """Draw ``Poisson(x * rate) / rate``."""
     return _sample(images, _shot_table(rate), keys)
 
 
 def impulse_noise(images: Tensor, amount: float, keys: Tensor) -> Tensor:
-    """Salt and pepper: each channel of each pixel becomes 0 or 1 with probability ``amount / 2`` each."""
+    """Add salt and pepper: each channel of each pixel becomes 0 or 1 with probability ``amount / 2`` each."""
     return _sample(images, _impulse_table(amount), keys)

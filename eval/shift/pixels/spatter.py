@@ -21,7 +21,7 @@ _MUD = (63.0, 42.0, 20.0)
 
 
 def spatter(images: Tensor, level: tuple[float, float, float, float, float, bool], keys: Tensor) -> Tensor:
-    """Liquid lies where normal noise of (mean, deviation), smoothed by sigma, is above a threshold.
+    """Cover the image with liquid where normal noise of (mean, deviation), smoothed by sigma, exceeds a threshold.
 
     Water adds its colour by ``strength`` times its height times its glint, largest 1 in each image. Mud, its mask
     smoothed by ``strength``, covers the pixels where it is denser than 0.8. An image on which nothing fell stays as it
@@ -47,13 +47,13 @@ def spatter(images: Tensor, level: tuple[float, float, float, float, float, bool
 
 
 def _around(layer: Tensor, rows: int, columns: int) -> Tensor:
-    """Of a layer (N, H + 2, W + 2), what lies (rows, columns) from each inner place, (N, H, W)."""
+    """Shift a layer (N, H + 2, W + 2) by (rows, columns) and cut its rim, (N, H, W)."""
     H, W = layer.shape[1] - 2, layer.shape[2] - 2
     return layer[:, 1 + rows :][:, :H, 1 + columns :][:, :, :W]
 
 
 def _weighted(layer: Tensor, weights: tuple[tuple[int, int, int], ...], border: str = "mirror") -> Tensor:
-    """The 3 x 3 correlation of an integer or float (N, H, W), summed row by row."""
+    """Correlate an integer or float (N, H, W) with a 3 x 3 kernel, summed row by row."""
     wide = pad(layer[..., None], (1, 1), (1, 1), mirror if border == "mirror" else nearest).squeeze(3)
     total = torch.zeros_like(layer)
     for row, line in enumerate(weights):
@@ -68,7 +68,7 @@ _LIGHT = ((-2, -1, 0), (-1, 1, 1), (0, 1, 2))
 
 
 def _glint(drops: Tensor) -> Tensor:
-    """Light on the slopes of the distance from the drops' edges, (N, H, W) int32 from 0 to 255."""
+    """Light the slopes of the distance from the drops' edges, (N, H, W) int32 from 0 to 255."""
     distance = _distance(_edges(drops.to(torch.int32)))
     smooth = to_bytes(_weighted(distance, _BOX).mul_(1 / 9)).to(torch.int32)
     lit = _weighted(_equalised(smooth), _LIGHT).clamp_(0, 255)
@@ -76,7 +76,7 @@ def _glint(drops: Tensor) -> Tensor:
 
 
 def _edges(drops: Tensor, low: int = 50, high: int = 150) -> Tensor:
-    """Canny's edges (1986) of int32 layers (N, H, W), as a mask."""
+    """Find Canny's edges (1986) of int32 layers (N, H, W), as a mask."""
     right = _weighted(drops, ((-1, 0, 1), (-2, 0, 2), (-1, 0, 1)), "nearest")
     down = _weighted(drops, ((-1, -2, -1), (0, 0, 0), (1, 2, 1)), "nearest")
     x, y = right.abs(), down.abs()
@@ -115,7 +115,7 @@ _FAR = 20  # distances beyond are not told apart
 
 @lru_cache(maxsize=2)
 def _chamfer(device: torch.device) -> Tensor:
-    """Lengths of (columns, rows) for steps of 1, 1.4 along a diagonal and 2.1969 for a knight's, cut at ``_FAR``."""
+    """Return lengths of (columns, rows) in steps of 1, 1.4 (diagonal), 2.1969 (a knight's move), cut at ``_FAR``."""
     columns, rows = torch.arange(_FAR + 1.0)[:, None], torch.arange(_FAR + 1.0)[None]
     long, short = torch.maximum(columns, rows), torch.minimum(columns, rows)
     near_axis = 2.1969 * short + (long - 2 * short)
@@ -124,7 +124,7 @@ def _chamfer(device: torch.device) -> Tensor:
 
 
 def _distance(edges: Tensor) -> Tensor:
-    """Chamfer distance (Borgefors 1986) from each place to the nearest edge, at most ``_FAR``, (N, H, W) float32.
+    """Compute the chamfer distance (Borgefors 1986) to the nearest edge, at most ``_FAR``, (N, H, W) float32.
 
     First to the nearest edge in the same column; whatever the other columns, only their nearest edge in a column can
     be the nearest of all.

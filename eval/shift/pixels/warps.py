@@ -15,7 +15,7 @@ __all__ = ["elastic_transform"]
 
 
 def elastic_transform(images: Tensor, level: tuple[float, float, float], keys: Tensor) -> Tensor:
-    """Three points are moved by up to ``jitter``, the image with them; then every pixel by ``alpha`` times noise.
+    """Move three points by up to ``jitter``, the image with them, then every pixel by ``alpha`` times noise.
 
     Noise, uniform between -1 and 1, is smoothed by a Gaussian of sigma cut at 3 sigma. The level (alpha, sigma,
     jitter) is in parts of the image's smaller side. Both maps are bilinear; the first mirrors the border without
@@ -38,7 +38,7 @@ def elastic_transform(images: Tensor, level: tuple[float, float, float], keys: T
 
 
 def _affine(height: int, width: int, jitter: float, keys: Tensor) -> Tensor:
-    """Where pixels come from: (N, 2, 3) float64, ``(x, y)`` before from ``(x, y, 1)`` after.
+    """Return where pixels come from: (N, 2, 3) float64, ``(x, y)`` before from ``(x, y, 1)`` after.
 
     The script's three points, around the centre by a third of the smaller side, are each moved by uniform noise.
     """
@@ -65,7 +65,7 @@ def _affine(height: int, width: int, jitter: float, keys: Tensor) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _smoothing(size: int, sigma: float) -> Tensor:
-    """A Gaussian filter cut at 3 sigma as a matrix, (size, size) float64; what is outside is mirrored with the border.
+    """Return a Gaussian filter cut at 3 sigma as a matrix (size, size) float64; the border is mirrored, repeated.
 
     Its entries are multiples of 2**-20 and noise those of 2**-12: float64 holds every partial sum of the two products,
     so that the order of sums does not matter.
@@ -80,14 +80,14 @@ def _smoothing(size: int, sigma: float) -> Tensor:
 
 
 def _mirrored(places: Tensor, size: int) -> Tensor:
-    """Fold places back into 0 to size - 1, mirrored about the centres of the border's pixels."""
+    """Fold positions into 0 to size - 1, mirrored about the centres of the border's pixels."""
     period = 2.0 * (size - 1)
     places = places - (places / period).floor_().mul_(period)
     return torch.minimum(places, period - places).clamp_(0, size - 1)
 
 
 def _repeated(places: Tensor, size: int) -> Tensor:
-    """Fold places back into 0 to size - 1, mirrored about the border, so that its pixels are repeated."""
+    """Fold positions into 0 to size - 1, mirrored about the border, so that its pixels are repeated."""
     period = 2.0 * size
     places = places + 0.5
     places -= (places / period).floor_().mul_(period)
@@ -95,7 +95,7 @@ def _repeated(places: Tensor, size: int) -> Tensor:
 
 
 def _bilinear(levels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """``levels`` (3, N, H, W) at the places (N, H, W) inside the image."""
+    """Interpolate ``levels`` (3, N, H, W) at positions (N, H, W) inside the image."""
     _, N, H, W = levels.shape
     top, left = rows.floor().flatten(), columns.floor().flatten()
     down, right = rows.flatten() - top, columns.flatten() - left

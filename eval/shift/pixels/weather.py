@@ -23,7 +23,7 @@ __all__ = ["fog", "frost", "snow"]
 
 
 def snow(images: Tensor, level: tuple[float, float, float, float, int, float, float], keys: Tensor) -> Tensor:
-    """Flakes, two layers of them driven in opposite directions, over an image that is paler the more it snows.
+    """Add two layers of flakes, driven in opposite directions, over a paler image.
 
     Normal noise of (mean, deviation), zoomed by ``zoom``, is cut to 0 below ``threshold`` and smeared within 45
     degrees of the vertical; it is added as it is and turned by 180 degrees to
@@ -41,7 +41,7 @@ def snow(images: Tensor, level: tuple[float, float, float, float, int, float, fl
 
 
 def _zoomed(layer: Tensor, factor: float) -> Tensor:
-    """(N, H, W) zoomed about its centre."""
+    """Zoom (N, H, W) about its centre."""
     N, H, W = layer.shape
     (top, bottom, lower), (left, right, further) = (
         [torch.from_numpy(part).to(layer.device) for part in linear_zoom(size, factor)] for size in (H, W)
@@ -58,7 +58,7 @@ _PHOTOGRAPHS = 5
 
 @lru_cache(maxsize=8)
 def _photographs(height: int, width: int, shrink: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The frost photographs shrunk by ``shrink``, or by as much less as leaves room for (height, width).
+    """Load the frost photographs, shrunk by ``shrink``, or less where (height, width) needs it.
 
     They are sampled bilinearly without being smoothed first, as OpenCV does.
 
@@ -80,7 +80,7 @@ def _photographs(height: int, width: int, shrink: int, device: torch.device) -> 
 
 
 def _sampled(photograph: NDArray[np.float64], size: int, axis: int) -> NDArray[np.float64]:
-    """A photograph (H, W, 3) with ``size`` pixels along an axis."""
+    """Resize a photograph (H, W, 3) to ``size`` pixels along an axis."""
     old = photograph.shape[axis]
     place = ((np.arange(size) + 0.5) * (old / size) - 0.5).clip(0, old - 1)
     before = place.astype(np.int64)
@@ -90,7 +90,7 @@ def _sampled(photograph: NDArray[np.float64], size: int, axis: int) -> NDArray[n
 
 
 def frost(images: Tensor, level: tuple[float, float, int], keys: Tensor) -> Tensor:
-    """``a * x + b * frost`` with a random part of one of five photographs of frost.
+    """Compute ``a * x + b * frost`` with a random part of one of five photographs of frost.
 
     The script has six photographs, of which it never takes the last, and shrinks them to a fifth for 32 x 32 pixels.
     """
@@ -110,7 +110,7 @@ def frost(images: Tensor, level: tuple[float, float, int], keys: Tensor) -> Tens
 
 
 def _plasma(height: int, width: int, decay: float, keys: Tensor) -> Tensor:
-    """Diamond-square noise from 0 to 1 on a torus whose side is a power of two, (N, height, width) float32.
+    """Draw diamond-square noise from 0 to 1 on a torus whose side is a power of two, (N, height, width) float32.
 
     Between four neighbours comes their mean plus uniform noise, first in the middles of the squares, then in those
     of their sides; the noise then shrinks by ``decay`` squared, as the script multiplies by the amplitude twice.
@@ -138,7 +138,7 @@ def _plasma(height: int, width: int, decay: float, keys: Tensor) -> Tensor:
 
 
 def fog(images: Tensor, level: tuple[float, float], keys: Tensor) -> Tensor:
-    """``(x + weight * plasma) * max / (max + weight)`` with the image's largest value."""
+    """Compute ``(x + weight * plasma) * max / (max + weight)`` with the image's largest value."""
     weight, decay = level
     N, H, W, _ = images.shape
     haze = _plasma(H, W, decay, keys).mul_(weight * 255)
