@@ -226,7 +226,7 @@ def test_bad_comparisons_are_refused() -> None:
         paired_bootstrap(a, a, labels[:5])
     with pytest.raises(ShapeError, match="score both on the same images"):
         compare_losses(losses, Losses.of(a[:5], labels[:5]), resamples=5)
-    with pytest.raises(ShapeError, match="resampled alike"):
+    with pytest.raises(ShapeError, match="must have the same"):
         differences(resample(losses, 5, seed=0), resample(losses, 5, seed=1))
     with pytest.raises(UsageError, match="at least 1 resample, not 0"):
         paired_bootstrap(a, a, labels, resamples=0)

@@ -93,7 +93,7 @@ def test_a_perfect_detector_and_a_blind_one() -> None:
         ([[0.5]], r"found float64 \(1, 1\)"),
         ([math.nan, 1.0], "with NaN or infinity"),
         ([math.inf], "with NaN or infinity"),
-        (["high"], "must be finite numbers"),
+        (["high"], "must be one finite number"),
     ],
 )
 def test_bad_values_are_refused(bad, message: str) -> None:

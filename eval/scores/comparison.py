@@ -1,7 +1,6 @@
-"""Paired comparison: is one ensemble better than another, and by how much?
+"""Paired comparison of ensembles on the same examples: differences of scores, with bootstrap intervals.
 
-Pure functions of the probabilities (B, C) of one prediction. Lower is better in every score here: error, NLL, Brier
-score, and ECE in 15 bins.
+The scores are error, NLL, Brier score and ECE in 15 bins; lower is better.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ __all__ = ["Difference", "Losses", "Resampled", "Spread", "differences", "resamp
 Array = NDArray[np.float64]
 
 _MEANS = ("error", "nll", "brier")  # scores that are means over the examples
-_DRAWS = 2_000_000  # of examples at once in a bootstrap: some 50 MB
+_DRAWS = 2_000_000  # examples drawn at once in a bootstrap: some 50 MB
 
 
 class Difference(Record):
-    """A score of ``a`` less that of ``b``, of which lower is better: below 0, ``a`` is the better one.
+    """A score of ``a`` minus that of ``b``; negative where ``a`` is better.
 
     Attributes:
         difference: on the examples themselves.
         low, high: the percentile interval of the bootstrap.
-        probability_better: share of the resamples in which ``a`` has the lower score; of a tie, half. It says how far
-            the choice of test examples decides, and nothing of another training seed.
+        probability_better: share of the resamples in which ``a`` has the lower score; a tie counts half. It accounts
+            for the choice of test examples, not for that of the training seed.
     """
 
     difference: float
@@ -45,7 +44,7 @@ class Difference(Record):
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """What every example adds to the scores of one run: all that a bootstrap over examples needs.
+    """The losses of each example, from which a bootstrap computes a run's scores.
 
     Attributes:
         error, nll, brier: (B,) each example's loss; under shift, its mean over the cells.
@@ -61,7 +60,7 @@ class Losses:
 
     @classmethod
     def of(cls, probs: ArrayLike, labels: ArrayLike) -> Losses:
-        """The losses of the probabilities (B, C) for one set of images.
+        """Compute the losses of probabilities (B, C).
 
         Raises:
             ShapeError: probabilities or labels of the wrong shape or range.
@@ -77,10 +76,10 @@ class Losses:
 
     @classmethod
     def over_cells(cls, cells: Iterable[Losses]) -> Losses:
-        """The losses under a shift: of the same examples under every corruption, in the same order.
+        """Combine the losses of the same examples under several corruptions (cells), in the same order.
 
-        Means of the scores over cells follow: an example's losses are averaged, and ECE, which is no mean over
-        examples, is taken within each cell.
+        Scores become means over cells: an example's losses are averaged, and ECE, which is no mean over examples, is
+        computed in each cell.
 
         Raises:
             ShapeError: no cell, or cells of different numbers of examples.
@@ -94,24 +93,24 @@ class Losses:
         return cls(error, nll, brier, confidence, np.concatenate([cell.correct for cell in found]))
 
     def scores(self) -> dict[str, float]:
-        """Error, NLL, Brier score and ECE, as :mod:`ensembler.eval.scores.metrics` has them."""
+        """Compute error, NLL, Brier score and ECE; the same as :mod:`ensembler.eval.scores.metrics`."""
         ones = np.ones((1, len(self.error)))
         means = {name: float(getattr(self, name).mean()) for name in _MEANS}
         return means | {"ece": float(self._ece(ones)[0])}
 
     @cached_property
     def gaps(self) -> Array:
-        """(cells, B) 1 or 0 for a right or wrong answer, less its confidence."""
+        """(cells, B) 1 or 0 for a right or wrong answer, minus its confidence."""
         gaps: Array = self.correct - self.confidence
         return gaps
 
     @cached_property
     def bins(self) -> NDArray[np.uint8]:
-        """(cells, B) which of ECE's 15 bins the confidence lies in."""
+        """(cells, B) the bin of the confidence, of ECE's 15."""
         return bin_indices(self.confidence, BINS).astype(np.uint8)
 
     def _ece(self, weights: Array) -> Array:
-        """ECE (R,) of the examples counted ``weights`` (R, B) times: ``sum_b |sum of the gaps in bin b| / B``."""
+        """Compute the ECE (R,) of examples weighted by ``weights`` (R, B): ``sum_b |sum of the gaps in bin b| / B``."""
         total = np.zeros(len(weights))
         for gaps, bins in zip(self.gaps, self.bins, strict=True):
             table = np.zeros((len(gaps), BINS))
@@ -127,8 +126,7 @@ class Resampled:
     Attributes:
         scores: by name, on the examples themselves.
         drawn: (R, scores) on each resample.
-        of: which resamples: the seed and the numbers of examples, cells and resamples. Equal for two runs, they are
-            the same ones.
+        of: the seed and the numbers of examples, cells and resamples; equal for the same resamples.
     """
 
     scores: dict[str, float]
@@ -137,11 +135,11 @@ class Resampled:
 
 
 def resample(losses: Losses, resamples: int = 2000, seed: int = 0) -> Resampled:
-    """A run's scores on bootstrap resamples of the test examples.
+    """Compute a run's scores on bootstrap resamples of the test examples.
 
-    Examples are drawn with replacement, under shift with all cells of an example: they share an image, so the image is
-    what is drawn (a cluster bootstrap, Davison & Hinkley 1997, sec. 3.8). Which ones are drawn depends on the seed and
-    the numbers of examples and resamples alone, so that two runs can be compared in pairs.
+    Examples are drawn with replacement, under shift together with all their cells, which share an image (a cluster
+    bootstrap, Davison & Hinkley 1997, sec. 3.8). The draw depends only on the seed and the numbers of examples and
+    resamples, so that two runs can be compared in pairs.
 
     Raises:
         UsageError: no resample.
@@ -158,14 +156,14 @@ def resample(losses: Losses, resamples: int = 2000, seed: int = 0) -> Resampled:
 
 
 def differences(a: Resampled, b: Resampled, confidence: float = 0.95) -> dict[str, Difference]:
-    """The differences in error, NLL, Brier score and ECE, with paired bootstrap intervals over the test examples.
+    """Compute the differences in error, NLL, Brier score and ECE, with paired bootstrap intervals over test examples.
 
     The interval is the percentile interval (Efron & Tibshirani 1993, ch. 13).
 
-    ECE is no mean over examples: it adds absolute values, so noise raises it, most of all where calibration is good,
-    and a resample is noisier than the sample. Its resamples are therefore shifted to have the measured difference as
-    their mean. The interval then says where the *measured* difference would fall on another test set of this size. With
-    infinitely many examples it is larger as a rule: the better calibrated run's ECE is measured too high.
+    ECE adds absolute values, so noise increases it, most of all where calibration is good, and a resample is noisier
+    than the sample. Its resamples are therefore shifted to have the measured difference as their mean. The interval is
+    then of the *measured* difference on another test set of this size. On infinitely many examples the difference is
+    usually larger: the ECE of the better calibrated run is measured too high.
 
     Args:
         a, b: of the same examples in the same order.
@@ -180,8 +178,8 @@ def differences(a: Resampled, b: Resampled, confidence: float = 0.95) -> dict[st
     """
     if a.of != b.of:
         raise ShapeError(
-            f"runs must be resampled alike (seed, examples, cells, resamples), found {a.of} and {b.of}: score both on "
-            "the same images"
+            f"runs must have the same (seed, examples, cells, resamples), found {a.of} and {b.of}: score both on the "
+            "same images"
         )
     if not 0 < confidence < 1:
         raise UsageError(f"confidence must be between 0 and 1, not {confidence}")
@@ -201,7 +199,7 @@ def differences(a: Resampled, b: Resampled, confidence: float = 0.95) -> dict[st
 
 
 def _resamples(examples: int, count: int, seed: int) -> Iterator[Array]:
-    """How often each resample holds each example, (R, B) a chunk: multinomial counts, ``count`` rows in all."""
+    """Draw how often each resample has each example, in chunks (R, B): multinomial counts, ``count`` rows in all."""
     rng = np.random.default_rng(derive(seed, "bootstrap"))
     size = max(1, _DRAWS // examples)
     for start in range(0, count, size):
@@ -213,10 +211,7 @@ def _resamples(examples: int, count: int, seed: int) -> Iterator[Array]:
 
 
 class Spread(Record):
-    """Values and how far they lie apart: the mean, the least and the greatest, and the sample standard deviation.
-
-    ``deviation`` divides by n - 1, and is ``null`` where n is 1: one value says nothing of it.
-    """
+    """Mean, minimum, maximum and sample standard deviation of n values; ``deviation`` is ``null`` if n = 1."""
 
     mean: float
     low: float
@@ -226,7 +221,7 @@ class Spread(Record):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """The spread of at least one value.
+    """Compute the spread of at least one value.
 
     Raises:
         UsageError: no value.

@@ -1,7 +1,6 @@
-"""Subsets of members: how many does it take, and which?
+"""Subsets of members: scores against their number, how many suffice, and deep-ensemble equivalents.
 
-Pure functions of an ensemble's members' probabilities (M, B, C), which may be a memory map. Lower is better in every
-score here.
+Members' probabilities (M, B, C) may be a memory map. Lower is better in every score.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ __all__ = [
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
-_ELEMENTS = 2**23  # of members' probabilities scored at once
-_SIZES = 12  # of a long curve
+_ELEMENTS = 2**23  # members' probabilities scored at once
+_SIZES = 12  # points of a long curve
 
 
 class MemberScores(Record):
     """Scores of the mean prediction of some members.
 
-    ``calibrated_nll`` is the NLL after a temperature fitted on the validation images to these very members: NLLs of
-    ensembles of different sizes do not compare without it (Ashukha et al. 2020, https://arxiv.org/abs/2002.06470,
+    ``calibrated_nll`` is the NLL after a temperature fitted on the validation images to the same members: without it,
+    NLLs of ensembles of different sizes are not comparable (Ashukha et al. 2020, https://arxiv.org/abs/2002.06470,
     sec. 3).
     """
 
@@ -74,24 +73,23 @@ def curve(
     subsets: int = 10,
     seed: int = 0,
 ) -> list[CurvePoint]:
-    """Test scores against the number of members: all numbers up to 12, else about 12 from 1 to M in equal ratios.
+    """Compute test scores against the number of members: up to 12 all numbers, else about 12 in equal ratios.
 
-    Each number is scored on random subsets, all different; where there are no more than ``subsets``, on all of them.
-    The subsets share members, the more the nearer they come to all M, so their spread is narrower than that of
-    ensembles trained anew.
+    Each number is scored on ``subsets`` different random subsets, or on all if there are no more. Subsets share
+    members, the more the larger they are, so their spread is narrower than that of independent ensembles.
 
     Args:
         members_test: (M, B, C) probabilities.
         labels: (B,).
-        members_validation: (M, B', C), whose mean is held whole in float64; temperatures are fitted on it.
+        members_validation: (M, B', C), on which temperatures are fitted; its mean is held in float64.
         labels_validation: (B',).
         order: M or fewer different members, such as :func:`ensembler.ordering.greedy_order` gives.
-        subsets: how many for each number, at least 1.
+        subsets: random subsets of each number, at least 1.
         seed: of the subsets.
 
     Raises:
         ShapeError: arrays that are not probabilities of the same M members, or labels that do not fit.
-        UsageError: an order that is none of the members, or no subset.
+        UsageError: an order of other members, or no subset.
     """
     _check_members(members_test, labels)
     M = len(members_test)
@@ -123,7 +121,7 @@ def score_subsets(
     labels_validation: Labels,
     subsets: Sequence[Sequence[int]],
 ) -> list[MemberScores]:
-    """Test scores of subsets of the members, in one pass over the test images; arguments as in :func:`curve`.
+    """Compute test scores of subsets of the members in one pass over the test images; see :func:`curve`.
 
     Raises:
         ShapeError: arrays that are not probabilities of the same M members, or labels that do not fit.
@@ -160,11 +158,11 @@ def score_subsets(
 
 
 def recommended_members(likelihoods: NDArray[np.floating], order: Sequence[int] | None = None) -> int:
-    """The smallest number of members that is as good as all of them, as far as the validation images can tell.
+    """Find the smallest number of members that is not significantly worse than all, on the validation images.
 
-    That is: whose NLL exceeds all members' by at most one standard error of the difference, example by example (the
-    one-standard-error rule, Breiman et al. 1984, sec. 3.4.3). A greedy order chosen on the same images flatters small
-    numbers a little: look at the curve on the test images before trusting it.
+    Its NLL exceeds that of all members by at most one standard error of the paired difference (the one-standard-error
+    rule, Breiman et al. 1984, sec. 3.4.3). A greedy order chosen on the same images favours small numbers a little:
+    check the curve on the test images.
 
     Args:
         likelihoods: (M, B) each member's probability of the label of each validation image.
@@ -199,7 +197,7 @@ def _sizes(M: int) -> list[int]:
 
 
 def _some_subsets(M: int, size: int, count: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
-    """``count`` different subsets, or all where there are no more; each in the members' order."""
+    """Draw ``count`` different subsets, or return all if there are no more; each in the members' order."""
     if math.comb(M, size) <= count:
         return list(combinations(range(M), size))
     found: dict[tuple[int, ...], None] = {}
@@ -209,7 +207,7 @@ def _some_subsets(M: int, size: int, count: int, rng: np.random.Generator) -> li
 
 
 def _mean(members: NDArray[np.floating], subset: Sequence[int]) -> Array:
-    """Mean (B, C) of some of the members, read one at a time."""
+    """Compute the mean (B, C) of some of the members, read one at a time."""
     total = np.zeros(members.shape[1:])
     for member in subset:
         total += members[member]
@@ -228,13 +226,13 @@ def _check_members(members: NDArray[np.floating], labels: Labels) -> None:
 
 
 class Equivalent(Record):
-    """How many independently trained networks, in a deep ensemble, do as well.
+    """The number of independently trained networks whose deep ensemble does as well.
 
     Attributes:
-        members: a real number from 1 to ``largest``; ``null`` where not even ``largest`` networks do as well.
-        low, high: the same against the curve one standard deviation better and one worse.
-        largest: the deep ensemble that the curve was taken of.
-        below_one: whether it does worse than one network, of which ``members`` is then 1.
+        members: a real number from 1 to ``largest``; ``null`` if ``largest`` networks do worse.
+        low, high: the same for the curve one standard deviation better, and worse.
+        largest: the members of that deep ensemble.
+        below_one: whether one network does better; ``members`` is then 1.
     """
 
     members: float | None
@@ -250,19 +248,19 @@ class Equivalent(Record):
 
 
 def deep_ensemble_equivalent(points: Sequence[CurvePoint], calibrated_nll: float) -> Equivalent:
-    """The deep-ensemble equivalent (DEE) of a method (Ashukha et al. 2020, https://arxiv.org/abs/2002.06470, sec. 5).
+    """Compute a deep-ensemble equivalent, DEE (Ashukha et al. 2020, https://arxiv.org/abs/2002.06470, sec. 5).
 
-    ``min {l >= 1: CLL_DE(l) >= CLL}``, with the calibrated log-likelihood (CLL) of the deep ensemble linear between the
-    numbers of members measured. As in the paper, ``low`` and ``high`` take ``CLL_DE`` plus and minus its standard
-    deviation. There it is over ensembles trained anew; here it is over subsets of one, which share members: it
-    shrinks to 0 as they near the whole, and says less than the paper's.
+    ``min {l >= 1: CLL_DE(l) >= CLL}``, with the calibrated log-likelihood (CLL) of the deep ensemble interpolated
+    linearly between numbers of members. As in the paper, ``low`` and ``high`` use ``CLL_DE`` plus and minus its
+    standard deviation; here that is over subsets of one ensemble, which share members, and not over independent
+    ensembles, so it is too small, and 0 for the whole.
 
     Args:
         points: the deep ensemble's :func:`curve`.
-        calibrated_nll: of the method, on the same test and validation images.
+        calibrated_nll: on the same test and validation images.
 
     Raises:
-        UsageError: a curve that does not begin with one member, or values that are not finite.
+        UsageError: a curve that does not start with one member, or values that are not finite.
     """
     sizes = np.array([point.members for point in points], dtype=np.float64)
     mean = np.array([point.calibrated_nll.mean for point in points])
@@ -281,7 +279,7 @@ def deep_ensemble_equivalent(points: Sequence[CurvePoint], calibrated_nll: float
 
 
 def _first_reaching(sizes: Array, losses: Array, target: float) -> float | None:
-    """Where the broken line through the losses first falls to the target."""
+    """Find where the interpolated losses first fall to the target."""
     reached = np.flatnonzero(losses <= target)
     if not len(reached):
         return None

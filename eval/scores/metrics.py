@@ -1,11 +1,11 @@
 """Scores of a classifier's probabilities, in float64.
 
-``B`` examples, ``C`` classes. Every score takes the probabilities (B, C) of one prediction, such as an ensemble's mean,
-and the labels (B,), and is a mean over the examples: score the whole set at once, since a mean of means over batches
-weighs the examples of a short last batch more.
+Every score takes probabilities (B, C) of ``B`` examples and ``C`` classes, such as an ensemble's mean, and labels (B,),
+and is a mean over the examples: score the whole set at once, since a mean of batch means overweights a short last
+batch.
 
-Rows may miss a sum of 1 by up to 1e-3, as half precision does, and are taken as they are. The confidence of a
-prediction is its largest probability, at most 1.
+Rows may miss a sum of 1 by up to 1e-3, as in half precision, and are not normalised. The confidence of a prediction is
+its largest probability, at most 1.
 """
 
 from __future__ import annotations
@@ -40,25 +40,25 @@ _SUM_TOLERANCE = 1e-3
 
 
 def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
-    """Share of examples whose most probable class is the label; of equally probable ones the first counts."""
+    """Compute the share of examples whose most probable class, the first of tied ones, is the label."""
     return Answers(probs, labels).accuracy()
 
 
 def nll(probs: ArrayLike, labels: ArrayLike) -> float:
-    """Mean of ``-log p[label]`` in nats.
+    """Compute the mean of ``-log p[label]``, in nats.
 
-    Probabilities below ``FLOOR`` count as ``FLOOR``, so a label held impossible costs 87.3 nats and not infinity.
+    Probabilities below ``FLOOR`` count as ``FLOOR``, so a label of probability 0 costs 87.3 nats and not infinity.
     """
     return Answers(probs, labels).nll()
 
 
 def brier(probs: ArrayLike, labels: ArrayLike) -> float:
-    """``sum_c (p_c - [c = label])**2``, averaged over the examples (Brier 1950); in [0, 2]."""
+    """Compute ``sum_c (p_c - [c = label])**2``, averaged over the examples (Brier 1950); in [0, 2]."""
     return Answers(probs, labels).brier()
 
 
 def ece(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
-    """Expected calibration error of the top class: ``sum_b n_b / B * |accuracy_b - confidence_b|``; in [0, 1].
+    """Compute the expected calibration error of the top class, ``sum_b n_b / B * |accuracy_b - confidence_b|``.
 
     The bins ``((b - 1) / bins, b / bins]`` have equal width and are left-open (Guo et al. 2017,
     https://arxiv.org/abs/1706.04599); a confidence of 0 falls in the first. The sum is netcal's.
@@ -76,7 +76,7 @@ def ece(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
 
 
 def max_calibration_error(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
-    """Maximum calibration error: the largest ``|accuracy_b - confidence_b|`` of ``ece``'s bins that hold any example.
+    """Compute the maximum calibration error, the largest ``|accuracy_b - confidence_b|`` of ``ece``'s non-empty bins.
 
     Naeini et al. 2015; netcal's. One example alone in a bin counts as much as a thousand.
     """
@@ -84,16 +84,16 @@ def max_calibration_error(probs: ArrayLike, labels: ArrayLike, bins: int = BINS)
 
 
 def adaptive_ece(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
-    """``ece`` over bins of equal mass, a share of ``1 / bins`` of the examples each (Nguyen & O'Connor 2015).
+    """Compute ``ece`` over bins of equal mass, a share ``1 / bins`` of the examples each (Nguyen & O'Connor 2015).
 
-    A bin's upper edge is the confidence of rank ``ceil(b * B / bins)``, and belongs to it; equal confidences stay
-    together, in the first bin that reaches them, so bins are larger or empty where there are many.
+    A bin's upper edge, which it includes, is the confidence of rank ``ceil(b * B / bins)``; equal confidences are in
+    the same bin, so where there are many, bins are larger or empty.
     """
     return Answers(probs, labels).adaptive_ece(bins)
 
 
 def classwise_ece(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
-    """The binned calibration error of every class's own probability, averaged over the classes; in [0, 1].
+    """Compute the binned calibration error of every class's probability, averaged over the classes; in [0, 1].
 
     ``1 / C * sum_c sum_b n_bc / B * |frequency of c in the bin - mean p_c in it|`` over ``ece``'s bins (Kull et al.
     2019, https://arxiv.org/abs/1910.12656; Nixon et al. 2019's SCE, https://arxiv.org/abs/1904.01685).
@@ -102,7 +102,7 @@ def classwise_ece(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> floa
 
 
 def scores(probs: ArrayLike, labels: ArrayLike) -> dict[str, float | None]:
-    """Every score that needs no more than (B, C) probabilities and the labels, by name; 15 bins where there are any.
+    """Compute every score of probabilities (B, C) and labels (B,), by name; binned ones with 15 bins.
 
     ``error`` is 1 - accuracy, ``risk_at_80`` the risk at a coverage of 0.8; see :mod:`ensembler.eval.scores.selective`
     for those of the confidence. Only ``misclassification_auroc`` may be ``None``.
@@ -128,7 +128,7 @@ def scores(probs: ArrayLike, labels: ArrayLike) -> dict[str, float | None]:
 
 
 class Answers:
-    """Probabilities (B, C) and labels (B,), checked once, and what several scores need of them.
+    """Probabilities (B, C) and labels (B,), checked once, and quantities that several scores use.
 
     Attributes:
         p: (B, C) float64.
@@ -187,27 +187,27 @@ class Answers:
         return float(MCE(bins=_count(bins)).measure(*self._for_netcal()))
 
     def adaptive_ece(self, bins: int = BINS) -> float:
-        # netcal's ACE weighs all bins alike, and its equal_intervals=False fails where two edges are equal, as they are
-        # as soon as one bin's worth of confidences is: a float32 softmax often says exactly 1.
+        # netcal's ACE weighs all bins equally, and its equal_intervals=False fails if two edges are equal, as they are
+        # when a bin's worth of confidences is: a float32 softmax is often exactly 1.
         last = -(-np.arange(1, _count(bins) + 1) * len(self.y) // bins) - 1
         places = np.searchsorted(np.sort(self.confidence)[last], self.confidence, side="left")
         return _gap(places, self.correct - self.confidence) / len(self.y)
 
     def classwise_ece(self, bins: int = BINS) -> float:
-        # netcal would take a call a class, 1.5 ms each for 10,000 examples.
+        # netcal needs a call per class, 1.5 ms each for 10,000 examples.
         places = bin_indices(self.p, bins) + bins * np.arange(self.p.shape[1])
         return _gap(places.ravel(), self.misses.ravel()) / self.p.size
 
     def _for_netcal(self) -> tuple[Array, NDArray[np.int64]]:
-        # Given probabilities (B, C), netcal takes any two or fewer distinct labels for a binary problem: it then fails
-        # for C > 2, scores class 1 and not the top class for C = 2, and calls a perfect single class wholly
-        # miscalibrated. "Is the top class right?" is a binary problem, whatever the labels. Its bins are right-open:
-        # one step down from an edge is the bin below, and moves no other confidence to another bin.
+        # Given probabilities (B, C), netcal treats two or fewer distinct labels as a binary problem: it then fails for
+        # C > 2, scores class 1 and not the top class for C = 2, and calls a perfect single class miscalibrated. "Is the
+        # top class right?" is a binary problem, whatever the labels. Its bins are right-open: one step down from an
+        # edge is the bin below, and moves no other confidence to another bin.
         return np.nextafter(self.confidence, 0.0), self.correct.astype(np.int64)
 
 
 def _gap(places: NDArray[np.int64], differences: Array) -> float:
-    """``sum_b n_b * |mean of the differences in bin b|``."""
+    """Compute ``sum_b n_b * |mean of the differences in bin b|``."""
     return float(np.abs(np.bincount(places, weights=differences)).sum())
 
 

@@ -1,6 +1,6 @@
 """Out-of-distribution detection: detectors and their scores.
 
-A detector is one number an image that should be larger out of distribution. Out of distribution is the positive class
+A detector is a number per image that should be larger out of distribution. Out of distribution is the positive class
 everywhere but in ``aupr_in``.
 """
 
@@ -25,17 +25,16 @@ _TRUE_POSITIVES = 0.95
 
 
 class OodScores(Record):
-    """How well one detector tells images out of distribution from images in distribution.
+    """How well a detector separates images out of distribution from images in distribution.
 
     Attributes:
-        auroc: the probability that an image out of distribution has the higher value; of a tie, half.
+        auroc: probability that an image out of distribution has the higher value; a tie counts half.
         aupr_out: average precision with out of distribution as the positive class (scikit-learn's, no interpolation).
-        aupr_in: average precision with in distribution as the positive class, found by low values.
-        fpr_at_95: the share of the images *in* distribution that are flagged at the highest threshold that flags at
-            least 95 % of those *out* of it. Lower is better. Papers that call in distribution positive report another
-            number by this name.
-        examples_in, examples_out: how many images. Both average precisions depend on their ratio: a detector that knows
-            nothing gets the positive class's share.
+        aupr_in: average precision with in distribution as the positive class and the negated value.
+        fpr_at_95: share of images *in* distribution above the highest threshold that at least 95 % of those *out* of it
+            reach; lower is better. Papers whose positive class is in distribution report another number by this name.
+        examples_in, examples_out: numbers of images. Both average precisions depend on their ratio: at chance, they are
+            the positive class's share.
     """
 
     auroc: float
@@ -47,16 +46,16 @@ class OodScores(Record):
 
 
 def detectors(mean: NDArray[np.floating], expected_entropy: NDArray[np.floating] | None) -> dict[str, Array | None]:
-    """The three detectors' values of each image, by their names in :data:`DETECTORS`.
+    """Compute the detectors of each image, by their names in :data:`DETECTORS`.
 
     Args:
         mean: (B, C) the members' mean probabilities.
-        expected_entropy: (B,) the mean of the members' own entropies, in nats; ``None`` where M = 1, whose mutual
-            information is not known: it is then ``None``.
+        expected_entropy: (B,) the mean of the members' own entropies, in nats; ``None`` if M = 1: the mutual
+            information is then ``None``, too.
 
     Returns:
-        (B,) each: the entropy of the mean (nats); that less the expected entropy, at least 0 (nats); 1 less the largest
-        probability (Hendrycks & Gimpel 2017, https://arxiv.org/abs/1610.02136).
+        (B,) each: the entropy of the mean (nats); the same minus the expected entropy, at least 0 (nats); 1 minus the
+        largest probability (Hendrycks & Gimpel 2017, https://arxiv.org/abs/1610.02136).
     """
     total = entropy(mean)
     return {
@@ -69,10 +68,10 @@ def detectors(mean: NDArray[np.floating], expected_entropy: NDArray[np.floating]
 def detector_scores(
     inside: Mapping[str, Array | None], outside: Mapping[str, Array | None]
 ) -> dict[str, OodScores | None]:
-    """:func:`ood_scores` of every detector; ``None`` where it is ``None`` (M = 1).
+    """Compute :func:`ood_scores` of every detector; ``None`` for one that is ``None`` (M = 1).
 
     Args:
-        inside, outside: what :func:`detectors` gives for images in and out of distribution.
+        inside, outside: :func:`detectors` of images in and out of distribution.
     """
     found: dict[str, OodScores | None] = {}
     for name in DETECTORS:
@@ -82,14 +81,14 @@ def detector_scores(
 
 
 def ood_scores(uncertainty_in: NDArray[np.floating], uncertainty_out: NDArray[np.floating]) -> OodScores:
-    """The scores of one detector.
+    """Compute the scores of one detector.
 
     Args:
-        uncertainty_in: (B,) its values of images in distribution.
-        uncertainty_out: (B',) of images out of distribution, which should be larger.
+        uncertainty_in: (B,) its values for images in distribution.
+        uncertainty_out: (B',) its values for images out of distribution, which should be larger.
 
     Raises:
-        ShapeError: empty, not one number an image, or not finite.
+        ShapeError: empty, not one number per image, or not finite.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
@@ -112,7 +111,7 @@ def _finite(values: NDArray[np.floating], which: str) -> Array:
     found = np.asarray(values)
     if found.ndim != 1 or not len(found) or found.dtype.kind not in "fiu" or not np.isfinite(found).all():
         raise ShapeError(
-            f"uncertainty_{which} must be finite numbers, one an image, at least one, found {found.dtype} {found.shape}"
+            f"uncertainty_{which} must be one finite number per image, at least one, found {found.dtype} {found.shape}"
             + (" with NaN or infinity" if found.ndim == 1 and len(found) and found.dtype.kind == "f" else "")
         )
     return found.astype(np.float64)

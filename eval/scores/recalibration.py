@@ -1,6 +1,6 @@
-"""Fitting a calibration: maps of the probabilities, and a threshold whose selective risk is certified.
+"""Fits of a calibration: maps of the probabilities, and a threshold with a certified selective risk.
 
-:mod:`ensembler.calibration` and :mod:`ensembler.calibration_maps` say what is fitted, and apply it.
+They are applied by :mod:`ensembler.calibration` and :mod:`ensembler.calibration_maps`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["METHODS", "TEMPERATURES", "certify", "fit_map", "fit_temperature", "
 
 METHODS = ("temperature", "isotonic", "beta", "histogram")
 TEMPERATURES = (0.01, 100.0)
-"""Where :func:`fit_temperature` looks."""
+"""The range of :func:`fit_temperature`."""
 
 _CANDIDATES = 100  # thresholds tried
 
@@ -29,9 +29,9 @@ Array = NDArray[np.float64]
 
 
 def fit_temperature(probs: ArrayLike, labels: ArrayLike) -> float:
-    """The temperature T at which ``temper(probs, T)`` has the least NLL (Guo et al. 2017, sec. 4.2).
+    """Fit the temperature T at which ``temper(probs, T)`` has the lowest NLL (Guo et al. 2017, sec. 4.2).
 
-    Given an ensemble's mean, this is "pool, then scale" (Rahaman & Thiery 2021, https://arxiv.org/abs/2007.08792).
+    For an ensemble's mean, this is "pool, then scale" (Rahaman & Thiery 2021, https://arxiv.org/abs/2007.08792).
     "Calibrated NLL" is ``nll(temper(probs, T), labels)`` with T fitted on *other* examples.
 
     Args:
@@ -39,16 +39,16 @@ def fit_temperature(probs: ArrayLike, labels: ArrayLike) -> float:
         labels: (B,) classes.
 
     Returns:
-        T in ``TEMPERATURES``; 1 where the examples cannot tell: every label is the most probable class, so that NLL
-        falls for ever as T falls, or all classes are equally probable everywhere.
+        T in ``TEMPERATURES``; 1 where the NLL has no minimum: every label is the most probable class, so that the NLL
+        decreases with T, or all classes are equally probable everywhere.
 
     Raises:
         ShapeError: probabilities or labels of the wrong shape or range.
     """
     from scipy.optimize import brentq
 
-    # Not netcal's TemperatureScaling: where every label is the most probable class its optimiser stops wherever its
-    # tolerance lets it, and it clips probabilities at 2e-16 (36 nats) where NLL is measured down to FLOOR (87).
+    # Not netcal's TemperatureScaling: if every label is the most probable class, its optimiser stops anywhere, and it
+    # clips probabilities at 2e-16 (36 nats), where our NLL is measured down to FLOOR (87).
     answers = Answers(probs, labels)
     logs = np.log(np.maximum(answers.p, FLOOR))
     of_label = logs[np.arange(len(logs)), answers.y]
@@ -56,7 +56,7 @@ def fit_temperature(probs: ArrayLike, labels: ArrayLike) -> float:
         return 1.0
 
     def slope(log_temperature: float) -> float:
-        """The derivative of NLL by 1 / T, which only rises with 1 / T: NLL is convex in it."""
+        """Compute the derivative of the NLL by 1 / T, which increases with 1 / T: the NLL is convex in it."""
         q = temper(answers.p, math.exp(log_temperature))
         return float(((q * logs).sum(axis=1) - of_label).mean())
 
@@ -71,11 +71,11 @@ def fit_temperature(probs: ArrayLike, labels: ArrayLike) -> float:
 def fit_map(probs: Array, labels: NDArray[np.int64], method: str) -> Map:
     """Fit one of ``METHODS`` to probabilities (B, C) and labels (B,); all but temperature by netcal.
 
-    netcal's maps treat each class by itself and normalise the rows. Isotonic regression and histograms can so give a
-    class the probability 0 that it has not; where they give it to every class, the row stays as it was.
+    netcal's maps treat each class separately and normalise the rows. Isotonic regression and histograms can give a
+    class the probability 0; a row where all classes get 0 stays as it was.
 
     Raises:
-        UsageError: an unknown method, or a class without any example, of which netcal would make the probability 0.
+        UsageError: an unknown method, or a class without examples, which netcal would give the probability 0.
         ShapeError: probabilities or labels of the wrong shape or range.
     """
     if method == "temperature":
@@ -121,22 +121,22 @@ def _fit_netcal(probs: Array, labels: NDArray[np.int64], method: str) -> Any:
 def certify(
     confidence: Array, correct: NDArray[np.bool_], thresholds: Array, risk: float, delta: float
 ) -> float | None:
-    """The last of a sequence of thresholds at which the selective risk is certified: Learn-then-Test.
+    """Find the last of a sequence of thresholds at which the selective risk is certified, by Learn-then-Test.
 
-    At each threshold, "more than a share ``risk`` of the answers is wrong" is tested by the exact binomial tail
-    ``P(Bin(answers, risk) <= wrong answers)``, in the order given and each at level ``delta``, until the first that is
-    not rejected (fixed-sequence testing: Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052).
-    With probability 1 - delta none of the certified ones is in truth above ``risk``, however long the sequence.
+    At each threshold in order, the hypothesis "more than a share ``risk`` of the answers is wrong" is tested at level
+    ``delta`` by the exact binomial tail ``P(Bin(answers, risk) <= wrong answers)``, until the first that is not
+    rejected (fixed-sequence testing: Angelopoulos et al. 2021, https://arxiv.org/abs/2110.01052). With probability
+    1 - delta no certified threshold has a true risk above ``risk``, however long the sequence.
 
     Args:
-        confidence: (B,) of examples that neither the confidence nor the thresholds were fitted on.
+        confidence: (B,) of examples on which neither the confidence nor the thresholds were fitted.
         correct: (B,) whether each answer is right.
         thresholds: (T,) in the order of testing.
         risk: in (0, 1).
         delta: in (0, 1).
 
     Returns:
-        The threshold; ``None`` where the first is not certified.
+        The threshold; ``None`` if the first is not certified.
     """
     answered, wrong = _count(confidence, correct, thresholds)
     held = _p_values(answered, wrong, risk) <= delta
@@ -147,16 +147,15 @@ def certify(
 def fit_threshold(
     seen: Array, seen_labels: NDArray[np.int64], p: Array, y: NDArray[np.int64], risk: float, confidence: float
 ) -> Abstention:
-    """The lowest threshold of the confidence that :func:`certify` finds on held-out examples.
+    """Fit the lowest threshold of the confidence that :func:`certify` certifies.
 
-    The sequence of thresholds, from the one that looks surest down to answering all, is chosen on the other examples:
-    it may depend on them in any way.
+    The sequence of thresholds, from the most promising one down to 0, is chosen on other examples than certify it.
 
     Args:
         seen, seen_labels: probabilities (B, C) and labels (B,) that choose the sequence.
         p, y: held-out ones that certify it.
-        risk: the error rate among the answers that is not to be exceeded.
-        confidence: with what probability.
+        risk: the highest error rate among the answers.
+        confidence: the probability that it holds.
     """
     sure = np.sort(seen.max(axis=1))[::-1]
     ranks = -(-np.arange(1, _CANDIDATES + 1) * len(sure) // _CANDIDATES) - 1
@@ -170,7 +169,7 @@ def fit_threshold(
 def _count(
     confidence: Array, correct: NDArray[np.bool_], thresholds: Array
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How many examples (T,) reach each threshold, and how many of these are wrong."""
+    """Count the examples (T,) that reach each threshold, and the wrong ones among them."""
     rising, wrong = np.sort(confidence), np.sort(confidence[~correct])
     return len(rising) - np.searchsorted(rising, thresholds), len(wrong) - np.searchsorted(wrong, thresholds)
 

@@ -1,8 +1,7 @@
-"""Selective prediction: how good an order of the answers the confidence is.
+"""Selective prediction: how well the confidence ranks right answers above wrong ones.
 
-Pure functions of a confidence for each example, such as the largest probability, and of whether each answer is right.
-No score depends on the order of the examples: where confidences are tied, a score is its expectation over the random
-orders of those that are.
+Functions of each example's confidence, such as its largest probability, and of whether its answer is right. No score
+depends on the order of the examples: with tied confidences, it is the expectation over their random orders.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """A reliability diagram: what each of ECE's bins holds.
+    """A reliability diagram, by ECE's bins.
 
     Attributes:
         confidence: (bins,) mean confidence; NaN in an empty bin.
@@ -59,7 +58,7 @@ class RiskCoverage:
 
 
 def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Reliability:
-    """Mean confidence, accuracy and count in each of ECE's bins.
+    """Compute mean confidence, accuracy and count of each of ECE's bins.
 
     Args:
         confidence: (B,) in [0, 1].
@@ -83,7 +82,7 @@ def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Re
 
 
 def risks(confidence: ArrayLike, correct: ArrayLike) -> Array:
-    """Error rate (B,) of the k most confident examples, k = 1 to B.
+    """Compute the error rate (B,) of the k most confident examples, k = 1 to B.
 
     Raises:
         ShapeError: not one confidence and one answer an example.
@@ -99,7 +98,7 @@ def risks(confidence: ArrayLike, correct: ArrayLike) -> Array:
 
 
 def risk_coverage(confidence: ArrayLike, correct: ArrayLike, points: int = 201) -> RiskCoverage:
-    """The risk-coverage curve (Geifman & El-Yaniv 2017, https://arxiv.org/abs/1705.08500), at most ``points`` of it.
+    """Compute the risk-coverage curve (Geifman & El-Yaniv 2017, https://arxiv.org/abs/1705.08500).
 
     Raises:
         ShapeError: not one confidence and one answer an example.
@@ -113,16 +112,16 @@ def risk_coverage(confidence: ArrayLike, correct: ArrayLike, points: int = 201) 
 
 
 def aurc(risk: Array) -> float:
-    """Area under the risk-coverage curve: the mean of :func:`risks` (B,).
+    """Compute the area under the risk-coverage curve: the mean of :func:`risks` (B,).
 
-    Geifman, Uziel & El-Yaniv 2019 (https://arxiv.org/abs/1805.08206); in [0, 1], lower is better. A perfect
-    order of the examples is not worth 0: that would take a perfect classifier, too.
+    Geifman, Uziel & El-Yaniv 2019 (https://arxiv.org/abs/1805.08206); in [0, 1], lower is better, and 0 takes
+    a perfect classifier, not only a perfect ranking.
     """
     return float(risk.mean())
 
 
 def risk_at_coverage(risk: Array, coverage: float) -> float:
-    """Error rate of the ``ceil(coverage * B)`` most confident examples, of :func:`risks` (B,).
+    """Look up the error rate of the ``ceil(coverage * B)`` most confident examples in :func:`risks` (B,).
 
     Raises:
         UsageError: a coverage outside (0, 1].
@@ -134,9 +133,9 @@ def risk_at_coverage(risk: Array, coverage: float) -> float:
 
 
 def misclassification_auroc(confidence: ArrayLike, correct: ArrayLike) -> float | None:
-    """Probability that a right answer is more confident than a wrong one, ties counting half; in [0, 1].
+    """Compute the probability that a right answer is more confident than a wrong one; a tie counts half.
 
-    The area under the ROC curve of the confidence with the errors as the negative class (Hendrycks & Gimpel 2017,
+    The area under the ROC curve of the confidence, with errors as the negative class (Hendrycks & Gimpel 2017,
     https://arxiv.org/abs/1610.02136), scikit-learn's. ``None`` where all answers are right, or all wrong.
 
     Raises:
