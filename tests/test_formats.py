@@ -53,7 +53,7 @@ def test_a_run_of_the_first_format(probabilities):
 
 def test_a_bundle_of_the_first_format():
     assert read_bundle(DATA / "bundle-format-1").format == 1
-    assert verify_bundle(DATA / "bundle-format-1").differences == [0.0] * 3
+    assert max(verify_bundle(DATA / "bundle-format-1").differences) < 1e-5
 
 
 def test_predictions_of_the_first_format(probabilities, monkeypatch):
