@@ -702,6 +702,7 @@ def test_real_runs_and_bundles_load_from_where_they_were_fetched_to(tmp_path):
 @pytest.fixture
 def hub(monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
+    sys.modules["huggingface_hub"].HfFileSystem.clear_instance_cache()  # it holds the address of the last test's hub
     hub = Hub()
     with serving(hub) as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)

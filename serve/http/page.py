@@ -17,11 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ensembler.serve.runtime.manifest import PROBE, BundleManifest
+from ensembler.serve.runtime.manifest import EXAMPLES, PROBE, BundleManifest
 
 __all__ = ["examples", "headers", "html"]
-
-_MOST = 8
 
 
 @cache
@@ -54,7 +52,7 @@ def headers() -> dict[str, str]:
 
 
 def examples(bundle: Path, manifest: BundleManifest) -> dict[str, Any]:
-    """Images to try, from the bundle's probe: its test images, and one of its patterns, which is nothing at all.
+    """Return images to try: the bundle's test images, if it has any, and a random pattern of its probe.
 
     Args:
         bundle: its folder, verified.
@@ -64,14 +62,14 @@ def examples(bundle: Path, manifest: BundleManifest) -> dict[str, Any]:
         ``{"examples": [{"name": ..., "pixels": ...}, ...]}``, pixels being the base64 of (H, W, 3) bytes.
     """
     found: list[dict[str, str]] = []
-    if PROBE in manifest.files:
-        try:
-            with np.load(bundle / PROBE, allow_pickle=False) as probe:
-                pictures = probe["examples"][:_MOST] if "examples" in probe else ()
-                found += [_example(f"test image {n}", image) for n, image in enumerate(pictures, start=1)]
-                found += [_example("a random pattern, of no class", image) for image in probe["images"][:1]]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            pass  # the page does without
+    try:
+        if EXAMPLES in manifest.files:
+            images = np.load(bundle / EXAMPLES, allow_pickle=False)
+            found += [_example(f"test image {number}", image) for number, image in enumerate(images, start=1)]
+        with np.load(bundle / PROBE, allow_pickle=False) as probe:
+            found.append(_example("a random pattern, of no class", probe["images"][0]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # the page does without them
     return {"examples": found}
 
 

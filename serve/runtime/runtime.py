@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from ensembler import artefact, calibration
 from ensembler.errors import ShapeError, UsageError
 from ensembler.serve.runtime import early_exit
-from ensembler.serve.runtime.early_exit import LEVEL, MODES, Mode
+from ensembler.serve.runtime.early_exit import LEVEL, Mode
 from ensembler.serve.runtime.images import check_images
 from ensembler.serve.runtime.machine import available_cpus, resident_memory
 from ensembler.serve.runtime.manifest import MERGED, BundleManifest, Strategy, Tuning, read_bundle
-from ensembler.serve.runtime.sessions import open_members, open_merged
-from ensembler.serve.runtime.strategies import Members, softmax
+from ensembler.serve.runtime.sessions import open_bundle, open_merged
+from ensembler.serve.runtime.strategies import Members
 from ensembler.uncertainty import mean_probabilities, uncertainty
 
-__all__ = ["MODES", "Mode", "Prediction", "Runtime", "available_cpus", "softmax"]
+__all__ = ["Prediction", "Runtime"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +111,11 @@ class Runtime:
         manifest = read_bundle(bundle)
         before = resident_memory()
         threads = threads or available_cpus()
-        sessions = open_members(bundle, manifest, members, seed)
+        sessions = open_bundle(bundle, manifest, members, seed)
         whole = len(sessions) == manifest.members
         merged = None
         if whole and "merged" in _winners(manifest.tuning, threads).values() and MERGED in manifest.files:
-            merged = open_merged(bundle, manifest, threads)
+            merged = open_merged(bundle, manifest.layout, manifest.order, threads)
         opened = Members(
             sessions, threads, manifest.image_shape, len(manifest.classes), manifest.input == "float", merged
         )

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from ensembler.errors import UsageError
 from ensembler.serve.runtime.manifest import Strategy
+from ensembler.task import softmax
 
-__all__ = ["Members", "softmax"]
+__all__ = ["Members"]
 
 _CHUNK_PIXELS = {"cpu": 64 * 32 * 32, "cuda": 1024 * 32 * 32}  # a forward pass: efficient, and bounded in memory
 _FEWEST = 8  # images: fewer a forward pass are not worth parting among threads
@@ -133,10 +134,3 @@ class Members:
         (logits,) = session.run(None, {"images": images})
         kept: NDArray[np.float32] = logits[..., :count, :]
         return kept
-
-
-def softmax(logits: NDArray[np.float32]) -> Probabilities:
-    """Softmax over the last axis, (..., C) to (..., C), without overflow."""
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    total: Probabilities = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    return total
