@@ -179,7 +179,7 @@ def test_a_worker_that_dies_is_said_with_the_mend(photos):
     next(batches)
     for child in children():
         child.kill()
-    with pytest.raises(UsageError, match=r"have died .* --workers 0"):
+    with pytest.raises(UsageError, match=r"died .* fewer --workers, or 0"):
         for _ in range(20):
             next(batches)
 

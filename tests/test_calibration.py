@@ -268,7 +268,7 @@ def test_where_nothing_can_be_certified_nothing_is_answered():
     assert calibration.abstention == Abstention(risk=0.01, confidence=0.95, threshold=None, answered=0, wrong=0)
     assert abstain(calibration, probs).all()
     assert "no threshold could be certified, so abstain always" in summary(calibration)
-    with pytest.raises(UsageError, match="no threshold to abstain at: calibrate with --risk"):
+    with pytest.raises(UsageError, match="no threshold for abstention: calibrate with --risk"):
         abstain(fit(probs, labels, **ORIGIN), probs)
 
 
@@ -417,7 +417,7 @@ def test_other_members_are_refused(run, tmp_path):
     found = calibrate(run, device="cpu")
     save(found, run)
     other = train_deep_ensemble(Session(dataset(), Settings(**SETTINGS, seed=1)), members=2).save(tmp_path / "other")
-    message = "was fitted for other members than this run's: run `ensembler calibrate` again"
+    message = "was fitted for another run: run `ensembler calibrate` again"
     with pytest.raises(ArtefactError, match=message):
         save(found, other)
     shutil.copy(run / FILE, other / FILE)

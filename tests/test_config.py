@@ -118,9 +118,9 @@ def test_a_command_of_a_group_takes_its_own_table():
         ("a.toml", "[train-simplx]\nx = 1", "there is no command 'train-simplx': did you mean train-simplex"),
         ("a.toml", "config = 'b.toml'", "no command has an option 'config'"),
         ("a.toml", "vertices = 2.5", "a.toml: vertices = 2.5: "),
-        ("a.toml", "vertices = true", "a.toml: vertices = True: it is text or a number"),
-        ("a.toml", "vertices = [3]", "a.toml: vertices = [3]: it is text or a number"),
-        ("a.toml", "corners = 'no'", "a.toml: corners = 'no': it is true or false"),
+        ("a.toml", "vertices = true", "a.toml: vertices = True: it must be text or a number"),
+        ("a.toml", "vertices = [3]", "a.toml: vertices = [3]: it must be text or a number"),
+        ("a.toml", "corners = 'no'", "a.toml: corners = 'no': it must be true or false"),
         ("a.toml", "recipe = 'slow'", "a.toml: recipe = 'slow': "),
         ("a.toml", "vertices = ", "a.toml is not TOML: "),
         ("a.yaml", "a: [1", "a.yaml is not YAML: "),
@@ -144,11 +144,11 @@ def test_what_is_wrong_with_a_file_is_said_on_one_line(name, text, message):
 
 
 def test_a_file_that_is_not_there_or_not_text():
-    assert "there is nothing at nowhere.toml" in call("eval", "--config", "nowhere.toml").stderr
+    assert "nowhere.toml does not exist" in call("eval", "--config", "nowhere.toml").stderr
     Path("binary.toml").write_bytes(b"\xff\xfe")
     assert "binary.toml is not TOML" in call("eval", "--config", "binary.toml").stderr
     Path("folder").mkdir()
-    assert f"there is nothing at folder{os.sep}manifest.json" in call("eval", "--config", "folder").stderr
+    assert f"folder{os.sep}manifest.json does not exist" in call("eval", "--config", "folder").stderr
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_another_commands_run_is_refused():
     for command in ("train-simplex", "eval"):
         result = call(command, "--config", "fge")
         assert result.exit_code == 1
-        assert f"manifest.json is of a run of fge, made again by train-fge, not by {command}" in result.stderr
+        assert f"manifest.json is a run of fge, made by train-fge, not by {command}" in result.stderr
 
 
 def test_an_older_manifest_may_lack_and_hold_other_things():
