@@ -65,8 +65,8 @@ def test_a_run_in_words(run):
         "ensembler eval runs/mine",
     ):
         assert line in text.splitlines()
-    assert "None lies with it" in text
-    assert "None lies with it" not in card(run, "ab" * 32, "hf://user/mine", "mine", calibrated=True)
+    assert "Not calibrated" in text
+    assert "Not calibrated" not in card(run, "ab" * 32, "hf://user/mine", "mine", calibrated=True)
 
 
 def test_a_bundle_in_words(tmp_path):
@@ -84,7 +84,7 @@ def test_a_bundle_in_words(tmp_path):
     assert found["agreement with PyTorch"] == ["within 0.0e+00 in any probability"]
     assert found["validation, as exported"] == ["99", "50.00", "0.7000", "not recorded", "not recorded"]
     assert "seed" not in found
-    assert "What weights.pt cost, from whose weights training began." in text
+    assert "The training cost of weights.pt, from which training started." in text
     assert "pip install 'ensembler[s3]'" in text
     assert "ensembler pull s3://bucket/b --out bundles/b" in text
     assert "model-index" not in front_matter(text)
