@@ -345,7 +345,7 @@ def test_ledgers_of_jobs_add_up():
     ledger, one, other = Ledger("cpu"), Ledger("cpu"), Ledger("a GPU")
     for own, part, examples, forward in ((one, "a", 3, 0), (other, "a", 4, 2), (other, "b", 1, 0)):
         with own.entry(part, torch.device("cpu")):
-            own.epoch(part, Epoch(1, 0.1, 0.5, 0.5, examples), forward)
+            own.epoch(EpochEnd(part, Epoch(1, 0.1, 0.5, 0.5, examples), 1, "accuracy"), forward)
     records = one.record() | {"seconds": 2.0}, other.record() | {"seconds": 3.0}
     for record, own in zip(records, ((1.5, 7), (0.25, 5), (None, None)), strict=False):
         record["entries"]["a"] |= {"seconds": own[0], "peak_memory": own[1]}
@@ -494,8 +494,8 @@ def test_an_evaluation_by_ray_says_the_same(ray, tmp_path, monkeypatch):
     told.clear()
     assert report(Ray(device="cpu", threads=1), "there") == here
     assert asked == [96]  # 19 corruptions at 5 severities, and the noise
-    assert ("noise:uniform", 98, 98) in told
-    assert {(done, total) for _, done, total in told} >= {(done, 96) for done in range(1, 97)}
+    assert told[-1] == ("uniform noise (generated, seed 0)", 12 + 9 + 96 * 9, 12 + 9 + 96 * 9)
+    assert {(done, total) for _, done, total in told} >= {(9 * done, 9 * 96) for done in range(1, 97)}
     kept = [
         sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.*")) for name in ("here", "there")
     ]

@@ -487,7 +487,7 @@ def test_a_run_replaced_while_latest_is_calibrated(nursery, world, images, tmp_p
     (second / "manifest.sha256").write_text(f"{artefact.sha256(second / 'manifest.json')}  manifest.json\n")
     (runs / "latest").symlink_to("first")
     process = nursery.start(tmp_path, "calibrate", "runs/latest")
-    until(lambda: "validation images" in process.err, process)
+    until(lambda: "validation: " in process.err, process)
     (runs / "latest").unlink()
     (runs / "latest").symlink_to("second")
     assert process.wait() == 0, process.err
