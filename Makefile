@@ -2,8 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+EXTRAS ?= dev
+CONSTRAINTS ?=
+PIP = $(BIN)/python -m pip install --quiet
+# uv finds the versions that go with the oldest ones in seconds; pip takes longer than the suite.
+INSTALL = $(if $(CONSTRAINTS),$(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS),$(PIP))
 
-.PHONY: help demo docs test test-long lint types smoke check clean
+.PHONY: help demo docs test test-long test-lowest lint types smoke check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -21,6 +26,9 @@ test: $(VENV)/.installed-dev  ## the test suite
 
 test-long: $(VENV)/.installed-dev  ## the tests that take minutes: every fault, many times
 	$(BIN)/python -m pytest -m long
+
+test-lowest:  ## the test suite with the oldest libraries that pyproject.toml allows; they have wheels for Python 3.11 and 3.12
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=.ci/lowest.txt EXTRAS=dev,gcs,s3,tensorboard
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .
@@ -41,15 +49,15 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ensembler needs Python 3.11 or newer; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable .
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(INSTALL) --editable .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	$(INSTALL) --editable '.[$(EXTRAS)]'
 	touch $@ $(VENV)/.installed
 
-$(VENV)/wheel/ensembler: $(VENV)/.installed-dev $(wildcard ensembler/* trainers/* eval/* serve/*)
+$(VENV)/wheel/ensembler: $(VENV)/.installed-dev $(shell find ensembler trainers eval serve -type f -not -name '*.pyc')
 	rm -rf $(VENV)/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(VENV)/wheel .
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/wheel $(VENV)/wheel/*.whl

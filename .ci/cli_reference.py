@@ -107,7 +107,10 @@ def _takes(kind: Any, info: Any) -> str:
         return ", ".join(f"`{value}`" for value in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"{_takes(typing.get_args(kind)[0], info)}, several"
-    name = info.metavar or {int: "whole number", float: "number", Path: "path", str: "text"}[kind]
+    name = (
+        info.metavar
+        or {int: "whole number", float: "number", Path: "path", str: "path" if info.parser else "text"}[kind]
+    )
     bounds = [f"from {info.min:g}"] if info.min is not None else []
     bounds += [f"to {info.max:g}"] if info.max is not None else []
     return " ".join([name, *bounds])
@@ -143,7 +146,7 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
         yield from (f"| {panel} | takes | default | |", "|---|---|---|---|")
         for row in own:
             name = f"`{row.name}`" if panel == "Arguments" else row.name
-            yield f"| {name} | {row.takes} | {row.default} | {_cell(row.help)} |"
+            yield f"| {name} | {_cell(row.takes)} | {row.default} | {_cell(row.help)} |"
         yield ""
 
 

@@ -1,6 +1,6 @@
-"""Ensembles of neural networks and how sure they are, from training to serving.
+"""Ensembles of neural networks and their uncertainty, from training to serving.
 
-The public names are imported when first used, so that ``import ensembler`` is quick and loads no torch.
+The public names are imported on first use, so ``import ensembler`` is fast and does not load torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+source"
 
-# In a source tree the rooms lie beside this folder, not inside it: let them be found there too.
+# In a source tree, trainers/, eval/ and serve/ are next to this folder instead of inside it.
 _here = Path(__file__).parent
 if not (_here / "trainers").is_dir() and (_here.parent / "trainers").is_dir():
     __path__.append(str(_here.parent))

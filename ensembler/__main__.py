@@ -1,4 +1,4 @@
-"""``python -m ensembler``, and ``torchrun -m ensembler``: the command line."""
+"""The command line, run as ``python -m ensembler`` or ``torchrun -m ensembler``."""
 
 from __future__ import annotations
 

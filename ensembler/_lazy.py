@@ -1,4 +1,4 @@
-"""Public names that are imported when first used."""
+"""Public names of a package that are imported on first use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ __all__ = ["exports"]
 
 
 def exports(package: str, where: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` for a package whose ``where`` maps each public name to ``module:attribute``."""
+    """Return ``__getattr__`` and ``__dir__`` of a package.
+
+    Args:
+        package: its name.
+        where: ``module:attribute`` of each public name.
+    """
 
     def getattribute(name: str) -> Any:
         if name not in where:

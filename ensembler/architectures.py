@@ -1,8 +1,8 @@
-"""A name to a network: those of the papers, torchvision's, timm's, and the user's own.
+"""Networks by name: those of the papers, torchvision's, timm's, and the user's own.
 
 ==========================  ===========================================================================
 ``cnn``                     six 3x3 convolutions (32-64-128 channels), no BatchNorm; 0.29 M parameters
-``resnet20``                the older name of ``preresnet20``
+``resnet20``                another name of ``preresnet20``
 ``preresnet20``             pre-activation ResNet (He et al. 2016), basic blocks; 0.27 M
 ``preresnet56``             the same, deeper; 0.86 M
 ``preresnet110``            the same, deeper; 1.73 M
@@ -16,7 +16,7 @@
 ==========================  ===========================================================================
 
 A network takes normalised float images (B, 3, H, W) and returns logits (B, C). Those of this package take any size
-from 32 x 32 up; their parameters are counted for 10 classes.
+from 32 x 32 up. Numbers of parameters are for 10 classes.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ import torch
 from torch import Tensor, nn
 
 from ensembler.errors import UsageError
-from ensembler.naming import imported
+from ensembler.naming import import_object
 from ensembler.seeds import derive
 
 __all__ = ["build", "cnn", "from_timm", "from_torchvision", "preresnet", "vgg16"]
 
 
 def build(name: str, classes: int, seed: int = 0) -> nn.Module:
-    """Make the named network with freshly initialised weights, a function of ``seed`` alone.
+    """Build the named network with freshly initialised weights, which depend on ``seed`` alone.
 
-    It comes in channels-last memory order: on CPUs 1.3 to 2 times as fast as PyTorch's default, and no slower on GPUs.
+    Its memory format is channels-last: on CPUs 1.3 to 2 times as fast as PyTorch's default, and no slower on GPUs.
 
-    A name of the form ``package.module:factory`` imports that module (the current folder counts): a run that names
-    one is as trustworthy as the module it names.
+    A name of the form ``package.module:factory`` imports that module, also from the current folder: a run that names
+    one is as trustworthy as the module.
 
     Raises:
         UsageError: an unknown name, a library that is not installed, or a factory that does not return a network for
@@ -64,22 +64,22 @@ def build(name: str, classes: int, seed: int = 0) -> nn.Module:
 
 
 def cnn(classes: int) -> nn.Sequential:
-    """Six convolutions in three stages and one linear layer; no BatchNorm, so weights alone are the network."""
+    """Build six convolutions in three stages and a linear layer, without BatchNorm."""
     layers: list[nn.Module] = []
     channels = 3
     for width in (32, 64, 128):
         for stride in (1, 2):
             layers += [nn.Conv2d(channels, width, 3, stride=stride, padding=1), nn.ReLU(inplace=True)]
             channels = width
-    return _he_initialised(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)))
+    return _initialise(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)))
 
 
 def vgg16(classes: int, *, batchnorm: bool = False) -> nn.Sequential:
-    """VGG16 for 32 x 32 images, with dropout in its three-layer head of 512 units.
+    """Build VGG16 for 32 x 32 images, with dropout in its three-layer head of 512 units.
 
-    As in Garipov et al. 2018 and Benton et al. 2021, whose code has it in timgaripov/swa and
-    g-benton/loss-surface-simplexes. (``VGG16BN`` of timgaripov/dnn-mode-connectivity is another network: its forward
-    pass leaves out a convolution of each stage.)
+    As in Garipov et al. 2018 and Benton et al. 2021 (code: timgaripov/swa and g-benton/loss-surface-simplexes).
+    ``VGG16BN`` of timgaripov/dnn-mode-connectivity is another network: its forward pass skips a convolution of each
+    stage.
     """
     layers: list[nn.Module] = []
     channels = 3
@@ -95,23 +95,24 @@ def vgg16(classes: int, *, batchnorm: bool = False) -> nn.Sequential:
     for _ in range(2):
         head += [nn.Dropout(), nn.Linear(channels, 512), nn.ReLU(inplace=True)]
         channels = 512
-    return _he_initialised(nn.Sequential(*layers, *head, nn.Linear(channels, classes)))
+    return _initialise(nn.Sequential(*layers, *head, nn.Linear(channels, classes)))
 
 
 def preresnet(classes: int, *, blocks: int, width: int = 16, bottleneck: bool = False) -> nn.Sequential:
-    """Pre-activation ResNet for 32 x 32 images: three stages of ``blocks`` blocks, the later two at half resolution.
+    """Build a pre-activation ResNet for 32 x 32 images: three stages of ``blocks`` blocks.
 
-    Between blocks the stages have ``width``, ``2 width`` and ``4 width`` channels. A basic block has two 3x3
-    convolutions, which makes the network ``6 blocks + 2`` layers deep; a bottleneck has 1x1, 3x3 and 1x1, within which
-    it is a quarter as wide, ``9 blocks + 2``. The block is that of He et al. 2016, "Identity mappings in deep residual
-    networks" (Fig. 4e; code: KaimingHe/resnet-1k-layers). Basic and ten times as wide, it is the wide ResNet of
-    Zagoruyko & Komodakis 2016 (Table 1, no dropout), who count convolutions, also the shortcuts': ``6 blocks + 4``.
+    The stages have ``width``, ``2 width`` and ``4 width`` channels; the second and third halve the resolution. A basic
+    block has two 3x3 convolutions, so the network has ``6 blocks + 2`` layers; a bottleneck block has 1x1, 3x3 and 1x1
+    convolutions with a quarter of the channels in between, so it has ``9 blocks + 2``. The block is that of He et al.
+    2016, "Identity mappings in deep residual networks" (Fig. 4e; code: KaimingHe/resnet-1k-layers). With basic blocks
+    and ten times the width, it is the wide ResNet of Zagoruyko & Komodakis 2016 (Table 1, no dropout), who also count
+    the convolutions of shortcuts: ``6 blocks + 4``.
 
-    Depth 110 is basic and 164 is of bottlenecks, as in He et al.'s experiments; both have 1.7 M parameters. The code of
-    Garipov et al. 2018 (timgaripov/dnn-mode-connectivity) takes bottlenecks from depth 44 on: its ``PreResNet164`` has
-    these parameters, its ``PreResNet110`` is another network, of 1.15 M. It also strides in a bottleneck's 3x3
-    convolution, feeds shortcuts without activation and gives a wide ResNet's convolutions biases. Here these are as in
-    He et al.'s and Zagoruyko & Komodakis's own code.
+    Depth 110 has basic blocks and 164 has bottlenecks, as in He et al.'s experiments; both have 1.7 M parameters. The
+    code of Garipov et al. 2018 (timgaripov/dnn-mode-connectivity) uses bottlenecks from depth 44 on: its
+    ``PreResNet164`` has the same parameters, its ``PreResNet110`` is another network, with 1.15 M. It also strides in a
+    bottleneck's 3x3 convolution, feeds shortcuts without activation and gives a wide ResNet's convolutions biases. Here
+    these follow He et al.'s and Zagoruyko & Komodakis's own code.
     """
     layers: list[nn.Module] = [_convolution(3, 16, 3)]
     channels = 16
@@ -121,13 +122,13 @@ def preresnet(classes: int, *, blocks: int, width: int = 16, bottleneck: bool = 
             layers.append(_PreActivationBlock(channels, width << stage, stride, bottleneck))
             channels = width << stage
     tail = [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return _he_initialised(nn.Sequential(*layers, *tail, nn.Linear(channels, classes)))
+    return _initialise(nn.Sequential(*layers, *tail, nn.Linear(channels, classes)))
 
 
 class _PreActivationBlock(nn.Module):
-    """BatchNorm, ReLU and convolution, two times or three, and a shortcut around them.
+    """Two or three times BatchNorm, ReLU and convolution, with a shortcut around them.
 
-    The first convolution strides. Where the shape changes, the shortcut is a 1x1 convolution of the activated input.
+    The first convolution strides. If the shape changes, the shortcut is a 1x1 convolution of the activated input.
     """
 
     def __init__(self, channels: int, width: int, stride: int, bottleneck: bool) -> None:
@@ -157,7 +158,7 @@ def _convolution(channels: int, width: int, kernel: int, stride: int = 1) -> nn.
     return nn.Conv2d(channels, width, kernel, stride=stride, padding=kernel // 2, bias=False)
 
 
-def _he_initialised(network: nn.Sequential) -> nn.Sequential:
+def _initialise(network: nn.Sequential) -> nn.Sequential:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -165,7 +166,7 @@ def _he_initialised(network: nn.Sequential) -> nn.Sequential:
                 nn.init.zeros_(module.bias)
     head = network[-1]
     if isinstance(head, nn.Linear):
-        nn.init.normal_(head.weight, std=0.1)  # starts near a loss of log C
+        nn.init.normal_(head.weight, std=0.1)  # so that the first loss is near log C
     return network
 
 
@@ -183,10 +184,10 @@ _OWN: dict[str, Callable[[int], nn.Module]] = {
 
 
 def from_torchvision(name: str, **options: Any) -> nn.Module:
-    """A classifier of torchvision, made with ``options`` (``num_classes``, ``weights``).
+    """Build a classifier of torchvision with ``options`` (``num_classes``, ``weights``).
 
     Raises:
-        UsageError: torchvision has none of that name.
+        UsageError: torchvision has no classifier of that name.
     """
     from torchvision import models
 
@@ -197,10 +198,10 @@ def from_torchvision(name: str, **options: Any) -> nn.Module:
 
 
 def from_timm(name: str, **options: Any) -> nn.Module:
-    """A model of timm, made with ``options`` (``num_classes``, ``pretrained``).
+    """Build a model of timm with ``options`` (``num_classes``, ``pretrained``).
 
     Raises:
-        UsageError: timm is not installed, has none of that name, or no weights of it where they are asked for.
+        UsageError: timm is not installed, has no model of that name, or no pretrained weights for it.
     """
     try:
         import timm  # type: ignore[import-not-found]
@@ -212,14 +213,14 @@ def from_timm(name: str, **options: Any) -> nn.Module:
         raise UsageError(f"timm has no weights of {name!r}: see timm.list_pretrained()")
     try:
         network: nn.Module = timm.create_model(name, **options)
-    except RuntimeError as error:  # a name's unknown tag, a helper library that is missing
+    except RuntimeError as error:  # an unknown tag, or a missing library
         reason, _, _ = str(error).partition("\n")
-        raise UsageError(f"timm cannot make {name!r}: {reason}") from error
+        raise UsageError(f"timm cannot build {name!r}: {reason}") from error
     return network
 
 
 def _factory(name: str, classes: int) -> nn.Module:
-    factory = imported(name, "architecture")
+    factory = import_object(name, "architecture")
     try:
         network = factory(num_classes=classes)
     except TypeError as error:

@@ -1,8 +1,7 @@
-"""A folder on disk that is whole or absent: what runs and bundles have in common.
+"""Artefacts, the common base of runs and bundles: folders that are written atomically and verified when read.
 
-Layout: the artefact's own files, ``manifest.json`` (which holds the SHA-256 of every one of them) and
-``manifest.sha256`` (the manifest's own, as ``sha256sum`` writes it). Standard library only, so that serving can
-verify a bundle without torch.
+An artefact holds its files, ``manifest.json`` (with the SHA-256 of each) and ``manifest.sha256`` (that of the manifest,
+in the format of ``sha256sum``). Standard library only, so that serving can verify a bundle without torch.
 """
 
 from __future__ import annotations
@@ -38,26 +37,26 @@ __all__ = [
 MANIFEST = "manifest.json"
 SEAL = "manifest.sha256"
 HELD = ".held"
-"""Ends the name of a hidden file or folder whose writer holds a lock on it: see :func:`sweep`."""
+"""Suffix of a hidden file or folder whose writer holds a lock on it: see :func:`sweep`."""
 
-_FORGOTTEN = 3600.0  # seconds since it was touched
+_STALE = 3600.0  # seconds without a change, after which a writer may be dead
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Compute the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(folder: Path, mend: str = "choose another --out") -> None:
-    """Find out before hours of work, not after, that ``folder`` cannot be written to, or made where it is missing.
+    """Check that ``folder`` can be written to, or created, before the work starts. Nothing is created.
 
     Args:
-        folder: it, or where it is to be.
-        mend: what to do then.
+        folder: an existing or a future folder.
+        mend: the remedy in the error message.
 
     Raises:
-        ArtefactError: it cannot; nothing is made or left either way.
+        ArtefactError: the folder cannot be written to or created.
     """
     try:
         existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -68,9 +67,10 @@ def check_writable(folder: Path, mend: str = "choose another --out") -> None:
 
 
 def hold(path: Path) -> int | None:
-    """Lock a file or folder until the descriptor that is returned is closed, or this process ends, however it ends.
+    """Lock a file or folder until the returned descriptor is closed or this process ends.
 
-    ``None`` where another process holds it, or where there are no such locks (Windows, some network file systems).
+    Returns ``None`` if another process has the lock, or if there are no such locks (Windows, some network file
+    systems).
     """
     try:
         import fcntl
@@ -87,15 +87,15 @@ def hold(path: Path) -> int | None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the ``.partial-*.held`` that killed processes left in ``folder``.
+    """Remove the ``.partial-*.held`` files and folders of killed processes from ``folder``.
 
-    Dead is a writer whose lock the system has taken back: no process number is asked for, since another process may
-    have it by now, or another container. As locks do not reach across every network file system, and clocks jump,
-    both must agree: the lock is free, and nothing was touched for an hour.
+    The system releases a dead writer's lock. (A process number would not do: it may be reused, or belong to another
+    container.) Since locks do not work across every network file system, and clocks can jump, two conditions must hold:
+    the lock is free, and nothing has changed for an hour.
     """
     for path in folder.glob(f".partial-*{HELD}"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > _FORGOTTEN and (lock := hold(path)) is not None:
+            if time.time() - path.stat().st_mtime > _STALE and (lock := hold(path)) is not None:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)
                 else:
@@ -104,7 +104,7 @@ def sweep(folder: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write one file whole or not at all, in place of the one there may be.
+    """Write or replace one file atomically.
 
     Raises:
         ArtefactError: the disk is full, or the file cannot be written.
@@ -113,7 +113,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def replace_files(contents: Mapping[Path, bytes]) -> None:
-    """Write files whole, in place of those there may be; where one cannot be written, none of them is.
+    """Write or replace several files; if one cannot be written, none is replaced.
 
     Raises:
         ArtefactError: the disk is full, or a file cannot be written.
@@ -142,19 +142,18 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
 
 @contextmanager
 def appear(path: Path) -> Iterator[Path]:
-    """A folder that appears whole or not at all.
+    """Create a folder atomically.
 
-    Yields a hidden folder beside ``path`` to put the files in. When the block ends well, all is flushed to disk, and
-    the folder takes its name in one rename. When it ends with any exception (a full disk, Ctrl-C) the hidden folder is
-    removed; after a SIGKILL it stays behind as ``.partial-*``, is never taken for what it was to be, and goes when
-    another is written beside it an hour later.
+    Yields a hidden folder beside ``path`` for the files. If the block succeeds, everything is flushed to disk and the
+    folder is renamed to ``path`` in one step. If the block raises (a full disk, Ctrl-C), the hidden folder is removed.
+    After a SIGKILL it remains as ``.partial-*``, which nothing reads, until :func:`sweep` removes it.
 
     Raises:
-        UsageError: ``path`` exists already; nothing is ever overwritten.
+        UsageError: ``path`` already exists; nothing is ever overwritten.
         ArtefactError: the disk is full, or the folder cannot be written.
     """
     if path.exists():
-        raise UsageError(f"{path} exists already: choose another path, or remove it first")
+        raise UsageError(f"{path} already exists: choose another path, or remove it first")
     partial: Path | None = None
     lock: int | None = None
     try:
@@ -166,15 +165,15 @@ def appear(path: Path) -> Iterator[Path]:
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
-                file.chmod(0o666 & ~_umask())  # safetensors lets nobody else read its files
+                file.chmod(0o666 & ~_umask())  # safetensors makes its files readable by their owner only
         for file in [*partial.rglob("*"), partial]:
             _flush(file)
         partial.rename(path)
         _flush(path.parent)
     except OSError as error:
-        if path.exists():  # another process took the name meanwhile
-            raise UsageError(f"{path} exists already: choose another path, or remove it first") from error
-        raise ArtefactError(f"cannot write {path}: {error.strerror or error}; nothing was left behind") from error
+        if path.exists():  # another process created it meanwhile
+            raise UsageError(f"{path} already exists: choose another path, or remove it first") from error
+        raise ArtefactError(f"cannot write {path}: {error.strerror or error}; no partial output was kept") from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -184,13 +183,13 @@ def appear(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
-    """Write an artefact whole or not at all.
+    """Write an artefact atomically.
 
-    Yields a hidden folder to put the files in, as :func:`appear` does. When the block ends well, every file is hashed
-    into ``manifest["files"]``, and the manifest and its seal are written beside them.
+    Yields a hidden folder for the files, as :func:`appear` does. If the block succeeds, the hash of every file is added
+    to ``manifest["files"]``, and the manifest and its seal are written.
 
     Raises:
-        UsageError: ``path`` exists already; nothing is ever overwritten.
+        UsageError: ``path`` already exists; nothing is ever overwritten.
         ArtefactError: the disk is full, or the folder cannot be written.
     """
     with appear(path) as partial:
@@ -202,16 +201,16 @@ def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
 
 
 def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
-    """Read an artefact's manifest and verify every file it names.
+    """Read an artefact's manifest and verify every file in it.
 
     Args:
         path: the artefact's folder.
-        kind: ``"run"`` or ``"bundle"``, as its manifest says.
-        formats: the format numbers that the caller understands.
+        kind: the expected kind, such as ``"run"`` or ``"bundle"``.
+        formats: the format numbers that the caller can read.
 
     Raises:
-        ArtefactError: no such folder, not an artefact of this kind, or of an unknown format.
-        CorruptError: a file is missing, truncated or changed; it is named.
+        ArtefactError: there is no such folder, or it is of another kind or an unknown format.
+        CorruptError: a file is missing, truncated or changed; the message names it.
     """
     if not path.is_dir():
         raise ArtefactError(f"no {kind} at {path}: there is no such folder")
@@ -222,7 +221,7 @@ def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
             raise CorruptError(_changed(path / MANIFEST, kind))
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CorruptError(f"{path / SEAL} is missing: the {kind} is incomplete, copy or make it again") from error
+        raise CorruptError(f"{path / SEAL} is missing: the {kind} is incomplete, copy or create it again") from error
     except ValueError as error:
         raise CorruptError(_changed(path / MANIFEST, kind)) from error
     except OSError as error:
@@ -239,7 +238,7 @@ def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
             if sha256(path / name) != expected:
                 raise CorruptError(_changed(path / name, kind))
         except FileNotFoundError as error:
-            message = f"{path / name} is missing: the {kind} is incomplete, copy or make it again"
+            message = f"{path / name} is missing: the {kind} is incomplete, copy or create it again"
             raise CorruptError(message) from error
         except OSError as error:
             raise ArtefactError(f"cannot read {path / name}: {error.strerror or error}") from error
@@ -251,12 +250,12 @@ def _seal(path: Path) -> str:
 
 
 def _changed(file: Path, kind: str) -> str:
-    return f"{file} has changed since it was written (its SHA-256 differs): copy or make the {kind} again"
+    return f"{file} has changed since it was written (its SHA-256 differs): copy or create the {kind} again"
 
 
 def _flush(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder for flushing
+        return  # Windows cannot flush a folder
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""BatchNorm statistics of weights that were never trained themselves: points between solutions, averages of them."""
+"""BatchNorm statistics for weights that were not trained themselves: points between solutions, and averages."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["has_batchnorm", "recompute"]
 
 
 def has_batchnorm(network: nn.Module) -> bool:
-    """Whether the network keeps statistics that depend on its weights."""
+    """Return whether the network has running BatchNorm statistics."""
     return bool(_layers(network))
 
 
 def recompute(network: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Set running mean and variance to the averages over batches of inputs, each of the same weight.
+    """Set the running mean and variance to their averages over batches of inputs, all weighted equally.
 
-    Only the BatchNorm layers are in training mode meanwhile: dropout draws nothing, and no other buffer changes. (What
-    :func:`torch.optim.swa_utils.update_bn` computes, which puts the whole network in training mode.)
+    Computes what :func:`torch.optim.swa_utils.update_bn` does, but only the BatchNorm layers are in training mode:
+    dropout draws no masks, and no other buffer changes.
     """
-    with _training(network) as layers, torch.no_grad():
+    with _batchnorm_in_training(network) as layers, torch.no_grad():
         for layer in layers:
             layer.reset_running_stats()
         for count, inputs in enumerate(batches, start=1):
@@ -32,7 +32,7 @@ def recompute(network: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def _training(network: nn.Module) -> Iterator[list[nn.modules.batchnorm._BatchNorm]]:
+def _batchnorm_in_training(network: nn.Module) -> Iterator[list[nn.modules.batchnorm._BatchNorm]]:
     layers = _layers(network)
     momenta, modes = [layer.momentum for layer in layers], {module: module.training for module in network.modules()}
     network.eval()

@@ -1,9 +1,9 @@
-"""What makes an ensemble's probabilities mean what they say: a map, conformal sets, a threshold to abstain at.
+"""Calibration of an ensemble: a map of its probabilities, conformal prediction sets, and a threshold for abstention.
 
-A calibration is one file, ``calibration.json``, in the folder of the run that it was fitted for
-(:mod:`ensembler.eval.calibrate` fits it). It names the run's manifest by its hash, and the manifest names every member
-by theirs, so it cannot serve other members; and it carries a hash of its own content. Everything here takes the
-ensemble's pooled prediction (B, C), the mean of its members' probabilities, as it comes: the map is applied inside.
+A calibration is a file, ``calibration.json``, in the folder of its run (:mod:`ensembler.eval.calibrate` fits it). It
+has the hash of the run's manifest, which has the hashes of all members, so it cannot be used with other members; and it
+has a hash of its own content. All functions here take the ensemble's pooled prediction (B, C), the uncalibrated mean of
+its members' probabilities, and apply the map themselves.
 
 NumPy, pydantic and the standard library only, so that serving needs neither torch nor netcal.
 """
@@ -14,13 +14,14 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from ensembler import artefact
+from ensembler.calibration_maps import FLOOR, Map
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.record import Record
 
@@ -28,14 +29,9 @@ __all__ = [
     "FILE",
     "FLOOR",
     "Abstention",
-    "Beta",
     "Calibration",
     "Conformal",
     "ConformalMethod",
-    "Histogram",
-    "Isotonic",
-    "Map",
-    "Temperature",
     "abstain",
     "apply",
     "conformal_quantile",
@@ -44,97 +40,21 @@ __all__ = [
     "prediction_sets",
     "read",
     "save",
-    "temper",
 ]
 
 FILE = "calibration.json"
-FLOOR = float(np.finfo(np.float32).tiny)
-"""Smallest probability that a logarithm is taken of: float32's smallest normal number, 1.2e-38, or 87.3 nats."""
-
-_FORMATS = (1,)
+FORMAT = 1
 
 Array = NDArray[np.float64]
 ConformalMethod = Literal["lac", "aps"]
 
 
-class _Record(Record):
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-
-class Temperature(_Record):
-    """``p**(1 / T)``, normalised (Guo et al. 2017): pool, then scale."""
-
-    method: Literal["temperature"] = "temperature"
-    temperature: float = Field(gt=0)
-
-    def __call__(self, p: Array) -> Array:
-        return temper(p, self.temperature)
-
-
-class Isotonic(_Record):
-    """One rising curve a class, straight between its points (Zadrozny & Elkan 2002); then rows are normalised.
+class Conformal(Record):
+    """The conformity scores of the held-out examples' labels, for split conformal prediction.
 
     Attributes:
-        x, y: (C, points of that class); of two classes, the second's curve alone.
-    """
-
-    method: Literal["isotonic"] = "isotonic"
-    x: list[list[float]]
-    y: list[list[float]]
-
-    def __call__(self, p: Array) -> Array:
-        columns = p[:, -len(self.x) :].T
-        return _one_vs_rest(p, [np.interp(column, x, y) for column, x, y in zip(columns, self.x, self.y, strict=True)])
-
-
-class Histogram(_Record):
-    """A frequency for each bin of each class's probability (Zadrozny & Elkan 2001); then rows are normalised.
-
-    The bins have equal width and are left-open.
-
-    Attributes:
-        y: (C, bins); of two classes, the second's alone.
-    """
-
-    method: Literal["histogram"] = "histogram"
-    y: list[list[float]]
-
-    def __call__(self, p: Array) -> Array:
-        edges = np.linspace(0.0, 1.0, len(self.y[0]) + 1)
-        places = np.searchsorted(edges[1:-1], p[:, -len(self.y) :].T, side="left")
-        return _one_vs_rest(p, np.take_along_axis(np.array(self.y), places, axis=1))
-
-
-class Beta(_Record):
-    """``softmax(a log p - b log(1 - p) + c)``, with a, b and c of each class (Kull et al. 2017, as netcal extends it).
-
-    Of two classes, the first's are 0.
-
-    Attributes:
-        a, b, c: (C,) each.
-    """
-
-    method: Literal["beta"] = "beta"
-    a: list[float]
-    b: list[float]
-    c: list[float]
-
-    def __call__(self, p: Array) -> Array:
-        epsilon = np.finfo(np.float64).eps  # netcal's
-        log = np.log(np.clip(p, epsilon, 1.0 - epsilon))
-        log_rest = np.log(np.clip(1.0 - p, epsilon, 1.0 - epsilon))
-        return _softmax(np.array(self.a) * log - np.array(self.b) * log_rest + np.array(self.c))
-
-
-Map = Annotated[Temperature | Isotonic | Histogram | Beta, Field(discriminator="method")]
-
-
-class Conformal(_Record):
-    """What split conformal prediction needs: how badly every held-out example's label fitted.
-
-    Attributes:
-        method: what :func:`prediction_sets` uses unless told otherwise.
-        alpha: likewise; 1 - alpha is the coverage promised.
+        method: the default of :func:`prediction_sets`.
+        alpha: its default, too; the guaranteed coverage is 1 - alpha.
         lac, aps: the held-out examples' scores, sorted; see :func:`conformal_scores`.
     """
 
@@ -144,15 +64,15 @@ class Conformal(_Record):
     aps: list[float]
 
 
-class Abstention(_Record):
-    """Below which confidence not to answer, so that at most a share ``risk`` of the answers is wrong.
+class Abstention(Record):
+    """The confidence below which to abstain, so that at most a share ``risk`` of the answers is wrong.
 
     Attributes:
-        risk: the error rate among the answers that is not to be exceeded.
-        confidence: with what probability, over the held-out examples drawn, the promise holds.
-        threshold: of the calibrated largest probability; ``None`` where no threshold could be certified.
-        answered: how many held-out examples reach the threshold.
-        wrong: how many of these were wrong.
+        risk: the highest error rate among the answers.
+        confidence: the probability, over the draw of held-out examples, that the guarantee holds.
+        threshold: of the largest calibrated probability; ``None`` if no threshold could be certified.
+        answered: number of held-out examples that reach the threshold.
+        wrong: number of wrong ones among these.
     """
 
     risk: float = Field(gt=0, lt=1)
@@ -162,24 +82,24 @@ class Abstention(_Record):
     wrong: int
 
 
-class Calibration(_Record):
-    """A fitted map, conformal scores and a threshold, and what they were fitted on.
+class Calibration(Record):
+    """A fitted map, conformal scores and a threshold, and the data of the fit.
 
     Attributes:
-        run_sha256: of the run's manifest, which holds the hash of every file of its members.
+        run_sha256: of the run's manifest, which has the hash of every file of its members.
         dataset: its title.
-        validation_sha256: of the split that everything was fitted on.
+        validation_sha256: of the validation split, on which everything was fitted.
         classes: C.
-        fitted: how many of its examples the map was fitted on.
-        held_out: how many others gave the conformal scores and the threshold.
-        seed: of the choice between the two.
+        fitted: number of validation examples for the map.
+        held_out: number of the other validation examples, for the conformal scores and the threshold.
+        seed: of the split into these two.
         map: applied to the pooled prediction.
-        abstention: ``None`` where no risk was asked for.
-        before, after: scores of the held-out examples without and with the map, which has not seen them.
+        abstention: ``None`` if no risk was requested.
+        before, after: scores of the held-out examples without and with the map.
     """
 
     kind: Literal["calibration"] = "calibration"
-    format: int = 1
+    format: int = FORMAT
     run_sha256: str
     dataset: str
     validation_sha256: str
@@ -197,7 +117,7 @@ class Calibration(_Record):
 
 
 def apply(calibration: Calibration, probs: ArrayLike) -> Array:
-    """The calibrated prediction.
+    """Apply the map to a prediction.
 
     Args:
         calibration: fitted for this ensemble.
@@ -207,51 +127,36 @@ def apply(calibration: Calibration, probs: ArrayLike) -> Array:
         (B, C) float64, rows with sum 1.
 
     Raises:
-        ShapeError: not (B, C), with the C that was fitted.
+        ShapeError: ``probs`` is not (B, C) with the calibration's C.
     """
     p = np.asarray(probs, dtype=np.float64)
     if p.ndim != 2 or p.shape[1] != calibration.classes:
-        raise ShapeError(f"the calibration is of probabilities (B, {calibration.classes}), found {p.shape}")
+        raise ShapeError(f"the calibration is for probabilities (B, {calibration.classes}), found {p.shape}")
     return calibration.map(p)
-
-
-def temper(probs: ArrayLike, temperature: float) -> Array:
-    """``p**(1 / T)``, normalised: softer for T > 1, sharper for T < 1; the order of the classes stays.
-
-    Args:
-        probs: (B, C) probabilities; below ``FLOOR`` they count as ``FLOOR``.
-        temperature: T > 0.
-
-    Raises:
-        UsageError: a temperature that is not positive and finite.
-    """
-    if not 0 < temperature < math.inf:
-        raise UsageError(f"a temperature must be positive and finite, not {temperature}")
-    return _softmax(np.log(np.maximum(np.asarray(probs, dtype=np.float64), FLOOR)) / temperature)
 
 
 def prediction_sets(
     calibration: Calibration, probs: ArrayLike, alpha: float | None = None, method: ConformalMethod | None = None
 ) -> NDArray[np.bool_]:
-    """Sets of classes that hold the true one with probability at least 1 - alpha: split conformal prediction.
+    """Compute sets of classes that contain the true class with probability at least 1 - alpha.
 
-    The promise is on average over images like those of the validation split, and over its examples; not for every
-    image, not for every class, and not under shift. LAC's sets are the smaller ones and may be empty, where no class
-    is likely enough; APS's hold the most probable class always.
+    Split conformal prediction. The guarantee is an average over images like those of the validation split, and over the
+    draw of that split. It does not hold for every image or class, nor under shift. LAC's sets are smaller, and empty if
+    no class is probable enough; APS's always contain the most probable class.
 
     Args:
         calibration: fitted for this ensemble.
         probs: (B, C) the ensemble's pooled probabilities.
-        alpha: in (0, 1); by default the calibration's own. Any may be asked for. Where the held-out examples are too
-            few for it, every set is all classes.
-        method: ``"lac"`` or ``"aps"``; by default the calibration's own.
+        alpha: any number in (0, 1); by default the calibration's. If the held-out examples are too few for it, every
+            set contains all classes.
+        method: ``"lac"`` or ``"aps"``; by default the calibration's.
 
     Returns:
         (B, C): whether the class is in the set.
 
     Raises:
-        ShapeError: not (B, C), with the C that was fitted.
-        UsageError: an alpha or a method that does not exist.
+        ShapeError: ``probs`` is not (B, C) with the calibration's C.
+        UsageError: ``alpha`` is out of range, or the method is unknown.
     """
     conformal = calibration.conformal
     method = method or conformal.method
@@ -262,22 +167,22 @@ def prediction_sets(
 
 
 def conformal_scores(p: Array, method: ConformalMethod) -> Array:
-    """How badly each class fits each prediction.
+    """Compute the conformity score of each class; larger is worse.
 
     - ``lac``: ``1 - p_c`` (Sadinle et al. 2019, https://arxiv.org/abs/1609.00451).
     - ``aps``: the sum of the probabilities larger than ``p_c`` (Romano et al. 2020,
-      https://arxiv.org/abs/2006.02544), without their randomisation, so that an image's set is always the same: the
-      class at which the sum crosses the threshold belongs to the set.
+      https://arxiv.org/abs/2006.02544), without their randomisation, so that the same image always has the same set.
+      The class at which the sum crosses the threshold is in the set.
 
     Args:
         p: (B, C) calibrated probabilities.
-        method: which.
+        method: ``"lac"`` or ``"aps"``.
 
     Returns:
         (B, C), in [0, 1].
 
     Raises:
-        UsageError: another method.
+        UsageError: the method is unknown.
     """
     if method == "lac":
         return 1.0 - p
@@ -287,49 +192,47 @@ def conformal_scores(p: Array, method: ConformalMethod) -> Array:
     falling = np.take_along_axis(p, order, axis=1)
     larger = np.zeros_like(p)
     larger[:, 1:] = np.where(falling[:, 1:] < falling[:, :-1], np.cumsum(falling, axis=1)[:, :-1], 0.0)
-    larger = np.maximum.accumulate(larger, axis=1)  # equally probable classes have the first one's sum
+    larger = np.maximum.accumulate(larger, axis=1)  # equally probable classes get the sum of the first of them
     scores = np.empty_like(p)
     np.put_along_axis(scores, order, larger, axis=1)
     return scores
 
 
 def conformal_quantile(scores: ArrayLike, alpha: float) -> float:
-    """The ``ceil((n + 1) (1 - alpha))``-th smallest of n scores; infinite where that is more than n.
+    """Return the ``ceil((n + 1) (1 - alpha))``-th smallest of n scores; infinity if that is more than n.
 
-    A new example's score is as likely to take any of the n + 1 places among them, so it is no larger with probability
+    The rank of a new example's score among them is uniform in 1 to n + 1, so its score is at most this with probability
     at least 1 - alpha (Vovk et al. 2005; Lei et al. 2018, https://arxiv.org/abs/1604.04173).
 
     Raises:
-        UsageError: an alpha outside (0, 1).
+        UsageError: ``alpha`` is not in (0, 1).
     """
     if not 0 < alpha < 1:
-        raise UsageError(f"alpha must lie between 0 and 1, not {alpha}")
+        raise UsageError(f"alpha must be between 0 and 1, not {alpha}")
     ordered = np.sort(np.asarray(scores, dtype=np.float64))
-    rank = math.ceil(round((len(ordered) + 1) * (1 - alpha), 9))  # 10 * (1 - 0.1) is no more than 9
+    rank = math.ceil(round((len(ordered) + 1) * (1 - alpha), 9))  # rounded: in floats, 10 * (1 - 0.1) may exceed 9
     return float(ordered[rank - 1]) if rank <= len(ordered) else math.inf
 
 
 def abstain(calibration: Calibration, probs: ArrayLike) -> NDArray[np.bool_]:
-    """Which predictions (B,) are better not given as answers: those below the threshold.
-
-    Where no threshold could be certified, all of them: nothing less would keep the promise.
+    """Return which predictions (B,) are below the threshold for abstention; all, if no threshold could be certified.
 
     Raises:
-        ShapeError: not (B, C), with the C that was fitted.
+        ShapeError: ``probs`` is not (B, C) with the calibration's C.
         UsageError: the calibration was fitted without a risk.
     """
     if calibration.abstention is None:
-        raise UsageError("this calibration has no threshold to abstain at: calibrate with --risk, such as --risk 0.05")
+        raise UsageError("this calibration has no threshold for abstention: calibrate with --risk, such as --risk 0.05")
     confidence = apply(calibration, probs).max(axis=1)
     threshold = calibration.abstention.threshold
     return np.ones(len(confidence), dtype=bool) if threshold is None else confidence < threshold
 
 
 def save(calibration: Calibration, run: Path) -> Path:
-    """Write the calibration into its run's folder, whole or not at all, in place of an earlier one.
+    """Write the calibration into its run's folder, or replace it, atomically.
 
     Raises:
-        ArtefactError: the run is not the one that it was fitted for, or the file cannot be written.
+        ArtefactError: the calibration was fitted for another run, or the file cannot be written.
     """
     _check_run(calibration, _run_sha256(run), run)
     content = calibration.model_dump()
@@ -340,23 +243,23 @@ def save(calibration: Calibration, run: Path) -> Path:
 
 
 def load(run: Path) -> Calibration | None:
-    """The calibration in a run's folder; ``None`` where there is none.
+    """Load the calibration in a run's folder; ``None`` if there is none.
 
-    The run's own files are not verified here, as loading the run does it.
+    The run's other files are not verified here, but when the run is loaded.
 
     Raises:
-        ArtefactError: it was fitted for other members, is of an unknown format, or there is no run.
+        ArtefactError: the calibration was fitted for another run or is of an unknown format, or there is no run.
         CorruptError: it has changed since it was written.
     """
     return read(run / FILE, _run_sha256(run)) if (run / FILE).is_file() else None
 
 
 def read(file: Path, run_sha256: str) -> Calibration:
-    """A calibration from its file, wherever it lies.
+    """Read a calibration from a file.
 
     Args:
-        file: as :func:`save` wrote it.
-        run_sha256: of the manifest of the run that is to be calibrated.
+        file: written by :func:`save`.
+        run_sha256: of the manifest of its run.
 
     Raises:
         ArtefactError: it was fitted for another run, is of an unknown format, or cannot be read.
@@ -370,26 +273,23 @@ def read(file: Path, run_sha256: str) -> Calibration:
         raise ArtefactError(f"cannot read {file}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(f"{file} has changed since it was written: remove it, and calibrate again") from error
-    if content.get("format") not in _FORMATS:
-        known = ", ".join(map(str, _FORMATS))
+    if (found := content.get("format")) != FORMAT:
         raise ArtefactError(
-            f"{file} has calibration format {content.get('format')}; this version of ensembler reads {known}: update it"
+            f"{file} has calibration format {found}; this version of ensembler reads {FORMAT}: update it"
         )
     try:
         calibration = Calibration.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise ArtefactError(f"{file} is no calibration that this version can read ({reason}): make it again") from error
+        raise ArtefactError(f"{file} is not a calibration of this version ({reason}): calibrate again") from error
     _check_run(calibration, run_sha256, file)
     return calibration
 
 
 def _check_run(calibration: Calibration, run_sha256: str, where: Path) -> None:
     if calibration.run_sha256 != run_sha256:
-        raise ArtefactError(
-            f"{where}: the calibration was fitted for other members than this run's: run `ensembler calibrate` again"
-        )
+        raise ArtefactError(f"{where}: the calibration was fitted for another run: run `ensembler calibrate` again")
 
 
 def _run_sha256(run: Path) -> str:
@@ -401,18 +301,3 @@ def _run_sha256(run: Path) -> str:
 
 def _seal(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _one_vs_rest(p: Array, columns: ArrayLike) -> Array:
-    """Every class's own frequency, as one distribution; a row that no class claims stays as it was."""
-    q = np.clip(np.asarray(columns, dtype=np.float64).T, 0.0, 1.0)
-    if q.shape[1] < p.shape[1]:  # of two classes, the second alone
-        return np.hstack([1.0 - q, q])
-    total = q.sum(axis=1, keepdims=True)
-    return np.where(total > 0, q / np.where(total > 0, total, 1.0), p)
-
-
-def _softmax(logits: Array) -> Array:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares: Array = powers / powers.sum(axis=1, keepdims=True)
-    return shares

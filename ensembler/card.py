@@ -1,7 +1,7 @@
-"""A run or bundle in words, for whoever finds it: a Hugging Face model card, made from the manifest alone.
+"""The Hugging Face model card of a run or bundle, made from its manifest alone.
 
-Markdown below the Hub's YAML (https://huggingface.co/docs/hub/model-cards). What the manifest does not say, the card
-says is not known. No torch: a bundle is pushed from where it is served, too.
+The card is Markdown with the Hub's YAML metadata (https://huggingface.co/docs/hub/model-cards). It says explicitly what
+the manifest does not record. It needs no torch, so that a bundle can be pushed from where it is served.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 __all__ = ["card"]
 
 _UNKNOWN = "not recorded"
-_CLASSES = 20  # named, at most
+_CLASSES = 20  # names of classes, at most
 
 
 def card(manifest: Mapping[str, Any], sha256: str, url: str, name: str, *, calibrated: bool = False) -> str:
-    """The card of a run or bundle.
+    """Return the model card of a run or bundle.
 
     Args:
-        manifest: its manifest's content, of any format.
+        manifest: its manifest's content.
         sha256: of the manifest's file.
-        url: where it lies.
+        url: of the run or bundle.
         name: the URL's last part.
-        calibrated: whether a calibration lies with it.
+        calibrated: whether it has a calibration.
     """
     bundle = manifest["kind"] == "bundle"
     parts = [
@@ -33,19 +33,20 @@ def card(manifest: Mapping[str, Any], sha256: str, url: str, name: str, *, calib
         _table(("", ""), _facts(manifest, sha256, bundle).items()),
         "## Scores",
         _scores(manifest, bundle),
-        "None is recorded under corruptions or for images of another kind: `ensembler eval --shift` measures them.",
+        "No score under corruptions or on out-of-distribution images is recorded: `ensembler eval --shift` measures "
+        "them.",
         "## Calibration",
-        "A calibration lies with it (`calibration.json`): a map of the probabilities, prediction sets, and where asked "
-        "for a threshold to abstain at, fitted on validation images and promised for images like those alone."
+        "Calibrated (`calibration.json`): a map of the probabilities, prediction sets and, if requested, a threshold "
+        "for abstention, fitted on validation images. Its guarantees hold only for images like those."
         if calibrated
-        else "None lies with it: the probabilities are the members' mean, as it is.",
+        else "Not calibrated: the probabilities are the members' mean.",
         "## Use",
         _use(manifest, url, name, bundle),
-        "## What is not known",
+        "## Unknown",
         _not_known(manifest, bundle),
         "## Files",
-        "Each has the SHA-256 that `manifest.json` holds, and `manifest.sha256` seals that. "
-        "`ensembler` refuses them if a byte differs.",
+        "`manifest.json` has the SHA-256 of every file, and `manifest.sha256` that of the manifest. "
+        "`ensembler` refuses files that differ.",
         _table(("file", "SHA-256"), ((f"`{file}`", f"`{hash_}`") for file, hash_ in manifest["files"].items())),
     ]
     return "\n\n".join(parts) + "\n"
@@ -77,12 +78,12 @@ def _front_matter(manifest: Mapping[str, Any], name: str, bundle: bool) -> str:
 def _introduction(manifest: Mapping[str, Any], bundle: bool) -> str:
     what = (
         f"An ensemble of {_plain(manifest.get('members', '?'))} networks ({_plain(manifest.get('method', '?'))}, "
-        f"{_plain(manifest.get('architecture', '?'))}) that classifies images and says how sure it is"
+        f"{_plain(manifest.get('architecture', '?'))}) that classifies images with uncertainties"
     )
     kind = (
-        "exported to ONNX: a bundle, to be served without PyTorch."
+        "exported to ONNX as a bundle, which can be served without PyTorch."
         if bundle
-        else "as it was trained: a run, with its vertices, coefficients and normalisation."
+        else "as a run, with its vertices, coefficients and normalisation."
     )
     return f"{what}; {kind}"
 
@@ -96,7 +97,7 @@ def _facts(manifest: Mapping[str, Any], sha256: str, bundle: bool) -> dict[str, 
     vertices, members = manifest.get("vertices"), manifest.get("members")
     facts = {
         "method": manifest.get("method"),
-        "members, M": f"{members}: as many forward passes a prediction, at most",
+        "members, M": f"{members}, each one forward pass per prediction",
         "vertices, K": vertices,
         "network": f"{manifest.get('architecture')}, {_count(manifest.get('parameters'))} parameters",
         "dataset": dataset.get("title"),
@@ -116,7 +117,7 @@ def _facts(manifest: Mapping[str, Any], sha256: str, bundle: bool) -> dict[str, 
             else None,
             "exported from": f"run {origin.get('name')}, SHA-256 `{origin.get('sha256')}`",
         }
-        del facts["seed"]  # the run's: its manifest has it
+        del facts["seed"]  # in the run's manifest
     versions = manifest.get("versions") or {}
     facts |= {
         "created": manifest.get("created"),
@@ -146,7 +147,7 @@ def _scores(manifest: Mapping[str, Any], bundle: bool) -> str:
     ]
     if not rows:
         return "No score is recorded."
-    header = ("images of", "how many", "accuracy %", "NLL, nats", "members' mean accuracy %", "disagreement")
+    header = ("split", "images", "accuracy %", "NLL, nats", "members' mean accuracy %", "disagreement")
     return _table(header, rows)
 
 
@@ -156,7 +157,7 @@ def _use(manifest: Mapping[str, Any], url: str, name: str, bundle: bool) -> str:
     if bundle:
         lines += [
             f"ensembler pull {url} --out bundles/{name}",
-            f"ensembler verify bundles/{name}   # every byte, and every member's answers",
+            f"ensembler verify bundles/{name}   # every byte, and every member's predictions",
             f"ensembler serve bundles/{name}    # or ensembler predict bundles/{name} IMAGE",
         ]
     else:
@@ -171,31 +172,31 @@ def _use(manifest: Mapping[str, Any], url: str, name: str, bundle: bool) -> str:
 
 def _not_known(manifest: Mapping[str, Any], bundle: bool) -> str:
     facts = [
-        "The licence of the weights, and of the images that they were trained on: whoever publishes them adds it.",
-        "What it is fit for, and whom its errors would harm: nothing of this was measured.",
+        "The licence of the weights and of the training images: add it before publishing.",
+        "Intended uses and the harm of errors: none of this was measured.",
     ]
     cost = manifest.get("training_cost" if bundle else "cost") or {}
     parts = (cost.get("parts") or {}).values()
-    origins = [part.get("origin") for part in parts if isinstance(part, Mapping)]  # in format 1, parts are numbers
-    facts += [f"What {_plain(origin)} cost, from whose weights training began." for origin in origins if origin]
+    origins = [part.get("origin") for part in parts if isinstance(part, Mapping)]
+    facts += [f"The training cost of {_plain(origin)}, from which training started." for origin in origins if origin]
     of_run = manifest.get("metrics") or {}
     if any("examples" not in (of_run.get(split) or {"examples": 0}) for split in ("validation", "test")):
-        facts.append("On how many images the scores were measured: a run of before that was recorded.")
+        facts.append("The number of images that the scores were measured on.")
     if bundle:
-        facts.append("Scores on test images: those are with the run.")
+        facts.append("Scores on test images: they are in the run.")
     return "\n".join(f"- {fact}" for fact in facts)
 
 
 def _cost(cost: Mapping[str, Any]) -> str | None:
     if cost.get("example_passes") is None:
         return None
-    texts = [f"{cost['example_passes']:,} example passes (one image forward and backward)"]
+    texts = [f"{cost['example_passes']:,} example passes (one image, forward and backward)"]
     if cost.get("forward_passes"):
         texts.append(f"{cost['forward_passes']:,} images forward only")
     if cost.get("seconds") is not None:
         texts.append(f"{cost['seconds']:,.0f} s")
     if cost.get("peak_memory") is not None:
-        texts.append(f"{cost['peak_memory'] / 2**30:.2f} GiB of memory at the most")
+        texts.append(f"{cost['peak_memory'] / 2**30:.2f} GiB of peak memory")
     return ", ".join(texts)
 
 
@@ -220,7 +221,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Text that breaks no table and makes no tag, whatever a dataset's folder was called."""
+    """Escape text for a table in Markdown: a dataset's folder may have any name."""
     return _line(value).replace("|", "\\|").replace("<", "&lt;")
 
 

@@ -1,25 +1,27 @@
-"""The ``ensembler`` command: finds all commands, gives each ``--config``, and turns errors into one clear line.
+"""The ``ensembler`` command: collects all commands, adds ``--config`` to each, and prints errors on one line.
 
-Nothing heavy is imported here or by the rooms' ``commands.py``: a command imports what it needs when it runs.
+Neither this module nor any ``commands.py`` imports heavy packages: a command imports what it needs when it runs.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
 from ensembler import __version__, config
 from ensembler.errors import EnsemblerError
-from ensembler.transfers import at_hand
+from ensembler.transfers import fetch_urls
 
 __all__ = ["app", "main"]
 
@@ -29,7 +31,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Ensembles of neural networks and how sure they are: train them, score them, serve them.",
+    help="Ensembles of neural networks and their uncertainty: train, evaluate and serve them.",
 )
 
 
@@ -42,26 +44,26 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, as schedulers send it: whatever tidies up after Ctrl-C tidies up after it, too."""
+class _Terminate(KeyboardInterrupt):
+    """SIGTERM, as schedulers send it; code that cleans up after Ctrl-C cleans up after it, too."""
 
 
 def _terminate(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the tidying up; there is SIGKILL for that
-    raise _Terminated
+    signal.signal(number, signal.SIG_IGN)  # a second SIGTERM must not interrupt the cleanup
+    raise _Terminate
 
 
 @contextmanager
 def _errors_on_one_line() -> Iterator[None]:
-    """Errors raised on purpose become one line on standard error, Ctrl-C and SIGTERM a short farewell; no traceback."""
-    listening = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if listening else None
+    """Print ensembler's errors, Ctrl-C and SIGTERM as one line on standard error, without a traceback, and exit."""
+    is_main = threading.current_thread() is threading.main_thread()  # only that one may set handlers
+    before = signal.signal(signal.SIGTERM, _terminate) if is_main else None
     try:
         yield
     except EnsemblerError as error:
@@ -69,14 +71,14 @@ def _errors_on_one_line() -> Iterator[None]:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as error:
-        typer.echo("interrupted: nothing half-done passes for whole", err=True)
-        raise typer.Exit(143 if isinstance(error, _Terminated) else 130) from None
+        typer.echo("interrupted; no partial output was kept", err=True)
+        raise typer.Exit(143 if isinstance(error, _Terminate) else 130) from None
     finally:
-        if listening:
+        if is_main:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _take_defaults(context: typer.Context, path: Path | None) -> None:
+def _read_config(context: typer.Context, path: Path | None) -> None:
     if path is not None:
         with _errors_on_one_line():
             context.default_map = config.read(path, context)
@@ -85,47 +87,67 @@ def _take_defaults(context: typer.Context, path: Path | None) -> None:
 _Config = Annotated[
     Path | None,
     typer.Option(
-        callback=_take_defaults,
-        is_eager=True,  # before the options whose defaults it gives
-        help="TOML, YAML or JSON with these options, or a run to make again. What is typed beside it wins.",
+        callback=_read_config,
+        is_eager=True,  # before the options whose defaults it sets
+        help="TOML, YAML or JSON file of options, or a run to reproduce. Options on the command line take precedence.",
     ),
 ]
 
 
-def _finished(command: Callable[..., None]) -> Callable[..., None]:
-    """A room's command with ``--config``, runs and bundles by their URLs, its errors on one line."""
+def _wrap(command: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a command: adds ``--config``, fetches runs and bundles from URLs, prints errors on one line."""
     signature = inspect.signature(command, eval_str=True)
     option = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config)
-    parameters = [*signature.parameters.values(), option]
+    parameters = [*map(_as_parsed, signature.parameters.values()), option]
 
     @functools.wraps(command)
-    def run(config: None, **given: Any) -> None:
+    def run(config: None, **parameters: Any) -> None:
         with _errors_on_one_line():
-            command(**at_hand(given))
+            command(**fetch_urls(parameters))
 
     run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
-def _finish(commands: typer.Typer) -> None:
+def _as_parsed(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return a parameter without ``Path`` where it has a parser: Typer before 0.29 converts what a parser returns.
+
+    A URL that becomes a path loses a slash.
+    """
+    kind, *infos = get_args(parameter.annotation) or (None,)
+    if not any(getattr(info, "parser", None) for info in infos):
+        return parameter
+    return parameter.replace(annotation=Annotated[_without_path(kind), *infos])
+
+
+def _without_path(kind: Any) -> Any:
+    if kind is Path:
+        return str
+    arguments = tuple(map(_without_path, get_args(kind)))
+    if isinstance(kind, UnionType):
+        return functools.reduce(operator.or_, arguments)
+    return get_origin(kind)[arguments] if arguments else kind  # type: ignore[index]
+
+
+def _wrap_all(commands: typer.Typer) -> None:
     for command in commands.registered_commands:
         if command.callback:
-            command.callback = _finished(command.callback)
+            command.callback = _wrap(command.callback)
     for group in commands.registered_groups:
         if group.typer_instance:
-            _finish(group.typer_instance)
+            _wrap_all(group.typer_instance)
 
 
 for _module in COMMANDS:
     _commands = import_module(f"ensembler.{_module}").app
-    _finish(_commands)
+    _wrap_all(_commands)
     app.registered_commands += _commands.registered_commands
     app.registered_groups += _commands.registered_groups
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line (the console script)."""
     app()
 
 

@@ -17,7 +17,7 @@ __all__ = ["app"]
 
 app = typer.Typer()
 
-_Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing before the end.")]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the final result.")]
 
 
 @app.command("push")
@@ -26,39 +26,39 @@ def push(
         list[str],
         typer.Argument(
             metavar="[RUN|BUNDLE] URL",
-            help="What (default: the newest run in runs/), and where to: s3://, gs://, file:// or any that fsspec "
-            "knows, or hf://USER/NAME.",
+            help="What to push (default: the newest run in runs/), and its URL: s3://, gs://, file:// or any other "
+            "protocol of fsspec, or hf://USER/NAME.",
         ),
     ],
     private: Annotated[
         bool | None,
-        typer.Option("--private/--public", help="Who sees a repository made on the Hub. (default: private)"),
+        typer.Option("--private/--public", help="Visibility of a new repository on the Hub. (default: private)"),
     ] = None,
     quiet: _Quiet = False,
 ) -> None:
-    """Verify a run or bundle and write it to a URL, with a model card; it is never taken for whole before it is."""
+    """Verify a run or bundle and upload it to a URL, with a model card; an incomplete upload is never used."""
     *given, url = places
     if len(given) > 1 or not storage.is_url(url):
-        raise UsageError("push takes a run or bundle, and the URL to write it to, such as s3://BUCKET/NAME")
+        raise UsageError("push takes a run or bundle, and the URL to push it to, such as s3://BUCKET/NAME")
     with watching(quiet, **MEGABYTES) as watch:
         sent = storage.push(storage.local(given[0], watch) if given else _latest(), url, private=private, watch=watch)
-    typer.echo(f"pushed: {url} ({', '.join(sent)})" if sent else f"{url} holds it already: nothing was sent")
+    typer.echo(f"pushed: {url} ({', '.join(sent)})" if sent else f"{url} is up to date: nothing was sent")
 
 
 @app.command("pull")
 def pull(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Where a run or bundle was pushed to.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="URL of a run or bundle.")],
     out: Annotated[
-        Path | None, typer.Option(help="The new folder. (default: runs/NAME or bundles/NAME, by the URL's last part)")
+        Path | None, typer.Option(help="New folder. (default: runs/NAME or bundles/NAME, with the URL's last part)")
     ] = None,
     quiet: _Quiet = False,
 ) -> None:
-    """Fetch a run or bundle from a URL and verify every byte; the folder appears whole or not at all."""
+    """Download a run or bundle from a URL and verify every byte; a partial download is not kept."""
     if not storage.is_url(url):
-        raise UsageError(f"{url} is no URL: what lies on this machine needs no pulling")
+        raise UsageError(f"{url} is not a URL: pull is only for runs and bundles on other machines")
     with watching(quiet, **MEGABYTES) as watch:
-        found = storage.pull(url, out, watch)
-    typer.echo(f"pulled: {found}")
+        folder = storage.pull(url, out, watch)
+    typer.echo(f"pulled: {folder}")
 
 
 def _latest() -> Path:

@@ -1,8 +1,8 @@
-"""Options from a file: TOML, YAML or JSON, or a run, whose manifest holds those that it was made with.
+"""Options from a TOML, YAML or JSON file, or from a run's manifest.
 
-A file's keys are options as typed, ``vertex-lr``, or parameters by name, ``vertex_rate``; arguments go by name. At its
-top level it holds options of any command, of which each takes those that it has; in a table of a command's name, that
-command's own (``[data-corrupt]`` for ``ensembler data corrupt``)::
+A file's keys are options as typed, ``vertex-lr``, or parameters by name, ``vertex_lr``; arguments go by name. The top
+level may hold options of any command, and each command takes its own; a table named after a command holds options of
+that command only (``[data-corrupt]`` for ``ensembler data corrupt``)::
 
     device = "cpu"
 
@@ -10,8 +10,8 @@ command's own (``[data-corrupt]`` for ``ensembler data corrupt``)::
     vertices = 4
     arch = "resnet20"
 
-Of a run, its folder or its ``manifest.json``, all options are taken, so that the same command makes the same run again.
-Where the images lie (``--data``) is not among them.
+From a run (its folder or its ``manifest.json``) all options are taken, so that the same command reproduces the run.
+The folder of the images (``--data``) is not one of them.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ __all__ = ["read"]
 
 
 def read(path: Path, context: typer.Context) -> dict[str, Any]:
-    """The defaults that a file gives to the options of the command at hand, as Click's ``default_map`` wants them.
+    """Read a file's defaults for the options of the current command, in the form of Click's ``default_map``.
 
     Raises:
-        UsageError: the file cannot be read, a key is unknown, a value is of another type, or the run is another
-            command's.
+        UsageError: the file cannot be read, a key is unknown, a value has the wrong type, or the run was made by
+            another command.
     """
     root = context.find_root()
     commands = {name: _parameters(each) for name, each in _commands(root.command)}
@@ -44,15 +44,15 @@ def read(path: Path, context: typer.Context) -> dict[str, Any]:
     path = path / MANIFEST if path.is_dir() else path
     content = _parse(path)
     if "kind" in content:
-        chosen = {key: value for key, value in _of_run(path, content, command).items() if key in commands[command]}
+        chosen = {key: value for key, value in _from_run(path, content, command).items() if key in commands[command]}
     else:
-        chosen = _of_file(path, content, command, commands)
+        chosen = _from_file(path, content, command, commands)
     own = commands[command]
     return {own[key].name: _value(path, key, value, own[key], context) for key, value in chosen.items()}
 
 
 def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command below a group; one of a group below it by both names, as ``data-corrupt``."""
+    """Yield every command of a group by name; a subgroup's command as ``data-corrupt``."""
     for name, each in group.commands.items():
         if hasattr(each, "commands"):
             yield from _commands(each, f"{prefix}{name}-")
@@ -61,7 +61,7 @@ def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _parameters(command: Any) -> dict[str, Any]:
-    """A command's parameters under all their names, in which ``-`` and ``_`` are the same."""
+    """Return a command's parameters under all their names, with ``_`` for ``-``."""
     known = [parameter for parameter in command.params if parameter.name not in ("config", "help")]
     return {_plain(name): parameter for parameter in known for name in (*parameter.opts, parameter.name)}
 
@@ -74,7 +74,7 @@ def _parse(path: Path) -> dict[str, Any]:
     parse: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": json.loads}
     parse |= {".yaml": _parse_yaml, ".yml": _parse_yaml}
     if not path.exists():
-        raise UsageError(f"--config: there is nothing at {path}")
+        raise UsageError(f"--config: {path} does not exist")
     if path.suffix not in parse:
         raise UsageError(f"--config takes a {', '.join(parse)} file or a run's folder, not {path}")
     try:
@@ -97,15 +97,15 @@ def _parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def _of_file(
+def _from_file(
     path: Path, content: Mapping[str, Any], command: str, commands: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    def check(key: Any, known: Mapping[str, str], complaint: str) -> str:
+    def check(key: Any, known: Mapping[str, str], problem: str) -> str:
         name = _plain(str(key))
         if name not in known:
             near = " or ".join(dict.fromkeys(known[one] for one in get_close_matches(name, known)))
             hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted({*known.values()}))}"
-            raise UsageError(f"{path}: {complaint} {key!r}: {hint}")
+            raise UsageError(f"{path}: {problem} {key!r}: {hint}")
         return name
 
     typed = {
@@ -122,33 +122,33 @@ def _of_file(
     return chosen | {check(key, typed[command], f"{command} has no option"): value for key, value in own.items()}
 
 
-def _of_run(path: Path, manifest: Mapping[str, Any], command: str) -> dict[str, Any]:
+def _from_run(path: Path, manifest: Mapping[str, Any], command: str) -> dict[str, Any]:
     try:
         record = manifest["dataset"]
         height, width, _ = record["shape"]
-        held = manifest["settings"] | manifest["options"]
-        held |= {"dataset": record["name"], "image_size": height if height == width else None}
+        options = manifest["settings"] | manifest["options"]
+        options |= {"dataset": record["name"], "image_size": height if height == width else None}
         if record["name"].startswith("folder:"):
-            held |= {"in_memory": not record["lazy"], "corrupt": "skip" if record["skipped"] else "refuse"}
-        method, made_by = manifest["method"], manifest["command"]
+            options |= {"in_memory": not record["lazy"], "corrupt": "skip" if record["skipped"] else "refuse"}
+        method, own_command = manifest["method"], manifest["command"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} is not the manifest of a run: only a run can be made again") from error
-    if made_by != command:
-        raise UsageError(f"{path} is a run of {method}, made again by {made_by or 'no command'}, not by {command}")
-    return {key: value for key, value in held.items() if value is not None}
+        raise UsageError(f"{path} is not the manifest of a run: only a run can be reproduced") from error
+    if own_command != command:
+        raise UsageError(f"{path} is a run of {method}, made by {own_command or 'no command'}, not by {command}")
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def _value(path: Path, key: str, value: Any, parameter: Any, context: typer.Context) -> Any:
-    """The value as it would be typed on the command line, if the parameter accepts it."""
+    """Return the value as it would be typed on the command line, if the parameter accepts it."""
     many = parameter.nargs == -1 or getattr(parameter, "multiple", False)
     values = value if many and isinstance(value, list) else [value]
     try:
         if getattr(parameter, "is_flag", False):
             if not isinstance(value, bool):
-                raise typer.BadParameter("it is true or false")
+                raise typer.BadParameter("it must be true or false")
             return value
         if not all(isinstance(one, str | int | float) and not isinstance(one, bool) for one in values):
-            raise typer.BadParameter("it is text or a number" + ", or a list of them" * many)
+            raise typer.BadParameter("it must be text or a number" + ", or a list of them" * many)
         typed = [str(one) for one in values] if many else str(value)
         parameter.process_value(context, typed)
     except typer.BadParameter as error:

@@ -1,15 +1,15 @@
-"""Images by name: a training, a validation and a test split, in memory as uint8 or, of a folder, in their files.
+"""Datasets of images by name, split in training, validation and test: uint8 in memory or, for folders, in files.
 
 ===================  ===========================================================================================
-``digits``           scikit-learn's 1,797 handwritten digits, brought to 32 x 32 RGB; inside the package, offline
+``digits``           scikit-learn's 1,797 handwritten digits, resized to 32 x 32 RGB; embedded, no download
 ``cifar10``          CIFAR-10 and CIFAR-100 (torchvision's archives, MD5-checked before anything is read)
 ``cifar100``
 ``fashion-mnist``    torchvision's download, or a folder of its IDX files, gzipped or not; padded to 32 x 32 RGB
-``folder:PATH``      a folder of images by class, with ``train/`` and ``test/`` or split by us
+``folder:PATH``      a folder of images by class, with ``train/`` and ``test/``, or split here
 ===================  ===========================================================================================
 
-The validation split is taken from the training images, seeded, stratified and the same for every run: it is never
-trained on. A folder's images are split alike wherever they are.
+The validation split is a seeded, stratified part of the training images, the same in every run, and is never trained
+on. The split of a folder does not depend on where the folder is.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder:PATH")
 CORRUPT = ("refuse", "skip")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 _SPLIT_SEED = 20260101
-_SAMPLE = 2048  # files that a channel's mean and variance are taken from
+_SAMPLE = 2048  # files from which a channel's mean and variance are computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,16 +64,16 @@ class Dataset:
     """A named dataset, split in three.
 
     Attributes:
-        name: as the user asked for it; reloads it.
-        title: as a report should call it.
+        name: the name for :func:`load`.
+        title: the name in reports.
         classes: the class names, in label order.
-        augmentation: what suits these images: one of :data:`ensembler.images.AUGMENTATIONS`.
-        train, validation, test: all in memory, or all in their files. Images, of what :func:`load` gives; a dataset of
-            one's own may be of another kind (:mod:`ensembler.examples`).
-        mean: (3,) of the training images, pixels in [0, 1]; of images in their files, of 2,048 drawn with a seed.
-        std: (3,) likewise.
-        skipped: the files of the folder that were left out, by their names below it.
-        task: what the targets are: see :func:`ensembler.task.find`.
+        augmentation: the default augmentation, one of :data:`ensembler.images.AUGMENTATIONS`.
+        train, validation, test: all in memory, or all in files. :func:`load` returns images; your own dataset may hold
+            other examples (:mod:`ensembler.examples`).
+        mean: (3,) of the training images, pixels in [0, 1]; for images in files, of a seeded sample of 2,048.
+        std: (3,), the standard deviation of the same pixels.
+        skipped: the files of a folder that were left out, relative to it.
+        task: what the targets are; see :func:`ensembler.task.find`.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Dataset:
 
     @property
     def class_counts(self) -> dict[str, int]:
-        """How many training images each class has."""
+        """Number of training images of each class."""
         counts = torch.bincount(self.train.labels, minlength=len(self.classes)).tolist()
         return dict(zip(self.classes, counts, strict=True))
 
@@ -110,28 +110,28 @@ def load(
 
     Args:
         name: one of :data:`NAMES`.
-        root: where the files lie, or go; by default :func:`default_root`.
-        download: fetch what is missing.
-        image_size: bring every image to this many pixels a side, by a plain resize; by default as it is.
+        root: the folder of the files; by default :func:`default_root`.
+        download: download missing files.
+        image_size: resize every image to this many pixels per side, ignoring proportions; by default no resize.
         validation: share of the training images held out, in (0, 1).
-        in_memory: whether a folder's images are decoded now and held, or read whenever they are needed, for which
-            ``image_size`` must be given. By default the former, unless they would take more than
+        in_memory: whether to decode a folder's images now and hold them in memory, or to read them from files when
+            needed, which requires ``image_size``. By default in memory, unless they need more than
             :data:`ensembler.images.MEMORY_LIMIT`.
-        corrupt: what to do about a folder's images that cannot be decoded. ``"refuse"`` raises where one is met: here
-            if they are held in memory, else in training or measuring. ``"skip"`` leaves them out and names them; to
-            find them, every image is decoded once more, here.
-        without: files of the folder to leave out unseen, by their names below it.
+        corrupt: how to handle images of a folder that cannot be decoded. ``"refuse"`` raises when one is decoded: here
+            if they are held in memory, else during training or evaluation. ``"skip"`` leaves them out and names them;
+            it decodes every image once here.
+        without: files of a folder to leave out without reading them, relative to it.
 
     Raises:
-        UsageError: an unknown name or an option out of range.
-        DataError: files missing, malformed, or too few images to split.
+        UsageError: the name is unknown, or an option is out of range.
+        DataError: files are missing or malformed, or there are too few images to split.
     """
     if not 0 < validation < 1:
         raise UsageError(f"the validation share must lie between 0 and 1, not {validation}")
     if image_size is not None and image_size < 1:
         raise UsageError(f"the image size must be at least 1 pixel, not {image_size}")
     if corrupt not in CORRUPT:
-        raise UsageError(f"corrupt images are handled by one of {', '.join(CORRUPT)}, not {corrupt!r}")
+        raise UsageError(f"corrupt must be one of {', '.join(CORRUPT)}, not {corrupt!r}")
     root = root or default_root()
     skipped: tuple[str, ...] = ()
     if name.startswith("folder:"):
@@ -139,7 +139,7 @@ def load(
         name = f"folder:{folder}"
         title, classes, augmentation, train, test, skipped = _folder(folder, image_size, in_memory, corrupt, without)
     elif name in NAMES and (in_memory is False or corrupt == "skip"):
-        raise UsageError(f"{name} is checked and held in memory: only folder:PATH can be left in its files or skip any")
+        raise UsageError(f"{name} is always in memory and whole: only folder:PATH can be read from files or skip any")
     elif name == "digits":
         title, classes, augmentation, train, test = _digits()
     elif name in ("cifar10", "cifar100"):
@@ -156,7 +156,7 @@ def load(
 
 
 def default_root() -> Path:
-    """Where datasets lie unless the user says otherwise: ``$ENSEMBLER_DATA`` or ``~/.cache/ensembler/data``."""
+    """Return the default folder of datasets: ``$ENSEMBLER_DATA`` or ``~/.cache/ensembler/data``."""
     return Path(os.environ.get("ENSEMBLER_DATA") or Path.home() / ".cache" / "ensembler" / "data")
 
 
@@ -181,7 +181,7 @@ def _cifar(name: str, root: Path, download: bool) -> _Parts:
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     title = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[name]
     try:
-        # torchvision checks every file's MD5 before it unpickles one, so only the published archives are ever read.
+        # torchvision checks every file's MD5 before unpickling it, so only the published archives are read.
         parts = [kind(root, train=train, download=download) for train in (True, False)]
     except RuntimeError as error:
         raise DataError(
@@ -235,13 +235,13 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
-        raise DataError(f"cannot read {path}: {error}: fetch it again") from error
+        raise DataError(f"cannot read {path}: {error}: download it again") from error
     header = 4 + 4 * dimensions
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < header:
-        raise DataError(f"{path} is not an IDX file of {dimensions}-dimensional bytes: fetch it again")
+        raise DataError(f"{path} is not an IDX file of {dimensions}-dimensional bytes: download it again")
     shape = np.frombuffer(content, dtype=">u4", count=dimensions, offset=4).astype(int)
     if len(content) - header != math.prod(shape):
-        raise DataError(f"{path} is truncated: its header promises {math.prod(shape)} bytes: fetch it again")
+        raise DataError(f"{path} is truncated: its header announces {math.prod(shape)} bytes: download it again")
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape).copy()
 
 
@@ -250,33 +250,33 @@ def _folder(
 ) -> tuple[str, tuple[str, ...], str, Images, Images, tuple[str, ...]]:
     if not folder.is_dir():
         raise DataError(f"no folder of images at {folder}")
-    parted = (folder / "train").is_dir() and (folder / "test").is_dir()
-    parts = [folder / "train", folder / "test"] if parted else [folder]
+    is_split = (folder / "train").is_dir() and (folder / "test").is_dir()
+    parts = [folder / "train", folder / "test"] if is_split else [folder]
     classes = _class_names(parts[0])
     if unknown := sorted(set(_class_names(parts[-1])) - set(classes)):
-        raise DataError(f"{parts[-1]} has the class {unknown[0]!r}, which {parts[0]} has not")
+        raise DataError(f"{parts[-1]} has the class {unknown[0]!r}, which is not in {parts[0]}")
     shape = (image_size, image_size) if image_size else None
-    found: list[FileSplit] = []
+    file_splits: list[FileSplit] = []
     skipped: list[str] = []
     for part in parts:
-        files, labels, left_out = _list(folder, part, classes, corrupt == "skip", set(without))
+        files, labels, unreadable_files = _list(folder, part, classes, corrupt == "skip", set(without))
         shape = shape or read_image(folder / files[0]).shape[:2]
-        found.append(FileSplit(folder, tuple(files), torch.tensor(labels), shape))
-        skipped += left_out
-    size = sum(split.decoded_bytes for split in found)
-    splits: list[Images] = [*found]
+        file_splits.append(FileSplit(folder, tuple(files), torch.tensor(labels), shape))
+        skipped += unreadable_files
+    size = sum(split.decoded_bytes for split in file_splits)
+    splits: list[Images] = [*file_splits]
     if in_memory or (in_memory is None and size <= MEMORY_LIMIT):
-        # Without a size, all must be of one; but test images are brought to that of the training images.
+        # Without an image size, all training images must have the same one, to which test images are resized.
         splits = [
-            Split(read_images(split.paths, split.shape, exact=not image_size and split is found[0]), split.labels)
-            for split in found
+            Split(read_images(split.paths, split.shape, exact=not image_size and split is file_splits[0]), split.labels)
+            for split in file_splits
         ]
     elif image_size is None:
         raise UsageError(
-            f"the images in {folder} would take {size / 2**30:.1f} GiB in memory: to read them whenever they are "
-            f"needed, give the size to bring them to, such as the first one's: --image-size {min(found[0].shape)}"
+            f"the images in {folder} would take {size / 2**30:.1f} GiB in memory: to read them from files when needed, "
+            f"give the size to resize them to, such as the first one's: --image-size {min(file_splits[0].shape)}"
         )
-    train, test = splits if parted else _split(splits[0], 0.2, str(folder))
+    train, test = splits if is_split else _split(splits[0], 0.2, str(folder))
     augmentation = "crop-flip" if isinstance(train, Split) else "resized-crop-flip"
     return f"images of {folder.name}", classes, augmentation, train, test, tuple(skipped)
 
@@ -291,21 +291,21 @@ def _class_names(folder: Path) -> tuple[str, ...]:
 def _list(
     folder: Path, part: Path, classes: tuple[str, ...], check: bool, without: set[str]
 ) -> tuple[list[str], list[int], list[str]]:
-    """The image files of a part of the folder, by their names below it; their labels; the files left out."""
+    """List a part's image files (relative to the folder), their labels, and the files that are left out."""
     files: list[str] = []
     labels: list[int] = []
     skipped: list[str] = []
     for label, name in enumerate(classes):
         if not (part / name).is_dir():
             continue
-        found = sorted(path for path in (part / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
+        paths = sorted(path for path in (part / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not paths:
             raise DataError(f"{part / name} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        names = [path.relative_to(folder).as_posix() for path in found]
-        bad = without | {path.relative_to(folder).as_posix() for path in (unreadable(found) if check else ())}
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        bad = without | {path.relative_to(folder).as_posix() for path in (unreadable(paths) if check else ())}
         good = [file for file in names if file not in bad]
         if not good:
-            raise DataError(f"none of the {len(found)} images in {part / name} can be read: mend them, or remove it")
+            raise DataError(f"none of the {len(paths)} images in {part / name} can be read: repair or remove them")
         files += good
         labels += [label] * len(good)
         skipped += [file for file in names if file in bad]
@@ -325,7 +325,7 @@ def _resized(split: Images, size: int) -> Images:
 
 
 def _split(split: Images, share: float, title: str) -> tuple[Images, Images]:
-    """Stratified and seeded: (the rest, the ``share`` held out)."""
+    """Hold out a seeded, stratified ``share``; return the rest and the share."""
     from sklearn.model_selection import train_test_split
 
     try:
@@ -338,7 +338,7 @@ def _split(split: Images, share: float, title: str) -> tuple[Images, Images]:
 
 
 def _moments(split: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation a channel, from exact histograms of the byte values."""
+    """Compute the mean and standard deviation of each channel, from exact histograms of the byte values."""
     if isinstance(split, FileSplit):
         split = split.part(torch.randperm(len(split), generator=generator(_SPLIT_SEED, "moments"))[:_SAMPLE])
     values = torch.arange(256, dtype=torch.float64) / 255

@@ -1,4 +1,4 @@
-"""Everything that depends on the device: which one it is, its threads, its memory."""
+"""What depends on the device: choosing it, its name and its memory."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def choose_device(device: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or CUDA where there is one, or the CPU.
+    """Return the given device, or by default CUDA if available, else the CPU.
 
     Raises:
-        UsageError: the device is not one of this machine's.
+        UsageError: this machine has no such device.
     """
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -31,36 +31,36 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of a GPU, or the CPU with its number of threads."""
+    """Return the name of a GPU, or the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 def keep_freed(device: torch.device) -> None:
-    """Let this process keep the memory that a step or a forward pass frees, where glibc's ``mallopt`` is there.
+    """Let this process keep freed memory for the next step or forward pass, through glibc's ``mallopt`` if available.
 
-    By default it goes back to the system and returns a page fault at a time: up to 14,000 a step of a ResNet-20,
-    which cost 3 to 9 % of it, and 100,000 a prediction of 360 images by four of them, a sixth of its time or more. Up
-    to 1 GiB is kept. A GPU's memory has an allocator of its own.
+    By default, freed memory returns to the system and is mapped again page by page: up to 14,000 page faults for a
+    step of a ResNet-20 (3 to 9 % of its time), and 100,000 for a prediction of 360 images by four of them (a sixth or
+    more). Up to 1 GiB is kept. GPU memory has its own allocator.
     """
     if device.type == "cpu" and sys.platform == "linux":
         with suppress(OSError, AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(_M_MMAP_THRESHOLD, 2**25)  # the highest there is; larger blocks are the system's, as ever
+            mallopt(_M_MMAP_THRESHOLD, 2**25)  # the maximum; larger blocks still return to the system
             mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
 def forget_peak(device: torch.device) -> None:
-    """Start to measure :func:`peak_memory` anew, where that is possible: on a GPU."""
+    """Reset :func:`peak_memory`, if the device can: only GPUs do."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: on a GPU the most that was allocated since :func:`forget_peak`; else the most that this process ever held.
+    """Return the peak memory in bytes: allocated on a GPU since :func:`forget_peak`; else ever held by this process.
 
-    ``None`` where the system does not say (Windows).
+    ``None`` if the system does not report it (Windows).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -72,14 +72,14 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on the device; a GPU fetches it from pinned memory, and nobody waits for it."""
+    """Copy a CPU tensor to the device; to a GPU asynchronously, from pinned memory."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed the generators that dropout draws from on this device; to be called within ``torch.random.fork_rng``."""
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed takes thirty times as long
+    """Seed the generators that dropout uses on this device; call it within ``torch.random.fork_rng``."""
+    torch.default_generator.manual_seed(seed)  # thirty times as fast as torch.manual_seed
     if device.type == "cuda":
         torch.cuda.manual_seed_all(seed)

@@ -1,9 +1,8 @@
-"""What runs independent jobs: this process, one after another, or Ray, many at once on many machines.
+"""Engines run independent jobs: in this process one after another, or with Ray in parallel on many machines.
 
-A job is ``function(shared, argument, emit)``. All jobs have ``shared`` in common, which is sent to each machine
-once, and each has an argument of its own; what it reports meanwhile, ``emit(...)``, arrives at ``on_event(...)`` in the
-caller's process. Function, arguments and results are such as one process can send to another, and a job depends on
-nothing else: so it does not matter where it runs, nor whether it had to be run twice.
+A job is ``function(shared, argument, emit)``. All jobs have ``shared`` in common, which is sent to each machine once,
+and each has its own argument; calls of ``emit(...)`` arrive at ``on_event(...)`` in the caller's process. Functions,
+arguments and results must be picklable, and a job must depend on nothing else, so that it can run anywhere, and again.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ S = TypeVar("S")
 A = TypeVar("A")
 R = TypeVar("R")
 
-_POLL = 0.5  # seconds between two looks at what the jobs have emitted
-_GRACE = 30.0  # seconds in which what was emitted arrives, or is given up
-_PROBE = 2.0  # seconds between two looks whether Ray is alive
-_HEAD_LIMIT = 30.0  # seconds of silence after which Ray's head is taken for lost: after 60, Ray would end this process
-_LOCAL_LIMIT = 5.0  # likewise its part on this machine: after some 15
+_POLL = 0.5  # seconds between two polls of the jobs' events
+_GRACE = 30.0  # seconds after which late events are dropped
+_PROBE = 2.0  # seconds between two checks that Ray is alive
+_HEAD_LIMIT = 30.0  # seconds without an answer after which Ray's head counts as lost; after 60, Ray ends this process
+_LOCAL_LIMIT = 5.0  # the same for Ray's process on this machine, where Ray gives up after about 15
 
 
 class Engine(Protocol):
-    """Runs jobs. As a context, it ends what it started.
+    """Runs jobs. As a context manager, it stops what it started.
 
     Attributes:
-        here: whether jobs run in this very process.
+        here: whether jobs run in this process.
     """
 
     here: ClassVar[bool]
@@ -47,10 +46,10 @@ class Engine(Protocol):
     def run(
         self, function: Callable[[S, A, Emit], R], shared: S, arguments: Sequence[A], on_event: Emit
     ) -> Generator[tuple[int, R], None, None]:
-        """The jobs' places among the arguments and their results, each as soon as it is finished.
+        """Yield the index of each job among the arguments, and its result, as soon as it is finished.
 
-        An error that a job raises on purpose (:class:`~ensembler.errors.EnsemblerError`) is raised here, and ends
-        the others; so does closing the generator.
+        An :class:`~ensembler.errors.EnsemblerError` of a job is raised here, and stops the others. Closing the
+        generator stops them, too.
         """
         ...
 
@@ -61,14 +60,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Local:
-    """Runs the jobs here, in their order; ``emit`` is ``on_event``, and nothing is copied."""
+    """Runs the jobs in this process, in order; ``emit`` is ``on_event``, and nothing is copied."""
 
     here: ClassVar[bool] = True
 
     def run(
         self, function: Callable[[S, A, Emit], R], shared: S, arguments: Sequence[A], on_event: Emit
     ) -> Generator[tuple[int, R], None, None]:
-        """See :class:`Engine`."""
+        """Yield each job's index and result; see :class:`Engine`."""
         for place, argument in enumerate(arguments):
             yield place, function(shared, argument, on_event)
 
@@ -81,21 +80,21 @@ class Local:
 
 @dataclass(eq=False)
 class Ray:
-    """Runs the jobs as tasks of Ray, each on a worker with CPUs, and if need be a GPU, of its own.
+    """Runs the jobs as Ray tasks, each on a worker with its own CPUs and, if needed, its own GPU.
 
-    A job whose worker is lost (killed, out of memory, its machine gone) is run again elsewhere. Where Ray has been
-    initialised in this process already, that one is used, and left as it is.
+    A job whose worker is lost (killed, out of memory, machine gone) is run again on another. If Ray is already
+    initialised in this process, that instance is used and not shut down.
 
     Args:
-        address: of a cluster; by default ``RAY_ADDRESS``, or else a Ray of this machine's own, for as long as needed.
-        device: that the jobs compute on; see :func:`resources`.
-        threads: CPU threads that compute one job, and CPUs that it asks for; by default those of this process, or 1
-            beside a GPU.
-        retries: how often a job is run again, at most.
+        address: of a cluster; by default ``RAY_ADDRESS``, or else a temporary local instance.
+        device: of the jobs; see :func:`resources`.
+        threads: CPU threads of one job, and the CPUs that it requests; by default this process's number of threads, or
+            1 with a GPU.
+        retries: how often a lost job is run again, at most.
 
     Raises:
         UsageError: Ray is not installed.
-        EngineError: Ray does not answer, no machine has as many CPUs as a job needs, or a job was lost too often.
+        EngineError: Ray does not answer, no machine has the CPUs that a job needs, or a job was lost too often.
     """
 
     address: str | None = None
@@ -103,24 +102,24 @@ class Ray:
     threads: int | None = None
     retries: int = 3
     here: ClassVar[bool] = False
-    _begun: bool = field(default=False, init=False)
+    _started: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if self.device is not None and self.device.startswith("cuda:"):
-            raise UsageError(f"{self.device} is a GPU of one machine: with Ray, cuda is whichever a job is given")
+            raise UsageError(f"{self.device} names one GPU: with Ray, give cuda, and each job gets a GPU")
 
     def run(
         self, function: Callable[[S, A, Emit], R], shared: S, arguments: Sequence[A], on_event: Emit
     ) -> Generator[tuple[int, R], None, None]:
-        """See :class:`Engine`."""
+        """Yield each job's index and result; see :class:`Engine`."""
         if not arguments:
             return
-        ray = self._begin()
+        ray = self._start()
         needs = self._needs(ray)
         inbox = ray.remote(_Inbox).options(num_cpus=0, max_restarts=-1).remote()
         task = ray.remote(_work).options(**needs, max_retries=self.retries, retry_exceptions=False)
-        held = ray.put((function, shared))
-        places = {task.remote([held], one, inbox, needs["num_cpus"]): place for place, one in enumerate(arguments)}
+        common = ray.put((function, shared))
+        places = {task.remote([common], one, inbox, needs["num_cpus"]): place for place, one in enumerate(arguments)}
         heartbeats, events = _Heartbeat.all(ray), _Events(ray, inbox, on_event)
         try:
             while places:
@@ -139,7 +138,7 @@ class Ray:
                         ray.cancel(reference, force=True)
                     ray.kill(inbox)
 
-    def _begin(self) -> ModuleType:
+    def _start(self) -> ModuleType:
         try:
             import ray
         except ImportError as error:
@@ -149,15 +148,15 @@ class Ray:
             host, _, port = address.rpartition(":")
             try:
                 if host and port.isdecimal() and "/" not in host:
-                    # Ray itself would go on trying for many minutes.
+                    # Ray itself would retry for many minutes.
                     socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE).close()
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # it announces what will change in later versions
+                    warnings.simplefilter("ignore")  # it warns about changes in later versions
                     ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise EngineError(f"cannot reach Ray at {address}: {reason}: is it running there?") from error
-            self._begun = True
+            self._started = True
         return ray
 
     def _needs(self, ray: ModuleType) -> dict[str, int]:
@@ -166,9 +165,9 @@ class Ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         needs = resources(self.device, self.threads, nodes, torch.get_num_threads())
         most = max(int(node.get("CPU", 0)) for node in nodes)
-        if 0 < most < needs["num_cpus"]:  # with none at all, it is a cluster that has yet to grow
+        if 0 < most < needs["num_cpus"]:  # a cluster that autoscales from nothing has no CPU yet
             raise EngineError(
-                f"a job takes {needs['num_cpus']} CPUs and no machine of the cluster has more than {most}: "
+                f"a job needs {needs['num_cpus']} CPUs, and no machine of the cluster has more than {most}: "
                 f"give --threads {most} or fewer"
             )
         return needs
@@ -181,56 +180,56 @@ class Ray:
             if isinstance(error.cause, ImportError | ray.exceptions.RaySystemError):
                 reason = str(error.cause).strip().splitlines()[-1]
                 raise EngineError(
-                    f"a worker cannot read what it was sent ({reason}): install the same ensembler, and whatever "
-                    "module --arch names, on every machine of the cluster"
+                    f"a worker cannot read what it was sent ({reason}): install the same version of ensembler, and the "
+                    "module that --arch names, on every machine of the cluster"
                 ) from error
             raise
         except ray.exceptions.RayError as error:
             raise EngineError(
-                f"{job} was lost {self.retries + 1} times ({type(error).__name__}): look for machines that went "
-                "away or ran out of memory, then run the rest again"
+                f"{job} was lost {self.retries + 1} times ({type(error).__name__}): look for machines that "
+                "disappeared or ran out of memory, then run the rest again"
             ) from error
         if error is not None:
             raise error
         return result
 
     def __enter__(self) -> Self:
-        self._needs(self._begin())  # said before hours of other work
+        self._needs(self._start())  # raises before hours of other work
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._begun:
+        if self._started:
             import ray
 
-            self._begun = False
+            self._started = False
             ray.shutdown()
 
 
 def choose(
     name: Literal["local", "ray"], address: str | None = None, device: str | None = None, threads: int | None = None
 ) -> Engine:
-    """The engine of that name; the rest as of :class:`Ray`.
+    """Return the engine of that name; the other arguments are those of :class:`Ray`.
 
     Raises:
-        UsageError: an address of the local one.
+        UsageError: an address is given for the local engine.
     """
     if name == "ray":
         return Ray(address, device, threads)
     if address is not None:
-        raise UsageError("--address is of a Ray cluster: add --engine ray")
+        raise UsageError("--address is for a Ray cluster: add --engine ray")
     return Local()
 
 
 def resources(
     device: str | None, threads: int | None, nodes: Sequence[Mapping[str, float]], own_threads: int
 ) -> dict[str, int]:
-    """What one job asks Ray for: CPUs, and a GPU where a machine has any, unless it is to compute on the CPU.
+    """Compute what one job requests from Ray: CPUs, and a GPU if a machine has one and the device is not the CPU.
 
     Args:
-        device: ``"cpu"``, ``"cuda"``, ..., or ``None`` for a GPU where there is one.
-        threads: as of :class:`Ray`.
-        nodes: what each machine has, by Ray's names.
-        own_threads: of this process.
+        device: ``"cpu"``, ``"cuda"``, ..., or ``None`` for a GPU if available.
+        threads: see :class:`Ray`.
+        nodes: each machine's resources, with Ray's names.
+        own_threads: this process's number of threads.
     """
     gpu = (device is None or device.startswith("cuda")) and any(node.get("GPU", 0) >= 1 for node in nodes)
     return {"num_cpus": threads or (1 if gpu else own_threads), "num_gpus": int(gpu)}
@@ -241,11 +240,11 @@ def _ray_alive(ray: ModuleType) -> Iterator[None]:
     try:
         yield
     except (ray.exceptions.LocalRayletDiedError, ray.exceptions.RaySystemError) as error:
-        raise EngineError("Ray has died on this machine: start it again, then run the rest") from error
+        raise EngineError("Ray has stopped on this machine: start it again, then run the rest") from error
 
 
 class _Inbox:
-    """An actor: where jobs leave what they emit."""
+    """A Ray actor that collects the jobs' events."""
 
     def __init__(self) -> None:
         self._messages: list[tuple[Any, ...]] = []
@@ -259,25 +258,25 @@ class _Inbox:
 
 
 class _Events:
-    """Fetches what lies in the inbox. A lost one is set up anew by Ray, and only progress is lost with it."""
+    """Delivers events from the inbox. Ray restarts a lost inbox, and only events of progress are lost with it."""
 
     def __init__(self, ray: ModuleType, inbox: Any, on_event: Emit) -> None:
         self._ray, self._inbox, self._on_event = ray, inbox, on_event
-        self._coming = inbox.take.remote()
+        self._pending = inbox.take.remote()
 
-    def deliver(self, patience: float = 0.0) -> None:
-        """Deliver what has come; with patience, what was emitted until now."""
-        for _ in range(2 if patience else 1):
-            if not self._ray.wait([self._coming], timeout=patience)[0]:
+    def deliver(self, timeout: float = 0.0) -> None:
+        """Deliver the events that have arrived; with a timeout, wait for all that were emitted until now."""
+        for _ in range(2 if timeout else 1):
+            if not self._ray.wait([self._pending], timeout=timeout)[0]:
                 return
-            coming, self._coming = self._coming, self._inbox.take.remote()
+            ready, self._pending = self._pending, self._inbox.take.remote()
             with suppress(self._ray.exceptions.RayError):
-                for message in self._ray.get(coming):
+                for message in self._ray.get(ready):
                     self._on_event(*message)
 
 
-def _work(held: list[Any], argument: Any, inbox: Any, threads: int) -> tuple[Any, EnsemblerError | None]:
-    """A task: the job's result, or the error that it raised on purpose, which Ray would wrap in one of its own."""
+def _work(common: list[Any], argument: Any, inbox: Any, threads: int) -> tuple[Any, EnsemblerError | None]:
+    """Run a job as a Ray task; return its result, or its EnsemblerError, which Ray would wrap if it were raised."""
     import ray
     import torch
 
@@ -287,28 +286,28 @@ def _work(held: list[Any], argument: Any, inbox: Any, threads: int) -> tuple[Any
     def emit(*message: Any) -> None:
         last[:] = [inbox.put.remote(message)]
 
-    function, shared = ray.get(held[0])
+    function, shared = ray.get(common[0])
     result: Any = None
-    refusal: EnsemblerError | None = None
+    failure: EnsemblerError | None = None
     try:
         result = function(shared, argument, emit)
     except EnsemblerError as error:
-        refusal = error
+        failure = error
     if last:
-        ray.wait(last, timeout=_GRACE)  # so that all of it is delivered before the result is
-    return result, refusal
+        ray.wait(last, timeout=_GRACE)  # so that events arrive before the result
+    return result, failure
 
 
 class _Heartbeat:
-    """Knows when a process of Ray's no longer answers, before Ray ends this one without another word."""
+    """Detects that a Ray process no longer answers, before Ray ends this process without a message."""
 
-    def __init__(self, name: str, host: str, port: int, patience: float) -> None:
-        self._name, self._place, self._patience = name, (host, port), patience
-        self._on_eventd = time.monotonic()
+    def __init__(self, name: str, host: str, port: int, timeout: float) -> None:
+        self._name, self._address, self._timeout = name, (host, port), timeout
+        self._last_answer = time.monotonic()
 
     @classmethod
     def all(cls, ray: ModuleType) -> list[Self]:
-        """The head's, and that of what runs the tasks of this machine."""
+        """Return the heartbeats of Ray's head and of its process on this machine."""
         context = ray.get_runtime_context()
         own = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
         host, _, port = context.gcs_address.rpartition(":")
@@ -318,18 +317,20 @@ class _Heartbeat:
         ]
 
     def answers(self) -> bool:
+        """Return whether the process accepts a connection."""
         with suppress(OSError):
-            socket.create_connection(self._place, timeout=_PROBE).close()
+            socket.create_connection(self._address, timeout=_PROBE).close()
             return True
         return False
 
     def check(self) -> None:
-        silent = time.monotonic() - self._on_eventd
-        if silent < _PROBE:
+        """Raise EngineError if the process has not answered for too long."""
+        silence = time.monotonic() - self._last_answer
+        if silence < _PROBE:
             return
         if self.answers():
-            self._on_eventd = time.monotonic()
-        elif silent > self._patience:
+            self._last_answer = time.monotonic()
+        elif silence > self._timeout:
             raise EngineError(
-                f"{self._name} has not answered for {self._patience:.0f} seconds: start it again, then run the rest"
+                f"{self._name} has not answered for {self._timeout:.0f} seconds: start it again, then run the rest"
             )

@@ -1,9 +1,9 @@
-"""The ensemble itself: a network, the vertices, and the coefficients of its members."""
+"""The ensemble: a network, vertices, and the coefficients of its members."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BATCHNORM_EXAMPLES", "Ensemble", "member_buffers", "sample_coefficients"]
 
-BATCHNORM_EXAMPLES = 8192  # enough for a channel's mean and variance; all images would cost more than training did
+BATCHNORM_EXAMPLES = 8192  # enough for a channel's mean and variance; all images could cost more than the training
 
 _BATCHNORM_BATCH = 128
 
@@ -37,20 +37,20 @@ _BATCHNORM_BATCH = 128
 class Ensemble:
     """Members ``coefficients @ vertices`` of one network, ready to predict.
 
-    One copy of the network serves all members: each member's weights are written into it when its turn comes.
+    All members share one copy of the network: each member's weights are written into it before its forward pass.
 
     Args:
-        run: what was trained.
-        device: ``"cpu"``, ``"cuda"``, ...; by default CUDA where there is one.
-        batch_size: examples a forward pass; by default what suits the device and the image size.
+        run: the trained run.
+        device: ``"cpu"``, ``"cuda"``, ...; by default CUDA if available.
+        batch_size: examples per forward pass; by default what suits the device and the image size.
 
     Attributes:
-        run: the run it was made of.
-        device: where it computes.
+        run: the trained run.
+        device: the device of the network.
         task: what the network's outputs mean.
 
     Raises:
-        UsageError: a device that is not there, or ``batch_size < 1``.
+        UsageError: there is no such device, or ``batch_size < 1``.
     """
 
     def __init__(self, run: Run, device: str | torch.device | None = None, batch_size: int | None = None) -> None:
@@ -60,7 +60,7 @@ class Ensemble:
         self.device = choose_device(device)
         record = run.manifest.dataset
         self.task = task.find(run.manifest.task)
-        budget = (2048 if self.device.type == "cuda" else 64) * 3 * 32 * 32  # on a CPU, what its cache holds
+        budget = (2048 if self.device.type == "cuda" else 64) * 3 * 32 * 32  # on a CPU, what fits into its cache
         self.batch_size = batch_size or max(1, budget // math.prod(record.shape))
         outputs = self.task.outputs(len(record.classes))
         self._network = architectures.build(run.manifest.architecture, outputs).to(self.device).eval()
@@ -75,44 +75,44 @@ class Ensemble:
     def load(
         cls, path: str | Path, device: str | torch.device | None = None, batch_size: int | None = None
     ) -> Ensemble:
-        """Load a run's folder, every byte verified.
+        """Load an ensemble from a run's folder, and verify every byte.
 
         Raises:
-            ArtefactError: no run there; CorruptError: a file of it has changed.
+            ArtefactError: there is no run. CorruptError: a file of the run has changed.
         """
         return cls(Run.load(Path(path)), device, batch_size)
 
     @property
     def members(self) -> int:
-        """M."""
+        """Number of members, M."""
         return len(self._coefficients)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The class names, in label order."""
+        """Names of the classes, in label order."""
         return tuple(self.run.manifest.dataset.classes)
 
     def network(self, member: int) -> nn.Module:
-        """The network with one member's weights and buffers in it, in evaluation mode.
+        """Return the network with one member's weights and buffers, in evaluation mode.
 
-        The same module every time: the next call overwrites it.
+        It is the same module every time: the next call overwrites its weights.
         """
         torch.mv(self._vertices.T, self._coefficients[member], out=self._weights.vector)
         self._weights.load_buffers({name: rows[member] for name, rows in self.run.buffers.items()})
         return self._network
 
     def predict_members(self, x: Tensor | NDArray[np.generic]) -> Tensor:
-        """Each member's predictive distribution; of a classifier, its probabilities.
+        """Predict each member's distribution; for a classifier, its probabilities.
 
         Args:
-            x: examples as they are stored: images (B, H, W, 3) uint8, rows of features (B, F) float. Or, of images,
-                inputs (B, 3, H, W) float, already normalised as the network takes them.
+            x: stored examples: images (B, H, W, 3) uint8, or rows of features (B, F) float. For images also normalised
+                inputs (B, 3, H, W) float.
 
         Returns:
             (M, B, C) float32 on the CPU, rows with sum 1.
 
         Raises:
-            ShapeError: ``x`` is of neither form.
+            ShapeError: ``x`` has another shape or type.
         """
         x = torch.as_tensor(x)
         stored = self._kind.check(x, self.run.manifest.dataset.shape)
@@ -122,33 +122,33 @@ class Ensemble:
                 network = self.network(member)
                 for start in range(0, max(1, len(x)), self.batch_size):
                     part = slice(start, start + self.batch_size)
-                    found = self.task.distribution(network(self._prepare(x[part], stored)))
+                    predicted = self.task.distribution(network(self._prepare(x[part], stored)))
                     if not start and not member:
-                        result = torch.empty(self.members, len(x), *found.shape[1:])
-                    result[member, part] = found
+                        result = torch.empty(self.members, len(x), *predicted.shape[1:])
+                    result[member, part] = predicted
         return result
 
     def predict_proba(self, x: Tensor | NDArray[np.generic]) -> Tensor:
-        """The ensemble's distribution; of classifiers, the mean (B, C) of the members' probabilities.
+        """Predict the ensemble's distribution; for classifiers, the mean (B, C) of the members' probabilities.
 
-        Takes what :meth:`predict_members` takes.
+        Takes the same arguments as :meth:`predict_members`.
         """
         return self.task.combine(self.predict_members(x))
 
     def uncertainty(self, x: Tensor | NDArray[np.generic]) -> Uncertainty:
-        """Entropies, mutual information and disagreement of each image; see :mod:`ensembler.uncertainty`."""
+        """Compute each example's entropies, mutual information and disagreement; see :mod:`ensembler.uncertainty`."""
         from ensembler.uncertainty import uncertainty
 
         return uncertainty(self.predict_members(x).numpy())
 
     def sample(self, members: int, seed: int = 0, train: Examples | None = None) -> Ensemble:
-        """An ensemble of fresh members from the same simplexes.
+        """Draw an ensemble of new members from the same simplexes.
 
         Args:
             members: M >= 1.
             seed: of the draw.
-            train: the training images, from which a BatchNorm network's statistics are recomputed for every new
-                member; by default the run's own dataset is loaded again, from its usual place.
+            train: the training examples, from which BatchNorm statistics are recomputed for every new member; by
+                default the run's dataset is loaded from its default folder.
 
         Raises:
             UsageError: the run's members are fixed (a deep ensemble, snapshots), or ``members < 1``.
@@ -159,23 +159,24 @@ class Ensemble:
         return self.at(sample_coefficients(sampling, len(self._vertices), members, seed), train)
 
     def at(self, coefficients: Tensor, train: Examples | None = None) -> Ensemble:
-        """An ensemble of the members at other coefficients of the same vertices: any points of their affine span.
+        """Return an ensemble with other coefficients of the same vertices: any points of their affine span.
 
         Args:
-            coefficients: (M, K), M >= 1; rows of sum 1.
-            train: the training images, from which a BatchNorm network's statistics are recomputed for every member;
-                by default the run's own dataset is loaded again, from its usual place.
+            coefficients: (M, K), M >= 1; rows with sum 1.
+            train: the training examples, from which BatchNorm statistics are recomputed for every member; by default
+                the run's dataset is loaded from its default folder.
 
         Raises:
-            ShapeError: coefficients of another shape.
+            ShapeError: the coefficients have another shape.
         """
         if coefficients.dim() != 2 or not len(coefficients) or coefficients.shape[1] != len(self._vertices):
-            found = tuple(coefficients.shape)
-            raise ShapeError(f"expected coefficients (M, {len(self._vertices)}) with M >= 1, found {found}")
+            shape = tuple(coefficients.shape)
+            raise ShapeError(f"expected coefficients (M, {len(self._vertices)}) with M >= 1, found {shape}")
         record = self.run.manifest.dataset
         if train is None and has_batchnorm(self._network):
             train = record.load().train
-        buffers = member_buffers(self._weights, self._vertices, coefficients, train, record)
+        first = {name: rows[0] for name, rows in self.run.buffers.items()}
+        buffers = member_buffers(self._weights, self._vertices, coefficients, train, record, first)
         manifest = self.run.manifest.model_copy(update={"members": len(coefficients), "files": {}})
         moved = replace(self.run, manifest=manifest, coefficients=coefficients, buffers=buffers)
         return Ensemble(moved, self.device, self.batch_size)
@@ -186,10 +187,11 @@ class Ensemble:
 
 
 def sample_coefficients(sampling: Sampling, vertices: int, members: int, seed: int) -> Tensor:
-    """Coefficients (M, K) of members, each Dirichlet in one of the simplexes.
+    """Draw coefficients (M, K) of members, each from a Dirichlet distribution in one of the simplexes.
 
-    Without weights the members are shared out in turn; with them, each draws its simplex. With corners, the first
-    members are the vertices themselves: the first of every simplex, then the second of every simplex, and so on.
+    Without weights, members are assigned to the simplexes in turn; with weights, each member's simplex is drawn. With
+    corners, the first members are the vertices: the first of every simplex, then the second of every simplex, and so
+    on.
 
     Raises:
         UsageError: ``members < 1``.
@@ -217,44 +219,46 @@ def member_buffers(
     coefficients: Tensor,
     train: Examples | None,
     record: DatasetRecord,
-    buffers: dict[str, Tensor] | None = None,
+    buffers: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Buffers of members that were never trained themselves, BatchNorm's recomputed from the training examples.
+    """Compute the buffers of members that were not trained themselves, with recomputed BatchNorm statistics.
 
-    A point between two solutions has activations that neither's statistics describe (Izmailov et al. 2018, sec. 3.2;
-    Garipov et al. 2018), so each member's are averaged anew over :data:`BATCHNORM_EXAMPLES` training examples,
-    augmented as in training: without the augmentation, a ResNet-20 lost 5 points of accuracy. The weights and buffers
-    that the network holds are overwritten.
+    A point between two solutions has activations that the statistics of neither describe (Izmailov et al. 2018, sec.
+    3.2; Garipov et al. 2018). So each member's statistics are averaged over :data:`BATCHNORM_EXAMPLES` training
+    examples, augmented as in training: without augmentation, a ResNet-20 lost 5 points of accuracy. The network's
+    weights and buffers are overwritten.
 
     Args:
         weights: the network.
         vertices: (K, P).
         coefficients: (M, K).
-        train: the training examples.
-        record: how they were seen in training.
-        buffers: all others of each member, by name; by default as the network holds them.
+        train: the training examples; ``None`` is enough for a network without BatchNorm.
+        record: their normalisation and augmentation.
+        buffers: all other buffers of each member, by name.
 
     Returns:
         Buffer name to (M, ...), on the CPU; empty for a network without buffers.
+
+    Raises:
+        UsageError: the network has BatchNorm, and ``train`` is ``None``.
     """
     if train is not None:
-        # Shuffled: images often lie sorted by class, and the variance within a class is not the variance.
+        # Shuffled, because files are often sorted by class, and the variance within one class is too small.
         train = train.part(torch.randperm(len(train), generator=generator(0, "batchnorm"))[:BATCHNORM_EXAMPLES])
-    begin = weights.buffers() if buffers is None else buffers
     rows: list[dict[str, Tensor]] = []
     for row in coefficients.to(vertices.device):
         torch.mv(vertices.T, row, out=weights.vector)
-        weights.load_buffers(begin)
+        weights.load_buffers(buffers)
         if has_batchnorm(weights.module):
             if train is None:
-                raise UsageError("a BatchNorm network needs its training images to make new members")
+                raise UsageError("new members of a network with BatchNorm need its training images")
             batchnorm.recompute(weights.module, _inputs(train, record, vertices.device))
         rows.append({name: buffer.cpu() for name, buffer in weights.buffers().items()})
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
 def _inputs(train: Examples, record: DatasetRecord, device: torch.device) -> Iterator[Tensor]:
-    """Training inputs in batches of nearly equal size: each counts the same in the statistics."""
+    """Yield training inputs in batches of nearly equal size, because all batches have equal weight."""
     stream = generator(0, "batchnorm augmentation")
     prepare = train.inputs(record.mean, record.std, device)
     for index in torch.arange(len(train)).tensor_split(-(-len(train) // _BATCHNORM_BATCH)):

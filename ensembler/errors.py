@@ -1,21 +1,21 @@
-"""Every error that ensembler raises on purpose.
+"""The exceptions of ensembler.
 
 ::
 
     EnsemblerError
-    ├── UsageError           an argument or option that cannot be honoured
+    ├── UsageError           an invalid argument or option
     ├── ShapeError           an array of the wrong shape, type or range
-    ├── DataError            a dataset that is missing, malformed or not the one expected
+    ├── DataError            a dataset that is missing, malformed or not the expected one
     ├── ArtefactError        a run or bundle that is missing, unreadable or of another format
-    │   └── CorruptError     a file of a run or bundle whose bytes are not the ones written
-    ├── DivergedError        training produced a loss or weight that is not finite
-    ├── EngineError          Ray that cannot be reached, or has lost a piece of work
-    ├── GroupError           a process of those that train together is gone
-    └── ExportError          an exported member that does not reproduce its PyTorch original
+    │   └── CorruptError     a file of a run or bundle whose content has changed
+    ├── DivergedError        a loss or weight that is not finite
+    ├── EngineError          Ray cannot be reached, or lost a job
+    ├── GroupError           another process of a distributed training has ended
+    └── ExportError          an exported member that does not match its PyTorch original
 
-The service adds its own, each with the status that it answers: see ``ensembler.serve``.
+The service adds its own, each with an HTTP status: see ``ensembler.serve``.
 
-A message says what was wrong, where, and the mend. The command line prints it on one line without a traceback.
+A message says what is wrong, where, and how to fix it. The command line prints it on one line without a traceback.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ __all__ = [
 
 
 class EnsemblerError(Exception):
-    """Base of every error raised on purpose; ``except EnsemblerError`` catches them all."""
+    """Base class of all exceptions of ensembler."""
 
 
 class UsageError(EnsemblerError, ValueError):
-    """An argument or option that cannot be honoured."""
+    """An invalid argument or option."""
 
 
 class ShapeError(EnsemblerError, ValueError):
@@ -47,7 +47,7 @@ class ShapeError(EnsemblerError, ValueError):
 
 
 class DataError(EnsemblerError):
-    """A dataset that is missing, malformed or not the one expected."""
+    """A dataset that is missing, malformed or not the expected one."""
 
 
 class ArtefactError(EnsemblerError):
@@ -55,20 +55,20 @@ class ArtefactError(EnsemblerError):
 
 
 class CorruptError(ArtefactError):
-    """A file of a run or bundle whose bytes are not the ones written."""
+    """A file of a run or bundle whose content has changed."""
 
 
 class DivergedError(EnsemblerError):
-    """Training produced a loss or weight that is not finite."""
+    """A loss or weight that is not finite."""
 
 
 class EngineError(EnsemblerError):
-    """Ray that cannot be reached, or has lost a piece of work."""
+    """Ray cannot be reached, or lost a job."""
 
 
 class GroupError(EnsemblerError):
-    """A process of those that train together is gone."""
+    """Another process of a distributed training has ended."""
 
 
 class ExportError(EnsemblerError):
-    """An exported member that does not reproduce its PyTorch original."""
+    """An exported member that does not match its PyTorch original."""

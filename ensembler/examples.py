@@ -1,7 +1,7 @@
-"""What training and prediction need of data, and plain arrays of features as one kind of it.
+"""The interface of data for training and prediction, and arrays of features as one implementation.
 
-Images are the other kind (:mod:`ensembler.images`). A third is any class with the members of :class:`Examples`; a run
-names it in its manifest, as ``package.module:Class``, and finds it there again.
+Images are the other implementation (:mod:`ensembler.images`). Your own is any class with the members of
+:class:`Examples`: a run's manifest names it as ``package.module:Class``, and it is imported from there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ensembler.device import upload
 from ensembler.errors import ShapeError, UsageError
-from ensembler.naming import imported
+from ensembler.naming import import_object
 
 __all__ = ["Arrays", "Examples", "InMemory", "find", "stream"]
 
@@ -31,9 +31,9 @@ class Examples(Protocol):
     """N examples and their targets, in memory or in files.
 
     Attributes:
-        kind: in manifests; see :func:`find`.
+        kind: its name in manifests; see :func:`find`.
         augmentations: the names that :meth:`draw` takes; the last one, ``"none"``, changes nothing.
-        labels: (N,) targets, on the CPU or where the examples are.
+        labels: (N,) targets, on the CPU or on the examples' device.
     """
 
     kind: ClassVar[str]
@@ -44,55 +44,59 @@ class Examples(Protocol):
 
     @property
     def example_shape(self) -> tuple[int, ...]:
-        """Shape of one example as it is stored."""
+        """Shape of one stored example."""
         ...
 
     @property
     def sha256(self) -> str:
-        """Hash that names these examples, whatever their origin."""
+        """Hash that identifies these examples, whatever their origin."""
         ...
 
     def __len__(self) -> int: ...
 
     def part(self, index: Any) -> Self:
-        """Some of the examples."""
+        """Return the examples at ``index``."""
         ...
 
     def batches(self, size: int) -> Iterator[InMemory]:
-        """The examples in order, ``size`` at a time; the last may be fewer."""
+        """Yield the examples in order, ``size`` at a time; the last batch may be smaller."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same examples on another device; those in files stay where they are."""
         ...
 
     def augmented(self, index: Tensor, augmentation: str, choices: Tensor) -> InMemory:
-        """The examples of ``index`` (B,), varied by ``choices`` (B, ...) of :meth:`draw`."""
+        """Return the examples at ``index`` (B,), augmented by the ``choices`` (B, ...) of :meth:`draw`."""
         ...
 
     def stream(
         self, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device, workers: int | None
     ) -> Generator[InMemory, None, None]:
-        """The batches of epochs, on ``device``; of examples in memory, see :func:`stream`.
+        """Yield the batches of epochs, on ``device``; for examples in memory, see :func:`stream`.
 
         Args:
             epochs: each epoch's order (N,) and choices (N, ...), on the CPU.
-            cut: from an epoch's order and choices to those of its batches.
+            cut: splits an epoch's order and choices into those of its batches.
             augmentation: one of :attr:`augmentations`.
-            device: where examples in memory lie, and those of files are brought to.
+            device: the device of examples in memory, and the destination of examples from files.
             workers: processes that read files.
         """
         ...
 
     @staticmethod
     def draw(augmentation: str, count: int, generator: torch.Generator) -> Tensor:
-        """How each of ``count`` examples is to be varied, (count, ...) int64, drawn from a CPU generator."""
+        """Draw how to augment each of ``count`` examples from a CPU generator: (count, ...) int64."""
         ...
 
     @staticmethod
     def inputs(mean: Sequence[float], std: Sequence[float], device: torch.device | str) -> Inputs:
-        """A function from stored examples (B, ...) on ``device`` to what the network sees, its constants made once."""
+        """Return a function from stored examples (B, ...) on ``device`` to the network's inputs."""
         ...
 
     @staticmethod
     def check(x: Tensor, shape: Sequence[int]) -> bool:
-        """Whether ``x`` holds stored examples (True) or inputs as the network sees them (False).
+        """Return whether ``x`` holds stored examples (True) or inputs of the network (False).
 
         Raises:
             ShapeError: neither.
@@ -101,21 +105,17 @@ class Examples(Protocol):
 
 
 class InMemory(Examples, Protocol):
-    """Examples whose tensors are at hand."""
+    """Examples that are tensors in memory."""
 
     @property
     def data(self) -> Tensor:
-        """(N, ...) as stored."""
-        ...
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same examples on another device."""
+        """The stored examples (N, ...)."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """Rows of features and their targets, in memory.
+    """Rows of F features and their targets, in memory.
 
     Attributes:
         data: (N, F) float32.
@@ -133,54 +133,58 @@ class Arrays:
 
     @property
     def example_shape(self) -> tuple[int, ...]:
-        """(F,)."""
+        """Shape of one row: (F,)."""
         return tuple(self.data.shape[1:])
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of shape, features and targets."""
+        """Hash of the shape, features and targets."""
         digest = hashlib.sha256(repr(tuple(self.data.shape)).encode())
         for tensor in (self.data, self.labels):
             digest.update(tensor.contiguous().cpu().numpy().data)
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> Arrays:
-        """The same rows on another device."""
+        """Return the same rows on another device."""
         return Arrays(self.data.to(device), self.labels.to(device))
 
     def part(self, index: Any) -> Arrays:
-        """Some of the rows."""
+        """Return the rows at ``index``."""
         return Arrays(self.data[index], self.labels[index])
 
     def batches(self, size: int) -> Iterator[Arrays]:
-        """The rows in order, ``size`` at a time; the last may be fewer."""
+        """Yield the rows in order, ``size`` at a time; the last batch may be smaller."""
         for start in range(0, len(self), size):
             yield self.part(slice(start, start + size))
 
     def augmented(self, index: Tensor, augmentation: str, choices: Tensor) -> Arrays:
-        """The rows of ``index`` (B,)."""
+        """Return the rows at ``index`` (B,); arrays have no augmentation."""
         return self.part(index)
 
     def stream(
         self, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device, workers: int | None
     ) -> Generator[InMemory, None, None]:
-        """See :func:`stream`."""
+        """Yield the batches of epochs; see :func:`stream`."""
         return stream(self, epochs, cut, augmentation, device)
 
     @staticmethod
     def draw(augmentation: str, count: int, generator: torch.Generator) -> Tensor:
-        """Nothing to draw: (count, 0)."""
+        """Return (count, 0): there is nothing to draw."""
         return torch.empty(count, 0, dtype=torch.int64)
 
     @staticmethod
     def inputs(mean: Sequence[float], std: Sequence[float], device: torch.device | str) -> Inputs:
-        """Standardised features: ``(x - mean) / std``."""
+        """Return a function that standardises features: ``(x - mean) / std``."""
         shift, scale = (torch.tensor(each, dtype=torch.float32, device=device) for each in (mean, std))
         return lambda rows: (rows - shift) / scale
 
     @staticmethod
     def check(x: Tensor, shape: Sequence[int]) -> bool:
-        """Rows (B, F) of floats are always taken as they are stored."""
+        """Return True: rows (B, F) of floats always count as stored examples.
+
+        Raises:
+            ShapeError: ``x`` is of another shape or type.
+        """
         if not (x.is_floating_point() and x.dim() == 2 and x.shape[1:] == tuple(shape)):
             raise ShapeError(f"expected rows of {shape[0]} features, (B, {shape[0]}) float, found {tuple(x.shape)}")
         return True
@@ -189,22 +193,22 @@ class Arrays:
 def stream(
     examples: InMemory, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device
 ) -> Generator[InMemory, None, None]:
-    """The batches of examples in memory: an epoch's order and choices go to the device at once."""
+    """Yield the batches of examples in memory; an epoch's order and choices are uploaded together."""
     for order, choices in epochs:
         for index, chosen in cut(upload(order, device), upload(choices, device)):
             yield examples.augmented(index, augmentation, chosen)
 
 
 def find(kind: str) -> type[Examples]:
-    """The class of a manifest's kind of data: ``"images"``, ``"arrays"``, or ``package.module:Class``.
+    """Return the class of a manifest's kind of data: ``"images"``, ``"arrays"`` or ``package.module:Class``.
 
     Raises:
-        UsageError: no such kind.
+        UsageError: there is no such kind.
     """
     from ensembler.images import Split
 
     own: dict[str, type[Examples]] = {"images": Split, "arrays": Arrays}
-    found = own.get(kind) or imported(kind, "kind of data")
-    if not isinstance(found, type):
-        raise UsageError(f"{kind} is no kind of data: name a class with the members of ensembler.examples.Examples")
-    return found
+    cls = own.get(kind) or import_object(kind, "kind of data")
+    if not isinstance(cls, type):
+        raise UsageError(f"{kind} is not a kind of data: name a class with the members of ensembler.examples.Examples")
+    return cls

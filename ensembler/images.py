@@ -1,7 +1,7 @@
-"""Images with their labels, in memory or in their files: how training varies them, and what a network sees.
+"""Images with labels, in memory or in files: decoding, augmentation and normalisation.
 
-Code that indexes a split of a dataset, or goes through it by ``batches()``, need not know which of the two it is:
-either way it gets a :class:`Split`.
+Both kinds of split have the same interface: indexing one, or iterating over its ``batches()``, gives a :class:`Split`
+in memory.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ __all__ = [
 ]
 
 AUGMENTATIONS = ("crop-flip", "crop", "resized-crop-flip", "none")
-MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images that are held without being asked to
+MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images that are held in memory by default
 
 _PADDING = 4
-_GLOBAL_NUMBERS = Lock()
+_GLOBAL_GENERATOR = Lock()
 
 
 class _Images:
-    """What :class:`Split` and :class:`FileSplit` have in common; see :class:`ensembler.examples.Examples`."""
+    """Base of :class:`Split` and :class:`FileSplit`; see :class:`ensembler.examples.Examples`."""
 
     kind: ClassVar[str] = "images"
     augmentations: ClassVar[Sequence[str]] = AUGMENTATIONS
@@ -55,22 +55,26 @@ class _Images:
 
     @property
     def example_shape(self) -> tuple[int, ...]:
-        """(H, W, 3)."""
+        """Shape of one image: (H, W, 3)."""
         return (*self.shape, 3)
 
     @staticmethod
     def draw(augmentation: str, count: int, generator: torch.Generator) -> Tensor:
-        """See :func:`draw`."""
+        """Draw how to augment each image; see :func:`draw`."""
         return draw(augmentation, count, generator)
 
     @staticmethod
     def inputs(mean: Sequence[float], std: Sequence[float], device: torch.device | str) -> Callable[[Tensor], Tensor]:
-        """See :func:`normaliser`."""
+        """Return a function that normalises images; see :func:`normaliser`."""
         return normaliser(mean, std, device)
 
     @staticmethod
     def check(x: Tensor, shape: Sequence[int]) -> bool:
-        """Whether ``x`` is images (B, H, W, 3) uint8, or else normalised inputs (B, 3, H, W) float."""
+        """Return True for images (B, H, W, 3) uint8, False for normalised inputs (B, 3, H, W) float.
+
+        Raises:
+            ShapeError: ``x`` is neither.
+        """
         if x.dtype == torch.uint8 and x.dim() == 4 and x.shape[3] == 3:
             return True
         if x.is_floating_point() and x.dim() == 4:
@@ -101,7 +105,7 @@ class Split(_Images):
 
     @property
     def shape(self) -> tuple[int, int]:  # type: ignore[override]
-        """(H, W)."""
+        """Height and width."""
         return self.images.shape[1], self.images.shape[2]
 
     @property
@@ -110,47 +114,47 @@ class Split(_Images):
         return self.images
 
     def to(self, device: torch.device | str) -> Split:
-        """The same images on another device."""
+        """Return the same images on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the pixels and labels: names the split whatever its origin."""
+        """Hash of the pixels and labels, which identifies the split whatever its origin."""
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
         digest.update(self.images.contiguous().numpy().data)
         digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
     def part(self, index: Any) -> Split:
-        """Some of the images."""
+        """Return the images at ``index``."""
         return self[index]
 
     def batches(self, size: int) -> Iterator[Split]:
-        """The split in order, ``size`` images at a time; the last may be smaller."""
+        """Yield the split in order, ``size`` images at a time; the last batch may be smaller."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
     def augmented(self, index: Tensor, augmentation: str, choices: Tensor) -> Split:
-        """The images of ``index`` (B,), varied as :func:`augment` does it."""
+        """Return the images at ``index`` (B,), augmented by :func:`augment`."""
         batch = self[index]
         return Split(augment(batch.images, augmentation, choices), batch.labels)
 
     def stream(
         self, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device, workers: int | None = None
     ) -> Generator[InMemory, None, None]:
-        """See :func:`ensembler.examples.stream`."""
+        """Yield the batches of epochs; see :func:`ensembler.examples.stream`."""
         return stream(self, epochs, cut, augmentation, device)
 
 
 @dataclass(frozen=True, eq=False)
 class FileSplit(_Images):
-    """Images in their files, decoded whenever they are asked for, and their classes.
+    """Images in files, decoded when needed, and their classes.
 
     Attributes:
-        folder: where the files lie.
-        files: N names below it.
+        folder: the folder of the files.
+        files: N names relative to it.
         labels: (N,) int64.
-        shape: (H, W) that every image is brought to, whatever its proportions.
+        shape: (H, W) to which every image is resized, ignoring proportions.
     """
 
     folder: Path
@@ -162,35 +166,39 @@ class FileSplit(_Images):
         return len(self.labels)
 
     def __getitem__(self, index: Any) -> Split:
-        """Some of the images, in memory.
+        """Decode the images at ``index`` into memory.
 
         Raises:
-            DataError: one cannot be read, or together they would take more than :data:`MEMORY_LIMIT`.
+            DataError: one cannot be read, or together they need more than :data:`MEMORY_LIMIT`.
         """
         part = self.part(index)
         if part.decoded_bytes > MEMORY_LIMIT:
             raise DataError(
                 f"{len(part)} images of {self.shape[1]} x {self.shape[0]} pixels take "
-                f"{part.decoded_bytes / 2**30:.1f} GiB, and {MEMORY_LIMIT / 2**30:g} GiB are held in memory at most: "
+                f"{part.decoded_bytes / 2**30:.1f} GiB, and the limit is {MEMORY_LIMIT / 2**30:g} GiB: "
                 "use fewer (--examples)"
             )
-        return part._decoded()
+        return part._decode()
+
+    def to(self, device: torch.device | str) -> FileSplit:
+        """Return the split itself: its batches go to the device as they are read."""
+        return self
 
     @property
     def paths(self) -> list[Path]:
-        """N paths."""
+        """The files' N paths."""
         return [self.folder / file for file in self.files]
 
     @property
     def decoded_bytes(self) -> int:
-        """What all the images would take in memory."""
+        """Memory that all images would need, in bytes."""
         return 3 * self.shape[0] * self.shape[1] * len(self)
 
     @cached_property
     def sha256(self) -> str:
         """Hash of the files' names and sizes in bytes, the labels and the shape; the files are not read.
 
-        An image that is replaced by another of the same size in bytes goes unnoticed.
+        It does not change if an image is replaced by another of the same size in bytes.
         """
         digest = hashlib.sha256(repr(self.shape).encode())
         for file, path in zip(self.files, self.paths, strict=True):
@@ -202,25 +210,25 @@ class FileSplit(_Images):
         return digest.hexdigest()
 
     def part(self, index: Any) -> FileSplit:
-        """Some of the images, in their files still."""
+        """Return the images at ``index``, without decoding them."""
         chosen = torch.arange(len(self))[index]
         files = tuple(self.files[i] for i in chosen.tolist())
         return FileSplit(self.folder, files, self.labels[chosen], self.shape)
 
     def batches(self, size: int) -> Iterator[Split]:
-        """The split in order, ``size`` images decoded at a time; the last may be fewer."""
+        """Yield the split in order, decoding ``size`` images at a time; the last batch may be smaller."""
         for start in range(0, len(self), size):
-            yield self.part(slice(start, start + size))._decoded()
+            yield self.part(slice(start, start + size))._decode()
 
     def augmented(self, index: Tensor, augmentation: str, choices: Tensor) -> Split:
-        """The images of ``index`` (B,), varied as :func:`read_images` does it."""
+        """Return the images at ``index`` (B,), augmented by :func:`read_images`."""
         part = self.part(index)
         return Split(read_images(part.paths, self.shape, augmentation, choices), part.labels)
 
     def stream(
         self, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device, workers: int | None = None
     ) -> Generator[InMemory, None, None]:
-        """Read ahead by other processes, see :func:`ensembler.loading.read_ahead`."""
+        """Yield the batches of epochs, read by worker processes; see :func:`ensembler.loading.read_ahead`."""
         from ensembler.loading import read_ahead
 
         keys = (key for order, choices in epochs for key in cut(order, choices))
@@ -228,23 +236,23 @@ class FileSplit(_Images):
             for images, labels in batches:
                 yield Split(images, labels)
 
-    def _decoded(self) -> Split:
+    def _decode(self) -> Split:
         return Split(read_images(self.paths, self.shape), self.labels)
 
 
 Images = Split | FileSplit
-"""Images in memory, or in their files."""
+"""Images in memory, or in files."""
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """What the network sees of images (B, H, W, 3) uint8; of many batches, :func:`normaliser` once."""
+    """Normalise images (B, H, W, 3) uint8 for the network; for many batches, use :func:`normaliser`."""
     return normaliser(mean, std, images.device)(images)
 
 
 def normaliser(mean: Sequence[float], std: Sequence[float], device: torch.device | str) -> Callable[[Tensor], Tensor]:
-    """A function from uint8 (B, H, W, 3) to float32 (B, 3, H, W), of zero mean and unit variance a channel.
+    """Return a function from uint8 (B, H, W, 3) to float32 (B, 3, H, W) with zero mean and unit variance per channel.
 
-    The result keeps the images' memory order, which makes it channels-last: no copy, and the faster layout.
+    The result keeps the images' memory order, so it is channels-last without a copy, which is also the faster layout.
     """
     scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32, device=device)
     shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32, device=device)
@@ -252,9 +260,11 @@ def normaliser(mean: Sequence[float], std: Sequence[float], device: torch.device
 
 
 def draw(augmentation: str, count: int, generator: torch.Generator) -> Tensor:
-    """How each of ``count`` images is to be varied, drawn from a CPU generator: int64.
+    """Draw how to augment each of ``count`` images from a CPU generator; int64.
 
-    (count, 3) for crops: the row, the column, and whether to mirror. (count,) for ``"resized-crop-flip"``: a seed.
+    Returns:
+        (count, 3) for crops: row, column, and whether to mirror. (count,) seeds for ``"resized-crop-flip"``. (count, 0)
+        for ``"none"``.
     """
     if augmentation == "none":
         return torch.empty(count, 0, dtype=torch.int64)
@@ -267,16 +277,17 @@ def draw(augmentation: str, count: int, generator: torch.Generator) -> Tensor:
 
 
 def augment(images: Tensor, augmentation: str, choices: Tensor) -> Tensor:
-    """A variant of every image of a batch (B, H, W, 3) uint8, by the ``choices`` of :func:`draw` on the same device.
+    """Augment a batch of images (B, H, W, 3) uint8 by the ``choices`` of :func:`draw`, on the same device.
 
-    ``"crop"`` pads 4 black pixels and crops to the old size; ``"crop-flip"`` mirrors half the images as well;
-    ``"resized-crop-flip"`` is ImageNet's usual: torchvision's ``v2.RandomResizedCrop`` (8 to 100 % of the area, 3:4 to
-    4:3, brought to the old size) and ``v2.RandomHorizontalFlip``; ``"none"`` changes nothing.
+    ``"crop"`` pads by 4 black pixels and crops to the original size; ``"crop-flip"`` also mirrors half of the images;
+    ``"resized-crop-flip"`` is usual for ImageNet: torchvision's ``v2.RandomResizedCrop`` (8 to 100 % of the area,
+    proportions from 3:4 to 4:3, resized to the original size) and ``v2.RandomHorizontalFlip``; ``"none"`` changes
+    nothing.
     """
     if augmentation == "none" or not len(images):
         return images
     count, height, width, _ = images.shape
-    if augmentation == "resized-crop-flip":  # image by image: its seeds are read on the host
+    if augmentation == "resized-crop-flip":  # one image at a time, because the host must read the seeds
         pairs = zip(images, choices.tolist(), strict=True)
         return torch.stack([_resized_crop_flip(image, seed, (height, width)) for image, seed in pairs])
     device = images.device
@@ -297,44 +308,45 @@ def read_images(
     exact: bool = False,
     threads: int | None = None,
 ) -> Tensor:
-    """Decode image files, on several threads.
+    """Decode image files in several threads.
 
     Args:
-        files: N of them.
-        shape: (H, W) to bring every image to by a plain bilinear resize.
-        augmentation, choices: see :func:`augment`. ``"resized-crop-flip"`` crops the image as it is in its file, and
-            only the crop is resized.
-        exact: refuse an image of another shape than the first, whose shape is ``shape``.
-        threads: how many; by default some more than there are CPUs.
+        files: N paths.
+        shape: (H, W) to which every image is resized, bilinearly and ignoring proportions.
+        augmentation, choices: see :func:`augment`. ``"resized-crop-flip"`` crops the image at its original size, and
+            resizes only the crop.
+        exact: refuse images that are not of ``shape`` instead of resizing them; it must be the first image's.
+        threads: number of threads; by default a few more than CPUs.
 
     Returns:
         (N, H, W, 3) uint8.
 
     Raises:
-        DataError: an image cannot be read, or is of another shape; it is named.
+        DataError: an image cannot be read, or has another shape; the message names it.
     """
-    images = torch.empty((len(files), *shape, 3), dtype=torch.uint8)
+    images = np.empty((len(files), *shape, 3), np.uint8)  # in inference mode, other threads could not fill a tensor
     whole = exact or augmentation == "resized-crop-flip"
 
     def read(i: int) -> None:
-        image = torch.from_numpy(read_image(files[i], None if whole else shape))
+        image = read_image(files[i], None if whole else shape)
         if exact and image.shape[:2] != shape:
             raise DataError(
                 f"{files[i]} is {image.shape[1]} x {image.shape[0]} pixels but {files[0]} is "
-                f"{shape[1]} x {shape[0]}: add --image-size to bring all to one size"
+                f"{shape[1]} x {shape[0]}: add --image-size to resize all to one size"
             )
         if augmentation == "resized-crop-flip" and choices is not None:
-            image = _resized_crop_flip(image, int(choices[i]), shape)
+            image = _resized_crop_flip(torch.from_numpy(image), int(choices[i]), shape).numpy()
         images[i] = image
 
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(read, range(len(files))):
             pass
-    return images if whole or choices is None else augment(images, augmentation, choices)
+    found = torch.from_numpy(images)
+    return found if whole or choices is None else augment(found, augmentation, choices)
 
 
 def read_image(path: Path, shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """Decode one image file to (H, W, 3), resized to ``shape`` or as it is.
+    """Decode one image file to (H, W, 3), and resize it to ``shape`` if given.
 
     Raises:
         DataError: it cannot be read.
@@ -347,15 +359,15 @@ def read_image(path: Path, shape: tuple[int, int] | None = None) -> NDArray[np.u
             if shape is not None and image.size != shape[::-1]:
                 image = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
             return np.array(image)
-    except Exception as error:  # of any kind: the file is untrusted
+    except Exception as error:  # any exception: the file is untrusted
         raise DataError(
-            f"cannot read the image {path}: {error}: mend or remove it, or leave out all that cannot be read "
+            f"cannot read the image {path}: {error}: repair or remove it, or skip all unreadable images "
             "(--corrupt skip)"
         ) from error
 
 
 def unreadable(files: Sequence[Path]) -> list[Path]:
-    """Those of the files that cannot be decoded, found by decoding them all, on several threads."""
+    """Return the files that cannot be decoded, by decoding all of them in several threads."""
 
     def fails(path: Path) -> bool:
         try:
@@ -369,13 +381,13 @@ def unreadable(files: Sequence[Path]) -> list[Path]:
 
 
 def _resized_crop_flip(image: Tensor, seed: int, shape: tuple[int, int]) -> Tensor:
-    """One image (h, w, 3) to (H, W, 3) by torchvision's transforms."""
+    """Augment one image (h, w, 3) to (H, W, 3) with torchvision's transforms."""
     transform = _transform(shape)
-    # They draw from torch's global numbers, which are lent to one thread at a time and given back as they were.
-    with _GLOBAL_NUMBERS, torch.random.fork_rng(devices=[]):
+    # The transforms draw from torch's global generator, so one thread at a time seeds it and restores its state.
+    with _GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        varied: Tensor = transform(image.permute(2, 0, 1))
-    return varied.permute(1, 2, 0)
+        result: Tensor = transform(image.permute(2, 0, 1))
+    return result.permute(1, 2, 0)
 
 
 @cache

@@ -1,8 +1,7 @@
-"""Independent work: jobs under names, done by an engine, kept in a store.
+"""Independent jobs with names, run by an engine, with their results in a store.
 
 The members of a deep ensemble, the simplexes of ESPRO, the seeds of a comparison and the cells of a shift table are
-jobs of one kind. A job depends on its arguments and on what all jobs share, and on nothing else: so it does not matter
-where it runs, nor whether it had to be run twice.
+all jobs. A job depends only on its arguments and on what all jobs share, so it can run anywhere, and run again.
 """
 
 from __future__ import annotations
@@ -21,11 +20,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Job:
-    """A function and its arguments, under a name that no other job of the same store has.
+    """A function and its arguments, with a name that is unique in its store.
 
     Attributes:
         name: e.g. ``"solution 2"``.
-        function: called as ``function(shared, emit, **arguments)``, of a module, so that another process finds it.
+        function: called as ``function(shared, emit, **arguments)``; a module-level function, so that another process
+            can import it.
         arguments: JSON values.
     """
 
@@ -35,14 +35,14 @@ class Job:
 
 
 class Store(Protocol[R]):
-    """Keeps the results of finished jobs."""
+    """Stores the results of finished jobs."""
 
     def load(self, job: Job) -> R | None:
-        """The result of a job, if it is kept and whole."""
+        """Return the result of a job, or ``None`` if there is no intact one."""
         ...
 
     def save(self, job: Job, result: R) -> None:
-        """Keep the result of a job."""
+        """Store the result of a job."""
         ...
 
 
@@ -53,25 +53,25 @@ def run(
     store: Store[R] | None = None,
     on_event: Callable[..., None] = lambda *event: None,
 ) -> Generator[tuple[Job, R], None, None]:
-    """Each job with its result: first those that the store keeps, then the others, saved as soon as they are finished.
+    """Run jobs and yield each with its result: first those in the store, then the others, saved as they finish.
 
     Args:
         jobs: independent of one another.
         shared: what all jobs have in common; sent to each machine once.
-        engine: what does them.
-        store: what keeps them.
-        on_event: called with whatever the jobs emit.
+        engine: runs the jobs.
+        store: holds their results.
+        on_event: called with what the jobs emit.
 
     Raises:
-        EnsemblerError: what a job raises; it ends the others. So does closing the generator.
+        EnsemblerError: raised by a job; the others are stopped. Closing the generator stops them, too.
     """
     missing = []
     for job in jobs:
-        kept = store.load(job) if store else None
-        if kept is None:
+        result = store.load(job) if store else None
+        if result is None:
             missing.append(job)
         else:
-            yield job, kept
+            yield job, result
     with closing(engine.run(_call, shared, missing, on_event)) as results:
         for place, result in results:
             if store:

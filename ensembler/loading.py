@@ -1,4 +1,4 @@
-"""Image files read and varied ahead of their turn, by the processes of a DataLoader."""
+"""Reading and augmenting image files ahead of time, in the worker processes of a DataLoader."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["read_ahead"]
 
 _WORKERS = 8
 
-_Key = tuple[list[Path], NDArray[np.int64], NDArray[np.int64]]  # files, their labels, and how they are varied
+_Key = tuple[list[Path], NDArray[np.int64], NDArray[np.int64]]  # files, their labels, and their augmentation's choices
 
 
 def read_ahead(
@@ -35,18 +35,18 @@ def read_ahead(
     device: torch.device,
     workers: int | None = None,
 ) -> Generator[tuple[Tensor, Tensor], None, None]:
-    """Batches of images (B, H, W, 3) and labels (B,) on ``device``, in the order of their keys.
+    """Yield batches of images (B, H, W, 3) and labels (B,) on ``device``, in the order of their keys.
 
     Args:
         split: the files.
-        keys: for each batch, the indices (B,) of its images, and how each is varied; see :func:`images.draw`.
+        keys: for each batch, the indices (B,) of its images, and their choices of :func:`images.draw`.
         augmentation: see :func:`images.read_images`.
-        device: where they are brought to; a GPU fetches them from pinned memory.
-        workers: processes; 0 for none but this one; by default one for each CPU that this process may use, or its part
-            of them where torchrun started several processes on one machine; 8 at most.
+        device: where the batches go; to a GPU through pinned memory.
+        workers: worker processes; 0 reads in this process. By default one per CPU that this process may use, divided
+            by the number of processes that torchrun started on this machine; at most 8.
 
     Raises:
-        DataError: an image cannot be read. UsageError: the processes have died.
+        DataError: an image cannot be read. UsageError: a worker process died.
     """
     if workers is None:
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -54,12 +54,12 @@ def read_ahead(
     loader = DataLoader(
         _Reader(split.shape, augmentation, threads=1 if workers else None),
         batch_size=None,  # a key is a whole batch
-        sampler=_named(split, keys),
+        sampler=_worker_keys(split, keys),
         num_workers=workers,
         multiprocessing_context=_context() if workers else None,
         worker_init_fn=_end_with_parent,
         pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # or else it draws from torch's global numbers
+        generator=torch.Generator(),  # by default it draws from torch's global generator
     )
     batches = iter(loader)
     try:
@@ -67,11 +67,11 @@ def read_ahead(
             images, labels = _next(batches, workers)
             yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     finally:
-        # They end with ``batches``, but a traceback may keep that for long.
+        # Workers end when ``batches`` is freed, but a traceback may keep it alive.
         getattr(batches, "_shutdown_workers", lambda: None)()
 
 
-def _named(split: FileSplit, keys: Iterator[tuple[Tensor, Tensor]]) -> Iterator[_Key]:
+def _worker_keys(split: FileSplit, keys: Iterator[tuple[Tensor, Tensor]]) -> Iterator[_Key]:
     for index, choices in keys:
         part = split.part(index)
         yield part.paths, part.labels.numpy(), choices.numpy()
@@ -79,21 +79,21 @@ def _named(split: FileSplit, keys: Iterator[tuple[Tensor, Tensor]]) -> Iterator[
 
 def _next(batches: Iterator[Any], workers: int) -> tuple[Tensor, Tensor]:
     try:
-        found: tuple[Tensor, Tensor] | DataError = next(batches)
+        batch: tuple[Tensor, Tensor] | DataError = next(batches)
     except (RuntimeError, OSError, EOFError) as error:
-        if not workers or str(error).startswith("Caught"):  # raised by what was to be done
+        if not workers or str(error).startswith("Caught"):  # raised by the reader, not by a lost worker
             raise
         raise UsageError(
-            f"the processes that read images have died ({error}): use fewer, or --workers 0. "
-            'A script of yours must train under if __name__ == "__main__":, for each of them imports it'
+            f"a process that reads images died ({error}): use fewer --workers, or 0. In a script of your own, train "
+            'under if __name__ == "__main__": because each of these processes imports it'
         ) from error
-    if isinstance(found, DataError):
-        raise found
-    return found
+    if isinstance(batch, DataError):
+        raise batch
+    return batch
 
 
 class _Reader(Dataset[Any]):
-    """What a worker process holds: a key tells it all the rest, so that it needs no list of all the files."""
+    """A dataset indexed by keys that name their files, so that no worker needs the list of all files."""
 
     def __init__(self, shape: tuple[int, int], augmentation: str, threads: int | None) -> None:
         self._shape, self._augmentation, self._threads = shape, augmentation, threads
@@ -107,12 +107,12 @@ class _Reader(Dataset[Any]):
                 files, self._shape, self._augmentation, torch.from_numpy(choices), threads=self._threads
             )
         except DataError as error:
-            return error  # raised, it would come out as a traceback of the loader's
+            return error  # the loader would turn a raised error into a traceback
         return images, torch.from_numpy(labels)
 
 
 def _context() -> BaseContext:
-    """How workers are started: from a clean server process, since a fork of this one could inherit OpenMP's locks."""
+    """Return how to start workers: from a clean server process, as a fork of this one could inherit OpenMP's locks."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
@@ -121,7 +121,7 @@ def _context() -> BaseContext:
 
 
 def _end_with_parent(worker: int) -> None:
-    """Let a worker end when the process that trains is killed: torch's own watchdog looks at the server process."""
+    """End a worker when the training process is killed: torch's own watchdog watches the server process instead."""
     parent = parent_process()
 
     def watch() -> None:

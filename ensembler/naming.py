@@ -1,4 +1,4 @@
-"""Things that a manifest names: ``package.module:attribute``, imported."""
+"""Importing what a manifest or a user names as ``package.module:attribute``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from ensembler.errors import UsageError
 
-__all__ = ["imported"]
+__all__ = ["import_object"]
 
 
-def imported(name: str, kind: str) -> Any:
-    """What ``package.module:attribute`` names; modules of the current folder are found, too.
+def import_object(name: str, kind: str) -> Any:
+    """Import ``package.module:attribute``; modules in the current folder are found, too.
 
     A run that names code is as trustworthy as the module that it names.
 
     Args:
-        name: as a user or a manifest gives it.
-        kind: what it should be, for the message.
+        name: ``package.module:attribute``.
+        kind: what it should be, for the error message.
 
     Raises:
         UsageError: it cannot be imported.

@@ -1,30 +1,30 @@
-"""In which order to ask an ensemble's members, so that the first few serve best. NumPy only."""
+"""The order of an ensemble's members in which the first few are the best subset. NumPy only."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ensembler.calibration import FLOOR
+from ensembler.calibration_maps import FLOOR
 from ensembler.errors import ShapeError
 
 __all__ = ["greedy_order"]
 
 
 def greedy_order(likelihoods: ArrayLike) -> list[int]:
-    """The members in the order that helps most: each next one gives the lowest NLL of the mean with those before it.
+    """Order members greedily: each next one gives the mean with those before it the lowest NLL.
 
-    Forward selection (Caruana et al. 2004, "Ensemble selection from libraries of models"), without replacement. Of
-    equally good members the first comes first.
+    Forward selection without replacement (Caruana et al. 2004, "Ensemble selection from libraries of models"). Ties
+    keep the given order.
 
     Args:
-        likelihoods: (M, B) what each member gives to the label of each held-out image: never of the test images.
+        likelihoods: (M, B), each member's probability of the label of each held-out image (never of test images).
 
     Returns:
-        0 to M - 1, each once.
+        A permutation of 0 to M - 1.
 
     Raises:
-        ShapeError: not (M, B) with at least one of each.
+        ShapeError: not (M, B) with M >= 1 and B >= 1.
     """
     likely = np.asarray(likelihoods, dtype=np.float64)
     if likely.ndim != 2 or not likely.size:

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: read a file of them, or fetch published ones, and fit them to a network.
+"""Pretrained weights: reading a file, or downloading published ones, and loading them into a network.
 
 Nothing is unpickled: a file is safetensors, or is read by ``torch.load(..., weights_only=True)``.
 """
@@ -32,23 +32,23 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Weights by name, and in words where they come from."""
+    """Weights by name, and a description of their origin."""
 
     origin: str
     tensors: Mapping[str, Tensor]
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, on the CPU.
+    """Read the tensors of a checkpoint by name, on the CPU.
 
-    ``.safetensors`` is read as such, any other file (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) as PyTorch's. It holds a
-    state dict, or has one under the first of ``state_dict``, ``model_state_dict``, ``model_state``, ``model``, ``net``
-    and ``model_ema`` that it has. What wrappers add to the names is taken off: ``module.`` of ``DataParallel`` and
-    ``AveragedModel`` (and the latter's count, ``n_averaged``), ``_orig_mod.`` of ``torch.compile``.
+    ``.safetensors`` is read as such, any other file (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) as PyTorch's. It is a
+    state dict, or has one under a key: the first of ``state_dict``, ``model_state_dict``, ``model_state``, ``model``,
+    ``net`` and ``model_ema``. Prefixes of wrappers are removed from the names: ``module.`` of ``DataParallel`` and
+    ``AveragedModel`` (and the latter's ``n_averaged``), ``_orig_mod.`` of ``torch.compile``.
 
     Raises:
-        ArtefactError: no such file, one that holds pickled objects, or one without a state dict.
-        CorruptError: the file is damaged, or of no format that PyTorch can read.
+        ArtefactError: there is no such file, it holds pickled objects, or it holds no state dict.
+        CorruptError: the file is damaged, or PyTorch cannot read its format.
     """
     content: Any
     try:
@@ -58,7 +58,7 @@ def read(path: Path) -> dict[str, Tensor]:
             content = load_tensors(path)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what it warns of, it also refuses, or reads
+                warnings.simplefilter("ignore")  # what it warns about, it also refuses or reads
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ArtefactError(f"no weights at {path}: there is no such file") from error
@@ -66,37 +66,37 @@ def read(path: Path) -> dict[str, Tensor]:
         raise ArtefactError(f"{path} is a folder: name the file of weights in it") from error
     except OSError as error:
         raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # of any kind: the file is untrusted
+    except Exception as error:  # any exception: the file is untrusted
         if pickled := re.search(r"GLOBAL ([\w.]+)|(TorchScript|legacy \.tar)", str(error)):
             raise ArtefactError(
                 f"{path} holds more than tensors ({pickled[1] or pickled[2]}), and reading that could run code: "
-                "save the state dict alone, torch.save(network.state_dict(), FILE)"
+                "save only the state dict, torch.save(network.state_dict(), FILE)"
             ) from error
-        raise CorruptError(f"{path} is damaged, or no file of weights: copy or download it again") from error
-    for _ in range(3):  # one within another, but not without end
+        raise CorruptError(f"{path} is damaged, or not a file of weights: copy or download it again") from error
+    for _ in range(3):  # state dicts may be nested, but an untrusted file may nest them without end
         if isinstance(content, Mapping):
             content = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), content)
-    return _unwrapped(_checked(content, path))
+    return _strip_prefixes(_check_state_dict(content, path))
 
 
 def fit(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Write a state dict into a network, in place, except for a head that has another number of classes.
+    """Load a state dict into a network, in place, except for a head with another number of classes.
 
-    The head is the last linear layer (or the last convolution of a network without one). Where ``state`` has nothing
-    for it, or a layer that differs in its number of outputs alone, it keeps the weights it has. Checkpoints older than
-    BatchNorm's ``num_batches_tracked`` fit. Every other name and shape must match; if one does not, nothing is written.
+    The head is the last linear layer (or the last convolution of a network without one). If ``state`` has no tensors
+    for it, or they differ only in the number of outputs, the head keeps its current weights. Checkpoints older than
+    BatchNorm's ``num_batches_tracked`` load, too. All other names and shapes must match; otherwise nothing is written.
 
     An auxiliary head is a layer like any other: torchvision's weights of ``inception_v3`` and ``googlenet`` are refused
     for another number of classes.
 
     Returns:
-        The names of the head's tensors if it kept its own, else nothing.
+        The names of the head's tensors if it kept its current weights, else an empty list.
 
     Raises:
-        ShapeError: a tensor is missing, unknown, or of another shape or kind; it is named.
+        ShapeError: a tensor is missing, unknown, or of another shape or type; the message names it.
     """
     own = _tensors(network)
-    head = _unfitting_head(network, state)
+    head = _mismatched_head(network, state)
     fresh = [name for name in own if head is not None and name.startswith(head)]
     for name, given in state.items():
         if head is not None and name.startswith(head):
@@ -115,16 +115,16 @@ def fit(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def pretrained(architecture: str, weights: str = "DEFAULT") -> dict[str, Tensor]:
-    """The published weights of a network of torchvision or timm, from its cache or else fetched there.
+    """Load the published weights of a network of torchvision or timm, from its cache or by download.
 
     Args:
         architecture: ``torchvision:NAME`` or ``timm:NAME``.
-        weights: for torchvision one of the names of ``torchvision.models.get_model_weights(NAME)``, e.g.
-            ``IMAGENET1K_V1``; for timm, whose names name the weights too (``NAME.TAG``), ``DEFAULT``.
+        weights: for torchvision, a name of ``torchvision.models.get_model_weights(NAME)``, e.g. ``IMAGENET1K_V1``; for
+            timm, whose model names include the weights (``NAME.TAG``), ``DEFAULT``.
 
     Raises:
-        UsageError: another architecture, or no weights of that name.
-        ArtefactError: they cannot be fetched; where from, and where to put them, is said.
+        UsageError: the architecture has no published weights, or none of that name.
+        ArtefactError: the download failed; the message says from where, and where to put the file by hand.
         CorruptError: the file is not the published one.
     """
     library, _, name = architecture.partition(":")
@@ -132,34 +132,32 @@ def pretrained(architecture: str, weights: str = "DEFAULT") -> dict[str, Tensor]
         return _torchvision(name, weights)
     if library == "timm":
         return _timm(name, weights)
-    raise UsageError(
-        f"{architecture} has no published weights: torchvision:NAME and timm:NAME have; give a file of weights instead"
-    )
+    raise UsageError(f"{architecture} has no published weights: use torchvision:NAME, timm:NAME or a file of weights")
 
 
-def _checked(content: object, path: Path) -> dict[str, Tensor]:
-    """``content`` if it is a state dict."""
-    mend = "save the network's state_dict()"
+def _check_state_dict(content: object, path: Path) -> dict[str, Tensor]:
+    """Return ``content`` if it is a state dict, else raise ArtefactError."""
+    remedy = "save the network's state_dict()"
     if not isinstance(content, Mapping):
-        raise ArtefactError(f"{path} holds a {type(content).__name__}, not weights by name: {mend}")
+        raise ArtefactError(f"{path} holds a {type(content).__name__}, not weights by name: {remedy}")
     if not any(isinstance(value, Tensor) for value in content.values()):
-        held = ", ".join(map(repr, list(content)[:5])) or "nothing"
-        raise ArtefactError(f"{path} holds no weights ({held}): {mend}")
+        keys = ", ".join(map(repr, list(content)[:5])) or "nothing"
+        raise ArtefactError(f"{path} holds no weights ({keys}): {remedy}")
     for name, value in content.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise ArtefactError(f"{path} holds more than weights (a {type(value).__name__} as {name!r}): {mend}")
+            raise ArtefactError(f"{path} holds more than weights (a {type(value).__name__} as {name!r}): {remedy}")
     return {name: value.detach() for name, value in content.items()}
 
 
-def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
     while (names := state.keys() - {"n_averaged"}) and all(name.startswith("module.") for name in names):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items() if name in names}
     return state
 
 
-def _unfitting_head(network: nn.Module, state: Mapping[str, Tensor]) -> str | None:
-    """What the names of the head's tensors start with, if ``state`` has no head that fits."""
+def _mismatched_head(network: nn.Module, state: Mapping[str, Tensor]) -> str | None:
+    """Return the prefix of the head's tensors if ``state`` has no matching head, else ``None``."""
     layers = {f"{name}." if name else "": module for name, module in network.named_modules()}
     for prefix, layer in reversed(layers.items()):
         given = state.get(f"{prefix}weight")
@@ -189,14 +187,14 @@ def _torchvision(name: str, weights: str) -> dict[str, Tensor]:
     file = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
     try:
         with _weights_only(), torch.random.fork_rng(devices=[]):
-            # Through the network: some files have older names, which torchvision translates.
+            # Load through the network, because torchvision translates the old names in some files.
             return _tensors(architectures.from_torchvision(name, weights=published[weights]))
     except EnsemblerError:
         raise
     except (OSError, HTTPException) as error:
         raise ArtefactError(f"cannot fetch {url} ({_reason(error)}): put that file at {file}") from error
-    except Exception as error:  # of any kind: the file is untrusted
-        raise CorruptError(f"{url} came damaged ({_reason(error)}): remove {file}, and it is fetched again") from error
+    except Exception as error:  # any exception: the file is untrusted
+        raise CorruptError(f"{file} is damaged ({_reason(error)}): remove it, then {url} is fetched again") from error
 
 
 def _timm(name: str, weights: str) -> dict[str, Tensor]:
@@ -207,14 +205,14 @@ def _timm(name: str, weights: str) -> dict[str, Tensor]:
             return _tensors(architectures.from_timm(name, pretrained=True))
     except EnsemblerError:
         raise
-    except Exception as error:  # of any kind: whatever timm or its hub's client raises
+    except Exception as error:  # any exception: timm and the client of its hub raise many
         import timm  # type: ignore[import-not-found]
 
         origin = timm.get_pretrained_cfg(name)
         url = f"https://huggingface.co/{origin.hf_hub_id}" if origin.hf_hub_id else origin.url
         raise ArtefactError(
             f"cannot fetch {url} ({_reason(error)}): "
-            "fetch it where there is a network, and copy that machine's cache (HF_HOME, TORCH_HOME) here"
+            "fetch it on a machine with a network, and copy that machine's cache (HF_HOME, TORCH_HOME) here"
         ) from error
 
 
@@ -224,7 +222,7 @@ def _tensors(network: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """Make every ``torch.load`` within refuse pickled objects, also those of other libraries."""
+    """Make every ``torch.load`` inside refuse pickled objects, including those of other libraries."""
     before = os.environ.get(_FORCE)
     os.environ[_FORCE] = "1"
     try:
@@ -237,6 +235,6 @@ def _weights_only() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of what a library says."""
-    said = str(getattr(error, "reason", error)).partition("\n")[0].partition(". ")[0]
-    return said.rstrip(".:") or type(error).__name__
+    """Return the first sentence of another library's error message."""
+    sentence = str(getattr(error, "reason", error)).partition("\n")[0].partition(". ")[0]
+    return sentence.rstrip(".:") or type(error).__name__

@@ -1,4 +1,4 @@
-"""What a long command says while it works: a bar with the time left on a terminal, else a line now and then."""
+"""Progress of long commands: a bar with the time left on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["Watcher", "watching"]
 
 Watcher = Callable[[str, int, int], None]
 
-_EVERY = 10.0  # seconds between two lines
+_INTERVAL = 10.0  # seconds between two lines
 
 
 @contextmanager
 def watching(quiet: bool, *, unit: str = "", scale: float = 1.0) -> Iterator[Watcher]:
-    """A function to be told of the progress: what is being done, how much is done, of how much.
+    """Yield a function ``watch(label, done, total)`` that shows progress on standard error.
 
-    What becomes less, or of another total, is a new stage, with a bar of its own. A total of 0 is one not known.
+    A count that falls, or another total, starts a new stage with its own bar. A total of 0 means unknown.
 
     Args:
-        quiet: say nothing.
-        unit: of what is counted, such as ``"points"``.
-        scale: how much of it makes one unit.
+        quiet: show nothing.
+        unit: name of the unit, such as ``"points"``.
+        scale: counts in one unit.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -54,20 +54,20 @@ def watching(quiet: bool, *, unit: str = "", scale: float = 1.0) -> Iterator[Wat
 
 
 def _lines(unit: str, scale: float) -> Watcher:
-    begun = printed = 0.0
-    before, previous, of = 0, 0, -1
+    start = printed = 0.0
+    first, previous, stage_total = 0, 0, -1
 
     def watch(label: str, done: int, total: int) -> None:
-        nonlocal begun, printed, before, previous, of
+        nonlocal start, printed, first, previous, stage_total
         now = time.monotonic()
-        if new := total != of or done < previous:
-            begun, before, of = now, done, total
+        if new := total != stage_total or done < previous:
+            start, first, stage_total = now, done, total
         previous = done
-        if not new and (done < total or not total) and now - printed < _EVERY:
+        if not new and (done < total or not total) and now - printed < _INTERVAL:
             return
         printed, left = now, ""
-        if before < done < total:
-            left = f", {timedelta(seconds=round((now - begun) / (done - before) * (total - done)))} left"
+        if first < done < total:
+            left = f", {timedelta(seconds=round((now - start) / (done - first) * (total - done)))} left"
         typer.echo(f"{label}: {done / scale:,.0f} of {total / scale:,.0f} {unit}".rstrip() + left, err=True)
 
     return watch

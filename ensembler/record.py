@@ -1,4 +1,4 @@
-"""What is written to a file of ours as JSON: a field that is not known is an error, and never left out in silence."""
+"""Base class of the schemas of the package's JSON files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ __all__ = ["Record"]
 
 
 class Record(BaseModel):
-    """A schema that forbids fields that it does not name."""
+    """A schema that rejects unknown fields instead of dropping them."""
 
     model_config = ConfigDict(extra="forbid")

@@ -1,4 +1,4 @@
-"""A run on disk: what was trained, how, at what cost, and the vertices and coefficients that came of it.
+"""Runs on disk: the vertices and coefficients of a trained ensemble, how it was trained, and its cost.
 
 A run is a folder (see :mod:`ensembler.artefact` for how it is written and verified):
 
@@ -9,9 +9,9 @@ A run is a folder (see :mod:`ensembler.artefact` for how it is written and verif
 ``members.safetensors``
     ``coefficients`` (M, K) and each buffer as ``buffer.NAME``, with a leading M axis.
 ``frozen.safetensors``
-    parameters that were not trained, if there are any.
+    parameters that were not trained, if any.
 ``history.jsonl``
-    one JSON object for each epoch of training.
+    one JSON object per epoch of training.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ _PACKAGES = (
 
 
 class DatasetRecord(Record):
-    """Which data, so that evaluation can find the same again, and what a network needs to see them.
+    """The identity of a dataset, its normalisation and its augmentation.
 
     Attributes:
-        kind: of data: see :func:`ensembler.examples.find`.
-        shape: of one example as it is stored; of images, [H, W, 3].
-        lazy: whether images were read from their files whenever they were needed.
+        kind: of data; see :func:`ensembler.examples.find`.
+        shape: of one stored example; for images, [H, W, 3].
+        lazy: whether images were read from files when needed.
         skipped: the files of a folder that were left out.
     """
 
@@ -86,10 +86,10 @@ class DatasetRecord(Record):
 
     @classmethod
     def of(cls, dataset: Dataset, augmentation: str | None = None) -> DatasetRecord:
-        """The record of a dataset, trained on with the given augmentation, or else the dataset's own.
+        """Make the record of a dataset with the given augmentation, or by default the dataset's.
 
         Raises:
-            UsageError: an unknown augmentation.
+            UsageError: the augmentation is unknown.
         """
         augmentation, known = augmentation or dataset.augmentation, dataset.train.augmentations
         if augmentation not in known:
@@ -112,13 +112,13 @@ class DatasetRecord(Record):
         )
 
     def load(self, root: Path | None = None, *, download: bool = False) -> Dataset:
-        """The same images again; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
+        """Load the same images again; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
 
         Raises:
-            DataError: they are missing, or are not the same; or they are not images.
+            DataError: the images are missing or have changed, or the data are not images.
         """
         if self.kind != "images":
-            raise DataError(f"{self.title} is no dataset that can be loaded by name: give it from Python")
+            raise DataError(f"{self.title} cannot be loaded by name: pass the dataset from Python")
         height, width = self.shape[:2]
         size = height if height == width else None
         dataset = datasets.load(
@@ -133,10 +133,10 @@ class DatasetRecord(Record):
         return dataset
 
     def check(self, dataset: Dataset) -> None:
-        """Refuse a dataset whose splits are not the recorded ones.
+        """Refuse a dataset that differs from the record.
 
         Raises:
-            DataError: the training or the test images differ; evaluation would not be of held-out data.
+            DataError: the training or test examples differ, so the test split might not be held out.
         """
         for part, expected, found in (
             ("training", self.train_sha256, dataset.train.sha256),
@@ -144,19 +144,19 @@ class DatasetRecord(Record):
         ):
             if expected != found:
                 raise DataError(
-                    f"{dataset.title} has changed since the run was trained: its {part} images differ. "
-                    "Point --data at the original files, or train again"
+                    f"{dataset.title} has changed since the run was trained (its {part} images differ): "
+                    "point --data at the original files, or train again"
                 )
 
 
 class Sampling(Record):
-    """How further members can be drawn: barycentric coordinates in the simplexes.
+    """How to draw further members: barycentric coordinates in simplexes.
 
     Attributes:
-        simplexes: of each, the rows of its vertices.
+        simplexes: the indices of each simplex's vertices.
         concentration: of the Dirichlet distribution.
-        corners: whether a simplex's first members are its vertices themselves.
-        weights: the probability of each simplex; ``None`` shares the members out evenly.
+        corners: whether a simplex's first members are its vertices.
+        weights: the probability of each simplex; ``None`` assigns members to simplexes in turn.
     """
 
     simplexes: list[list[int]]
@@ -166,17 +166,17 @@ class Sampling(Record):
 
 
 class CostEntry(Record):
-    """What one part of the training cost: a base solution ("solution 1"), or an addition ("vertex 2").
+    """The cost of one part of a training: a solution ("solution 1"), or an addition ("vertex 2").
 
     Attributes:
-        example_passes: one example forward and backward once.
-        forward_passes: examples that went forward only: for BatchNorm statistics, distances in function space, and
-            what a method measures on its way.
-        seconds: wall time; ``None`` where it is not known.
-        peak_memory: bytes; on a GPU, the most that was allocated meanwhile; on a CPU, the most that the process had
-            held by then. ``None`` where it is not known.
-        device: what it ran on.
-        origin: the file of weights that was started from, whose cost is not known and not counted.
+        example_passes: forward and backward passes of one example.
+        forward_passes: forward passes of one example without a backward pass: for BatchNorm statistics, distances in
+            function space, and a method's measurements.
+        seconds: wall time; ``None`` if unknown.
+        peak_memory: bytes; on a GPU, the most allocated during this part; on a CPU, the most that the process had held
+            up to its end. ``None`` if unknown.
+        device: the device's name.
+        origin: the pretrained weights, whose own cost is unknown and not counted; ``None`` for a part that was trained.
     """
 
     example_passes: int = 0
@@ -188,7 +188,7 @@ class CostEntry(Record):
 
 
 class Cost(Record):
-    """What training cost in all, and in each of its parts; the units are those of :class:`CostEntry`."""
+    """The total cost of a training, and the cost of each part; the units are those of :class:`CostEntry`."""
 
     example_passes: int
     forward_passes: int
@@ -199,23 +199,23 @@ class Cost(Record):
 
     @property
     def unknown(self) -> list[str]:
-        """The files of weights whose own cost is not known and not counted."""
+        """The pretrained weights whose own cost is unknown and not counted."""
         return [entry.origin for entry in self.entries.values() if entry.origin is not None]
 
 
 class Manifest(Record):
-    """Everything about a run but its numbers.
+    """Everything about a run except its tensors.
 
     Attributes:
-        method: its name, as a report should call it.
-        command: the command that makes it; ``None`` where none does.
+        method: the method's name in reports.
+        command: the command that makes the run; ``None`` if there is none.
         independent: whether the members were trained independently of one another.
         task: what the outputs mean; see :func:`ensembler.task.find`.
-        options: of the method, every one, resolved.
-        settings: what all methods share, every one, resolved.
-        fingerprint: SHA-256 of what decides the result: method, options, settings, data, and what it started from.
+        options: all options of the method, resolved.
+        settings: all options that the methods share, resolved.
+        fingerprint: SHA-256 of what determines the result: method, options, settings, data and initial weights.
         vertices, members, parameters: K, M and P.
-        sampling: how further members can be drawn; ``None`` where the members are fixed.
+        sampling: how to draw further members; ``None`` if the members are fixed.
     """
 
     kind: Literal["run"] = "run"
@@ -251,8 +251,8 @@ class Run:
         coefficients: (M, K).
         buffers: buffer name to (M, ...).
         frozen: name to tensor, for parameters that were not trained.
-        history: one mapping for each epoch of training.
-        sha256: of the manifest that it was loaded with, whatever lies at its path by now; empty before that.
+        history: one mapping per epoch of training.
+        sha256: of the manifest when the run was saved or loaded; empty before that.
     """
 
     manifest: Manifest
@@ -263,14 +263,15 @@ class Run:
     history: Sequence[Mapping[str, Any]] = ()
     sha256: str = ""
 
-    def save(self, path: Path) -> Path:
-        """Write the run to ``path``, whole or not at all, and let ``latest`` beside it name it.
+    def save(self, path: str | Path) -> Path:
+        """Write the run to ``path`` atomically, and point the link ``latest`` beside it to it.
 
         Raises:
-            UsageError: ``path`` exists.
+            UsageError: ``path`` already exists.
             ArtefactError: it cannot be written.
             DivergedError: a weight is not finite.
         """
+        path = Path(path)
         for name, tensor in self.vertices.items():
             if not torch.isfinite(tensor).all():
                 raise DivergedError(f"parameter {name!r} is not finite: train with a lower learning rate")
@@ -283,19 +284,20 @@ class Run:
                 save_tensors(self.frozen, folder / "frozen.safetensors")
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
             (folder / "history.jsonl").write_text(lines, encoding="utf-8")
-        self.manifest.files = content["files"]
-        _point_latest_at(path)
+        self.manifest.files, self.sha256 = content["files"], _manifest_sha256(path)
+        _link_latest(path)
         return path
 
     @classmethod
-    def load(cls, path: Path) -> Run:
-        """Read a run and verify every byte of it. What becomes of its files later does not reach the run in memory.
+    def load(cls, path: str | Path) -> Run:
+        """Read a run and verify every byte. Later changes of its files do not affect the run in memory.
 
         Raises:
-            ArtefactError: no run there, or of a format this version cannot read.
-            CorruptError: a file is missing or changed; it is named. Or another run took its place meanwhile.
+            ArtefactError: there is no run, or this version cannot read its format.
+            CorruptError: a file is missing or has changed (the message names it), or the run was replaced meanwhile.
         """
-        sha256 = _identity(path)
+        path = Path(path)
+        sha256 = _manifest_sha256(path)
         content = artefact.read(path, "run", formats=(FORMAT,))
         try:
             manifest = Manifest.model_validate(content)
@@ -318,13 +320,13 @@ class Run:
             raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
         except (KeyError, ValueError, SafetensorError) as error:
             raise ArtefactError(f"{path} is not a run that this version can read ({error}): train it again") from error
-        if sha256 != _identity(path):
+        if sha256 != _manifest_sha256(path):
             raise CorruptError(f"{path} was replaced while it was read: run the same command again")
         return run
 
 
 def new_path(folder: Path, label: str) -> Path:
-    """A path in ``folder`` that names ``label`` and the time and that nothing has taken, nor begun to."""
+    """Return a free path in ``folder``, made of ``label`` and the time."""
     stem = f"{label}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     names = (stem, *(f"{stem}-{n}" for n in range(2, 1_000_000)))
     return next(
@@ -333,10 +335,10 @@ def new_path(folder: Path, label: str) -> Path:
 
 
 def latest(folder: Path) -> Path:
-    """The newest run of ``folder``.
+    """Return the newest run in ``folder``.
 
     Raises:
-        ArtefactError: none is there yet.
+        ArtefactError: there is none.
     """
     link = folder / "latest"
     if not link.is_dir():
@@ -345,21 +347,21 @@ def latest(folder: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """The versions that a reported number depends on."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that scores depend on."""
+    result = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory of their own.
+    """Read the tensors of a safetensors file, and copy them.
 
-    Its reader maps the file: whoever wrote over it would change the tensors, and cutting it short would end the
-    process.
+    safetensors maps the file into memory: without a copy, overwriting the file would change the tensors, and truncating
+    it would kill the process.
     """
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
@@ -372,23 +374,23 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # its writer's, and no OSError
-        raise ArtefactError(f"cannot write {path}: {error}; nothing was left behind") from error
+    except SafetensorError as error:  # raised for a full disk, too, instead of OSError
+        raise ArtefactError(f"cannot write {path}: {error}; no partial output was kept") from error
 
 
-def _identity(path: Path) -> str:
+def _manifest_sha256(path: Path) -> str:
     try:
         return artefact.sha256(path / artefact.MANIFEST)
     except OSError:
         return ""
 
 
-def _point_latest_at(path: Path) -> None:
-    """Replace the link in one step, so that a reader never finds it missing or half-made."""
+def _link_latest(path: Path) -> None:
+    """Replace the link atomically, so that it is never missing."""
     with tempfile.TemporaryDirectory(prefix=".partial-latest-", dir=path.parent) as scratch:
         link = Path(scratch) / "latest"
         try:
             link.symlink_to(path.name, target_is_directory=True)
             link.replace(path.parent / "latest")
         except OSError:
-            return  # no symbolic links here (some file systems, Windows without the right): the run itself is safe
+            return  # no symbolic links here (some file systems, Windows without the permission); the run is saved

@@ -1,7 +1,7 @@
-"""Random streams that cannot disturb one another.
+"""Independent random streams, all derived from one seed.
 
-One seed a run; each use of randomness names its own stream, so drawing more coefficients never changes the order of
-the images.
+A run has one seed, and each use of randomness names its own stream: drawing more coefficients never changes the order
+of the images.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ __all__ = ["derive", "generator"]
 
 
 def derive(seed: int, *stream: str | int) -> int:
-    """A 63-bit seed for the named stream, e.g. ``derive(0, "shuffle", member)``."""
+    """Return a 63-bit seed for the named stream, e.g. ``derive(0, "shuffle", member)``."""
     digest = hashlib.sha256(repr((seed, *stream)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def generator(seed: int, *stream: str | int) -> torch.Generator:
-    """A CPU generator for the named stream."""
+    """Return a CPU generator for the named stream."""
     import torch
 
     return torch.Generator().manual_seed(derive(seed, *stream))

@@ -1,12 +1,11 @@
-"""Runs and bundles at a URL: on S3, Google Cloud Storage, any file system that fsspec knows, or the Hugging Face Hub.
+"""Runs and bundles at URLs: on S3, Google Cloud Storage, any file system of fsspec, or the Hugging Face Hub.
 
-What lies at a URL is the artefact's own folder (:mod:`ensembler.artefact`): its files, ``manifest.json``,
-``manifest.sha256``, a run's calibration, and a ``README.md`` about it. Object stores rename no folders, so there the
-order of writing says what is whole: the manifest comes first and claims the place, the seal comes last. On the Hub
-everything is one commit.
+A URL holds the artefact's folder (:mod:`ensembler.artefact`): its files, ``manifest.json``, ``manifest.sha256``, a
+run's calibration, and a ``README.md``. Object stores cannot rename folders, so the order of writing marks what is
+complete: the manifest comes first and claims the URL, the seal comes last. On the Hub, everything is one commit.
 
-Nothing at a URL is trusted: its manifest names no place outside its folder, and every byte fetched has the SHA-256
-that the seal vouches for, or is thrown away.
+The content of a URL is untrusted: a manifest that names files outside its folder is refused, and every file must have
+the SHA-256 that the sealed manifest gives, or it is discarded.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ensembler import artefact
 from ensembler.artefact import MANIFEST, SEAL
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 from ensembler.progress import Watcher
-from ensembler.stores import NAME, HubRepository, Store, changed, is_url, name_of, open_store, silent
+from ensembler.stores import NAME, HubRepository, Store, is_url, mismatch, name_of, open_store, silent
 
 __all__ = [
     "Url",
@@ -40,127 +39,128 @@ __all__ = [
     "push",
 ]
 
-CALIBRATION = "calibration.json"  # of a run; ensembler.calibration says more, and imports more
+CALIBRATION = "calibration.json"  # as ensembler.calibration.FILE, without its imports
 CARD = "README.md"
 
-_KINDS = {"run": "runs", "bundle": "bundles"}  # and where they are pulled to by default
+_KINDS = {"run": "runs", "bundle": "bundles"}  # each with its default parent folder
 _SEALED = re.compile(rf"([0-9a-f]{{64}})  {re.escape(MANIFEST)}\n")
 
 
 class Url(str):
-    """Where a run or bundle lies; a :class:`~pathlib.Path` would lose a slash of it."""
+    """The URL of a run or bundle; a :class:`~pathlib.Path` would collapse its double slash."""
 
     __slots__ = ()
 
 
 def place(text: str | Path) -> Path:
-    """What is typed where a run or bundle is wanted: a path, or a :class:`Url`, which :func:`local` makes a path of.
+    """Parse a command-line argument that names a run or bundle: a path, or a :class:`Url`.
 
-    For Typer's ``parser=``. The command line calls :func:`local` before the command runs, so that a command sees paths
-    alone: hence the type.
+    For Typer's ``parser=``. It is annotated as a path because the command line replaces URLs by :func:`local` paths
+    before a command runs.
     """
     return Url(text) if isinstance(text, str) and is_url(text) else Path(text)  # type: ignore[return-value]
 
 
 def default_folder() -> Path:
-    """What is fetched is kept here: ``$XDG_CACHE_HOME/ensembler/artefacts``, or ``~/.cache/...``; safe to remove."""
+    """Return the cache of downloads: ``$XDG_CACHE_HOME/ensembler/artefacts`` or ``~/.cache/...``; safe to remove."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ensembler" / "artefacts"
 
 
 def local(location: str | Path, watch: Watcher = silent) -> Path:
-    """The folder on this machine of a run or bundle that may lie at a URL.
+    """Return the local folder of a run or bundle; one at a URL is downloaded into the cache.
 
-    Of a URL the seal is read, and a run's calibration. Where the cache holds that artefact, nothing more is; else it
-    is fetched and verified, and appears in the cache whole or not at all.
+    From a URL, the seal and a run's calibration are always read. If the cache has that artefact, nothing more is
+    fetched; else it is downloaded and verified, and a partial download is not kept.
 
     Args:
         location: a path, which is returned as it is, or a URL.
-        watch: told what is fetched.
+        watch: reports progress.
 
     Returns:
-        A folder of the URL's last name.
+        A folder whose name is the last part of the URL.
 
     Raises:
-        ArtefactError: nothing is there, or it cannot be reached or kept. CorruptError: it is not what was pushed.
-        UsageError: a URL that cannot be used, or a package for it that is not installed.
+        ArtefactError: there is no artefact, it cannot be reached, or the cache cannot be written.
+        CorruptError: it is not what was pushed. UsageError: the URL is invalid, or its package is not installed.
     """
     if isinstance(location, Path) or not is_url(location):
         return Path(location)
     store = open_store(location)
-    seal, sha256 = _sealed(store)
+    seal, sha256 = _read_seal(store)
     calibration = store.read(CALIBRATION)
     version = f"-{hashlib.sha256(calibration).hexdigest()[:32]}" if calibration is not None else ""
     folder = default_folder() / f"{sha256}{version}" / store.name
-    if folder.exists() and not _holds(folder, seal, calibration):
+    if folder.exists() and not _is_intact(folder, seal, calibration):
         _discard(folder)
     if not folder.exists():
         try:
             _fetch(store, seal, calibration, folder, watch)
         except UsageError:
-            if not folder.exists():  # or else another process was quicker
+            if not folder.exists():  # if it exists, another process fetched it first
                 raise
     return folder
 
 
 def pull(url: str, out: Path | None = None, watch: Watcher = silent) -> Path:
-    """Fetch a run or bundle into a folder, verified, whole or not at all.
+    """Download a run or bundle into a folder and verify it; a partial download is not kept.
 
     Args:
-        url: where it lies.
+        url: of the run or bundle.
         out: the folder, which must not exist; by default ``runs/NAME`` or ``bundles/NAME``.
-        watch: told what is fetched.
+        watch: reports progress.
 
     Raises:
         As :func:`local`; UsageError: ``out`` exists.
     """
     store = open_store(url)
-    seal, _ = _sealed(store)
+    seal, _ = _read_seal(store)
     if out is None:
         out = Path(_KINDS[_manifest(store, seal)[1]["kind"]], store.name)
     if out.exists():
-        raise UsageError(f"{out} exists already: choose another --out, or remove it first")
+        raise UsageError(f"{out} already exists: choose another --out, or remove it first")
     _fetch(store, seal, store.read(CALIBRATION), out, watch)
     return out
 
 
 def push(path: Path, url: str, *, private: bool | None = None, watch: Watcher = silent) -> list[str]:
-    """Verify a run or bundle and write it to a URL, such that it is never taken for whole before it is.
+    """Verify a run or bundle and upload it to a URL; an incomplete upload is never used.
 
-    A push that was interrupted can be repeated. What lies there whole is never overwritten: if it is the same artefact,
-    only files that are missing or of another size are sent again, and a calibration that differs. A ``README.md`` that
-    is there is left as it is.
+    An interrupted push can be repeated. A complete artefact is never overwritten: if it is the same one, only files
+    that are missing or of another size are sent again, and a calibration that differs. An existing ``README.md`` stays
+    unchanged.
 
     Args:
         path: the run or bundle.
-        url: where to.
-        private: whether a repository that is made on the Hugging Face Hub is private; by default it is.
-        watch: told what is sent.
+        url: the destination.
+        private: whether a new repository on the Hugging Face Hub is private; by default it is.
+        watch: reports progress.
 
     Returns:
-        The names of the files sent; none where it was all there.
+        The names of the files sent; empty if all were there.
 
     Raises:
-        ArtefactError: no run or bundle at ``path``, or the URL cannot be written to. CorruptError: a file has changed.
-        UsageError: something else lies at the URL, or the URL or an option for it cannot be used.
+        ArtefactError: there is no run or bundle at ``path``, or the URL cannot be written to.
+        CorruptError: a file has changed.
+        UsageError: the URL holds something else, or the URL or an option for it is invalid.
     """
     from ensembler.card import card
 
     path = path.resolve()
     if private is not None and not url.startswith("hf://"):
-        raise UsageError(f"--private and --public are of Hugging Face Hub repositories (hf://USER/NAME), not of {url}")
-    manifest = _whole(path)
+        raise UsageError(f"--private and --public are for repositories on the Hub (hf://USER/NAME), not for {url}")
+    manifest = _verify(path)
     seal = (path / SEAL).read_bytes()
     store = open_store(url)
     store.prepare(private is not False)
-    is_there = _check(store, seal, (path / MANIFEST).read_bytes())
-    small, sizes = [MANIFEST], store.sizes() if is_there else {}
+    exists = _check(store, seal, (path / MANIFEST).read_bytes())
+    small, sizes = [MANIFEST], store.sizes() if exists else {}
     to_send: dict[str, Path | bytes] = {}  # in this order
     if manifest["kind"] == "run" and (path / CALIBRATION).exists():
         _check_calibration(path, path / CALIBRATION)
         small.append(CALIBRATION)
     for file in small:
         content = (path / file).read_bytes()
-        if not is_there or store.read(file) != content:
+        if not exists or store.read(file) != content:
             to_send[file] = content
     for file in manifest["files"]:
         if sizes.get(file) != (path / file).stat().st_size:
@@ -168,7 +168,7 @@ def push(path: Path, url: str, *, private: bool | None = None, watch: Watcher = 
     if not store.has(CARD):
         calibrated = CALIBRATION in (*small, *manifest["files"])
         to_send[CARD] = card(manifest, seal[:64].decode(), url, store.name, calibrated=calibrated).encode()
-    if not is_there:
+    if not exists:
         to_send[SEAL] = seal
     if to_send:
         store.write(to_send, watch)
@@ -176,16 +176,16 @@ def push(path: Path, url: str, *, private: bool | None = None, watch: Watcher = 
 
 
 def check_free(url: str) -> None:
-    """Find out before hours of work, not after, that nothing can be pushed to a URL.
+    """Check that a new run or bundle can be pushed to a URL, before the work starts.
 
     Raises:
-        UsageError: something lies there, or the URL cannot be used. ArtefactError: it cannot be reached.
+        UsageError: the URL is taken or invalid. ArtefactError: it cannot be reached.
     """
     _check(open_store(url), None, None)
 
 
 def destination(out: str | None, folder: str) -> tuple[Path | None, str | None]:
-    """``--out`` as a path, and the URL to push to when that is finished: of a URL the path is ``FOLDER/NAME``.
+    """Split ``--out`` into a local path and a URL to push to at the end; for a URL, the path is ``FOLDER/NAME``.
 
     Raises:
         As :func:`check_free`.
@@ -196,11 +196,11 @@ def destination(out: str | None, folder: str) -> tuple[Path | None, str | None]:
     return Path(folder, name_of(out)), out
 
 
-def _sealed(store: Store) -> tuple[bytes, str]:
-    """The seal of what lies there, and the SHA-256 in it.
+def _read_seal(store: Store) -> tuple[bytes, str]:
+    """Read the artefact's seal, and the SHA-256 in it.
 
     Raises:
-        ArtefactError: nothing of ours is there. CorruptError: it is not whole.
+        ArtefactError: there is no run or bundle. CorruptError: it is incomplete.
     """
     seal = store.read(SEAL)
     match = _SEALED.fullmatch((seal or b"").decode("ascii", "replace"))
@@ -210,107 +210,107 @@ def _sealed(store: Store) -> tuple[bytes, str]:
         hidden = "; if it is private, set HF_TOKEN" if isinstance(store, HubRepository) else ""
         raise ArtefactError(f"no run or bundle at {store.url}{hidden}")
     raise CorruptError(
-        f"what lies at {store.url} is incomplete: wait until its push has ended, or push it again if it was broken off"
+        f"{store.url} is incomplete: wait until its push has finished, or push it again if that was interrupted"
     )
 
 
 def _manifest(store: Store, seal: bytes) -> tuple[bytes, dict[str, Any]]:
-    """The manifest at a URL, as bytes and read.
+    """Read the manifest at a URL, as bytes and parsed.
 
     Raises:
-        CorruptError: it is not the one that was sealed. ArtefactError: it names what no artefact of ours holds.
+        CorruptError: it does not match the seal. ArtefactError: it is not a valid manifest of a run or bundle.
     """
     content = store.read(MANIFEST)
     if content is None or hashlib.sha256(content).hexdigest().encode() != seal[:64]:
-        raise CorruptError(changed(f"{store.url}/{MANIFEST}", missing=content is None))
-    return content, _read(content, store.url)
+        raise CorruptError(mismatch(f"{store.url}/{MANIFEST}", missing=content is None))
+    return content, _parse(content, store.url)
 
 
-def _read(content: bytes, where: str | Path) -> dict[str, Any]:
-    """A manifest, if it is of a run or bundle and names only files of its own folder."""
+def _parse(content: bytes, where: str | Path) -> dict[str, Any]:
+    """Parse a manifest; refuse one that is not a run's or bundle's, or that names files outside its folder."""
     try:
         manifest = json.loads(content)
         kind, files = manifest["kind"], dict(manifest["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"the {MANIFEST} at {where} is not of a run or bundle") from error
     if kind not in _KINDS:
-        raise ArtefactError(f"what lies at {where} is a {kind}, not a run or bundle")
+        raise ArtefactError(f"{where} is a {kind}, not a run or bundle")
     for name, expected in files.items():
         if not all(map(NAME.fullmatch, name.split("/"))) or name in (MANIFEST, SEAL, CARD):
             raise ArtefactError(
-                f"the {MANIFEST} at {where} names {name!r}, which is no file of a {kind}: do not use it"
+                f"the {MANIFEST} at {where} names {name!r}, which is not a file of a {kind}: do not use it"
             )
         if not isinstance(expected, str):
             raise ArtefactError(f"the {MANIFEST} at {where} has no hash of {name}: do not use it")
     return dict(manifest)
 
 
-def _whole(path: Path) -> dict[str, Any]:
-    """The manifest of the run or bundle in a folder, of whatever format, after every file has been verified."""
+def _verify(path: Path) -> dict[str, Any]:
+    """Verify every file of the run or bundle in a folder, of any format, and return its manifest."""
     try:
-        said = _read((path / MANIFEST).read_bytes(), path)
+        manifest = _parse((path / MANIFEST).read_bytes(), path)
     except FileNotFoundError as error:
         raise ArtefactError(f"no run or bundle at {path}: it has no {MANIFEST}") from error
     except OSError as error:
         raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
-    return artefact.read(path, said["kind"], (said.get("format"),))  # type: ignore[arg-type]
+    return artefact.read(path, manifest["kind"], (manifest.get("format"),))  # type: ignore[arg-type]
 
 
 def _check(store: Store, seal: bytes | None, manifest: bytes | None) -> bool:
-    """Whether an artefact lies there sealed; if not, the place is free for it, or its push was broken off.
+    """Return whether a URL holds the complete artefact; if not, it is empty or holds its interrupted push.
 
     Args:
-        store: where.
-        seal, manifest: the artefact's; ``None`` of one that is not made yet.
+        store: the folder at the URL.
+        seal, manifest: the artefact's; ``None`` for one that does not exist yet.
 
     Raises:
-        UsageError: something else lies there.
+        UsageError: it holds something else.
     """
-    other = "choose another URL, or remove what is there first"
-    sealed, begun = store.read(SEAL), store.read(MANIFEST)
-    if sealed and _SEALED.fullmatch(sealed.decode("ascii", "replace")):
-        if sealed == seal:
+    remedy = "choose another URL, or remove what is there first"
+    other_seal, other_manifest = store.read(SEAL), store.read(MANIFEST)
+    if other_seal and _SEALED.fullmatch(other_seal.decode("ascii", "replace")):
+        if other_seal == seal:
             return True
-        raise UsageError(f"another run or bundle lies at {store.url}, and nothing is ever overwritten: {other}")
-    if begun is not None:
-        if manifest is not None and manifest.startswith(begun):  # the first write may itself have been cut short
+        raise UsageError(f"{store.url} holds another run or bundle, which is never overwritten: {remedy}")
+    if other_manifest is not None:
+        if manifest is not None and manifest.startswith(other_manifest):  # even the first write may have been cut short
             return False
-        raise UsageError(f"a push of another run or bundle to {store.url} is under way or was broken off: {other}")
+        raise UsageError(f"another push to {store.url} is running or was interrupted: {remedy}")
     if rest := [name for name in store.names() if not name.startswith(".") and name not in (CARD, SEAL, "LICENSE")]:
-        raise UsageError(f"{store.url} is not empty, and holds no run or bundle ({min(rest)}): {other}")
+        raise UsageError(f"{store.url} is not empty, and holds no run or bundle ({min(rest)}): {remedy}")
     return False
 
 
 def _fetch(store: Store, seal: bytes, calibration: bytes | None, path: Path, watch: Watcher) -> None:
-    """Make ``path`` the artefact that was sealed.
+    """Download the sealed artefact to ``path``.
 
     Raises:
-        CorruptError: a file is missing or another. ArtefactError: it cannot be read, or not be written here.
+        CorruptError: a file is missing or differs. ArtefactError: a file cannot be read, or not be written here.
         UsageError: ``path`` exists.
     """
     content, manifest = _manifest(store, seal)
     done, total, label = 0, 0, f"fetching {store.url}"
-    with suppress(ArtefactError):  # of a server that lists nothing
+    with suppress(ArtefactError):  # some servers cannot list files
         sizes = store.sizes()
         total = sum(sizes.get(name, 0) for name in manifest["files"])
-    held = [each for each in default_folder().glob(f"{seal[:64].decode()}*/[!.]*") if each.is_dir()]
+    copies = [each for each in default_folder().glob(f"{seal[:64].decode()}*/[!.]*") if each.is_dir()]
     with artefact.appear(path) as folder:
         for name, expected in manifest["files"].items():
-            place = folder / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if held and _copy(held[0] / name, place, expected):
-                done += place.stat().st_size
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if copies and _copy(copies[0] / name, target, expected):
+                done += target.stat().st_size
                 continue
             digest = hashlib.sha256()
             watch(label, done, total)
-            with place.open("wb") as file:
+            with target.open("wb") as file:
                 for chunk in store.chunks(name):
                     digest.update(chunk)
                     file.write(chunk)
                     done += len(chunk)
                     watch(label, done, total)
             if digest.hexdigest() != expected:
-                raise CorruptError(changed(f"{store.url}/{name}"))
+                raise CorruptError(mismatch(f"{store.url}/{name}"))
         (folder / MANIFEST).write_bytes(content)
         (folder / SEAL).write_bytes(seal)
         if calibration is not None and manifest["kind"] == "run":
@@ -318,17 +318,17 @@ def _fetch(store: Store, seal: bytes, calibration: bytes | None, path: Path, wat
             _check_calibration(folder, f"{store.url}/{CALIBRATION}")
 
 
-def _copy(held: Path, place: Path, expected: str) -> bool:
-    """Take a file from the cache, if it is there as it should be."""
+def _copy(source: Path, target: Path, expected: str) -> bool:
+    """Copy a file from the cache, and return whether it has the expected SHA-256."""
     try:
-        shutil.copyfile(held, place)
-        return artefact.sha256(place) == expected
+        shutil.copyfile(source, target)
+        return artefact.sha256(target) == expected
     except OSError:
         return False
 
 
 def _check_calibration(run: Path, where: str | Path) -> None:
-    """Refuse a calibration that is not as it was written. Whose it is, is asked where it is used."""
+    """Refuse a damaged calibration; whether it is the run's is checked when it is used."""
     from ensembler import calibration
 
     try:
@@ -339,10 +339,10 @@ def _check_calibration(run: Path, where: str | Path) -> None:
         pass
 
 
-def _holds(folder: Path, seal: bytes, calibration: bytes | None) -> bool:
-    """Whether a folder of the cache is what was once fetched into it."""
+def _is_intact(folder: Path, seal: bytes, calibration: bytes | None) -> bool:
+    """Return whether a folder of the cache is unchanged since it was fetched."""
     try:
-        manifest = _whole(folder)
+        manifest = _verify(folder)
         beside = manifest["kind"] == "run" and (folder / CALIBRATION).exists()
         own = (folder / CALIBRATION).read_bytes() if beside else None
         return (folder / SEAL).read_bytes() == seal and own == (calibration if manifest["kind"] == "run" else None)
@@ -351,6 +351,6 @@ def _holds(folder: Path, seal: bytes, calibration: bytes | None) -> bool:
 
 
 def _discard(folder: Path) -> None:
-    """Remove a folder in one step, so that nobody finds half of it."""
+    """Remove a folder in one step, so that no other process sees a part of it."""
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as away, suppress(OSError):
         folder.rename(Path(away) / folder.name)

@@ -1,6 +1,6 @@
-"""Folders at a URL, as :mod:`ensembler.storage` needs them: read, listed, written, and their errors told on one line.
+"""Folders at URLs for :mod:`ensembler.storage`: reading, listing and writing, with errors on one line.
 
-fsspec and huggingface_hub are imported when a URL is opened, as few commands are given one.
+fsspec and huggingface_hub are imported when a URL is opened, because few commands need them.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from ensembler.artefact import MANIFEST, SEAL
 from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, UsageError
 from ensembler.progress import Watcher
 
-__all__ = ["NAME", "HubRepository", "Store", "changed", "is_url", "name_of", "open_store", "silent"]
+__all__ = ["NAME", "HubRepository", "Store", "is_url", "mismatch", "name_of", "open_store", "silent"]
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ .,=+-]*")  # of a folder or a file, on any system
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+://")  # of two letters at least: C:// is a disk
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+://")  # at least two letters: C:// is a drive
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^/@]+))?/?")
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hub"}
-_FLAT = {*_EXTRAS, "az", "abfs", "abfss", "oss", "oci", "http", "https"}  # no folders to make; s3fs would make a bucket
+_FLAT = {*_EXTRAS, "az", "abfs", "abfss", "oss", "oci", "http", "https"}  # without folders; s3fs would make a bucket
 _CHUNK = 2**22
 
 
 def silent(label: str, done: int, total: int) -> None:
-    """A watcher that says nothing."""
+    """Ignore progress."""
 
 
 def is_url(text: str) -> bool:
-    """Whether a text is a URL rather than a path."""
+    """Return whether a text is a URL rather than a path."""
     return _URL.match(text) is not None
 
 
 def name_of(url: str) -> str:
-    """The last part of a URL: the name of what lies there.
+    """Return the last part of a URL: the name of the run or bundle there.
 
     Raises:
-        UsageError: it is no name for a folder.
+        UsageError: it is not a valid name of a folder.
     """
     repository = _HUB.fullmatch(url)
     name = (repository[1] if repository else url.partition("://")[2]).rstrip("/").rpartition("/")[2]
@@ -51,8 +51,8 @@ def name_of(url: str) -> str:
     return name
 
 
-def changed(where: str, *, missing: bool = False) -> str:
-    """What to say of a file at a URL that is not the one pushed."""
+def mismatch(where: str, *, missing: bool = False) -> str:
+    """Return the message for a file at a URL that is not the one that was pushed."""
     if missing:
         return f"{where} is missing: push again"
     return f"{where} is not what was pushed (its SHA-256 differs): remove that file, and push again"
@@ -63,7 +63,7 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self.url, self.name = url.rstrip("/"), name_of(url)
-        with self._asking("reach"):
+        with self._errors_on_one_line("reach"):
             from fsspec.core import url_to_fs
 
             self._fs, root = url_to_fs(url)
@@ -71,67 +71,68 @@ class Store:
             self._fs.invalidate_cache()
 
     def prepare(self, private: bool) -> None:
-        """Make what must be there before anything is written."""
+        """Create what must exist before the first write."""
 
     def read(self, name: str) -> bytes | None:
-        """A small file's content; ``None`` where there is none."""
-        with self._asking("read"):
+        """Return the content of a small file, or ``None`` if it does not exist."""
+        with self._errors_on_one_line("read"):
             try:
-                content: bytes = self._fs.cat_file(self._at(name))
+                content: bytes = self._fs.cat_file(self._path(name))
                 return content
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
     def has(self, name: str) -> bool:
-        with self._asking("read"):
-            return bool(self._fs.exists(self._at(name)))
+        """Return whether a file exists."""
+        with self._errors_on_one_line("read"):
+            return bool(self._fs.exists(self._path(name)))
 
     def names(self) -> list[str]:
-        """What lies in the folder."""
-        with self._asking("read"):
+        """List the folder's content."""
+        with self._errors_on_one_line("read"):
             try:
                 self._fs.invalidate_cache()
-                found = self._fs.ls(self._root, detail=False)
+                paths = self._fs.ls(self._root, detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        return [name.rstrip("/").rpartition("/")[2] for name in found if name.rstrip("/") != self._root]
+        return [path.rstrip("/").rpartition("/")[2] for path in paths if path.rstrip("/") != self._root]
 
     def sizes(self) -> dict[str, int]:
-        """The size in bytes of every file of the folder, where it is known."""
-        with self._asking("read"):
+        """Return the size in bytes of every file of the folder, if known."""
+        with self._errors_on_one_line("read"):
             try:
                 self._fs.invalidate_cache()
-                found = self._fs.find(self._root, maxdepth=2, detail=True)
+                files = self._fs.find(self._root, maxdepth=2, detail=True)
             except (FileNotFoundError, NotADirectoryError):
                 return {}
-        sizes = {name.removeprefix(self._root).lstrip("/"): entry["size"] for name, entry in found.items()}
+        sizes = {path.removeprefix(self._root).lstrip("/"): entry["size"] for path, entry in files.items()}
         return {name: size for name, size in sizes.items() if size is not None}
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """A file's content, some of it at a time."""
-        with self._asking("read"):
+        """Yield a file's content in chunks."""
+        with self._errors_on_one_line("read"):
             try:
                 file = self._open(name)
             except FileNotFoundError as error:
-                raise CorruptError(changed(f"{self.url}/{name}", missing=True)) from error
+                raise CorruptError(mismatch(f"{self.url}/{name}", missing=True)) from error
         with file:
             while True:
-                with self._asking("read"):
+                with self._errors_on_one_line("read"):
                     chunk = file.read(_CHUNK)
                 if not chunk:
                     return
                 yield chunk
 
     def write(self, files: Mapping[str, Path | bytes], watch: Watcher) -> None:
-        """Write files one after another: the first claims the folder, and the seal waits to see it still ours."""
+        """Write files in order: the first claims the folder; the seal is written only if the claim still holds."""
         done, total = 0, sum(map(_size, files.values()))
         label = f"pushing to {self.url}"
         for name, source in files.items():
             watch(label, done, total)
             if name == SEAL and self.read(MANIFEST) != files[MANIFEST]:
-                raise UsageError(f"another push to {self.url} went on at the same time: choose another URL, or repeat")
-            with self._asking("write"):
-                self._put(name, source, partial(_told, watch, label, done, total))
+                raise UsageError(f"another push to {self.url} ran at the same time: choose another URL, or push again")
+            with self._errors_on_one_line("write"):
+                self._put(name, source, partial(_report, watch, label, done, total))
             done += _size(source)
         watch(label, done, total)
 
@@ -139,7 +140,7 @@ class Store:
         from fsspec.callbacks import Callback
 
         protocols = self._fs.protocol if isinstance(self._fs.protocol, tuple | list) else (self._fs.protocol,)
-        target = self._at(name)
+        target = self._path(name)
         folder, _, last = target.rpartition("/")
         if not _FLAT.intersection(protocols):
             self._fs.makedirs(folder, exist_ok=True)
@@ -148,8 +149,8 @@ class Store:
             if isinstance(source, bytes):
                 self._fs.pipe_file(hidden, source)
             else:
-                told = Callback(hooks={"sent": lambda size, value, **_: sent(value)})
-                self._fs.put_file(str(source), hidden, callback=told)
+                callback = Callback(hooks={"sent": lambda size, value, **_: sent(value)})
+                self._fs.put_file(str(source), hidden, callback=callback)
             if hidden != target:
                 self._fs.mv(hidden, target)
         except BaseException:
@@ -159,14 +160,14 @@ class Store:
             raise
 
     def _open(self, name: str) -> Any:
-        return self._fs.open(self._at(name), "rb")
+        return self._fs.open(self._path(name), "rb")
 
-    def _at(self, name: str) -> str:
+    def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
     @contextmanager
-    def _asking(self, what: str) -> Iterator[None]:
-        """Whatever class of error a file system raises becomes one of ours, on one line."""
+    def _errors_on_one_line(self, verb: str) -> Iterator[None]:
+        """Turn any error of a file system into an EnsemblerError of one line."""
         try:
             yield
         except EnsemblerError:
@@ -176,36 +177,37 @@ class Store:
             package = (
                 f"'ensembler[{_EXTRAS[scheme]}]'" if scheme in _EXTRAS else str(getattr(error, "name", None) or "")
             )
-            mend = f"pip install {package}" if package else str(error)
-            raise UsageError(f"{self.url} needs a package that is not installed: {mend}") from error
+            remedy = f"pip install {package}" if package else str(error)
+            raise UsageError(f"{self.url} needs a package that is not installed: {remedy}") from error
         except FileNotFoundError as error:
-            raise ArtefactError(f"cannot {what} {self.url}: there is no such place: make it first") from error
+            raise ArtefactError(f"cannot {verb} {self.url}: it does not exist: create it first") from error
         except Exception as error:
-            said = (error.strerror if isinstance(error, OSError) else "") or str(error).strip() or type(error).__name__
+            reason = (error.strerror if isinstance(error, OSError) else "") or str(error).strip()
+            reason = reason or type(error).__name__
             status = getattr(getattr(error, "response", None), "status_code", None)
-            mend = "check the URL and the network, and try again"
+            remedy = "check the URL and the network, and try again"
             if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in type(error).__name__:
-                mend = "are the credentials for it in the environment, and do they allow it?"
-            raise ArtefactError(f"cannot {what} {self.url}: {said.splitlines()[0]}: {mend}") from error
+                remedy = "check that the credentials in the environment allow it"
+            raise ArtefactError(f"cannot {verb} {self.url}: {reason.splitlines()[0]}: {remedy}") from error
 
 
 class HubRepository(Store):
-    """A model repository on the Hugging Face Hub, as it was at one commit."""
+    """A model repository on the Hugging Face Hub, at one commit."""
 
     def __init__(self, url: str) -> None:
         self.url, self.name = url.rstrip("/"), name_of(url)
         if not (match := _HUB.fullmatch(url)):
-            raise UsageError(f"{url} names no repository: give hf://USER/NAME or hf://USER/NAME@REVISION")
+            raise UsageError(f"{url} is not a repository: give hf://USER/NAME or hf://USER/NAME@REVISION")
         self._repository, self._revision = match[1], unquote(match[2] or "main")
         self._commit = ""
-        with self._asking("reach"):
+        with self._errors_on_one_line("reach"):
             from huggingface_hub import HfApi, HfFileSystem
 
             self._api, self._fs = HfApi(), HfFileSystem()
             self._pin()
 
     def _pin(self) -> None:
-        """From here on, read what the revision is now: a later commit changes nothing under our hands."""
+        """Pin the revision to its current commit, so that later commits do not change what is read."""
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         self._fs.invalidate_cache()
@@ -215,7 +217,7 @@ class HubRepository(Store):
 
     def prepare(self, private: bool) -> None:
         if not self._commit:
-            with self._asking("write"):
+            with self._errors_on_one_line("write"):
                 self._api.create_repo(self._repository, private=private, exist_ok=True)
                 self._pin()
 
@@ -223,7 +225,7 @@ class HubRepository(Store):
         return super().read(name) if self._commit else None
 
     def write(self, files: Mapping[str, Path | bytes], watch: Watcher) -> None:
-        """Write all files in one commit; refused where another came between."""
+        """Write all files in one commit, which fails if there is a newer commit than the pinned one."""
         import sys
 
         from huggingface_hub import CommitOperationAdd
@@ -231,7 +233,7 @@ class HubRepository(Store):
 
         if not sys.stderr.isatty():
             disable_progress_bars()
-        with self._asking("write"):
+        with self._errors_on_one_line("write"):
             self._api.create_commit(
                 self._repository,
                 [CommitOperationAdd(name, source) for name, source in files.items()],
@@ -241,19 +243,19 @@ class HubRepository(Store):
             )
 
     def _open(self, name: str) -> Any:
-        return self._fs.open(self._at(name), "rb", block_size=0)  # one stream, not a request a block
+        return self._fs.open(self._path(name), "rb", block_size=0)  # one stream instead of a request per block
 
 
 def open_store(url: str) -> Store:
-    """The folder at a URL, which need not be there.
+    """Open the folder at a URL, which need not exist.
 
     Raises:
-        UsageError: no URL that can be used, or its package is not installed. ArtefactError: it cannot be reached.
+        UsageError: the URL is invalid, or its package is not installed. ArtefactError: it cannot be reached.
     """
     return HubRepository(url) if url.startswith("hf://") else Store(url)
 
 
-def _told(watch: Watcher, label: str, before: int, total: int, sent: int) -> None:
+def _report(watch: Watcher, label: str, before: int, total: int, sent: int) -> None:
     watch(label, before + sent, total)
 
 

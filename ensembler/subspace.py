@@ -16,26 +16,26 @@ from ensembler.errors import ShapeError, UsageError
 
 __all__ = ["CURVES", "AffineHull", "bezier", "chain", "dirichlet", "edge_lengths", "log_volume", "log_volume_gradient"]
 
-_CHUNK = 1 << 22  # columns of V brought to float64 at a time: bounds the memory of a Gram matrix
+_CHUNK = 1 << 22  # columns of V converted to float64 at a time: limits the memory of a Gram matrix
 
 
 def dirichlet(members: int, vertices: int, rng: np.random.Generator, concentration: float = 1.0) -> Tensor:
-    """Barycentric coordinates drawn from a symmetric Dirichlet distribution.
+    """Draw barycentric coordinates from a symmetric Dirichlet distribution.
 
-    ``concentration = 1`` is uniform in the simplex (Benton et al. 2021, sec. 4); below 1 leans to the corners, above
-    1 to the centre.
+    ``concentration = 1`` is uniform in the simplex (Benton et al. 2021, sec. 4); below 1 favours the corners, above 1
+    the centre.
 
     Args:
-        members: M >= 0, how many points.
+        members: M >= 0, the number of points.
         vertices: K >= 1.
-        rng: the stream to draw from.
+        rng: the generator to draw from.
         concentration: > 0.
 
     Returns:
         (M, K) float32, rows non-negative with sum 1.
 
     Raises:
-        UsageError: an argument out of its range.
+        UsageError: an argument is out of range.
     """
     if vertices < 1 or members < 0:
         raise UsageError(f"cannot draw {members} points in a simplex of {vertices} vertices")
@@ -45,7 +45,7 @@ def dirichlet(members: int, vertices: int, rng: np.random.Generator, concentrati
 
 
 def bezier(t: Tensor, vertices: int) -> Tensor:
-    """Basis of a Bezier curve of K vertices: ``binomial(K-1, k) t^k (1-t)^(K-1-k)``.
+    """Compute the basis of a Bezier curve of K vertices: ``binomial(K-1, k) t^k (1-t)^(K-1-k)``.
 
     For K = 3 the curve is ``(1-t)^2 w1 + 2 t (1-t) theta + t^2 w2`` (Garipov et al. 2018, sec. 3.2).
 
@@ -61,7 +61,7 @@ def bezier(t: Tensor, vertices: int) -> Tensor:
 
 
 def chain(t: Tensor, vertices: int) -> Tensor:
-    """Basis of a polygonal chain through K vertices, each piece taking an equal share of [0, 1].
+    """Compute the basis of a polygonal chain through K vertices, whose segments have equal shares of [0, 1].
 
     For K = 3 the chain is ``2 (t theta + (0.5 - t) w1)`` up to t = 1/2, then ``2 ((t - 0.5) w2 + (1 - t) theta)``
     (Garipov et al. 2018, sec. 3.2). Arguments and result as in :func:`bezier`.
@@ -74,7 +74,7 @@ CURVES = {"bezier": bezier, "chain": chain}
 
 
 def edge_lengths(vertices: Tensor) -> Tensor:
-    """Euclidean distances between all pairs of vertices.
+    """Compute the Euclidean distances between all pairs of vertices.
 
     Args:
         vertices: (K, P) float.
@@ -89,17 +89,17 @@ def edge_lengths(vertices: Tensor) -> Tensor:
 
 
 def log_volume(vertices: Tensor) -> Tensor:
-    """Log of the simplex's (K-1)-dimensional volume.
+    """Compute the log of the simplex's (K-1)-dimensional volume.
 
     ``log vol = 1/2 * logdet(E @ E.T) - log((K-1)!)`` with the edge matrix ``E = V[1:] - V[0]``: the same number as
-    the Cayley-Menger determinant, without its overflow and underflow (Benton et al. 2021, sec. 4). Edges are brought
-    to unit length first, so that only the angles between them enter the determinant.
+    the Cayley-Menger determinant, without its overflow and underflow (Benton et al. 2021, sec. 4). Edges are first
+    scaled to unit length, so that only the angles between them enter the determinant.
 
     Args:
         vertices: (K, P) float, K >= 2.
 
     Returns:
-        Scalar, float64; ``-inf`` where the vertices are affinely dependent (to a relative 1e-7 or so).
+        Scalar, float64; ``-inf`` if the vertices are affinely dependent (to about 1e-7, relative).
 
     Raises:
         ShapeError: fewer than two vertices, or more than P + 1.
@@ -114,14 +114,14 @@ def log_volume(vertices: Tensor) -> Tensor:
 
 
 def log_volume_gradient(vertices: Tensor, k: int, softening: float = 0.0) -> Tensor:
-    """Gradient of :func:`log_volume` with respect to vertex ``k``, in closed form and ``O(K P)``.
+    """Compute the gradient of :func:`log_volume` with respect to vertex ``k``, in closed form and ``O(K P)``.
 
-    With the other vertices fixed, ``log vol = constant + log h`` with ``h`` the distance of vertex ``k`` to the
-    affine hull of the others, so the gradient is ``r / h^2`` with ``r`` the vector from the hull to the vertex.
+    With the other vertices fixed, ``log vol = constant + log h``, where ``h`` is the distance of vertex ``k`` from the
+    affine hull of the others. So the gradient is ``r / h^2``, where ``r`` is the vector from the hull to the vertex.
 
     Args:
         vertices: (K, P) float, K >= 2.
-        k: which vertex.
+        k: index of the vertex.
         softening: ``eps >= 0`` in ``r / (h^2 + eps^2)``; keeps the gradient finite for a vertex on the hull.
 
     Returns:
@@ -134,12 +134,12 @@ def log_volume_gradient(vertices: Tensor, k: int, softening: float = 0.0) -> Ten
 
 
 class AffineHull:
-    """The affine hull of fixed vertices, and how far a point lies from it.
+    """The affine hull of fixed vertices, and the distance of a point from it.
 
     The edges' Gram matrix is inverted once, in float64; each query then costs two passes over the vertices.
 
     Args:
-        vertices: (K, P) float, K >= 1; kept, not copied.
+        vertices: (K, P) float, K >= 1; not copied.
     """
 
     def __init__(self, vertices: Tensor) -> None:
@@ -151,11 +151,11 @@ class AffineHull:
             self._inverse = torch.linalg.pinv(cosines, hermitian=True).to(vertices.device)
 
     def residual(self, point: Tensor, out: Tensor | None = None) -> Tensor:
-        """The vector from the hull's nearest point to ``point``; its length is the distance.
+        """Compute the vector from the hull's nearest point to ``point``; its length is the distance.
 
         Args:
             point: (P,).
-            out: (P,) written to, if given, so that nothing of size P is allocated.
+            out: (P,), where to write the result, so that nothing of size P is allocated.
         """
         residual = torch.sub(point, self._origin, out=out)
         if not len(self._rest):
@@ -168,7 +168,7 @@ class AffineHull:
 
 
 def _edge_geometry(vertices: Tensor) -> tuple[Tensor, Tensor]:
-    """Log lengths (K-1,) of the edges from vertex 0, and the cosines (K-1, K-1) between them; float64, on the CPU."""
+    """Compute the log lengths (K-1,) of the edges from vertex 0 and their cosines (K-1, K-1); float64, on the CPU."""
     origin, rest = vertices[0], vertices[1:]
     largest = torch.stack([(row - origin).abs().amax().double() for row in rest])
     scale = torch.where(largest > 0, largest, 1.0)

@@ -1,84 +1,86 @@
-"""What a network's outputs mean: the loss that training minimises, the distribution they predict, and its scores.
+"""What a network's outputs mean: the training loss, the predictive distribution, and its scores.
 
-A :class:`Task` is all that the training loop, the ensemble and the evaluation know of outputs and targets.
-:class:`Classification` is the one of this package. Another is any subclass; a run names it in its manifest, as
-``package.module:Class``, and finds it there again.
+A :class:`Task` is all that the training loop, the ensemble and the evaluation know about outputs and targets.
+:class:`Classification` is built in. Your own is any subclass: a run's manifest names it as ``package.module:Class``,
+and it is imported from there.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensembler.errors import UsageError
-from ensembler.naming import imported
+from ensembler.naming import import_object
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_Float = TypeVar("_Float", bound=np.floating[Any])
+
 __all__ = ["TINY", "Classification", "Task", "find", "softmax"]
 
 TINY = float(np.finfo(np.float32).tiny)
-"""The smallest probability whose logarithm is taken."""
+"""Smallest probability whose logarithm is computed; smaller ones count as this."""
 
 
 class Task(ABC):
-    """What outputs mean. Shapes: ``B`` examples, ``M`` members, ``O`` outputs, ``D`` numbers of a distribution.
+    """The meaning of outputs. Shapes: ``B`` examples, ``M`` members, ``O`` outputs, ``D`` numbers per distribution.
 
     Attributes:
-        name: in manifests.
-        metric: what :meth:`metrics` counts; shown beside the loss in training.
+        name: its name in manifests.
+        metric: the name of what :meth:`metrics` computes, shown beside the loss during training.
     """
 
     name: ClassVar[str]
     metric: ClassVar[str]
 
     def outputs(self, classes: int) -> int:
-        """How many outputs the network has, for a dataset of so many classes."""
+        """Return the network's number of outputs for a dataset's number of classes."""
         return classes
 
     @abstractmethod
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The training loss (B,) of each example, differentiable in ``outputs`` (B, O)."""
+        """Compute the training loss (B,) of each example, differentiable in ``outputs`` (B, O)."""
 
     @abstractmethod
     def metrics(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """A second number (B,) of each example, whose mean is shown in training; see :attr:`metric`."""
+        """Compute a second number (B,) per example, whose mean is shown during training; see :attr:`metric`."""
 
     @abstractmethod
     def distances(self, outputs: Tensor, others: Tensor) -> Tensor:
-        """The squared distance (B,) between the distributions that two outputs (B, O) predict, differentiable."""
+        """Compute the squared distance (B,) between the distributions of two outputs (B, O), differentiably."""
 
     @abstractmethod
     def distribution(self, outputs: Tensor) -> Tensor:
-        """The predictive distribution (..., D) of one member, from its outputs (..., O)."""
+        """Compute one member's predictive distribution (..., D) from its outputs (..., O)."""
 
     @abstractmethod
     def combine(self, members: Tensor) -> Tensor:
-        """The ensemble's predictive distribution (B, D), from its members' (M, B, D)."""
+        """Compute the ensemble's predictive distribution (B, D) from its members' (M, B, D)."""
 
     @abstractmethod
     def nll(self, predicted: Tensor, targets: Tensor) -> float:
-        """Mean negative log-likelihood of the targets under ``predicted`` (B, D), in nats."""
+        """Compute the mean negative log-likelihood of the targets under ``predicted`` (B, D), in nats."""
 
     @abstractmethod
     def error(self, predicted: Tensor, targets: Tensor) -> float:
-        """Mean error of ``predicted`` (B, D); lower is better."""
+        """Compute the mean error of ``predicted`` (B, D); lower is better."""
 
     @abstractmethod
     def scores(self, members: Tensor, targets: Tensor) -> dict[str, float | None]:
-        """The scores of an ensemble, from its members' distributions (M, B, D); ``None``: one member cannot say."""
+        """Compute an ensemble's scores from its members' distributions (M, B, D); ``None`` if undefined for M = 1."""
 
     @abstractmethod
     def disagreement(self, members: Tensor) -> float:
-        """How far the members (M, B, D) differ in what they predict; 0 for one member."""
+        """Compute how much the members' distributions (M, B, D) differ; 0 for one member."""
 
 
 class Classification(Task):
-    """One of C classes: cross entropy on logits, and the mean of the members' probabilities, never of their logits."""
+    """One of C classes: cross entropy on logits, and the mean of the members' probabilities, not of their logits."""
 
     name = "classification"
     metric = "accuracy"
@@ -92,7 +94,7 @@ class Classification(Task):
         return outputs.argmax(1) == targets
 
     def distances(self, outputs: Tensor, others: Tensor) -> Tensor:
-        """The squared Hellinger distance ``sum_c (sqrt p_c - sqrt q_c)^2``, in [0, 2]."""
+        """Compute twice the squared Hellinger distance, ``sum_c (sqrt p_c - sqrt q_c)^2``, in [0, 2]."""
         roots, other_roots = (self.distribution(each).sqrt() for each in (outputs, others))
         return (roots - other_roots).square().sum(dim=1)
 
@@ -109,7 +111,7 @@ class Classification(Task):
         return (predicted.argmax(1) != targets).double().mean().item()
 
     def scores(self, members: Tensor, targets: Tensor) -> dict[str, float | None]:
-        """``accuracy``, ``nll``, the mean ``member_accuracy`` and the pairwise ``disagreement``."""
+        """Compute ``accuracy``, ``nll``, the mean ``member_accuracy`` and the pairwise ``disagreement``."""
         mean = self.combine(members)
         return {
             "accuracy": 1 - self.error(mean, targets),
@@ -119,28 +121,28 @@ class Classification(Task):
         }
 
     def disagreement(self, members: Tensor) -> float:
-        """Share of the pairs of members whose classes differ, in [0, 1]."""
+        """Compute the share of pairs of members that predict different classes, in [0, 1]."""
         from ensembler.uncertainty import disagreement
 
-        found = disagreement(members.numpy())
-        return 0.0 if found is None else float(found.mean())
+        shares = disagreement(members.numpy())
+        return 0.0 if shares is None else float(shares.mean())
 
 
 def find(name: str) -> Task:
-    """The task of a manifest.
+    """Return the task that a manifest names.
 
     Raises:
         UsageError: ``name`` is neither a task of this package nor an importable ``package.module:Class``.
     """
     if name == Classification.name:
         return Classification()
-    task = imported(name, "task")
+    task = import_object(name, "task")
     if not (isinstance(task, type) and issubclass(task, Task)):
-        raise UsageError(f"{name} is no task: name a subclass of ensembler.task.Task")
+        raise UsageError(f"{name} is not a task: name a subclass of ensembler.task.Task")
     return task()
 
 
-def softmax(logits: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Probabilities of logits (..., C), of their type. NumPy, for where no torch is."""
+def softmax(logits: NDArray[_Float]) -> NDArray[_Float]:
+    """Return the probabilities of logits (..., C), of their type. NumPy, for where torch is not installed."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))

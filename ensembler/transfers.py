@@ -1,4 +1,4 @@
-"""What every command does about URLs: those that it is given are fetched before it, what it made is pushed after it."""
+"""Runs and bundles at URLs, for commands: arguments are fetched before a command, its result is pushed after it."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from ensembler.errors import ArtefactError, UsageError
 from ensembler.progress import watching
 from ensembler.storage import Url, local
 
-__all__ = ["MEGABYTES", "at_hand", "push_finished"]
+__all__ = ["MEGABYTES", "fetch_urls", "push_finished"]
 
-MEGABYTES: dict[str, Any] = {"unit": "MB", "scale": 1e6}  # what transfers are counted in, for :mod:`.progress`
+MEGABYTES: dict[str, Any] = {"unit": "MB", "scale": 1e6}  # the unit of transfers, for :func:`.progress.watching`
 
 
-def at_hand(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A command's parameters, with the folder on this machine in place of every URL of a run or bundle.
+def fetch_urls(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Fetch the runs and bundles among a command's parameters, and replace each URL by its local folder.
 
     Raises:
         As :func:`ensembler.storage.local`.
     """
-    many = {name: value if isinstance(value, list | tuple) else [value] for name, value in given.items()}
+    many = {name: value if isinstance(value, list | tuple) else [value] for name, value in parameters.items()}
     remote = {name for name, values in many.items() if any(isinstance(value, Url) for value in values)}
     if not remote:
-        return dict(given)
-    with watching(bool(given.get("quiet")), **MEGABYTES) as watch:
-        found = {
+        return dict(parameters)
+    with watching(bool(parameters.get("quiet")), **MEGABYTES) as watch:
+        folders = {
             name: [local(value, watch) if isinstance(value, Url) else value for value in many[name]] for name in remote
         }
     return {
-        name: value if name not in remote else found[name] if isinstance(value, list | tuple) else found[name][0]
-        for name, value in given.items()
+        name: value if name not in remote else folders[name] if isinstance(value, list | tuple) else folders[name][0]
+        for name, value in parameters.items()
     }
 
 
 def push_finished(path: Path, url: str | None, quiet: bool = False) -> None:
-    """Push what a command has just made, where its ``--out`` was a URL.
+    """Push the run or bundle that a command has just finished to its ``--out``, if that is a URL.
 
     Raises:
-        ArtefactError: it cannot be; what was made is safe, and the message says how to push it.
+        ArtefactError: the push failed; the folder is kept, and the message says how to push it.
     """
     if url is None:
         return
-    again = f"what was made is safe at {path}; to push it: ensembler push {path} {url}"
+    again = f"{path} is finished and kept; to push it: ensembler push {path} {url}"
     try:
         with watching(quiet, **MEGABYTES) as watch:
             storage.push(path, url, watch=watch)

@@ -1,12 +1,11 @@
-"""What an ensemble knows about its own doubt. NumPy only.
+"""Measures of an ensemble's uncertainty. NumPy only.
 
-Every function takes the members' probabilities (M, B, C) and returns one number an example, in nats where it is an
-entropy. The entropy of the mean splits into the members' expected entropy and the mutual information between the
-prediction and the member (Depeweg et al. 2018); whether these deserve the names "aleatoric" and "epistemic" is
-disputed (Wimmer et al. 2023), so they are not called so here.
+Every function takes the members' probabilities (M, B, C) and returns one number per example; entropies are in nats.
+The entropy of the mean prediction is the sum of the members' expected entropy and the mutual information between
+prediction and member (Depeweg et al. 2018). Whether these deserve the names "aleatoric" and "epistemic" is disputed
+(Wimmer et al. 2023), so those names are not used here.
 
-A single member (M = 1) can disagree with nobody: mutual information, disagreement and variation ratio are then
-``None``, which means "not known", not zero.
+For a single member (M = 1), mutual information, disagreement and variation ratio are undefined and ``None``, not zero.
 """
 
 from __future__ import annotations
@@ -35,36 +34,36 @@ Array = NDArray[np.float64]
 
 
 def entropy(probabilities: NDArray[np.floating]) -> Array:
-    """Shannon entropy over the last axis, in nats, with ``0 log 0 = 0``; in [0, log C]."""
+    """Compute the Shannon entropy over the last axis, in nats, with ``0 log 0 = 0``; in [0, log C]."""
     p = np.asarray(probabilities, dtype=np.float64)
     logs = np.log(p, out=np.zeros_like(p), where=p > 0)
     return np.maximum(-(p * logs).sum(axis=-1), 0.0)
 
 
 def mean_probabilities(members: NDArray[np.floating]) -> Array:
-    """The ensemble's prediction (B, C): the mean of the members' probabilities, never of their logits."""
+    """Compute the ensemble's prediction (B, C): the mean of the members' probabilities, not of their logits."""
     return _check(members).mean(axis=0, dtype=np.float64)
 
 
 def predictive_entropy(members: NDArray[np.floating]) -> Array:
-    """Entropy (B,) of the mean prediction: the total uncertainty; in [0, log C]."""
+    """Compute the total uncertainty (B,): the entropy of the mean prediction; in [0, log C]."""
     return entropy(mean_probabilities(members))
 
 
 def expected_entropy(members: NDArray[np.floating]) -> Array:
-    """Mean (B,) of the members' own entropies; in [0, log C]."""
+    """Compute the mean (B,) of the members' entropies; in [0, log C]."""
     return entropy(_check(members)).mean(axis=0)
 
 
 def mutual_information(members: NDArray[np.floating]) -> Array | None:
-    """Predictive entropy less expected entropy (B,), clipped at 0; at most log min(M, C). ``None`` where M = 1."""
+    """Compute predictive minus expected entropy (B,), clipped at 0; at most log min(M, C). ``None`` if M = 1."""
     if len(_check(members)) == 1:
         return None
     return np.maximum(predictive_entropy(members) - expected_entropy(members), 0.0)
 
 
 def disagreement(members: NDArray[np.floating]) -> Array | None:
-    """Share (B,) of the pairs of members whose classes differ; in [0, 1]. ``None`` where M = 1."""
+    """Compute the share (B,) of pairs of members that predict different classes; in [0, 1]. ``None`` if M = 1."""
     M = len(_check(members))
     if M == 1:
         return None
@@ -72,20 +71,20 @@ def disagreement(members: NDArray[np.floating]) -> Array | None:
 
 
 def disagreement_of_votes(votes: NDArray[np.floating]) -> Array:
-    """:func:`disagreement` (B,) of how many of at least two members chose each class, (B, C)."""
+    """Compute the :func:`disagreement` (B,) from the number of members that predict each class, (B, C); M >= 2."""
     M = votes[:1].sum()
     return 1.0 - (votes * (votes - 1)).sum(axis=-1) / (M * (M - 1))
 
 
 def variation_ratio(members: NDArray[np.floating]) -> Array | None:
-    """Share (B,) of the members that do not vote for the most voted class; in [0, 1 - 1/M]. ``None`` where M = 1."""
+    """Compute the share (B,) of members outside the majority class; in [0, 1 - 1/M]. ``None`` if M = 1."""
     M = len(_check(members))
     return None if M == 1 else 1.0 - _votes(members).max(axis=-1) / M
 
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """Everything above for one batch; each field (B,), or ``None`` where one member cannot say."""
+    """All measures of one batch; each field is (B,), or ``None`` if M = 1 leaves it undefined."""
 
     predictive_entropy: Array
     expected_entropy: Array
@@ -95,7 +94,7 @@ class Uncertainty:
 
 
 def uncertainty(members: NDArray[np.floating]) -> Uncertainty:
-    """All measures of one batch of members' probabilities (M, B, C).
+    """Compute all measures of one batch of members' probabilities (M, B, C).
 
     Raises:
         ShapeError: not (M, B, C) with M >= 1 and C >= 1.
@@ -110,7 +109,7 @@ def uncertainty(members: NDArray[np.floating]) -> Uncertainty:
 
 
 def _votes(members: NDArray[np.floating]) -> Array:
-    """How many members choose each class: (B, C)."""
+    """Count the members that predict each class: (B, C)."""
     classes = members.argmax(axis=-1)
     return (classes[..., None] == np.arange(members.shape[-1])).sum(axis=0, dtype=np.float64)
 

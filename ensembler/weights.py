@@ -1,8 +1,8 @@
 """A module's parameters as one flat vector, its gradients as another.
 
 The vertices of a subspace are vectors; a network is a tree of tensors. Here the tree's tensors become *views* of one
-contiguous vector, so that writing ``c @ V`` into the network is one matrix-vector product and reading its gradient
-costs nothing. The network's own layers are never touched: any ``nn.Module`` works as it is.
+contiguous vector, so that writing ``c @ V`` into the network is one matrix-vector product and reading its gradient is
+free. The network's layers are not changed: any ``nn.Module`` works.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["FlatWeights"]
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where one parameter lies in the vector."""
+    """The position of one parameter in the vector."""
 
     name: str
     offset: int
@@ -32,7 +32,7 @@ class _Slot:
         return self.shape.numel()
 
     def view(self, vector: Tensor) -> Tensor:
-        """This parameter's view of a ``(P,)`` vector."""
+        """Return this parameter's view of a ``(P,)`` vector."""
         return vector[self.offset : self.offset + self.size].as_strided(
             self.shape, self.stride, vector.storage_offset() + self.offset
         )
@@ -41,19 +41,19 @@ class _Slot:
 class FlatWeights:
     """A module's trainable parameters as views of ``vector`` and their gradients as views of ``grad``.
 
-    Tied parameters lie in the vector once. Frozen ones (``requires_grad=False``) stay outside it, as do buffers: see
-    :meth:`frozen` and :meth:`buffers`. A channels-last parameter stays channels-last: the vector holds the elements
-    in memory order. Move the module to its device, and choose its memory format, before flattening it.
+    Tied parameters occur once in the vector. Frozen parameters (``requires_grad=False``) and buffers are not in it: see
+    :meth:`frozen` and :meth:`buffers`. A channels-last parameter stays channels-last: the vector holds elements in
+    memory order. Move the module to its device, and choose its memory format, before flattening it.
 
     Args:
-        module: any module; it keeps working as before, and keeps its parameter objects.
+        module: any module; it works as before and keeps its parameter objects.
 
     Attributes:
         vector: (P,) the parameters.
         grad: (P,) their gradients, accumulated by ``backward``; zero it between steps.
 
     Raises:
-        UsageError: no trainable parameter, or parameters of several types or devices.
+        UsageError: there is no trainable parameter, or there are several types or devices.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -63,8 +63,8 @@ class FlatWeights:
             raise UsageError(f"{type(module).__name__} has no trainable parameter: nothing to make an ensemble of")
         kinds = {(p.dtype, p.device) for p in trainable.values()}
         if len(kinds) > 1:
-            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
-            raise UsageError(f"{type(module).__name__} mixes parameters of {found}: bring them to one type and device")
+            names = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+            raise UsageError(f"{type(module).__name__} mixes parameters of {names}: use one type and device")
         self._slots: list[_Slot] = []
         offset = 0
         for name, parameter in trainable.items():
@@ -84,7 +84,7 @@ class FlatWeights:
         return self.vector.numel()
 
     def slices(self, least_dimensions: int = 0) -> dict[str, slice]:
-        """Where each parameter of at least so many dimensions lies in a vector, by its name."""
+        """Return the position in a vector of each parameter with at least ``least_dimensions`` dimensions, by name."""
         return {
             slot.name: slice(slot.offset, slot.offset + slot.size)
             for slot in self._slots
@@ -92,17 +92,17 @@ class FlatWeights:
         }
 
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
-        """Name the parts of ``vectors`` (K, P): each tensor under its parameter's name, with a leading K axis."""
+        """Split ``vectors`` (K, P) into tensors by parameter name, each with a leading K axis."""
         self._check(vectors)
         return {
             slot.name: torch.stack([slot.view(row) for row in vectors.detach()]).contiguous() for slot in self._slots
         }
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The inverse of :meth:`unflatten`: (K, P) on this module's device, from tensors with a leading K axis.
+        """Invert :meth:`unflatten`: return (K, P) on this module's device, from tensors with a leading K axis.
 
         Raises:
-            ShapeError: a parameter is missing, unknown or of another shape; it is named.
+            ShapeError: a parameter is missing, unknown or of another shape; the message names it.
         """
         expected = {slot.name for slot in self._slots}
         if unknown := sorted(set(tensors) - expected):
@@ -123,24 +123,25 @@ class FlatWeights:
         return vectors
 
     def buffers(self) -> dict[str, Tensor]:
-        """A copy of the persistent buffers (BatchNorm statistics and the like), by name."""
+        """Return a copy of the persistent buffers (such as BatchNorm statistics), by name."""
         return {name: buffer.detach().clone() for name, buffer in self._persistent_buffers().items()}
 
     def load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        """Write buffers back, in place."""
+        """Copy buffers into the module, in place."""
         own = self._persistent_buffers()
         if set(buffers) != set(own):
             name = sorted(set(buffers) ^ set(own))[0]
-            raise ShapeError(f"buffer {name!r} is on one side only: these weights are another architecture's")
+            side = "in the weights" if name in buffers else "in the network"
+            raise ShapeError(f"buffer {name!r} is only {side}: these weights are another architecture's")
         for name, buffer in own.items():
             buffer.copy_(buffers[name])
 
     def frozen(self) -> dict[str, Tensor]:
-        """The parameters that are not trained (``requires_grad=False``), by name."""
+        """Return the parameters that are not trained (``requires_grad=False``), by name."""
         return {name: p.detach() for name, p in self.module.named_parameters() if not p.requires_grad}
 
     def load_frozen(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write frozen parameters back, in place."""
+        """Copy frozen parameters into the module, in place."""
         for name, parameter in self.frozen().items():
             if name not in tensors or tensors[name].shape != parameter.shape:
                 raise ShapeError(f"frozen parameter {name!r} is missing or of another shape")
@@ -156,7 +157,7 @@ class FlatWeights:
 
 
 def _dense_stride(parameter: Tensor) -> tuple[int, ...]:
-    """The parameter's own strides if it fills its memory without gaps (channels-last does), else contiguous ones."""
+    """Return the parameter's strides if it has no gaps in memory (as with channels-last), else contiguous ones."""
     strides = sorted(
         (stride, size) for stride, size in zip(parameter.stride(), parameter.shape, strict=True) if size > 1
     )

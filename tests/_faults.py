@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HEAVY = (  # but ONNX Runtime, which starts a thread that no fork would inherit
     *("ensembler.trainers", "ensembler.trainers.summary", "ensembler.trainers.simplex", "ensembler.trainers.collapse"),
-    *("ensembler.eval.compare", "ensembler.eval.page", "ensembler.eval.comparison_plots", "ensembler.eval.surface"),
+    *(
+        "ensembler.eval.compare",
+        "ensembler.eval.report.page",
+        "ensembler.eval.report.comparison_plots",
+        "ensembler.eval.surface",
+    ),
     *("ensembler.eval.calibrate", "torch.onnx._internal.exporter._compat", "onnxscript"),
     *("sklearn.metrics", "rich.progress", "rich.table", "ensembler.cli"),
 )
@@ -63,7 +69,7 @@ class Process:
         self.send(signal.SIGKILL)
         return self.wait()
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 600) -> int:
         """Wait for its end, and return its ``code``."""
         code = self._nursery.ask(wait=self.pid, seconds=seconds)
         assert code is not None, f"still running after {seconds} s:\n{self.err}"
@@ -71,7 +77,22 @@ class Process:
         return code
 
     def ended(self) -> bool:
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return self._state() == "Z"
+
+    def wait_until_stopped(self) -> None:
+        """Wait until it has come to where :meth:`Nursery.start` was told to stop it; SIGCONT lets it go on."""
+        until(lambda: self._state() == "T", self)
+
+    def wait_until_listening(self) -> None:
+        """Wait until SIGTERM is told to the command, and does not just end the process."""
+        until(lambda: int(self._status("SigCgt"), 16) >> (signal.SIGTERM - 1) & 1, self)
+
+    def _state(self) -> str:
+        return self._status("State")[0]
+
+    def _status(self, name: str) -> str:
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(line.split(maxsplit=1)[1] for line in lines if line.startswith(f"{name}:"))
 
 
 class Nursery:
@@ -88,7 +109,14 @@ class Nursery:
             text=True,
         )
 
-    def start(self, folder: Path, *arguments: Any, largest: int | None = None, clock: Path | None = None) -> Process:
+    def start(
+        self,
+        folder: Path,
+        *arguments: Any,
+        largest: int | None = None,
+        clock: Path | None = None,
+        stops: tuple[str, str, int] | None = None,
+    ) -> Process:
         """Start ``ensembler ARGUMENTS`` in a folder.
 
         Args:
@@ -97,6 +125,8 @@ class Nursery:
             largest: bytes that no file may exceed (RLIMIT_FSIZE).
             clock: a file of the seconds that the process's clock is wrong by, or of the word ``stands`` and the time
                 at which it stands still; it may change meanwhile.
+            stops: an event of Python's, a pattern of the path that it is about, and a number: SIGSTOP comes just before
+                each of the first so many.
         """
         self._count += 1
         log = self._folder / f"{self._count}"
@@ -106,6 +136,7 @@ class Nursery:
             log=str(log),
             largest=largest,
             clock=None if clock is None else str(clock),
+            stops=stops,
         )
         return Process(self, pid, log)
 
@@ -139,7 +170,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-def until(condition: Any, process: Process, seconds: float = 60) -> None:
+def until(condition: Any, process: Process, seconds: float = 300) -> None:
     """Wait for something that a running process does."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -190,6 +221,8 @@ def _become(request: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest"], resource.RLIM_INFINITY))
     if request["clock"]:
         _wrong_clock(Path(request["clock"]))
+    if request["stops"]:
+        _stop_before(*request["stops"])
     sys.argv, code = ["ensembler", *request["arguments"]], 0
     try:
         sys.modules["ensembler.cli"].main()
@@ -200,6 +233,18 @@ def _become(request: dict[str, Any]) -> None:
         code = 1
     sys.stdout.flush()
     os._exit(code)  # an interpreter's own end takes longer than some commands
+
+
+def _stop_before(event: str, pattern: str, times: int) -> None:
+    left = times
+
+    def stop(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if name == event and left and fnmatch(str(arguments[0]), pattern):
+            left -= 1
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    sys.addaudithook(stop)
 
 
 def _wrong_clock(file: Path) -> None:

@@ -21,10 +21,10 @@ from pathlib import Path
 IMPORTS = (  # not ensembler.cli: a page's own command is added before that is imported
     "ensembler.eval.calibrate",
     "ensembler.eval.compare",
-    "ensembler.eval.data",
+    "ensembler.eval.shift.writer",
     "ensembler.eval.evaluation",
-    "ensembler.eval.figures",
-    "ensembler.eval.page",
+    "ensembler.eval.report.figures",
+    "ensembler.eval.report.page",
     "ensembler.eval.surface",
     "ensembler.serve.client",
     "ensembler.serve.export.bundle",
@@ -52,7 +52,7 @@ _SERVE = """#!/bin/sh
 # As the user starts it, but in the background, and ready when this returns.
 if [ "$1" != serve ]; then exec {folder}/forked-ensembler "$@"; fi
 {python} -m ensembler.cli "$@" --port "$DOCS_PORT" >service.log 2>&1 &
-for _ in $(seq 300); do
+for _ in $(seq 3000); do
   if curl -sf "http://127.0.0.1:$DOCS_PORT/readyz" >/dev/null; then head -n 1 service.log; exit; fi
   kill -0 $! 2>/dev/null || break
   sleep 0.2

@@ -115,7 +115,7 @@ class Folder:
                 start_new_session=True,
             )
             self._groups.append(process.pid)
-            status = process.wait(timeout=1200)
+            status = process.wait(timeout=3600)
         printed = output.read_text(errors="replace")
         assert status == 0, f"{block}: {command[-1]} ended with {status}:\n{printed}"
         return printed

@@ -32,6 +32,10 @@ TRAIN = ["train-simplex", "--vertices", "3", "--vertex-epochs", "2", "--checkpoi
 LONG = pytest.mark.long
 KILLS = [pytest.param(2, id="quick"), pytest.param(20, id="long", marks=LONG)]
 EVAL = ["--ood", "noise:uniform", "--ood", "noise:gaussian", "--device", "cpu"]
+# Where to stop a process: before it makes a checkpoint, while it writes one, and while it writes a bundle.
+BEFORE_CHECKPOINT = ("os.mkdir", "*x.unfinished", 1)
+IN_CHECKPOINT = ("open", "*x.unfinished/.partial-*/*", 1)
+IN_BUNDLE = ("open", "*/.partial-*/*", 1)
 
 
 def quick(values, *chosen):
@@ -236,8 +240,9 @@ def files(bundle: Path) -> dict[str, str]:
 
 def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(nursery, run, tmp_path):
     def writing(folder: str) -> tuple[Process, Path]:
-        process = nursery.start(tmp_path, "export", run, "--out", f"{folder}/bundle", "--no-data")
-        until(lambda: any((tmp_path / folder).glob(".partial-*/*")), process)
+        command = ["export", run, "--out", f"{folder}/bundle", "--no-data"]
+        process = nursery.start(tmp_path, *command, stops=IN_BUNDLE)
+        process.wait_until_stopped()
         return process, hidden(tmp_path / folder)[0]
 
     def write_beside(folder: str, name: str) -> None:
@@ -256,6 +261,7 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not
     age(alive)
     write_beside("alive", "later")
     assert alive.exists()
+    process.send(signal.SIGCONT)
     assert process.wait() == 0, process.err
     verify_bundle(tmp_path / "alive" / "bundle")
 
@@ -266,9 +272,10 @@ def age(path: Path) -> None:
 
 def test_a_kill_between_the_end_and_the_tidying_up_is_said(nursery, images, tmp_path):
     command = [*TRAIN, *images, "--out", "x"]
-    process = nursery.start(tmp_path, *command)
-    until((tmp_path / "x.unfinished" / "options.json").exists, process)
+    process = nursery.start(tmp_path, *command, stops=BEFORE_CHECKPOINT)
+    process.wait_until_stopped()
     begun = shutil.copytree(tmp_path / "x.unfinished", tmp_path / "copy", ignore=lambda *_: {".lock"})
+    process.send(signal.SIGCONT)
     assert process.wait() == 0
     shutil.copytree(begun, tmp_path / "x.unfinished")  # as if it had been killed just after saving
     result = nursery.run(tmp_path, "train-simplex", "--resume", "x")
@@ -459,9 +466,10 @@ def test_a_run_harmed_while_it_is_evaluated(nursery, world, run, tmp_path, harm)
 
 @pytest.mark.parametrize("harm", quick(HARMS, "truncated"))
 def test_a_run_harmed_while_it_is_exported(nursery, world, run, tmp_path, harm):
-    process = nursery.start(tmp_path, "export", "run", "--out", "bundles/x")
-    until(lambda: any((tmp_path / "bundles").glob(".partial-*/*")), process)
+    process = nursery.start(tmp_path, "export", "run", "--out", "bundles/x", stops=IN_BUNDLE)
+    process.wait_until_stopped()
     harm(run)
+    process.send(signal.SIGCONT)
     assert process.wait() == 0, process.err
     assert files(tmp_path / "bundles" / "x") == files(world / "bundle")
     assert verify_bundle(tmp_path / "bundles" / "x").manifest.run.sha256 == artefact.sha256(
@@ -479,7 +487,7 @@ def test_a_run_replaced_while_latest_is_calibrated(nursery, world, images, tmp_p
     (second / "manifest.sha256").write_text(f"{artefact.sha256(second / 'manifest.json')}  manifest.json\n")
     (runs / "latest").symlink_to("first")
     process = nursery.start(tmp_path, "calibrate", "runs/latest")
-    until(lambda: "validation images" in process.err, process)
+    until(lambda: "validation: " in process.err, process)
     (runs / "latest").unlink()
     (runs / "latest").symlink_to("second")
     assert process.wait() == 0, process.err
@@ -522,11 +530,14 @@ def test_a_bundle_harmed_while_it_is_served(nursery, world, tmp_path, layout):
             assert_one_line(nursery.run(tmp_path, "serve", bundle), str(bundle))
 
 
-def test_checkpoints_removed_while_the_run_is_trained(nursery, images, world, tmp_path):
-    process = nursery.start(tmp_path, *TRAIN, *images, "--out", "x")
-    until((tmp_path / "x.unfinished" / "options.json").exists, process)
-    shutil.rmtree(tmp_path / "x.unfinished", ignore_errors=True)
-    if process.wait():  # they went while one was being written
+@pytest.mark.parametrize("moment", [BEFORE_CHECKPOINT, IN_CHECKPOINT], ids=["between", "while one is written"])
+def test_checkpoints_removed_while_the_run_is_trained(nursery, images, world, tmp_path, moment):
+    process = nursery.start(tmp_path, *TRAIN, *images, "--out", "x", stops=moment)
+    process.wait_until_stopped()
+    shutil.rmtree(tmp_path / "x.unfinished")
+    process.send(signal.SIGCONT)
+    assert process.wait() == (moment is IN_CHECKPOINT), process.err
+    if process.code:
         assert_one_line((1, process.out, process.err), "cannot write x.unfinished/")
         assert nursery.run(tmp_path, *TRAIN, *images, "--out", "x")[0] == 0
     assert weights(tmp_path / "x") == weights(world / "run")
@@ -538,9 +549,8 @@ def test_checkpoints_removed_while_the_run_is_trained(nursery, images, world, tm
 
 def test_two_processes_on_one_unfinished_run(nursery, world, images, tmp_path):
     command = [*TRAIN, *images, "--out", "x"]
-    process = nursery.start(tmp_path, *command)
-    until((tmp_path / "x.unfinished" / "options.json").exists, process)
-    process.send(signal.SIGSTOP)
+    process = nursery.start(tmp_path, *command, stops=BEFORE_CHECKPOINT)
+    process.wait_until_stopped()
     for other in (["train-simplex", "--resume", "x"], command):
         assert_one_line(nursery.run(tmp_path, *other), "another process is working on x.unfinished: let it finish")
     process.send(signal.SIGCONT)
@@ -581,12 +591,15 @@ def test_two_calibrations_of_one_run(nursery, world, run, tmp_path):
 def test_a_clock_that_jumps_while_a_run_is_trained(nursery, world, images, tmp_path):
     clock, began = tmp_path / "clock", time.monotonic()
     clock.write_text("0")
-    process = nursery.start(tmp_path, *TRAIN, *images, "--out", "runs/x", clock=clock)
+    moments = (*BEFORE_CHECKPOINT[:2], 4)
+    process = nursery.start(tmp_path, *TRAIN, *images, "--out", "runs/x", clock=clock, stops=moments)
     for jump in (365 * 86400, -86400, 0):
-        checkpoints = {path.name for path in (tmp_path / "runs").glob("x.unfinished/1*")}
-        until(lambda seen=checkpoints: {p.name for p in (tmp_path / "runs").glob("x.unfinished/1*")} - seen, process)
+        process.wait_until_stopped()
         clock.write_text(str(jump))
+        process.send(signal.SIGCONT)
+    process.wait_until_stopped()
     process.send(signal.SIGINT)
+    process.send(signal.SIGCONT)
     assert process.wait() == 130, process.err
     clock.write_text("-1e7")
     assert nursery.run(tmp_path, "train-simplex", "--resume", "runs/x", clock=clock)[0] == 0
@@ -652,7 +665,8 @@ def test_sigterm_and_ctrl_c(nursery, world, images, run, tmp_path, name, tries):
         (run / calibration.FILE).unlink(missing_ok=True)
         number, code = ((signal.SIGTERM, 143), (signal.SIGINT, 130))[interrupted % 2]
         process = nursery.start(tmp_path, *command)
-        time.sleep(0.05 + rng.uniform(0.05, 0.9) * seconds)
+        process.wait_until_listening()
+        time.sleep(rng.uniform(0.05, 0.9) * seconds)
         process.send(number)
         if process.wait() == 0:
             continue  # it was quicker

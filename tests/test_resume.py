@@ -1,70 +1,74 @@
-"""A run that was broken off and resumed is the uninterrupted run, bit for bit."""
+"""A run that was interrupted and resumed is the uninterrupted run, bit for bit, whatever interrupted it."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from ensembler.errors import UsageError
+from ensembler.engine import Local
+from ensembler.errors import EngineError, UsageError
 from ensembler.run import Run
-from ensembler.trainers import (
-    Session,
-    Settings,
-    train_complex,
-    train_curve,
-    train_deep_ensemble,
-    train_fge,
-    train_simplex,
-    train_snapshots,
-    train_subspace,
-)
-from ensembler.trainers.checkpoints import Checkpoints
-from tests._interrupt import BreakingOff
+from ensembler.trainers import FGE, Complex, Curve, DeepEnsemble, Settings, Simplex, Snapshots, Subspace, Trainer, train
+from ensembler.trainers.ledger import Ledger
+from ensembler.trainers.spec import SPEC
+from tests._interrupt import after, make
 from tests._small import SETTINGS, dataset
-from tests.test_cli import SMALL, call
+from tests.test_cli import ROOT, SMALL, call
 
-ENDS: list[Run] = []
-
-
-def session(checkpoints=None, init=None, **changes):
-    settings = {"architecture": "tests._small:noisy", "epochs": 3, "augmentation": "crop"}
-    return Session(dataset(), Settings(**(SETTINGS | settings | changes)), init, checkpoints=checkpoints)
+FILES = ("vertices.safetensors", "members.safetensors")
 
 
-def ends():
-    if not ENDS:
-        ENDS.extend(train_deep_ensemble(session(seed=seed), members=1) for seed in (1, 2))
-    return ENDS
+def settings(**changes) -> Settings:
+    """BatchNorm and dropout: all that a checkpoint must hold."""
+    return Settings(
+        **(SETTINGS | {"architecture": "tests._small:noisy", "epochs": 3, "augmentation": "crop"} | changes)
+    )
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory):
+    """Two solutions, by their paths."""
+    folder = tmp_path_factory.mktemp("ends")
+    return [str(train(dataset(), DeepEnsemble(members=1), settings(seed=s)).save(folder / f"{s}")) for s in (1, 2)]
 
 
 METHODS = {
-    "deep ensemble": lambda checkpoints: train_deep_ensemble(session(checkpoints), members=2),
-    "fge": lambda checkpoints: train_fge(session(checkpoints), members=3, cycle=1, start=0.5),
-    "snapshots": lambda checkpoints: train_snapshots(session(checkpoints), members=3),
-    "simplex": lambda checkpoints: train_simplex(session(checkpoints), 3, vertex_epochs=2, samples_per_step=2),
-    "auto": lambda checkpoints: train_simplex(session(checkpoints), 2, vertex_epochs=1, regularisation="auto"),
-    "function": lambda checkpoints: train_simplex(session(checkpoints), 2, vertex_epochs=2, regulariser="function"),
-    "subspace": lambda checkpoints: train_subspace(session(checkpoints), vertices=2),
-    "curve": lambda checkpoints: train_curve(session(checkpoints, ends()[0]), *ends(), points=3),
-    "complex": lambda checkpoints: train_complex(session(checkpoints, ends()[0]), ends(), connectors=2, points=3),
+    "deep ensemble": lambda ends: DeepEnsemble(members=2),
+    "fge": lambda ends: FGE(members=3, cycle=1, start=0.5),
+    "snapshots": lambda ends: Snapshots(members=3),
+    "simplex": lambda ends: Simplex(vertices=3, vertex_epochs=2, samples_per_step=2),
+    "auto": lambda ends: Simplex(vertices=2, vertex_epochs=1, regularisation="auto"),
+    "function": lambda ends: Simplex(vertices=2, vertex_epochs=2, regulariser="function"),
+    "simplexes": lambda ends: Simplex(vertices=2, vertex_epochs=1, simplexes=2),
+    "subspace": lambda ends: Subspace(vertices=2),
+    "curve": lambda ends: Curve(first=ends[0], second=ends[1], points=3),
+    "complex": lambda ends: Complex(modes=ends, connectors=2, points=3),
 }
+SIMPLEX = METHODS["simplex"]([])
 
 
-def broken_off_and_resumed(method, folder, steps: list[int]):
-    for left in steps:
-        checkpoints = BreakingOff(folder, every=0.0)
-        checkpoints.left = left
-        with pytest.raises(KeyboardInterrupt):
-            method(checkpoints)
-        parts = [path.name.partition("-")[0] for path in folder.glob("[0-9]*")]
-        assert len(parts) == len(set(parts)), "one checkpoint a part is kept"
-    return method(Checkpoints(folder, every=0.0))
+def interrupted(path: Path, method, steps: int, **given) -> Path:
+    """Where the checkpoints of a training lie that was interrupted after so many of them."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        after(patch, steps)
+        make(path, method, settings(), **given)
+    return path.with_name(f"{path.name}.unfinished")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those of parts, in their order."""
+    return sorted(folder.rglob("*.[0-9]*[0-9]"))
 
 
 def assert_the_same(one: Run, other: Run) -> None:
@@ -76,90 +80,89 @@ def assert_the_same(one: Run, other: Run) -> None:
     untimed = [[{k: v for k, v in record.items() if k != "seconds"} for record in run.history] for run in (one, other)]
     assert untimed[0] == untimed[1]
     costs = [
-        {name: (p.example_passes, p.forward_passes) for name, p in run.manifest.cost.parts.items()}
+        {name: (entry.example_passes, entry.forward_passes) for name, entry in run.manifest.cost.entries.items()}
         for run in (one, other)
     ]
     assert costs[0] == costs[1]
     assert one.manifest.metrics == other.manifest.metrics
+    assert one.manifest.fingerprint == other.manifest.fingerprint
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in FILES)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_broken_off_at_any_step_goes_on_as_if_nothing_had_happened(name, tmp_path):
-    method = METHODS[name]
+def test_a_run_interrupted_at_any_step_goes_on_as_if_nothing_had_happened(name, tmp_path, ends):
+    method = METHODS[name](ends)
     random.seed(name)
-    steps = [random.randint(1, 6) for _ in range(3)]
-    assert_the_same(method(None), broken_off_and_resumed(method, tmp_path / "x.unfinished", steps))
+    for _ in range(3):
+        folder = interrupted(tmp_path / "x", method, random.randint(1, 6))
+        parts = [path.relative_to(folder).as_posix().rpartition(".")[0] for path in checkpoints(folder)]
+        assert parts and len(parts) == len(set(parts)), "one checkpoint a part is kept"
+    assert_the_same(make(None, method, settings()), make(tmp_path / "x", method, settings()))
 
 
 def test_a_damaged_checkpoint_costs_its_part_and_no_more(tmp_path):
-    method, folder = METHODS["simplex"], tmp_path / "x.unfinished"
-    checkpoints = BreakingOff(folder, every=0.0)
-    checkpoints.left = 15
-    with pytest.raises(KeyboardInterrupt):
-        method(checkpoints)
-    newest = max(folder.glob("[0-9]*")) / "state.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-10])
-    assert_the_same(method(None), method(Checkpoints(folder, every=0.0)))
+    newest = checkpoints(interrupted(tmp_path / "x", SIMPLEX, 15))[-1]
+    assert newest.name == "vertex-2.000000003"
+    state = newest / "state.pt"
+    state.write_bytes(state.read_bytes()[:-10])
+    again = []
+    resumed = make(tmp_path / "x", SIMPLEX, settings(), on_event=lambda e: again.append(getattr(e, "part", None)))
+    assert "vertex 2" in again and "solution 1" not in again
+    assert_the_same(make(None, SIMPLEX, settings()), resumed)
 
 
 @pytest.mark.parametrize("harm", ["truncated", "half removed"])
 def test_a_damaged_checkpoint_of_a_finished_part(tmp_path, harm):
     """Its part is trained anew, and ends under the very name of what was damaged."""
-    method, folder = METHODS["simplex"], tmp_path / "x.unfinished"
-    checkpoints = BreakingOff(folder, every=1e9)
-    checkpoints.left = 2
-    with pytest.raises(KeyboardInterrupt):
-        method(checkpoints)
-    first = min(folder.glob("[0-9]*"))
+    first = checkpoints(interrupted(tmp_path / "x", SIMPLEX, 2, every=1e9))[0]
     if harm == "truncated":
-        (first / "state.safetensors").write_bytes((first / "state.safetensors").read_bytes()[:-10])
+        (first / "state.pt").write_bytes((first / "state.pt").read_bytes()[:-10])
     else:
         (first / "manifest.json").unlink()
-    assert_the_same(method(None), method(Checkpoints(folder, every=1e9)))
+    resumed = make(tmp_path / "x", SIMPLEX, settings(), every=1e9)
+    assert_the_same(make(None, SIMPLEX, settings()), resumed)
 
 
-def test_checkpoints_of_another_run_are_refused(tmp_path):
-    checkpoints = BreakingOff(tmp_path / "x.unfinished", every=0.0)
-    checkpoints.left = 3
-    with pytest.raises(KeyboardInterrupt):
-        train_deep_ensemble(session(checkpoints), members=1)
-    for changes in ({"seed": 5}, {"epochs": 2}, {"batch_size": 4}):
-        with pytest.raises(UsageError, match="is of a run with other options or other images"):
-            train_deep_ensemble(session(Checkpoints(tmp_path / "x.unfinished"), **changes), members=1)
+def test_checkpoints_of_another_run_are_refused_and_stay(tmp_path):
+    method = DeepEnsemble(members=1)
+    folder = interrupted(tmp_path / "x", method, 3)
+    before = sorted(folder.rglob("*"))
+    for other, changes in ((method, {"seed": 5}), (method, {"epochs": 2}), (method, {"batch_size": 4}), (FGE(), {})):
+        with pytest.raises(UsageError, match=r"x\.unfinished was begun with other options or on other data"):
+            make(tmp_path / "x", other, settings(**changes))
+    with pytest.raises(UsageError, match="was begun with other options or on other data"):
+        make(tmp_path / "x", method, settings(), data=dataset(train=33))
+    assert sorted(folder.rglob("*")) == before
+    assert_the_same(make(tmp_path / "x", method, settings(threads=1)), make(None, method, settings()))
 
 
-class RemovedByHalf(Checkpoints):
-    """Lose the files of these names after the third checkpoint, as a removal that comes while the fourth is written."""
+@pytest.mark.parametrize("gone", [(SPEC,), (SPEC, ".lock")])
+def test_a_folder_removed_by_half_is_begun_again_and_nothing_of_it_stays(tmp_path, monkeypatch, gone):
+    """The files go after the third checkpoint, as by a removal that comes while the fourth is written."""
+    folder, removed = tmp_path / "x.unfinished", []
 
-    gone: tuple[str, ...] = ()
-    left = 3
+    def remove() -> None:
+        for name in gone:
+            (folder / name).unlink()
+            removed.append(name)
 
-    def save(self, number, part, saved):
-        super().save(number, part, saved)
-        self.left -= 1
-        for name in self.gone if self.left == 0 else ():
-            (self.folder / name).unlink()
-
-
-@pytest.mark.parametrize("gone", [("options.json",), ("options.json", ".lock")])
-def test_a_folder_removed_by_half_is_begun_again_and_nothing_of_it_stays(tmp_path, gone):
-    checkpoints = RemovedByHalf(tmp_path / "x.unfinished", every=0.0)
-    checkpoints.gone = gone
-    run = METHODS["simplex"](checkpoints)
-    assert checkpoints.left < 0
+    after(monkeypatch, 3, do=remove)
+    run = make(tmp_path / "x", SIMPLEX, settings())
+    assert removed == [*gone]
     assert [path.name for path in tmp_path.iterdir()] == ["x.unfinished"]
-    assert (tmp_path / "x.unfinished" / "options.json").is_file()
-    assert_the_same(METHODS["simplex"](None), run)
-    checkpoints.remove()
-    assert not [*tmp_path.iterdir()]
+    assert (folder / SPEC).is_file()
+    assert_the_same(make(None, SIMPLEX, settings()), run)
 
 
-def test_checkpoints_are_written_when_due_and_at_the_end_of_a_part(tmp_path):
-    checkpoints = Checkpoints(tmp_path / "x.unfinished", every=1e9)
-    train_snapshots(session(checkpoints), members=2)
-    assert [path.name for path in (tmp_path / "x.unfinished").glob("[0-9]*")] == ["0000-000000012"]
-    checkpoints.remove()
-    assert not (tmp_path / "x.unfinished").exists()
+def test_checkpoints_are_written_when_due_and_at_the_end_of_a_part_and_of_a_job(tmp_path):
+    make(tmp_path / "x", Snapshots(members=2), settings(), every=1e9)
+    assert [path.name for path in checkpoints(tmp_path / "x.unfinished")] == ["snapshots.000000012"]
+    make(tmp_path / "y", DeepEnsemble(members=2), settings(), every=1e9)
+    found = sorted(path.name for path in (tmp_path / "y.unfinished").iterdir() if path.is_dir())
+    assert found == ["solution-1.done", "solution-2.done"]
 
 
 _TEN_KILLS = """
@@ -167,22 +170,23 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from ensembler.trainers import Session, Settings, train_simplex
-from ensembler.trainers.checkpoints import Checkpoints
-from tests._small import SETTINGS, dataset
-from tests.test_cli import SMALL, call
+from ensembler.trainers import DeepEnsemble, Settings, Simplex
+from tests._interrupt import make
+from tests._small import SETTINGS
 
-folder, kills, random_moments = Path(sys.argv[1]), 0, random.Random(0)
+folder, kills, made, random_moments = Path(sys.argv[1]), 0, 0, random.Random(0)
+method = {"deep ensemble": DeepEnsemble(members=3), "simplex": Simplex(vertices=3)}[sys.argv[2]]
+options = {"architecture": "tests._small:noisy", "epochs": 60, "augmentation": "crop"}
 
-def train(checkpoints):
-    settings = Settings(**(SETTINGS | {"architecture": "tests._small:noisy", "epochs": 100, "augmentation": "crop"}))
-    return train_simplex(Session(dataset(), settings, checkpoints=checkpoints), 3)
+def train(path):
+    return make(path, method, Settings(**SETTINGS | options))
 
 train(None).save(folder / "whole")
-while not (folder / "killed").exists():
+while kills < 10 or not (folder / f"killed-{made}").exists():
+    made += (folder / f"killed-{made}").exists()  # quicker than ten kills: another one
     child = os.fork()
     if child == 0:
-        train(Checkpoints(folder / "killed.unfinished", every=0.0)).save(folder / "killed")
+        train(folder / f"killed-{made}").save(folder / f"killed-{made}")
         os._exit(0)
     if kills < 10:
         time.sleep(random_moments.uniform(0.02, 0.3))
@@ -194,64 +198,258 @@ print(kills)
 """
 
 
-def test_ten_kills_at_random_moments_change_nothing(tmp_path):
+@pytest.mark.parametrize("method", ["deep ensemble", "simplex"])
+def test_ten_kills_at_random_moments_change_nothing(tmp_path, method):
     done = subprocess.run(
-        [sys.executable, "-c", _TEN_KILLS, str(tmp_path)],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-c", _TEN_KILLS, str(tmp_path), method],
+        cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
         check=True,
     )
     assert int(done.stdout.split()[-1]) == 10
-    assert_the_same(*(Run.load(tmp_path / name) for name in ("whole", "killed")))
-    for name in ("vertices.safetensors", "members.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    killed = list(tmp_path.glob("killed-?"))
+    assert killed
+    for path in killed:
+        assert_the_same(Run.load(tmp_path / "whole"), Run.load(path))
+        assert same_bytes(tmp_path / "whole", path)
 
 
-def test_the_command_says_how_to_go_on_and_goes_on(tmp_path, images, monkeypatch):
+# --- the command line ---
+
+
+def refusal(*arguments) -> str:
+    """What is said on the one line that a command fails with."""
+    result = call(*arguments)
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.stderr
+    return result.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_command_says_how_to_resume_and_resumes(here, images, monkeypatch):
     command = ["train-simplex", "--vertices", 2, "--lr", 0.05, *SMALL, *images]
     assert call(*command, "--out", "whole").exit_code == 0
-    save, left = Checkpoints.save, 2
-
-    def save_and_break_off(self, number, part, saved):
-        nonlocal left
-        save(self, number, part, saved)
-        left -= 1
-        if left == 0:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Checkpoints, "save", save_and_break_off)
+    after(monkeypatch, 2)
     result = call(*command, "--out", "here/x", "--checkpoint-every", 0)
     assert result.exit_code == 130
-    assert "to go on: ensembler train-simplex --resume here/x" in result.stderr
+    assert "to resume: ensembler train-simplex --resume here/x" in result.stderr
     assert not Path("here/x").exists()
     for arguments, message in (
-        ([*command, "--out", "here/x"], "here/x.unfinished holds a run that was broken off"),
-        (["train-fge", "--resume", "here/x"], "begun by another command"),
-        (["train-fge", "--resume", "nowhere"], "there is no nowhere.unfinished"),
-        (["train-simplex", "--resume", "whole"], "it is finished"),
-        (["train-simplex", "--resume", "here/x", "--lr", 0.1], "leave out rate"),
+        ([*command, "--out", "here/x"], "here/x.unfinished holds an interrupted run: resume it with --resume here/x"),
+        (["train-fge", "--resume", "here/x"], "begun by another command: ensembler train-simplex --resume here/x"),
+        (["train-fge", "--resume", "nowhere"], "nothing to resume at nowhere: there is no nowhere.unfinished"),
+        (["train-simplex", "--resume", "whole"], "nothing to resume at whole: it is finished"),
     ):
-        result = call(*arguments)
-        assert result.exit_code in (1, 2)
-        assert message in " ".join(result.stderr.replace("│", " ").split())
+        assert message in refusal(*arguments)
     with (Path("here/x.unfinished") / ".lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        assert "another process is working on here/x.unfinished" in call("train-simplex", "--resume", "here/x").stderr
+        assert "another process is working on here/x.unfinished" in refusal("train-simplex", "--resume", "here/x")
     result = call("train-simplex", "--resume", "here/x")
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in Path("here").iterdir()) == ["latest", "x"]
     assert_the_same(Run.load(Path("whole")), Run.load(Path("here/x")))
 
 
-def test_what_cannot_end_well_leaves_no_checkpoints(tmp_path, images, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize(
+    ("typed", "flag"),
+    [
+        (["--lr", 0.1], "--lr"),
+        (["--lr", 0.05], "--lr"),  # even the same: there is one place that says it
+        (["--vertices", 2], "--vertices"),
+        (["--no-corners"], "--corners"),
+        (["--arch", "cnn"], "--arch"),
+        (["--dataset", "digits"], "--dataset"),
+        (["--seed", 1], "--seed"),
+        (["--seeds", 2], "--seeds"),
+        (["--recipe", "fast"], "--recipe"),
+        (["--collapse", "centroid"], "--collapse"),
+        (["--out", "y"], "--out"),
+        (["--from-files"], "--in-memory"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_resume_refuses_other_options_and_keeps_what_was_reached(here, images, monkeypatch, typed, flag):
+    after(monkeypatch, 2)
+    command = ["train-simplex", "--vertices", 2, "--lr", 0.05, *SMALL, *images, "--checkpoint-every", 0, "--out", "x"]
+    assert call(*command).exit_code == 130
+    before = sorted(Path("x.unfinished").rglob("*"))
+    said = refusal("train-simplex", "--resume", "x", *typed)
+    assert said.endswith(f"--resume keeps the options that the run was begun with: leave out {flag}")
+    assert sorted(Path("x.unfinished").rglob("*")) == before
+
+
+def test_resume_takes_what_only_says_where_and_how(here, images, monkeypatch):
+    command = ["train-deep-ensemble", "--members", 2, *SMALL, *images]
+    assert call(*command, "--out", "whole").exit_code == 0
+    after(monkeypatch, 2)
+    assert call(*command, "--out", "x", "--checkpoint-every", 0, "--workers", 3).exit_code == 130
+    begun = json.loads(Path("x.unfinished", SPEC).read_text())
     result = call(
-        *["train-deep-ensemble", "--members", 2, "--lr", 1e30, "--clip", 0, "--checkpoint-every", 0, *SMALL, *images],
-        *["--out", "x"],
+        *["train-deep-ensemble", "--resume", "x", "--threads", torch.get_num_threads(), "--workers", 0, "--quiet"],
+        *["--device", "cpu", "--data", here, "--log", "log", "--checkpoint-every", 5, "--engine", "local"],
     )
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert same_bytes(Path("whole"), Path("x"))
+    made = Run.load(Path("x")).manifest
+    assert (made.settings["threads"], made.settings["workers"]) == (torch.get_num_threads(), 0)
+    assert made.fingerprint == Run.load(Path("whole")).manifest.fingerprint == begun["fingerprint"]
+    assert Path("log").read_text().count('"part"') == 3
+
+
+def test_a_recipe_is_resumed_with_its_options(here, images, monkeypatch):
+    """They are kept resolved: neither the recipe nor a default is asked again."""
+    command = ["train-simplex", "--recipe", "fast", "--vertex-epochs", 1, *SMALL[:2], "--device", "cpu", *images]
+    assert call(*command, "--out", "whole").exit_code == 0
+    whole = Run.load(Path("whole")).manifest
+    assert (whole.options["vertices"], whole.options["vertex_epochs"], whole.settings["epochs"]) == (3, 1, 10)
+    after(monkeypatch, 3)
+    assert call(*command, "--out", "x", "--checkpoint-every", 0).exit_code == 130
+    monkeypatch.setitem(sys.modules, "ensembler.trainers.recipes", None)
+    result = call("train-simplex", "--resume", "x")
+    assert result.exit_code == 0, result.output
+    assert same_bytes(Path("whole"), Path("x"))
+    assert_the_same(Run.load(Path("whole")), Run.load(Path("x")))
+
+
+# --- no work is lost to an error ---
+
+
+@contextmanager
+def diverges(images: Path) -> Iterator[None]:
+    """The third member's weights are no numbers."""
+    fit = Trainer.fit
+
+    def broken(self, part, vertices, *given, **named):
+        return fit(self, part, vertices.fill_(torch.nan) if part == "solution 3" else vertices, *given, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "fit", broken)
+        yield
+
+
+@contextmanager
+def unreadable(images: Path) -> Iterator[None]:
+    """Once two members are finished, an image can no longer be read; its size is as before."""
+    file = images / "top" / "7.png"
+    content = file.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        after(patch, 2, "save", lambda: file.write_bytes(bytes(len(content))))
+        yield
+    file.write_bytes(content)
+
+
+@contextmanager
+def killed(images: Path) -> Iterator[None]:
+    """The processes that read images are killed while the third member is trained."""
+    add = Ledger.epoch
+
+    def kill(self, end, **named):
+        add(self, end, **named)
+        for child in psutil.Process().children() if end.part == "solution 3" else ():
+            for worker in child.children() if "forkserver" in " ".join(child.cmdline()) else ():
+                worker.kill()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ledger, "epoch", kill)
+        yield
+
+
+@contextmanager
+def lost(images: Path) -> Iterator[None]:
+    """The engine loses the third job."""
+    run = Local.run
+
+    def losing(self, function, shared, arguments, on_event):
+        for place, result in run(self, function, shared, arguments, on_event):
+            yield place, result
+            if place == 1:
+                raise EngineError("job 3 of 4 was lost 4 times")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Local, "run", losing)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (diverges, "the training loss is nan in epoch 1: lower the learning rate"),
+        (unreadable, "cannot read the image"),
+        (killed, "the processes that read images have died"),
+        (lost, "job 3 of 4 was lost 4 times"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_error_costs_no_finished_member(here, images, harm, message):
+    command = ["train-deep-ensemble", "--members", 4, *SMALL, *images, "--epochs", 4]
+    if harm in (unreadable, killed):
+        command += ["--from-files", "--image-size", 8, "--workers", 1]
+    assert call(*command, "--out", "whole").exit_code == 0
+    with harm(here / "images"):
+        result = call(*command, "--out", "x")
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr.splitlines()[-1]
+    assert "to resume: ensembler train-deep-ensemble --resume x" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not Path("x").exists()
+    assert sorted(path.name for path in Path("x.unfinished").glob("*.done")) == ["solution-1.done", "solution-2.done"]
+    result = call("train-deep-ensemble", "--resume", "x")
+    assert result.exit_code == 0, result.output
+    assert {line.partition(":")[0] for line in result.stderr.splitlines()} == {"solution 3", "solution 4"}
+    assert same_bytes(Path("whole"), Path("x"))
+    assert_the_same(Run.load(Path("whole")), Run.load(Path("x")))
+    assert not Path("x.unfinished").exists()
+
+
+def test_an_error_that_comes_again_deletes_nothing(here, images):
+    command = ["train-deep-ensemble", "--members", 2, "--lr", 1e30, "--clip", 0, "--checkpoint-every", 0]
+    result = call(*command, *SMALL, *images, "--out", "x")
     assert result.exit_code == 1
     assert "the training loss is" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    assert "to resume: ensembler train-deep-ensemble --resume x" in result.stderr
+    kept = checkpoints(Path("x.unfinished"))
+    assert kept
+    assert "the training loss is" in refusal("train-deep-ensemble", "--resume", "x")
+    assert checkpoints(Path("x.unfinished")) == kept
+
+
+def test_another_start_is_refused_and_what_was_reached_stays(here, images, monkeypatch):
+    train_one = ["train-deep-ensemble", "--members", 1, *SMALL, *images]
+    for name, seed in (("start", 0), ("other", 1)):
+        assert call(*train_one, "--seed", seed, "--out", name).exit_code == 0
+    command = ["train-simplex", "--init", "start", "--vertices", 2, "--epochs", 8, "--checkpoint-every", 0]
+    assert call(*command, "--out", "whole").exit_code == 0
+    after(monkeypatch, 3)
+    assert call(*command, "--out", "x").exit_code == 130
+    before = sorted(Path("x.unfinished").rglob("*"))
+    Path("start").rename("kept")
+    Path("other").rename("start")
+    said = refusal("train-simplex", "--resume", "x")
+    assert "x.unfinished was begun with other options or on other data: resume it with those, or remove it" in said
+    assert sorted(Path("x.unfinished").rglob("*")) == before
+    shutil.rmtree("start")
+    Path("kept").rename("start")
+    result = call("train-simplex", "--resume", "x")
+    assert result.exit_code == 0, result.output
+    assert same_bytes(Path("whole"), Path("x"))
+
+
+def test_other_images_are_refused_and_what_was_reached_stays(here, images, monkeypatch):
+    after(monkeypatch, 3)
+    command = ["train-deep-ensemble", "--members", 1, *SMALL, *images, "--checkpoint-every", 0, "--out", "x"]
+    assert call(*command).exit_code == 130
+    before = sorted(Path("x.unfinished").rglob("*"))
+    more = here / "images" / "top" / "more.png"
+    shutil.copy(here / "images" / "middle" / "1.png", more)
+    assert "has changed since the run was trained" in refusal("train-deep-ensemble", "--resume", "x")
+    assert sorted(Path("x.unfinished").rglob("*")) == before
+    more.unlink()
+    assert call("train-deep-ensemble", "--resume", "x").exit_code == 0

@@ -1,4 +1,4 @@
-"""What is chosen around a simplex, complexes and joint subspaces, each against one written out by hand."""
+"""What is chosen around a simplex, and complexes, each against one written out by hand."""
 
 from __future__ import annotations
 
@@ -15,34 +15,16 @@ from ensembler.ensemble import Ensemble, sample_coefficients
 from ensembler.errors import DataError, UsageError
 from ensembler.run import Run, Sampling
 from ensembler.subspace import log_volume
-from ensembler.trainers import (
-    Session,
-    Settings,
-    train_complex,
-    train_deep_ensemble,
-    train_simplex,
-    train_subspace,
-)
-from ensembler.trainers.complex import Volumes, by_volume
-from ensembler.trainers.loop import train
+from ensembler.task import Classification
+from ensembler.trainers import Complex, DeepEnsemble, Simplex
+from ensembler.trainers.loop import Plan
+from ensembler.trainers.methods.simplex import LADDER
+from ensembler.trainers.regularisers import Volumes, hellinger_repulsion, volume_regulariser
 from ensembler.trainers.schedules import constant
-from ensembler.trainers.simplex import LADDER, apart
-from ensembler.trainers.subspace import towards_right_angles
 from ensembler.uncertainty import disagreement
 from ensembler.weights import FlatWeights
-from tests._small import SETTINGS, dataset
-from tests.test_trainers import Repeated, passes, random_batches, same
-
-
-def session(said=None, **changes):
-    init, data = changes.pop("init", None), changes.pop("dataset", dataset())
-    say = (lambda line: None) if said is None else said.append
-    return Session(data, Settings(**(SETTINGS | changes)), init, say=say)
-
-
-def flat(run: Run) -> torch.Tensor:
-    return torch.cat([rows.flatten(1) for rows in run.vertices.values()], dim=1)
-
+from tests._small import dataset
+from tests._training import fit, flat, make, passes, plain, random_batches, same, saved
 
 # --- members ---
 
@@ -67,79 +49,96 @@ def test_shared_vertices_are_members_once_and_simplexes_come_by_their_weights():
     assert ((coefficients[:, 0] > 0) ^ (coefficients[:, 1] > 0)).all()
 
 
-def test_a_run_of_the_first_format_is_still_read():
-    from pathlib import Path
+# --- volume ---
 
-    run = Run.load(Path(__file__).parent / "data" / "run-format-1")
-    cost = run.manifest.cost
-    assert run.manifest.format == 1
-    assert passes(run) == {"solution 1": 24, "vertex 2": 12}
-    assert (cost.example_passes, cost.forward_passes, cost.peak_memory) == (36, 24, None)
-    assert cost.parts["vertex 2"].seconds is None
-    assert run.manifest.sampling.corners is False
-    assert Ensemble(run, "cpu").predict_members(dataset().test.images).shape == (2, 15, 3)
+
+def test_the_volume_regulariser_is_autograd_of_minus_lambda_log_volume():
+    generator = torch.Generator().manual_seed(0)
+    simplex = torch.randn(4, 50, generator=generator, dtype=torch.float64)
+    simplex[3] += 100  # so far out that the softening does not count
+    gradients = torch.ones(1, 50, dtype=torch.float64)
+    volume_regulariser(simplex[:3], simplex[3], 0.3, torch.empty(50, dtype=torch.float64))(gradients, None)
+    vertex = simplex[3].clone().requires_grad_()
+    edges = torch.stack([*simplex[1:3], vertex]) - simplex[0]
+    (-0.3 * torch.logdet(edges @ edges.T) / 2).backward()
+    torch.testing.assert_close(gradients[0], 1 + vertex.grad, rtol=1e-4, atol=1e-9)
 
 
 # --- distance in function space ---
 
 
 def distance(p, q):
-    """Hellinger's, for each image, from its definition."""
-    return torch.tensor([sum((math.sqrt(a) - math.sqrt(b)) ** 2 for a, b in zip(x, y, strict=True)) for x, y in
-                         zip(p.tolist(), q.tolist(), strict=True)])  # fmt: skip
+    """Hellinger's, squared, for each image, from its definition."""
+    pairs = zip(p.tolist(), q.tolist(), strict=True)
+    return torch.tensor([sum((math.sqrt(a) - math.sqrt(b)) ** 2 for a, b in zip(x, y, strict=True)) for x, y in pairs])
 
 
-def test_the_penalty_is_minus_lambda_log_distance():
+def whole_term(strength, squared):
+    """``-lambda * log d`` of the root mean square distance, kept finite."""
+    return -strength * (squared.mean() + 1e-4).sqrt().log()
+
+
+def test_the_penalty_through_one_point_is_twice_minus_lambda_log_distance():
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randn(5, 3, generator=generator) for _ in range(2))
-    squared = distance(torch.softmax(one, 1), torch.softmax(other, 1)).mean().item()
-    assert apart(0.3)(one, other).item() == pytest.approx(-0.3 * math.log(math.sqrt(squared + 1e-4)), rel=1e-4)
-    assert apart(0.3)(one, one).item() == pytest.approx(-0.3 * math.log(1e-2), rel=1e-3)
+    penalty = hellinger_repulsion(Classification(), 0.3)
+    squared = distance(torch.softmax(one, 1), torch.softmax(other, 1))
+    assert penalty(one, other).item() == pytest.approx(2 * whole_term(0.3, squared).item(), rel=1e-4)
+    assert penalty(one, one).item() == pytest.approx(-0.6 * math.log(1e-2), rel=1e-3)
 
 
-def test_a_step_apart_is_autograd_through_the_first_point_alone():
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_penalty_acts_with_the_whole_lambda_in_expectation(samples):
+    """Over both orders of the two points, of which each step lets the gradient through the first: by autograd."""
     weights = FlatWeights(build("tests._small:network", 3))
     generator = torch.Generator().manual_seed(1)
     start = weights.vector + 0.3 * torch.randn(3, len(weights), generator=generator)
     (batch,) = random_batches(1)
-    points = torch.softmax(torch.randn(2, 3, generator=generator), dim=1)
+    first, second = (torch.softmax(torch.randn(samples, 3, generator=generator), dim=1) for _ in range(2))
     module = build("tests._small:network", 3)
 
-    def logits(vertex, c):
+    def outputs(vertex, c, x):
         rows = weights.unflatten(start)
         member = {name: c[0] * rows[name][0] + c[1] * rows[name][1] + c[2] * vertex[name] for name in rows}
-        return torch.func.functional_call(module, member, batch[0])
+        return torch.func.functional_call(module, member, x)
 
-    def gradient(detach):
+    def gradient(term):
         vertex = {name: rows[2].clone().requires_grad_() for name, rows in weights.unflatten(start).items()}
-        first, second = logits(vertex, points[0]), logits(vertex, points[1])
-        term = apart(0.2)(first, second.detach() if detach else second)
-        (term if not detach else term + cross_entropy(first, batch[1])).backward()
+        term(vertex).backward()
         return weights.flatten({name: leaf.grad[None] for name, leaf in vertex.items()})[0]
 
-    vertices, drawn = start.clone(), iter(points[:, None])
-    plain = lambda moving: torch.optim.SGD(moving, lr=1.0)  # noqa: E731
-    train(
-        weights,
-        vertices,
-        Repeated(batch),
-        plain,
-        constant(1.0),
-        1,
-        trainable=[2],
-        draw=lambda S: next(drawn),
-        penalty=apart(0.2),
-    )
-    torch.testing.assert_close(start[2] - vertices[2], gradient(detach=True), rtol=1e-4, atol=1e-6)
-    # The two halves, each through one point, are the whole.
-    whole = gradient(detach=False)
-    points = points.flip(0)
-    torch.testing.assert_close(whole, gradient(detach=False), rtol=1e-4, atol=1e-6)
+    def repulsion(vertex):  # mean over the samples, of the same share each
+        terms = []
+        for c, other, x in zip(first, second, batch[0].chunk(samples), strict=True):
+            roots = [torch.softmax(outputs(vertex, point, x), dim=1).sqrt() for point in (c, other)]
+            terms.append(whole_term(0.2, (roots[0] - roots[1]).square().sum(1)))
+        return sum(terms) / samples
+
+    def loss(points):
+        def term(vertex):
+            parts = zip(points, batch[0].chunk(samples), batch[1].chunk(samples), strict=True)
+            return sum(cross_entropy(outputs(vertex, c, x), y) for c, x, y in parts) / samples
+
+        return term
+
+    def step(points, others):
+        """The gradient of one step of the loop, which draws ``points`` first and what they are compared with next."""
+        drawn, vertices = iter((points, others)), start.clone()
+        penalty = hellinger_repulsion(Classification(), 0.2)
+        plan = Plan(
+            *(constant(1.0), 1), trainable=[2], draw=lambda rng, count: next(drawn), samples=samples, penalty=penalty
+        )
+        fit(weights, vertices, [batch], plan, plain)
+        return start[2] - vertices[2]
+
+    one, other = step(first, second) - gradient(loss(first)), step(second, first) - gradient(loss(second))
+    torch.testing.assert_close((one + other) / 2, gradient(repulsion), rtol=1e-4, atol=1e-6)
+    assert (one - other).norm() > 0.1 * one.norm(), "each order is another half"
 
 
 def test_the_function_regulariser_moves_predictions_apart():
     far, near = (
-        train_simplex(session(epochs=4), vertices=3, regulariser="function", regularisation=strength, vertex_epochs=4)
+        make(Simplex(vertices=3, regulariser="function", regularisation=strength, vertex_epochs=4), epochs=4)
         for strength in (0.3, 0.0)
     )
     x = dataset().test.images
@@ -152,20 +151,20 @@ def test_the_function_regulariser_moves_predictions_apart():
 
 def test_auto_bisects_to_the_largest_lambda_that_fits():
     said = []
-    everything = train_simplex(session(said), vertices=3, regularisation="auto", tolerance=1e9)
+    everything = make(Simplex(vertices=3, regularisation="auto", tolerance=1e9), said=said)
     assert everything.manifest.metrics["lambda"] == LADDER[-1]
     tried = [trial["lambda"] for trial in everything.manifest.metrics["trials"]]
     assert tried == [LADDER[3], LADDER[5], LADDER[6]]
     assert passes(everything) == {"solution 1": 60, "vertex 2": 3 * 16, "vertex 3": 16}
     assert [line.split(":")[0] for line in said[:3]] == [f"lambda {strength:g}" for strength in tried]
     # What was chosen is what the same lambda, given, makes.
-    assert same(everything, train_simplex(session(), vertices=3, regularisation=LADDER[-1]))
+    assert same(everything, make(Simplex(vertices=3, regularisation=LADDER[-1])))
 
 
 def test_auto_keeps_what_fits_and_refuses_what_does_not():
-    run = train_simplex(session(epochs=6), vertices=2, regularisation="auto", vertex_epochs=3)
+    run = make(Simplex(vertices=2, regularisation="auto", vertex_epochs=3), epochs=6)
     limits = {trial["limit"] for trial in run.manifest.metrics["trials"]}
-    solution = train_deep_ensemble(session(epochs=6), members=1)
+    solution = make(DeepEnsemble(members=1), epochs=6)
     validation = dataset().validation
     p = Ensemble(solution, "cpu").predict_proba(validation.images)
     nll = -p.gather(1, validation.labels[:, None]).log().mean().item()
@@ -176,17 +175,17 @@ def test_auto_keeps_what_fits_and_refuses_what_does_not():
 
 
 def test_auto_without_a_lambda_that_fits_does_not_regularise(monkeypatch):
-    monkeypatch.setattr("ensembler.trainers.simplex.LADDER", (1e6, 1e7))
+    monkeypatch.setattr("ensembler.trainers.methods.simplex.LADDER", (1e6, 1e7))
     said = []
-    run = train_simplex(session(said), vertices=2, regularisation="auto", vertex_epochs=1)
+    run = make(Simplex(vertices=2, regularisation="auto", vertex_epochs=1), said=said)
     assert run.manifest.metrics["lambda"] == 0
-    assert any("no lambda of the ladder fits" in line for line in said)
-    assert same(run, train_simplex(session(), vertices=2, regularisation=0.0, vertex_epochs=1))
+    assert "no lambda fits: the simplex is not regularised" in said
+    assert same(run, make(Simplex(vertices=2, regularisation=0.0, vertex_epochs=1)))
 
 
 def test_a_trial_that_diverges_is_too_much_and_the_run_is_saved(monkeypatch, tmp_path):
-    monkeypatch.setattr("ensembler.trainers.simplex.LADDER", (1e-3, 1e38))
-    path = train_simplex(session(), vertices=2, regularisation="auto", tolerance=1e9).save(tmp_path / "run")
+    monkeypatch.setattr("ensembler.trainers.methods.simplex.LADDER", (1e-3, 1e38))
+    path = make(Simplex(vertices=2, regularisation="auto", tolerance=1e9)).save(tmp_path / "run")
     trials = Run.load(path).manifest.metrics["trials"]
     assert {trial["lambda"]: trial["held_out_nll"] for trial in trials}[1e38] is None
     assert Run.load(path).manifest.metrics["lambda"] == 1e-3
@@ -194,7 +193,7 @@ def test_a_trial_that_diverges_is_too_much_and_the_run_is_saved(monkeypatch, tmp
 
 def test_what_is_said_of_a_simplex_is_what_its_members_do():
     said, images = [], dataset()
-    run = train_simplex(session(said), vertices=3, members=3, vertex_epochs=1)
+    run = make(Simplex(vertices=3, members=3, vertex_epochs=1), said=said)
     (found,) = run.manifest.metrics["simplexes"]
     ensemble = Ensemble(run, "cpu")
     probabilities = ensemble.predict_members(images.validation.images)
@@ -210,55 +209,13 @@ def test_what_is_said_of_a_simplex_is_what_its_members_do():
     assert len(run.manifest.metrics["growth"]) == 2
 
 
-# --- joint subspaces ---
-
-
-def test_right_angles_are_autograd_of_beta_squared_cosine():
-    generator = torch.Generator().manual_seed(0)
-    vertices = torch.randn(3, 20, generator=generator, dtype=torch.float64)
-    add = towards_right_angles(vertices, 0.7, np.random.default_rng(4))
-    pairs = np.random.default_rng(4)
-    for _ in range(5):
-        gradients = torch.ones(3, 20, dtype=torch.float64)
-        add(gradients)
-        leaf = vertices.clone().requires_grad_()
-        j, k = pairs.choice(3, 2, replace=False)
-        (0.7 * torch.cosine_similarity(leaf[j], leaf[k], dim=0) ** 2).backward()
-        torch.testing.assert_close(gradients - 1, leaf.grad)
-    assert towards_right_angles(vertices, 0.0, pairs) is None
-
-
-def test_a_joint_subspace_costs_one_network_and_starts_from_independent_weights():
-    run = train_subspace(session(), vertices=3, members=5)
-    assert passes(run) == {"subspace": 60}
-    assert run.manifest.method == "subspace"
-    assert torch.equal(run.coefficients[:3], torch.eye(3))
-    work = session()
-    beginnings = torch.stack([work.fresh(k).vector for k in range(3)])
-    still = train_subspace(session(rate=1e-30, weight_decay=0.0), vertices=3, beta=0.0)
-    torch.testing.assert_close(work.weights.flatten(still.vertices), beginnings * math.sqrt(2))
-    assert Ensemble(run, "cpu").sample(4).members == 4
-    for wrong, message in (({"vertices": 1}, "at least 2 vertices"), ({"beta": -1.0}, "beta must not be negative")):
-        with pytest.raises(UsageError, match=message):
-            train_subspace(session(), **wrong)
-    with pytest.raises(UsageError, match="starts from fresh weights"):
-        train_subspace(session(init=run))
-
-
-def test_beta_keeps_the_vertices_of_a_subspace_at_right_angles():
-    cosines = []
-    for beta in (0.0, 10.0):
-        V = flat(train_subspace(session(epochs=10), vertices=2, beta=beta))
-        cosines.append(torch.cosine_similarity(V[0], V[1], dim=0).abs().item())
-    assert cosines[1] < 0.5 * cosines[0]
-
-
 # --- complexes ---
 
 
 @pytest.fixture(scope="module")
-def modes():
-    return [train_deep_ensemble(session(seed=seed, epochs=6), members=1) for seed in range(3)]
+def modes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("modes")
+    return [saved(make(DeepEnsemble(members=1), seed=seed, epochs=6), folder / str(seed)) for seed in range(3)]
 
 
 def test_shares_are_those_of_the_volumes():
@@ -273,22 +230,25 @@ def test_shares_are_those_of_the_volumes():
     np.testing.assert_allclose(Volumes(flat, [[0, 3], [1, 3]]).shares(), [0.5, 0.5])
 
 
-def test_simplexes_are_drawn_by_volume_and_points_uniformly():
+def test_simplexes_are_drawn_by_volume_and_points_are_where_they_were_drawn():
     vertices = torch.zeros(4, 10)
     vertices[0, 0], vertices[1, 1], vertices[2, 2] = 3.0, 1.0, 1.0  # edges to vertex 3: 3, 1 and 1 long
-    draw = by_volume(Volumes(vertices, [[0, 3], [1, 3], [2, 3]]), np.random.default_rng(0))
-    points = torch.cat([draw(3) for _ in range(1000)])
-    assert ((points[:, :3] > 0).sum(1) == 1).all()
-    shares = (points[:, :3] > 0).double().mean(0)
+    rng = np.random.default_rng(0)
+    points = torch.from_numpy(rng.dirichlet([1, 1], 3000)).float()
+    drawn = torch.cat([torch.from_numpy(rng.random((3000, 1))).float(), points], dim=1)
+    found = Volumes(vertices, [[0, 3], [1, 3], [2, 3]]).coefficients(drawn)
+    assert ((found[:, :3] > 0).sum(1) == 1).all()
+    shares = (found[:, :3] > 0).double().mean(0)
     torch.testing.assert_close(shares, torch.tensor([0.6, 0.2, 0.2]).double(), atol=0.03, rtol=0)
-    assert (points[:, 3].mean() - 0.5).abs() < 0.02
+    torch.testing.assert_close(found[:, 3], points[:, 1])
+    torch.testing.assert_close(found[:, :3].sum(1), points[:, 0])
 
 
 def test_a_complex_joins_its_modes_and_leaves_them_as_they_are(modes):
-    said = []
-    run = train_complex(session(said, epochs=20), modes, connectors=2, members=8, points=5)
+    said, runs, images = [], [Run.load(path) for path in modes], dataset()
+    run = make(Complex(modes=modes, connectors=2, members=8, points=5), said=said, epochs=20)
     for name, rows in run.vertices.items():
-        for i, mode in enumerate(modes):
+        for i, mode in enumerate(runs):
             assert torch.equal(rows[i], mode.vertices[name][0])
     assert run.manifest.sampling.simplexes == [[0, 3, 4], [1, 3, 4], [2, 3, 4]]
     volumes = torch.stack([log_volume(flat(run)[simplex]) for simplex in run.manifest.sampling.simplexes])
@@ -298,52 +258,49 @@ def test_a_complex_joins_its_modes_and_leaves_them_as_they_are(modes):
     assert run.manifest.cost.example_passes == 3 * 180 + 2 * 600
     paths = run.manifest.metrics["paths"]
     assert [path["name"] for path in paths] == ["mode 1 to mode 2", "mode 1 to mode 3", "mode 2 to mode 3"]
-    ends = [Ensemble(mode, "cpu").predict_members(dataset().test.images)[0] for mode in modes]
-    errors = [(p.argmax(1) != dataset().test.labels).double().mean().item() for p in ends]
+    ends = [Ensemble(mode, "cpu").predict_members(images.test.images)[0] for mode in runs]
+    errors = [(p.argmax(1) != images.test.labels).double().mean().item() for p in ends]
     for path, (i, j) in zip(paths, ((0, 1), (0, 2), (1, 2)), strict=True):
         for way in ("line", "complex"):
             assert path[way]["test_error"][0] == pytest.approx(errors[i])
             assert path[way]["test_error"][-1] == pytest.approx(errors[j])
         assert path["complex"]["highest_train_loss"] == max(path["complex"]["train_loss"]) < 0.1
-    middle = Ensemble(run, "cpu").at(torch.tensor([[0, 0, 0, 0.5, 0.5]])).predict_members(dataset().train.images)[0]
-    loss = -middle.gather(1, dataset().train.labels[:, None]).log().mean().item()
+    middle = Ensemble(run, "cpu").at(torch.tensor([[0, 0, 0, 0.5, 0.5]])).predict_members(images.train.images)[0]
+    loss = -middle.gather(1, images.train.labels[:, None]).log().mean().item()
     assert [path["complex"]["train_loss"][2] for path in paths] == pytest.approx([loss] * 3, rel=1e-3)
     assert len(said) == 3
 
 
-def test_a_connector_feels_the_volume_of_every_simplex(modes):
+def test_a_connector_feels_the_volume_of_every_simplex():
     generator = torch.Generator().manual_seed(0)
     fixed = torch.randn(3, 40, generator=generator, dtype=torch.float64)
     connector = fixed.mean(0) + 100
     gradients = torch.zeros(1, 40, dtype=torch.float64)
     volumes = Volumes(torch.cat([fixed, connector[None]]), [[0, 3], [1, 3], [2, 3]])
-    volumes.towards(0.5, torch.empty(40, dtype=torch.float64))(gradients)
+    volumes.regulariser(0.5, torch.empty(40, dtype=torch.float64))(gradients, None)
     leaf = connector.clone().requires_grad_()
     (-0.5 * sum((leaf - fixed[i]).norm().log() for i in range(3))).backward()
     torch.testing.assert_close(gradients[0], leaf.grad, rtol=1e-3, atol=1e-9)
 
 
 def test_what_cannot_be_a_complex_is_refused(modes):
-    for runs, arguments, message in (
-        (modes[:1], {}, "at least 2 runs"),
-        (modes, {"connectors": 0}, "at least 1 connector"),
-        (modes, {"regularisation": -1.0}, "must not be negative"),
-        ([modes[0], modes[1], modes[0]], {}, "modes 1 and 3 are the same solution"),
+    for runs, message in (
+        (modes[:1], "a complex joins at least 2 runs, not 1"),
+        ([*modes[:2], f"{modes[0]}/../0"], "modes 1 and 3 are the same solution: train one with another --seed"),
     ):
         with pytest.raises(UsageError, match=message):
-            train_complex(session(), runs, **arguments)
+            make(Complex(modes=runs))
     with pytest.raises(DataError, match="training images differ"):
-        train_complex(session(dataset=dataset(train=33)), modes)
+        make(Complex(modes=modes), dataset(train=33))
 
 
 # --- BatchNorm ---
 
 
-def test_a_member_at_a_vertex_does_what_the_vertex_did_and_needs_statistics_of_its_own():
-    images = dataset(train=32)
-    work = session(dataset=images, architecture="tests._small:batchnorm", epochs=6)
-    single = train_deep_ensemble(work, members=1)
-    run = train_simplex(session(dataset=images, init=single), vertices=3, members=6, vertex_rate=0.3)
+def test_a_member_at_a_vertex_does_what_the_vertex_did_and_needs_statistics_of_its_own(tmp_path):
+    images, network = dataset(train=32), "tests._small:batchnorm"
+    single = make(DeepEnsemble(members=1), images, architecture=network, epochs=6)
+    run = make(Simplex(vertices=3, members=6, vertex_lr=0.3), images, init=saved(single, tmp_path / "single"))
     x = normalise(images.train.images, images.mean, images.std)
     trained = Ensemble(single, "cpu").predict_members(images.train.images)[0]
     ensemble = Ensemble(run, "cpu")

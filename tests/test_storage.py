@@ -419,19 +419,23 @@ def python(code: str, *arguments: object, **options) -> subprocess.Popen:
 
 
 PULL = """
-import sys
+import os, sys
 from pathlib import Path
 from ensembler import errors, storage
-print("ready", flush=True); sys.stdin.readline()
+print("ready", flush=True)
+if sys.stdin.readline() == "die\\n":  # when the first file is written there
+    sys.addaudithook(lambda event, found: event == "open" and "w" in str(found[1]) and os.kill(os.getpid(), 9))
 try: print(storage.local(sys.argv[1]) if sys.argv[2] == "cache" else storage.pull(sys.argv[1], Path(sys.argv[2])))
 except errors.UsageError as error: print(error)
 """
 PUSH = """
-import sys
+import os, sys
 from pathlib import Path
 from ensembler import storage
 import ensembler.card, ensembler.calibration, fsspec.implementations.local, yaml
-print("ready", flush=True); sys.stdin.readline()
+print("ready", flush=True)
+if sys.stdin.readline() == "die\\n":  # when the first file is written there
+    sys.addaudithook(lambda event, found: event == "open" and "w" in str(found[1]) and os.kill(os.getpid(), 9))
 storage.push(Path(sys.argv[2]), sys.argv[1])
 """
 
@@ -467,10 +471,11 @@ def test_sigkill_while_pushing(tmp_path):
         url = at("file", tmp_path, f"n{attempt}")
         process = python(PUSH, url, source, stdin=subprocess.PIPE)
         process.stdout.readline()
-        process.stdin.write("go\n")
+        process.stdin.write("go\n" if attempt else "die\n")
         process.stdin.flush()
-        time.sleep(random.Random(attempt).uniform(0, 0.1) if attempt else 0)
-        process.send_signal(signal.SIGKILL)
+        if attempt:
+            time.sleep(random.Random(attempt).uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
         process.communicate()
         try:
             local(url)
@@ -492,10 +497,11 @@ def test_sigkill_while_pulling(tmp_path):
         target = tmp_path / "out" / str(attempt)
         process = python(PULL, url, target, stdin=subprocess.PIPE)
         process.stdout.readline()
-        process.stdin.write("go\n")
+        process.stdin.write("go\n" if attempt else "die\n")
         process.stdin.flush()
-        time.sleep(random.Random(attempt).uniform(0, 0.1) if attempt else 0)
-        process.send_signal(signal.SIGKILL)
+        if attempt:
+            time.sleep(random.Random(attempt).uniform(0, 0.1))
+            process.send_signal(signal.SIGKILL)
         process.communicate()
         if target.exists():
             whole += 1
@@ -696,6 +702,7 @@ def test_real_runs_and_bundles_load_from_where_they_were_fetched_to(tmp_path):
 @pytest.fixture
 def hub(monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
+    sys.modules["huggingface_hub"].HfFileSystem.clear_instance_cache()  # it holds the address of the last test's hub
     hub = Hub()
     with serving(hub) as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)

@@ -146,7 +146,7 @@ class Page:
     def wait(self, holds: Any) -> None:
         from selenium.webdriver.support.wait import WebDriverWait
 
-        WebDriverWait(self.driver, 15, poll_frequency=0.05).until(lambda _: holds())
+        WebDriverWait(self.driver, 120, poll_frequency=0.05).until(lambda _: holds())
 
     def unlock(self) -> None:
         self["token"].send_keys(TOKEN + "\n")

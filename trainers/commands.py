@@ -63,14 +63,14 @@ def collapse(
 ) -> None:
     """Average a run's vertices into one network: SWA of snapshots (Izmailov et al. 2018)."""
     from ensembler.run import Run, latest, new_path
-    from ensembler.trainers.launch import check_free, save
+    from ensembler.trainers.launch import check_free, label, save
     from ensembler.trainers.training import collapse_run
 
     folder, url = destination(out, "runs")
     check_free(folder or Path("runs", "new"))
     whole = Run.load(run or latest(Path("runs")))
     found = collapse_run(whole, whole.manifest.dataset.load(data), device)
-    name = f"{found.manifest.method}-{found.manifest.architecture.replace(':', '-')}"
+    name = f"{found.manifest.method}-{label(found.manifest.architecture)}"
     push_finished(save(found, folder or new_path(Path("runs"), name)), url)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,6 @@ from ensembler.trainers.settings import Settings
 from ensembler.transfers import push_finished
 
 if TYPE_CHECKING:
-    from ensembler.datasets import Dataset
     from ensembler.engine import Engine
     from ensembler.jobs import Job
     from ensembler.run import Run
@@ -26,10 +25,9 @@ if TYPE_CHECKING:
     from ensembler.trainers.events import OnEvent
     from ensembler.trainers.method import Method
     from ensembler.trainers.resume import Unfinished
-    from ensembler.trainers.spec import Spec
-    from ensembler.trainers.starts import Start
+    from ensembler.trainers.training import Training
 
-__all__ = ["Data", "Launch", "check_free", "launch", "save"]
+__all__ = ["Data", "Launch", "check_free", "label", "launch", "save"]
 
 
 class Data(Options):
@@ -96,227 +94,169 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
         chosen: the names of those that were typed, or given by a file: the others have their defaults.
 
     Raises:
-        UsageError: options that do not go together, or a run that is there already.
+        UsageError: options that do not go together, or a run that already exists.
     """
     from ensembler.engine import choose
-    from ensembler.run import new_path
     from ensembler.trainers.distributed import joined, launched
     from ensembler.trainers.progress import progress
 
     own = Launch.typed(given)
+    several = own.seeds > 1
     with joined(given["device"]) as group, choose(own.engine, own.address, given["device"], given["threads"]) as engine:
-        if group.size > 1 and (own.seeds > 1 or own.engine != "local"):
+        if group.size > 1 and (several or own.engine != "local"):
             raise UsageError(
                 "under torchrun, one run is made by the processes that it started: leave out --seeds and --engine"
             )
         folder, url = destination(own.out, "runs")
-        path = own.resume or folder
-        if path is None:
-            if launched():
-                raise UsageError(
-                    "under torchrun, name the run with --out: every process and every restart must mean the same"
-                )
-            path = new_path(Path("runs"), f"{kind.command.removeprefix('train-')}-{_label(given['architecture'])}")
-        several = own.seeds > 1
+        path = own.resume or folder or _unnamed(f"{kind.command.removeprefix('train-')}-{label(given['architecture'])}")
         if not several:
-            group.from_first(partial(check_free, path, resumed=own.resume is not None or launched()))
-        show = progress(own.quiet, own.log, own.tensorboard) if group.first else progress(quiet=True)
-        with show as on_event:
-            make = _resumed if own.resume else _given
-            work = make(kind, given, chosen, own, group)
-            work = replace(work, several=several, group=group, on_event=on_event)
-            if own.resume is None and not several:
-                _check_begun(path, work.spec, group)
-            paths = {work.settings.seed: path}
-            if several:
-                first = work.settings.seed
-                paths = {seed: path.with_name(f"{path.name}-s{seed}") for seed in range(first, first + own.seeds)}
-            saved = _make_all(work, paths, engine, own.checkpoint_every)
-        for seed, one in saved.items() if group.first else ():
+            group.from_first(partial(check_free, path, resumed=own.resume is not None, restarted=launched()))
+        with progress(own.quiet, own.log, own.tensorboard) if group.first else progress(quiet=True) as on_event:
+            training = (_resumed if own.resume else _given)(kind, given, chosen, own, group)
+            first = training.settings.seed
+            paths = {seed: path.with_name(f"{path.name}-s{seed}") for seed in range(first, first + own.seeds)}
+            runs = _Runs(training, paths if several else {first: path}, own.checkpoint_every, group)
+            runs.make(engine, on_event)
+        for seed, one in runs.saved.items() if group.first else ():
             push_finished(one, url and url + f"-s{seed}" * several, own.quiet)
 
 
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """What the runs of a command have in common, and what makes one of them for its seed."""
+@dataclass(eq=False)
+class _Runs:
+    """The runs of a command, one a seed; as a store of jobs, a job is done where its run lies.
 
-    spec: Spec
-    dataset: Dataset
-    method: Method
-    settings: Settings
-    starts: Mapping[str, Start]
-    several: bool = False
-    group: Group | None = None
-    on_event: OnEvent = lambda event: None
-    inner: Engine | None = None
-    begun: Mapping[int, Unfinished] = field(default_factory=dict)
+    Args:
+        training: of the first seed.
+        paths: where each run is to be, by its seed.
+        every: seconds between two checkpoints.
+        group: the processes that train together.
+    """
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Sent to another process, it leaves behind what is of this one."""
-        return self.__dict__ | {"group": None, "on_event": None, "inner": None, "begun": {}}
-
-    def of_seed(self, seed: int) -> tuple[Spec, Settings]:
-        """What decides the run of a seed."""
-        from ensembler.trainers.training import resolve
-
-        settings = self.settings.model_copy(update={"seed": seed})
-        spec, _, _ = resolve(self.dataset, self.method, settings, self.starts, collapse=self.spec.collapse)
-        return spec, settings
-
-
-def _run_of_seed(work: _Work, emit: OnEvent, seed: int) -> Run:
-    """A job: the run of one seed."""
-    from ensembler.trainers.distributed import ALONE
-    from ensembler.trainers.events import named
-    from ensembler.trainers.training import make_run
-
-    spec, settings = work.of_seed(seed)
-    begun = work.begun.get(seed)
-    return make_run(
-        spec,
-        work.dataset,
-        work.method,
-        settings,
-        work.starts,
-        on_event=named(f"seed {seed}, ", emit) if work.several else emit,
-        store=begun.store if begun else None,
-        engine=work.inner,
-        group=work.group or ALONE,
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Saved:
-    """The store of finished runs: a job is done where its run lies."""
-
-    work: _Work
+    training: Training
     paths: Mapping[int, Path]
-    begun: dict[int, Unfinished]
-    found: dict[int, Path] = field(default_factory=dict)
+    every: float
+    group: Group
+    saved: dict[int, Path] = field(default_factory=dict)
+    unfinished: dict[int, Unfinished] = field(default_factory=dict)
+
+    @property
+    def several(self) -> bool:
+        return len(self.paths) > 1
+
+    def make(self, engine: Engine, on_event: OnEvent) -> None:
+        """Make those that are missing, and save each as soon as it is finished."""
+        from ensembler import jobs
+        from ensembler.engine import Local
+        from ensembler.trainers.resume import Unfinished
+
+        outer, inner = (engine, Local()) if self.several else (Local(), engine)
+        self.unfinished = {
+            seed: Unfinished(path, self.training.with_seed(seed).spec, self.every, ours=self.group.first)
+            for seed, path in self.paths.items()
+            if not path.exists()
+        }
+        missing = len(self.unfinished)
+        here = (dict(self.unfinished), inner, self.group) if outer.here else None
+        todo = [jobs.Job(f"seed {seed}", _make, {"seed": seed}) for seed in self.paths]
+        shared = self.training, self.several, here
+        try:
+            with closing(jobs.run(todo, shared, outer, self, on_event)) as results:
+                for _ in results:
+                    pass
+        except BaseException:
+            if self.group.first:
+                self._say_how_to_resume(any_saved=len(self.unfinished) < missing)
+            raise
+        finally:
+            for one in self.unfinished.values():
+                one.close()
 
     def load(self, job: Job) -> Path | None:
-        """Where the run of a seed lies, if it is there and whole.
+        """Where the run of a seed lies, if it already exists.
 
         Raises:
-            UsageError: another run is there.
+            UsageError: another run does.
         """
         from ensembler.run import Run
 
         seed = job.arguments["seed"]
         path = self.paths[seed]
-        if not (self.work.several and path.exists()):
+        if seed in self.unfinished:
             return None
-        if Run.load(path).manifest.fingerprint != self.work.of_seed(seed)[0].fingerprint:
+        if Run.load(path).manifest.fingerprint != self.training.with_seed(seed).spec.fingerprint:
             raise UsageError(
                 f"{path} already exists, made with other options or of other data: choose another --out, or remove it"
             )
         typer.echo(f"{path} already exists, skipped", err=True)
-        self.found[seed] = path
+        self.saved[seed] = path
         return path
 
     def save(self, job: Job, result: Run) -> None:
         """Save a run, and remove what was kept while it was made."""
-        seed, group = job.arguments["seed"], self.work.group
-        assert group is not None  # noqa: S101  this store is never sent away
-        self.found[seed] = group.from_first(partial(save, result, self.paths[seed]))
-        self.begun.pop(seed).remove()
+        seed = job.arguments["seed"]
+        self.saved[seed] = self.group.from_first(partial(save, result, self.paths[seed]))
+        self.unfinished.pop(seed).remove()
+
+    def _say_how_to_resume(self, any_saved: bool) -> None:
+        kept = [one.folder for one in self.unfinished.values() if one.folder.is_dir()]
+        if self.several and (kept or any_saved):
+            seed, path = next(iter(self.paths.items()))
+            again = path.with_name(path.name.removesuffix(f"-s{seed}"))
+            typer.echo(f"to resume: the same command with --out {again}", err=True)
+            return
+        for folder in kept:
+            typer.echo(f"to resume: ensembler {self.training.spec.command} --resume {folder.with_suffix('')}", err=True)
 
 
-def _make_all(work: _Work, paths: Mapping[int, Path], engine: Engine, every: float) -> dict[int, Path]:
-    """Make the runs of all seeds, save each as soon as it is finished, and say where they lie."""
-    from ensembler import jobs
-    from ensembler.engine import Local
-    from ensembler.trainers.resume import Unfinished
+def _make(shared: tuple[Training, bool, Any], emit: OnEvent, seed: int) -> Run:
+    """A job: the run of one seed, with its store, engine and group where it is made in the command's own process."""
+    from ensembler.trainers.distributed import ALONE
+    from ensembler.trainers.events import named
 
-    group = work.group
-    assert group is not None  # noqa: S101  set by launch
-    outer, inner = (engine, Local()) if work.several else (Local(), engine)
-    todo = [jobs.Job(f"seed {seed}", _run_of_seed, {"seed": seed}) for seed in paths]
-    begun = {
-        seed: Unfinished(path, work.of_seed(seed)[0], every, ours=group.first)
-        for seed, path in paths.items()
-        if not path.exists()
-    }
-    shared = replace(work, inner=inner, begun=dict(begun) if outer.here else {})
-    store = _Saved(work, paths, begun)
-    with _kept(work, paths, begun), closing(jobs.run(todo, shared, outer, store, work.on_event)) as results:
-        for _ in results:
-            pass
-    return store.found
+    training, several, here = shared
+    unfinished, engine, group = here or (dict[int, Any](), None, ALONE)
+    store = unfinished[seed].store if seed in unfinished else None
+    on_event = named(f"seed {seed}, ", emit) if several else emit
+    made: Run = training.with_seed(seed).make(on_event, store, engine, group)
+    return made
 
 
-@contextmanager
-def _kept(work: _Work, paths: Mapping[int, Path], begun: Mapping[int, Unfinished]) -> Iterator[None]:
-    """Where the block fails, what was reached is kept, and how to resume is said."""
-    try:
-        yield
-    except BaseException:
-        if work.group and work.group.first:
-            if work.several:
-                seed, path = next(iter(paths.items()))
-                again = path.with_name(path.name.removesuffix(f"-s{seed}"))
-                typer.echo(f"to resume: the same command with --out {again}", err=True)
-            for one in () if work.several else begun.values():
-                if one.folder.is_dir():
-                    again = one.folder.with_suffix("")
-                    typer.echo(f"to resume: ensembler {work.spec.command} --resume {again}", err=True)
-        raise
-    finally:
-        for one in begun.values():
-            one.close()
-
-
-def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: Launch, group: Group) -> _Work:
-    """The work that a command's options ask for."""
+def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: Launch, group: Group) -> Training:
+    """What a command's options ask for."""
     from ensembler import datasets
     from ensembler.run import Run
     from ensembler.trainers import recipes
     from ensembler.trainers.starts import load_starts
-    from ensembler.trainers.training import resolve
+    from ensembler.trainers.training import Training
 
     data, values = Data.typed(given), {name: _written(value) for name, value in given.items()}
-    first = load_starts(kind.typed(values), Settings.typed(values))
-    start = next((found for found in first.values() if isinstance(found, Run)), None)
+    starts = load_starts(kind.typed(values), Settings.typed(values))
+    start = next((found.manifest for found in starts.values() if isinstance(found, Run)), None)
     if own.recipe:
-        about = (values["architecture"], data.dataset or "digits")
-        if start:
-            about = (start.manifest.architecture, data.dataset or start.manifest.dataset.name)
-        found = recipes.find(own.recipe, kind, *about)
+        architecture = start.architecture if start else values["architecture"]
+        name = data.dataset or (start.dataset.name if start else "digits")
+        found = recipes.find(own.recipe, kind, architecture, name)
         values |= {name: value for name, value in found.items() if name not in chosen}
-    method, settings = kind.typed(values), Settings.typed(values)
     if start and data.dataset is None and data.image_size is None:
-        load = partial(start.manifest.dataset.load, data.data, download=data.download)
+        load = partial(start.dataset.load, data.data, download=data.download)
     else:
-        load = partial(
-            datasets.load,
-            data.dataset or "digits",
-            data.data,
-            download=data.download,
-            image_size=data.image_size,
-            in_memory=data.in_memory,
-            corrupt=data.corrupt,
-        )
+        asked = data.model_dump(include={"download", "image_size", "in_memory", "corrupt"})
+        load = partial(datasets.load, data.dataset or "digits", data.data, **asked)
     dataset = group.after_first(load)
     if dataset.skipped and group.first:
-        typer.echo(
-            f"{len(dataset.skipped)} images cannot be read and are left out: {', '.join(dataset.skipped)}", err=True
-        )
-    spec, method, settings = resolve(dataset, method, settings, first, collapse=own.collapse is not None)
-    return _Work(spec, dataset, method, settings, first)
+        names = ", ".join(dataset.skipped)
+        typer.echo(f"{len(dataset.skipped)} images cannot be read and are left out: {names}", err=True)
+    return Training.of(dataset, kind.typed(values), Settings.typed(values), starts, own.collapse is not None)
 
 
-def _resumed(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: Launch, group: Group) -> _Work:
-    """The work of an interrupted run, from its ``spec.json``."""
-    from ensembler.trainers.spec import SPEC, Spec, unfinished
+def _resumed(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: Launch, group: Group) -> Training:
+    """What an interrupted run's ``spec.json`` asks for."""
+    from ensembler.trainers.spec import Spec, unfinished
     from ensembler.trainers.starts import load_starts
-    from ensembler.trainers.training import resolve
+    from ensembler.trainers.training import Training
 
     path = own.resume or Path()
-    folder = unfinished(path)
-    if not (folder / SPEC).is_file():
-        state = "it is finished" if path.exists() else f"there is no {folder}"
-        raise UsageError(f"nothing to resume at {path}: {state}")
-    spec = Spec.read(folder)
+    spec = group.from_first(partial(Spec.read, unfinished(path)))
     if spec.command != kind.command:
         raise UsageError(f"{path} was begun by another command: ensembler {spec.command} --resume {path}")
     if wrong := sorted(chosen - _WITH_RESUME):
@@ -324,40 +264,49 @@ def _resumed(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own
         raise UsageError(f"--resume keeps the options that the run was begun with: leave out {flags[wrong[0]]}")
     here = {name: given[name] for name in Settings.marked("computing") & chosen}
     method, settings = kind(**spec.options), Settings(**spec.settings | here)
-    starts = load_starts(method, settings)
     dataset = group.after_first(partial(spec.dataset.load, given["data"]))
-    spec, method, settings = resolve(dataset, method, settings, starts, collapse=spec.collapse)
-    return _Work(spec, dataset, method, settings, starts)
+    return Training.of(dataset, method, settings, load_starts(method, settings), spec.collapse)
 
 
-def _check_begun(path: Path, spec: Spec, group: Group) -> None:
-    """Refuse to begin what was begun already, unless torchrun runs the very command again."""
-    from ensembler.trainers.distributed import launched
-    from ensembler.trainers.spec import SPEC, Spec, unfinished
-
-    def check() -> None:
-        folder = unfinished(path)
-        if (folder / SPEC).is_file() and not (launched() and Spec.read(folder).fingerprint == spec.fingerprint):
-            raise UsageError(f"{folder} holds an interrupted run: resume it with --resume {path}, or remove it")
-
-    group.from_first(check)
-
-
-def check_free(path: Path, resumed: bool = False) -> None:
-    """Before an hour of training, not after, say what stands where a run is to be, or that nothing can be written.
+def _unnamed(name: str) -> Path:
+    """Where a run goes that the user has not named.
 
     Raises:
-        UsageError: a run is there, or what was begun of one. ArtefactError: the folder cannot be written to.
+        UsageError: several processes train it, which would each find another name.
+    """
+    from ensembler.run import new_path
+    from ensembler.trainers.distributed import launched
+
+    if launched():
+        raise UsageError("under torchrun, name the run with --out: every process and every restart must mean the same")
+    return new_path(Path("runs"), name)
+
+
+def check_free(path: Path, resumed: bool = False, restarted: bool = False) -> None:
+    """Before an hour of training, not after, say what stands where a run is to be, or that nothing can be written.
+
+    Args:
+        path: where it is to be.
+        resumed: whether it must have been begun.
+        restarted: whether it may have been begun, by the very same command.
+
+    Raises:
+        UsageError: a run is there, or what was begun of one; or nothing is there to resume. ArtefactError: the folder
+            cannot be written to.
     """
     from ensembler.artefact import check_writable
     from ensembler.trainers.spec import SPEC, unfinished
 
     begun = unfinished(path)
-    if path.exists() and resumed and begun.is_dir():
+    if resumed and not (begun / SPEC).is_file():
+        raise UsageError(
+            f"nothing to resume at {path}: {'it is finished' if path.exists() else f'there is no {begun}'}"
+        )
+    if path.exists() and (resumed or restarted) and begun.is_dir():
         raise UsageError(f"{path} already exists. If it is this run, remove {begun}; otherwise move it away and resume")
     if path.exists():
         raise UsageError(f"{path} already exists: choose another --out, or remove it first")
-    if (begun / SPEC).is_file() and not resumed:
+    if (begun / SPEC).is_file() and not (resumed or restarted):
         raise UsageError(f"{begun} holds an interrupted run: resume it with --resume {path}, or remove it")
     check_writable(path.parent)
 
@@ -382,7 +331,8 @@ def save(run: Run, path: Path) -> Path:
     return path
 
 
-def _label(architecture: str) -> str:
+def label(architecture: str) -> str:
+    """An architecture's name as part of a folder's."""
     return architecture.replace(":", "-")
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ensembler.device import forget_peak, peak_memory
 from ensembler.run import Cost, CostEntry
-from ensembler.trainers.loop import Epoch
+from ensembler.trainers.events import EpochEnd
 
 __all__ = ["Ledger"]
 
@@ -45,18 +45,21 @@ class Ledger:
         entry = self.entries.setdefault(name, CostEntry(device=self.device))
         start = time.monotonic()
         forget_peak(device)
-        yield entry
-        entry.seconds = round((entry.seconds or 0.0) + time.monotonic() - start, 3)
-        entry.peak_memory = _largest(entry.peak_memory, peak_memory(device))
+        try:
+            yield entry
+        finally:  # what diverged has cost something, too
+            entry.seconds = round((entry.seconds or 0.0) + time.monotonic() - start, 3)
+            entry.peak_memory = _largest(entry.peak_memory, peak_memory(device))
 
-    def epoch(self, part: str, epoch: Epoch, forward_passes: int = 0) -> None:
+    def epoch(self, end: EpochEnd, forward_passes: int = 0) -> None:
         """Count an epoch's passes and add it to the history."""
-        self.entries[part].example_passes += epoch.examples
-        self.entries[part].forward_passes += forward_passes
-        self.history.append({"part": part, **asdict(epoch), "seconds": round(self.seconds, 3)})
+        entry = self.entries[end.part]
+        entry.example_passes += end.epoch.examples
+        entry.forward_passes += forward_passes
+        self.history.append(end.record() | {"seconds": round(self.seconds, 3)})
 
     def fork(self) -> Ledger:
-        """An empty ledger, for a part or a job; see :meth:`merging`."""
+        """An empty ledger, for a job; see :meth:`merging`."""
         return Ledger(self.device)
 
     def resume(self, part: str, record: Mapping[str, Any]) -> None:
@@ -69,12 +72,24 @@ class Ledger:
         """Merge the :meth:`record` of each fork that the block collects, as if they had run one after another."""
         found: list[Mapping[str, Any]] = []
         seconds = self.seconds
-        yield found
-        self.before = seconds
-        for record in found:
-            self._merge(record)
-            self.before += record["seconds"]
-        self._start = time.monotonic()
+        try:
+            yield found
+        finally:
+            self.before = seconds
+            for record in found:
+                self._merge(record)
+                self.before += record["seconds"]
+            self._start = time.monotonic()
+
+    @contextmanager
+    def forked(self) -> Iterator[Ledger]:
+        """A fork that is merged when the block ends, by an error or not."""
+        fork = self.fork()
+        with self.merging() as ledgers:
+            try:
+                yield fork
+            finally:
+                ledgers.append(fork.record())
 
     def record(self) -> dict[str, Any]:
         """Entries, history and seconds, as JSON values."""

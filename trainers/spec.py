@@ -29,7 +29,6 @@ class Spec(Record):
 
     Attributes:
         command: the method's.
-        method: its name.
         options: the method's, every one, resolved.
         settings: every one, resolved.
         dataset: the data.
@@ -40,7 +39,6 @@ class Spec(Record):
     """
 
     command: str
-    method: str
     options: dict[str, Any]
     settings: dict[str, Any]
     dataset: DatasetRecord

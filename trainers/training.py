@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from ensembler.trainers.spec import Spec
 from ensembler.trainers.starts import Start, identity, load_starts, vertices
 from ensembler.trainers.trainer import Trainer
 
-__all__ = ["centroid", "collapse_run", "make_run", "resolve", "train"]
+__all__ = ["Training", "centroid", "collapse_run", "train"]
 
 
 def train(
@@ -58,63 +60,77 @@ def train(
     starts = load_starts(method, settings)
     if isinstance(dataset, str):
         dataset = datasets.load(dataset)
-    spec, method, settings = resolve(dataset, method, settings, starts)
-    return make_run(spec, dataset, method, settings, starts, on_event=on_event, engine=engine or Local())
+    return Training.of(dataset, method, settings, starts).make(on_event, engine=engine)
 
 
-def resolve(
-    dataset: Dataset, method: Method, settings: Settings, starts: Mapping[str, Start], *, collapse: bool = False
-) -> tuple[Spec, Method, Settings]:
-    """Fill in everything that is not given, and what decides the run, with its fingerprint.
+@dataclass(frozen=True, eq=False)
+class Training:
+    """A run before it is made: the data, the options resolved, and what it starts from. See :meth:`of`."""
 
-    Raises:
-        UsageError: options that do not go together. DataError: a start was trained on other data.
-    """
-    runs = [start for start in starts.values() if isinstance(start, Run)]
-    for run in runs:
-        run.manifest.dataset.check(dataset)
-    settings = settings.resolved(dataset, runs[0].manifest.architecture if runs else None)
-    method = method.resolved(settings)
-    own, shared = type(method), Settings
-    spec = Spec(
-        command=method.command,
-        method=method.name,
-        options=method.model_dump(mode="json"),
-        settings=settings.model_dump(mode="json"),
-        dataset=DatasetRecord.of(dataset, settings.augmentation),
-        task=dataset.task,
-        starts={name: identity(name, start) for name, start in starts.items()},
-        collapse=collapse,
-    )
-    left_out = own.marked("path") | own.marked("computing") | shared.marked("path") | shared.marked("computing")
-    return spec.fingerprinted(left_out), method, settings
+    dataset: Dataset
+    method: Method
+    settings: Settings
+    starts: Mapping[str, Start]
+    collapse: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset,
+        method: Method,
+        settings: Settings,
+        starts: Mapping[str, Start],
+        collapse: bool = False,
+    ) -> Training:
+        """Fill in everything that is not given.
 
-def make_run(
-    spec: Spec,
-    dataset: Dataset,
-    method: Method,
-    settings: Settings,
-    starts: Mapping[str, Start],
-    *,
-    on_event: OnEvent = lambda event: None,
-    store: Store | None = None,
-    engine: Engine | None = None,
-    group: Group = ALONE,
-) -> Run:
-    """Train what :func:`resolve` gave.
+        Raises:
+            UsageError: options that do not go together. DataError: a start was trained on other data.
+        """
+        runs = [start for start in starts.values() if isinstance(start, Run)]
+        for run in runs:
+            run.manifest.dataset.check(dataset)
+        settings = settings.resolved(dataset, runs[0].manifest.architecture if runs else None)
+        return cls(dataset, method.resolved(settings), settings, starts, collapse)
 
-    Args:
-        spec, dataset, method, settings, starts: of :func:`resolve`.
-        on_event, store, engine, group: see :class:`ensembler.trainers.trainer.Trainer`.
-    """
-    trainer = Trainer(dataset, settings, starts, on_event, store, engine or Local(), group)
-    if method.starts_fresh and trainer.starts_solved:
-        raise UsageError(f"{method.command} starts from fresh weights: leave out --init, or give one of other classes")
-    members, name, independent = method.train(trainer), method.name, method.independent
-    if spec.collapse:
-        members, name, independent = centroid(trainer, members.vertices, members.buffers), f"{name}-centroid", False
-    return assemble(spec, trainer, members, name, independent)
+    @cached_property
+    def spec(self) -> Spec:
+        """What decides the run, with its fingerprint."""
+        own, shared = type(self.method), Settings
+        spec = Spec(
+            command=own.command,
+            options=self.method.model_dump(mode="json"),
+            settings=self.settings.model_dump(mode="json"),
+            dataset=DatasetRecord.of(self.dataset, self.settings.augmentation),
+            task=self.dataset.task,
+            starts={name: identity(name, start) for name, start in self.starts.items()},
+            collapse=self.collapse,
+        )
+        marks = [options.marked(mark) for options in (own, shared) for mark in ("path", "computing")]
+        return spec.fingerprinted(set().union(*marks))
+
+    def with_seed(self, seed: int) -> Training:
+        """The same with another seed."""
+        return replace(self, settings=self.settings.model_copy(update={"seed": seed}))
+
+    def make(
+        self,
+        on_event: OnEvent = lambda event: None,
+        store: Store | None = None,
+        engine: Engine | None = None,
+        group: Group = ALONE,
+    ) -> Run:
+        """Train. Arguments as of :class:`ensembler.trainers.trainer.Trainer`."""
+        method = self.method
+        trainer = Trainer(self.dataset, self.settings, self.starts, on_event, store, engine or Local(), group)
+        if method.starts_fresh and trainer.starts_solved:
+            raise UsageError(
+                f"{method.command} starts from fresh weights: leave out --init, or give one of other classes"
+            )
+        members, name, independent = method.train(trainer), method.name, method.independent
+        if self.collapse:
+            members, name, independent = centroid(trainer, members.vertices, members.buffers), f"{name}-centroid", False
+        return assemble(self.spec, trainer, members, name, independent)
 
 
 def centroid(trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor]) -> Members:
@@ -141,7 +157,6 @@ def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
     buffers = {name: own.to(trainer.device) for name, own in run.buffers.items()}
     spec = Spec(
         command=manifest.command or "",
-        method=manifest.method,
         options=manifest.options,
         settings=manifest.settings,
         dataset=manifest.dataset,

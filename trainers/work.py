@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,7 +28,7 @@ def each(trainer: Trainer, function: Callable[..., Made], arguments: Mapping[str
 
     Args:
         trainer: of the whole training.
-        function: of a module, so that another process finds it.
+        function: of a module, or a partial of one, so that another process finds it.
         arguments: JSON values, by the job's name.
 
     Raises:
@@ -58,8 +57,6 @@ def each(trainer: Trainer, function: Callable[..., Made], arguments: Mapping[str
 def _work(
     trainer: Trainer, emit: OnEvent, name: str, function: Callable[..., Made], given: dict[str, Any]
 ) -> JobResult:
-    own = copy.copy(trainer)  # the same network and data; a ledger and a store of its own
-    own.on_event, own.ledger = emit, trainer.ledger.fork()
-    own.store = trainer.store.child(name) if trainer.store else None
+    own = trainer.fork(name, emit)
     tensors, facts = function(own, **given)
     return JobResult({key: tensor.cpu() for key, tensor in tensors.items()}, facts, own.ledger.record())

@@ -1,0 +1,71 @@
+"""BatchNorm statistics of weights that were never trained: torch's own answer, and no random number drawn."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from ensembler.architectures import build
+from ensembler.batchnorm import has_batchnorm, recompute
+from ensembler.ensemble import Ensemble
+from ensembler.trainers import Simplex
+from tests._small import dataset
+from tests._training import make
+
+
+def batches(count: int = 3, size: int = 5) -> list[torch.Tensor]:
+    return [torch.randn(size, 3, 8, 8, generator=torch.Generator().manual_seed(n)) for n in range(count)]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_are_those_that_torch_computes(momentum):
+    network = build("tests._small:batchnorm", 3)
+    network.body[1].momentum = momentum
+    expected = copy.deepcopy(network)
+    update_bn(batches(), expected)
+    recompute(network, batches())
+    torch.testing.assert_close(network.state_dict(), expected.state_dict())
+    assert network.body[1].momentum == momentum
+
+
+def test_only_batchnorm_layers_are_in_training_mode_and_all_are_as_before_in_the_end():
+    network = build("tests._small:counting", 3)
+    network[1][1].eval()
+    modes = {name: module.training for name, module in network.named_modules()}
+    before, seen = torch.random.get_rng_state(), []
+    network[1][1].register_forward_pre_hook(lambda module, inputs: seen.append(module.training))
+    recompute(network, batches())
+    assert torch.equal(before, torch.random.get_rng_state()), "dropout draws nothing"
+    assert seen == [False] * 3
+    assert network[0].seen == 0, "no other buffer changes"
+    assert {name: module.training for name, module in network.named_modules()} == modes
+    first = torch.cat(batches())
+    conv, bn = network[1][0].body[:2]
+    torch.testing.assert_close(bn.running_mean, conv(first).mean((0, 2, 3)))
+
+
+def test_layers_without_statistics_are_none():
+    assert has_batchnorm(nn.Sequential(nn.BatchNorm1d(3)))
+    assert not has_batchnorm(nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.Dropout()))
+
+
+def test_sampled_members_are_those_of_a_fresh_ensemble_and_draw_nothing():
+    """Whether it has predicted before, and whatever the caller's random numbers: a function of the seed alone."""
+    run, x = make(Simplex(vertices=2, members=2), architecture="tests._small:counting"), dataset().test.images
+    assert (run.buffers["0.seen"] > 0).all()
+    used, fresh = Ensemble(run, "cpu"), Ensemble(run, "cpu")
+    used.predict_members(x)
+    used.network(1).train()  # as one leaves it who goes on training
+    found = []
+    for ensemble, callers in ((used, 1), (fresh, 2)):
+        torch.manual_seed(callers)
+        before = torch.random.get_rng_state()
+        found.append(ensemble.sample(4, seed=3, train=dataset().train))
+        assert torch.equal(before, torch.random.get_rng_state())
+    assert all(torch.equal(rows, found[1].run.buffers[name]) for name, rows in found[0].run.buffers.items())
+    assert torch.equal(found[0].run.buffers["0.seen"], run.buffers["0.seen"][:1].expand(4)), "as trained"
+    assert torch.equal(found[0].predict_members(x), found[1].predict_members(x))
