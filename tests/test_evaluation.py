@@ -224,7 +224,7 @@ def test_only_classifiers_are_scored(runs, tmp_path):
     run.manifest.task = "tests.test_evaluation:Toy"
     path = run.save(tmp_path / "runs" / "toy")
     for score in (lambda: evaluate([path], device="cpu"), lambda: calibrate(path, device="cpu")):
-        with pytest.raises(UsageError, match="only classifiers are scored here, not tests.test_evaluation:Toy"):
+        with pytest.raises(UsageError, match="only classifiers are scored here, not tests"):
             score()
 
 
