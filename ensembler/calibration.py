@@ -138,11 +138,11 @@ def apply(calibration: Calibration, probs: ArrayLike) -> Array:
 def prediction_sets(
     calibration: Calibration, probs: ArrayLike, alpha: float | None = None, method: ConformalMethod | None = None
 ) -> NDArray[np.bool_]:
-    """Compute the sets of split conformal prediction: with probability 1 - alpha, they contain the true class.
+    """Compute sets of classes that contain the true class with probability at least 1 - alpha.
 
-    The guarantee is an average over images like those of the validation split, and over the draw of that split. It does
-    not hold for every image or class, nor under shift. LAC's sets are smaller, and empty if no class is probable
-    enough; APS's always contain the most probable class.
+    Split conformal prediction. The guarantee is an average over images like those of the validation split, and over the
+    draw of that split. It does not hold for every image or class, nor under shift. LAC's sets are smaller, and empty if
+    no class is probable enough; APS's always contain the most probable class.
 
     Args:
         calibration: fitted for this ensemble.
@@ -208,7 +208,7 @@ def conformal_quantile(scores: ArrayLike, alpha: float) -> float:
         UsageError: ``alpha`` is not in (0, 1).
     """
     if not 0 < alpha < 1:
-        raise UsageError(f"alpha must be between 0 and 1, not {alpha}")
+        raise UsageError(f"alpha must lie between 0 and 1, not {alpha}")
     ordered = np.sort(np.asarray(scores, dtype=np.float64))
     rank = math.ceil(round((len(ordered) + 1) * (1 - alpha), 9))  # rounded: in floats, 10 * (1 - 0.1) may exceed 9
     return float(ordered[rank - 1]) if rank <= len(ordered) else math.inf

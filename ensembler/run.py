@@ -252,7 +252,7 @@ class Run:
         buffers: buffer name to (M, ...).
         frozen: name to tensor, for parameters that were not trained.
         history: one mapping per epoch of training.
-        sha256: of the manifest when it was loaded; empty for a run that was not loaded.
+        sha256: of the manifest when the run was saved or loaded; empty before that.
     """
 
     manifest: Manifest

@@ -45,14 +45,13 @@ def test_a_run_in_words(run):
     text = card(run, "ab" * 32, "hf://user/mine", "mine")
     found = rows(text)
     assert found["method"] == ["spro-simplex"]
-    assert found["members, M"] == ["3: as many forward passes a prediction, at most"]
+    assert found["members, M"] == ["3, each one forward pass per prediction"]
     assert found["vertices, K"] == ["3"]
     assert found["network"] == [f"cnn, {run['parameters']:,} parameters"]
     assert found["dataset"] == ["made by hand"]
     assert found["classes"] == ["5: class 0, class 1, class 2, class 3, class 4"]
     assert found["training cost"] == [
-        "1,000 example passes (one image forward and backward), 77 images forward only, 1 s, "
-        "1.50 GiB of memory at the most"
+        "1,000 example passes (one image, forward and backward), 77 images forward only, 1 s, 1.50 GiB of peak memory"
     ]
     assert found["seed"] == ["0"]
     assert found["versions"] == ["python 3.11.7, torch 2.15.0"]
@@ -66,8 +65,8 @@ def test_a_run_in_words(run):
         "ensembler eval runs/mine",
     ):
         assert line in text.splitlines()
-    assert "None lies with it" in text
-    assert "None lies with it" not in card(run, "ab" * 32, "hf://user/mine", "mine", calibrated=True)
+    assert "Not calibrated" in text
+    assert "Not calibrated" not in card(run, "ab" * 32, "hf://user/mine", "mine", calibrated=True)
 
 
 def test_a_bundle_in_words(tmp_path):
@@ -76,12 +75,12 @@ def test_a_bundle_in_words(tmp_path):
     manifest["validation"] = {"examples": 99, "accuracy": 0.5, "nll": 0.7}
     text = card(manifest, "cd" * 32, "s3://bucket/b", "b")
     found = rows(text)
-    assert found["training cost"] == ["5,000 example passes (one image forward and backward)"]
+    assert found["training cost"] == ["5,000 example passes (one image, forward and backward)"]
     assert found["trained on"] == ["an H100"]
     assert found["agreement with PyTorch"] == ["within 0.0e+00 in any probability"]
     assert found["validation, as exported"] == ["99", "50.00", "0.7000", "not recorded", "not recorded"]
     assert "seed" not in found
-    assert "What weights.pt cost, from whose weights training began." in text
+    assert "The training cost of weights.pt, from which training started." in text
     assert "pip install 'ensembler[s3]'" in text
     assert "ensembler pull s3://bucket/b --out bundles/b" in text
     assert "model-index" not in front_matter(text)
@@ -95,7 +94,7 @@ def test_what_is_not_known_is_said(run):
     found = rows(text := card(run, "ab" * 32, "file:///x/mine", "mine"))
     assert found["test"] == ["not recorded", "91.25", "0.3457", "90.00", "not recorded"]
     assert found["versions"] == ["not recorded"]
-    assert "On how many images the scores were measured" in text
+    assert "The number of images that the scores were measured on" in text
     assert "The licence of the weights" in text
     run["metrics"] = {}
     assert "No score is recorded." in card(run, "ab" * 32, "file:///x/mine", "mine")

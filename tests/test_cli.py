@@ -118,7 +118,7 @@ def test_bad_input_gets_one_clear_line(tmp_path, images, monkeypatch):
         (["train-complex", "nowhere", "here"], "no run at nowhere"),
         (["train-simplex", "--device", "nothing", *images], "cannot compute on the device 'nothing'"),
         (["train-simplex", "--init", "nowhere", *images], "no run at nowhere"),
-        (["train-fge", "--out", "taken", *images], "taken exists already"),
+        (["train-fge", "--out", "taken", *images], "taken already exists"),
         (["train-fge", "--dataset", "folder:nowhere"], "no folder of images"),
         (["train-deep-ensemble", "--lr", "1e30", "--clip", "0", *SMALL, *images], "the training loss is"),
         (["eval"], "no run in runs: train one first"),
@@ -174,7 +174,7 @@ def test_ctrl_c_leaves_no_run_and_no_traceback(tmp_path, images):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
-    assert "nothing half-done passes for whole" in errors
+    assert "interrupted; no partial output was kept" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "runs").exists()
 
