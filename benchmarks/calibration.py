@@ -27,8 +27,9 @@ from ensembler import datasets
 from ensembler.calibration import Calibration, abstain, apply, prediction_sets
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
-from ensembler.eval.calibrate import METHODS, fit
-from ensembler.eval.metrics import ece, nll
+from ensembler.eval.calibrate import fit
+from ensembler.eval.scores.metrics import ece, nll
+from ensembler.eval.scores.recalibration import METHODS
 from ensembler.seeds import generator
 from ensembler.uncertainty import mean_probabilities
 
@@ -87,11 +88,11 @@ def _ensembles(options: argparse.Namespace) -> Iterator[tuple[str, Ensemble, Dat
         ensemble = Ensemble.load(path)
         yield path.name, ensemble, ensemble.run.manifest.dataset.load(options.data)
     if not options.runs:
-        from ensembler.trainers import Session, Settings, train_deep_ensemble
+        from ensembler.trainers import DeepEnsemble, Settings, train
 
         digits = datasets.load("digits")
         settings = Settings(architecture="cnn", epochs=1 if options.quick else 3)
-        yield "digits", Ensemble(train_deep_ensemble(Session(digits, settings), members=3)), digits
+        yield "digits", Ensemble(train(digits, DeepEnsemble(members=3), settings)), digits
 
 
 def _predict(ensemble: Ensemble, images: Tensor, labels: Tensor, places: Tensor | None = None) -> Predicted:
@@ -102,7 +103,7 @@ def _predict(ensemble: Ensemble, images: Tensor, labels: Tensor, places: Tensor 
 
 def _corrupted(ensemble: Ensemble, dataset: Dataset, examples: int) -> dict[str, Predicted]:
     """All headline corruptions of some test images, by severity."""
-    from ensembler.eval.corruptions import AVAILABLE, HEADLINE, corrupt
+    from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, corrupt
 
     index = torch.randperm(len(dataset.test), generator=generator(0, "examples"))[:examples].sort().values
     test = dataset.test[index]

@@ -22,7 +22,7 @@ import torch
 from _harness import arguments, report, spread, timed
 from numpy.typing import NDArray
 
-from ensembler.eval.corruptions import AVAILABLE, corrupt
+from ensembler.eval.shift.corruptions import AVAILABLE, corrupt
 
 SEVERITY = 3
 

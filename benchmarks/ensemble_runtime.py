@@ -35,15 +35,15 @@ from ensembler import datasets
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.images import normalise
-from ensembler.serve.adaptive import Mode
-from ensembler.serve.export import export_run
-from ensembler.serve.machine import available_cpus
-from ensembler.serve.runtime import Runtime
-from ensembler.serve.schemas import MERGED
-from ensembler.serve.sessions import open_members, open_merged
-from ensembler.serve.strategies import Members
-from ensembler.serve.tune import BATCHES, measure
-from ensembler.serve.writer import write_merged
+from ensembler.serve.export.bundle import export_run
+from ensembler.serve.export.writer import write_merged
+from ensembler.serve.runtime.early_exit import Mode
+from ensembler.serve.runtime.machine import available_cpus
+from ensembler.serve.runtime.manifest import MERGED
+from ensembler.serve.runtime.runtime import Runtime
+from ensembler.serve.runtime.sessions import open_members, open_merged
+from ensembler.serve.runtime.strategies import Members
+from ensembler.serve.runtime.tune import BATCHES, measure
 
 MEMBERS = 8
 BATCH = 64
@@ -164,7 +164,7 @@ def _early(runtime: Runtime, dataset: Dataset, quick: bool) -> dict[str, float]:
 
 def _cells(dataset: Dataset, quick: bool) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """The clean test images, and each corruption of them."""
-    from ensembler.eval.corruptions import HEADLINE, corrupt
+    from ensembler.eval.shift.corruptions import HEADLINE, corrupt
 
     test = dataset.test[: BATCH if quick else 1024]
     yield "clean", test.images.numpy()

@@ -19,8 +19,8 @@ from _harness import arguments, report, spread, timed
 
 from ensembler import architectures, load_dataset
 from ensembler.ensemble import Ensemble
-from ensembler.eval.corruptions import AVAILABLE, SEVERITIES, corrupt
 from ensembler.eval.evaluation import evaluate
+from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, corrupt
 from ensembler.images import normalise
 from ensembler.run import Cost, DatasetRecord, Manifest, Run
 from ensembler.weights import FlatWeights
@@ -42,8 +42,7 @@ def make_run(path: Path, architecture: str) -> Path:
         members=MEMBERS,
         parameters=len(networks[0]),
         sampling=None,
-        options={},
-        cost=Cost(example_passes=0, forward_passes=0, seconds=0, peak_memory=None, device="cpu", parts={}),
+        cost=Cost(example_passes=0, forward_passes=0, seconds=0, peak_memory=None, device="cpu", entries={}),
         metrics={},
         created="",
         versions={},

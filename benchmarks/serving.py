@@ -420,7 +420,7 @@ def memory(port: int) -> int:
 def make_bundle(folder: Path, architecture: str, members: int) -> Path:
     """A deep ensemble of one short epoch on the embedded digits: what serving costs does not depend on its weights."""
     from ensembler import datasets
-    from ensembler.serve.export import export_run
+    from ensembler.serve.export.bundle import export_run
     from ensembler.trainers import Session, Settings, train_deep_ensemble
 
     print(f"{members} x {architecture}, a short epoch on the digits each ...")

@@ -62,6 +62,10 @@ class Examples(Protocol):
         """Yield the examples in order, ``size`` at a time; the last batch may be smaller."""
         ...
 
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same examples on another device; those in files stay where they are."""
+        ...
+
     def augmented(self, index: Tensor, augmentation: str, choices: Tensor) -> InMemory:
         """Return the examples at ``index`` (B,), augmented by the ``choices`` (B, ...) of :meth:`draw`."""
         ...
@@ -106,10 +110,6 @@ class InMemory(Examples, Protocol):
     @property
     def data(self) -> Tensor:
         """The stored examples (N, ...)."""
-        ...
-
-    def to(self, device: torch.device | str) -> Self:
-        """Return the same examples on another device."""
         ...
 
 

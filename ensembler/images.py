@@ -180,6 +180,10 @@ class FileSplit(_Images):
             )
         return part._decode()
 
+    def to(self, device: torch.device | str) -> FileSplit:
+        """Return the split itself: its batches go to the device as they are read."""
+        return self
+
     @property
     def paths(self) -> list[Path]:
         """The files' N paths."""
@@ -320,24 +324,25 @@ def read_images(
     Raises:
         DataError: an image cannot be read, or has another shape; the message names it.
     """
-    images = torch.empty((len(files), *shape, 3), dtype=torch.uint8)
+    images = np.empty((len(files), *shape, 3), np.uint8)  # in inference mode, other threads could not fill a tensor
     whole = exact or augmentation == "resized-crop-flip"
 
     def read(i: int) -> None:
-        image = torch.from_numpy(read_image(files[i], None if whole else shape))
+        image = read_image(files[i], None if whole else shape)
         if exact and image.shape[:2] != shape:
             raise DataError(
                 f"{files[i]} is {image.shape[1]} x {image.shape[0]} pixels but {files[0]} is "
                 f"{shape[1]} x {shape[0]}: add --image-size to resize all to one size"
             )
         if augmentation == "resized-crop-flip" and choices is not None:
-            image = _resized_crop_flip(image, int(choices[i]), shape)
+            image = _resized_crop_flip(torch.from_numpy(image), int(choices[i]), shape).numpy()
         images[i] = image
 
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(read, range(len(files))):
             pass
-    return images if whole or choices is None else augment(images, augmentation, choices)
+    found = torch.from_numpy(images)
+    return found if whole or choices is None else augment(found, augmentation, choices)
 
 
 def read_image(path: Path, shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:

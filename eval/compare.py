@@ -1,22 +1,36 @@
-"""Is one run better than another at its cost? The comparison that stands in a report."""
+"""The comparison in a report: is one run better than another at its cost?"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
 
 from ensembler.errors import UsageError
-from ensembler.eval.comparison import Difference, Losses, differences, group, group_key, resample
-from ensembler.eval.evaluation import Evaluation, Scored
-from ensembler.eval.members import Equivalent, curve, deep_ensemble_equivalent, greedy_order, recommended_members
-from ensembler.eval.report import CellScores, Comparison, MemberCurve, Report, RunDifference
+from ensembler.eval.evaluation import Evaluation
+from ensembler.eval.report.schema import (
+    CellScores,
+    Comparison,
+    Group,
+    MemberCurve,
+    Report,
+    RunDifference,
+    RunEquivalent,
+)
+from ensembler.eval.scores.comparison import Difference, Losses, differences, resample, spread
+from ensembler.eval.scores.members import curve, deep_ensemble_equivalent, recommended_members
+from ensembler.eval.scoring import ScoredRun
+from ensembler.ordering import greedy_order
+from ensembler.run import Manifest
 
-__all__ = ["check_names", "compare"]
+__all__ = ["check_names", "compare", "group_key"]
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 _GROUPED = ("error", "nll", "calibrated_nll", "brier", "ece")
+_HOW = {"seed", "device", "threads", "workers", "compile"}  # how a run was made, not what was made
+_STARTS = {"init", "first", "second", "runs"}  # the runs or files that it started from
 
 
 def compare(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Report:
@@ -25,8 +39,8 @@ def compare(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Re
     Args:
         found: of two runs or more, with different names.
         baseline: the run that the others are compared with, by its place.
-        curves: whether every run of several members gets its scores against the number of members; else the largest
-            deep ensemble alone, whose curve the deep-ensemble equivalents are read off.
+        curves: whether every run of several members gets its scores against the number of members; else only those
+            whose curves the deep-ensemble equivalents are read off.
 
     Raises:
         UsageError: one run alone, two of one name, or no such baseline.
@@ -36,22 +50,20 @@ def compare(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Re
     check_names(names)
     if not 0 <= baseline < len(runs):
         raise UsageError(f"the baseline is one of the {len(runs)} runs, not number {baseline + 1}")
-    deep = [number for number, run in enumerate(runs) if run.manifest.method == "deep-ensemble"]
-    reference = max(deep, key=lambda number: runs[number].clean.size, default=None)
-    drawn = [number for number, run in enumerate(runs) if (curves and run.clean.size > 1) or number == reference]
+    references = [_reference(run, runs) for run in runs]
+    drawn = [n for n, run in enumerate(runs) if (curves and run.clean.size > 1) or n in references]
     measured = {number: _curve(found, number) for number in drawn}
     comparison = Comparison(
         baseline=names[baseline],
         confidence=CONFIDENCE,
         resamples=RESAMPLES,
         differences=_differences(names, runs, baseline, report.seed),
-        groups=group(
-            [group_key(run.manifest) for run in runs],
-            [run.manifest.seed for run in runs],
-            [_grouped(run.clean, run.shifted) for run in report.runs],
-        ),
-        deep_ensemble=None if reference is None else names[reference],
-        equivalents={} if reference is None else _equivalents(report, measured[reference]),
+        groups=_groups(report, runs),
+        equivalents={
+            names[number]: _equivalent(report, number, measured[reference])
+            for number, reference in enumerate(references)
+            if reference is not None
+        },
         curves=list(measured.values()),
     )
     return report.model_copy(update={"comparison": comparison})
@@ -70,7 +82,7 @@ def check_names(names: Sequence[str]) -> None:
         raise UsageError(f"two runs are called {twice}: rename one of their folders to tell them apart")
 
 
-def _differences(names: Sequence[str], runs: Sequence[Scored], baseline: int, seed: int) -> list[RunDifference]:
+def _differences(names: Sequence[str], runs: Sequence[ScoredRun], baseline: int, seed: int) -> list[RunDifference]:
     def against_baseline(losses: Sequence[Losses]) -> list[dict[str, Difference]]:
         drawn = [resample(one, RESAMPLES, seed) for one in losses]
         return [differences(one, drawn[baseline], CONFIDENCE) for one in drawn]
@@ -82,24 +94,89 @@ def _differences(names: Sequence[str], runs: Sequence[Scored], baseline: int, se
     return found[:baseline] + found[baseline + 1 :]
 
 
-def _equivalents(report: Report, deep: MemberCurve) -> dict[str, Equivalent]:
-    losses = {run.name: run.clean.calibrated_nll for run in report.runs}
-    losses[deep.run] = deep.points[-1].calibrated_nll.mean  # the same number, but for its rounding
-    return {name: deep_ensemble_equivalent(deep.points, loss) for name, loss in losses.items()}
+# --- seeds ----------------------------------------------------------------------------------------------------------
 
 
-def _grouped(clean: CellScores, shifted: CellScores | None) -> dict[str, float | None]:
+def group_key(manifest: Manifest) -> str:
+    """Equal for runs that differ only in their seed, as readable JSON.
+
+    What counts is the method, its options, the network, the members, the images, and the example passes that it took in
+    all. What does not: the seed and what follows from it (weights, metrics), how it was computed (device, threads,
+    workers, compilation), where, and when. Of the runs or files that it started from it counts how many there were, not
+    their names: three seeds start from three solutions; that these cost the same is in the passes. Published weights
+    count by their name.
+    """
+    given = {name: value for name, value in (manifest.settings | manifest.options).items() if value is not None}
+    images = manifest.dataset
+    return json.dumps(
+        {
+            "method": manifest.method,
+            "architecture": manifest.architecture,
+            "members": manifest.members,
+            "vertices": manifest.vertices,
+            "images": [images.shape, images.train_sha256, images.test_sha256],
+            "example_passes": manifest.cost.example_passes,
+            "options": {name: value for name, value in given.items() if name not in _HOW | _STARTS},
+            "starts": {
+                name: len(value) if isinstance(value, list | tuple) else 1
+                for name, value in given.items()
+                if name in _STARTS
+            },
+        },
+        sort_keys=True,
+    )
+
+
+def _groups(report: Report, runs: Sequence[ScoredRun]) -> list[Group]:
+    """Runs that differ in their seed alone, in the order in which the first of each group comes."""
+    places: dict[str, list[int]] = {}
+    for place, run in enumerate(runs):
+        places.setdefault(group_key(run.manifest), []).append(place)
+    scores = [_grouped(run.clean, run.shifted) for run in report.runs]
+    return [
+        Group(
+            runs=chosen,
+            seeds=[runs[place].manifest.seed for place in chosen],
+            scores={name: spread([scores[place][name] for place in chosen]) for name in scores[chosen[0]]},
+        )
+        for chosen in places.values()
+    ]
+
+
+def _grouped(clean: CellScores, shifted: CellScores | None) -> dict[str, float]:
     scores = {name: getattr(clean, name) for name in _GROUPED}
     return scores | ({f"shifted_{name}": getattr(shifted, name) for name in _GROUPED} if shifted else {})
+
+
+# --- numbers of members ---------------------------------------------------------------------------------------------
+
+
+def _reference(run: ScoredRun, runs: Sequence[ScoredRun]) -> int | None:
+    """The largest ensemble of independent members of the same network; all runs were trained on the same images."""
+    deep = [
+        number
+        for number, other in enumerate(runs)
+        if other.manifest.independent
+        and other.clean.size > 1
+        and other.manifest.architecture == run.manifest.architecture
+    ]
+    return max(deep, key=lambda number: runs[number].clean.size, default=None)
+
+
+def _equivalent(report: Report, number: int, deep: MemberCurve) -> RunEquivalent:
+    run = report.runs[number]
+    # Of the reference itself, the same number but for its rounding.
+    loss = deep.points[-1].calibrated_nll.mean if run.name == deep.run else run.clean.calibrated_nll
+    return RunEquivalent(reference=deep.run, **deep_ensemble_equivalent(deep.points, loss).model_dump())
 
 
 def _curve(found: Evaluation, number: int) -> MemberCurve:
     run = found.runs[number]
     test, validation = np.asarray(run.clean.members), np.asarray(run.validation.members)
-    order = greedy_order(validation, found.validation_labels)
+    order = greedy_order(run.validation.label_probabilities)
     return MemberCurve(
         run=found.report.runs[number].name,
         order=order,
-        recommended=recommended_members(validation, found.validation_labels, order),
+        recommended=recommended_members(run.validation.label_probabilities, order),
         points=curve(test, found.labels, validation, found.validation_labels, order=order, seed=found.report.seed),
     )

@@ -14,43 +14,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import matplotlib.patheffects as effects
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from ensembler.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DivergedError, UsageError
-from ensembler.eval.metrics import accuracy, nll
-from ensembler.eval.plots import STYLES, new_figure, to_png
+from ensembler.eval.scores.metrics import accuracy, nll
 from ensembler.images import Images
+from ensembler.record import Record
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
 from ensembler.subspace import CURVES, edge_lengths, log_volume
 
-__all__ = [
-    "Corner",
-    "Surface",
-    "Way",
-    "measure_surface",
-    "plane",
-    "plane_coefficients",
-    "plot_paths",
-    "plot_surface",
-    "summary",
-]
+__all__ = ["Corner", "Route", "Surface", "Way", "measure_surface", "plane", "plane_coefficients", "summary"]
 
 Array = NDArray[np.float64]
 
 _CHUNK = 16  # members whose probabilities are held at a time
-_LEVELS = 13
 
 
-class Corner(BaseModel):
+class Corner(Record):
     """A point that the plane goes through: ``vertex`` of ``run``, or the run's first member (``null``)."""
 
     label: str
@@ -62,7 +49,7 @@ class Corner(BaseModel):
     test_error: float
 
 
-class Way(BaseModel):
+class Way(Record):
     """One way along a path: a number for each t. Errors in [0, 1]; ``ensemble_error``: the first end with the point."""
 
     t: list[float]
@@ -71,14 +58,14 @@ class Way(BaseModel):
     ensemble_error: list[float]
 
 
-class Route(BaseModel):
+class Route(Record):
     """Ways between the same two ends, by name: ``line`` and what was trained."""
 
     name: str
     ways: dict[str, Way]
 
 
-class Surface(BaseModel):
+class Surface(Record):
     """A whole surface.
 
     ``x`` and ``y`` are distances in weight space from the first corner; rows of ``train_loss`` (mean NLL, nats) and
@@ -160,8 +147,8 @@ def measure_surface(
             first.coefficients[:, chosen].count_nonzero(1) == first.coefficients.count_nonzero(1)
         ]
         inside = inside[:, chosen]
-        if first.manifest.method.startswith("curve-") and first.manifest.vertices == 3:
-            curve = CURVES[first.manifest.options["curve"]](torch.linspace(0, 1, 101), 3)[:, chosen]
+        if (kind := first.manifest.options.get("curve")) is not None and first.manifest.vertices == 3:
+            curve = CURVES[kind](torch.linspace(0, 1, 101), 3)[:, chosen]
     elif vertices is not None:
         raise UsageError("--vertices chooses among the vertices of one run: leave it out, or name one run")
     else:
@@ -261,7 +248,7 @@ def _choose(run: Run, path: Path, vertices: Sequence[int] | None) -> list[int]:
             "name three runs (their first members are taken), or one by train-fge, train-simplex or train-curve"
         )
     if vertices is None:
-        return [0, count // 2, count - 1] if run.manifest.method.startswith("curve-") else [0, 1, 2]
+        return [0, 1, 2] if run.manifest.options.get("curve") is None else [0, count // 2, count - 1]
     if len(vertices) != 3 or len(set(vertices)) != 3 or not set(vertices) <= set(range(count)):
         given = ",".join(map(str, vertices))
         raise UsageError(
@@ -303,9 +290,13 @@ def _measured_paths(run: Run) -> list[Route]:
         entries.append({"name": run.manifest.method} | metrics["path"])
     found = []
     for entry in entries:
-        ways = {name: way for name, way in entry.items() if name != "name"}
-        with suppress(ValidationError):  # an entry that holds something else
-            found.append(Route(name=entry.get("name", ""), ways=ways))
+        with suppress(ValidationError, TypeError, KeyError):  # an entry that holds something else
+            ways = {
+                name: Way(**{field: way[field] for field in Way.model_fields})
+                for name, way in entry.items()
+                if name != "name"
+            }
+            found.append(Route(name=entry["name"], ways=ways))
     return found
 
 
@@ -323,97 +314,3 @@ def summary(surface: Surface) -> str:
     for name, loss, error in (("lowest", losses.min(), errors.min()), ("highest", losses.max(), errors.max())):
         lines.append(f"{name} on the plane: train loss {loss:.4f}, test error {error:.4f}")
     return "\n".join(lines)
-
-
-def plot_surface(surface: Surface) -> bytes:
-    """The plane as two panels of filled contours, train loss and test error, with the corners marked."""
-    shape = (surface.y[-1] - surface.y[0]) / (surface.x[-1] - surface.x[0])
-    wide = shape < 0.35
-    figure = new_figure(10, 2 * max(8.6 * shape, 0.6) + 2.8) if wide else new_figure(11, 4.2 * min(shape, 2) + 1.8)
-    left, right = figure.subplots(2, 1) if wide else figure.subplots(1, 2)
-    _contours(left, surface, np.array(surface.train_loss), 1e-6, "train loss (nats)")
-    _contours(right, surface, 100 * np.array(surface.test_error), 50 / surface.test_examples, "test error (%)")
-    handles, labels = left.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
-    figure.suptitle(
-        f"{_title(surface)}\n{surface.train_examples:,} training and {surface.test_examples:,} test images "
-        f"at each of {len(surface.x)} x {len(surface.y)} points",
-        fontsize="medium",
-    )
-    return to_png(figure)
-
-
-def _title(surface: Surface) -> str:
-    corners = {f"{corner.label}: {corner.run}": corner.run for corner in surface.corners}
-    names = corners if len(surface.methods) > 1 else [surface.corners[0].run]
-    return f"{surface.dataset}, {surface.architecture}, {', '.join(names)}"
-
-
-def _contours(axes: Axes, surface: Surface, values: Array, floor: float, title: str) -> None:
-    """Contours at logarithmically spaced levels: a valley and the heights around it are orders apart."""
-    logs = np.log(np.maximum(values, floor))
-    levels = np.linspace(logs.min() - 1e-6, logs.max() + 1e-6, _LEVELS)
-    filled = axes.contourf(surface.x, surface.y, logs, levels, cmap="viridis")
-    axes.contour(surface.x, surface.y, logs, levels, colors="white", linewidths=0.4, linestyles="solid", alpha=0.6)
-    axes.set(title=title, xlabel="distance in weight space", aspect="equal")
-    thickness = 15 / axes.get_window_extent().width
-    bar = axes.figure.colorbar(filled, cax=axes.inset_axes((1 + thickness, 0, thickness, 1)))
-    bar.set_ticks(levels[::3].tolist(), labels=[_number(level) for level in np.exp(levels[::3]).tolist()])
-    outlined = [effects.withStroke(linewidth=4, foreground="black")]
-    if surface.curve:
-        places = zip(*surface.curve, strict=True)
-        axes.plot(*places, color="white", lw=2, label="the curve", path_effects=outlined)
-    middle = np.mean([corner.x for corner in surface.corners])
-    for corner in surface.corners:
-        axes.plot(corner.x, corner.y, "o", color="#D55E00", mec="white", ms=11)
-        side = 1 if corner.x > middle else -1
-        text = axes.annotate(
-            corner.label,
-            (corner.x, corner.y),
-            (10 * side, 0),
-            textcoords="offset points",
-            ha="left" if side > 0 else "right",
-            va="center_baseline",
-            weight="bold",
-        )
-        text.set_path_effects([effects.withStroke(linewidth=3, foreground="white")])
-    if surface.members:
-        places = zip(*surface.members, strict=True)
-        axes.plot(*places, "o", color="black", mec="white", ms=4, label="members")
-
-
-def _number(value: float) -> str:
-    return f"{value:.2g}" if value < 100 else f"{value:.0f}"
-
-
-def plot_paths(surface: Surface) -> bytes:
-    """Train loss, test error, and the error of the two-member ensemble of the first end with the point at t.
-
-    One row a path (Garipov et al. 2018, figure 2).
-    """
-    rows = len(surface.paths)
-    figure = new_figure(12, 3.3 * rows + 0.5)
-    columns = (
-        ("train_loss", "train loss (nats)", 1),
-        ("test_error", "test error (%)", 100),
-        ("ensemble_error", "error of t = 0 and t together (%)", 100),
-    )
-    for row, path in zip(figure.subplots(rows, 3, squeeze=False), surface.paths, strict=True):
-        for axes, (column, label, scale) in zip(row, columns, strict=True):
-            for (name, way), (colour, _) in zip(path.ways.items(), STYLES, strict=False):
-                line = name == "line"
-                axes.plot(
-                    way.t,
-                    scale * np.array(getattr(way, column)),
-                    color=colour,
-                    ls="--" if line else "-",
-                    label="straight line" if line else name,
-                )
-            axes.set(xlabel="t", ylabel=label, xlim=(0, 1))
-            axes.grid(alpha=0.3)
-        row[0].set_yscale("log")
-        row[0].legend(frameon=False, fontsize="small")
-        row[1].set_title(path.name, fontsize="medium")
-    figure.suptitle(_title(surface), fontsize="medium")
-    return to_png(figure)

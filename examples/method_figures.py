@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from ensembler import Run, load_dataset
-from ensembler.eval.plots import STYLES, new_figure, to_png
-from ensembler.eval.surface import measure_surface, plot_surface
+from ensembler.eval.report.plots import STYLES, new_figure, to_png
+from ensembler.eval.report.surface_figures import plot_surface
+from ensembler.eval.surface import measure_surface
 from ensembler.trainers import FGE, Settings, Simplex, Snapshots, Subspace, train
 from ensembler.trainers.methods.fge import cyclic
 from ensembler.trainers.schedules import after, cosine, one_cycle, repeated

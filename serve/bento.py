@@ -1,7 +1,7 @@
-"""A bundle as a Bento: all that a container needs to serve it, and no torch.
+"""A bundle as a Bento: everything that a container needs to serve it, without torch.
 
-The Bento holds a service of three lines, the bundle, this package's own files, and the versions, as installed here, of
-everything that serving imports. It is built in a folder of its own by ``bentoml build``, in another process.
+The Bento contains a short service file, the bundle, this package's own files, and the list of all packages that serving
+imports, in the versions installed here. ``bentoml build`` makes it from a temporary folder, in another process.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 from ensembler import __version__, artefact
 from ensembler.errors import EnsemblerError, UsageError
-from ensembler.serve.schemas import BundleManifest, read_bundle
+from ensembler.serve.runtime.manifest import BundleManifest, read_bundle
 
 __all__ = ["SERVING", "BentoError", "build_bento", "pinned", "write_sources"]
 
@@ -37,7 +35,7 @@ SERVING = (
     "starlette",
     "typer",
 )
-"""What this package needs to serve a bundle, and to verify it and ask it on the command line."""
+"""What this package needs to serve a bundle, to verify it, and to ask it on the command line."""
 
 _SERVICE = '''"""Serves the bundle beside it."""
 
@@ -61,53 +59,55 @@ _TAG = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?(:[a-z0-9]([a-z0-9._-]{0
 
 
 class BentoError(EnsemblerError):
-    """A Bento that BentoML could not build."""
+    """BentoML could not build a Bento."""
 
 
 def build_bento(bundle: Path, tag: str | None = None, *, gpu: bool = False) -> str:
-    """Build a Bento from a bundle, into BentoML's store on this machine.
+    """Build a Bento from a bundle into BentoML's store on this machine.
 
     Args:
         bundle: its folder.
-        tag: ``NAME`` or ``NAME:VERSION``; by default the name of the bundle's run, and a version that BentoML draws.
-        gpu: ask for the ONNX Runtime that can use one.
+        tag: ``NAME`` or ``NAME:VERSION``; by default the name of the bundle's run, and a version that BentoML chooses.
+        gpu: list the ONNX Runtime for GPUs.
 
     Returns:
         The Bento's tag, ``NAME:VERSION``.
 
     Raises:
         ArtefactError: no bundle there; CorruptError: it has changed.
-        UsageError: a tag that is none, or a package that serving needs is not installed.
-        BentoError: BentoML refuses; its reason is told.
+        UsageError: not a tag, or a package that building or serving needs is not installed.
+        BentoError: BentoML refuses; the message gives its reason.
     """
     manifest = read_bundle(bundle)
+    if shutil.which("uv") is None and not _installed("uv"):  # BentoML would install it into this environment
+        raise UsageError("building a Bento needs uv, which is not installed: run pip install uv")
     tag = tag or re.sub(r"[^a-z0-9]+", "-", manifest.run.name.lower()).strip("-")[:63].strip("-") or "ensemble"
     if not _TAG.fullmatch(tag):
         raise UsageError(
-            f"--tag {tag!r} is no tag: use NAME or NAME:VERSION of small letters, digits, '.', '_' and '-'"
+            f"--tag {tag!r} is not a tag: use NAME or NAME:VERSION of lower-case letters, digits, '.', '_' and '-'"
         )
     with tempfile.TemporaryDirectory(prefix="ensembler-bento-") as scratch:
         folder = Path(scratch) / "bento"
         name, _, version = tag.partition(":")
         write_sources(bundle, manifest, folder, name, gpu=gpu)
-        with _a_uv(Path(scratch)) as path:
-            environment = os.environ | {"PATH": path, "BENTOML_DO_NOT_TRACK": "True"}
-            command = [sys.executable, "-m", "bentoml", "build", "--output", "tag"]
-            command += ["--version", version] if version else []
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)  # noqa: S603  our own arguments
+        environment = os.environ | {"BENTOML_DO_NOT_TRACK": "True"}
+        command = [sys.executable, "-m", "bentoml", "build", "--output", "tag"]
+        command += ["--version", version] if version else []
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)  # noqa: S603  our own arguments
     built = re.search(r"^__tag__:(\S+)$", done.stdout, re.MULTILINE)
     if done.returncode or not built:
-        said = [line.strip(" |+-") for line in (done.stdout + done.stderr).splitlines()]
-        reason = next((line for line in reversed(said) if line), f"it ended with {done.returncode}")
+        lines = [line.strip(" |+-") for line in (done.stdout + done.stderr).splitlines()]
+        reason = next((line for line in reversed(lines) if line), f"it ended with {done.returncode}")
         raise BentoError(f"bentoml build failed: {reason}")
     return built[1]
 
 
 def write_sources(bundle: Path, manifest: BundleManifest, folder: Path, name: str, *, gpu: bool = False) -> None:
-    """Write what ``bentoml build`` is to build from.
+    """Write the sources of ``bentoml build``.
 
     Args:
-        bundle, manifest: verified.
+        bundle: its folder, verified.
+        manifest: the bundle's.
         folder: of the sources; must not exist.
         name: of the Bento.
         gpu: see :func:`build_bento`.
@@ -136,10 +136,10 @@ def write_sources(bundle: Path, manifest: BundleManifest, folder: Path, name: st
 
 
 def pinned(gpu: bool = False) -> list[str]:
-    """Everything that serving needs, directly or not, as ``name==version`` in the versions installed here.
+    """Return everything that serving needs, directly or not, as ``name==version`` in the versions installed here.
 
-    ONNX Runtime is the one for CPUs unless ``gpu``, in the version of whichever is installed; the CUDA libraries of the
-    other are left to its own extras, as what is installed here may lie elsewhere.
+    ONNX Runtime is the one for CPUs unless ``gpu``, in the version of whichever is installed. The CUDA libraries of the
+    other are left to its own extras, as this machine may have them from elsewhere.
 
     Raises:
         UsageError: one of them is not installed.
@@ -180,7 +180,7 @@ def _installed(name: str) -> bool:
 
 
 def _copy_package(folder: Path) -> None:
-    """This package, wherever it is installed or its source tree lies, and what names its version."""
+    """Copy this package, from wherever it is installed, and metadata that name its version."""
     ignored = shutil.ignore_patterns("__pycache__")
     for package in ("ensembler", "ensembler.trainers", "ensembler.eval", "ensembler.serve"):
         spec = find_spec(package)
@@ -191,20 +191,3 @@ def _copy_package(folder: Path) -> None:
     described = folder / f"ensembler-{__version__}.dist-info"
     described.mkdir()
     (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: ensembler\nVersion: {__version__}\n")
-
-
-@contextmanager
-def _a_uv(scratch: Path) -> Iterator[str]:
-    """A search path on which BentoML finds something called uv.
-
-    It looks for uv before it knows whether it needs it, and where there is none installs it into this environment.
-    With every version pinned it has nothing to run it for.
-    """
-    path = os.environ.get("PATH", os.defpath)
-    if shutil.which("uv") is None:
-        folder = scratch / "bin"
-        folder.mkdir()
-        (folder / "uv").write_text("#!/bin/sh\nexit 1\n")
-        (folder / "uv").chmod(0o755)
-        path = f"{path}{os.pathsep}{folder}"
-    yield path

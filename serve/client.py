@@ -1,4 +1,4 @@
-"""What a bundle, or a service at an address, says of image files: behind ``ensembler predict``. No torch."""
+"""``ensembler predict``: asks a bundle, or a service at an address, about image files. No torch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ __all__ = ["SUFFIXES", "ServiceError", "find_images", "is_url", "predict_files",
 SUFFIXES = (".png", ".jpg", ".jpeg")
 """Of the files that are taken from a folder."""
 
-_TRIES = 5  # of one image that a busy service puts off
-_MOST_WAIT = 30.0  # seconds between two of them
+_BATCH = 32  # files of one request or pass
+_BATCH_BYTES = 8 * 2**20  # of the files of one request
+_TRIES = 5  # of one request that a busy service refuses
+_LONGEST_WAIT = 30.0  # seconds between two of them
 _TIMEOUT = 60.0  # seconds for one answer
 
 
 class ServiceError(EnsemblerError):
-    """A service that cannot be reached, is none of ours, or does not answer."""
+    """A service that cannot be reached, is not ensembler's, or does not answer."""
 
 
 def is_url(target: str) -> bool:
@@ -35,13 +37,13 @@ def is_url(target: str) -> bool:
 
 
 def find_images(given: Sequence[str]) -> list[Path]:
-    """Image files, in order, each once.
+    """Return image files, in order, each once.
 
     Args:
-        given: files; folders, which give all their PNG and JPEG files, also those deeper; patterns such as ``*.png``.
+        given: files; folders, searched for PNG and JPEG files at any depth; patterns such as ``*.png``.
 
     Raises:
-        UsageError: nothing there, or a folder or pattern without an image.
+        UsageError: no such file, or a folder or pattern without an image.
     """
     found: list[Path] = []
     for name in given:
@@ -70,37 +72,38 @@ def predict_files(
     members: int | None = None,
     token: str | None = None,
 ) -> dict[str, Any]:
-    """What an ensemble says of image files: the service's own answer, from it or from a bundle on this machine.
+    """Return what an ensemble predicts for image files, asked in batches of a bundle on this machine or of a service.
 
     Args:
         target: a bundle's folder, or a service's address such as ``http://localhost:3000``.
         images: PNG or JPEG files.
-        mode, members: see :class:`ensembler.serve.options.Options`.
-        token: what the service wants; of no meaning for a bundle.
+        mode, members: see :class:`ensembler.serve.http.options.Options`.
+        token: sent to the service; ignored for a bundle.
 
     Returns:
-        :class:`ensembler.serve.schemas.Answer` as a dictionary, each prediction with its file as ``"image"``.
+        :class:`ensembler.serve.http.schemas.Answer` as a dictionary, each prediction with its file as ``"image"``.
 
     Raises:
-        ServiceError: nobody answers at the address, somebody else does, or the token is not the one.
+        ServiceError: no service answers at the address, or it refuses the token.
         ShapeError: a file that is no image; it is named.
-        UsageError: a mode or a number of members that cannot be had, or an unreadable file.
+        UsageError: a mode or number of members that the ensemble does not have, or an unreadable file.
         ArtefactError: no bundle there; CorruptError: it has changed.
     """
     chosen = {"mode": mode} | ({} if members is None else {"members": members})
     answers = _from_service(target, images, chosen, token) if is_url(target) else _from_bundle(target, images, chosen)
-    whole: dict[str, Any] = {}
-    predictions = []
-    for image, answer in zip(images, answers, strict=True):
-        predictions += [{"image": str(image), **prediction} for prediction in answer.pop("predictions")]
-        if whole and answer["model"] != whole["model"]:
+    answer: dict[str, Any] = {}
+    predictions: list[dict[str, Any]] = []
+    for part in answers:
+        if answer and part["model"] != answer["model"]:
             raise ServiceError(f"{target} changed its ensemble between two images: ask again")
-        whole = answer
-    return {**whole, "predictions": predictions}
+        predictions += part.pop("predictions")
+        answer = part
+    named = [{"image": str(image), **prediction} for image, prediction in zip(images, predictions, strict=True)]
+    return {**answer, "predictions": named}
 
 
 def table_of(answer: dict[str, Any]) -> Table:
-    """What :func:`predict_files` returned, a row for each image; columns that say nothing are left out."""
+    """Return an answer of :func:`predict_files` as a table with a row for each image; empty columns are left out."""
     from rich.table import Table
     from rich.text import Text
 
@@ -116,15 +119,15 @@ def table_of(answer: dict[str, Any]) -> Table:
         "answers": lambda one: ("no" if one["abstain"] else "yes") if "abstain" in one else None,
     }
     rows = [[value(one) for value in columns.values()] for one in answer["predictions"]]
-    said = [place for place in range(len(columns)) if any(row[place] is not None for row in rows)]
+    filled = [place for place in range(len(columns)) if any(row[place] is not None for row in rows)]
     table = Table(box=None, pad_edge=False, header_style="bold")
     words = {"image", "class", "set", "answers"}
     for place, name in enumerate(columns):
-        if place in said:
+        if place in filled:
             figures = name not in words
             table.add_column(name, justify="right" if figures else "left", no_wrap=figures, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(row[place] or "") for place in said))
+        table.add_row(*(Text(row[place] or "") for place in filled))
     return table
 
 
@@ -133,9 +136,11 @@ def _figure(value: float | None) -> str | None:
 
 
 def _from_bundle(bundle: str, images: Sequence[Path], chosen: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    from ensembler.serve import answers
-    from ensembler.serve.images import image_from_file
-    from ensembler.serve.options import read_options
+    import numpy as np
+
+    from ensembler.serve.http import answers
+    from ensembler.serve.http.options import Options
+    from ensembler.serve.http.readers import image_from_file
     from ensembler.serve.runtime import Runtime
 
     if not Path(bundle).is_dir():
@@ -143,11 +148,14 @@ def _from_bundle(bundle: str, images: Sequence[Path], chosen: dict[str, Any]) ->
         raise ArtefactError(f"no bundle at {bundle}{looks or ': export a run first, or give the address of a service'}")
     runtime = Runtime.load(bundle)
     try:
-        options = read_options(chosen, runtime.members, runtime.calibration)
-        for image in images:
-            with _named(image):
-                picture = image_from_file(_bytes(image), runtime.manifest.image_shape)
-            prediction = runtime.predict(picture[None], options.mode, members=options.members, level=options.level)
+        options = Options.from_json(chosen).resolve(runtime.members, runtime.calibration)
+        for start in range(0, len(images), _BATCH):
+            decoded = []
+            for image in images[start : start + _BATCH]:
+                with _named(image):
+                    decoded.append(image_from_file(_bytes(image), runtime.manifest.image_shape))
+            batch = np.stack(decoded)
+            prediction = runtime.predict(batch, options.mode, members=options.members, level=options.level)
             columns = answers.with_outputs(answers.as_columns(prediction), options, runtime)
             yield answers.content(columns, options, runtime)
     finally:
@@ -159,32 +167,56 @@ def _from_service(
 ) -> Iterator[dict[str, Any]]:
     import httpx
 
-    from ensembler.serve.limits import IMAGE
-
     if token and not all("!" <= character <= "~" for character in token):
         raise UsageError("the token must consist of visible ASCII characters: a header carries no others")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    address = url.rstrip("/") + IMAGE
-    with httpx.Client(headers=headers, timeout=_TIMEOUT) as client:
-        for image in images:
-            response = _sent(client, url, image, address, chosen, token)
-            yield _read(response, url, image)
+    with httpx.Client(headers=headers, params=chosen, timeout=_TIMEOUT) as client:
+        for batch in _batches(images):
+            yield from _ask(client, url, batch)
 
 
-def _sent(
-    client: httpx.Client, url: str, image: Path, address: str, chosen: dict[str, Any], token: str | None
-) -> httpx.Response:
-    """The response to an image, sent again as late as a busy service wants it.
+def _batches(images: Sequence[Path]) -> Iterator[list[tuple[Path, bytes]]]:
+    """Files and their contents, as many as go into one request."""
+    batch: list[tuple[Path, bytes]] = []
+    size = 0
+    for image in images:
+        content = _bytes(image)
+        if batch and (len(batch) == _BATCH or size + len(content) > _BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append((image, content))
+        size += len(content)
+    yield batch
+
+
+def _ask(client: httpx.Client, url: str, batch: list[tuple[Path, bytes]]) -> Iterator[dict[str, Any]]:
+    """The answers to a batch; one that is refused is halved, which finds the image that is wrong, or a batch small
+    enough for this service."""
+    response = _send(client, url, [content for _, content in batch])
+    if len(batch) > 1 and response.status_code in (400, 413, 415):
+        middle = len(batch) // 2
+        yield from _ask(client, url, batch[:middle])
+        yield from _ask(client, url, batch[middle:])
+    else:
+        yield _read(response, url, [image for image, _ in batch])
+
+
+def _send(client: httpx.Client, url: str, contents: list[bytes]) -> httpx.Response:
+    """The response to one request, sent again while the service is busy.
 
     Raises:
-        ServiceError: nobody answers, or not within reason, or the token is not the one.
+        ServiceError: no service answers, or not in time, or it refuses the token.
     """
     import httpx
 
-    content, kind = _bytes(image), {"Content-Type": "application/octet-stream"}
+    from ensembler.serve.http.routes import IMAGE
+
+    body: dict[str, Any] = {"files": [("images", ("image", content)) for content in contents]}
+    if len(contents) == 1:
+        body = {"content": contents[0], "headers": {"Content-Type": "application/octet-stream"}}
     for tries in range(1, _TRIES + 1):
         try:
-            response = client.post(address, params=chosen, content=content, headers=kind)
+            response = client.post(url.rstrip("/") + IMAGE, **body)
         except httpx.TimeoutException as error:
             raise ServiceError(f"{url} did not answer within {_TIMEOUT:.0f} s: ask again later") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -195,32 +227,32 @@ def _sent(
         if response.status_code == 401:
             raise ServiceError(
                 f"{url} refuses the token given"
-                if token
-                else f"{url} wants a token: give it as ENSEMBLER_TOKEN, or with --token"
+                if "authorization" in client.headers
+                else f"{url} needs a token: give it as ENSEMBLER_TOKEN, or with --token"
             )
         if response.status_code != 503:
             return response
         if tries < _TRIES:
-            time.sleep(_patience(response))
+            time.sleep(_retry_after(response))
     raise ServiceError(f"{url} is too busy ({_TRIES} tries): ask again later")
 
 
-def _patience(response: httpx.Response) -> float:
-    """Seconds until another try, as the service would have it."""
+def _retry_after(response: httpx.Response) -> float:
+    """Seconds until another try, as the service asks."""
     text = response.headers.get("Retry-After", "")
-    return min(_MOST_WAIT, float(text)) if text.isascii() and text.isdecimal() else 1.0
+    return min(_LONGEST_WAIT, float(text)) if text.isascii() and text.isdecimal() else 1.0
 
 
-def _read(response: httpx.Response, url: str, image: Path) -> dict[str, Any]:
+def _read(response: httpx.Response, url: str, images: list[Path]) -> dict[str, Any]:
     """A response's content.
 
     Raises:
-        ServiceError: none of ours answered, or it failed.
-        ShapeError, UsageError: it refused the image, or what was asked.
+        ServiceError: it is not an answer of ensembler's, or the service failed.
+        ShapeError: the service refused the image or the options.
     """
     try:
         content = response.json()
-        if response.is_success and isinstance(content["predictions"], list) and isinstance(content["model"], dict):
+        if response.is_success and isinstance(content["model"], dict) and len(content["predictions"]) == len(images):
             return dict(content)
         sentence = str(content["error"])
     except (ValueError, KeyError, TypeError) as error:
@@ -230,7 +262,7 @@ def _read(response: httpx.Response, url: str, image: Path) -> dict[str, Any]:
     if response.status_code == 404:
         raise ServiceError(f"{url} has no route for images: give the service's own address, without a path")
     kind = ServiceError if response.status_code >= 500 else ShapeError
-    raise kind(f"{image}: {sentence}")
+    raise kind(f"{images[0]}{' and others' * (len(images) > 1)}: {sentence}")
 
 
 def _bytes(image: Path) -> bytes:
@@ -242,7 +274,7 @@ def _bytes(image: Path) -> bytes:
 
 @contextmanager
 def _named(image: Path) -> Iterator[None]:
-    """Say of which file an error is."""
+    """Name the file in an error."""
     try:
         yield
     except ShapeError as error:

@@ -21,7 +21,7 @@ from ensembler.transfers import push_finished
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ensembler.serve.schemas import BundleManifest
+    from ensembler.serve.runtime.manifest import BundleManifest
 
 __all__ = ["app"]
 
@@ -70,8 +70,8 @@ def export(
     from rich.console import Console
 
     from ensembler.run import latest
-    from ensembler.serve.export import export_run
-    from ensembler.serve.schemas import read_bundle
+    from ensembler.serve.export.bundle import export_run
+    from ensembler.serve.runtime.manifest import read_bundle
 
     console = Console()
     run = (run or latest(Path("runs"))).resolve()
@@ -104,7 +104,7 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
-    from ensembler.serve.verify import verify_bundle
+    from ensembler.serve.runtime.verify import verify_bundle
 
     found = verify_bundle(bundle)
     manifest = found.manifest
@@ -115,9 +115,7 @@ def verify(
     table.add_row("bundle", f"{bundle}, format {manifest.format}")
     table.add_row("files", f"{len(manifest.files)}, each with the SHA-256 that was written")
     table.add_row("members", f"{manifest.members}, {manifest.precision}, all run on this machine's {found.device}")
-    table.add_row(
-        "answers", answers if found.images else "not compared: bundles of format 1 hold nothing to compare with"
-    )
+    table.add_row("answers", answers)
     if found.merged is not None:
         table.add_row("in one graph", f"within {found.merged:.1e}")
     Console().print(table)
@@ -135,8 +133,8 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a bundle over HTTP with BentoML, until Ctrl-C; docs/serving.md has the routes and what can be set."""
-    from ensembler.serve.schemas import read_bundle
-    from ensembler.serve.settings import Settings
+    from ensembler.serve.http.settings import Settings
+    from ensembler.serve.runtime.manifest import read_bundle
 
     manifest = read_bundle(bundle)
     host = "127.0.0.1" if host == "localhost" else host
@@ -225,7 +223,7 @@ def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
     """What ``export`` says of the bundle that it made."""
     from rich.table import Table
 
-    from ensembler.serve.verify import TOLERANCE
+    from ensembler.serve.runtime.verify import TOLERANCE
 
     table = Table(show_header=False, box=None)
     table.add_row("bundle", str(out))

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,41 +19,33 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+from prometheus_client import CollectorRegistry
 
 from ensembler import artefact
 from ensembler.serve import Runtime
-from ensembler.serve.schemas import Validation, read_bundle
+from ensembler.serve.http.application import application
+from ensembler.serve.http.settings import Settings
+from ensembler.serve.runtime.manifest import Validation, read_bundle
 from tests._ports import free_port  # noqa: F401  tests find it here
 from tests._runs import CLASSES, TINY, make_bundle
 
-with warnings.catch_warnings():  # of BentoML's own imports, and of httpx in Starlette's test client
+with warnings.catch_warnings():  # of httpx in Starlette's test client
     warnings.simplefilter("ignore")
-    import bentoml  # noqa: F401
     from starlette.testclient import TestClient
-
-    from ensembler.serve.service import PredictiveUncertainty
 
 ROUTE = "/predictive-uncertainty"
 BINARY = f"{ROUTE}/binary"
 IMAGE = f"{ROUTE}/image"
 LIMIT = 100_000
-MODEL_FIELDS = "ignore:Accessing the 'model_fields' attribute:DeprecationWarning"
-"""BentoML 1.4.39 reads pydantic's fields from an instance."""
 
 
 @contextmanager
-def in_process(bundle: Path, **environment: str) -> Iterator[TestClient]:
-    """The service in this process, with small limits."""
+def in_process(bundle: Path, registry: CollectorRegistry | None = None, **environment: str) -> Iterator[TestClient]:
+    """The application in this process, without BentoML, with small limits; ``client.app`` is the application."""
     limits = {"ENSEMBLER_MAX_BATCH": "4", "ENSEMBLER_MAX_BODY": str(LIMIT)}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ({"ENSEMBLER_BUNDLE": str(bundle)} | limits | environment).items():
-            patch.setenv(name, value)
-        patch.setitem(PredictiveUncertainty.config, "metrics", {"enabled": False})  # they are one set a process
-        services: Any = sys.modules["_bentoml_sdk.service"]
-        outer = services._current_service  # there is one a process: give it back
-        with TestClient(PredictiveUncertainty.to_asgi(), raise_server_exceptions=False) as client:
-            yield client
-        services.set_current_service(outer)
+    settings = Settings.read({"ENSEMBLER_BUNDLE": str(bundle)} | limits | environment)
+    with TestClient(application(settings, registry=registry), raise_server_exceptions=False) as client:
+        yield client
 
 
 def tiny_images(batch: int) -> np.ndarray:
@@ -92,8 +83,8 @@ def make_calibrated(path: Path, risk: float | None = 0.2) -> Path:
         mutual_information=np.quantile(known.mutual_information, levels).tolist(),
     )
     with artefact.write(path, manifest.model_dump(exclude={"files"})) as folder:
-        for graph in manifest.graphs:
-            shutil.copy(plain / graph, folder)
+        for file in manifest.files:
+            shutil.copy(plain / file, folder)
         (folder / "calibration.json").write_text(json.dumps(fitted))
     return path
 
@@ -124,10 +115,10 @@ class Server:
             )
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                if httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200:
+                if httpx.get(f"{self.url}/readyz", timeout=60).status_code == 200:
                     return
             except httpx.TransportError:
                 time.sleep(0.1)
@@ -141,8 +132,8 @@ class Server:
         family = self.family()
         self.process.send_signal(by)
         try:
-            assert self.process.wait(timeout=30) == 0
-            _, orphans = psutil.wait_procs(family, timeout=5)
+            assert self.process.wait(timeout=300) == 0
+            _, orphans = psutil.wait_procs(family, timeout=60)
             assert family and not orphans
         finally:
             for process in family:

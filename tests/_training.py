@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,21 +20,29 @@ from ensembler.run import Run
 from ensembler.task import Classification
 from ensembler.trainers import Method, Settings, Trainer, loop, train
 from ensembler.trainers.batches import Batch
-from ensembler.trainers.events import Message
+from ensembler.trainers.events import Event, Message, OnEvent
 from ensembler.trainers.loop import Fitted, Plan
 from ensembler.trainers.starts import Start
 from ensembler.weights import FlatWeights
 from tests._small import SETTINGS, dataset
 
 
-def make(method: Method, data: Dataset | None = None, *, said: list[str] | None = None, **settings) -> Run:
+def make(
+    method: Method,
+    data: Dataset | None = None,
+    *,
+    said: list[str] | None = None,
+    on_event: OnEvent = lambda event: None,
+    **settings,
+) -> Run:
     """A run of the small dataset; what is found on the way goes to ``said``."""
 
-    def on_event(event):
+    def tell(event: Event) -> None:
         if said is not None and isinstance(event, Message):
             said.append(event.text)
+        on_event(event)
 
-    return train(data or dataset(), method, Settings(**(SETTINGS | settings)), on_event=on_event)
+    return train(data or dataset(), method, Settings(**(SETTINGS | settings)), on_event=tell)
 
 
 def trainer(data: Dataset | None = None, starts: dict[str, Start] | None = None, **settings) -> Trainer:
@@ -46,6 +58,28 @@ def saved(run: Run, path: Path) -> str:
 def call(*arguments: object) -> Result:
     """A command of the package, run in this process."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+_WITH_METHODS = """
+import json, sys
+from typer.testing import CliRunner
+import ensembler.trainers.methods
+ensembler.trainers.methods.__path__.append(sys.argv[1])
+from ensembler.cli import app
+results = [CliRunner().invoke(app, arguments) for arguments in json.loads(sys.argv[2])]
+print(json.dumps([[result.exit_code, result.stdout, result.stderr] for result in results]))
+"""
+
+
+def call_with_method(source: str, folder: Path, *commands: Sequence[object]) -> list[tuple[int, str, str]]:
+    """Exit code, output and errors of commands in ``folder``, where one file more lies among the methods."""
+    (folder / "methods").mkdir(exist_ok=True)
+    (folder / "methods" / "mine.py").write_text(source)
+    given = json.dumps([[str(argument) for argument in command] for command in commands])
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "200"}
+    command = [sys.executable, "-c", _WITH_METHODS, folder / "methods", given]
+    found = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return [tuple(result) for result in json.loads(found.stdout)]
 
 
 def passes(run: Run) -> dict[str, int]:

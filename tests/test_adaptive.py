@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ensembler.errors import UsageError
-from ensembler.serve import adaptive
+from ensembler.serve.runtime import early_exit as adaptive
 
 
 def draws(seed: int, members: int, examples: int, classes: int, sharpness: float) -> np.ndarray:

@@ -1,10 +1,12 @@
-"""Images in their files, through a DataLoader: the same stream, the same run, and processes that end."""
+"""Batches: what an epoch holds, how images are varied; and images in their files, read by processes that end."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
 import sys
+from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,19 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
-from ensembler import checkpoint, datasets
+from ensembler import datasets
 from ensembler import images as pictures
 from ensembler.architectures import build
-from ensembler.checkpoint import Checkpoint
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.evaluation import evaluate
 from ensembler.images import FileSplit, Split
 from ensembler.run import Run
-from ensembler.seeds import generator
-from ensembler.trainers import Session, Settings, train_deep_ensemble, train_simplex
+from ensembler.trainers import DeepEnsemble, Settings, Simplex
 from ensembler.trainers.batches import Batches
-from tests._small import SETTINGS
+from tests._host import on_meta
+from tests._small import dataset as small
+from tests._training import make
 
 CLASSES = ("bottom", "middle", "top")
 
@@ -52,9 +54,9 @@ def load(name, in_memory=False, size=8, **options):
     return datasets.load(name, image_size=size, in_memory=in_memory, **options)
 
 
-def batches_of(dataset, augmentation, workers=0, seed=0):
-    stream = generator(seed, "test")
-    return Batches(dataset.train, 8, augmentation, dataset.mean, dataset.std, stream, workers=workers)
+def batches_of(dataset, augmentation, workers=0, seed=0, size=8, device="cpu"):
+    stream, device = (seed, "test"), torch.device(device)
+    return Batches(dataset.train, size, augmentation, dataset.mean, dataset.std, stream, device, workers)
 
 
 def children():
@@ -63,7 +65,71 @@ def children():
 
 
 def same_batches(one, other):
-    return all(torch.equal(*pair) for batch in zip(one, other, strict=True) for pair in zip(*batch, strict=True))
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) and a.size == b.size for a, b in pairs)
+
+
+def some(batches, count, step=0):
+    """``count`` batches from a step on, and the stream closed."""
+    with closing(batches.begin(step)) as stream:
+        return list(islice(stream, count))
+
+
+# --- in memory ---
+
+
+def of(images):
+    """Images as they are, but for the normalisation's division by 255 being undone."""
+    split = Split(images, torch.arange(len(images)))
+    return replace(small(), train=split, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+
+
+def test_an_epoch_holds_every_example_once_and_orders_differ():
+    images = (torch.arange(10, dtype=torch.uint8)[:, None, None, None] + 1).expand(10, 8, 8, 3).contiguous()
+    batches, epochs = batches_of(of(images), "none", size=4), []
+    assert (batches.per_epoch, batches.sizes()) == (3, [4, 4, 2])
+    taken = some(batches, 6)
+    for epoch in (taken[:3], taken[3:]):
+        assert [(len(batch.y), batch.size) for batch in epoch] == [(4, 4), (4, 4), (2, 2)]
+        for batch in epoch:
+            assert torch.equal(batch.x[:, 0, 0, 0].round().long(), batch.y + 1)
+        epochs.append(torch.cat([batch.y for batch in epoch]))
+    assert all(epoch.sort().values.tolist() == list(range(10)) for epoch in epochs)
+    assert not torch.equal(*epochs)
+    with pytest.raises(UsageError, match="the batch size must be at least 1, not 0"):
+        batches_of(of(images), "none", size=0)
+
+
+def test_augmentation_is_a_crop_of_the_padded_image_or_of_its_mirror_image():
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.integers(1, 255, (64, 8, 8, 3), dtype=np.uint8))
+    padded = np.pad(images.numpy(), ((0, 0), (4, 4), (4, 4), (0, 0)))
+    for augmentation in ("crop", "crop-flip"):
+        (batch,) = some(batches_of(of(images), augmentation, size=64), 1)
+        mirrored = 0
+        for picture, label in zip(batch.x.permute(0, 2, 3, 1).round().numpy(), batch.y, strict=True):
+            crops = [padded[label][r : r + 8, c : c + 8] for r in range(9) for c in range(9)]
+            straight = any(np.array_equal(picture, crop) for crop in crops)
+            mirrored += not straight
+            assert straight or any(np.array_equal(picture, crop[:, ::-1]) for crop in crops)
+        assert (10 < mirrored < 54) if augmentation == "crop-flip" else mirrored == 0
+
+
+@pytest.mark.parametrize("augmentation", ["none", "crop", "crop-flip"])
+def test_batches_within_an_epoch_need_nothing_of_the_host(augmentation):
+    """What an epoch draws goes to the device at its begin; "meta" is a device of which nothing can be read."""
+    with on_meta() as needs:
+        data = small()
+        stream = batches_of(replace(data, train=data.train.to("meta")), augmentation, device="meta").begin()
+        next(stream)
+        assert needs.places, "the order and the choices are brought to the device"
+        needs.places.clear()
+        for batch in islice(stream, 2):
+            assert batch.x.device.type == "meta"
+    assert not needs.places, needs.places
+
+
+# --- from files ---
 
 
 @pytest.mark.parametrize("augmentation", ["none", "crop", "crop-flip"])
@@ -71,9 +137,9 @@ def test_files_give_the_batches_that_images_in_memory_give(photos, augmentation)
     held, files = load(photos, in_memory=True), load(photos)
     assert isinstance(held.train, Split)
     assert isinstance(files.train, FileSplit)
-    expected = list(islice(batches_of(held, augmentation), 9))
+    expected = some(batches_of(held, augmentation), 9)
     for workers in (0, 2):
-        assert same_batches(expected, islice(batches_of(files, augmentation, workers), 9))
+        assert same_batches(expected, some(batches_of(files, augmentation, workers), 9))
 
 
 def test_resized_crops_do_not_depend_on_the_workers(photos):
@@ -81,33 +147,34 @@ def test_resized_crops_do_not_depend_on_the_workers(photos):
     before = torch.random.get_rng_state()
     one, other = (batches_of(files, files.augmentation, workers) for workers in (0, 2))
     assert one.per_epoch == 5
-    first = list(islice(one, 10))
-    assert same_batches(first, islice(other, 10))
+    first = some(one, 10)
+    assert same_batches(first, some(other, 10))
     assert torch.equal(before, torch.random.get_rng_state())
     for epoch in (first[:5], first[5:]):
-        assert [len(y) for _, y in epoch] == [8, 8, 8, 8, 4]
-        assert torch.cat([y for _, y in epoch]).bincount().tolist() == list(files.class_counts.values())
+        assert [len(batch.y) for batch in epoch] == [8, 8, 8, 8, 4]
+        assert torch.cat([batch.y for batch in epoch]).bincount().tolist() == list(files.class_counts.values())
     assert not same_batches(first[:5], first[5:])
-    assert not same_batches(first, islice(batches_of(files, files.augmentation, seed=1), 10))
+    assert not same_batches(first, some(batches_of(files, files.augmentation, seed=1), 10))
 
 
 @pytest.mark.parametrize("augmentation", ["none", "crop-flip", "resized-crop-flip"])
 @pytest.mark.parametrize(("in_memory", "workers"), [(True, 0), (False, 0), (False, 2)])
-def test_skipping_comes_to_the_same_place_as_taking(photos, augmentation, in_memory, workers):
-    dataset = load(photos, in_memory)
-    taken, skipped = (batches_of(dataset, augmentation, workers) for _ in range(2))
-    expected = list(islice(taken, 12))
-    skipped.skip(3)
-    assert same_batches(expected[3:6], islice(skipped, 3))
-    skipped.skip(4)
-    assert same_batches(expected[10:], islice(skipped, 2))
+def test_a_stream_begun_at_a_step_is_the_rest_of_the_whole(photos, augmentation, in_memory, workers):
+    batches = batches_of(load(photos, in_memory), augmentation, workers)
+    expected = some(batches, 12)
+    for step in (3, 5, 10):
+        assert same_batches(expected[step:], some(batches, 12 - step, step))
 
 
-def test_skipping_reads_no_file(photos):
+def test_a_stream_begun_later_reads_no_file_of_the_steps_before(photos):
     files = load(photos)
-    for path in files.train.paths:
-        path.unlink()
-    batches_of(files, "resized-crop-flip").skip(100)
+    batches = batches_of(files, "resized-crop-flip")
+    order, _ = next(batches._epochs(0))
+    for index in order[:16]:
+        files.train.paths[index].unlink()
+    assert [len(batch.y) for batch in some(batches, 3, step=2)] == [8, 8, 4]
+    with pytest.raises(DataError, match="cannot read the image"):
+        some(batches, 1, step=1)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -116,34 +183,33 @@ def test_a_corrupt_file_ends_the_training_in_one_line_that_names_it(photos, work
     bad = files.train.paths[5]
     bad.write_bytes(bad.read_bytes()[:300])
     with pytest.raises(DataError, match=rf"^cannot read the image {bad}: [^\n]*--corrupt skip\)$"):
-        train_deep_ensemble(Session(files, Settings(**SETTINGS, workers=workers)), members=1)
+        make(DeepEnsemble(members=1), files, workers=workers)
     assert not children()
 
 
 def test_the_processes_end_with_the_training_or_the_stream(photos):
     files = load(photos)
-    batches = batches_of(files, "none", workers=2)
+    stream = batches_of(files, "none", workers=2).begin()
     assert not children(), "none is started before the first batch is asked for"
-    next(batches)
+    next(stream)
     assert len(children()) == 2
-    batches.close()
+    stream.close()
     assert not children()
-    train_deep_ensemble(Session(files, Settings(**SETTINGS, workers=2)), members=1)
+    make(DeepEnsemble(members=1), files, workers=2)
     assert not children()
     with pytest.raises(UsageError, match="workers must be at least 0, not -1"):
-        Session(files, Settings(**SETTINGS, workers=-1))
+        Settings(workers=-1)
 
 
 def test_the_processes_end_when_the_training_is_interrupted(photos):
-    def interrupt(part, epoch, epochs):
+    def interrupt(event):
         assert len(children()) == 2
         for child in children():
             child.send_signal(signal.SIGINT)  # a terminal's Ctrl-C goes to them too
         raise KeyboardInterrupt
 
-    session = Session(load(photos), Settings(**SETTINGS, workers=2), watch=interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train_deep_ensemble(session, members=1)
+        make(DeepEnsemble(members=1), load(photos), on_event=interrupt, workers=2)
     assert not children()
 
 
@@ -155,7 +221,7 @@ from ensembler.trainers.batches import Batches
 
 if __name__ == "__main__":
     files = datasets.load(sys.argv[1], image_size=8, in_memory=False)
-    for batch in Batches(files.train, 8, "none", files.mean, files.std, torch.Generator(), workers=2):
+    for batch in Batches(files.train, 8, "none", files.mean, files.std, (0,), torch.device("cpu"), workers=2).begin():
         print("training", flush=True)
 """
 
@@ -175,23 +241,21 @@ def test_the_processes_end_when_the_one_that_trains_is_killed(tmp_path, photos):
 
 
 def test_a_worker_that_dies_is_said_with_the_mend(photos):
-    batches = batches_of(load(photos), "none", workers=1)
-    next(batches)
+    stream = batches_of(load(photos), "none", workers=1).begin()
+    next(stream)
     for child in children():
         child.kill()
     with pytest.raises(UsageError, match=r"died .* fewer --workers, or 0"):
         for _ in range(20):
-            next(batches)
+            next(stream)
 
 
 def test_a_run_on_files_is_the_run_on_the_same_images_in_memory(photos, tmp_path):
     """Trained, its BatchNorm statistics recomputed, and measured; bit for bit, whatever the number of workers."""
 
     def train(in_memory, workers):
-        settings = Settings(
-            **SETTINGS | {"architecture": "tests._small:batchnorm"}, augmentation="none", workers=workers
-        )
-        return train_simplex(Session(load(photos, in_memory), settings), vertices=2, members=3)
+        settings = {"architecture": "tests._small:batchnorm", "augmentation": "none", "workers": workers}
+        return make(Simplex(vertices=2, members=3), load(photos, in_memory), **settings)
 
     expected, *found = [train(*how) for how in ((True, None), (False, 0), (False, 2))]
     for run in found:
@@ -212,11 +276,9 @@ def test_a_run_on_files_is_the_run_on_the_same_images_in_memory(photos, tmp_path
 def test_files_are_evaluated_like_images_in_memory(photos, tmp_path, monkeypatch):
     bad = tmp_path / "photos" / "top" / "00.jpg"
     bad.write_bytes(b"")
-    settings = Settings(**SETTINGS | {"architecture": "tests._small:batchnorm"}, augmentation="none", workers=0)
+    settings = {"architecture": "tests._small:batchnorm", "augmentation": "none", "workers": 0}
     paths = [
-        train_simplex(Session(load(photos, kind, corrupt="skip"), settings), vertices=2).save(
-            tmp_path / "runs" / str(kind)
-        )
+        make(Simplex(vertices=2), load(photos, kind, corrupt="skip"), **settings).save(tmp_path / "runs" / str(kind))
         for kind in (True, False)
     ]
     assert Run.load(paths[1]).manifest.dataset.skipped == ["top/00.jpg"]
@@ -239,15 +301,15 @@ def test_a_resnet18_from_a_checkpoint_file_is_fine_tuned_on_a_folder_of_photos(t
     torch.save(given, tmp_path / "resnet18.pt")
     files = load(make_photos(tmp_path / "photos", count=10, size=(96, 80)), size=64)
     assert files.augmentation == "resized-crop-flip"
-    settings = Settings(architecture, epochs=1, batch_size=8, rate=1e-3, device="cpu", workers=2)
-    start = Checkpoint("resnet18.pt", checkpoint.read(tmp_path / "resnet18.pt"))
-    run = train_simplex(Session(files, settings, start), vertices=2, vertex_epochs=0.5, members=2)
+    settings = {"epochs": 1, "lr": 1e-3, "workers": 2, "init": str(tmp_path / "resnet18.pt")}
+    method = Simplex(vertices=2, vertex_epochs=0.5, members=2)
+    run = make(method, files, architecture=architecture, **settings)
     assert run.vertices["fc.weight"].shape == (2, 3, 512)
     kept = run.vertices["conv1.weight"]
     assert not torch.equal(kept[0], given["conv1.weight"])
     torch.testing.assert_close(kept[0], given["conv1.weight"], atol=0.02, rtol=0)
     assert run.manifest.cost.unknown == ["resnet18.pt"]
-    assert run.manifest.dataset.image_shape == [64, 64, 3]
+    assert run.manifest.dataset.shape == [64, 64, 3]
     path = run.save(tmp_path / "run")
     report = evaluate([path], device="cpu").report
     assert report.runs[0].clean.accuracy == pytest.approx(run.manifest.metrics["test"]["accuracy"])

@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 from ensembler import __version__, artefact
 from ensembler.cli import app
 from ensembler.errors import CorruptError, UsageError
-from ensembler.serve import Runtime, settings
+from ensembler.serve import Runtime
 from ensembler.serve.bento import BentoError, build_bento, pinned, write_sources
-from ensembler.serve.schemas import read_bundle
+from ensembler.serve.http import settings
+from ensembler.serve.runtime.manifest import read_bundle
 from tests._service import IMAGE, ROUTE, Server, free_port, make_calibrated, tiny_images
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,7 @@ def home(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BENTOML_HOME", str(home))
-        before = metadata.distributions()
+        before = list(metadata.distributions())
         assert build_bento(bundle, "made:one") == "made:one"
         names = {one.metadata["Name"] for one in before}
         assert {one.metadata["Name"] for one in metadata.distributions()} == names  # it installs nothing, as uv
@@ -61,9 +62,10 @@ def test_the_bento_holds_what_it_needs_and_nothing_else(home: Path, bundle: Path
     assert read_bundle(source / "bundle") == read_bundle(bundle)
     assert not list(source.rglob("__pycache__"))
     for room in ("trainers", "eval", "serve"):
-        for path in (ROOT / room).iterdir():
-            if path.is_file():
-                assert (source / "ensembler" / room / path.name).read_bytes() == path.read_bytes()
+        for path in (ROOT / room).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                copied = source / "ensembler" / room / path.relative_to(ROOT / room)
+                assert copied.read_bytes() == path.read_bytes()
     needed = (bento / "env" / "python" / "requirements.txt").read_text().split()
     assert sorted(needed) == pinned()
     dockerfile = (bento / "env" / "docker" / "Dockerfile").read_text()
@@ -77,8 +79,8 @@ def test_nothing_beside_the_list_is_needed_in_the_versions_installed(bundle: Pat
     code = (
         "import ensembler.serve.service, ensembler.cli, ensembler.serve.client, httpx, numpy\n"
         "from PIL import Image\n"
-        "from ensembler.serve.runtime import Runtime\n"
-        "from ensembler.serve.verify import verify_bundle\n"
+        "from ensembler.serve.runtime.runtime import Runtime\n"
+        "from ensembler.serve.runtime.verify import verify_bundle\n"
         f"verify_bundle({str(bundle)!r})\n"
     )
     versions = dict(line.split("==") for line in pinned())
@@ -105,13 +107,18 @@ def has(name: str) -> bool:
 
 def test_what_cannot_be_built_is_told(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for tag in ("Digits", "a b", "digits:", "-a", "a:b:c", "x" * 64):
-        with pytest.raises(UsageError, match="is no tag"):
+        with pytest.raises(UsageError, match="is not a tag"):
             build_bento(bundle, tag)
     damaged = tmp_path / "damaged"
     shutil.copytree(bundle, damaged)
     (damaged / "member-000.onnx").write_bytes(b"")
     with pytest.raises(CorruptError, match="member-000"):
         build_bento(damaged)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "which", lambda name: None)
+        patch.setattr("ensembler.serve.bento._installed", lambda name: name != "uv")
+        with pytest.raises(UsageError, match="needs uv, which is not installed: run pip install uv"):
+            build_bento(bundle)
     monkeypatch.setattr("ensembler.serve.bento.SERVING", ("no-such-package",))
     with pytest.raises(UsageError, match="needs no-such-package, which is not installed"):
         write_sources(bundle, read_bundle(bundle), tmp_path / "bento", "name")

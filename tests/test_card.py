@@ -51,8 +51,7 @@ def test_a_run_in_words(run):
     assert found["dataset"] == ["made by hand"]
     assert found["classes"] == ["5: class 0, class 1, class 2, class 3, class 4"]
     assert found["training cost"] == [
-        "1,000 example passes (one image, forward and backward), 77 images forward only, 1 s, "
-        "1.50 GiB of peak memory"
+        "1,000 example passes (one image, forward and backward), 77 images forward only, 1 s, 1.50 GiB of peak memory"
     ]
     assert found["seed"] == ["0"]
     assert found["versions"] == ["python 3.11.7, torch 2.15.0"]

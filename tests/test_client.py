@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -145,7 +145,7 @@ def test_what_goes_wrong_is_one_line(server: Server, bundle: Path, pictures: Pat
         return lines[0]
 
     image, notes = pictures / "a.png", pictures / "notes.txt"
-    assert "wants a token: give it as ENSEMBLER_TOKEN" in refused(server.url, image)
+    assert "needs a token: give it as ENSEMBLER_TOKEN" in refused(server.url, image)
     assert "refuses the token given" in refused(server.url, image, "--token", "another")
     assert "visible ASCII" in refused(server.url, image, "--token", "two words")
     assert "no image at" in refused(bundle, tmp_path / "nothing.png")
@@ -166,18 +166,22 @@ def test_what_goes_wrong_is_one_line(server: Server, bundle: Path, pictures: Pat
         predict_files(str(tmp_path / "damaged"), [image])
 
 
-ANSWER = {"model": {"members": 1}, "predictions": [{"label": "yes"}]}
+ANSWER = {"model": {"members": 1}, "predictions": [{"label": "yes"}]}  # to one image
+
+
+Response = tuple[int, dict[str, str], bytes]
 
 
 @contextmanager
-def scripted(*responses: tuple[int, dict[str, str], bytes]) -> Iterator[tuple[str, list[str]]]:
+def scripted(*responses: Response | Callable[[bytes], Response]) -> Iterator[tuple[str, list[bytes]]]:
     """A server that gives these responses, the last one for ever; yields its address and the bodies that it got."""
     left, seen = list(responses), []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             seen.append(self.rfile.read(int(self.headers["Content-Length"])))
-            status, headers, body = left.pop(0) if len(left) > 1 else left[0]
+            response = left.pop(0) if len(left) > 1 else left[0]
+            status, headers, body = response(seen[-1]) if callable(response) else response
             self.send_response(status)
             for name, value in (headers | {"Content-Length": str(len(body))}).items():
                 self.send_header(name, value)
@@ -223,13 +227,67 @@ def test_somebody_else_answers(pictures: Path, status: int, body: bytes, message
         predict_files(url, [pictures / "a.png"], token=TOKEN)
 
 
-def test_a_refused_image_is_named_and_a_changed_ensemble_noticed(pictures: Path) -> None:
+def test_a_refused_image_is_named_and_a_changed_ensemble_noticed(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refused = (400, {}, b'{"error": "too many pixels"}')
     with scripted(refused) as (url, _), pytest.raises(ShapeError, match=r"a\.png: too many pixels"):
         predict_files(url, [pictures / "a.png"])
     answers = [(200, {}, json.dumps(ANSWER | {"model": {"members": members}}).encode()) for members in (1, 2)]
+    monkeypatch.setattr(client, "_BATCH", 1)
     with scripted(*answers) as (url, _), pytest.raises(ServiceError, match="changed its ensemble"):
         predict_files(url, find_images([str(pictures)]))
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> list[Path]:
+    """70 image files, all different."""
+    (tmp_path / "many").mkdir()
+    for number, pixels in enumerate(tiny_images(70)):
+        Image.fromarray(pixels).save(tmp_path / "many" / f"{number:02d}.png")
+    return find_images([str(tmp_path / "many")])
+
+
+def test_a_folder_is_asked_in_batches(
+    server: Server, bundle: Path, many: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, requests = [], []
+    predict, send = Runtime.predict, client._send
+    monkeypatch.setattr(Runtime, "predict", lambda *a, **k: passes.append(len(a[1])) or predict(*a, **k))
+    monkeypatch.setattr(client, "_send", lambda *a: requests.append(len(a[2])) or send(*a))
+    here, there = predict_files(str(bundle), many), predict_files(server.url, many, token=TOKEN)
+    assert passes == requests == [32, 32, 6]
+    known = predict(Runtime.load(bundle), tiny_images(70))
+    for answer in (here, there):
+        assert [one["image"] for one in answer["predictions"]] == list(map(str, many))
+        assert [one["label"] for one in answer["predictions"]] == known.labels
+    requests.clear()
+    monkeypatch.setattr(client, "_BATCH_BYTES", 3 * many[0].stat().st_size)
+    again = predict_files(server.url, many[:9], token=TOKEN)
+    assert [one["label"] for one in again["predictions"]] == known.labels[:9]
+    assert 3 <= len(requests) <= 5
+
+
+def test_a_batch_that_is_refused_is_halved(many: list[Path]) -> None:
+    def at_most(most: int) -> Callable[[bytes], Response]:
+        def respond(body: bytes) -> Response:
+            count = body.count(b"\x89PNG")
+            if count > most:
+                return 400, {}, b'{"error": "too many"}'
+            return 200, {}, json.dumps(ANSWER | {"predictions": [{"label": "yes"}] * count}).encode()
+
+        return respond
+
+    with scripted(at_most(4)) as (url, seen):
+        assert len(predict_files(url, many[:16])["predictions"]) == 16
+    assert [body.count(b"\x89PNG") for body in seen] == [16, 8, 4, 4, 8, 4, 4]
+
+
+def test_the_wrong_image_of_a_folder_is_named(server: Server, bundle: Path, many: list[Path]) -> None:
+    many[13].write_bytes(b"no image")
+    for target in (str(bundle), server.url):
+        with pytest.raises(ShapeError, match=r"13\.png: the image is neither PNG nor JPEG"):
+            predict_files(target, many, token=TOKEN)
 
 
 def test_the_python_example(server: Server, pictures: Path, bundle: Path) -> None:

@@ -331,7 +331,7 @@ def test_finished_jobs_are_not_done_again_whichever_engine_goes_on(ray, tmp_path
 def test_a_damaged_job_is_done_again_and_the_result_of_another_run_refused(tmp_path):
     path, method, again = tmp_path / "x", DeepEnsemble(members=2), []
     make(path, method, settings())
-    state = tmp_path / "x.unfinished" / "solution-2.done" / "state.safetensors"
+    state = tmp_path / "x.unfinished" / "solution-2.done" / "state.pt"
     state.write_bytes(state.read_bytes()[:-1])
     resumed = make(path, method, settings(), on_event=lambda event: again.append(event.part))
     assert again == ["solution 2", "solution 2"]
@@ -345,7 +345,7 @@ def test_ledgers_of_jobs_add_up():
     ledger, one, other = Ledger("cpu"), Ledger("cpu"), Ledger("a GPU")
     for own, part, examples, forward in ((one, "a", 3, 0), (other, "a", 4, 2), (other, "b", 1, 0)):
         with own.entry(part, torch.device("cpu")):
-            own.epoch(part, Epoch(1, 0.1, 0.5, 0.5, examples), forward)
+            own.epoch(EpochEnd(part, Epoch(1, 0.1, 0.5, 0.5, examples), 1, "accuracy"), forward)
     records = one.record() | {"seconds": 2.0}, other.record() | {"seconds": 3.0}
     for record, own in zip(records, ((1.5, 7), (0.25, 5), (None, None)), strict=False):
         record["entries"]["a"] |= {"seconds": own[0], "peak_memory": own[1]}
@@ -433,26 +433,31 @@ def test_seeds_that_were_interrupted_go_on_by_the_same_command(tmp_path, images,
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-def test_an_error_of_one_seed_costs_no_other(tmp_path, images, monkeypatch):
+@pytest.mark.parametrize("every", [0, 1e9])
+def test_an_error_of_one_seed_costs_no_other(tmp_path, images, monkeypatch, every):
     """The second seed fails: the first is a run already, and of the second what it reached is kept."""
     monkeypatch.chdir(tmp_path)
-    command = ["train-fge", "--members", 2, "--cycle", 1, *SMALL, *images, "--seeds", 2, "--checkpoint-every", 0]
+    command = ["train-fge", "--members", 2, "--cycle", 1, *SMALL, *images, "--seeds", 2, "--checkpoint-every", every]
     assert call(*command, "--out", "whole").exit_code == 0
-    steps = len(Path("whole-s0/history.jsonl").read_text().splitlines())
+    epochs, epoch = len(Path("whole-s0/history.jsonl").read_text().splitlines()), Ledger.epoch
+    told = []
 
-    def fail():
-        raise DataError("an image cannot be read")
+    def fail(self, *given, **named):
+        epoch(self, *given, **named)
+        told.append(given)
+        if len(told) == epochs + 2:
+            raise DataError("an image cannot be read")
 
     with monkeypatch.context() as patch:
-        after(patch, 3 * steps, do=fail)  # of 2 steps an epoch, in the midst of the second
+        patch.setattr(Ledger, "epoch", fail)
         result = call(*command, "--out", "x")
     assert result.exit_code == 1
     assert "to resume: the same command with --out x" in result.stderr
-    assert sorted(path.name for path in tmp_path.glob("x-*")) == ["x-s0", "x-s1.unfinished"]
+    assert sorted(path.name for path in tmp_path.glob("x-*")) == ["x-s0", *(["x-s1.unfinished"] if every == 0 else [])]
     result = call(*command, "--out", "x")
     assert result.exit_code == 0, result.output
     assert "x-s0 already exists, skipped" in result.stderr
-    assert "seed 1, fge: epoch 1 of" not in result.stderr
+    assert ("seed 1, fge: epoch 1 of" in result.stderr) == (every > 0)
     for seed in (0, 1):
         same_bytes(Path(f"whole-s{seed}"), Path(f"x-s{seed}"))
 
@@ -489,8 +494,8 @@ def test_an_evaluation_by_ray_says_the_same(ray, tmp_path, monkeypatch):
     told.clear()
     assert report(Ray(device="cpu", threads=1), "there") == here
     assert asked == [96]  # 19 corruptions at 5 severities, and the noise
-    assert ("noise:uniform", 98, 98) in told
-    assert {(done, total) for _, done, total in told} >= {(done, 96) for done in range(1, 97)}
+    assert told[-1] == ("uniform noise (generated, seed 0)", 12 + 9 + 96 * 9, 12 + 9 + 96 * 9)
+    assert {(done, total) for _, done, total in told} >= {(9 * done, 9 * 96) for done in range(1, 97)}
     kept = [
         sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.*")) for name in ("here", "there")
     ]

@@ -10,12 +10,13 @@ from torch import nn
 from ensembler import Ensemble
 from ensembler.architectures import build
 from ensembler.datasets import normalise
-from ensembler.ensemble import choose_device
+from ensembler.device import choose_device
 from ensembler.errors import ShapeError, UsageError
 from ensembler.run import Run
-from ensembler.trainers import Session, Settings, train_deep_ensemble, train_simplex
+from ensembler.trainers import DeepEnsemble, Simplex
 from tests._runs import make_run
-from tests._small import SETTINGS, dataset
+from tests._small import dataset
+from tests._training import make
 
 
 def images(count=5, seed=0):
@@ -65,15 +66,14 @@ def test_other_input_is_refused(tmp_path):
 
 def test_uncertainty_of_a_batch(tmp_path):
     ensemble = Ensemble.load(make_run(tmp_path / "run"), device="cpu")
-    doubt = ensemble.uncertainty(images())
-    assert doubt.mutual_information.shape == (5,)
+    found = ensemble.uncertainty(images())
+    assert found.mutual_information.shape == (5,)
     single = Ensemble.load(make_run(tmp_path / "single", members=1), device="cpu")
     assert single.uncertainty(images()).mutual_information is None
 
 
-def trained(architecture="tests._small:network", **options):
-    session = Session(dataset(), Settings(**(SETTINGS | {"architecture": architecture})))
-    return train_simplex(session, vertices=3, members=2, **options)
+def trained(architecture="tests._small:network"):
+    return make(Simplex(vertices=3, members=2), architecture=architecture)
 
 
 def test_fresh_members_come_from_the_same_simplex():
@@ -100,9 +100,8 @@ def test_fresh_members_of_a_batchnorm_network_need_its_images(monkeypatch):
 
 
 def test_fixed_members_cannot_be_drawn_again():
-    session = Session(dataset(), Settings(**SETTINGS))
     with pytest.raises(UsageError, match="members of a run by deep-ensemble are fixed"):
-        Ensemble(train_deep_ensemble(session, members=2), "cpu").sample(3)
+        Ensemble(make(DeepEnsemble(members=2)), "cpu").sample(3)
 
 
 def test_devices():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -9,10 +10,15 @@ import onnx
 import pytest
 from typer.testing import CliRunner
 
-from ensembler import artefact
+from ensembler import artefact, load_dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, CorruptError, ExportError, UsageError
-from ensembler.serve import Runtime, export_run, graphs, writer
+from ensembler.run import Run
+from ensembler.serve import Runtime, export_run
+from ensembler.serve.export import graphs, writer
+from ensembler.serve.http import page
+from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.task import Task
 from tests._runs import CLASSES, SHAPE, make_run
 
 BUNDLE_FILES = ["manifest.json", "manifest.sha256", *(f"member-00{m}.onnx" for m in range(3)), "probe.npz"]
@@ -195,6 +201,29 @@ def test_a_network_that_fixes_its_batch_is_refused(odd_networks: Path) -> None:
     with pytest.raises(ExportError, match=r"run: member 0: .*batch"):
         export_run(run, odd_networks / "bundle")
     assert not (odd_networks / "bundle").exists()
+
+
+def test_the_page_shows_test_images_of_a_public_dataset(odd_networks: Path) -> None:
+    digits = load_dataset("digits")
+    run = make_run(odd_networks / "run", "odd_networks:tied", dataset=digits)
+    bundle = export_run(run, odd_networks / "bundle", examples=10)
+    *images, pattern = page.examples(bundle, read_bundle(bundle))["examples"]
+    assert [one["name"] for one in images] == [f"test image {number}" for number in range(1, 9)]
+    assert pattern["name"] == "a random pattern, of no class"
+    for one in images:
+        pixels = np.frombuffer(base64.b64decode(one["pixels"]), np.uint8).reshape(SHAPE)
+        assert (digits.test.images.numpy() == pixels).all(axis=(1, 2, 3)).any()
+
+
+def test_a_task_that_is_not_served_is_refused(odd_networks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (odd_networks / "odd_tasks.py").write_text(
+        "from ensembler.task import Task\nclass Other(Task):\n    name = 'other'\n"
+        + "".join(f"    {name} = lambda self, *given: None\n" for name in sorted(Task.__abstractmethods__))
+    )
+    run = Run.load(make_run(odd_networks / "run", "odd_networks:tied"))
+    run.manifest.task = "odd_tasks:Other"
+    with pytest.raises(UsageError, match="only classifiers of images can be exported"):
+        export_run(run.save(odd_networks / "other"), odd_networks / "bundle")
 
 
 def test_the_command_exports_the_latest_run_and_says_what_is_next(

@@ -23,7 +23,7 @@ from PIL import Image
 
 from ensembler import artefact, calibration
 from ensembler.run import Run, latest
-from ensembler.serve.verify import verify_bundle
+from ensembler.serve.runtime.verify import verify_bundle
 from tests._faults import Nursery, Process, small_disk, until
 
 # BatchNorm and dropout: all that a checkpoint must hold.
@@ -487,7 +487,7 @@ def test_a_run_replaced_while_latest_is_calibrated(nursery, world, images, tmp_p
     (second / "manifest.sha256").write_text(f"{artefact.sha256(second / 'manifest.json')}  manifest.json\n")
     (runs / "latest").symlink_to("first")
     process = nursery.start(tmp_path, "calibrate", "runs/latest")
-    until(lambda: "validation images" in process.err, process)
+    until(lambda: "validation: " in process.err, process)
     (runs / "latest").unlink()
     (runs / "latest").symlink_to("second")
     assert process.wait() == 0, process.err

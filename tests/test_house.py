@@ -50,7 +50,7 @@ def loaded(code: str) -> set[str]:
     "code",
     [
         "import ensembler",
-        "import ensembler.serve.runtime",
+        "import ensembler.serve.runtime.runtime",
         "import ensembler.uncertainty, ensembler.artefact, ensembler.trainers, ensembler.eval, ensembler.serve",
         "import sys; sys.argv = ['ensembler', '--help']\n"
         "from ensembler.cli import main\n"
@@ -97,7 +97,7 @@ def test_the_wheel_holds_every_room(tmp_path):
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
     subprocess.run(install, check=True, capture_output=True)
-    code = "import ensembler.eval.shift, ensembler.trainers.fge, ensembler.serve.export"
+    code = "import ensembler.eval.shift.readers, ensembler.trainers.methods.fge, ensembler.serve.export.bundle"
     for folder in (tmp_path, ROOT):
         environment = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
         subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True, capture_output=True)

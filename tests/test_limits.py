@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from ensembler.errors import UsageError
-from ensembler.serve.settings import Settings
+from ensembler.serve.http.gate import Gate
+from ensembler.serve.http.metrics import Requests
+from ensembler.serve.http.routes import KINDS, PUBLIC
+from ensembler.serve.http.settings import Settings
 from tests._runs import make_bundle
-from tests._service import BINARY, IMAGE, MODEL_FIELDS, ROUTE, TestClient, assert_refused, in_process, tiny_images
-
-from ensembler.serve.limits import KINDS, OPEN, Gate  # isort: skip  # BentoML's imports warn: tests._service has them
-
-pytestmark = pytest.mark.filterwarnings(MODEL_FIELDS)
+from tests._service import BINARY, IMAGE, ROUTE, TestClient, assert_refused, in_process, tiny_images
 
 LIMITS = {"ENSEMBLER_BUNDLE": "nowhere", "ENSEMBLER_MAX_BODY": "100", "ENSEMBLER_BODY_MS": "200"}
 
@@ -43,7 +43,7 @@ class Caller:
         self.incoming.put_nowait({"type": "http.disconnect"})
 
     async def answer(self) -> tuple[int, dict[bytes, bytes], bytes]:
-        await asyncio.wait_for(self.task, 5)
+        await asyncio.wait_for(self.task, 100)
         return (
             self.sent[0]["status"],
             dict(self.sent[0]["headers"]),
@@ -73,17 +73,20 @@ class Stub:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": str(len(body)).encode()})
 
+    async def has_begun(self, requests: int) -> None:
+        while self.handled < requests:
+            await asyncio.sleep(0)
+
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def run() -> Callable[..., None]:
     def go(test: Callable[[Gate, Stub], Awaitable[None]], **environment: str) -> None:
-        for name, value in (LIMITS | environment).items():
-            monkeypatch.setenv(name, value)
+        settings = Settings.read(LIMITS | environment)
 
         async def main() -> None:
             stub = Stub()
-            gate = Gate(stub)
-            async with asyncio.timeout(20):
+            gate = Gate(stub, settings, Requests(CollectorRegistry()))
+            async with asyncio.timeout(200):
                 await test(gate, stub)
             assert (gate._held, gate._handled) == (0, 0)
 
@@ -133,10 +136,11 @@ def test_who_hangs_up_is_not_handled_any_more(run: Any) -> None:
         await early.task
         stub.free.clear()
         late = Caller(gate).body(b"x")
-        await asyncio.sleep(0.02)
+        await stub.has_begun(1)
         late.hang_up()
         await late.task
-        await asyncio.sleep(0)
+        while not stub.cancelled:
+            await asyncio.sleep(0)
         assert (stub.handled, stub.cancelled) == (1, 1)
         assert [caller.sent[0]["status"] for caller in (early, late)] == [499, 499]
 
@@ -147,7 +151,7 @@ def test_only_so_many_are_handled_at_a_time(run: Any) -> None:
     async def test(gate: Gate, stub: Stub) -> None:
         stub.free.clear()
         callers = [Caller(gate).body(b"x") for _ in range(2)]
-        await asyncio.sleep(0.02)
+        await stub.has_begun(2)
         status, headers, body = await Caller(gate).body(b"x").answer()
         assert (status, headers[b"retry-after"]) == (503, b"1")
         assert b"2 requests are being answered already" in body
@@ -162,7 +166,7 @@ def test_only_so_many_bytes_are_held_at_a_time(run: Any) -> None:
     async def test(gate: Gate, stub: Stub) -> None:
         stub.free.clear()
         callers = [Caller(gate).body(b"x" * 100) for _ in range(8)]
-        await asyncio.sleep(0.02)
+        await stub.has_begun(8)
         status, headers, body = await Caller(gate).body(b"x").answer()
         assert (status, headers[b"retry-after"], b"too many large bodies" in body) == (503, b"1", True)
         stub.free.set()
@@ -195,7 +199,7 @@ def test_a_token_is_wanted_everywhere_but_where_probers_look(run: Any, path: str
         assert stub.handled == 0
         for right in ("Bearer sesame", "bearer sesame", "Bearer  sesame "):
             assert (await status(path, authorization=right))[0] == 200
-        for free in (*OPEN, "/ui/page.js"):
+        for free in (*PUBLIC, "/ui/page.js"):
             assert (await status(free))[0] == 200
 
     run(test, ENSEMBLER_TOKEN="sesame")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ensembler.serve.machine import available_cpus, resident_memory
+from ensembler.serve.runtime.machine import available_cpus, resident_memory
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_memory_grows_with_what_is_held() -> None:
         assert resident_memory() is None
         return
     code = """
-from ensembler.serve.machine import resident_memory
+from ensembler.serve.runtime.machine import resident_memory
 before = resident_memory()
 held = bytearray(b"x") * 50_000_000
 print(resident_memory() - before)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from ensembler import memory
+from ensembler import device
 
 
 class Library:
@@ -33,21 +33,21 @@ def library(monkeypatch):
 
 
 def test_large_blocks_come_from_the_heap_and_a_gibibyte_of_it_stays(library):
-    memory.keep_freed(torch.device("cpu"))
+    device.keep_freed(torch.device("cpu"))
     assert library.told == [(-3, 32 * 2**20), (-1, 2**30)]  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 def test_nothing_is_told_where_it_is_of_no_use(library, monkeypatch):
-    memory.keep_freed(torch.device("cuda"))
+    device.keep_freed(torch.device("cuda"))
     monkeypatch.setattr(sys, "platform", "darwin")
-    memory.keep_freed(torch.device("cpu"))
+    device.keep_freed(torch.device("cpu"))
     assert library.told == []
 
 
 def test_another_c_library_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    memory.keep_freed(torch.device("cpu"))
+    device.keep_freed(torch.device("cpu"))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")

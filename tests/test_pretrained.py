@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision import models
 
-from ensembler import checkpoint
+from ensembler import pretrained
 from ensembler.architectures import build
 from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, ShapeError, UsageError
 from ensembler.weights import FlatWeights
@@ -82,19 +82,19 @@ STATE = noted().state_dict()
 def test_read_what_pytorch_saved(tmp_path, content, zipped):
     path = tmp_path / "weights.pth"
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    assert same(checkpoint.read(path), STATE)
+    assert same(pretrained.read(path), STATE)
 
 
 def test_read_safetensors(tmp_path):
     for name in ("weights.safetensors", "WEIGHTS.SAFETENSORS"):
         save_file({f"module.{key}": tensor for key, tensor in STATE.items()}, tmp_path / name)
-        assert same(checkpoint.read(tmp_path / name), STATE)
+        assert same(pretrained.read(tmp_path / name), STATE)
 
 
 def test_names_that_only_begin_like_a_wrapper_s_stay(tmp_path):
     content = {"module.weight": torch.ones(2), "modules.bias": torch.ones(2), "n_averaged": torch.tensor(3)}
     torch.save(content, tmp_path / "weights.pt")
-    assert same(checkpoint.read(tmp_path / "weights.pt"), content)
+    assert same(pretrained.read(tmp_path / "weights.pt"), content)
 
 
 DAMAGED = "FILE is damaged, or not a file of weights: copy or download it again"
@@ -102,7 +102,7 @@ DAMAGED = "FILE is damaged, or not a file of weights: copy or download it again"
 
 def refusal(path):
     with pytest.raises(ArtefactError) as caught:
-        checkpoint.read(path)
+        pretrained.read(path)
     message = str(caught.value)
     assert message.isprintable(), "one line, and no colours"
     assert message.count(str(path)) == 1
@@ -141,7 +141,7 @@ def test_refused_when_truncated_or_changed(tmp_path, suffix, zipped):
             changed[chance.randrange(len(changed))] = chance.randrange(256)
         path.write_bytes(changed)
         try:
-            checkpoint.read(path)  # PyTorch does not notice every change
+            pretrained.read(path)  # PyTorch does not notice every change
         except EnsemblerError as error:
             assert str(error).isprintable()
 
@@ -194,12 +194,12 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "load", denied)
     with pytest.raises(ArtefactError, match=r"^cannot read .*weights\.pt: Permission denied$"):
-        checkpoint.read(tmp_path / "weights.pt")
+        pretrained.read(tmp_path / "weights.pt")
 
 
 def test_fits_whole():
     network = Small()
-    assert checkpoint.fit(network, STATE) == []
+    assert pretrained.fit(network, STATE) == []
     assert same(network.state_dict(), STATE)
 
 
@@ -208,7 +208,7 @@ def test_fits_in_place_whatever_the_memory_order(name):
     weights = FlatWeights(build(name, 3, seed=0))
     vector = weights.vector
     given = {key: tensor.contiguous() for key, tensor in build(name, 3, seed=1).state_dict().items()}
-    assert checkpoint.fit(weights.module, given) == []
+    assert pretrained.fit(weights.module, given) == []
     assert same(weights.module.state_dict(), given)
     assert weights.vector is vector
     assert torch.equal(vector, FlatWeights(build(name, 3, seed=1)).vector)
@@ -217,7 +217,7 @@ def test_fits_in_place_whatever_the_memory_order(name):
 def test_another_number_of_classes_keeps_the_head():
     network = Small(classes=5)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    assert checkpoint.fit(network, STATE) == ["head.weight", "head.bias"]
+    assert pretrained.fit(network, STATE) == ["head.weight", "head.bias"]
     expected = {name: before[name] if name.startswith("head.") else STATE[name] for name in before}
     assert same(network.state_dict(), expected)
 
@@ -225,14 +225,14 @@ def test_another_number_of_classes_keeps_the_head():
 def test_a_missing_head_is_kept():
     network = Small()
     before = network.head.weight.clone()
-    assert checkpoint.fit(network, {n: t for n, t in STATE.items() if "head" not in n}) == ["head.weight", "head.bias"]
+    assert pretrained.fit(network, {n: t for n, t in STATE.items() if "head" not in n}) == ["head.weight", "head.bias"]
     assert torch.equal(network.head.weight, before)
     assert torch.equal(network.conv.weight, STATE["conv.weight"])
 
 
 def test_checkpoints_older_than_num_batches_tracked_fit():
     network = Small()
-    assert checkpoint.fit(network, {n: t for n, t in STATE.items() if n != "bn.num_batches_tracked"}) == []
+    assert pretrained.fit(network, {n: t for n, t in STATE.items() if n != "bn.num_batches_tracked"}) == []
     assert torch.equal(network.bn.running_mean, STATE["bn.running_mean"])
     assert network.bn.num_batches_tracked == 0
 
@@ -240,7 +240,7 @@ def test_checkpoints_older_than_num_batches_tracked_fit():
 def test_half_precision_fits():
     network = Small()
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in STATE.items()}
-    assert checkpoint.fit(network, half) == []
+    assert pretrained.fit(network, half) == []
     assert network.conv.weight.dtype == torch.float32
     torch.testing.assert_close(network.conv.weight.detach(), STATE["conv.weight"], rtol=1e-3, atol=1e-3)
 
@@ -262,7 +262,7 @@ def test_anything_else_is_named_and_nothing_is_written(changed, message):
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     given = {name: tensor for name, tensor in {**STATE, **changed}.items() if tensor is not None}
     with pytest.raises(ShapeError) as caught:
-        checkpoint.fit(network, given)
+        pretrained.fit(network, given)
     assert str(caught.value) == f"{message}: these weights are another architecture's"
     assert same(network.state_dict(), before)
 
@@ -270,9 +270,9 @@ def test_anything_else_is_named_and_nothing_is_written(changed, message):
 def test_a_wider_network_s_weights_are_refused():
     """One of its layers differs in its outputs alone, as a head would; what follows that layer gives it away."""
     with pytest.raises(ShapeError, match=r"^tensor '.*': expected .*, found .*: these weights are another"):
-        checkpoint.fit(Small(), noted(width=6).state_dict())
+        pretrained.fit(Small(), noted(width=6).state_dict())
     with pytest.raises(ShapeError, match=r"another architecture's$"):
-        checkpoint.fit(Small(), build("cnn", 3).state_dict())
+        pretrained.fit(Small(), build("cnn", 3).state_dict())
 
 
 @pytest.mark.parametrize(
@@ -290,8 +290,8 @@ def test_heads_of_torchvision(name):
     given, network = made(1000).state_dict(), made(7)
     differing = [key for key, tensor in network.state_dict().items() if tensor.shape != given[key].shape]
     assert len(differing) == 2
-    assert checkpoint.fit(network, given) == differing
-    assert checkpoint.fit(network, {key: given[key] for key in given if key not in differing}) == differing
+    assert pretrained.fit(network, given) == differing
+    assert pretrained.fit(network, {key: given[key] for key in given if key not in differing}) == differing
 
 
 @pytest.fixture
@@ -318,11 +318,11 @@ def test_published_weights_from_the_cache(hub):
     following = torch.rand(3)
     torch.manual_seed(0)
     for weights in ("DEFAULT", "IMAGENET1K_V1"):
-        state = checkpoint.pretrained(SHUFFLENET, weights)
+        state = pretrained.pretrained(SHUFFLENET, weights)
         assert same(state, published)
     assert torch.equal(torch.rand(3), following)
     network = build(SHUFFLENET, 7)
-    assert checkpoint.fit(network, state) == ["fc.weight", "fc.bias"]
+    assert pretrained.fit(network, state) == ["fc.weight", "fc.bias"]
     assert torch.equal(network.conv1[0].weight, published["conv1.0.weight"])
 
 
@@ -338,12 +338,12 @@ def test_published_files_with_older_names(hub):
             older[name] = tensor
     assert older.keys() != published.keys()
     torch.save(older, hub / Path(models.DenseNet121_Weights.DEFAULT.url).name)
-    assert same(checkpoint.pretrained("torchvision:densenet121"), published)
+    assert same(pretrained.pretrained("torchvision:densenet121"), published)
 
 
 def test_published_weights_without_a_network(hub):
     with pytest.raises(ArtefactError) as caught:
-        checkpoint.pretrained(SHUFFLENET)
+        pretrained.pretrained(SHUFFLENET)
     where = hub / "shufflenetv2_x0.5-f707e7126e.pth"
     assert str(caught.value) == (
         f"cannot fetch {URL} ([Errno -3] Temporary failure in name resolution): put that file at {where}"
@@ -358,7 +358,7 @@ class Response(io.BytesIO):
 def test_a_download_that_is_not_the_published_file(hub, monkeypatch):
     monkeypatch.setattr(torch.hub, "urlopen", lambda request: Response(b"<html>"))
     with pytest.raises(CorruptError, match=r"^.*\.pth is damaged \(invalid hash value .*\): remove it, then https://"):
-        checkpoint.pretrained(SHUFFLENET)
+        pretrained.pretrained(SHUFFLENET)
     assert not list(hub.iterdir())
 
 
@@ -366,10 +366,10 @@ def test_a_cached_file_is_damaged_or_holds_objects_that_are_not_run(hub, tmp_pat
     file = hub / Path(URL).name
     file.write_bytes(b"half a file")
     with pytest.raises(CorruptError, match=r"^.*\.pth is damaged \(.*\): remove it, then https://.* is fetched again$"):
-        checkpoint.pretrained(SHUFFLENET)
+        pretrained.pretrained(SHUFFLENET)
     torch.save({"weight": Makes(tmp_path / "ran")}, file)
     with pytest.raises(CorruptError, match=r"is damaged \(Weights only load failed\)"):
-        checkpoint.pretrained(SHUFFLENET)
+        pretrained.pretrained(SHUFFLENET)
     assert not (tmp_path / "ran").exists()
 
 
@@ -387,14 +387,14 @@ def test_no_such_published_weights(hub):
         ("timm:small", "V9", "timm:small has no weights 'V9': use DEFAULT, or timm:NAME.TAG for others"),
     ):
         with pytest.raises(UsageError) as caught:
-            checkpoint.pretrained(architecture, weights)
+            pretrained.pretrained(architecture, weights)
         assert str(caught.value).startswith(message)
 
 
 def test_timm_weights(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UsageError, match=r"^timm:small needs timm: pip install timm$"):
-        checkpoint.pretrained("timm:small")
+        pretrained.pretrained("timm:small")
 
     def create_model(name, pretrained=False):
         if name == "offline":
@@ -409,11 +409,11 @@ def test_timm_weights(monkeypatch):
         get_pretrained_cfg=lambda name: SimpleNamespace(hf_hub_id=f"timm/{name}.a1", url=None),
     )
     monkeypatch.setitem(sys.modules, "timm", timm)
-    assert same(checkpoint.pretrained("timm:small"), noted(seed=3).state_dict())
+    assert same(pretrained.pretrained("timm:small"), noted(seed=3).state_dict())
     with pytest.raises(UsageError, match=r"^timm has no weights of 'untrained': see timm\.list_pretrained\(\)$"):
-        checkpoint.pretrained("timm:untrained")
+        pretrained.pretrained("timm:untrained")
     with pytest.raises(ArtefactError) as caught:
-        checkpoint.pretrained("timm:offline")
+        pretrained.pretrained("timm:offline")
     assert str(caught.value) == (
         "cannot fetch https://huggingface.co/timm/offline.a1 (We cannot find it): "
         "fetch it on a machine with a network, and copy that machine's cache (HF_HOME, TORCH_HOME) here"

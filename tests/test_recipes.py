@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
-from typer.testing import CliRunner
 
-from ensembler.cli import app
 from ensembler.errors import UsageError
 from ensembler.run import Run
-from ensembler.trainers.recipes import FAST, PAPER, find
+from ensembler.trainers import FGE, Curve, Settings, Simplex, Snapshots, Subspace
+from ensembler.trainers.method import methods
+from ensembler.trainers.recipes import find
 from ensembler.trainers.schedules import piecewise
-
-COMMANDS = get_command(app).commands
-
-
-def call(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+from tests._training import call, call_with_method
 
 
-def test_a_recipe_holds_options_of_its_command():
-    for command, options in (*((recipe.command, recipe.options) for recipe in PAPER), *FAST.items()):
-        assert options.keys() <= {parameter.name for parameter in COMMANDS[command].params}
-    trained = {name for name in COMMANDS if name.startswith("train-")}
-    assert set(FAST) == trained == {recipe.command for recipe in PAPER}
-    assert len({(recipe.command, recipe.architecture, recipe.datasets) for recipe in PAPER}) == len(PAPER)
+@pytest.mark.parametrize("method", methods())
+def test_a_recipe_holds_valid_options_of_its_method(method):
+    assert method.published
+    assert method.fast
+    for options in (*(recipe.options for recipe in method.published), method.fast):
+        assert options.keys() <= method.model_fields.keys() | Settings.model_fields.keys()
+        assert method.typed({"first": "a", "second": "b", "modes": ["a"], **options})
+        assert Settings.typed(options)
+    assert len({(recipe.architecture, recipe.datasets) for recipe in method.published}) == len(method.published)
 
 
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
         (
-            ("train-fge", "vgg16", "cifar100"),
+            (FGE, "vgg16", "cifar100"),
             {
                 "epochs": 200,
-                "rate": 0.05,
+                "lr": 0.05,
                 "schedule": "piecewise",
                 "high": 1e-2,
                 "low": 5e-4,
@@ -47,22 +43,22 @@ def test_a_recipe_holds_options_of_its_command():
             },
         ),
         (
-            ("train-fge", "preresnet164", "cifar10"),
-            {"epochs": 150, "rate": 0.1, "high": 5e-2, "low": 5e-4, "cycle": 4, "weight_decay": 3e-4},
+            (FGE, "preresnet164", "cifar10"),
+            {"epochs": 150, "lr": 0.1, "high": 5e-2, "low": 5e-4, "cycle": 4, "weight_decay": 3e-4},
         ),
-        (("train-fge", "wrn28x10", "cifar10"), {"epochs": 200, "high": 5e-2, "cycle": 4, "weight_decay": 5e-4}),
+        ((FGE, "wrn28x10", "cifar10"), {"epochs": 200, "high": 5e-2, "cycle": 4, "weight_decay": 5e-4}),
         (
-            ("train-curve", "vgg16", "cifar10"),
-            {"epochs": 600, "rate": 0.015, "schedule": "piecewise", "weight_decay": 5e-4, "bends": 1},
+            (Curve, "vgg16", "cifar10"),
+            {"epochs": 600, "lr": 0.015, "schedule": "piecewise", "weight_decay": 5e-4, "bends": 1},
         ),
-        (("train-curve", "preresnet164", "cifar10"), {"epochs": 200, "rate": 0.03, "weight_decay": 3e-4}),
-        (("train-snapshots", "wrn28x10", "cifar10"), {"rate": 0.2, "cycle": 40, "batch_size": 64, "momentum": 0.0}),
+        ((Curve, "preresnet164", "cifar10"), {"epochs": 200, "lr": 0.03, "weight_decay": 3e-4}),
+        ((Snapshots, "wrn28x10", "cifar10"), {"lr": 0.2, "cycle": 40, "batch_size": 64, "momentum": 0.0}),
         (
-            ("train-simplex", "vgg16", "cifar10"),
-            {"epochs": 300, "rate": 0.05, "schedule": "cosine", "vertex_epochs": 10, "batch_size": 128},
+            (Simplex, "vgg16", "cifar10"),
+            {"epochs": 300, "lr": 0.05, "schedule": "cosine", "vertex_epochs": 10, "batch_size": 128},
         ),
-        (("train-simplex", "vgg16", "cifar100"), {"vertex_epochs": 20, "samples_per_step": 5, "vertex_rate": 0.05}),
-        (("train-subspace", "preresnet20", "cifar10"), {"beta": 1.0, "rate": 0.1, "weight_decay": 1e-4}),
+        ((Simplex, "vgg16", "cifar100"), {"vertex_epochs": 20, "samples_per_step": 5, "vertex_lr": 0.05}),
+        ((Subspace, "preresnet20", "cifar10"), {"beta": 1.0, "lr": 0.1, "weight_decay": 1e-4}),
     ],
 )
 def test_published_values(asked, expected):
@@ -78,8 +74,8 @@ def test_the_piecewise_schedule_by_hand():
 
 
 def test_one_budget_of_fge_is_one_budget():
-    for recipe in PAPER:
-        if recipe.command == "train-fge" and recipe.options["start"] < 1:
+    for recipe in FGE.published:
+        if recipe.options["start"] < 1:
             options = recipe.options
             end = options["start"] * options["epochs"] + options["cycle"] * (options["members"] - 0.5)
             assert options["epochs"] - options["cycle"] < end <= options["epochs"]
@@ -87,13 +83,33 @@ def test_one_budget_of_fge_is_one_budget():
 
 def test_what_was_not_published_is_refused_with_what_was():
     with pytest.raises(UsageError, match="no recipe of train-simplex was published for cnn on digits: use vgg16"):
-        find("paper", "train-simplex", "cnn", "digits")
+        find("paper", Simplex, "cnn", "digits")
     with pytest.raises(UsageError, match="resnet20 on cifar100"):
-        find("paper", "train-subspace", "resnet20", "cifar100")
+        find("paper", Subspace, "resnet20", "cifar100")
     result = call("train-fge", "--recipe", "paper")
     assert result.exit_code == 1
     assert "preresnet164 on cifar10 or cifar100 (Garipov et al. 2018" in result.stderr
     assert call("train-fge", "--recipe", "slow").exit_code == 2
+
+
+TOY = """
+from ensembler.trainers import Method
+
+class Toy(Method):
+    \"\"\"A method that nobody has published a recipe of.\"\"\"
+
+    command = "train-toy"
+
+    def train(self, trainer):
+        raise AssertionError("it is refused before anything is trained")
+"""
+
+
+def test_a_method_without_a_recipe_says_so_in_one_sentence(tmp_path):
+    found = call_with_method(TOY, tmp_path, *(["train-toy", "--recipe", recipe] for recipe in ("fast", "paper")))
+    for (code, _, errors), kind in zip(found, ("fast", "published"), strict=True):
+        message = f"error: train-toy has no {kind} recipe: leave out --recipe, and give its options\n"
+        assert (code, errors) == (1, message)
 
 
 def test_the_command_line_wins_over_a_file_and_a_file_over_a_recipe(tmp_path, monkeypatch):
@@ -103,11 +119,10 @@ def test_the_command_line_wins_over_a_file_and_a_file_over_a_recipe(tmp_path, mo
     arguments = ["train-simplex", "--config", "a.toml", "--vertices", 2, *shared, "--out", "run"]
     result = call(*arguments)
     assert result.exit_code == 0, result.output
-    options = Run.load(Path("run")).manifest.options
-    assert options["recipe"] == "fast"
-    assert (options["vertices"], options["epochs"], options["vertex_epochs"]) == (2, 1, 3)  # typed, file, recipe
+    manifest = Run.load("run").manifest
+    assert (manifest.options["vertices"], manifest.options["vertex_epochs"]) == (2, 3)  # typed, recipe
+    assert manifest.settings["epochs"] == 1  # file
+    assert manifest.options["vertex_lr"] == 0.1
     # The network and the images are those of the run to begin from.
-    manifest = json.loads(Path("run/manifest.json").read_text())
-    assert manifest["options"]["vertex_rate"] == 0.1
     result = call("train-fge", "--recipe", "paper", "--init", "run")
     assert "was published for tests._small:network on digits" in result.stderr

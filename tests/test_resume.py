@@ -351,9 +351,9 @@ def killed(images: Path) -> Iterator[None]:
     """The processes that read images are killed while the third member is trained."""
     add = Ledger.epoch
 
-    def kill(self, part, *given, **named):
-        add(self, part, *given, **named)
-        for child in psutil.Process().children() if part == "solution 3" else ():
+    def kill(self, end, **named):
+        add(self, end, **named)
+        for child in psutil.Process().children() if end.part == "solution 3" else ():
             for worker in child.children() if "forkserver" in " ".join(child.cmdline()) else ():
                 worker.kill()
 

@@ -14,12 +14,13 @@ import httpx
 import numpy as np
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ensembler.serve.metrics import Metrics, Refusals
-from ensembler.serve.schemas import Validation
-from tests._service import BINARY, ROUTE, Server, free_port, make_calibrated, tiny_images
+from ensembler.serve.http.metrics import Metrics, Requests
+from ensembler.serve.runtime.manifest import Validation
+from tests._runs import make_bundle, tiny_weights
+from tests._service import BINARY, ROUTE, Server, free_port, in_process, make_calibrated, tiny_images
 
 DOCS = Path(__file__).parents[1] / "docs"
 LEVELS = [0.0, 0.5, 0.9, 1.0]
@@ -32,7 +33,7 @@ def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
 
 def made(validation: Validation | None, members: int = 3) -> tuple[Metrics, CollectorRegistry]:
     registry = CollectorRegistry()
-    Refusals(registry)
+    Requests(registry)
     return Metrics(validation, members, 5, registry), registry
 
 
@@ -77,6 +78,42 @@ def test_fewer_members_say_nothing_of_drift() -> None:
     assert found["ensembler_members_used_count", frozenset()] == 2
 
 
+def test_one_nan_spoils_no_sum() -> None:
+    metrics, registry = made(None)
+    for entropy in (np.nan, np.inf, 0.5):
+        metrics.answer(columns([entropy], [entropy], [3]), whole=True)
+    found = samples(generate_latest(registry).decode())
+    for name in ("predictive_entropy", "mutual_information"):
+        assert found[f"ensembler_{name}_nats_sum", frozenset()] == 0.5
+        assert found[f"ensembler_{name}_nats_count", frozenset()] == 1
+
+
+def test_a_member_that_answers_nan_spoils_no_sum(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    weights = tiny_weights(3)
+    weights[1] = np.nan
+    with in_process(make_bundle(tmp_path / "bundle", weights=weights), registry) as client:
+        assert client.post(ROUTE, json={"images": tiny_images(1).tolist()}).status_code == 500
+    found = samples(generate_latest(registry).decode())
+    assert all(np.isfinite(value) for value in found.values())
+    assert found["ensembler_requests_total", frozenset({("route", ROUTE), ("status", "500")})] == 1
+
+
+def test_a_metric_that_cannot_be_written_harms_no_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as on a full disk, where the counts of all workers lie."""
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with in_process(make_bundle(tmp_path / "bundle")) as client:
+        for kind in (Histogram, Gauge, Counter):
+            for method in {"observe", "set", "inc"} & set(dir(kind)):
+                monkeypatch.setattr(kind, method, full)
+        body = {"images": tiny_images(2).tolist()}
+        answers = [client.post(ROUTE, json=body, headers={"X-Deadline-Ms": "5000"}) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200] * 3
+
+
 @pytest.mark.parametrize("members", [1, 2, 100])
 def test_buckets_without_validation_span_what_is_possible(members: int) -> None:
     metrics, registry = made(None, members)
@@ -94,9 +131,9 @@ def asked_for(text: str) -> set[str]:
 def test_rules_and_dashboard_ask_for_what_exists() -> None:
     metrics, registry = made(validation([0.1, 0.4, 0.8, 1.2], [0.1, 0.2, 0.3, 0.4]))
     for stage in ("read", "queue", "predict", "write"):
-        metrics.stage(stage, 0.1)
+        metrics.stages({stage: 0.1})
     metrics.answer(columns([0.1], [0.1], [3]), whole=True)
-    exist = {name for name, _ in samples(generate_latest(registry).decode())} | {"ensembler_refusals_total"}
+    exist = {name for name, _ in samples(generate_latest(registry).decode())} | {"ensembler_requests_total"}
     rules = yaml.safe_load((DOCS / "alerts.yml").read_text())
     expressions = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
     dashboard = json.loads((DOCS / "grafana.json").read_text())
@@ -114,7 +151,7 @@ def test_rules_and_dashboard_ask_for_what_exists() -> None:
 def test_a_real_server_tells_prometheus(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ensembler.cli", "serve", str(make_calibrated(tmp_path / "bundle"))]
     server = Server(command, tmp_path, free_port(), ENSEMBLER_TOKEN="sesame")
-    with httpx.Client(base_url=server.url, timeout=20, headers={"Authorization": "Bearer sesame"}) as caller:
+    with httpx.Client(base_url=server.url, timeout=300, headers={"Authorization": "Bearer sesame"}) as caller:
         try:
             server.wait_until_ready()
             assert caller.post(ROUTE, json={"images": tiny_images(5).tolist()}).status_code == 200
@@ -139,8 +176,10 @@ def test_a_real_server_tells_prometheus(tmp_path: Path) -> None:
     assert total("ensembler_members_used_count") == 10
     assert total("ensembler_mutual_information_nats_count") == 8
     assert total("ensembler_abstentions_total") == 8
-    assert total("ensembler_refusals_total", status="400") == 3
-    assert total("ensembler_refusals_total", status="401") == 1
+    assert total("ensembler_requests_total", status="200", route=ROUTE) == 2
+    assert total("ensembler_requests_total", status="200", route=BINARY) == 1
+    assert total("ensembler_requests_total", status="400", route=ROUTE) == 3
+    assert total("ensembler_requests_total", status="401", route="/metrics") == 1
     for stage in ("read", "queue", "predict", "write"):
         assert total("ensembler_stage_seconds_count", stage=stage) == 3
     assert total("ensembler_validation_nats", measure="mutual_information", level="0.9") > 0

@@ -689,7 +689,7 @@ def test_a_resumed_run_is_pushed_where_it_was_to_go(tmp_path, images, monkeypatc
 
 
 def test_real_runs_and_bundles_load_from_where_they_were_fetched_to(tmp_path):
-    from ensembler.serve.schemas import read_bundle
+    from ensembler.serve.runtime.manifest import read_bundle
 
     run, bundle = make_run(tmp_path / "run"), make_bundle(tmp_path / "bundle")
     for source in (run, bundle):
@@ -704,6 +704,7 @@ def test_real_runs_and_bundles_load_from_where_they_were_fetched_to(tmp_path):
 @pytest.fixture
 def hub(monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
+    sys.modules["huggingface_hub"].HfFileSystem.clear_instance_cache()  # it holds the address of the last test's hub
     hub = Hub()
     with serving(hub) as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)

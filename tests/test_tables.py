@@ -14,13 +14,13 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from ensembler.eval.compare import compare
-from ensembler.eval.comparison import Difference
-from ensembler.eval.notation import NOTHING, SCORES, Score, compact, told_apart
-from ensembler.eval.report import CellScores, Report
-from ensembler.eval.rows import report_tables
-from ensembler.eval.tables import csv as as_csv
-from ensembler.eval.tables import markdown, tables
-from ensembler.eval.words import findings
+from ensembler.eval.report.notation import NOTHING, SCORES, Score, compact, told_apart
+from ensembler.eval.report.schema import CellScores, Report
+from ensembler.eval.report.sentences import findings
+from ensembler.eval.report.tables import report_tables
+from ensembler.eval.report.text import csv as as_csv
+from ensembler.eval.report.text import markdown, tables
+from ensembler.eval.scores.comparison import Difference
 from tests._reports import OUTSIDE, comparison, evaluation, named, part
 
 DIFFERENCES = "differences from 1: single in error and NLL"
@@ -87,7 +87,7 @@ def test_what_every_table_must_say_is_said():
         "not the official files, so not comparable with published figures",
         "Means are over: gaussian_noise, shot_noise",
         "which count in no other mean",
-        "one member cannot say",
+        "not defined for one member",
         "generated, seed 3",
         "nothing of another training seed",
         "Mean and sample standard deviation",

@@ -18,15 +18,13 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from starlette.applications import Starlette
 
 from ensembler import artefact
-from ensembler.serve import Runtime, page
-from ensembler.serve.schemas import PROBE, read_bundle
+from ensembler.serve import Runtime
+from ensembler.serve.http import page
+from ensembler.serve.runtime.manifest import EXAMPLES, PROBE, read_bundle
 from tests._runs import TINY
-from tests._service import MODEL_FIELDS, Server, TestClient, free_port, make_calibrated, tiny_images
-
-pytestmark = pytest.mark.filterwarnings(MODEL_FIELDS)
+from tests._service import Server, free_port, in_process, make_calibrated, tiny_images
 
 TOKEN = "correct-horse"
 HOSTILE = "<img src=x onerror=document.title=1>"
@@ -40,7 +38,7 @@ def make_shown(path: Path) -> Path:
     with artefact.write(path, manifest.model_dump(exclude={"files"})) as folder:
         for file in manifest.files:
             shutil.copy(plain / file, folder)
-        np.savez(folder / PROBE, images=tiny_images(2), examples=tiny_images(3))
+        np.save(folder / EXAMPLES, tiny_images(3))
     return path
 
 
@@ -53,8 +51,9 @@ def parts(tag: str) -> list[str]:
     return re.findall(f"<{tag}>(.*?)</{tag}>", page.html(), re.DOTALL)
 
 
-def test_the_policy_lets_only_the_pages_own_script_and_style_run() -> None:
-    answer = TestClient(Starlette(routes=page.ROUTES)).get("/ui")
+def test_the_policy_lets_only_the_pages_own_script_and_style_run(bundle: Path) -> None:
+    with in_process(bundle) as client:
+        answer = client.get("/ui")
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     policy = dict(part.strip().split(" ", 1) for part in answer.headers["content-security-policy"].split(";"))
     assert policy["default-src"] == "'none'"
@@ -101,14 +100,15 @@ def test_contrast_is_enough(scheme: int) -> None:
     assert contrast("line", "paper") >= 3 and contrast("line", "panel") >= 3
 
 
-def test_examples_are_the_probes(bundle: Path, tmp_path: Path) -> None:
+def test_examples_are_the_bundles(bundle: Path, tmp_path: Path) -> None:
     found = page.examples(bundle, read_bundle(bundle))["examples"]
     pixels = [np.frombuffer(base64.b64decode(one["pixels"]), np.uint8).reshape(TINY) for one in found]
     np.testing.assert_array_equal(pixels[:3], tiny_images(3))
-    np.testing.assert_array_equal(pixels[3:], tiny_images(2)[:1])
+    with np.load(bundle / PROBE) as probe:
+        np.testing.assert_array_equal(pixels[3:], probe["images"][:1])
     assert [one["name"] for one in found[1:]] == ["test image 2", "test image 3", "a random pattern, of no class"]
     plain = make_calibrated(tmp_path / "plain")
-    assert page.examples(plain, read_bundle(plain)) == {"examples": []}
+    assert page.examples(plain, read_bundle(plain))["examples"] == found[3:]
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ class Page:
     def wait(self, holds: Any) -> None:
         from selenium.webdriver.support.wait import WebDriverWait
 
-        WebDriverWait(self.driver, 15, poll_frequency=0.05).until(lambda _: holds())
+        WebDriverWait(self.driver, 120, poll_frequency=0.05).until(lambda _: holds())
 
     def unlock(self) -> None:
         self["token"].send_keys(TOKEN + "\n")

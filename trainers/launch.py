@@ -155,6 +155,7 @@ class _Runs:
             for seed, path in self.paths.items()
             if not path.exists()
         }
+        missing = len(self.unfinished)
         here = (dict(self.unfinished), inner, self.group) if outer.here else None
         todo = [jobs.Job(f"seed {seed}", _make, {"seed": seed}) for seed in self.paths]
         shared = self.training, self.several, here
@@ -164,7 +165,7 @@ class _Runs:
                     pass
         except BaseException:
             if self.group.first:
-                self._say_how_to_resume()
+                self._say_how_to_resume(any_saved=len(self.unfinished) < missing)
             raise
         finally:
             for one in self.unfinished.values():
@@ -196,9 +197,9 @@ class _Runs:
         self.saved[seed] = self.group.from_first(partial(save, result, self.paths[seed]))
         self.unfinished.pop(seed).remove()
 
-    def _say_how_to_resume(self) -> None:
+    def _say_how_to_resume(self, any_saved: bool) -> None:
         kept = [one.folder for one in self.unfinished.values() if one.folder.is_dir()]
-        if self.several and kept:
+        if self.several and (kept or any_saved):
             seed, path = next(iter(self.paths.items()))
             again = path.with_name(path.name.removesuffix(f"-s{seed}"))
             typer.echo(f"to resume: the same command with --out {again}", err=True)

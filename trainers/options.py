@@ -139,11 +139,12 @@ def _explained(error: ErrorDetails, options: type[Options], flags: Mapping[str, 
         return f"{options.__name__} has no option {shown}: it has {', '.join(options.model_fields)}"
     if error["type"] == "missing":
         return f"{shown} is required"
+    bound = next((f"{context[key]:g}" for key in ("gt", "ge", "lt", "le") if key in context), "")
     wanted = {
-        "greater_than": "positive" if context.get("gt") == 0 else f"above {context.get('gt')}",
-        "greater_than_equal": f"at least {context.get('ge')}",
-        "less_than": f"below {context.get('lt')}",
-        "less_than_equal": f"at most {context.get('le')}",
+        "greater_than": "positive" if bound == "0" else f"above {bound}",
+        "greater_than_equal": f"at least {bound}",
+        "less_than": f"below {bound}",
+        "less_than_equal": f"at most {bound}",
         "finite_number": "finite",
     }.get(error["type"])
     if wanted:

@@ -9,10 +9,9 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -119,7 +118,7 @@ def _json_lines(path: Path) -> Iterator[OnEvent]:
     def watch(event: Event) -> None:
         if isinstance(event, Message):
             return
-        record = {"part": event.part, **_record(event), "epochs": event.epochs}
+        record = event.record() | {"epochs": event.epochs}
         with _writing(path):
             file.write(json.dumps(record | {"seconds": round(time.monotonic() - start, 3)}) + "\n")
 
@@ -142,7 +141,7 @@ def _tensorboard(folder: Path) -> Iterator[OnEvent]:
     def watch(event: Event) -> None:
         if isinstance(event, Message):
             return
-        record = _record(event)
+        record = event.record()
         with _writing(folder):
             for name in ("loss", event.metric, "lr"):
                 writer.add_scalar(f"{event.part}/{name}", record[name], event.epoch.number)
@@ -158,13 +157,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ArtefactError(f"cannot write {path}: {error.strerror or error}: choose another path") from error
-
-
-def _record(event: EpochEnd) -> dict[str, Any]:
-    """Return an epoch's numbers by name."""
-    record = asdict(event.epoch)
-    record[event.metric] = record.pop("metric")
-    return record
 
 
 def _state(event: EpochEnd) -> str:

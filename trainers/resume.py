@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ensembler import artefact
-from ensembler.errors import ArtefactError, UsageError
+from ensembler.errors import ArtefactError, CorruptError, UsageError
 from ensembler.jobs import Job
 from ensembler.trainers.loop import Snapshot, TrainState
 from ensembler.trainers.spec import SPEC, Spec, unfinished
@@ -169,7 +169,11 @@ class Store:
         return time.monotonic() - self.unfinished.written >= self.unfinished.every
 
     def load(self, job: Job) -> JobResult | None:
-        """Return the result of a finished job, or ``None`` if it is missing or damaged."""
+        """Return the result of a finished job, or ``None`` if it is missing or damaged.
+
+        Raises:
+            ArtefactError: it cannot be read, or is of another version's format. It stays where it is.
+        """
         content = self._read(self._folder / f"{_slug(job.name)}.done")
         return None if content is None else JobResult(**content)
 
@@ -183,7 +187,11 @@ class Store:
         shutil.rmtree(self._folder / _slug(job.name), ignore_errors=True)
 
     def load_state(self, part: str) -> tuple[TrainState, dict[str, Any]] | None:
-        """Return a part's newest intact checkpoint and the ledger's record saved with it, or ``None``."""
+        """Return a part's newest intact checkpoint and the ledger's record saved with it, or ``None``.
+
+        Raises:
+            ArtefactError: as for :meth:`load`.
+        """
         for path in reversed(self._states(part)):
             content = self._read(path)
             if content is not None:
@@ -222,14 +230,16 @@ class Store:
         self.unfinished.written = time.monotonic()
 
     def _read(self, path: Path) -> dict[str, Any] | None:
-        if not path.is_dir():
+        if not (path / artefact.MANIFEST).is_file():  # never written, or half removed
             return None
         try:
             artefact.read(path, "checkpoint", (FORMAT,))
             content: dict[str, Any] = torch.load(path / _FILE, map_location="cpu", weights_only=True)
-        except (ArtefactError, OSError):
-            shutil.rmtree(path, ignore_errors=True)  # damaged or partly removed, so it is trained again
+        except CorruptError:
+            shutil.rmtree(path, ignore_errors=True)  # done again
             return None
+        except OSError as error:
+            raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
         return content
 
 

@@ -20,7 +20,6 @@ from ensembler.device import choose_device, device_name, keep_freed, seed_dropou
 from ensembler.engine import Engine, Local
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
-from ensembler.images import FileSplit
 from ensembler.pretrained import Checkpoint
 from ensembler.run import CostEntry, DatasetRecord, Run
 from ensembler.seeds import derive
@@ -42,8 +41,6 @@ __all__ = ["Trainer"]
 class Trainer:
     """The network that all vertices take turns in, the data, and the cost of what is done with them.
 
-    Nothing is handed on from one part of a training to the next but what :meth:`fit` takes and gives.
-
     Args:
         dataset: what to train on.
         settings: resolved, see :meth:`Settings.resolved`.
@@ -55,7 +52,8 @@ class Trainer:
             measures and keeps checkpoints.
 
     Attributes:
-        starts_solved: whether ``settings.init`` is a whole solution, not only where training begins.
+        start: what the settings say to start from.
+        starts_solved: whether that is a whole solution, not only where training begins.
 
     Raises:
         UsageError: a device that cannot do what is asked. ShapeError: a checkpoint is another network's.
@@ -78,9 +76,10 @@ class Trainer:
         keep_freed(self.device)
         self.task = task.find(self.dataset.task)
         self.record = DatasetRecord.of(self.dataset, settings.augmentation)
-        train: Examples = self.dataset.train
-        self.train_examples = train if isinstance(train, FileSplit) else train.to(self.device)  # type: ignore[attr-defined]
-        network, start = self.network(settings.seed), self.start
+        self.train_examples: Examples = self.dataset.train.to(self.device)
+        name = settings.init or settings.weights
+        self.start = start = self.starts[name] if name else None
+        network = self.network(settings.seed)
         fresh_head = pretrained.fit(network, start.tensors) if isinstance(start, Checkpoint) else []
         self.starts_solved = start is not None and not fresh_head
         self.weights = FlatWeights(network)
@@ -104,12 +103,6 @@ class Trainer:
         store = self.store.child(job) if self.store else None
         own.__dict__.update(self.__dict__, on_event=on_event, ledger=self.ledger.fork(), store=store)
         return own
-
-    @property
-    def start(self) -> Start | None:
-        """What the settings say to start from."""
-        name = self.settings.init or self.settings.weights
-        return self.starts[name] if name else None
 
     def network(self, seed: int) -> torch.nn.Module:
         """The network with the fresh weights of a seed, on the device."""
@@ -159,8 +152,9 @@ class Trainer:
             _check_shares(batches, plan.samples, group.size)
 
         def on_epoch(epoch: Epoch) -> None:
-            ledger.epoch(part, epoch, forward_passes=epoch.examples if plan.penalty else 0)
-            self.on_event(EpochEnd(part, epoch, epochs, self.task.metric))
+            end = EpochEnd(part, epoch, epochs, self.task.metric)
+            ledger.epoch(end, forward_passes=epoch.examples if plan.penalty else 0)
+            self.on_event(end)
 
         def before_step(iteration: int) -> None:  # other masks in every process
             seed_dropout(derive(settings.seed, "dropout", part, group.rank, iteration), self.device)

@@ -28,7 +28,7 @@ def each(trainer: Trainer, function: Callable[..., Made], arguments: Mapping[str
 
     Args:
         trainer: of the whole training.
-        function: of a module, so that another process finds it.
+        function: of a module, or a partial of one, so that another process finds it.
         arguments: JSON values, by the job's name.
 
     Raises:

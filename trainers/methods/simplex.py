@@ -17,8 +17,9 @@ lambda that is practically zero; here both are the paper's.
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import NonNegativeFloat
 
@@ -118,8 +119,8 @@ class Simplex(Method):
         names = ["simplex"] if S == 1 else [f"simplex {number + 1}" for number in range(S)]
 
         def grow_all(numbers: range, strength: float | str) -> list[Made]:
-            shared = {"method": self.model_dump(mode="json"), "strength": strength}
-            return each(trainer, grow, {names[n]: {"number": n, "name": names[n], **shared} for n in numbers})
+            jobs = {names[n]: {"number": n, "name": names[n], "strength": strength} for n in numbers}
+            return each(trainer, partial(grow, options=self), jobs)
 
         # "auto" finds the first simplex's lambda, and the others take it.
         first = 1 if self.regularisation == "auto" else S
@@ -142,12 +143,11 @@ class Simplex(Method):
         )
 
 
-def grow(trainer: Trainer, number: int, name: str, method: dict[str, Any], strength: float | Literal["auto"]) -> Made:
+def grow(trainer: Trainer, options: Simplex, number: int, name: str, strength: float | Literal["auto"]) -> Made:
     """A job: one ``simplex`` (K, P), and its last vertex's buffers; what was found at each stage, and lambda."""
     from ensembler.trainers.measure import describe
     from ensembler.trainers.starts import solution
 
-    options = Simplex(**method)
     base = solution(trainer, number)
     simplex, buffers = base.vector[None].clone(), base.buffers
     trials: list[dict[str, float | None]] = []

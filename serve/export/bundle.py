@@ -1,0 +1,248 @@
+"""A run to a bundle: members as ONNX, each compared with PyTorch before the bundle exists.
+
+A graph takes ``images`` (batch, H, W, 3), normalises them, and gives ``logits`` (batch, C) float32. Members differ only
+in their weights, so one is traced, and the others are its graph with their own weights, found by name. Where a weight
+cannot be found so, every member is traced.
+
+Where the run's dataset is available, the comparison uses its test images, too, the members are ordered on its
+validation images, and their usual uncertainty is measured on them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensembler import artefact, calibration
+from ensembler.calibration import Calibration
+from ensembler.datasets import NAMES, Dataset
+from ensembler.ensemble import Ensemble
+from ensembler.errors import ArtefactError, DataError, ExportError, UsageError
+from ensembler.run import DatasetRecord, versions
+from ensembler.serve.export.agreement import check_merged, compare, patches
+from ensembler.serve.export.precision import calibration_lost
+from ensembler.serve.export.validation import Judgement, judge, some
+from ensembler.serve.export.writer import Writer, Written, write_merged
+from ensembler.serve.runtime.machine import available_cpus
+from ensembler.serve.runtime.manifest import (
+    EXAMPLES,
+    MERGED,
+    BundleManifest,
+    Layout,
+    Origin,
+    Pixels,
+    Precision,
+    Simplexes,
+    Tuning,
+)
+from ensembler.serve.runtime.sessions import open_members, open_merged
+from ensembler.serve.runtime.strategies import Members
+from ensembler.serve.runtime.tune import tune as measure_strategies
+from ensembler.task import Classification
+
+__all__ = ["VALIDATION_IMAGES", "export_run"]
+
+VALIDATION_IMAGES = 1000
+
+_RANGES = 256  # training images that the ranges of 8-bit activations are taken from
+_TEST = 64  # test images to compare and to time strategies with
+_SHOWN = 8  # test images for the page
+
+Say = Callable[[str], object]
+
+
+def export_run(
+    run_path: str | Path,
+    out: str | Path,
+    *,
+    layout: Layout | None = None,
+    members: int | None = None,
+    seed: int = 0,
+    pixels: Pixels = "uint8",
+    precision: Precision = "float32",
+    data: Path | None = None,
+    use_data: bool = True,
+    examples: int = VALIDATION_IMAGES,
+    tune: bool = False,
+    say: Say = lambda sentence: None,
+) -> Path:
+    """Export the members of a run, whole or not at all.
+
+    Args:
+        run_path: the run's folder.
+        out: the bundle's folder; must not exist.
+        layout: ``"members"``: a self-contained file for each, for any runtime; ``"vertices"``: one graph and the
+            vertices, from which our runtime makes the members. By default the latter where there are fewer of them.
+        members: sample this many new ones from the run's simplexes; by default the run's own.
+        seed: of that sample.
+        pixels: ``"uint8"``: graphs take pixels from 0 to 255; ``"float"``: float32 from 0 to 1.
+        precision: lower ones are accepted only within :data:`ensembler.serve.export.precision.BOUNDS`.
+        data: folder of the run's dataset; by default its usual place, and where it is missing, the steps that need it
+            are left out.
+        use_data: whether to look for the dataset.
+        examples: how many of its validation images to use, at most.
+        tune: measure how the members run fastest on this machine.
+        say: called with a sentence for each step that was left out.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UsageError: ``out`` exists, or options that cannot be honoured together.
+        ArtefactError: no run there, or the bundle cannot be written; CorruptError: a file of the run has changed.
+        DataError: no dataset at ``data``, or not the run's.
+        ExportError: a member cannot be exported, or does not reproduce PyTorch's probabilities; it is named. Or a
+            lower precision changes the ensemble by more than is allowed.
+    """
+    run_path, out = Path(run_path), Path(out)
+    if examples < 1:
+        raise UsageError(f"at least 1 validation image is needed, not {examples}: to use none, add --no-data")
+    manifest: dict[str, Any] = {}
+    with artefact.write(out, manifest) as folder:
+        ensemble = Ensemble.load(run_path, device="cpu")
+        _check_task(ensemble, run_path)
+        file = run_path / calibration.FILE
+        fitted = calibration.read(file, ensemble.run.sha256) if file.is_file() else None
+        dataset = _dataset(ensemble.run.manifest.dataset, data, say) if use_data else None
+        if precision != "float32" and dataset is None:
+            raise UsageError(f"{precision} is accepted only after a comparison on validation images: give their --data")
+        if members is not None:
+            ensemble = ensemble.sample(members, seed, dataset.train if dataset else None)
+            fitted = _unless("it was fitted for the run's own members", fitted, say)
+        ranges = some(dataset.train, _RANGES)[0] if dataset and precision == "int8" else None
+        test = some(dataset.test, _TEST)[0] if dataset else None
+        judgement = Judgement(order=list(range(ensemble.members)))
+        try:
+            written = Writer(folder, ensemble, pixels, precision, ranges).write(layout)
+            opened = _open(folder, ensemble, written, pixels, judgement.order)
+            agreement = compare(opened, ensemble, folder, precision, test)
+        except (ExportError, ArtefactError) as error:
+            raise ExportError(f"{run_path}: {error}") from error
+        if dataset:
+            judgement = judge(opened, ensemble, precision, fitted, *some(dataset.validation, examples))
+            fitted = _unless(calibration_lost(judgement.precision_check), fitted, say)
+        else:
+            say("Without validation images, members keep the run's order, and their usual uncertainty is not known.")
+        opened.close()
+        content = BundleManifest(
+            **_origin(ensemble, run_path),
+            input=pixels,
+            precision=precision,
+            layout=written.layout,
+            graphs=written.graphs,
+            opset=written.opset,
+            sampling=_sampling(ensemble) if written.layout == "vertices" else None,
+            max_difference=agreement.max_difference,
+            compared_on=agreement.compared_on,
+            order=judgement.order,
+            ordered_by=judgement.ordered_by,
+            validation=judgement.validation,
+            precision_check=judgement.precision_check,
+            tuning=_tune(folder, ensemble, written, pixels, judgement.order, test) if tune else None,
+            calibration=calibration.FILE if fitted else None,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=versions(),
+        )
+        if fitted:
+            shutil.copyfile(file, folder / calibration.FILE)
+        if test is not None and ensemble.run.manifest.dataset.name in NAMES:  # a folder's images stay private
+            np.save(folder / EXAMPLES, test[:_SHOWN])
+        manifest.update(content.model_dump())
+    return out
+
+
+def _check_task(ensemble: Ensemble, run_path: Path) -> None:
+    record = ensemble.run.manifest
+    if not isinstance(ensemble.task, Classification) or record.dataset.kind != "images":
+        raise UsageError(
+            f"{run_path} is a {record.task} of {record.dataset.kind}: only classifiers of images can be exported"
+        )
+
+
+def _dataset(record: DatasetRecord, root: Path | None, say: Say) -> Dataset | None:
+    """Load the run's dataset; where it is missing and nobody said where it is, say so."""
+    try:
+        return record.load(root)
+    except (DataError, UsageError) as error:
+        if root is not None:
+            raise
+        say(f"The run's images were not found: {error}.")
+        return None
+
+
+def _origin(ensemble: Ensemble, run_path: Path) -> dict[str, Any]:
+    """The manifest's fields that are the run's."""
+    record = ensemble.run.manifest
+    return {
+        "method": record.method,
+        "architecture": record.architecture,
+        "dataset": record.dataset.title,
+        "classes": record.dataset.classes,
+        "image_shape": record.dataset.shape,
+        "members": ensemble.members,
+        "vertices": record.vertices,
+        "parameters": record.parameters,
+        "training_cost": record.cost.model_dump(),
+        "run": Origin(name=run_path.resolve().name, sha256=ensemble.run.sha256),
+    }
+
+
+def _sampling(ensemble: Ensemble) -> Simplexes | None:
+    drawn = ensemble.run.manifest.sampling
+    if drawn is None:
+        return None
+    return Simplexes(simplexes=drawn.simplexes, concentration=drawn.concentration, weights=drawn.weights)
+
+
+def _open(
+    folder: Path, ensemble: Ensemble, written: Written, pixels: Pixels, order: list[int], *, merged: bool = False
+) -> Members:
+    """Open the members as they will be served."""
+    record, threads = ensemble.run.manifest.dataset, available_cpus()
+    return Members(
+        open_members(folder, written.layout, written.graphs, order),
+        threads,
+        record.shape,
+        len(record.classes),
+        pixels == "float",
+        open_merged(folder, written.layout, order, threads) if merged else None,
+    )
+
+
+def _tune(
+    folder: Path,
+    ensemble: Ensemble,
+    written: Written,
+    pixels: Pixels,
+    order: list[int],
+    test: NDArray[np.uint8] | None,
+) -> Tuning:
+    """Time every strategy; keep the graph of all members only where it wins.
+
+    Raises:
+        ExportError: that graph does not reproduce the members.
+    """
+    images = patches(ensemble.run.manifest.dataset.shape, _TEST) if test is None else test
+    write_merged(folder, written.layout, written.graphs, order)
+    opened = _open(folder, ensemble, written, pixels, order, merged=True)
+    check_merged(opened, images)
+    tuning = measure_strategies(opened, images)
+    opened.close()
+    if "merged" not in tuning.winners.values():
+        for file in folder.glob(f"{MERGED}*"):
+            file.unlink()
+    return tuning
+
+
+def _unless(reason: str | None, fitted: Calibration | None, say: Say) -> Calibration | None:
+    """A run's calibration, unless there is a reason to leave it out, which is said."""
+    if reason is None or fitted is None:
+        return fitted
+    say(f"The run's calibration is left out: {reason}.")
+    return None

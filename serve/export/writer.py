@@ -1,0 +1,175 @@
+"""An ensemble's members as files, in either layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from ensembler.ensemble import Ensemble
+from ensembler.errors import ExportError, UsageError
+from ensembler.serve.export.graphs import (
+    Graph,
+    holds_weights,
+    merge,
+    opset,
+    replace_weights,
+    save,
+    trace,
+    without_weights,
+)
+from ensembler.serve.export.precision import to_float16, to_int8
+from ensembler.serve.runtime.manifest import GRAPH, MERGED, WEIGHTS, Layout, Pixels, Precision
+from ensembler.serve.runtime.vertices import Vertices
+
+__all__ = ["Writer", "Written", "write_merged"]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, as the bundle's manifest has it."""
+
+    layout: Layout
+    graphs: list[str]
+    opset: int
+
+
+class Writer:
+    """Writes an ensemble's members to a folder.
+
+    Args:
+        folder: exists.
+        ensemble: on the CPU.
+        pixels: what the graphs take: uint8 from 0 to 255, or float32 from 0 to 1.
+        precision: of weights and activations.
+        images: (B, H, W, 3) uint8, from which int8 takes the ranges of its activations.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ensemble: Ensemble,
+        pixels: Pixels = "uint8",
+        precision: Precision = "float32",
+        images: NDArray[np.uint8] | None = None,
+    ) -> None:
+        self._folder = folder
+        self._ensemble = ensemble
+        self._record = ensemble.run.manifest.dataset
+        self._scaled = pixels == "float"
+        self._precision = precision
+        self._images = images
+
+    def write(self, layout: Layout | None) -> Written:
+        """Write all members.
+
+        Args:
+            layout: by default ``"vertices"`` where that is smaller and possible.
+
+        Raises:
+            UsageError: vertices of int8, or of a network whose graph does not hold its weights by name.
+            ExportError: a member cannot be traced; it is named.
+        """
+        if layout == "vertices" and self._precision == "int8":
+            raise UsageError(
+                "8-bit scales belong to one member and cannot be combined: export int8 with --layout members"
+            )
+        graph = self._graph(0)
+        template = self._trace(graph, 0)
+        named = holds_weights(template, graph)
+        if layout == "vertices" and not named:
+            raise UsageError(
+                "this network's graph does not hold every weight by its name: export it with --layout members"
+            )
+        fewer = len(self._ensemble.run.coefficients[0]) < self._ensemble.members
+        if layout == "vertices" or (layout is None and named and fewer and self._precision != "int8"):
+            self._write_vertices(graph, template)
+            return Written("vertices", [GRAPH], opset(template))
+        return Written("members", self._write_members(template, named), opset(template))
+
+    def _write_members(self, template: onnx.ModelProto, named: bool) -> list[str]:
+        """Write a file for each member: the first one's graph with its weights, or, without names, its own graph."""
+        names = [f"member-{member:03d}.onnx" for member in range(self._ensemble.members)]
+        for member, name in enumerate(names):
+            graph = self._graph(member)
+            if named:
+                replace_weights(template, _arrays(graph, template))
+            elif member:
+                template = self._trace(graph, member)
+            save(self._converted(template), self._folder / name)
+        return names
+
+    def _write_vertices(self, graph: Graph, template: onnx.ModelProto) -> None:
+        """Write the graph without weights, and the vertices."""
+        run, converted = self._ensemble.run, self._converted(template)
+        parameters = dict(graph.network.named_parameters(remove_duplicate=False))
+        names = list(graph.weights(template))
+        trained = {
+            n for n in names if (p := parameters.get(n.removeprefix("network."))) is not None and p.requires_grad
+        }
+        held = {n for n in names if n.removeprefix("network.") in run.buffers}
+        kinds = {i.name: onnx.helper.tensor_dtype_to_np_dtype(i.data_type) for i in converted.graph.initializer}
+
+        def rows(ensemble: Ensemble, wanted: set[str]) -> dict[str, NDArray[Any]]:
+            """Return these weights of each member of an ensemble: (M, ...)."""
+            found: dict[str, NDArray[Any]] = {}
+            for member in range(ensemble.members if wanted else 0):
+                state = Graph(ensemble.network(member), self._record).state_dict()
+                for name in wanted:
+                    if member == 0:
+                        found[name] = np.empty((ensemble.members, *state[name].shape), kinds[name])
+                    found[name][member] = state[name].numpy()
+            return found
+
+        count = run.coefficients.shape[1]
+        corners = replace(
+            run,
+            coefficients=torch.eye(count),
+            buffers={n: b[:1].expand(count, *b.shape[1:]) for n, b in run.buffers.items()},
+        )
+        shared = {n: w.astype(kinds[n]) for n, w in _arrays(graph, template).items() if n not in trained | held}
+        Vertices(
+            run.coefficients.numpy(),
+            rows(Ensemble(corners, "cpu"), trained),
+            rows(self._ensemble, held),
+            shared,
+        ).save(self._folder / WEIGHTS)
+        save(without_weights(converted, names), self._folder / GRAPH)
+
+    def _graph(self, member: int) -> Graph:
+        return Graph(self._ensemble.network(member), self._record, self._scaled).eval()
+
+    def _trace(self, graph: Graph, member: int) -> onnx.ModelProto:
+        try:
+            return trace(graph, self._record)
+        except ExportError as error:
+            raise ExportError(f"member {member}: {error}") from error
+
+    def _converted(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        if self._precision == "float16":
+            return to_float16(model)
+        if self._precision == "int8":
+            if self._images is None:
+                raise UsageError("int8 needs training images to take the ranges of its activations from")
+            scaled = self._images.astype(np.float32) / np.float32(255) if self._scaled else self._images
+            return to_int8(model, scaled)
+        return model
+
+
+def write_merged(folder: Path, layout: Layout, graphs: Sequence[str], order: Sequence[int]) -> None:
+    """Write the graph of all members from their files, in the order in which they are asked."""
+    if layout == "vertices":
+        models = [onnx.load(folder / GRAPH, load_external_data=False)] * len(order)
+    else:
+        models = [onnx.load(folder / graphs[member]) for member in order]
+    save(merge(models), folder / MERGED)
+
+
+def _arrays(graph: Graph, model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    return {name: tensor.numpy() for name, tensor in graph.weights(model).items()}

@@ -1,0 +1,82 @@
+"""The page at ``/ui``: one file, ``page.html``, whose script asks the service's routes.
+
+The page contains nothing of the bundle and needs no token; what it shows, it fetches like any caller. Its
+Content-Security-Policy allows only its own script and style, by their hashes, and no other address.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import zipfile
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ensembler.serve.runtime.manifest import EXAMPLES, PROBE, BundleManifest
+
+__all__ = ["examples", "headers", "html"]
+
+
+@cache
+def html() -> str:
+    """Return the page."""
+    return files("ensembler.serve.http").joinpath("page.html").read_text(encoding="utf-8")
+
+
+@cache
+def headers() -> dict[str, str]:
+    """Return the page's response headers."""
+    policy = {
+        "default-src": "'none'",
+        "script-src": _hashes("script"),
+        "style-src": _hashes("style"),
+        "img-src": "'self' data: blob:",
+        "connect-src": "'self'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+        "frame-ancestors": "'none'",
+        "require-trusted-types-for": "'script'",  # the script never makes HTML of text
+        "trusted-types": "'none'",
+    }
+    return {
+        "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+
+def examples(bundle: Path, manifest: BundleManifest) -> dict[str, Any]:
+    """Return images to try: the bundle's test images, if it has any, and a random pattern of its probe.
+
+    Args:
+        bundle: its folder, verified.
+        manifest: its manifest.
+
+    Returns:
+        ``{"examples": [{"name": ..., "pixels": ...}, ...]}``, pixels being the base64 of (H, W, 3) bytes.
+    """
+    found: list[dict[str, str]] = []
+    try:
+        if EXAMPLES in manifest.files:
+            images = np.load(bundle / EXAMPLES, allow_pickle=False)
+            found += [_example(f"test image {number}", image) for number, image in enumerate(images, start=1)]
+        with np.load(bundle / PROBE, allow_pickle=False) as probe:
+            found.append(_example("a random pattern, of no class", probe["images"][0]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # the page does without them
+    return {"examples": found}
+
+
+def _example(name: str, image: np.ndarray[Any, np.dtype[Any]]) -> dict[str, str]:
+    return {"name": name, "pixels": base64.b64encode(image.astype(np.uint8).tobytes()).decode()}
+
+
+def _hashes(tag: str) -> str:
+    parts = re.findall(rf"<{tag}>(.*?)</{tag}>", html(), re.DOTALL)
+    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" for part in parts)

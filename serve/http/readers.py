@@ -1,0 +1,173 @@
+"""Readers of request bodies: JSON, ``.npy``, raw bytes and image files to arrays, or an error of one sentence.
+
+Bodies are untrusted: nothing is unpickled, no address is fetched, and every size is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensembler.errors import ShapeError
+from ensembler.serve.runtime.images import kind_of, shown
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "MAX_PIXELS",
+    "MediaTypeError",
+    "fields_from_json",
+    "image_from_file",
+    "images_from_npy",
+    "images_from_raw",
+]
+
+MAX_PIXELS = 25_000_000
+
+_FORM = 'send {"images": [...]}'
+_NPY = "send what numpy.save writes of a uint8 array (batch, H, W, 3), or raw bytes and their X-Shape"
+_NPY_HEADER = 10_000  # bytes; numpy's own limit
+_MODES = {"1", "L", "P", "RGB", "RGBA", "LA", "PA"}  # of Pillow: 8 bits a channel, grey, palette or RGB
+
+
+class MediaTypeError(ShapeError):
+    """A body of a type that is not read; answered 415."""
+
+    status = 415
+
+
+def fields_from_json(body: bytes) -> tuple[list[Any], dict[str, Any]]:
+    """Read a body ``{"images": [...], ...}``.
+
+    Returns:
+        The nested lists of the images, unchecked, and the other fields.
+
+    Raises:
+        ShapeError: malformed JSON, or no object whose field ``images`` is a list.
+    """
+    try:
+        content = json.loads(body)
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} in line {error.lineno}, column {error.colno}"
+        raise ShapeError(f"the body is not JSON ({where}): {_FORM}") from error
+    except (ValueError, RecursionError) as error:
+        raise ShapeError(f"the body is not JSON that can be read: {_FORM}") from error
+    if not isinstance(content, dict):
+        raise ShapeError(f"the body is {kind_of(content)}, not an object: {_FORM}")
+    if "images" not in content:
+        raise ShapeError(f"the body has no field 'images': {_FORM}")
+    images = content.pop("images")
+    if not isinstance(images, list):
+        raise ShapeError(f"'images' is {kind_of(images)}, not a list: {_FORM}")
+    return images, content
+
+
+def images_from_npy(body: bytes) -> NDArray[Any]:
+    """Return the array of a ``.npy`` file, a view of its bytes, unchecked.
+
+    Raises:
+        MediaTypeError: a pickle, an archive, or an array of Python objects, which is a pickle inside.
+        ShapeError: not such a file, or its header gives another number of bytes than follow it.
+    """
+    for start, kind in ((b"\x80", "a pickle"), (b"PK", "an archive")):
+        if body.startswith(start):
+            raise MediaTypeError(f"the body is {kind}: {_NPY}")
+    file = io.BytesIO(body)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(file, max_header_size=_NPY_HEADER)
+    except Exception as error:  # its parser raises errors of any class
+        raise ShapeError(f"the body is not a .npy file that can be read: {_NPY}") from error
+    if dtype.hasobject:
+        raise MediaTypeError(f"the .npy file holds Python objects, which would have to be unpickled: {_NPY}")
+    if dtype.kind not in "iu":
+        raise ShapeError(f"the .npy file is of type {shown(str(dtype))}: {_NPY}")
+    pixels = _pixels(memoryview(body)[file.tell() :], tuple(shape), dtype)
+    return pixels.reshape(shape, order="F" if fortran else "C")
+
+
+def images_from_raw(body: bytes, shape: str) -> NDArray[Any]:
+    """Return raw bytes as an array of the shape in a ``X-Shape`` header such as ``"2,32,32,3"``, unchecked.
+
+    Raises:
+        ShapeError: not a shape, or one of another number of bytes.
+    """
+    sizes = [size.strip() for size in shape.split(",")]
+    if not all(size.isascii() and size.isdecimal() and len(size) <= 9 for size in sizes) or len(sizes) > 6:
+        raise ShapeError(f"X-Shape is {shown(shape)}: send whole numbers between commas, such as 2,32,32,3")
+    dimensions = tuple(map(int, sizes))
+    return _pixels(memoryview(body), dimensions, np.dtype(np.uint8)).reshape(dimensions)
+
+
+def _pixels(content: memoryview, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    promised = dtype.itemsize * math.prod(shape)
+    if min(shape, default=0) < 0 or promised != len(content):
+        found, needed = f"{len(content)} bytes of pixels", f"their shape {_size(shape)} needs {_digits(promised)}"
+        raise ShapeError(f"{found}, but {needed}: {_NPY}")
+    if not promised:
+        raise ShapeError(f"the shape {_size(shape)} has no pixels: send at least one image")
+    return np.frombuffer(content, dtype=dtype)
+
+
+def image_from_file(body: bytes, image_shape: Sequence[int], max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Decode a PNG or JPEG to (H, W, 3) as training decodes its files: to RGB, resized bilinearly.
+
+    Grey images and palettes become RGB. An opaque alpha channel is dropped. As in training, EXIF rotation is ignored.
+
+    Args:
+        body: the file's content.
+        image_shape: the (H, W, 3) of the result.
+        max_pixels: the most that are decoded, by the file's header.
+
+    Raises:
+        MediaTypeError: neither PNG nor JPEG.
+        ShapeError: it cannot be decoded, has too many or transparent pixels, CMYK, or more than 8 bits a channel.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(body), formats=("PNG", "JPEG")) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ShapeError(
+                    f"an image of {width} x {height} pixels is more than {max_pixels} pixels: send a smaller one"
+                )
+            if image.mode not in _MODES:
+                raise ShapeError(f"an image of mode {image.mode}: send grey or RGB, 8 bits a channel")
+            _check_opaque(image)
+            rgb = image.convert("RGB")
+            if rgb.size != (image_shape[1], image_shape[0]):
+                rgb = rgb.resize((image_shape[1], image_shape[0]), Image.Resampling.BILINEAR)
+            return np.array(rgb)
+    except (ShapeError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise MediaTypeError("the image is neither PNG nor JPEG: send one of these") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ShapeError(f"an image of more than {max_pixels} pixels: send a smaller one") from error
+    except Exception as error:  # of any class: the file is untrusted
+        raise ShapeError("the image cannot be decoded: send a whole PNG or JPEG file") from error
+
+
+def _check_opaque(image: Image) -> None:
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return
+    low, _ = image.convert("RGBA").getchannel("A").getextrema()
+    if low != 255:
+        raise ShapeError("an image with transparent pixels, whose colour is undefined: send it on a background")
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"({', '.join(_digits(size) for size in shape[:6])}{', ...' if len(shape) > 6 else ''})"
+
+
+def _digits(number: int) -> str:
+    return str(number) if abs(number) < 10**15 else "more than 10^15"

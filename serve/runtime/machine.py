@@ -1,0 +1,70 @@
+"""What this process may use of the machine: CPUs, a GPU, memory. Standard library only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["available_cpus", "has_gpu", "resident_memory"]
+
+
+def available_cpus(root: Path = Path("/")) -> int:
+    """Return how many CPUs this process may keep busy, at least 1.
+
+    The minimum of its affinity (all CPUs where the system does not tell) and of a container's CPU limits, of cgroups
+    v2 (``cpu.max``) and v1 (``cpu.cfs_quota_us``), rounded down: with one thread too many, the kernel stops all of
+    them for the rest of every period.
+
+    Args:
+        root: folder of ``proc/`` and ``sys/``.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, int(min([cpus, *_limits(root)])))
+
+
+def resident_memory() -> int | None:
+    """Return the bytes of main memory that this process holds; ``None`` where unknown (all systems but Linux)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def has_gpu() -> bool:
+    """Return whether NVIDIA's driver finds a GPU: packages list CUDA on machines without one, too."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        count = ctypes.c_int(0)
+        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except (OSError, AttributeError):
+        return False
+
+
+def _limits(root: Path) -> Iterator[float]:
+    """CPU limits of this process's control groups and of their parents."""
+    mounts = root / "sys/fs/cgroup"
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        unified = not controllers
+        if not unified and "cpu" not in controllers.split(","):
+            continue
+        mount = mounts if unified else next((m for m in (mounts / controllers, mounts / "cpu") if m.is_dir()), mounts)
+        group = mount / path.lstrip("/")
+        # In a container the path may be the host's, which is not mounted: then the mount itself is the group.
+        for folder in (group, *group.parents[: len(group.parts) - len(mount.parts)], mount):
+            if unified:
+                quota, period = [*_read(folder / "cpu.max").split(), "", ""][:2]
+            else:
+                quota, period = (_read(folder / name).strip() for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+            if quota.isdecimal() and period.isdecimal() and int(quota) and int(period):  # else "max", or -1
+                yield int(quota) / int(period)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,203 @@
+"""A bundle's members in ONNX Runtime and NumPy: images to probabilities and their uncertainty. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensembler import artefact, calibration
+from ensembler.calibration import Calibration
+from ensembler.errors import UsageError
+from ensembler.serve.runtime import early_exit
+from ensembler.serve.runtime.early_exit import LEVEL, Mode
+from ensembler.serve.runtime.images import check_floats, check_images
+from ensembler.serve.runtime.machine import available_cpus, resident_memory
+from ensembler.serve.runtime.manifest import MERGED, BundleManifest, Strategy, Tuning, read_bundle
+from ensembler.serve.runtime.prediction import Prediction, predict
+from ensembler.serve.runtime.sessions import open_bundle, open_merged
+from ensembler.serve.runtime.strategies import Members
+
+__all__ = ["Runtime"]
+
+_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+
+
+class Runtime:
+    """A bundle's members, ready to predict. Safe to call from several threads at once.
+
+    Attributes:
+        manifest: the bundle's.
+        sha256: of the bundle's manifest, which holds the hash of every file.
+        calibration: of exactly these members; ``None`` where the bundle has none, or where they are not its own.
+        threads: how many CPUs are kept busy.
+        device: ``"cuda"`` or ``"cpu"``: where the sessions run.
+        memory: bytes that the members took, from before they were opened to after the warm-up; until then, and where
+            the system does not tell, the size of their weights.
+        ready: whether every session has run once.
+    """
+
+    def __init__(
+        self,
+        manifest: BundleManifest,
+        sha256: str,
+        members: Members,
+        threads: int,
+        fitted: Calibration | None = None,
+        before: int | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self.sha256 = sha256
+        self.calibration = fitted
+        self.threads = threads
+        self.device = members.device
+        self.ready = False
+        self._members = members
+        self._before = before
+        copies = 2 if "merged" in members.strategies else 1
+        self.memory = manifest.parameters * _BYTES[manifest.precision] * copies * len(members)
+
+    @classmethod
+    def load(
+        cls, bundle: str | Path, threads: int | None = None, *, members: int | None = None, seed: int = 0
+    ) -> Runtime:
+        """Verify a bundle and open its members.
+
+        Args:
+            bundle: its folder.
+            threads: forward passes at a time; by default one for each CPU that this process may use.
+            members: how many to open: by default all of the bundle's. Fewer are the first ones in its order. More are
+                made of its vertices, where it has the layout "vertices" and its networks have no BatchNorm.
+            seed: of these further members.
+
+        Raises:
+            UsageError: members that the bundle neither holds nor can make.
+            ArtefactError: no bundle there, of an unknown format, or a graph that ONNX Runtime cannot open.
+            CorruptError: a file is missing or has changed; it is named.
+        """
+        bundle = Path(bundle)
+        manifest = read_bundle(bundle)
+        before = resident_memory()
+        threads = threads or available_cpus()
+        sessions = open_bundle(bundle, manifest, members, seed)
+        whole = len(sessions) == manifest.members
+        merged, fitted = None, None
+        if whole and "merged" in _winners(manifest.tuning, threads).values() and MERGED in manifest.files:
+            merged = open_merged(bundle, manifest.layout, manifest.order, threads)
+        if whole and manifest.calibration:
+            fitted = calibration.read(bundle / manifest.calibration, manifest.run.sha256)
+        scaled = manifest.input == "float"
+        opened = Members(sessions, threads, manifest.image_shape, len(manifest.classes), scaled, merged)
+        return cls(manifest, artefact.sha256(bundle / artefact.MANIFEST), opened, threads, fitted, before)
+
+    @property
+    def members(self) -> int:
+        """M."""
+        return len(self._members)
+
+    def warm_up(self) -> None:
+        """Run every session once, so that no caller waits for it; then the runtime is ``ready``.
+
+        On CUDA, at every batch size that batches are padded to.
+        """
+        for batch in self._members.batches if self.device == "cuda" else [1]:
+            images = np.zeros((batch, *self.manifest.image_shape), dtype=np.uint8)
+            for strategy in set(self._members.strategies) - {"loop"}:
+                self._members.ask(images, strategy)
+        after = resident_memory()
+        if after is not None and self._before is not None:
+            self.memory = max(self.memory, after - self._before)  # less, where freed memory was used again
+        self.ready = True
+
+    def strategy(self, batch: int) -> Strategy:
+        """Return how a batch of this size is run through all members.
+
+        The fastest at the nearest batch size (by ratio) where the bundle was tuned on a machine with as many CPUs, for
+        as many members; else ``"sessions"``.
+        """
+        tuning = self.manifest.tuning
+        winners = _winners(tuning, self.threads)
+        if tuning is None or not winners or (tuning.members, tuning.device) != (self.members, self.device):
+            return "sessions"
+        winner = winners[min(winners, key=lambda measured: abs(np.log(measured / batch)))]
+        return winner if winner in self._members.strategies else "sessions"
+
+    def predict_members(self, images: object) -> NDArray[np.float32]:
+        """Return each member's probabilities.
+
+        Args:
+            images: (B, H, W, 3), integers from 0 to 255; or floats from 0 to 1, where the bundle's input is float.
+
+        Returns:
+            (M, B, C) float32, rows with sum 1, in the order in which members are asked.
+
+        Raises:
+            ShapeError: other images.
+        """
+        checked = self._check(images)
+        return self._members.ask(checked, self.strategy(len(checked)))
+
+    def predict(
+        self, images: object, mode: Mode = "full", *, members: int | None = None, level: float = LEVEL
+    ) -> Prediction:
+        """Return the ensemble's prediction and its uncertainty.
+
+        Args:
+            images: see :meth:`predict_members`.
+            mode: ``"full"`` asks every member; ``"exact"`` stops where the class can no longer change, so that the
+                classes are those of all members; ``"confidence"`` stops where the members' spread makes the class
+                probable enough. See :mod:`ensembler.serve.runtime.early_exit`.
+            members: ask at most this many, in order; by default all.
+            level: of ``"confidence"``, in (0, 1).
+
+        Raises:
+            ShapeError: other images.
+            UsageError: an unknown mode, a level out of range, or a number of members that the runtime does not hold.
+        """
+        checked = self._check(images)
+        members = self.members if members is None else members
+        if not 1 <= members <= self.members:
+            raise UsageError(f"this ensemble has {self.members} members: ask from 1 to {self.members}, not {members}")
+        if mode == "full":
+            asked, used = self._ask(checked, 0, members), np.full(len(checked), members)
+        else:
+            asked, used = self._until_settled(checked, mode, members, level)
+        return predict(asked, used, self.members, self.manifest.classes)
+
+    def close(self) -> None:
+        """Stop the threads; the runtime cannot predict any more."""
+        self.ready = False
+        self._members.close()
+
+    def _ask(self, images: NDArray[np.generic], first: int, last: int) -> NDArray[np.float32]:
+        strategy = self.strategy(len(images))
+        if strategy == "merged" and (first, last) != (0, self.members):
+            strategy = "sessions"
+        return self._members.ask(images, strategy, first, last)
+
+    def _until_settled(
+        self, images: NDArray[np.generic], mode: Mode, members: int, level: float
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Probabilities (members, B, C), NaN where not asked, and how many members were asked for each image."""
+        settled = early_exit.rule(mode, level)
+        probabilities = np.full((members, len(images), len(self.manifest.classes)), np.nan, dtype=np.float32)
+        used = np.zeros(len(images), dtype=np.int64)
+        left = np.arange(len(images))
+        for first, last in early_exit.waves(mode, members):
+            probabilities[first:last, left] = self._ask(images[left], first, last)
+            used[left] = last
+            left = left[~settled(probabilities[:last, left], members)]
+            if not len(left):
+                break
+        return probabilities, used
+
+    def _check(self, images: object) -> NDArray[np.generic]:
+        if self.manifest.input == "float" and isinstance(images, np.ndarray) and images.dtype.kind == "f":
+            return check_floats(images, self.manifest.image_shape)
+        return check_images(images, self.manifest.image_shape)
+
+
+def _winners(tuning: Tuning | None, threads: int) -> dict[int, Strategy]:
+    """Batch size to strategy, where as many CPUs are available as on the machine that was measured."""
+    return tuning.winners if tuning is not None and tuning.cpus == threads else {}

@@ -1,0 +1,138 @@
+"""Three ways of running an ensemble's members on one machine; which is the fastest has to be measured.
+
+- ``sessions``: members in parallel, each in one thread of a pool as wide as the available CPUs. M sessions with threads
+  of their own would compete for the cores.
+- ``loop``: the same sessions one after another in the caller's thread, for networks so small that handing them to
+  another thread takes longer than running them.
+- ``merged``: all members in one graph, whose operators ONNX Runtime runs in parallel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from ensembler.errors import UsageError
+from ensembler.serve.runtime.manifest import Strategy
+from ensembler.task import softmax
+
+__all__ = ["Members"]
+
+_CHUNK_PIXELS = {"cpu": 64 * 32 * 32, "cuda": 1024 * 32 * 32}  # of a forward pass: efficient, and bounded in memory
+_FEWEST = 8  # images of a forward pass: smaller parts are not worth a thread
+
+Probabilities = NDArray[np.float32]
+
+
+class Members:
+    """Opened members, in the order in which they are asked, and a pool of threads that run them.
+
+    Safe to call from several threads at once.
+
+    Args:
+        sessions: one a member.
+        threads: of the pool.
+        image_shape: [H, W, 3].
+        classes: C.
+        scaled: whether the graphs take pixels from 0 to 1 rather than from 0 to 255.
+        merged: all members in one graph.
+
+    Attributes:
+        device: ``"cuda"`` or ``"cpu"``: where the sessions run.
+        largest: images of one forward pass, at most.
+        strategies: the available ones.
+    """
+
+    def __init__(
+        self,
+        sessions: Sequence[onnxruntime.InferenceSession],
+        threads: int,
+        image_shape: Sequence[int],
+        classes: int,
+        scaled: bool = False,
+        merged: onnxruntime.InferenceSession | None = None,
+    ) -> None:
+        self._sessions = list(sessions)
+        self._merged = merged
+        self._threads = threads
+        self._classes = classes
+        self._scaled = scaled
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ensembler-member")
+        on_cuda = all(session.get_providers()[0] == "CUDAExecutionProvider" for session in self._sessions)
+        self.device = "cuda" if on_cuda else "cpu"
+        self.largest = max(1, _CHUNK_PIXELS[self.device] // (image_shape[0] * image_shape[1]))
+        self.strategies: tuple[Strategy, ...] = ("sessions", "loop", *(("merged",) if merged else ()))
+
+    def __len__(self) -> int:
+        """M."""
+        return len(self._sessions)
+
+    @property
+    def batches(self) -> list[int]:
+        """The batch sizes of forward passes on CUDA, where others are padded to the next one."""
+        return [2**i for i in range(math.ceil(math.log2(self.largest)) + 1)]
+
+    def ask(
+        self, images: NDArray[np.generic], strategy: Strategy = "sessions", first: int = 0, last: int | None = None
+    ) -> Probabilities:
+        """Return the probabilities (last - first, B, C) of some of the members, by default of all.
+
+        Args:
+            images: (B, H, W, 3), uint8 from 0 to 255; or float32 from 0 to 1, where the graphs take them.
+            strategy: ``"merged"`` is only for all members.
+            first: place of the first member in the order.
+            last: one past the place of the last.
+
+        Raises:
+            UsageError: a strategy that is not available.
+        """
+        last = len(self) if last is None else last
+        if strategy == "merged" and (self._merged is None or (first, last) != (0, len(self))):
+            raise UsageError(f"members {first} to {last} cannot be asked in one graph")
+        result = np.empty((last - first, len(images), self._classes), dtype=np.float32)
+        if strategy == "merged" and self._merged is not None:
+            for part in self._parts(len(images), 1):
+                result[:, part] = softmax(self._run(self._merged, images[part]))
+            return result
+
+        def run(member: int, part: slice) -> None:
+            result[member - first, part] = softmax(self._run(self._sessions[member], images[part]))
+
+        threads = 1 if strategy == "loop" else self._threads
+        # Parts that keep all threads busy to the end: 5 members on 2 threads run on halves of the batch, not 3 and 2.
+        parts = self._parts(len(images), threads // math.gcd(last - first, threads))
+        tasks = [(member, part) for part in parts for member in range(first, last)]
+        if threads == 1 or len(tasks) == 1:
+            for task in tasks:
+                run(*task)
+        else:
+            for _ in self._pool.map(run, *zip(*tasks, strict=True)):
+                pass
+        return result
+
+    def close(self) -> None:
+        """Stop the threads; nothing can be asked any more."""
+        self._pool.shutdown()
+
+    def _parts(self, images: int, wanted: int) -> list[slice]:
+        """The batch in equal parts: ``wanted`` of them, fewer where they were too small, more where too large."""
+        count = max(min(wanted, images // _FEWEST), -(-images // self.largest), 1)
+        edges = [images * i // count for i in range(count + 1)]
+        return [slice(*pair) for pair in pairwise(edges)]
+
+    def _run(self, session: onnxruntime.InferenceSession, images: NDArray[np.generic]) -> NDArray[np.float32]:
+        if self._scaled and images.dtype == np.uint8:
+            images = images.astype(np.float32) / np.float32(255)
+        count = len(images)
+        if self.device == "cuda":  # which plans anew for every new shape
+            size = next(batch for batch in self.batches if batch >= count)
+            images = np.concatenate([images, np.zeros((size - count, *images.shape[1:]), images.dtype)])
+        (logits,) = session.run(None, {"images": images})
+        kept: NDArray[np.float32] = logits[..., :count, :]
+        return kept

@@ -1,0 +1,91 @@
+"""Measures which way of running the members is the fastest on this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensembler.serve.runtime.machine import available_cpus
+from ensembler.serve.runtime.manifest import Strategy, Timing, Tuning
+from ensembler.serve.runtime.strategies import Members
+
+__all__ = ["BATCHES", "machine_in_words", "measure", "tune"]
+
+BATCHES = (1, 8, 64)
+_SECONDS = 5.0  # for one batch size
+_REPEATS = (5, 200)  # of each strategy, at least and at most
+_TIE = 0.04  # of the time; within it the first strategy wins, "sessions", which serves several callers best
+
+Name = TypeVar("Name", bound=str)
+
+
+def tune(
+    members: Members, images: NDArray[np.uint8], batches: tuple[int, ...] = BATCHES, seconds: float = _SECONDS
+) -> Tuning:
+    """Time every available strategy at every batch size; what is within 4 % of the fastest counts as as fast.
+
+    The lower quartile decides: it is less affected by other work on the machine than the median.
+
+    Args:
+        members: opened with as many threads as there are CPUs.
+        images: (B, H, W, 3), B >= 1; repeated for larger batches.
+        batches: the sizes.
+        seconds: for each size.
+    """
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    table: list[Timing] = []
+    winners: dict[int, Strategy] = {}
+    for batch in batches:
+        part = images[np.arange(batch) % len(images)]
+        measured = measure({name: _asking(members, part, name) for name in members.strategies}, seconds)
+        rows = [
+            Timing(batch=batch, strategy=name, seconds=statistics.quantiles(times, n=4)[0], repeats=len(times))
+            for name, times in measured.items()
+        ]
+        fastest = min(row.seconds for row in rows)
+        winners[batch] = next(row.strategy for row in rows if row.seconds <= (1 + _TIE) * fastest)
+        table += rows
+    return Tuning(
+        machine=machine_in_words(),
+        cpus=available_cpus(),
+        load=load,
+        device=members.device,
+        members=len(members),
+        winners=winners,
+        table=table,
+    )
+
+
+def measure(runs: Mapping[Name, Callable[[], object]], seconds: float = _SECONDS) -> dict[Name, list[float]]:
+    """Return the seconds of each run, repeatedly and in turns, so that other work affects all alike.
+
+    Each is timed at its second run in a row: a server runs one way only, with warm caches and without another way's
+    threads still spinning.
+    """
+    found: dict[Name, list[float]] = {name: [] for name in runs}
+    least, most = _REPEATS
+    started, turn = time.perf_counter(), 0
+    while turn < least or (turn < most and time.perf_counter() - started < seconds):
+        for name in list(runs) if turn % 2 else list(runs)[::-1]:
+            runs[name]()
+            before = time.perf_counter()
+            runs[name]()
+            found[name].append(time.perf_counter() - before)
+        turn += 1
+    return found
+
+
+def machine_in_words() -> str:
+    """Return the system, the processor's kind and the available CPUs."""
+    return f"{platform.system()} {platform.machine()}, {available_cpus()} CPUs"
+
+
+def _asking(members: Members, images: NDArray[np.uint8], strategy: Strategy) -> Callable[[], object]:
+    return lambda: members.ask(images, strategy)

@@ -1,0 +1,119 @@
+"""The layout "vertices": one graph without weights, and the vertices that members' weights are made of. NumPy only.
+
+``weights.npz`` names tensors by kind and by the graph's initialisers:
+
+======================  =========  ================================================================================
+``coefficients``        (M, K)     each member as a sum of the vertices
+``vertex/NAME``         (K, ...)   the vertices' trained parameters
+``buffer/NAME``         (M, ...)   each member's own: BatchNorm statistics cannot be combined
+``shared/NAME``         (...)      the same for all members, such as frozen parameters
+======================  =========  ================================================================================
+
+The graph declares these initialisers as external data, which ONNX Runtime takes from memory: no file is written for a
+member, and no graph reaches protobuf's limit of 2 GB.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensembler.errors import ArtefactError, UsageError
+from ensembler.seeds import derive
+from ensembler.serve.runtime.manifest import Simplexes
+
+__all__ = ["Vertices", "further_coefficients"]
+
+Array = NDArray[np.floating]
+
+
+class Vertices:
+    """K vertices, and the coefficients and buffers of M members.
+
+    Args:
+        coefficients: (M, K).
+        vertices: initialiser to (K, ...).
+        buffers: initialiser to (M, ...).
+        shared: initialiser to (...).
+    """
+
+    def __init__(
+        self,
+        coefficients: Array,
+        vertices: Mapping[str, Array],
+        buffers: Mapping[str, Array],
+        shared: Mapping[str, Array],
+    ) -> None:
+        self.coefficients = coefficients
+        self._vertices, self._buffers, self._shared = dict(vertices), dict(buffers), dict(shared)
+
+    @classmethod
+    def load(cls, path: Path) -> Vertices:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            ArtefactError: it is not one.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                tensors = {name: file[name] for name in file.files}
+            coefficients = tensors.pop("coefficients")
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ArtefactError(f"{path} holds no vertices that can be read: export the run again") from error
+        parts: dict[str, dict[str, Array]] = {"vertex": {}, "buffer": {}, "shared": {}}
+        for name, tensor in tensors.items():
+            kind, _, initialiser = name.partition("/")
+            parts.setdefault(kind, {})[initialiser] = tensor
+        return cls(coefficients, parts["vertex"], parts["buffer"], parts["shared"])
+
+    def save(self, path: Path) -> None:
+        """Write everything to one ``.npz`` file."""
+        tensors = {"coefficients": self.coefficients}
+        for kind, part in (("vertex", self._vertices), ("buffer", self._buffers), ("shared", self._shared)):
+            tensors |= {f"{kind}/{name}": tensor for name, tensor in part.items()}
+        np.savez(path, **tensors)  # type: ignore[arg-type]  # no tensor has the name of a flag
+
+    def member(self, index: int) -> dict[str, Array]:
+        """Return the weights of one of the M members, by initialiser."""
+        own = self.at(self.coefficients[index]) if self._vertices else {}
+        return own | {name: rows[index] for name, rows in self._buffers.items()} | self._shared
+
+    def further(self, coefficients: Array) -> dict[str, Array]:
+        """Return the weights of a new member, at coefficients (K,).
+
+        Raises:
+            UsageError: members have BatchNorm statistics, which a new one could get only from training images.
+        """
+        if self._buffers:
+            raise UsageError(
+                "this bundle cannot make new members: its networks have BatchNorm, whose statistics are found from the "
+                "training images: export them with ensembler export --members"
+            )
+        return self.at(coefficients) | self._shared
+
+    def at(self, coefficients: Array) -> dict[str, Array]:
+        """Return ``c @ V``, tensor by tensor, in float32 and rounded once to the vertices' type."""
+        c = coefficients.astype(np.float32)
+        return {
+            name: np.tensordot(c, rows.astype(np.float32, copy=False), axes=1).astype(rows.dtype, copy=False)
+            for name, rows in self._vertices.items()
+        }
+
+
+def further_coefficients(sampling: Simplexes, vertices: int, members: int, seed: int) -> Array:
+    """Return coefficients (members, K) of new members, each Dirichlet in one of the simplexes.
+
+    They come from another stream of random numbers than :meth:`ensembler.ensemble.Ensemble.sample`'s, so they never
+    repeat the members that a bundle holds.
+    """
+    rng = np.random.default_rng(derive(seed, "served members"))
+    count = len(sampling.simplexes)
+    chosen = np.arange(members) % count if sampling.weights is None else rng.choice(count, members, p=sampling.weights)
+    coefficients = np.zeros((members, vertices), dtype=np.float32)
+    for row, simplex in enumerate(sampling.simplexes[index] for index in chosen):
+        coefficients[row, simplex] = rng.dirichlet([sampling.concentration] * len(simplex))
+    return coefficients
