@@ -115,9 +115,7 @@ def verify(
     table.add_row("bundle", f"{bundle}, format {manifest.format}")
     table.add_row("files", f"{len(manifest.files)}, each with the SHA-256 that was written")
     table.add_row("members", f"{manifest.members}, {manifest.precision}, all run on this machine's {found.device}")
-    table.add_row(
-        "answers", answers if found.images else "not compared: bundles of format 1 hold nothing to compare with"
-    )
+    table.add_row("answers", answers)
     if found.merged is not None:
         table.add_row("in one graph", f"within {found.merged:.1e}")
     Console().print(table)

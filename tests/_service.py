@@ -83,8 +83,8 @@ def make_calibrated(path: Path, risk: float | None = 0.2) -> Path:
         mutual_information=np.quantile(known.mutual_information, levels).tolist(),
     )
     with artefact.write(path, manifest.model_dump(exclude={"files"})) as folder:
-        for graph in manifest.graphs:
-            shutil.copy(plain / graph, folder)
+        for file in manifest.files:
+            shutil.copy(plain / file, folder)
         (folder / "calibration.json").write_text(json.dumps(fitted))
     return path
 

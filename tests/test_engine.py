@@ -147,7 +147,7 @@ def test_what_a_job_asks_for():
 
 
 def test_what_cannot_be_had_is_said(ray, monkeypatch):
-    with pytest.raises(EngineError, match="a job takes 9 CPUs and no machine of the cluster has more than 2"):
+    with pytest.raises(EngineError, match="a job needs 9 CPUs, and no machine of the cluster has more than 2"):
         Ray(threads=9).__enter__()
     with pytest.raises(UsageError, match="cuda is whichever a job is given"):
         Ray(device="cuda:1")
@@ -346,7 +346,7 @@ def test_a_damaged_job_is_done_again_and_the_result_of_another_run_refused(tmp_p
     assert again == ["solution 2", "solution 2"]
     assert_the_same(resumed, train(dataset(), method, settings()))
     for other, changed in ((method, settings(seed=5)), (method, settings(epochs=3)), (DeepEnsemble(), settings())):
-        with pytest.raises(UsageError, match="was begun with other options or on other data"):
+        with pytest.raises(UsageError, match="was started with other options or data"):
             make(path, other, changed)
 
 

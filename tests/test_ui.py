@@ -22,7 +22,7 @@ from PIL import Image
 from ensembler import artefact
 from ensembler.serve import Runtime
 from ensembler.serve.http import page
-from ensembler.serve.runtime.manifest import PROBE, read_bundle
+from ensembler.serve.runtime.manifest import EXAMPLES, PROBE, read_bundle
 from tests._runs import TINY
 from tests._service import Server, free_port, in_process, make_calibrated, tiny_images
 
@@ -38,7 +38,7 @@ def make_shown(path: Path) -> Path:
     with artefact.write(path, manifest.model_dump(exclude={"files"})) as folder:
         for file in manifest.files:
             shutil.copy(plain / file, folder)
-        np.savez(folder / PROBE, images=tiny_images(2), examples=tiny_images(3))
+        np.save(folder / EXAMPLES, tiny_images(3))
     return path
 
 
@@ -100,14 +100,15 @@ def test_contrast_is_enough(scheme: int) -> None:
     assert contrast("line", "paper") >= 3 and contrast("line", "panel") >= 3
 
 
-def test_examples_are_the_probes(bundle: Path, tmp_path: Path) -> None:
+def test_examples_are_the_bundles(bundle: Path, tmp_path: Path) -> None:
     found = page.examples(bundle, read_bundle(bundle))["examples"]
     pixels = [np.frombuffer(base64.b64decode(one["pixels"]), np.uint8).reshape(TINY) for one in found]
     np.testing.assert_array_equal(pixels[:3], tiny_images(3))
-    np.testing.assert_array_equal(pixels[3:], tiny_images(2)[:1])
+    with np.load(bundle / PROBE) as probe:
+        np.testing.assert_array_equal(pixels[3:], probe["images"][:1])
     assert [one["name"] for one in found[1:]] == ["test image 2", "test image 3", "a random pattern, of no class"]
     plain = make_calibrated(tmp_path / "plain")
-    assert page.examples(plain, read_bundle(plain)) == {"examples": []}
+    assert page.examples(plain, read_bundle(plain))["examples"] == found[3:]
 
 
 @pytest.fixture(scope="module")
