@@ -17,6 +17,7 @@ import httpx
 import pytest
 import typer
 import yaml
+from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from ensembler import __version__, artefact
@@ -119,7 +120,7 @@ def test_what_cannot_be_built_is_told(bundle: Path, tmp_path: Path, monkeypatch:
         patch.setattr("ensembler.serve.bento._installed", lambda name: name != "uv")
         with pytest.raises(UsageError, match="needs uv, which is not installed: run pip install uv"):
             build_bento(bundle)
-    monkeypatch.setattr("ensembler.serve.bento.SERVING", ("no-such-package",))
+    monkeypatch.setattr("ensembler.serve.bento._serving", lambda: [Requirement("no-such-package")])
     with pytest.raises(UsageError, match="needs no-such-package, which is not installed"):
         write_sources(bundle, read_bundle(bundle), tmp_path / "bento", "name")
     result = CliRunner().invoke(app, ["bento", str(tmp_path / "nothing")])
