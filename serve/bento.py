@@ -25,7 +25,7 @@ from ensembler.serve.runtime.manifest import BundleManifest, read_bundle
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-__all__ = ["BentoError", "build_bento", "pinned", "write_sources"]
+__all__ = ["BentoError", "build_bento", "pinned", "serving", "write_sources"]
 
 _SERVICE = '''"""Serves the bundle beside it."""
 
@@ -128,6 +128,22 @@ def write_sources(bundle: Path, manifest: BundleManifest, folder: Path, name: st
     _copy_package(folder)
 
 
+def serving() -> list[Requirement]:
+    """Return what this package needs to serve a bundle, to verify it, and to ask it: its extra ``serve``.
+
+    Raises:
+        UsageError: the installed package does not list it.
+    """
+    from packaging.requirements import Requirement
+
+    listed = map(Requirement, (metadata.requires("ensembler") if _installed("ensembler") else None) or ())
+    extra = [each for each in listed if each.marker and not each.marker.evaluate({"extra": ""})]
+    found = [each for each in extra if each.marker and each.marker.evaluate({"extra": "serve"})]
+    if not found:
+        raise UsageError("ensembler does not list what serving needs: install it again with pip")
+    return found
+
+
 def pinned(gpu: bool = False) -> list[str]:
     """Return what the extra ``serve`` needs, directly or not, as ``name==version`` in the versions installed here.
 
@@ -140,9 +156,9 @@ def pinned(gpu: bool = False) -> list[str]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    runtimes = ("onnxruntime", "onnxruntime-gpu")
-    runtime = next((name for name in runtimes if _installed(name)), "onnxruntime")
-    left = [Requirement(runtime), *(one for one in _serving() if one.name not in runtimes)]
+    runtime = next((name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)), None)
+    left = [each for each in serving() if not runtime or not each.name.startswith("onnxruntime")]
+    left += [Requirement(runtime)] if runtime else []
     found: dict[str, str] = {}
     seen: set[str] = set()
     while left:
@@ -163,15 +179,6 @@ def pinned(gpu: bool = False) -> list[str]:
     version = found.pop(runtime)
     found["onnxruntime-gpu[cuda,cudnn]" if gpu else "onnxruntime"] = version
     return sorted(f"{name}=={version}" for name, version in found.items())
-
-
-def _serving() -> list[Requirement]:
-    """The requirements of this package's extra ``serve``."""
-    from packaging.requirements import Requirement
-
-    found = [Requirement(text) for text in metadata.requires("ensembler") or ()]
-    wanted = [one for one in found if one.marker and one.marker.evaluate({"extra": "serve"})]
-    return [one for one in wanted if one.marker and not one.marker.evaluate({"extra": ""})]
 
 
 def _installed(name: str) -> bool:

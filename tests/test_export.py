@@ -102,7 +102,7 @@ def test_a_flipped_byte_is_found_and_named(folder: Path, tmp_path: Path, name: s
 def test_an_existing_folder_is_refused_and_left_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("keep")
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         export_run(folder / "runs" / "cnn", tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
 
@@ -240,4 +240,4 @@ def test_the_command_exports_the_latest_run_and_says_what_is_next(
     assert capfd.readouterr() == ("", "")  # the exporter's chatter is not shown
     again = CliRunner().invoke(app, ["export"])
     assert again.exit_code == 1
-    assert "bundles/mine exists already" in again.output
+    assert "bundles/mine already exists" in again.output

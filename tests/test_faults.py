@@ -1,4 +1,4 @@
-"""Whatever breaks, no finished work is lost and nothing half-done passes for whole: each fault, done to real processes.
+"""Whatever breaks, no finished work is lost and no partial output is kept: each fault, done to real processes.
 
 Quick ones run always, a few of each; ``-m long`` has many. `docs/guarantees.md` tells what was found.
 """
@@ -381,7 +381,7 @@ def test_files_that_may_not_grow(nursery, world, images, tmp_path, what):
 def test_a_log_on_a_full_disk(nursery, images, tmp_path):
     (tmp_path / "log").symlink_to("/dev/full")
     result = nursery.run(tmp_path, *TRAIN, *images, "--out", "x", "--log", "log")
-    assert_one_line(result, "cannot write log: No space left on device: choose another place")
+    assert_one_line(result, "cannot write log: No space left on device: choose another path")
     assert not (tmp_path / "x").exists()
 
 
@@ -572,7 +572,7 @@ def test_two_exports_to_one_folder(nursery, world, tmp_path):
     both = [nursery.start(tmp_path, "export", world / "run", "--out", "bundles/x") for _ in range(2)]
     codes = [process.wait() for process in both]
     assert sorted(codes) == [0, 1], [process.err for process in both]
-    assert "bundles/x exists already" in both[codes.index(1)].err
+    assert "bundles/x already exists" in both[codes.index(1)].err
     verify_bundle(tmp_path / "bundles" / "x")
     assert hidden(tmp_path) == [] and visible(tmp_path / "bundles") == ["x"]
 
@@ -685,5 +685,5 @@ def test_sigterm_and_ctrl_c(nursery, world, images, run, tmp_path, name, tries):
 
 def assert_interrupted(process: Process, code: int) -> None:
     assert "Traceback" not in process.err, process.err
-    assert process.err.splitlines()[-1] == "interrupted: nothing half-done passes for whole"
+    assert process.err.splitlines()[-1] == "interrupted; no partial output was kept"
     assert process.code == code

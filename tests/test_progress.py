@@ -111,7 +111,7 @@ def test_tensorboard_is_closed_whatever_happens(tmp_path, monkeypatch):
 
 def test_what_cannot_be_written_is_said(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ArtefactError, match=r"cannot write .*log.jsonl: .*: choose another place"):
+    with pytest.raises(ArtefactError, match=r"cannot write .*log.jsonl: .*: choose another path"):
         progress(log=tmp_path / "file" / "log.jsonl").__enter__()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UsageError, match=r"pip install 'ensembler\[tensorboard\]'"):
