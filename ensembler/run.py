@@ -342,7 +342,7 @@ def latest(folder: Path) -> Path:
     """
     link = folder / "latest"
     if not link.is_dir():
-        raise ArtefactError(f"no run in {folder}: train one first (ensembler train-simplex), or name a run")
+        raise ArtefactError(f"no run in {folder}: train one first (ensembler --help lists the methods), or name a run")
     return link.resolve()
 
 

@@ -242,7 +242,7 @@ def _choose(run: Run, path: Path, vertices: Sequence[int] | None) -> list[int]:
     if count < 3:
         raise UsageError(
             f"{path} has {count} {'vertex' if count == 1 else 'vertices'} and a plane takes three: "
-            "name three runs (their first members are taken), or one by train-fge, train-simplex or train-curve"
+            "name three runs (their first members are taken), or one run of three vertices or more"
         )
     if vertices is None:
         return [0, 1, 2] if run.manifest.options.get("curve") is None else [0, count // 2, count - 1]

@@ -12,9 +12,8 @@ import yaml
 
 from ensembler import artefact
 from ensembler.card import card
+from ensembler.run import Cost, CostEntry
 from tests._runs import make_bundle, make_run
-
-OLD = Path(__file__).parent / "data"
 
 
 def manifest_of(folder: Path) -> dict:
@@ -47,6 +46,7 @@ def test_a_run_in_words(run):
     assert found["method"] == ["spro-simplex"]
     assert found["members, M"] == ["3, each one forward pass per prediction"]
     assert found["vertices, K"] == ["3"]
+    assert found["images"] == [f"{' x '.join(map(str, run['dataset']['shape']))} (height, width, channels), uint8"]
     assert found["network"] == [f"cnn, {run['parameters']:,} parameters"]
     assert found["dataset"] == ["made by hand"]
     assert found["classes"] == ["5: class 0, class 1, class 2, class 3, class 4"]
@@ -71,7 +71,11 @@ def test_a_run_in_words(run):
 
 def test_a_bundle_in_words(tmp_path):
     manifest = manifest_of(make_bundle(tmp_path / "bundle"))
-    manifest["training_cost"] = {"example_passes": 5000, "device": "an H100", "parts": {"a": {"origin": "weights.pt"}}}
+    manifest["training_cost"] = {
+        "example_passes": 5000,
+        "device": "an H100",
+        "entries": {"a": {"origin": "weights.pt"}},
+    }
     manifest["validation"] = {"examples": 99, "accuracy": 0.5, "nll": 0.7}
     text = card(manifest, "cd" * 32, "s3://bucket/b", "b")
     found = rows(text)
@@ -100,12 +104,14 @@ def test_what_is_not_known_is_said(run):
     assert "No score is recorded." in card(run, "ab" * 32, "file:///x/mine", "mine")
 
 
-@pytest.mark.parametrize("path", sorted(OLD.glob("*/manifest.json")), ids=lambda path: path.parent.name)
-def test_artefacts_of_the_first_format_have_a_card_too(path):
-    manifest = json.loads(path.read_text())
-    text = card(manifest, "ab" * 32, "file:///x/old", "old")
-    assert rows(text)["format"] == [f"{manifest['kind']} {manifest['format']}"]
-    assert front_matter(text)["library_name"] == "ensembler"
+def test_the_cost_of_what_a_run_was_started_from_is_said_to_be_unknown(tmp_path):
+    cost = Cost(example_passes=1, forward_passes=0, seconds=1.0, peak_memory=None, device="cpu", entries={})
+    cost.entries["checkpoint"] = CostEntry(seconds=None, device="unknown", origin="weights.pt")
+    run = manifest_of(make_run(tmp_path / "run")) | {"cost": cost.model_dump()}
+    bundle = manifest_of(make_bundle(tmp_path / "bundle")) | {"training_cost": cost.model_dump()}
+    for manifest in (run, bundle):
+        text = card(manifest, "ab" * 32, "file:///x/mine", "mine")
+        assert "The training cost of weights.pt, from which training started." in text
 
 
 def test_an_artefact_that_says_nothing_has_one_too():

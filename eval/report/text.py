@@ -38,7 +38,7 @@ def tables(report: Report) -> RenderableType:
     for table in report_tables(report):
         if table.detail:
             continue
-        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="")
+        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
         for place, heading in enumerate(table.columns):
             widest = max(len(part) for row in table.rows for part in row[place].split() or [""])
             if place < table.words:
