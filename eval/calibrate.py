@@ -1,7 +1,7 @@
-"""Fit a calibration to a run's validation split: :mod:`ensembler.calibration` says what it is and applies it.
+"""Calibration of a run on its validation split; applied by :mod:`ensembler.calibration`.
 
-One half of the split, drawn with a seed, fits the map. The other half gives the conformal scores and certifies the
-threshold: the map has seen the first half's labels, so only the second is exchangeable with images to come.
+A random half of the split fits the map; the other half gives the conformal scores and certifies the threshold: as the
+map has seen the labels of the first half, only the second is exchangeable with new images.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ def calibrate(
 ) -> Calibration:
     """Fit a calibration to a run's validation split; :func:`ensembler.calibration.save` stores it.
 
-    The validation prediction is the one that an evaluation keeps: whichever comes first makes it.
+    The validation prediction is shared with evaluations, through the cache.
 
     Args:
         path: the run's folder.
         method: of the map: one of :data:`ensembler.eval.scores.recalibration.METHODS`.
-        alpha: 1 - alpha is the coverage of the conformal sets, unless another is asked for when they are made.
-        conformal: ``"lac"`` or ``"aps"``, likewise.
-        risk: the error rate among the answers that is not to be exceeded; ``None`` for no threshold.
-        confidence: with what probability.
-        data: folder of the dataset's files.
+        alpha: the default coverage of prediction sets is 1 - alpha.
+        conformal: their default method, ``"lac"`` or ``"aps"``.
+        risk: the highest error rate among the answers; ``None`` for no threshold.
+        confidence: the probability that it holds.
+        data: folder of the dataset.
         download: fetch the dataset if it is missing.
-        device: where to compute.
-        batch_size: images a forward pass.
-        seed: of the choice of the half that fits the map.
+        device: by default CUDA where available.
+        batch_size: images per forward pass.
+        seed: of the split into halves.
         cache: where predictions are kept; by default :func:`ensembler.eval.prediction_cache.default_folder`.
-        watch: called with the test set predicted.
+        watch: called with a title, how many images are done, and of how many.
 
     Raises:
         UsageError: an option out of range, or too few validation images for the method.
@@ -69,12 +69,14 @@ def calibrate(
     """
     from ensembler.artefact import check_writable
     from ensembler.ensemble import Ensemble
+    from ensembler.eval.evaluation import check_task
     from ensembler.eval.prediction_cache import default_folder
     from ensembler.eval.predictions import Predictor, predictions
     from ensembler.eval.shift.test_set import validation_set
 
     _check(method, alpha, conformal, risk, confidence)
     ensemble = Ensemble.load(path, device, batch_size)
+    check_task(ensemble.run)
     record = ensemble.run.manifest.dataset
     validation = record.load(data, download=download).validation
     folder = cache or default_folder()
@@ -111,7 +113,7 @@ def fit(
 ) -> Calibration:
     """Fit a calibration to an ensemble's pooled probabilities (B, C) of held-out images and their labels (B,).
 
-    The other arguments are :func:`calibrate`'s, and what the calibration is to say of its origin.
+    The other arguments are those of :func:`calibrate`, and fields of the calibration.
 
     Raises:
         UsageError: an option out of range, or too few examples for the method.
@@ -122,7 +124,7 @@ def fit(
     _check(method, alpha, conformal, risk, confidence)
     answers = Answers(probs, labels)
     if len(labels) < 2:
-        raise UsageError(f"{len(labels)} validation image cannot calibrate: one fits the map, others what follows")
+        raise UsageError(f"{len(labels)} validation image cannot calibrate: at least two are needed")
     order = np.random.default_rng(derive(seed, "calibration")).permutation(len(labels))
     seen, held_out = np.split(order, [len(order) // 2])
     mapping = fit_map(answers.p[seen], labels[seen], method)
@@ -154,13 +156,13 @@ def fit(
 
 
 def summary(calibration: Calibration) -> str:
-    """What was fitted, on how much, and what it promises: a few plain lines."""
+    """Describe a calibration in a few lines: the fit, its scores and its guarantees."""
     before, after = calibration.before, calibration.after
     mapping, conformal = calibration.map, calibration.conformal
     what = f"T = {mapping.temperature:.4g}" if isinstance(mapping, Temperature) else f"by {mapping.method}"
     lines = [
-        f"{calibration.dataset}, validation images: {calibration.fitted:,} fitted the map ({what}), "
-        f"{calibration.held_out:,} others gave the figures below",
+        f"{calibration.dataset}, validation images: {calibration.fitted:,} to fit the map ({what}), "
+        f"{calibration.held_out:,} others for the figures below",
         f"error {_percent(before['error'])} -> {_percent(after['error'])}, NLL {before['nll']:.4f} -> "
         f"{after['nll']:.4f}, ECE {_percent(before['ece'])} -> {_percent(after['ece'])}",
     ]

@@ -1,4 +1,4 @@
-"""The comparison in a report: is one run better than another at its cost?"""
+"""Comparison of runs: differences with intervals, seeds grouped, and deep-ensemble equivalents."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ __all__ = ["check_names", "compare", "group_key"]
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 _GROUPED = ("error", "nll", "calibrated_nll", "brier", "ece")
-_HOW = {"seed", "device", "threads", "workers", "compile"}  # how a run was made, not what was made
-_STARTS = {"init", "first", "second", "runs"}  # the runs or files that it started from
+_HOW = {"seed", "device", "threads", "workers", "compile"}  # options that do not identify the method
+_STARTS = {"init", "first", "second", "runs"}  # options that name the runs or files that training starts from
 
 
 def compare(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Report:
-    """The evaluation's report with the comparison in it.
+    """Return the evaluation's report with a comparison.
 
     Args:
-        found: of two runs or more, with different names.
-        baseline: the run that the others are compared with, by its place.
-        curves: whether every run of several members gets its scores against the number of members; else only those
-            whose curves the deep-ensemble equivalents are read off.
+        found: an evaluation of two or more runs with different names.
+        baseline: index of the run that the others are compared with.
+        curves: whether to score every run of several members against their number; else only the deep ensembles that
+            are references of equivalents.
 
     Raises:
-        UsageError: one run alone, two of one name, or no such baseline.
+        UsageError: a single run, two runs of the same name, or no such baseline.
     """
     report, runs = found.report, found.runs
     names = [run.name for run in report.runs]
@@ -70,10 +70,10 @@ def compare(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Re
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse what cannot be compared before hours of predicting.
+    """Check the runs' names before hours of predicting.
 
     Raises:
-        UsageError: one run alone, or two of one name.
+        UsageError: a single run, or two runs of the same name.
     """
     if len(names) < 2:
         raise UsageError("a comparison takes at least two runs: name another, or use ensembler eval")
@@ -98,13 +98,12 @@ def _differences(names: Sequence[str], runs: Sequence[ScoredRun], baseline: int,
 
 
 def group_key(manifest: Manifest) -> str:
-    """Equal for runs that differ only in their seed, as readable JSON.
+    """Return a key, readable JSON, that is equal for runs that differ only in their seed.
 
-    What counts is the method, its options, the network, the members, the images, and the example passes that it took in
-    all. What does not: the seed and what follows from it (weights, metrics), how it was computed (device, threads,
-    workers, compilation), where, and when. Of the runs or files that it started from it counts how many there were, not
-    their names: three seeds start from three solutions; that these cost the same is in the passes. Published weights
-    count by their name.
+    It has the method, its options, the network, the members, the images, and the total example passes; not the seed and
+    what follows from it (weights, metrics), how and when it was computed (device, threads, workers, compilation), and
+    where files are. Of the runs or files that training started from it has the number, not the names: three seeds start
+    from three solutions, whose equal cost is in the passes. Published weights count by their name.
     """
     given = {name: value for name, value in (manifest.settings | manifest.options).items() if value is not None}
     images = manifest.dataset
@@ -128,7 +127,7 @@ def group_key(manifest: Manifest) -> str:
 
 
 def _groups(report: Report, runs: Sequence[ScoredRun]) -> list[Group]:
-    """Runs that differ in their seed alone, in the order in which the first of each group comes."""
+    """Group runs that differ only in their seed, in the order of each group's first run."""
     places: dict[str, list[int]] = {}
     for place, run in enumerate(runs):
         places.setdefault(group_key(run.manifest), []).append(place)
@@ -152,7 +151,7 @@ def _grouped(clean: CellScores, shifted: CellScores | None) -> dict[str, float]:
 
 
 def _reference(run: ScoredRun, runs: Sequence[ScoredRun]) -> int | None:
-    """The largest ensemble of independent members of the same network; all runs were trained on the same images."""
+    """Find the largest ensemble of independent members of the same network; all runs have the same training data."""
     deep = [
         number
         for number, other in enumerate(runs)
@@ -165,7 +164,7 @@ def _reference(run: ScoredRun, runs: Sequence[ScoredRun]) -> int | None:
 
 def _equivalent(report: Report, number: int, deep: MemberCurve) -> RunEquivalent:
     run = report.runs[number]
-    # Of the reference itself, the same number but for its rounding.
+    # The reference's own loss is on its curve; computed otherwise, it would differ by rounding.
     loss = deep.points[-1].calibrated_nll.mean if run.name == deep.run else run.clean.calibrated_nll
     return RunEquivalent(reference=deep.run, **deep_ensemble_equivalent(deep.points, loss).model_dump())
 

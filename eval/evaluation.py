@@ -1,4 +1,4 @@
-"""Score runs side by side: on the clean test set, under shift, and on out-of-distribution images."""
+"""Evaluation of runs on the clean test set, under shift, and on out-of-distribution images."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from ensembler.eval.shift.readers import load_shift
 from ensembler.eval.shift.test_set import Shift, TestSet, validation_set
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
+from ensembler.task import Classification
 
-__all__ = ["Evaluation", "distinct", "evaluate"]
+__all__ = ["Evaluation", "check_task", "distinct", "evaluate"]
 
 Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """A report, and what figures and comparisons are made from.
+    """A report, and the data for figures and comparisons.
 
     Attributes:
         report: every score.
@@ -67,29 +68,29 @@ def evaluate(
 ) -> Evaluation:
     """Score every run on the same test sets.
 
-    Each test set's images are made once for all runs; each member predicts each image once, and what it predicted is
-    kept (:mod:`ensembler.eval.prediction_cache`).
+    Each test set's images are made once for all runs, each member predicts each image once, and predictions are kept
+    (:mod:`ensembler.eval.prediction_cache`).
 
     Args:
-        paths: the runs' folders, all trained on one dataset; a folder given twice, by a link too, is one run.
+        paths: the runs' folders, of one dataset; several paths of the same folder are one run.
         shift: one of :data:`ensembler.eval.shift.readers.SHIFTS`, or ``None`` for none.
         ood: out-of-distribution sets, as :func:`ensembler.eval.shift.ood.load_ood` names them.
-        data: folder of the dataset's files and of the official shift's.
+        data: folder of the dataset and of the official shift.
         download: fetch the dataset if it is missing.
         examples: number of test images, drawn with ``seed``; by default all.
-        device: where to compute.
-        batch_size: images a forward pass.
+        device: by default CUDA where available.
+        batch_size: images per forward pass.
         seed: of the generated corruptions and of the choice of examples.
         cache: where predictions are kept; by default :func:`ensembler.eval.prediction_cache.default_folder`.
-        watch: called after every test set with its title, how many are done, and of how many.
-        threads: CPU threads, set for the whole process; by default as they are.
-        engine: what predicts the shift's and the out-of-distribution sets; by default this process.
+        watch: called with a test set's title, how many images are done, and of how many.
+        threads: CPU threads, set for the whole process; by default unchanged.
+        engine: predicts shifted and out-of-distribution sets; by default this process.
 
     Raises:
         UsageError: no run, runs of different datasets, or an option out of range.
         DataError: the dataset is missing or not the one that the runs were trained on.
         ArtefactError: predictions cannot be kept.
-        EngineError: the engine has lost a piece.
+        EngineError: the engine failed.
     """
     paths = distinct(paths)
     if threads is not None:
@@ -129,8 +130,18 @@ def evaluate(
     return Evaluation(report, [run for _, run in scored], test.labels.numpy(), dataset.validation.labels.numpy())
 
 
+def check_task(run: Run) -> None:
+    """Check that a run is a classifier.
+
+    Raises:
+        UsageError: its outputs mean something else.
+    """
+    if run.manifest.task != Classification.name:
+        raise UsageError(f"only classifiers are scored here, not {run.manifest.task}: see Task.scores")
+
+
 def distinct(paths: Sequence[Path]) -> list[Path]:
-    """The folders themselves, each once: ``runs/latest`` is a link to one of ``runs/*``."""
+    """Resolve paths and remove duplicates: ``runs/latest`` is a link to another of ``runs/*``."""
     return list(dict.fromkeys(path.resolve() for path in paths))
 
 
@@ -144,6 +155,7 @@ def _common_dataset(runs: list[Run], paths: Sequence[Path], data: Path | None, d
                 f"{path} was trained on {run.manifest.dataset.title} and {paths[0]} on {first.title}: "
                 "evaluate runs of one dataset together"
             )
+        check_task(run)
     dataset = first.load(data, download=download)
     for run in runs:
         run.manifest.dataset.check(dataset)

@@ -1,7 +1,7 @@
-"""Predictions kept on disk, so that none is made twice: removing the folder loses nothing but time.
+"""Cache of predictions on disk. It is safe to remove: predictions are then made again.
 
-A prediction is named by all that it depends on: the run, the images, the code that predicts, torch and the kind of
-device. Its arrays are in one safetensors file; of the images on which members are chosen, every member's
+The key of a prediction has all that it depends on: the run, the images, the code that predicts, the version of torch
+and the type of device. Its arrays are in a safetensors file; for test sets on which members are chosen, every member's
 probabilities are in an ``.npy`` file beside it, which is mapped into memory.
 """
 
@@ -30,67 +30,60 @@ from ensembler.artefact import HELD, hold, replace_file, sha256, sweep
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
 
-__all__ = ["PREDICTING", "Arrays", "Entry", "MembersFile", "PredictionCache", "code_sha256", "default_folder"]
+__all__ = ["PREDICTING", "Arrays", "Entry", "MembersFile", "code_sha256", "default_folder", "identity"]
 
 FORMAT = 1
 PREDICTING = (
     *("ensembler.architectures", "ensembler.device", "ensembler.ensemble", "ensembler.examples", "ensembler.images"),
     *("ensembler.task", "ensembler.uncertainty", "ensembler.weights", "ensembler.eval.predictions"),
 )
-"""The modules that a prediction depends on: building the network, preparing images, predicting, reducing."""
+"""The modules that build the network, prepare images, predict and reduce."""
 
 Arrays = dict[str, NDArray[Any]]
 
 
 def default_folder() -> Path:
-    """Where predictions are kept by default: ``$XDG_CACHE_HOME/ensembler/predictions``, or ``~/.cache/...``."""
+    """Return the default folder: ``$XDG_CACHE_HOME/ensembler/predictions``, or ``~/.cache/ensembler/predictions``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ensembler" / "predictions"
 
 
 def code_sha256(architecture: str, network: nn.Module) -> str:
-    """Hash of what computes a prediction: :data:`PREDICTING`, the network's own classes, and the module that builds it.
+    """Hash the source that predicts: :data:`PREDICTING`, the network's own classes, and the module that builds it.
 
-    What these files import in their turn is not followed. torch itself counts by its version.
+    Further imports of a user's modules are not followed; torch counts by its version.
     """
     builder = architecture.partition(":")[0]  # of package.module:factory
     modules = {*PREDICTING, builder, *(type(part).__module__ for part in network.modules())}
     digest = hashlib.sha256(repr(network).encode())
     for name in sorted(name for name in modules & sys.modules.keys() if name.split(".")[0] != "torch"):
         digest.update(name.encode())
-        with suppress(OSError, TypeError):  # typed at a prompt, say: no source
+        with suppress(OSError, TypeError):  # no source, such as a class from a prompt
             digest.update(inspect.getsource(sys.modules[name]).encode())
     return digest.hexdigest()
 
 
-class PredictionCache:
-    """The kept predictions of one ensemble.
-
-    Args:
-        folder: where the predictions of all ensembles are kept.
-        ensemble: whose; its network is written to meanwhile.
-    """
-
-    def __init__(self, folder: Path, ensemble: Ensemble) -> None:
-        self._folder = folder / ensemble.run.sha256[:32]
-        self._identity = {
-            "format": FORMAT,
-            "ensembler": __version__,
-            "torch": torch.__version__,
-            "device": ensemble.device.type,  # the last bits depend on it
-            "code": code_sha256(ensemble.run.manifest.architecture, ensemble.network(0)),
-        }
-
-    def entry(self, images_sha256: str) -> Entry:
-        """Where the prediction for these images and labels is kept."""
-        key = hashlib.sha256(json.dumps(self._identity | {"images": images_sha256}, sort_keys=True).encode())
-        return Entry(self._folder / f"{key.hexdigest()[:32]}.safetensors")
+def identity(ensemble: Ensemble) -> dict[str, Any]:
+    """Return what an ensemble's predictions depend on beside run and images; overwrites its network's weights."""
+    return {
+        "format": FORMAT,
+        "ensembler": __version__,
+        "torch": torch.__version__,
+        "device": ensemble.device.type,  # the last bits depend on it
+        "code": code_sha256(ensemble.run.manifest.architecture, ensemble.network(0)),
+    }
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One kept prediction, which may not exist yet."""
+    """The files of a prediction, which may not exist yet."""
 
     path: Path
+
+    @classmethod
+    def of(cls, folder: Path, run_sha256: str, what: Mapping[str, Any]) -> Self:
+        """Return the entry in ``folder`` of a run's prediction that depends on ``what``, JSON values."""
+        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        return cls(folder / run_sha256[:32] / f"{key[:32]}.safetensors")
 
     @property
     def members_path(self) -> Path:
@@ -98,10 +91,10 @@ class Entry:
         return self.path.with_suffix(".npy")
 
     def load(self, *, members: bool) -> Arrays | None:
-        """The arrays by name; ``None`` where there are none, they are not whole, or of another format.
+        """Read and verify the arrays, by name; ``None`` if a file is missing, damaged or of another format.
 
         Args:
-            members: whether every member's probabilities are wanted too, as ``members``, mapped into memory.
+            members: whether to include every member's probabilities, as ``members``, mapped into memory.
         """
         try:
             with safe_open(self.path, "numpy") as file:
@@ -118,7 +111,7 @@ class Entry:
             return None
 
     def save(self, arrays: Arrays, **metadata: str) -> None:
-        """Keep the arrays.
+        """Write the arrays.
 
         Raises:
             ArtefactError: they cannot be written.
@@ -127,7 +120,7 @@ class Entry:
 
 
 class MembersFile:
-    """Writes every member's probabilities (M, B, C) part by part; as a context, it leaves nothing half-written.
+    """Writer of every member's probabilities (M, B, C), part by part; a context that leaves no partial file.
 
     Args:
         entry: whose file.
@@ -153,7 +146,7 @@ class MembersFile:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            with suppress(OSError):  # on a full disk, what it still holds cannot be written
+            with suppress(OSError):  # on a full disk, its buffer cannot be written
                 self._file.close()
         with suppress(OSError):
             self._partial.unlink(missing_ok=True)
@@ -162,9 +155,9 @@ class MembersFile:
 
     def write(self, start: int, part: NDArray[np.float32]) -> None:
         """Write the probabilities (M, b, C) of the examples from ``start`` on."""
-        assert self._file is not None  # noqa: S101 - it is used as a context
+        assert self._file is not None  # noqa: S101
         _, B, C = self._shape
-        with self._writing():  # plain writes: where the disk is full, a memory map would kill the process
+        with self._writing():  # on a full disk, a memory map would kill the process
             if not start:
                 header = {"descr": "<f4", "fortran_order": False, "shape": self._shape}
                 np.lib.format.write_array_header_1_0(self._file, header)
@@ -174,7 +167,7 @@ class MembersFile:
                 self._file.write(np.ascontiguousarray(rows).data)
 
     def finish(self) -> str:
-        """Give the file its name, and return its hash."""
+        """Complete the file, and return its hash."""
         assert self._file is not None  # noqa: S101
         with self._writing():
             self._file.close()

@@ -1,7 +1,7 @@
-"""What a run's members predict for a test set: made once, in one pass, and kept on disk.
+"""Predictions of ensembles for test sets: made once, in one pass, and kept on disk.
 
-Predicting is what an evaluation costs; scoring is nothing beside it. So what scores need is reduced while it is
-predicted, and kept (:mod:`ensembler.eval.prediction_cache`).
+Nearly all of an evaluation's time is prediction. Members' probabilities are reduced to what scores need while they are
+predicted, and the result is kept (:mod:`ensembler.eval.prediction_cache`).
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from torch import Tensor
 from ensembler.device import keep_freed
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
-from ensembler.eval.prediction_cache import Arrays, Entry, MembersFile, PredictionCache
+from ensembler.eval.prediction_cache import Arrays, Entry, MembersFile, identity
 from ensembler.eval.shift.test_set import TestSet
 from ensembler.run import Run
 from ensembler.uncertainty import disagreement_of_votes, entropy, expected_entropy
 
 __all__ = ["Prediction", "Predictor", "predictions"]
 
-_CHUNK = 2**26  # bytes of images, and of members' probabilities, held at once
+_CHUNK = 2**26  # bytes of images, and of members' probabilities, in memory at once
 _EXAMPLES_AXIS = {"mean": 0, "expected_entropy": 0, "classes": 1, "label_probabilities": 1}
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """M members on B images of C classes.
+    """A prediction by M members for B images of C classes.
 
     Attributes:
         mean: (B, C) float32, the mean of the members' probabilities.
         expected_entropy: (B,) float32, the mean of the members' own entropies, in nats.
         classes: (M, B) int32, each member's most probable class.
         label_probabilities: (M, B) float32, each member's probability of the label; (M, 0) without labels.
-        members: (M, B, C) float32 on disk, of test sets that keep them.
+        members: (M, B, C) float32, mapped from disk; of test sets that keep them.
     """
 
     mean: NDArray[np.float32]
@@ -83,20 +83,20 @@ class Predictor:
     """An ensemble whose predictions are kept.
 
     Args:
-        ensemble: whose.
-        folder: where the predictions of all ensembles are kept.
+        ensemble: the ensemble.
+        folder: of the predictions of all ensembles.
     """
 
     def __init__(self, ensemble: Ensemble, folder: Path) -> None:
-        self.ensemble, self.folder = ensemble, folder
-        self._cache = PredictionCache(folder, ensemble)
+        self.ensemble, self.folder, self._identity = ensemble, folder, identity(ensemble)
 
     def entry(self, test_set: TestSet) -> Entry:
-        """Where the prediction for a test set is kept."""
-        return self._cache.entry(test_set.examples.sha256)
+        """Return the cache entry of a test set."""
+        what = self._identity | {"images": test_set.examples.sha256}
+        return Entry.of(self.folder, self.ensemble.run.sha256, what)
 
     def kept(self, test_set: TestSet) -> Prediction | None:
-        """The kept prediction for a test set; ``None`` where there is none that is whole."""
+        """Load the kept prediction for a test set; ``None`` if there is no valid one."""
         arrays = self.entry(test_set).load(members=test_set.keeps_members)
         return None if arrays is None else Prediction(**arrays)
 
@@ -107,19 +107,18 @@ def predictions(
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
     engine: Engine | None = None,
 ) -> Iterator[tuple[TestSet, list[Prediction]]]:
-    """Every ensemble's prediction for every test set in turn: kept ones, and others made now and kept.
+    """Yield every ensemble's prediction for each test set in turn; those that are not kept are made, and kept.
 
-    A set's images are made once, one batch ahead of the ensembles, and each member predicts each image once.
+    A set's images are made once, one batch ahead, and each member predicts each image once.
 
     Args:
-        predictors: whose predictions.
+        predictors: the ensembles.
         test_sets: what to predict.
         watch: called with a set's title, how many images are done, and of how many in all.
-        engine: what runs independent work; where that is not this process, sets whose members are not kept are
-            predicted there, before the others.
+        engine: if it is not this process, it predicts the sets whose members are not kept, before the others.
 
     Raises:
-        ArtefactError: a prediction cannot be kept. EngineError: the engine has lost a piece.
+        ArtefactError: a prediction cannot be kept. EngineError: the engine failed.
     """
     if engine is not None and not engine.here:
         _predict_elsewhere(engine, predictors, test_sets, watch)
@@ -147,7 +146,7 @@ def _tell(watch: Callable[[str, int, int], None], title: str, before: int, total
 def _kept_or_images(
     predictors: Sequence[Predictor], test_sets: Sequence[TestSet]
 ) -> Generator[tuple[int, list[Prediction | None], Tensor | None], None, None]:
-    """Each set's number and kept predictions: once, where there are all; else with each batch of images."""
+    """Yield each set's number and kept predictions: once if all are kept, else with each batch of images."""
     for number, test_set in enumerate(test_sets):
         kept = [one.kept(test_set) for one in predictors]
         if None in kept:
@@ -158,7 +157,7 @@ def _kept_or_images(
 
 
 def _ahead(items: Generator[Any, None, None]) -> Iterator[Any]:
-    """The items, the next one being made while one is used."""
+    """Yield the items, making the next one in a thread meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(next, items, None)
         while (item := future.result()) is not None:
@@ -192,7 +191,7 @@ def _predict_elsewhere(
     test_sets: Sequence[TestSet],
     watch: Callable[[str, int, int], None],
 ) -> None:
-    """Let the engine predict what does not exist yet, and keep each set's predictions as soon as they come."""
+    """Let the engine make the missing predictions, and keep each set's as soon as they arrive."""
     asked = []
     for test_set in test_sets:
         missing = [number for number, one in enumerate(predictors) if not one.entry(test_set).path.exists()]
@@ -212,7 +211,7 @@ def _predict_elsewhere(
 def _reduce(
     runs: list[tuple[Run, str, int]], asked: tuple[TestSet, list[int]], tell: Callable[..., None]
 ) -> list[Arrays]:
-    """A piece of work: what is kept of some of the runs' predictions for a test set."""
+    """Predict a test set with some of the runs, as a task of an engine."""
     test_set, numbers = asked
     reductions = [_Reduction(Ensemble(*runs[number]), test_set) for number in numbers]
     for one in reductions:
@@ -224,12 +223,12 @@ def _reduce(
 
 
 class _Reduction:
-    """Reduces the members' probabilities, batch by batch, to what scores need.
+    """Reduction of the members' probabilities, batch by batch, to what scores need.
 
     Args:
         ensemble: whose members.
-        test_set: what the batches are of.
-        file: where every member's probabilities go.
+        test_set: the set of the batches.
+        file: for every member's probabilities.
     """
 
     def __init__(self, ensemble: Ensemble, test_set: TestSet, file: MembersFile | None = None) -> None:
@@ -254,12 +253,12 @@ class _Reduction:
             self._done += len(images)
 
     def arrays(self) -> Arrays:
-        """What is kept, by name."""
+        """Return the reduced arrays by name."""
         whole = {name: np.concatenate(parts, _EXAMPLES_AXIS[name]) for name, parts in self._parts.items()}
-        return {name: np.ascontiguousarray(array) for name, array in whole.items()}  # safetensors takes them as such
+        return {name: np.ascontiguousarray(array) for name, array in whole.items()}  # as safetensors needs them
 
     def keep(self, place: Entry) -> Prediction:
-        """Keep everything, and return it."""
+        """Keep the prediction, and return it."""
         arrays = self.arrays()
         if self._file is None:
             place.save(arrays)

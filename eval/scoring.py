@@ -1,4 +1,4 @@
-"""Score runs from their predictions for test sets."""
+"""Scoring of runs: a pure function of their predictions for test sets."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class ScoredRun:
-    """What figures and comparisons need of one run, beyond the scores in its report.
+    """The data of one run for figures and comparisons.
 
     Attributes:
         manifest: the run's.
-        validation, clean: its predictions, every member's.
-        losses: of the clean test images.
-        shifted: of the shift's headline corruptions.
+        validation, clean: its predictions, with every member's.
+        losses: on the clean test images.
+        shifted: on the shift's headline corruptions.
         entropies: predictive entropy (B,) in nats, of the clean test images and of each out-of-distribution set.
     """
 
@@ -50,13 +50,13 @@ def score(
     found: Iterable[tuple[TestSet, Sequence[Prediction]]],
     shift: Shift | None = None,
 ) -> list[tuple[RunReport, ScoredRun]]:
-    """Score runs: a pure function of their predictions.
+    """Score runs.
 
     Args:
-        runs: what predicted.
+        runs: the runs.
         names: of the runs.
-        found: each test set with a prediction of each run: first the validation and the clean images, then others.
-        shift: whose sets are among them.
+        found: each test set with a prediction by each run: first the validation, then the clean set, then others.
+        shift: the shift that the shifted sets are of.
     """
     scorers = [_Scorer(run, name) for run, name in zip(runs, names, strict=True)]
     headline = () if shift is None else shift.headline
@@ -68,7 +68,7 @@ def score(
 
 @dataclass(eq=False)
 class _Scorer:
-    """One run's scores, as its predictions come in; they are let go of where nothing needs them later."""
+    """The scores of one run so far; predictions that are not needed later are not kept."""
 
     run: Run
     name: str
@@ -138,7 +138,7 @@ class _Scorer:
 
 
 def _mean(cells: Sequence[dict[int, CellScores]]) -> CellScores:
-    """The mean over corruptions and severities."""
+    """Compute the mean over corruptions and severities."""
     return mean_scores([scores for levels in cells for scores in levels.values()])
 
 

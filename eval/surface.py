@@ -1,7 +1,7 @@
-"""Loss and error on a plane through three points of weight space, and along the paths that a run measured.
+"""Loss and error on a plane through three points of weight space, and along the paths measured by a run.
 
-The papers' pictures (Garipov et al. 2018, figures 1 and 2, and their code's ``plane.py``). Every point of the plane is
-an affine combination of its three corners: a surface is the same ensemble at other coefficients.
+As in Garipov et al. 2018, figures 1 and 2, and their code's ``plane.py``. Every point of the plane is an affine
+combination of the three corners, so a surface is the same ensemble at other coefficients.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import Tensor
 from ensembler.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DivergedError, UsageError
-from ensembler.eval.scores.metrics import accuracy, nll
 from ensembler.images import Images
 from ensembler.record import Record
 from ensembler.run import Run, versions
@@ -34,11 +33,11 @@ __all__ = ["Corner", "Route", "Surface", "Way", "measure_surface", "plane", "pla
 
 Array = NDArray[np.float64]
 
-_CHUNK = 16  # members whose probabilities are held at a time
+_CHUNK = 16  # members whose probabilities are in memory at once
 
 
 class Corner(Record):
-    """A point that the plane goes through: ``vertex`` of ``run``, or the run's first member (``null``)."""
+    """A corner of the plane: ``vertex`` of ``run``, or the run's first member (``null``)."""
 
     label: str
     run: str
@@ -50,7 +49,7 @@ class Corner(Record):
 
 
 class Way(Record):
-    """One way along a path: a number for each t. Errors in [0, 1]; ``ensemble_error``: the first end with the point."""
+    """Measures at each t of a path. ``ensemble_error``: of the ensemble of the first end and the point."""
 
     t: list[float]
     train_loss: list[float]
@@ -59,19 +58,18 @@ class Way(Record):
 
 
 class Route(Record):
-    """Ways between the same two ends, by name: ``line`` and what was trained."""
+    """Paths between the same two ends, by name: ``line`` and the trained one."""
 
     name: str
     ways: dict[str, Way]
 
 
 class Surface(Record):
-    """A whole surface.
+    """The measures of a plane.
 
-    ``x`` and ``y`` are distances in weight space from the first corner; rows of ``train_loss`` (mean NLL, nats) and
-    ``test_error`` (in [0, 1]) go with ``y``. ``members`` and ``curve`` are the points (x, y) of the run's members that
-    lie in the plane, and of the curve that does. ``batchnorm_examples``: training images that BatchNorm statistics, if
-    any, were recomputed from at every point.
+    ``x`` and ``y`` are coordinates in weight space, with the first corner at 0; ``train_loss`` (mean NLL, nats) and
+    ``test_error`` (in [0, 1]) have a row per ``y``. ``members`` and ``curve``: points (x, y) in the plane of
+    members, and of a curve. ``batchnorm_examples``: training images for the BatchNorm statistics at each point.
     """
 
     format: Literal[1] = 1
@@ -112,20 +110,19 @@ def measure_surface(
 
     Args:
         paths: one run's folder, or three of one network and dataset.
-        vertices: which three of the one run's; by default the first three, and of a curve its ends around the middle
-            bend.
-        grid: points a side, at least 2.
+        vertices: three of the one run's; by default the first three, and of a curve its ends and middle bend.
+        grid: points per side, at least 2.
         margin: how far the grid reaches beyond the corners, as a share of their extent; at least 0.
-        examples: training and test images to measure on, at most; the same ones at every point.
-        batchnorm_examples: training images to recompute BatchNorm statistics from, at most; at least 2.
-        data: folder of the dataset's files.
-        device: where to compute.
+        examples: largest number of training and of test images; the same at every point.
+        batchnorm_examples: largest number of training images for BatchNorm statistics, at least 2.
+        data: folder of the dataset.
+        device: by default CUDA where available.
         seed: of the choice of images.
-        watch: told of every chunk of points measured: "surface", how many are done, of how many.
+        watch: called with "surface", how many points are done, and of how many.
 
     Raises:
-        UsageError: not one or three runs, runs of different networks or datasets, vertices that span no plane, or an
-            option out of range.
+        UsageError: not one or three runs, different networks or datasets, vertices on a line, or an option out of
+            range.
         DataError: the dataset is missing or not the one that was trained on.
         DivergedError: a network's outputs somewhere on the plane are not finite.
     """
@@ -133,7 +130,7 @@ def measure_surface(
     if grid < 2 or not 0 <= margin < math.inf or examples < 1 or batchnorm_examples < 2:
         raise UsageError("a surface needs a grid of at least 2, a margin of at least 0, 1 example and 2 for BatchNorm")
     if len(paths) not in (1, 3):
-        raise UsageError(f"a surface is drawn of one run or of three, not of {len(paths)}")
+        raise UsageError(f"a surface takes one run or three, not {len(paths)}")
     runs = [Run.load(path) for path in paths]
     names = [path.resolve().name for path in paths]
     first = runs[0]
@@ -171,9 +168,9 @@ def measure_surface(
         moved = ensemble.at(coefficients[start : start + _CHUNK], Split(still.images.to(ensemble.device), still.labels))
         seen, unseen = moved.predict_members(train.images), moved.predict_members(test.images)
         if not (seen.isfinite().all() and unseen.isfinite().all()):
-            raise DivergedError("the networks' outputs are not finite everywhere on the plane: choose a lower --margin")
-        losses += [nll(probabilities, train.labels) for probabilities in seen]
-        errors += [1 - accuracy(probabilities, test.labels) for probabilities in unseen]
+            raise DivergedError("the outputs are not finite everywhere on the plane: choose a lower --margin")
+        losses += [ensemble.task.nll(predicted, train.labels) for predicted in seen]
+        errors += [ensemble.task.error(predicted, test.labels) for predicted in unseen]
         watch("surface", len(losses), len(coefficients))
     return Surface(
         dataset=dataset.title,
@@ -201,11 +198,11 @@ def measure_surface(
 
 
 def plane(vertices: Tensor) -> Array:
-    """Where three points lie in the plane through them.
+    """Compute the coordinates of three points in the plane through them.
 
-    The basis is Gram and Schmidt's of ``w2 - w0`` and ``w1 - w0`` (Garipov et al. 2018, sec. 1, footnote 1, and their
-    code's ``plane.py``): w0 is the origin, w2 lies on the x axis and w1 above it. The distances between the points
-    alone say where that is: no basis vector (P,) is made.
+    The basis is the Gram-Schmidt basis of ``w2 - w0`` and ``w1 - w0`` (Garipov et al. 2018, sec. 1, footnote 1, and
+    their code's ``plane.py``): w0 is the origin, w2 on the x axis and w1 above it. The coordinates follow from the
+    distances between the points.
 
     Args:
         vertices: (3, P) float.
@@ -214,23 +211,23 @@ def plane(vertices: Tensor) -> Array:
         (3, 2), in units of Euclidean distance.
 
     Raises:
-        UsageError: the points lie on one line.
+        UsageError: the points are on one line.
     """
     side, base, across = edge_lengths(vertices).tolist()
     area = math.exp(log_volume(vertices).item())
     if area == 0:
         raise UsageError(
-            "the three points lie on one line, or two of them are the same: choose others by --vertices, or other runs"
+            "the three points are on one line, or two are the same: choose others with --vertices, or other runs"
         )
     return np.array([[0, 0], [(side**2 + base**2 - across**2) / (2 * base), 2 * area / base], [base, 0]])
 
 
 def plane_coefficients(points: Array, corners: Array) -> Tensor:
-    """The affine combinations of three points that lie at ``points``.
+    """Compute the affine combinations of three corners at given coordinates.
 
     Args:
         points: (N, 2).
-        corners: (3, 2), as :func:`plane` gives them.
+        corners: (3, 2), from :func:`plane`.
 
     Returns:
         (N, 3) float32, rows of sum 1.
@@ -258,7 +255,7 @@ def _choose(run: Run, path: Path, vertices: Sequence[int] | None) -> list[int]:
 
 
 def _first_members(runs: Sequence[Run], paths: Sequence[Path]) -> dict[str, Tensor]:
-    """The three runs' first members as vertices: parameter name to (3, ...)."""
+    """Return the three runs' first members as vertices: parameter name to (3, ...)."""
     first = runs[0]
     shapes = {name: rows.shape[1:] for name, rows in first.vertices.items()}
     images = first.manifest.dataset
@@ -283,14 +280,14 @@ def _first_members(runs: Sequence[Run], paths: Sequence[Path]) -> dict[str, Tens
 
 
 def _measured_paths(run: Run) -> list[Route]:
-    """What the run's metrics say of paths: ``path`` of a curve, ``paths`` of a complex."""
+    """Read the paths in a run's metrics: ``path`` of a curve, ``paths`` of a complex."""
     metrics = run.manifest.metrics
     entries = list(metrics.get("paths", ()))
     if "path" in metrics:
         entries.append({"name": run.manifest.method} | metrics["path"])
     found = []
     for entry in entries:
-        with suppress(ValidationError, TypeError, KeyError):  # an entry that holds something else
+        with suppress(ValidationError, TypeError, KeyError):  # another kind of entry
             ways = {
                 name: Way(**{field: way[field] for field in Way.model_fields})
                 for name, way in entry.items()
@@ -305,7 +302,7 @@ def _some(split: Images, examples: int, seed: int, name: str) -> Split:
 
 
 def summary(surface: Surface) -> str:
-    """Loss and error at the three corners, and the lowest and the highest on the plane: a line each."""
+    """Describe loss and error at the three corners, and the lowest and highest on the plane, a line each."""
     lines = [
         f"{corner.label} ({corner.run}): train loss {corner.train_loss:.4f}, test error {corner.test_error:.4f}"
         for corner in surface.corners

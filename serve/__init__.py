@@ -1,4 +1,4 @@
-"""Ship runs: export members to ONNX, run them without torch, serve them with their uncertainty."""
+"""Export a run's members to ONNX, run them without torch, and serve them with their uncertainty."""
 
 from __future__ import annotations
 

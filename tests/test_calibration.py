@@ -357,7 +357,7 @@ def test_a_run_is_calibrated_on_its_validation_split(run):
     assert found.map.temperature == pytest.approx(expected.map.temperature, rel=1e-5)
     assert found.conformal.aps == pytest.approx(expected.conformal.aps, abs=1e-6)
     assert seen == [(0, 12), (12, 12)]
-    assert "small, validation images: 6 fitted the map (T = " in summary(found)
+    assert "small, validation images: 6 to fit the map (T = " in summary(found)
 
 
 @pytest.mark.parametrize("method", METHODS)

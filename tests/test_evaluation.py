@@ -15,9 +15,12 @@ from ensembler.cli import app
 from ensembler.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
+from ensembler.eval.calibrate import calibrate
 from ensembler.eval.compare import compare
 from ensembler.eval.evaluation import evaluate
 from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
+from ensembler.run import Run
+from ensembler.task import Classification
 from ensembler.trainers import DeepEnsemble, Settings, Simplex, train
 from tests._small import SETTINGS, dataset
 
@@ -214,6 +217,19 @@ def test_what_cannot_be_evaluated_is_refused(runs, monkeypatch):
     monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset(train=31))
     with pytest.raises(DataError, match="has changed since the run was trained"):
         evaluate(runs, device="cpu")
+
+
+def test_only_classifiers_are_scored(runs, tmp_path):
+    run = Run.load(runs[0])
+    run.manifest.task = "tests.test_evaluation:Toy"
+    path = run.save(tmp_path / "runs" / "toy")
+    for score in (lambda: evaluate([path], device="cpu"), lambda: calibrate(path, device="cpu")):
+        with pytest.raises(UsageError, match="only classifiers are scored here, not tests"):
+            score()
+
+
+class Toy(Classification):
+    name = "tests.test_evaluation:Toy"
 
 
 def test_runs_of_different_datasets_are_not_compared(runs, tmp_path):

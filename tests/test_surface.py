@@ -206,14 +206,14 @@ def test_what_cannot_be_drawn_is_refused(runs, tmp_path, monkeypatch):
         [runs[name] for name in names], *rest, device="cpu", **options
     )
     for arguments, message in (
-        ((["single0", "single1"],), "of one run or of three, not of 2"),
+        ((["single0", "single1"],), "takes one run or three, not 2"),
         ((["single0"],), "has 1 vertex and a plane takes three: name three runs"),
         ((["four"], [0, 1, 1]), "three different ones of 0 to 3 of .*four, such as 0,1,2: not 0,1,1"),
         ((["four"], [0, 1, 4]), "not 0,1,4"),
         ((["four"], [0, 1, -1]), "not 0,1,-1"),
         ((["four"], [0, 1]), "not 0,1"),
         ((["single0", "single1", "single2"], [0, 1, 2]), "--vertices chooses among the vertices of one run"),
-        ((["single0", "single1", "single0"],), "on one line, or two of them are the same"),
+        ((["single0", "single1", "single0"],), "on one line, or two are the same"),
         ((["single0", "single1", "batchnorm"],), "name three runs of one network"),
     ):
         with pytest.raises(UsageError, match=message):

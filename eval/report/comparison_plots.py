@@ -1,4 +1,4 @@
-"""The comparison's figures: differences with intervals, and scores against the number of members."""
+"""Plots of a comparison: differences with intervals, and scores against the number of members."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _DIFFERENCES = (
 def plot_differences(
     names: Sequence[str], baseline: str, differences: Sequence[Mapping[str, Difference]], confidence: float = 0.95
 ) -> Figure:
-    """A forest plot: each run's scores less the baseline's, with intervals; left of the line, the run is better.
+    """Draw a forest plot of each run's differences from the baseline; left of the line, the run is better.
 
     Args:
         names: of the runs.
@@ -49,20 +49,20 @@ def plot_differences(
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.grid(alpha=0.3, axis="x")
     figure.suptitle(
-        f"Less {baseline}: {confidence:.0%} intervals over test images; left is better, hollow: not told apart from 0",
+        f"Minus {baseline}: {confidence:.0%} intervals over test images; left is better, hollow: not significant",
         fontsize="medium",
     )
     return figure
 
 
 def plot_members(names: Sequence[str], costs: Sequence[str], curves: Sequence[Sequence[CurvePoint]]) -> Figure:
-    """Calibrated NLL and error against the number of members.
+    """Plot calibrated NLL and error against the number of members.
 
-    Solid: the mean over random subsets, in a band from the best to the worst. Dashed: in the order that helps most.
+    Solid: the mean over random subsets, with a band from the best to the worst. Dashed: the greedy order.
 
     Args:
         names: of the runs.
-        costs: of each, what the legend says of its training cost.
+        costs: of each, the training cost in the legend.
         curves: of each.
     """
     figure = new_figure(10, 4.4)

@@ -1,10 +1,10 @@
-"""The tables of a comparison: differences, seeds, deep-ensemble equivalents, numbers of members."""
+"""The tables of a comparison: differences, seeds, deep-ensemble equivalents and numbers of members."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ensembler.eval.report.notation import NOTHING, SCORES, group_label, label, spread_text, told_apart
+from ensembler.eval.report.notation import NOTHING, SCORES, group_label, label, spread_text, verdict
 from ensembler.eval.report.schema import Comparison, Report, RunReport
 from ensembler.eval.report.table import (
     CLEAN,
@@ -26,7 +26,7 @@ _CURVE = ("error", "nll", "calibrated_nll", "ece")
 
 
 def comparison_tables(report: Report, comparison: Comparison) -> Iterator[Table]:
-    """The tables of a comparison that has something for them, in reading order."""
+    """Yield the tables for which a comparison has data, in reading order."""
     yield from _differences(report, comparison)
     yield from _groups(report, comparison)
     yield from _equivalents(report, comparison)
@@ -38,12 +38,12 @@ def _differences(report: Report, comparison: Comparison) -> Iterator[Table]:
     baseline = label(report, places[comparison.baseline])
     base = " and ".join(f"{heading} {write(report.runs[places[comparison.baseline]])}" for heading, write in COST)
     note = (
-        f"The run's score less that of {baseline} ({base}); lower is better. Low to high: {comparison.confidence:.0%} "
+        f"The run's score minus that of {baseline} ({base}); lower is better. Low to high: {comparison.confidence:.0%} "
         f"interval of a paired bootstrap over the test images, {comparison.resamples:,} resamples. P(better): share of "
-        "these in which the run has the lower score. They say how far the choice of test images decides, and nothing "
-        "of another training seed."
+        "these in which the run has the lower score. Both account for the choice of test images, not for that of the "
+        "training seed."
     )
-    headings = ("run", "score", "reads", *(heading for heading, _ in COST), "difference", "low", "high", "P(better)")
+    headings = ("run", "score", "verdict", *(heading for heading, _ in COST), "difference", "low", "high", "P(better)")
     sets = [("clean", f"Clean: {images_of(report)}")]
     if (shift := meant_shift(report)) is not None:
         sets.append(("shifted", f"{under(shift).capitalize()}: means over {means_over(shift)}"))
@@ -63,7 +63,7 @@ def _difference(report: Report, place: int, name: str, one: Difference) -> tuple
     cost = (write(report.runs[place]) for _, write in COST)
     figures = (SCORES[name].write(value, sign=True) for value in (one.difference, one.low, one.high))
     chance = f"{one.probability_better:.3f}"
-    return (label(report, place), SCORES[name].title, told_apart(one), *cost, *figures, chance)
+    return (label(report, place), SCORES[name].title, verdict(one), *cost, *figures, chance)
 
 
 def _groups(report: Report, comparison: Comparison) -> Iterator[Table]:
@@ -81,7 +81,7 @@ def _groups(report: Report, comparison: Comparison) -> Iterator[Table]:
                 (group_label(report, group), str(len(group.runs)), *(write(first) for _, write in COST), *spreads)
             )
         headings = ("runs", "seeds", *(heading for heading, _ in COST), *(SCORES[name].title for name in names))
-        notes = ("Mean and sample standard deviation over runs that differ in their seed alone.",)
+        notes = ("Mean and sample standard deviation over runs that differ only in their seed.",)
         yield Table("comparison", f"{title}: over seeds", headings, tuple(rows), 1, notes)
 
 
@@ -109,9 +109,9 @@ def _equivalents(report: Report, comparison: Comparison) -> Iterator[Table]:
         ("networks", reference),
     ]
     notes = [
-        "DEE: how many networks, of those of a deep ensemble of the same network and data, reach the run's calibrated "
-        f"NLL; {NOTHING}: there is none among the runs. The standard deviation is over subsets of that one ensemble, "
-        "which share members: it says less than one over ensembles trained anew."
+        "DEE: the number of networks of a deep ensemble (networks: how many it has, of which run) that reach the run's "
+        f"calibrated NLL; {NOTHING}: no deep ensemble of the same network is among the runs. The standard deviation is "
+        "over subsets of one ensemble, which share members: smaller than over independent ensembles."
     ]
     yield by_run(report, "number", "Deep-ensemble equivalent (DEE)", columns, notes=notes)
 
@@ -125,10 +125,10 @@ def _curves(report: Report, comparison: Comparison) -> Iterator[Table]:
         cost = (write(run) for _, write in COST)
         rows.append((label(report, places[found.run]), *cost, str(found.recommended), order))
     if rows:
-        headings = ("run", *(heading for heading, _ in COST), "enough", "in this order")
+        headings = ("run", *(heading for heading, _ in COST), "sufficient", "in this order")
         notes = (
-            "Enough: the fewest members, in this order, that the validation images cannot tell from all of them. The "
-            "order, the one that helps most, was chosen on the same images, which flatters small numbers a little.",
+            "Sufficient: the fewest members, in this order, that are not significantly worse than all on validation "
+            "images. The greedy order was chosen on the same images, which favours small numbers a little.",
         )
         yield Table("number", "How many members, and which", headings, tuple(rows), 1, notes)
     for found in comparison.curves:

@@ -1,4 +1,4 @@
-"""An evaluation's pictures by name, each with its caption and what it says to those who cannot see it."""
+"""The figures of an evaluation, with captions and alternative texts."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from ensembler.eval.scores.selective import Reliability, RiskCoverage, reliabili
 
 __all__ = ["Picture", "figures"]
 
-_LONGEST = 40  # characters of a name in a picture
+_LONGEST = 40  # characters of a name in a figure
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A figure.
+    """A figure with its texts.
 
     Attributes:
         section: the part of a report that it belongs to, as for tables.
-        figure: as drawn; :func:`ensembler.eval.report.plots.to_png` and ``to_svg`` make files of it.
+        figure: for :func:`ensembler.eval.report.plots.to_png` and ``to_svg``.
         caption: what it shows.
-        alt: what kind of picture of what, for those who cannot see it; the figures themselves are in the tables.
+        alt: the alternative text; the numbers are in the tables.
     """
 
     section: str
@@ -45,13 +45,13 @@ class Picture:
 
 
 def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
-    """Every picture that there is something for, by the name of its file, in reading order.
+    """Draw every figure for which there are data, by the name of its file, in reading order.
 
-    Where there are more runs than colours, pictures of single runs show the first seed of each group alone.
+    With more runs than colours, figures of single runs show only the first seed of each group.
 
     Args:
-        found: what was evaluated.
-        report: its report, or the one with the comparison in it.
+        found: the evaluation.
+        report: its report, or the one with a comparison.
     """
     places, said = representatives(report, most=len(STYLES))
     drawn = f" {said}".rstrip()
@@ -66,7 +66,7 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
             "calibration",
             plot_reliability(names, clean),
             f"Reliability on the clean test images: accuracy against confidence in {BINS} bins of equal width. Bars "
-            f"below the dashed line: overconfident. The grey line is the share of the images in each bin.{drawn}",
+            f"below the dashed line: overconfident. The grey line is the share of images in each bin.{drawn}",
             f"Reliability diagrams of {listed} on clean images.",
         )
     }
@@ -76,8 +76,8 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
         pictures["reliability-shifted"] = Picture(
             "calibration",
             plot_reliability(names, [_reliability(losses) for losses in shifted]),
-            f"The same under {under}, all {_cells(shift)} pooled. Gaps of opposite sign cancel here between cells; the "
-            f"tables' ECE, a mean over cells, lets none cancel so.{drawn}",
+            f"The same under {under}, all {_cells(shift)} pooled. Gaps of opposite sign cancel here between cells, but "
+            f"not in the tables' ECE, a mean over cells.{drawn}",
             f"Reliability diagrams of {listed} under {under}.",
         )
         pictures["severity"] = Picture(
@@ -89,8 +89,8 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
         pictures["boxes"] = Picture(
             "shift",
             plot_boxes(names, reports, shift.headline),
-            f"Error, NLL and ECE over the {len(shift.headline)} corruptions at each severity, {under}: the median, the "
-            f"quartiles, the least and the greatest; the mark at 0 is the clean score.{drawn}",
+            f"Error, NLL and ECE over the {len(shift.headline)} corruptions at each severity, {under}: median, "
+            f"quartiles, minimum and maximum; the mark at 0 is the clean score.{drawn}",
             f"Box plots of error, NLL and ECE of {listed} over corruptions, at severities 1 to 5.",
         )
     pictures["rejection"] = Picture(
@@ -100,7 +100,7 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
             [_risk_coverage(run.losses) for run in runs],
             [_risk_coverage(losses) for losses in shifted] if shift is not None else None,
         ),
-        f"Accuracy on the most confident images against the share that is answered{_and_shifted(shift)}.{drawn}",
+        f"Accuracy on the most confident images against the share of images answered{_and_shifted(shift)}.{drawn}",
         f"Accuracy-rejection curves of {listed}.",
     )
     if report.ood:
@@ -117,7 +117,7 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
             f"Histograms of the predictive entropy of {listed}, in and out of distribution.",
         )
     pictures |= _comparison(report)
-    for picture in pictures.values():  # laid out once: each further time would move things a little
+    for picture in pictures.values():  # each further layout would move things a little
         picture.figure.draw_without_rendering()
         picture.figure.set_layout_engine("none")
     return pictures
@@ -141,8 +141,8 @@ def _comparison(report: Report) -> dict[str, Picture]:
                     [differences for _, differences in known],
                     comparison.confidence,
                 ),
-                f"Scores less those of {baseline}, {where}, with {comparison.confidence:.0%} bootstrap intervals over "
-                "the test images; lower is better. A hollow mark: the interval holds 0.",
+                f"Scores minus those of {baseline}, {where}, with {comparison.confidence:.0%} bootstrap intervals over "
+                "the test images; lower is better. Hollow mark: the interval contains 0.",
                 f"Forest plot of the differences of {count_runs(len(known))} from the baseline, {where}.",
             )
     if comparison.curves:
@@ -154,8 +154,8 @@ def _comparison(report: Report) -> dict[str, Picture]:
                 [f"{compact(report.runs[place].training_example_passes)} passes" for place in drawn],
                 [curve.points for curve in comparison.curves],
             ),
-            "Clean scores against the number of members: solid, the mean over random subsets, in a band from the best "
-            "to the worst; dashed, in the order that helps most on the validation images.",
+            "Clean scores against the number of members: solid, the mean over random subsets, with a band from best "
+            "to worst; dashed, in the greedy order on the validation images.",
             f"Curves of calibrated NLL and error of {count_runs(len(drawn))} against members.",
         )
     return pictures
@@ -166,7 +166,7 @@ def _name(report: Report, number: int) -> str:
 
 
 def _printable(text: str) -> str:
-    """A name as matplotlib can draw it: no formula in it, and only letters that its font has."""
+    """Escape a name for matplotlib: no formulas, and only letters of its font."""
     short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 15]}…{text[-14:]}"
     known = "".join(letter if letter < "\u0500" or letter == "…" else "?" for letter in short)
     return known.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""How runs, costs and scores are written: once, for tables, sentences and pictures alike."""
+"""Formats of runs, costs and scores, for tables, sentences and figures."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = [
     "plain",
     "representatives",
     "spread_text",
-    "told_apart",
+    "verdict",
 ]
 
 NOTHING = "–"
-"""Stands for ``null``."""
+"""The text of ``null``."""
 
 
 class Score(NamedTuple):
-    """How a score is written: ``scale`` times its value to so many digits."""
+    """The format of a score: ``scale`` times its value, with ``digits`` decimal places."""
 
     title: str
     scale: float
@@ -34,7 +34,7 @@ class Score(NamedTuple):
     meaning: str
 
     def write(self, value: float | None, *, sign: bool = False) -> str:
-        """The value as text."""
+        """Format a value."""
         if value is None:
             return NOTHING
         text = f"{value * self.scale:{'+' if sign else ''}.{self.digits}f}"
@@ -43,49 +43,50 @@ class Score(NamedTuple):
 
 SCORES: dict[str, Score] = {
     "accuracy": Score("accuracy %", 100, 2, "share of images whose most probable class is right"),
-    "error": Score("error %", 100, 2, "100 % less the accuracy"),
+    "error": Score("error %", 100, 2, "100 % minus the accuracy"),
     "nll": Score("NLL", 1, 4, "negative log-likelihood of the right class, in nats"),
     "calibrated_nll": Score(
         "calibrated NLL", 1, 4, "NLL after one temperature, fitted on the validation images to the pooled prediction"
     ),
     "brier": Score("Brier", 1, 4, "squared error of the probabilities, summed over the classes; 0 to 2"),
     "ece": Score("ECE %", 100, 2, "expected calibration error: confidence against accuracy in 15 bins of equal width"),
-    "adaptive_ece": Score("adaptive ECE %", 100, 2, "ECE in 15 bins that hold equally many images"),
+    "adaptive_ece": Score("adaptive ECE %", 100, 2, "ECE in 15 bins of equally many images"),
     "classwise_ece": Score("class-wise ECE %", 100, 3, "ECE of every class's own probability, mean over the classes"),
     "max_calibration_error": Score(
-        "max. calibration error %", 100, 2, "the largest gap among ECE's bins, however few images it holds"
+        "max. calibration error %", 100, 2, "the largest gap of ECE's bins, however few images a bin has"
     ),
-    "aurc": Score(
-        "AURC %", 100, 3, "error among the most confident images, averaged over every number of images that one keeps"
-    ),
+    "aurc": Score("AURC %", 100, 3, "error among the k most confident images, averaged over all k"),
     "risk_at_80": Score("risk at 80 %", 100, 2, "error in % among the most confident 80 % of the images"),
     "misclassification_auroc": Score(
-        "AUROC of errors %", 100, 2, "how often a right answer is more confident than a wrong one; 50 % is chance"
+        "AUROC of errors %",
+        100,
+        2,
+        "probability that a right answer is more confident than a wrong one; 50 % is chance",
     ),
     "member_accuracy": Score("members' accuracy %", 100, 2, "mean of the members' own accuracies"),
     "member_nll": Score("members' NLL", 1, 4, "mean of the members' own NLLs, in nats"),
-    "disagreement": Score("disagreement %", 100, 2, "how often two members name different classes"),
+    "disagreement": Score("disagreement %", 100, 2, "share of pairs of members that predict different classes"),
     "predictive_entropy": Score("predictive entropy", 1, 4, "entropy of the mean prediction, in nats"),
     "expected_entropy": Score("expected entropy", 1, 4, "mean of the members' own entropies, in nats"),
     "mutual_information": Score(
-        "mutual information", 1, 4, "predictive less expected entropy: how far the members differ"
+        "mutual information", 1, 4, "predictive minus expected entropy: how much the members differ"
     ),
 }
-"""Every score of the schema's ``CellScores``; lower is better but for the accuracies and the AUROC."""
+"""Every score of ``CellScores``; lower is better, except for the accuracies and the AUROC."""
 
 
 def plain(text: str) -> str:
-    """One line that can be printed and encoded, whatever a folder's name holds."""
+    """Replace characters that cannot be printed or encoded, such as those of a folder's name."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def label(report: Report, number: int) -> str:
-    """What a run is called in tables and pictures: its place, since two runs may share a name, and its name."""
+    """Return a run's label in tables and figures: its number, since names may be equal, and its name."""
     return f"{number + 1}: {plain(report.runs[number].name)}"
 
 
 def compact(passes: int) -> str:
-    """A number of passes, such as 1.5M."""
+    """Format a number of passes, such as 1.5M."""
     for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if passes >= size:
             return f"{passes / size:,.1f}{unit}"
@@ -93,14 +94,15 @@ def compact(passes: int) -> str:
 
 
 def count_runs(count: int) -> str:
-    """A number of runs, such as "2 runs"."""
+    """Format a number of runs, such as "2 runs"."""
     return "1 run" if count == 1 else f"{count} runs"
 
 
 def representatives(report: Report, most: int) -> tuple[list[int], str]:
-    """The places of the runs to show where more than ``most`` are too many, and what must then be said of it.
+    """Choose the runs to show if more than ``most`` are too many: the first of each known group of seeds.
 
-    Those are the first of each group of seeds, if the groups are known; else all.
+    Returns:
+        Their positions, and a sentence on the choice, empty if all are shown.
     """
     everyone = list(range(len(report.runs)))
     groups = report.comparison.groups if report.comparison is not None else []
@@ -110,20 +112,20 @@ def representatives(report: Report, most: int) -> tuple[list[int], str]:
     return first, f"One run of each group of seeds is shown: {', '.join(str(place + 1) for place in first)}."
 
 
-def told_apart(difference: Difference) -> str:
-    """``"lower"``, ``"higher"``, or that the interval holds 0."""
+def verdict(difference: Difference) -> str:
+    """Return ``"lower"``, ``"higher"``, or ``"not significant"`` if the interval contains 0."""
     if difference.high < 0:
         return "lower"
-    return "higher" if difference.low > 0 else "not told apart"
+    return "higher" if difference.low > 0 else "not significant"
 
 
 def group_label(report: Report, group: Group) -> str:
-    """A group's method, and the places of its runs."""
+    """Return a group's label: its method and the numbers of its runs."""
     return f"{plain(report.runs[group.runs[0]].method)} ({', '.join(str(place + 1) for place in group.runs)})"
 
 
 def spread_text(name: str, found: Spread | None) -> str:
-    """The mean of a score and its standard deviation, where there is one."""
+    """Format the mean of a score and its standard deviation, if there is one."""
     if found is None or found.deviation is None:
         return SCORES[name].write(None if found is None else found.mean)
     return f"{SCORES[name].write(found.mean)} ± {SCORES[name].write(found.deviation)}"

@@ -1,6 +1,6 @@
-"""The report as one HTML page that needs nothing else: no network, no script, its figures inside.
+"""The report as one self-contained HTML page: no network, no scripts, embedded figures.
 
-The same evaluation gives the same bytes, but for how long it took and the command, which the page names too.
+The same evaluation gives the same bytes, except for the duration and the command.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _SECTIONS = {
 }
 """The sections of tables and pictures, in reading order."""
 
-_FOLDED = "cells"  # long: folded on a screen, left out in print
+_FOLDED = "cells"  # long: folded on screen, omitted in print
 
 
 def page(
     found: Evaluation, report: Report, pictures: Mapping[str, Picture], *, seconds: float, command: str | None = None
 ) -> bytes:
-    """The whole report as HTML, UTF-8.
+    """Render the report as HTML, in UTF-8.
 
     Args:
-        found: what was evaluated.
-        report: its report, or the one with the comparison in it.
+        found: the evaluation.
+        report: its report, or the one with a comparison.
         pictures: :func:`ensembler.eval.report.figures.figures` of both.
-        seconds: how long it took.
-        command: what made it, as typed.
+        seconds: the duration.
+        command: as typed.
     """
     tables = report_tables(report)
     sections = {
@@ -87,7 +87,7 @@ def _section(key: str, tables: list[Table], pictures: Mapping[str, Picture]) -> 
         if picture.section == key:
             yield _figure(picture)
     if key == _FOLDED and tables:
-        yield '<p class="note">Folded here, and left out in print; report.csv holds them all.</p>'
+        yield '<p class="note">Folded here and omitted in print; report.csv has them all.</p>'
 
 
 def _table(table: Table, notes: list[str]) -> str:
@@ -109,7 +109,7 @@ def _table(table: Table, notes: list[str]) -> str:
 
 
 def _heading(text: str) -> str:
-    """A unit stays beside what it is of."""
+    """Escape a heading, and keep its unit on the same line."""
     return escape(text).replace(" %", "&nbsp;%")
 
 
@@ -152,12 +152,12 @@ def _made(found: Evaluation, report: Report, seconds: float, command: str | None
 
 
 def _generated(report: Report) -> str:
-    """What is no published set of images."""
+    """List the generated images."""
     made = ["the corrupted test images"] if report.shift is not None and report.shift.source == "generated" else []
     made += [plain(images.title) for images in report.ood if images.source == "generated"]
     return ", ".join(made) or "nothing"
 
 
 def _definitions(facts: Mapping[str, str]) -> str:
-    """A list of terms; what they mean is HTML already."""
+    """Render a list of terms, whose meanings are HTML already."""
     return "<dl>\n" + "\n".join(f"<dt>{escape(term)}</dt><dd>{text}</dd>" for term, text in facts.items()) + "\n</dl>"

@@ -1,4 +1,4 @@
-"""The evaluation's own figures: reliability, shift, selective prediction, uncertainty; and what all figures share."""
+"""Plots of an evaluation: reliability, shift, selective prediction and uncertainty; and what all plots share."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ __all__ = [
 
 _SCORES = (("error", "error (%)", 100), ("nll", "NLL (nats)", 1), ("ece", "ECE (%)", 100))
 
-_LEAST_KEPT = 0.05  # share of the examples below which a handful decides
+_LEAST_KEPT = 0.05  # share of the examples below which the accuracy is noise
 
-# Okabe and Ito's colours, told apart by colour-blind readers; the markers tell them apart in print.
+# Okabe and Ito's colours, for colour-blind readers; with markers for print.
 STYLES = tuple(
     zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vP*", strict=True)
 )
 
 
 def plot_severity(names: Sequence[str], runs: Sequence[RunReport]) -> Figure:
-    """Error, NLL and ECE of each run, clean (severity 0) and as the mean over corruptions at each severity."""
+    """Plot error, NLL and ECE of each run, clean (severity 0) and as means over corruptions at each severity."""
     figure = new_figure(13, 4.2)
     for axes, (name, title, scale) in zip(figure.subplots(1, 3), _SCORES, strict=True):
         for number, (label, run) in enumerate(zip(names, runs, strict=True)):
@@ -57,7 +57,7 @@ def plot_severity(names: Sequence[str], runs: Sequence[RunReport]) -> Figure:
 
 
 def plot_reliability(names: Sequence[str], diagrams: Sequence[Reliability]) -> Figure:
-    """Accuracy against confidence, a panel a run; dots stand at a bin's mean confidence, the line is its share."""
+    """Plot accuracy against confidence, a panel per run; dots are at mean confidences, the line is a bin's share."""
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     figure = new_figure(3.2 * columns, 3.1 * rows)
@@ -86,7 +86,7 @@ def _reliability(axes: Axes, bins: Reliability, number: int) -> None:
 
 
 def plot_boxes(names: Sequence[str], runs: Sequence[RunReport], headline: Sequence[str]) -> Figure:
-    """Box plots over the headline corruptions at each severity, runs side by side (Ovadia et al. 2019, figure 2).
+    """Draw box plots over the headline corruptions at each severity, as in Ovadia et al. 2019, figure 2.
 
     The clean score is a point at severity 0. https://arxiv.org/abs/1906.02530
     """
@@ -117,17 +117,14 @@ def plot_boxes(names: Sequence[str], runs: Sequence[RunReport], headline: Sequen
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3, axis="y")
     add_legend(figure)
-    figure.suptitle(f"Over {len(headline)} corruptions: median, quartiles, least and greatest", fontsize="medium")
+    figure.suptitle(f"Over {len(headline)} corruptions: median, quartiles, minimum and maximum", fontsize="medium")
     return figure
 
 
 def plot_rejection(
     names: Sequence[str], clean: Sequence[RiskCoverage], shifted: Sequence[RiskCoverage] | None = None
 ) -> Figure:
-    """Accuracy of the most confident examples against the share of examples kept: clean, and under shift.
-
-    From 5 % kept: of fewer, a handful of examples decides.
-    """
+    """Plot the accuracy of the most confident examples against the share of examples kept, from 5 % on."""
     panels = [("clean", clean), *([("under shift, cells pooled", shifted)] if shifted else [])]
     figure = new_figure(5 * len(panels), 4.2)
     for axes, (title, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
@@ -147,13 +144,13 @@ def plot_entropy(
     outside: Mapping[str, Sequence[NDArray[np.floating]]],
     classes: int,
 ) -> Figure:
-    """Histograms of the predictive entropy, in distribution (filled) and out of it (lines), one panel a run.
+    """Draw histograms of the predictive entropy in (filled) and out of distribution (lines), a panel per run.
 
     Args:
         names: of the runs.
         inside: (B,) each run's predictive entropies (nats) of images in distribution.
-        outside: title of each set of images out of distribution, then as ``inside``.
-        classes: C, of which log C is the largest entropy.
+        outside: the same for each set of images out of distribution, by title.
+        classes: C; log C is the largest entropy.
     """
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
@@ -180,34 +177,34 @@ def _density(
 
 
 def style(number: int) -> tuple[str, str]:
-    """The colour and marker of the ``number``-th run."""
+    """Return the colour and marker of a run."""
     return STYLES[number % len(STYLES)]
 
 
 def add_legend(figure: Figure) -> None:
-    """One legend for all panels, below them."""
+    """Add one legend for all panels, below them."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
     columns = min(3, max(1, len(labels)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, its size in inches."""
+    """Create an empty figure, of a size in inches."""
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as PNG; the same figure always gives the same bytes."""
+    """Render a figure as PNG; the same figure gives the same bytes."""
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})  # matplotlib would write its version
     return content.getvalue()
 
 
 def to_svg(figure: Figure) -> bytes:
-    """The figure as SVG, its text as outlines; the same figure always gives the same bytes."""
+    """Render a figure as SVG, with text as outlines; the same figure gives the same bytes."""
     content = io.BytesIO()
-    with rc_context({"svg.hashsalt": "ensembler"}):  # else its ids are drawn anew each time
+    with rc_context({"svg.hashsalt": "ensembler"}):  # fixes the ids
         figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
     return content.getvalue()

@@ -1,7 +1,6 @@
-"""What an evaluation found: the schema of its JSON.
+"""The schema of a report's JSON.
 
-A report holds nothing that changes from one evaluation to the next (no dates, no timings of its own), so the same
-runs and seed give the same bytes on a CPU.
+A report has no dates or timings of its own, so the same runs and seed give the same bytes on a CPU.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ __all__ = [
 class CellScores(Record):
     """Scores of the ensemble's mean prediction on one set of images; see :mod:`ensembler.eval.scores.metrics`.
 
-    Entropies and NLLs are in nats. ``calibrated_nll`` is the NLL after the run's temperature, which was fitted on the
-    validation images. ``member_accuracy`` and ``member_nll`` are means over the members alone. ``null``: not known, of
-    one member, or where all answers are right or all wrong.
+    Entropies and NLLs are in nats. ``calibrated_nll`` is the NLL after the run's temperature, fitted on the validation
+    images. ``member_accuracy`` and ``member_nll`` are means over single members. ``null``: not defined for one member,
+    or if all answers are right or all wrong.
     """
 
     accuracy: float
@@ -68,7 +67,7 @@ class SingleMember(Record):
 
 
 class ShiftReport(Record):
-    """Which shift: ``source`` says whether the files are the official ones. Means are over ``headline``."""
+    """A shift; means are over ``headline``."""
 
     name: str
     source: Literal["official", "generated"]
@@ -79,7 +78,7 @@ class ShiftReport(Record):
 
 
 class OodReport(Record):
-    """One set of out-of-distribution images."""
+    """A set of out-of-distribution images."""
 
     name: str
     title: str
@@ -90,11 +89,10 @@ class OodReport(Record):
 class RunReport(Record):
     """One run's cost and scores.
 
-    ``sha256`` is of the run's manifest, which holds the hash of each of its files.
-    ``training_unknown`` names files of weights that training started from, whose own cost is not known and not counted;
-    ``training_peak_memory`` is in bytes. ``temperature`` was fitted to the validation images; ``by_severity``,
-    ``by_family`` and ``shifted`` are means over the headline corruptions; ``ood`` holds, by set of images and detector,
-    how well they are told from the clean test images.
+    ``sha256`` is of the run's manifest, which has the hash of each of its files. ``training_unknown``: files of weights
+    that training started from, whose own cost is unknown and not counted; ``training_peak_memory``: bytes.
+    ``temperature``: fitted to the validation images. ``by_severity``, ``by_family`` and ``shifted`` are means over the
+    headline corruptions; ``ood``: by set of images and detector.
     """
 
     name: str
@@ -123,8 +121,7 @@ class RunReport(Record):
 
 
 class RunDifference(Record):
-    """A run less the baseline, by score, of which lower is better: on the clean test set, and as means over the shift's
-    headline cells."""
+    """Differences of a run from the baseline by score: clean, and as means over the shift's headline cells."""
 
     run: str
     clean: dict[str, Difference]
@@ -132,10 +129,10 @@ class RunDifference(Record):
 
 
 class Group(Record):
-    """Runs of one method that differ in their seeds alone.
+    """Runs that differ only in their seeds.
 
-    ``runs`` are their places in the report; a seed in ``seeds`` that comes twice is the same run made twice, and tells
-    nothing new; ``scores`` holds the spread of each score, those under shift as ``shifted_NAME``.
+    ``runs``: their positions in the report. A seed that appears twice in ``seeds`` is the same run made twice.
+    ``scores``: the spread of each score, those under shift as ``shifted_NAME``.
     """
 
     runs: list[int]
@@ -144,16 +141,16 @@ class Group(Record):
 
 
 class RunEquivalent(Equivalent):
-    """A run's deep-ensemble equivalent, read off the curve of the deep ensemble ``reference``."""
+    """A run's deep-ensemble equivalent; ``reference`` is the deep ensemble."""
 
     reference: str
 
 
 class MemberCurve(Record):
-    """Test scores against the number of members, with the costs that go with it.
+    """Test scores against the number of members.
 
-    ``order`` is the members' order that helps most, chosen on the validation images; ``recommended`` the smallest
-    number of them, in that order, that the validation images cannot tell from all of them.
+    ``order``: the members' greedy order on the validation images; ``recommended``: the smallest number of members, in
+    that order, that is not significantly worse than all on these images.
     """
 
     run: str
@@ -163,10 +160,9 @@ class MemberCurve(Record):
 
 
 class Comparison(Record):
-    """Runs against one of them, the baseline.
+    """A comparison of runs with one of them, the baseline, by a paired bootstrap over test examples.
 
-    Intervals are a paired bootstrap's over the test examples. ``equivalents`` holds, by run, those of which a deep
-    ensemble of the same network and data is among the runs.
+    ``equivalents``: of the runs for which a deep ensemble of the same network is among the runs.
     """
 
     baseline: str
@@ -197,7 +193,7 @@ class Report(Record):
 
 
 def mean_scores(cells: Sequence[CellScores]) -> CellScores:
-    """The plain mean over cells of equal size: "mean corruption error (unnormalised)" and its companions."""
+    """Compute the mean over cells of equal size: "mean corruption error (unnormalised)" and the other scores."""
     columns = {name: [getattr(cell, name) for cell in cells] for name in CellScores.model_fields}
     means = {name: None if None in column else float(np.mean(column)) for name, column in columns.items()}
     return CellScores.model_validate(means)

@@ -1,4 +1,4 @@
-"""What a report found, in plain sentences: no more than the intervals say."""
+"""The findings of a report in sentences, which claim no more than the intervals support."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ensembler.eval.report.notation import (
     plain,
     representatives,
     spread_text,
-    told_apart,
+    verdict,
 )
 from ensembler.eval.report.schema import CellScores, Comparison, Report, RunReport
 from ensembler.eval.scores.comparison import Difference
@@ -22,11 +22,11 @@ from ensembler.eval.scores.comparison import Difference
 __all__ = ["compared", "findings"]
 
 _SAID = ("nll", "error")
-_LONGEST = 7  # runs of which each has a sentence
+_LONGEST = 7  # runs with a sentence each
 
 
 def compared(report: Report) -> list[str]:
-    """What was compared, on what, a sentence each."""
+    """Describe the runs and the images, a sentence each."""
     images = f"{report.test_examples:,} test images of {plain(report.dataset)}"
     found = [f"{count_runs(len(report.runs))}, scored on the same {images}."]
     if report.shift is not None:
@@ -37,7 +37,7 @@ def compared(report: Report) -> list[str]:
 
 
 def findings(report: Report) -> list[str]:
-    """What it cost and what was found, a sentence or two each."""
+    """Describe the cost and the findings, a sentence or two each."""
     found = [_cost(report)]
     if report.comparison is not None:
         found += _differences(report, report.comparison)
@@ -48,7 +48,7 @@ def findings(report: Report) -> list[str]:
         text = f"{label(report, number)}: {_scores(run.clean)} on clean images"
         found.append(f"{text}; {_scores(run.shifted)} under shift." if run.shifted else f"{text}.")
     if len(report.runs) > 1:
-        found.append("Whether the runs differ by more than the choice of test images was not asked: compare them.")
+        found.append("For significance of the differences, use ensembler compare.")
     return found
 
 
@@ -61,9 +61,9 @@ def _cost(report: Report) -> str:
     text = f"Training took {_extent(passes)} example passes; a prediction takes "
     text += f"{_extent([run.forward_passes_per_prediction for run in report.runs])} forward passes."
     if any(run.training_unknown for run in report.runs):
-        text += " Some runs began with weights whose own training is not known and not counted."
+        text += " Some runs started from weights whose own training cost is unknown and not counted."
     if len(set(passes)) > 1:
-        text += " The runs did not cost the same to train: read every difference beside its cost."
+        text += " The runs differ in training cost: read every difference together with it."
     return text
 
 
@@ -76,8 +76,8 @@ def _differences(report: Report, comparison: Comparison) -> list[str]:
     places = {run.name: number for number, run in enumerate(report.runs)}
     baseline = report.runs[places[comparison.baseline]]
     found = [
-        f"Against {label(report, places[comparison.baseline])}, with {comparison.confidence:.0%} intervals over the "
-        "choice of test images, which say nothing of another training seed, and of which about one in "
+        f"Compared with {label(report, places[comparison.baseline])}; {comparison.confidence:.0%} intervals over the "
+        "choice of test images, not over training seeds; about one in "
         f"{1 / (1 - comparison.confidence):.0f} misses by chance:"
     ]
     shown, said = representatives(report, _LONGEST)
@@ -93,12 +93,12 @@ def _differences(report: Report, comparison: Comparison) -> list[str]:
 def _ratios(run: RunReport, baseline: RunReport) -> str:
     members = _ratio(run.forward_passes_per_prediction, baseline.forward_passes_per_prediction, "forward passes")
     if run.training_unknown or baseline.training_unknown or not baseline.training_example_passes:
-        return f"{members} (training: not all known)"
+        return f"{members} (training cost: partly unknown)"
     return f"{_ratio(run.training_example_passes, baseline.training_example_passes, 'training passes')} and {members}"
 
 
 def _ratio(one: int, other: int, what: str) -> str:
-    return f"as many {what}" if one == other else f"{one / other:.3g} times the {what}"
+    return f"the same {what}" if one == other else f"{one / other:.3g} times the {what}"
 
 
 def _said(differences: Mapping[str, Difference]) -> str:
@@ -107,14 +107,14 @@ def _said(differences: Mapping[str, Difference]) -> str:
 
 def _phrase(score: Score, one: Difference) -> str:
     title, unit = score.title.removesuffix(" %"), " points" if score.scale == 100 else ""
-    verdict = told_apart(one)
-    if verdict in ("lower", "higher"):
+    direction = verdict(one)
+    if direction in ("lower", "higher"):
         amount, low, high = (
             score.write(size) for size in (abs(one.difference), *sorted((abs(one.low), abs(one.high))))
         )
-        return f"{title} {verdict} by {amount}{unit} ({low} to {high})"
+        return f"{title} {direction} by {amount}{unit} ({low} to {high})"
     difference, low, high = (score.write(value, sign=True) for value in (one.difference, one.low, one.high))
-    return f"{title} not told apart ({difference}{unit}, {low} to {high})"
+    return f"{title} not significant ({difference}{unit}, {low} to {high})"
 
 
 def _seeds(report: Report, comparison: Comparison) -> list[str]:
@@ -134,4 +134,4 @@ def _numbers(report: Report, comparison: Comparison) -> list[str]:
         for curve in comparison.curves
         if curve.recommended < report.runs[places[curve.run]].members
     ]
-    return [f"Enough, as far as the validation images can tell: {'; '.join(parts)}."] if parts else []
+    return [f"Sufficient, judged on the validation images: {'; '.join(parts)}."] if parts else []

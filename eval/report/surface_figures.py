@@ -1,4 +1,4 @@
-"""The figures of a surface: contours on the plane, and the measures along paths."""
+"""Plots of a surface: contours on the plane, and measures along paths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LEVELS = 13
 
 
 def plot_surface(surface: Surface) -> bytes:
-    """The plane as two panels of filled contours, train loss and test error, with the corners marked."""
+    """Plot the plane in two panels of filled contours, train loss and test error, with marked corners."""
     shape = (surface.y[-1] - surface.y[0]) / (surface.x[-1] - surface.x[0])
     wide = shape < 0.35
     figure = new_figure(10, 2 * max(8.6 * shape, 0.6) + 2.8) if wide else new_figure(11, 4.2 * min(shape, 2) + 1.8)
@@ -43,7 +43,7 @@ def _title(surface: Surface) -> str:
 
 
 def _contours(axes: Axes, surface: Surface, values: Array, floor: float, title: str) -> None:
-    """Contours at logarithmically spaced levels: a valley and the heights around it are orders apart."""
+    """Draw contours at logarithmic levels: values differ by orders of magnitude."""
     logs = np.log(np.maximum(values, floor))
     levels = np.linspace(logs.min() - 1e-6, logs.max() + 1e-6, _LEVELS)
     filled = axes.contourf(surface.x, surface.y, logs, levels, cmap="viridis")
@@ -80,9 +80,9 @@ def _number(value: float) -> str:
 
 
 def plot_paths(surface: Surface) -> bytes:
-    """Train loss, test error, and the error of the two-member ensemble of the first end with the point at t.
+    """Plot train loss, test error, and the error of the ensemble of the first end and the point at t, a row per path.
 
-    One row a path (Garipov et al. 2018, figure 2).
+    As in Garipov et al. 2018, figure 2.
     """
     rows = len(surface.paths)
     figure = new_figure(12, 3.3 * rows + 0.5)

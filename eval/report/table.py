@@ -1,4 +1,4 @@
-"""A report's table as rows of text, and the columns that tables share."""
+"""Tables as rows of text, and the columns that they share."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Table:
 
     Attributes:
         section: the part of a report that it belongs to.
-        title: what it is, and of which images.
-        columns: their headings.
-        rows: as many cells each as there are columns; the first names the row.
-        words: how many of the first columns are words; the others are figures, flush right.
-        notes: what must stand beside it.
-        detail: left to the page, where there is room.
+        title: of what, and of which images.
+        columns: the headings.
+        rows: one cell per column; the first is the row's name.
+        words: the number of first columns that are words; the others are figures, aligned right.
+        notes: printed below it.
+        detail: shown only on the page.
     """
 
     section: str
@@ -65,7 +65,7 @@ def by_run(
     detail: bool = False,
     words: int = 1,
 ) -> Table:
-    """A table with a row for each run; the other arguments are :class:`Table`'s."""
+    """Make a table with a row for each run; the other arguments are :class:`Table`'s."""
     rows = tuple(
         (label(report, number), *(write(run) for _, write in columns)) for number, run in enumerate(report.runs)
     )
@@ -74,7 +74,7 @@ def by_run(
 
 
 def score_column(name: str, of: Callable[[RunReport], CellScores | None], title: str | None = None) -> Column:
-    """A column of one score: of a run's clean scores, say; by default under the score's own title."""
+    """Make a column of one score, by default under the score's own title."""
 
     def write(run: RunReport) -> str:
         scores = of(run)
@@ -91,25 +91,25 @@ COST: tuple[Column, ...] = (
 
 
 def images_of(report: Report) -> str:
-    """The test images, in words."""
+    """Describe the test images."""
     return f"{report.test_examples:,} test images of {plain(report.dataset)}"
 
 
 def meant_shift(report: Report) -> ShiftReport | None:
-    """The shift, where it has corruptions that means are over."""
+    """Return the shift, if it covers corruptions of the headline."""
     return report.shift if report.runs[0].shifted is not None else None
 
 
 def under(shift: ShiftReport) -> str:
-    """ "under official shift", say."""
+    """Return "under official shift" or "under generated shift"."""
     return f"under {shift.source} shift"
 
 
 def one_member_note(report: Report) -> list[str]:
-    """The note on dashes, where a run has one member."""
+    """Return the note on dashes, if a run has one member."""
     return [ONE_MEMBER] if any(run.members == 1 for run in report.runs) else []
 
 
 def means_over(shift: ShiftReport) -> str:
-    """What means under shift are over, in words."""
+    """Describe what means under shift are over."""
     return f"{len(shift.headline)} corruptions x 5 severities"

@@ -1,4 +1,4 @@
-"""A report's tables, as rows of text: one definition for the terminal, Markdown and the page."""
+"""A report's tables: defined once for the terminal, Markdown and the page."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PERCENT = Score("%", 100, 2, "")
 
 
 def about(report: Report) -> list[str]:
-    """What must be known of all tables: which images, which shift, made where."""
+    """Describe what all tables have in common: the images, the shift, the device."""
     found = [f"{images_of(report)}; predicted on {plain(report.device)}; seed {report.seed}."]
     if report.shift is not None:
         found += [report.shift.note, f"Means are over: {', '.join(report.shift.headline) or 'no corruption'}."]
@@ -48,7 +48,7 @@ def about(report: Report) -> list[str]:
 
 
 def report_tables(report: Report) -> list[Table]:
-    """All tables that the report has something for, in reading order."""
+    """Return all tables for which the report has data, in reading order."""
     found = [_costs(report), _clean(report), _calibration(report), _members(report)]
     if report.shift is not None:
         found += _severities(report, report.shift) if meant_shift(report) else []
@@ -64,12 +64,12 @@ def report_tables(report: Report) -> list[Table]:
 
 def _costs(report: Report) -> Table:
     notes = [
-        "Example passes: an image forward and backward once; forward only: such as for BatchNorm statistics. M members "
-        "take M forward passes a prediction."
+        "Example passes: one image forward and backward; forward only: for BatchNorm statistics, for instance. A "
+        "prediction by M members takes M forward passes."
     ]
     notes += [
-        f"{label(report, number)} began with {', '.join(map(plain, run.training_unknown))}, whose own training is not "
-        "known and not counted (+?)."
+        f"{label(report, number)} started from {', '.join(map(plain, run.training_unknown))}, whose own training cost "
+        "is unknown and not counted (+?)."
         for number, run in enumerate(report.runs)
         if run.training_unknown
     ]
@@ -86,13 +86,13 @@ def _costs(report: Report) -> Table:
         ("seconds", lambda run: f"{run.training_seconds:,.0f}"),
         ("on", lambda run: plain(run.training_device)),
     ]
-    return by_run(report, "costs", "What training took", columns, notes=notes, words=3)
+    return by_run(report, "costs", "Training cost", columns, notes=notes, words=3)
 
 
 def _clean(report: Report) -> Table:
     names = ("error", "nll", "calibrated_nll", "brier", "ece", "aurc")
     columns = [*COST, *(score_column(name, CLEAN) for name in names)]
-    notes = ["M: members, so forward passes a prediction; passes: example passes in training."]
+    notes = ["M: members, and forward passes per prediction; passes: example passes in training."]
     return by_run(report, "clean", f"Clean: {images_of(report)}", columns, notes=notes)
 
 
@@ -107,7 +107,9 @@ def _calibration(report: Report) -> Table:
             figures = (score_column(name, of)[1](run) for name in names)
             rows.append((label(report, number), title, *figures, f"{run.temperature:.3f}"))
     headings = ("run", "images", *(SCORES[name].title for name in names), "temperature")
-    notes = [f"The temperature was fitted on {report.validation_examples:,} validation images; above 1 it softens."]
+    notes = [
+        f"Temperatures were fitted on {report.validation_examples:,} validation images; above 1, they lower confidence."
+    ]
     if shift is not None:
         notes.append(f"Shifted ({shift.source}): mean over {means_over(shift)}.")
     title = f"Calibration: {images_of(report)}"
@@ -119,10 +121,10 @@ def _members(report: Report) -> Table:
     columns = [*COST, *(score_column(name, CLEAN) for name in names)]
     columns += [
         score_column("member_accuracy", CLEAN),
-        ("least %", lambda run: SCORES["accuracy"].write(min(one.accuracy for one in run.single_members))),
-        ("greatest %", lambda run: SCORES["accuracy"].write(max(one.accuracy for one in run.single_members))),
+        ("min %", lambda run: SCORES["accuracy"].write(min(one.accuracy for one in run.single_members))),
+        ("max %", lambda run: SCORES["accuracy"].write(max(one.accuracy for one in run.single_members))),
     ]
-    notes = ["Entropies and mutual information in nats; least and greatest: of the members' own accuracies."]
+    notes = ["Entropies and mutual information in nats; min and max: of the members' accuracies."]
     title = f"Members: {images_of(report)}, clean"
     return by_run(report, "members", title, columns, notes=[*notes, *one_member_note(report)], detail=True)
 
@@ -159,7 +161,7 @@ def _families(report: Report, shift: ShiftReport) -> Iterator[Table]:
     covered = {family: [name for name in FAMILIES[family] if name in shift.corruptions] for family in families}
     notes = [f"{family}: {', '.join(names)}" for family, names in covered.items()]
     if "validation" in covered:
-        notes[-1] += ", which count in no other mean"
+        notes[-1] += ", which no other mean includes"
     for name, title in (("error", "Error, %"), ("nll", "NLL"), ("ece", "ECE, %")):
         columns = [
             *COST,
@@ -200,15 +202,15 @@ def _ood(report: Report) -> Iterator[Table]:
             kinds = " and ".join(_OOD[measure] for measure in measures)
             title = f"{plain(images.title)}: {kinds}, %"
             counts = (
-                f"Telling {images.images:,} images ({images.source}) from {report.test_examples:,} clean test images "
-                "by predictive entropy, mutual information, and 1 less the largest probability."
+                f"Detection of {images.images:,} images ({images.source}) among {report.test_examples:,} clean test "
+                "images by predictive entropy, mutual information, and 1 minus the largest probability."
             )
             if "fpr_at_95" in measures:
                 notes = [
-                    f"{counts} FPR@95: share of clean images flagged where 95 % of the others are; lower is better."
+                    f"{counts} FPR@95: share of clean images flagged at 95 % recall of the others; lower is better."
                 ]
             else:
-                notes = [f"{counts} AUPR out: out of distribution is the positive class; AUPR in: the other way round."]
+                notes = [f"{counts} AUPR out: the positive class is out of distribution; AUPR in: in distribution."]
             detail = "auroc" not in measures
             yield by_run(report, "ood", title, columns, notes=[*notes, *one_member_note(report)], detail=detail)
 

@@ -26,7 +26,7 @@ __all__ = ["csv", "markdown", "tables"]
 
 
 def tables(report: Report) -> RenderableType:
-    """The main tables for a terminal; readable from 80 columns on."""
+    """Render the main tables for a terminal of at least 80 columns."""
     from rich import box
     from rich.console import Group as Lines
     from rich.padding import Padding
@@ -38,17 +38,19 @@ def tables(report: Report) -> RenderableType:
     for table in report_tables(report):
         if table.detail:
             continue
-        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, header_style="")
+        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
         for place, heading in enumerate(table.columns):
             widest = max(len(part) for row in table.rows for part in row[place].split() or [""])
             if place < table.words:
-                # Where there is no room a name is cut, but in the first table.
+                # Without room, names are cut, except in the first table.
                 overflow: Literal["fold", "ellipsis"] = "fold" if place or table.section == "costs" else "ellipsis"
                 grid.add_column(Text(heading), overflow=overflow, min_width=min(widest, 8))
-            else:  # a figure is never broken
+            else:  # figures are never broken
                 grid.add_column(Text(heading), justify="right", overflow="fold", min_width=widest)
         for row in table.rows:
-            grid.add_row(Text(row[0].replace(": ", ":", 1)), *map(Text, row[1:]))  # one word: no line ends in it
+            grid.add_row(
+                Text(row[0].replace(": ", ":", 1)), *map(Text, row[1:])
+            )  # one word, so that no line breaks in it
         parts += [Text(), Text(table.title, style="bold"), grid]
         parts += [Padding(Text(note, style="dim"), (0, 0, 0, 2)) for note in table.notes if note not in said]
         said |= set(table.notes)
@@ -56,7 +58,7 @@ def tables(report: Report) -> RenderableType:
 
 
 def markdown(report: Report) -> str:
-    """The main tables as Markdown (GitHub's tables), with their notes."""
+    """Render the main tables and their notes as GitHub Markdown."""
     parts = [f"# {_escape(plain(report.dataset))}: {len(report.runs)} run{'s' * (len(report.runs) > 1)}"]
     parts.append("\n".join(f"- {_escape(line)}" for line in [*about(report), *findings(report)]))
     for table in report_tables(report):
@@ -74,15 +76,15 @@ def markdown(report: Report) -> str:
 
 
 def _escape(text: str) -> str:
-    return re.sub(r"[\\`*\[\]<>|#~$&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)  # a_b is as it is
+    return re.sub(r"[\\`*\[\]<>|#~$&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)  # a_b needs no escape
 
 
 def csv(report: Report) -> str:
-    """Every score of every run, one a row (RFC 4180); ``null`` is an empty value.
+    """Render every score of every run as CSV (RFC 4180), one per row; ``null`` is empty.
 
-    ``set`` is ``cost``, ``validation`` (the temperature), ``clean``, ``member N`` (alone, on the clean images),
-    ``shifted`` (the mean over the headline cells), ``severity``, ``family``, ``cell``, or ``ood NAME``, where
-    ``corruption`` holds the family or corruption; a score out of distribution is ``detector measure``.
+    ``set`` is ``cost``, ``validation`` (the temperature), ``clean``, ``member N`` (of clean images), ``shifted`` (the
+    mean over the headline cells), ``severity``, ``family``, ``cell``, or ``ood NAME``; ``corruption`` is the family or
+    corruption; an out-of-distribution score is ``detector measure``.
     """
     content = io.StringIO(newline="")
     writer = rfc4180.writer(content)
@@ -94,7 +96,7 @@ def csv(report: Report) -> str:
 
 
 def _values(report: Report, run: RunReport) -> Iterator[tuple[str | float | int | None, ...]]:
-    """(set, source, corruption, severity, score, value)."""
+    """Yield (set, source, corruption, severity, score, value)."""
     for name in (
         "training_example_passes",
         "training_forward_passes",

@@ -1,7 +1,7 @@
-"""The page at ``/ui``: one file, ``page.html``, that asks the service's own routes from within the browser. No torch.
+"""The page at ``/ui``: one file, ``page.html``, whose script asks the service's routes.
 
-The page holds nothing of the bundle and needs no token; what it shows, it fetches as any caller does. Its
-Content-Security-Policy lets only its own script and style run, by their hashes, and forbids every other address.
+The page contains nothing of the bundle and needs no token; what it shows, it fetches like any caller. Its
+Content-Security-Policy allows only its own script and style, by their hashes, and no other address.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["examples", "headers", "html"]
 
 @cache
 def html() -> str:
-    """The page."""
+    """Return the page."""
     return files("ensembler.serve.http").joinpath("page.html").read_text(encoding="utf-8")
 
 
 @cache
 def headers() -> dict[str, str]:
-    """What the page is sent with."""
+    """Return the page's response headers."""
     policy = {
         "default-src": "'none'",
         "script-src": _hashes("script"),
@@ -40,7 +40,7 @@ def headers() -> dict[str, str]:
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",
-        "require-trusted-types-for": "'script'",  # no text ever becomes HTML
+        "require-trusted-types-for": "'script'",  # the script never makes HTML of text
         "trusted-types": "'none'",
     }
     return {

@@ -1,11 +1,11 @@
-"""What an operator can set, each by an environment variable. Standard library only.
+"""Settings of the service, each an environment variable. Standard library only.
 
 =============================  ===========================================================================  ==========
-variable                       meaning                                                                      by default
+variable                       meaning                                                                      default
 =============================  ===========================================================================  ==========
 ``ENSEMBLER_BUNDLE``           the bundle's folder                                                          required
 ``ENSEMBLER_MEMBERS``          members to open; more than the bundle holds are made of its vertices         all it has
-``ENSEMBLER_WORKERS``          processes; each opens the bundle and takes its share of the CPUs             1
+``ENSEMBLER_WORKERS``          processes; each opens the bundle and uses its share of the CPUs              1
 ``ENSEMBLER_TOKEN``            what callers must send as ``Authorization: Bearer TOKEN``                    none
 ``ENSEMBLER_MAX_BATCH``        the most images in one request                                               1024
 ``ENSEMBLER_RUN_BATCH``        the most images in one forward pass, of one request or of several            64
@@ -32,7 +32,7 @@ __all__ = ["Settings", "whole_number"]
 
 @dataclass(frozen=True)
 class Settings:
-    """One worker's settings; times in seconds."""
+    """The settings of one worker; times in seconds."""
 
     bundle: Path
     members: int | None
@@ -49,10 +49,10 @@ class Settings:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """An environment's.
+        """Read the settings from an environment.
 
         Raises:
-            UsageError: no bundle is named, or a value is not a whole number from 1 up, or no usable token.
+            UsageError: no bundle is named, a value is not a whole number from 1 up, or the token is unusable.
         """
 
         def number(name: str, default: int) -> int:
@@ -65,7 +65,7 @@ class Settings:
             )
         token = environment.get("ENSEMBLER_TOKEN")
         if token and not all("!" <= character <= "~" for character in token):
-            raise UsageError("ENSEMBLER_TOKEN must consist of visible ASCII characters: a header carries no others")
+            raise UsageError("ENSEMBLER_TOKEN must consist of visible ASCII characters: a header holds no others")
         return cls(
             bundle=Path(bundle),
             members=_number(environment, "ENSEMBLER_MEMBERS"),
@@ -89,10 +89,10 @@ class Settings:
 
 
 def whole_number(name: str, default: int) -> int:
-    """An environment variable that holds a whole number from 1 up.
+    """Return an environment variable's whole number from 1 up.
 
     Raises:
-        UsageError: it holds something else.
+        UsageError: it is something else.
     """
     return _number(os.environ, name) or default
 

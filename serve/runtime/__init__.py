@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 from ensembler._lazy import exports
 
 if TYPE_CHECKING:
-    from ensembler.serve.runtime.runtime import Prediction, Runtime
+    from ensembler.serve.runtime.prediction import Prediction
+    from ensembler.serve.runtime.runtime import Runtime
 
 __all__ = ["Prediction", "Runtime"]
 
 __getattr__, __dir__ = exports(
-    __name__, {name: f"ensembler.serve.runtime.runtime:{name}" for name in ("Prediction", "Runtime")}
+    __name__,
+    {
+        "Prediction": "ensembler.serve.runtime.prediction:Prediction",
+        "Runtime": "ensembler.serve.runtime.runtime:Runtime",
+    },
 )

@@ -11,7 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ensembler.errors import ArtefactError, UsageError
-from ensembler.serve.runtime.machine import gpu_answers
+from ensembler.serve.runtime.machine import has_gpu
 from ensembler.serve.runtime.manifest import GRAPH, MERGED, WEIGHTS, BundleManifest, Layout
 from ensembler.serve.runtime.vertices import Vertices, further_coefficients
 
@@ -129,7 +129,7 @@ def open_session(
 
 def providers() -> list[Any]:
     """Return the execution providers: CUDA before the CPU where there is a GPU; a session may still fall back."""
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and gpu_answers():
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and has_gpu():
         onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them
         # TF32 would break the agreement with PyTorch that the export has checked.
         return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
