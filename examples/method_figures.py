@@ -18,8 +18,9 @@ from PIL import Image
 from ensembler import Run, load_dataset
 from ensembler.eval.plots import STYLES, new_figure, to_png
 from ensembler.eval.surface import measure_surface, plot_surface
-from ensembler.trainers import Session, Settings, train_fge, train_simplex, train_snapshots, train_subspace
-from ensembler.trainers.schedules import after, cosine, cyclic, one_cycle, repeated
+from ensembler.trainers import FGE, Method, Settings, Simplex, Snapshots, Subspace, train
+from ensembler.trainers.methods.fge import cyclic
+from ensembler.trainers.schedules import after, cosine, one_cycle, repeated
 
 
 def main() -> None:
@@ -27,11 +28,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     digits = load_dataset("digits")
 
-    def session(epochs: float) -> Session:
-        return Session(digits, Settings(epochs=epochs))
+    def make(method: Method, epochs: float) -> Run:
+        return train(digits, method, Settings(epochs=epochs))
 
-    steps, rate = session(1).per_epoch, Settings().rate
-    sse, fge = train_snapshots(session(12), members=3), train_fge(session(5), members=4, cycle=1)
+    settings = Settings().resolved(digits)
+    steps, rate = -(-len(digits.train) // settings.batch_size), settings.lr
+    sse, fge = make(Snapshots(members=3), 12), make(FGE(members=4, cycle=1), 5)
     cycle, begin = 4 * steps, 4 * steps
     rates = {
         "SSE: cosine cycles": (sse, repeated(cosine(rate, cycle), cycle), [4.0, 8.0, 12.0]),
@@ -44,8 +46,8 @@ def main() -> None:
     _write(folder / "schedules.png", _schedules(rates, steps))
     planes = {
         "fge": fge,
-        "simplex": train_simplex(session(6), vertices=3, members=8),
-        "subspace": train_subspace(session(40), vertices=3, members=8),
+        "simplex": make(Simplex(vertices=3, members=8), 6),
+        "subspace": make(Subspace(vertices=3, members=8), 40),
     }
     with tempfile.TemporaryDirectory() as scratch:
         for name, run in planes.items():
