@@ -249,7 +249,7 @@ def test_under_torchrun_a_run_has_a_name_and_its_command_resumes_by_itself(tmp_p
     refused = call(*command, "--out", "x", "--lr", 0.2)
     assert refused.exit_code == 1
     assert (
-        "x.unfinished was begun with other options or on other data: resume it with those, or remove it"
+        "x.unfinished was started with other options or data: resume it with those, or remove it"
         in refused.stderr
     )
     gone_on = call(*command, "--out", "x")
