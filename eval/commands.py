@@ -217,7 +217,8 @@ def calibrate(
             f"a calibration is kept with its run: ensembler pull {run} --out PATH, ensembler calibrate PATH, and "
             f"ensembler push PATH {run} sends it there"
         )
-    path = (latest(Path("runs")) if run is None else Path(run)).resolve()  # latest may be another one soon
+    path = latest(Path("runs")) if run is None else Path(run)
+    path = path.resolve() if path.is_symlink() else path  # latest may be another one soon
     check_writable(path, "a calibration lies in its run's folder: copy the run to where you may write")
     with watching(quiet, unit="images") as watch:
         found = calibrate(
