@@ -164,7 +164,7 @@ class _Runs:
 
         outer, inner = (engine, Local()) if self.several else (Local(), engine)
         self.unfinished = {
-            seed: UnfinishedRun(path, self._spec(seed), self.every, ours=self.group.first)
+            seed: UnfinishedRun(path, self._spec(seed), self.every, writer=self.group.first)
             for seed, path in self.paths.items()
             if not path.exists()
         }
