@@ -146,7 +146,7 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
         yield from (f"| {panel} | takes | default | |", "|---|---|---|---|")
         for row in own:
             name = f"`{row.name}`" if panel == "Arguments" else row.name
-            yield f"| {name} | {row.takes} | {row.default} | {_cell(row.help)} |"
+            yield f"| {name} | {_cell(row.takes)} | {row.default} | {_cell(row.help)} |"
         yield ""
 
 

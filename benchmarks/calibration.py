@@ -1,8 +1,8 @@
-"""Do the promises of a calibration hold? Over random splits of images that the members were not trained on: how often
-the promised coverage of conformal sets and the promised risk of the answers held, and how both break under shift.
+"""The guarantees of a calibration over random splits of images that the members were not trained on: how often the
+coverage of prediction sets and the risk of the answers hold, clean and under shift.
 
-Each split calibrates on as many images as ``ensembler calibrate`` would have, half for the map, and looks at the rest.
-``as_theory``: the share of splits whose coverage lies in the central 95 % of its exact distribution, beta-binomial.
+Each split calibrates on as many images as ``ensembler calibrate`` would, half of them for the map, and tests on the
+rest. ``as_theory``: the share of splits whose coverage is in the central 95 % of its exact beta-binomial distribution.
 
 Figures: ``clean.*`` and ``severityS.*``.
 
@@ -27,8 +27,9 @@ from ensembler import datasets
 from ensembler.calibration import Calibration, abstain, apply, prediction_sets
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
-from ensembler.eval.calibrate import METHODS, fit
-from ensembler.eval.metrics import ece, nll
+from ensembler.eval.calibrate import fit
+from ensembler.eval.scores.metrics import ece, nll
+from ensembler.eval.scores.recalibration import METHODS
 from ensembler.seeds import generator
 from ensembler.uncertainty import mean_probabilities
 
@@ -36,7 +37,7 @@ _SEVERITIES = (1, 3, 5)
 
 
 class Predicted(NamedTuple):
-    """Pooled probabilities (N, C), labels (N,), and each image's place among the held-out ones."""
+    """Pooled probabilities (N, C), labels (N,), and each image's index among the held-out ones."""
 
     probs: NDArray[np.float64]
     labels: NDArray[np.int64]
@@ -46,7 +47,7 @@ class Predicted(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
-    parser.add_argument("--shift", choices=["cifar10c"], help="corrupt test images, too")
+    parser.add_argument("--shift", choices=["cifar10c"], help="also test on corrupted images")
     parser.add_argument("--examples", type=int, default=1000, help="test images to corrupt (default: 1000)")
     parser.add_argument("--splits", type=int, default=100)
     parser.add_argument("--method", choices=METHODS, default="temperature")
@@ -87,11 +88,11 @@ def _ensembles(options: argparse.Namespace) -> Iterator[tuple[str, Ensemble, Dat
         ensemble = Ensemble.load(path)
         yield path.name, ensemble, ensemble.run.manifest.dataset.load(options.data)
     if not options.runs:
-        from ensembler.trainers import Session, Settings, train_deep_ensemble
+        from ensembler.trainers import DeepEnsemble, Settings, train
 
         digits = datasets.load("digits")
         settings = Settings(architecture="cnn", epochs=1 if options.quick else 3)
-        yield "digits", Ensemble(train_deep_ensemble(Session(digits, settings), members=3)), digits
+        yield "digits", Ensemble(train(digits, DeepEnsemble(members=3), settings)), digits
 
 
 def _predict(ensemble: Ensemble, images: Tensor, labels: Tensor, places: Tensor | None = None) -> Predicted:
@@ -102,7 +103,7 @@ def _predict(ensemble: Ensemble, images: Tensor, labels: Tensor, places: Tensor 
 
 def _corrupted(ensemble: Ensemble, dataset: Dataset, examples: int) -> dict[str, Predicted]:
     """All headline corruptions of some test images, by severity."""
-    from ensembler.eval.corruptions import AVAILABLE, HEADLINE, corrupt
+    from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, corrupt
 
     index = torch.randperm(len(dataset.test), generator=generator(0, "examples"))[:examples].sort().values
     test = dataset.test[index]

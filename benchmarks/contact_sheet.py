@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ensembler.eval.corruptions import AVAILABLE, HEADLINE, SEVERITIES, corrupt
+from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, SEVERITIES, corrupt
 
 SCALE = 3
 CELL = 32 * SCALE + 4

@@ -164,7 +164,7 @@ def _early(runtime: Runtime, dataset: Dataset, quick: bool) -> dict[str, float]:
 
 def _cells(dataset: Dataset, quick: bool) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """The clean test images, and each corruption of them."""
-    from ensembler.eval.corruptions import HEADLINE, corrupt
+    from ensembler.eval.shift.corruptions import HEADLINE, corrupt
 
     test = dataset.test[: BATCH if quick else 1024]
     yield "clean", test.images.numpy()

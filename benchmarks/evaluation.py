@@ -1,9 +1,9 @@
 """``ensembler eval`` over all corruptions against a bare loop of forward passes over the same images.
 
-``overhead`` is the time of a whole evaluation (images corrupted, every member's prediction, every score, the
-predictions kept) over that of the forward passes alone, on images already made, in the same batches: the median over
-pairs that ran one after the other, both keeping the memory they free (``ensembler/memory.py``). ``seconds.again`` is a
-second evaluation's, from the kept predictions.
+``overhead`` is the time of a whole evaluation (corrupting images, predicting, scoring, keeping predictions) divided by
+that of the forward passes alone, on corrupted images in the same batches: the median over pairs that ran one after the
+other, both keeping freed memory (``ensembler.device.keep_freed``). ``seconds.again`` is the time of a second
+evaluation, from kept predictions.
 
     python benchmarks/evaluation.py [--quick] [--json FILE]
 """
@@ -19,8 +19,8 @@ from _harness import arguments, report, spread, timed
 
 from ensembler import architectures, load_dataset
 from ensembler.ensemble import Ensemble
-from ensembler.eval.corruptions import AVAILABLE, SEVERITIES, corrupt
 from ensembler.eval.evaluation import evaluate
+from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, corrupt
 from ensembler.images import normalise
 from ensembler.run import Cost, DatasetRecord, Manifest, Run
 from ensembler.weights import FlatWeights
@@ -29,7 +29,7 @@ MEMBERS = 4
 
 
 def make_run(path: Path, architecture: str) -> Path:
-    """A deep ensemble on the digits that nobody trained: it predicts at the same speed."""
+    """Save an untrained deep ensemble for the digits, which predicts at the same speed as a trained one."""
     record = DatasetRecord.of(load_dataset("digits"))
     networks = [FlatWeights(architectures.build(architecture, len(record.classes), seed)) for seed in range(MEMBERS)]
     buffers = [weights.buffers() for weights in networks]
@@ -42,8 +42,7 @@ def make_run(path: Path, architecture: str) -> Path:
         members=MEMBERS,
         parameters=len(networks[0]),
         sampling=None,
-        options={},
-        cost=Cost(example_passes=0, forward_passes=0, seconds=0, peak_memory=None, device="cpu", parts={}),
+        cost=Cost(example_passes=0, forward_passes=0, seconds=0, peak_memory=None, device="cpu", entries={}),
         metrics={},
         created="",
         versions={},
@@ -78,7 +77,7 @@ def main() -> None:
         def whole(cache: str) -> None:
             evaluate([path], "corruptions", cache=Path(folder) / cache)
 
-        evaluate([path], cache=Path(folder) / "warm")  # what is imported when it is needed
+        evaluate([path], cache=Path(folder) / "warm")  # imports
         ratios, forward = [], []
         for repeat in range(repeats):
             forward.append(timed(bare))

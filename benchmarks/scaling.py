@@ -229,7 +229,7 @@ def measure() -> dict[str, Any]:
 
     from ensembler import architectures
     from ensembler.artefact import sha256
-    from ensembler.eval.corruptions import AVAILABLE, corrupt
+    from ensembler.eval.shift.corruptions import AVAILABLE, corrupt
     from ensembler.memory import keep_freed
     from ensembler.run import versions
     from ensembler.uncertainty import entropy, expected_entropy

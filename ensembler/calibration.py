@@ -14,13 +14,14 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from ensembler import artefact
+from ensembler.calibration_maps import FLOOR, Map
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.record import Record
 
@@ -28,14 +29,9 @@ __all__ = [
     "FILE",
     "FLOOR",
     "Abstention",
-    "Beta",
     "Calibration",
     "Conformal",
     "ConformalMethod",
-    "Histogram",
-    "Isotonic",
-    "Map",
-    "Temperature",
     "abstain",
     "apply",
     "conformal_quantile",
@@ -44,92 +40,16 @@ __all__ = [
     "prediction_sets",
     "read",
     "save",
-    "temper",
 ]
 
 FILE = "calibration.json"
-FLOOR = float(np.finfo(np.float32).tiny)
-"""Smallest probability whose logarithm is computed: float32's smallest normal number, 1.2e-38, or 87.3 nats."""
-
-_FORMATS = (1,)
+FORMAT = 1
 
 Array = NDArray[np.float64]
 ConformalMethod = Literal["lac", "aps"]
 
 
-class _Record(Record):
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-
-class Temperature(_Record):
-    """Temperature scaling of the pooled prediction: ``p**(1 / T)``, normalised (Guo et al. 2017)."""
-
-    method: Literal["temperature"] = "temperature"
-    temperature: float = Field(gt=0)
-
-    def __call__(self, p: Array) -> Array:
-        return temper(p, self.temperature)
-
-
-class Isotonic(_Record):
-    """One piecewise linear, increasing curve per class (Zadrozny & Elkan 2002); then rows are normalised.
-
-    Attributes:
-        x, y: (C, points of that class); for two classes, only the second's curve.
-    """
-
-    method: Literal["isotonic"] = "isotonic"
-    x: list[list[float]]
-    y: list[list[float]]
-
-    def __call__(self, p: Array) -> Array:
-        columns = p[:, -len(self.x) :].T
-        return _one_vs_rest(p, [np.interp(column, x, y) for column, x, y in zip(columns, self.x, self.y, strict=True)])
-
-
-class Histogram(_Record):
-    """A frequency for each bin of each class's probability (Zadrozny & Elkan 2001); then rows are normalised.
-
-    The bins have equal width and are left-open.
-
-    Attributes:
-        y: (C, bins); for two classes, only the second's.
-    """
-
-    method: Literal["histogram"] = "histogram"
-    y: list[list[float]]
-
-    def __call__(self, p: Array) -> Array:
-        edges = np.linspace(0.0, 1.0, len(self.y[0]) + 1)
-        places = np.searchsorted(edges[1:-1], p[:, -len(self.y) :].T, side="left")
-        return _one_vs_rest(p, np.take_along_axis(np.array(self.y), places, axis=1))
-
-
-class Beta(_Record):
-    """``softmax(a log p - b log(1 - p) + c)``, with a, b and c per class (Kull et al. 2017, as extended by netcal).
-
-    For two classes, the first's are 0.
-
-    Attributes:
-        a, b, c: (C,) each.
-    """
-
-    method: Literal["beta"] = "beta"
-    a: list[float]
-    b: list[float]
-    c: list[float]
-
-    def __call__(self, p: Array) -> Array:
-        epsilon = np.finfo(np.float64).eps  # netcal's
-        log = np.log(np.clip(p, epsilon, 1.0 - epsilon))
-        log_rest = np.log(np.clip(1.0 - p, epsilon, 1.0 - epsilon))
-        return _softmax(np.array(self.a) * log - np.array(self.b) * log_rest + np.array(self.c))
-
-
-Map = Annotated[Temperature | Isotonic | Histogram | Beta, Field(discriminator="method")]
-
-
-class Conformal(_Record):
+class Conformal(Record):
     """The conformity scores of the held-out examples' labels, for split conformal prediction.
 
     Attributes:
@@ -144,7 +64,7 @@ class Conformal(_Record):
     aps: list[float]
 
 
-class Abstention(_Record):
+class Abstention(Record):
     """The confidence below which to abstain, so that at most a share ``risk`` of the answers is wrong.
 
     Attributes:
@@ -162,7 +82,7 @@ class Abstention(_Record):
     wrong: int
 
 
-class Calibration(_Record):
+class Calibration(Record):
     """A fitted map, conformal scores and a threshold, and the data of the fit.
 
     Attributes:
@@ -179,7 +99,7 @@ class Calibration(_Record):
     """
 
     kind: Literal["calibration"] = "calibration"
-    format: int = 1
+    format: int = FORMAT
     run_sha256: str
     dataset: str
     validation_sha256: str
@@ -215,29 +135,14 @@ def apply(calibration: Calibration, probs: ArrayLike) -> Array:
     return calibration.map(p)
 
 
-def temper(probs: ArrayLike, temperature: float) -> Array:
-    """Scale a prediction by a temperature: ``p**(1 / T)``, normalised; softer for T > 1, sharper for T < 1.
-
-    Args:
-        probs: (B, C) probabilities; those below ``FLOOR`` count as ``FLOOR``.
-        temperature: T > 0.
-
-    Raises:
-        UsageError: the temperature is not positive and finite.
-    """
-    if not 0 < temperature < math.inf:
-        raise UsageError(f"a temperature must be positive and finite, not {temperature}")
-    return _softmax(np.log(np.maximum(np.asarray(probs, dtype=np.float64), FLOOR)) / temperature)
-
-
 def prediction_sets(
     calibration: Calibration, probs: ArrayLike, alpha: float | None = None, method: ConformalMethod | None = None
 ) -> NDArray[np.bool_]:
-    """Compute the sets of classes of split conformal prediction: with probability 1 - alpha, they contain the true class.
+    """Compute sets of classes that contain the true class with probability at least 1 - alpha.
 
-    The guarantee is an average over images like those of the validation split, and over the draw of that split. It does
-    not hold for every image or class, nor under shift. LAC's sets are smaller, and empty if no class is probable
-    enough; APS's always contain the most probable class.
+    Split conformal prediction. The guarantee is an average over images like those of the validation split, and over the
+    draw of that split. It does not hold for every image or class, nor under shift. LAC's sets are smaller, and empty if
+    no class is probable enough; APS's always contain the most probable class.
 
     Args:
         calibration: fitted for this ensemble.
@@ -303,7 +208,7 @@ def conformal_quantile(scores: ArrayLike, alpha: float) -> float:
         UsageError: ``alpha`` is not in (0, 1).
     """
     if not 0 < alpha < 1:
-        raise UsageError(f"alpha must be between 0 and 1, not {alpha}")
+        raise UsageError(f"alpha must lie between 0 and 1, not {alpha}")
     ordered = np.sort(np.asarray(scores, dtype=np.float64))
     rank = math.ceil(round((len(ordered) + 1) * (1 - alpha), 9))  # rounded: in floats, 10 * (1 - 0.1) may exceed 9
     return float(ordered[rank - 1]) if rank <= len(ordered) else math.inf
@@ -368,10 +273,9 @@ def read(file: Path, run_sha256: str) -> Calibration:
         raise ArtefactError(f"cannot read {file}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptError(f"{file} has changed since it was written: remove it, and calibrate again") from error
-    if content.get("format") not in _FORMATS:
-        known = ", ".join(map(str, _FORMATS))
+    if (found := content.get("format")) != FORMAT:
         raise ArtefactError(
-            f"{file} has calibration format {content.get('format')}; this version of ensembler reads {known}: update it"
+            f"{file} has calibration format {found}; this version of ensembler reads {FORMAT}: update it"
         )
     try:
         calibration = Calibration.model_validate(content)
@@ -397,18 +301,3 @@ def _run_sha256(run: Path) -> str:
 
 def _seal(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _one_vs_rest(p: Array, columns: ArrayLike) -> Array:
-    """Normalise the frequencies of all classes to distributions; rows that are all 0 keep ``p``."""
-    q = np.clip(np.asarray(columns, dtype=np.float64).T, 0.0, 1.0)
-    if q.shape[1] < p.shape[1]:  # only the second of two classes
-        return np.hstack([1.0 - q, q])
-    total = q.sum(axis=1, keepdims=True)
-    return np.where(total > 0, q / np.where(total > 0, total, 1.0), p)
-
-
-def _softmax(logits: Array) -> Array:
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares: Array = powers / powers.sum(axis=1, keepdims=True)
-    return shares

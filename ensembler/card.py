@@ -93,7 +93,7 @@ def _facts(manifest: Mapping[str, Any], sha256: str, bundle: bool) -> dict[str, 
     dataset = record if isinstance(record, Mapping) else {"title": record}
     classes = manifest.get("classes") if bundle else dataset.get("classes")
     cost = manifest.get("training_cost" if bundle else "cost") or {}
-    shape = manifest.get("image_shape") if bundle else dataset.get("image_shape")
+    shape = manifest.get("image_shape") if bundle else dataset.get("shape")
     vertices, members = manifest.get("vertices"), manifest.get("members")
     facts = {
         "method": manifest.get("method"),
@@ -176,8 +176,8 @@ def _not_known(manifest: Mapping[str, Any], bundle: bool) -> str:
         "Intended uses and the harm of errors: none of this was measured.",
     ]
     cost = manifest.get("training_cost" if bundle else "cost") or {}
-    parts = (cost.get("parts") or {}).values()
-    origins = [part.get("origin") for part in parts if isinstance(part, Mapping)]
+    entries = (cost.get("entries") or {}).values()
+    origins = [entry.get("origin") for entry in entries if isinstance(entry, Mapping)]
     facts += [f"The training cost of {_plain(origin)}, from which training started." for origin in origins if origin]
     of_run = manifest.get("metrics") or {}
     if any("examples" not in (of_run.get(split) or {"examples": 0}) for split in ("validation", "test")):

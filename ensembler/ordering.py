@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ensembler.calibration import FLOOR
+from ensembler.calibration_maps import FLOOR
 from ensembler.errors import ShapeError
 
 __all__ = ["greedy_order"]

@@ -252,7 +252,7 @@ class Run:
         buffers: buffer name to (M, ...).
         frozen: name to tensor, for parameters that were not trained.
         history: one mapping per epoch of training.
-        sha256: of the manifest when it was loaded; empty for a run that was not loaded.
+        sha256: of the manifest when the run was saved or loaded; empty before that.
     """
 
     manifest: Manifest
@@ -342,7 +342,7 @@ def latest(folder: Path) -> Path:
     """
     link = folder / "latest"
     if not link.is_dir():
-        raise ArtefactError(f"no run in {folder}: train one first (ensembler train-simplex), or name a run")
+        raise ArtefactError(f"no run in {folder}: train one first (ensembler --help lists the methods), or name a run")
     return link.resolve()
 
 

@@ -8,7 +8,7 @@ and it is imported from there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from ensembler.naming import import_object
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_Float = TypeVar("_Float", bound=np.floating[Any])
 
 __all__ = ["TINY", "Classification", "Task", "find", "softmax"]
 
@@ -140,7 +142,7 @@ def find(name: str) -> Task:
     return task()
 
 
-def softmax(logits: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Compute the probabilities of logits (..., C), in their type, with NumPy alone."""
+def softmax(logits: NDArray[_Float]) -> NDArray[_Float]:
+    """Return the probabilities of logits (..., C), of their type. NumPy, for where torch is not installed."""
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from ensembler._lazy import exports
 
 if TYPE_CHECKING:
-    from ensembler.eval.corruptions import corrupt
-    from ensembler.eval.metrics import scores
+    from ensembler.eval.scores.metrics import scores
+    from ensembler.eval.shift.corruptions import corrupt
 
 __all__ = ["corrupt", "scores"]
 
 __getattr__, __dir__ = exports(
     __name__,
-    {"corrupt": "ensembler.eval.corruptions:corrupt", "scores": "ensembler.eval.metrics:scores"},
+    {"corrupt": "ensembler.eval.shift.corruptions:corrupt", "scores": "ensembler.eval.scores.metrics:scores"},
 )

@@ -1,67 +1,79 @@
-"""Is one run better than another at its cost? The comparison that stands in a report."""
+"""Comparison of runs: differences with intervals, seeds grouped, and deep-ensemble equivalents."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
 
 from ensembler.errors import UsageError
-from ensembler.eval.comparison import Difference, Losses, differences, group, group_key, resample
-from ensembler.eval.evaluation import Evaluation, Scored
-from ensembler.eval.members import Equivalent, curve, deep_ensemble_equivalent, greedy_order, recommended_members
-from ensembler.eval.report import CellScores, Comparison, MemberCurve, Report, RunDifference
+from ensembler.eval.evaluation import Evaluation
+from ensembler.eval.report.schema import (
+    CellScores,
+    Comparison,
+    Group,
+    MemberCurve,
+    Report,
+    RunDifference,
+    RunEquivalent,
+)
+from ensembler.eval.scores.comparison import Difference, Losses, differences, resample, spread
+from ensembler.eval.scores.members import curve, deep_ensemble_equivalent, recommended_members
+from ensembler.eval.scoring import ScoredRun
+from ensembler.ordering import greedy_order
+from ensembler.run import Manifest
 
-__all__ = ["check_names", "compare"]
+__all__ = ["check_names", "compare", "group_key"]
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 _GROUPED = ("error", "nll", "calibrated_nll", "brier", "ece")
+_HOW = {"seed", "device", "threads", "workers", "compile"}  # options that do not identify the method
+_STARTS = {"init", "first", "second", "runs"}  # options that name the runs or files that training starts from
 
 
 def compare(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Report:
-    """The evaluation's report with the comparison in it.
+    """Return the evaluation's report with a comparison.
 
     Args:
-        found: of two runs or more, with different names.
-        baseline: the run that the others are compared with, by its place.
-        curves: whether every run of several members gets its scores against the number of members; else the largest
-            deep ensemble alone, whose curve the deep-ensemble equivalents are read off.
+        found: an evaluation of two or more runs with different names.
+        baseline: index of the run that the others are compared with.
+        curves: whether to score every run of several members against their number; else only the deep ensembles that
+            are references of equivalents.
 
     Raises:
-        UsageError: one run alone, two of one name, or no such baseline.
+        UsageError: a single run, two runs of the same name, or no such baseline.
     """
     report, runs = found.report, found.runs
     names = [run.name for run in report.runs]
     check_names(names)
     if not 0 <= baseline < len(runs):
         raise UsageError(f"the baseline is one of the {len(runs)} runs, not number {baseline + 1}")
-    deep = [number for number, run in enumerate(runs) if run.manifest.method == "deep-ensemble"]
-    reference = max(deep, key=lambda number: runs[number].clean.size, default=None)
-    drawn = [number for number, run in enumerate(runs) if (curves and run.clean.size > 1) or number == reference]
+    references = [_reference(run, runs) for run in runs]
+    drawn = [n for n, run in enumerate(runs) if (curves and run.clean.size > 1) or n in references]
     measured = {number: _curve(found, number) for number in drawn}
     comparison = Comparison(
         baseline=names[baseline],
         confidence=CONFIDENCE,
         resamples=RESAMPLES,
         differences=_differences(names, runs, baseline, report.seed),
-        groups=group(
-            [group_key(run.manifest) for run in runs],
-            [run.manifest.seed for run in runs],
-            [_grouped(run.clean, run.shifted) for run in report.runs],
-        ),
-        deep_ensemble=None if reference is None else names[reference],
-        equivalents={} if reference is None else _equivalents(report, measured[reference]),
+        groups=_groups(report, runs),
+        equivalents={
+            names[number]: _equivalent(report, number, measured[reference])
+            for number, reference in enumerate(references)
+            if reference is not None
+        },
         curves=list(measured.values()),
     )
     return report.model_copy(update={"comparison": comparison})
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse what cannot be compared before hours of predicting.
+    """Check the runs' names before hours of predicting.
 
     Raises:
-        UsageError: one run alone, or two of one name.
+        UsageError: a single run, or two runs of the same name.
     """
     if len(names) < 2:
         raise UsageError("a comparison takes at least two runs: name another, or use ensembler eval")
@@ -70,7 +82,7 @@ def check_names(names: Sequence[str]) -> None:
         raise UsageError(f"two runs are called {twice}: rename one of their folders to tell them apart")
 
 
-def _differences(names: Sequence[str], runs: Sequence[Scored], baseline: int, seed: int) -> list[RunDifference]:
+def _differences(names: Sequence[str], runs: Sequence[ScoredRun], baseline: int, seed: int) -> list[RunDifference]:
     def against_baseline(losses: Sequence[Losses]) -> list[dict[str, Difference]]:
         drawn = [resample(one, RESAMPLES, seed) for one in losses]
         return [differences(one, drawn[baseline], CONFIDENCE) for one in drawn]
@@ -82,24 +94,88 @@ def _differences(names: Sequence[str], runs: Sequence[Scored], baseline: int, se
     return found[:baseline] + found[baseline + 1 :]
 
 
-def _equivalents(report: Report, deep: MemberCurve) -> dict[str, Equivalent]:
-    losses = {run.name: run.clean.calibrated_nll for run in report.runs}
-    losses[deep.run] = deep.points[-1].calibrated_nll.mean  # the same number, but for its rounding
-    return {name: deep_ensemble_equivalent(deep.points, loss) for name, loss in losses.items()}
+# --- seeds ----------------------------------------------------------------------------------------------------------
 
 
-def _grouped(clean: CellScores, shifted: CellScores | None) -> dict[str, float | None]:
+def group_key(manifest: Manifest) -> str:
+    """Return a key, readable JSON, that is equal for runs that differ only in their seed.
+
+    It has the method, its options, the network, the members, the images, and the total example passes; not the seed and
+    what follows from it (weights, metrics), how and when it was computed (device, threads, workers, compilation), and
+    where files are. Of the runs or files that training started from it has the number, not the names: three seeds start
+    from three solutions, whose equal cost is in the passes. Published weights count by their name.
+    """
+    given = {name: value for name, value in (manifest.settings | manifest.options).items() if value is not None}
+    images = manifest.dataset
+    return json.dumps(
+        {
+            "method": manifest.method,
+            "architecture": manifest.architecture,
+            "members": manifest.members,
+            "vertices": manifest.vertices,
+            "images": [images.shape, images.train_sha256, images.test_sha256],
+            "example_passes": manifest.cost.example_passes,
+            "options": {name: value for name, value in given.items() if name not in _HOW | _STARTS},
+            "starts": {
+                name: len(value) if isinstance(value, list | tuple) else 1
+                for name, value in given.items()
+                if name in _STARTS
+            },
+        },
+        sort_keys=True,
+    )
+
+
+def _groups(report: Report, runs: Sequence[ScoredRun]) -> list[Group]:
+    """Group runs that differ only in their seed, in the order of each group's first run."""
+    places: dict[str, list[int]] = {}
+    for place, run in enumerate(runs):
+        places.setdefault(group_key(run.manifest), []).append(place)
+    scores = [_grouped(run.clean, run.shifted) for run in report.runs]
+    return [
+        Group(
+            runs=chosen,
+            seeds=[runs[place].manifest.seed for place in chosen],
+            scores={name: spread([scores[place][name] for place in chosen]) for name in scores[chosen[0]]},
+        )
+        for chosen in places.values()
+    ]
+
+
+def _grouped(clean: CellScores, shifted: CellScores | None) -> dict[str, float]:
     scores = {name: getattr(clean, name) for name in _GROUPED}
     return scores | ({f"shifted_{name}": getattr(shifted, name) for name in _GROUPED} if shifted else {})
+
+
+# --- numbers of members ---------------------------------------------------------------------------------------------
+
+
+def _reference(run: ScoredRun, runs: Sequence[ScoredRun]) -> int | None:
+    """Find the largest ensemble of independent members of the same network; all runs have the same training data."""
+    deep = [
+        number
+        for number, other in enumerate(runs)
+        if other.manifest.independent
+        and other.clean.size > 1
+        and other.manifest.architecture == run.manifest.architecture
+    ]
+    return max(deep, key=lambda number: runs[number].clean.size, default=None)
+
+
+def _equivalent(report: Report, number: int, deep: MemberCurve) -> RunEquivalent:
+    run = report.runs[number]
+    # The reference's own loss is on its curve; computed otherwise, it would differ by rounding.
+    loss = deep.points[-1].calibrated_nll.mean if run.name == deep.run else run.clean.calibrated_nll
+    return RunEquivalent(reference=deep.run, **deep_ensemble_equivalent(deep.points, loss).model_dump())
 
 
 def _curve(found: Evaluation, number: int) -> MemberCurve:
     run = found.runs[number]
     test, validation = np.asarray(run.clean.members), np.asarray(run.validation.members)
-    order = greedy_order(validation, found.validation_labels)
+    order = greedy_order(run.validation.label_probabilities)
     return MemberCurve(
         run=found.report.runs[number].name,
         order=order,
-        recommended=recommended_members(validation, found.validation_labels, order),
+        recommended=recommended_members(run.validation.label_probabilities, order),
         points=curve(test, found.labels, validation, found.validation_labels, order=order, seed=found.report.seed),
     )

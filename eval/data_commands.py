@@ -1,4 +1,4 @@
-"""The commands of ``ensembler data``: the official corrupted test sets, and ones made here in their layout.
+"""The commands of ``ensembler data``: the official corrupted test sets, and ones generated here in their layout.
 
 Annotations are evaluated here, not postponed: Typer reads them.
 """
@@ -8,31 +8,31 @@ from typing import Annotated, Literal
 
 import typer
 
+from ensembler.eval.options import Data, Download, Quiet
 from ensembler.progress import watching
 
 __all__ = ["app"]
 
-app = typer.Typer(name="data", no_args_is_help=True, help="Corrupted test sets: fetch the official ones, or make some.")
-
-_Data = Annotated[Path | None, typer.Option(help="Folder of datasets. (default: $ENSEMBLER_DATA, or a cache folder)")]
-_Quiet = Annotated[bool, typer.Option("--quiet", help="Say nothing before the end.")]
+app = typer.Typer(
+    name="data", no_args_is_help=True, help="Corrupted test sets: download the official ones, or generate some."
+)
 
 
 @app.command("download")
 def download(
-    name: Annotated[Literal["cifar10c", "cifar100c"], typer.Argument(help="Which of the official sets.")],
-    data: _Data = None,
-    quiet: _Quiet = False,
+    name: Annotated[Literal["cifar10c", "cifar100c"], typer.Argument(help="The official set.")],
+    data: Data = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Fetch CIFAR-10-C or CIFAR-100-C (2.9 GB), check its MD5 and unpack it; an interrupted transfer goes on."""
+    """Download CIFAR-10-C or CIFAR-100-C (2.9 GB), check its MD5 and unpack it; resumes an interrupted download."""
     from ensembler.datasets import default_root
-    from ensembler.eval.download import ARCHIVES, download
+    from ensembler.eval.shift.download import ARCHIVES, download
 
     try:
         with watching(quiet, unit="MB", scale=1e6) as watch:
             folder = download(ARCHIVES[name], data or default_root(), watch=watch)
     except KeyboardInterrupt:
-        typer.echo("what was fetched is kept: run the same command again to go on", err=True)
+        typer.echo("the partial download was kept: run the same command again to resume", err=True)
         raise
     typer.echo(f"{folder}: to use it, ensembler eval --shift {name}" + (f" --data {data}" if data else ""))
 
@@ -40,19 +40,21 @@ def download(
 @app.command("corrupt")
 def corrupt(
     dataset: Annotated[str, typer.Argument(help="digits, cifar10, cifar100, fashion-mnist or folder:PATH.")],
-    out: Annotated[Path, typer.Option(help="Folder of the files; one that was not finished is gone on with.")],
-    corruptions: Annotated[str | None, typer.Option(help="Such as fog,snow. (default: all 19)")] = None,
-    seed: Annotated[int, typer.Option(help="Of the corruptions.")] = 0,
-    data: _Data = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch the dataset if it is not there.")] = False,
-    image_size: Annotated[int | None, typer.Option(help="Bring every image to this size first.")] = None,
-    quiet: _Quiet = False,
+    out: Annotated[Path, typer.Option(help="Folder of the files; an unfinished one is resumed.")],
+    corruptions: Annotated[
+        str | None, typer.Option(help="Corruptions, comma-separated, such as fog,snow. (default: all 19)")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the corruptions.")] = 0,
+    data: Data = None,
+    download: Download = False,
+    image_size: Annotated[int | None, typer.Option(help="Size to bring every image to first. (default: none)")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Write a dataset's test images under corruptions at 5 severities, in the layout of CIFAR-10-C."""
     from ensembler.artefact import check_writable
     from ensembler.datasets import load
-    from ensembler.eval.corruptions import AVAILABLE
-    from ensembler.eval.data import write_corruptions
+    from ensembler.eval.shift.corruptions import AVAILABLE
+    from ensembler.eval.shift.writer import write_corruptions
 
     check_writable(out)
     images = load(dataset, data, download=download, image_size=image_size)
@@ -61,6 +63,6 @@ def corrupt(
         with watching(quiet, unit="MB", scale=1e6) as watch:
             made = write_corruptions(images, out, chosen, seed=seed, watch=watch)
     except KeyboardInterrupt:
-        typer.echo("whole files are kept: run the same command again to go on", err=True)
+        typer.echo("complete files were kept: run the same command again to resume", err=True)
         raise
-    typer.echo(f"{out}: {len(made)} corruptions of {len(images.test)} images made, generated and marked so")
+    typer.echo(f"{out}: generated {len(made)} corruptions of {len(images.test)} images, marked as generated")

@@ -1,77 +1,50 @@
-"""What a run's members say of a slice of images: made once, in one pass, and kept on disk.
+"""Predictions of ensembles for test sets: made once, in one pass, and kept on disk.
 
-Predicting is what an evaluation costs; scoring is nothing beside it. So what scores need of a slice is reduced while
-it is predicted, kept under the hashes of the run and of the images, and never made again. Of the clean test and the
-validation images every member's probabilities are kept too, since the order and the number of members are chosen
-there. Nothing is lost when the folder is removed but time.
+Nearly all of an evaluation's time is prediction. Members' probabilities are reduced to what scores need while they are
+predicted, and the result is kept (:mod:`ensembler.eval.prediction_cache`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby
+from functools import cached_property, partial
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor
 
-from ensembler.artefact import HELD, hold, replace_file, sha256, sweep
+from ensembler import jobs
 from ensembler.device import keep_freed
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
-from ensembler.errors import ArtefactError
+from ensembler.eval.prediction_cache import Arrays, Entry, MembersFile, identity
+from ensembler.eval.shift.test_set import TestSet
 from ensembler.run import Run
 from ensembler.uncertainty import disagreement_of_votes, entropy, expected_entropy
 
-__all__ = ["Prediction", "Predictor", "Slice", "default_folder", "predictions"]
+__all__ = ["Prediction", "Predictor", "predictions"]
 
-FORMAT = 2  # 1 had no number, and no hash of the members' probabilities
-_FORMATS = ("1", "2")
-_CHUNK = 2**26  # bytes of images, and of members' probabilities, that are held at once
-_EXAMPLES = {"mean": 0, "expected_entropy": 0, "classes": 1, "label_probabilities": 1}  # where the examples lie
-
-
-@dataclass(frozen=True, eq=False)
-class Slice:
-    """Images that every run is shown.
-
-    Attributes:
-        name: for the progress.
-        key: the images' and labels' hash, or another name that no others have.
-        batches: gives the images, (b, H, W, 3) uint8 each; called only where a run has not seen them.
-        labels: (B,), or ``None``.
-        members: whether every member's probabilities are kept; needs labels.
-    """
-
-    name: str
-    key: str
-    batches: Callable[[], Iterable[Tensor]]
-    labels: NDArray[np.int64] | None
-    members: bool = False
+_CHUNK = 2**26  # bytes of images, and of members' probabilities, in memory at once
+_EXAMPLES_AXIS = {"mean": 0, "expected_entropy": 0, "classes": 1, "label_probabilities": 1}
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """M members on B images of C classes.
+    """A prediction by M members for B images of C classes.
 
     Attributes:
         mean: (B, C) float32, the mean of the members' probabilities.
         expected_entropy: (B,) float32, the mean of the members' own entropies, in nats.
         classes: (M, B) int32, each member's most probable class.
         label_probabilities: (M, B) float32, each member's probability of the label; (M, 0) without labels.
-        members: (M, B, C) float32 on disk, where they were asked for.
+        members: (M, B, C) float32, mapped from disk; of test sets that keep them.
     """
 
     mean: NDArray[np.float32]
@@ -107,118 +80,85 @@ class Prediction:
         return disagreement_of_votes(votes)
 
 
-@dataclass(frozen=True, eq=False)
 class Predictor:
-    """One run's predictions, kept in a folder.
+    """An ensemble whose predictions are kept.
 
-    Attributes:
-        ensemble: the run's.
-        run: the run's hash.
-        folder: where predictions are kept.
+    Args:
+        ensemble: the ensemble.
+        folder: of the predictions of all ensembles.
     """
 
-    ensemble: Ensemble
-    run: str
-    folder: Path
+    def __init__(self, ensemble: Ensemble, folder: Path) -> None:
+        self.ensemble, self.folder, self._identity = ensemble, folder, identity(ensemble)
 
-    def path(self, images: Slice) -> Path:
-        """Where the prediction for a slice is kept."""
-        # The last bits of a prediction depend on what it was computed on.
-        key = hashlib.sha256(f"1/{self.ensemble.device.type}/{images.key}".encode()).hexdigest()[:32]
-        return self.folder / self.run[:32] / f"{key}.safetensors"
+    def entry(self, test_set: TestSet) -> Entry:
+        """Return the cache entry of a test set."""
+        what = self._identity | {"images": test_set.examples.sha256}
+        return Entry.of(self.folder, self.ensemble.run.sha256, what)
 
-    def kept(self, images: Slice) -> Prediction | None:
-        """The kept prediction for a slice; ``None`` where there is none, or it is not whole, or of a later format."""
-        path = self.path(images)
-        try:
-            with safe_open(path, "numpy") as file:
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = file.metadata() or {}
-            known = metadata.get("format", "1") in _FORMATS
-            if not known or metadata.get("sha256") != _digest(arrays):
-                return None
-            if images.members and "format" in metadata and metadata.get("members_sha256") != sha256(_whole(path)):
-                return None
-            every = np.load(_whole(path), mmap_mode="r", allow_pickle=False) if images.members else None
-            return Prediction(**arrays, members=every)
-        except (OSError, SafetensorError, ValueError, TypeError):
-            return None
+    def kept(self, test_set: TestSet) -> Prediction | None:
+        """Load the kept prediction for a test set; ``None`` if there is no valid one."""
+        arrays = self.entry(test_set).load(members=test_set.keeps_members)
+        return None if arrays is None else Prediction(**arrays)
 
 
 def predictions(
     predictors: Sequence[Predictor],
-    slices: Sequence[Slice],
+    test_sets: Sequence[TestSet],
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
     engine: Engine | None = None,
-) -> Iterator[tuple[Slice, list[Prediction]]]:
-    """Every run's prediction for every slice, slice by slice: the kept ones, and the others made now and kept.
+) -> Iterator[tuple[TestSet, list[Prediction]]]:
+    """Yield every ensemble's prediction for each test set in turn; those that are not kept are made, and kept.
 
-    The images of a slice are made once, one batch ahead of the runs, and each member sees each image once.
+    A set's images are made once, one batch ahead, and each member predicts each image once.
 
     Args:
-        predictors: the runs'.
-        slices: what to show them.
-        watch: told of every slice: its name, how many are done, of how many.
-        engine: what runs pieces of work; where that is not here, slices without ``members`` are such pieces, and are
-            made before the others.
+        predictors: the ensembles.
+        test_sets: what to predict.
+        watch: called with a set's title, how many images are done, and of how many in all.
+        engine: if it is not this process, it predicts the sets whose members are not kept, before the others.
 
     Raises:
-        ArtefactError: a prediction cannot be kept. EngineError: the engine has lost a piece.
+        ArtefactError: a prediction cannot be kept. EngineError: the engine failed.
     """
-    missing = [[one for one in predictors if one.kept(images) is None] for images in slices]
     if engine is not None and not engine.here:
-        _make_elsewhere(engine, missing, slices, watch)
-    stream = _ahead(
-        (number, batch) for number, images in enumerate(slices) if missing[number] for batch in images.batches()
-    )
-    groups = groupby(stream, key=lambda item: item[0])
-    for number, images in enumerate(slices):
-        made: dict[Predictor, Prediction] = {}
-        if missing[number]:
-            _, batches = next(groups)
-            made = _make(missing[number], images, (batch for _, batch in batches))
-        yield images, [made.get(one) or _sure(one.kept(images), one.folder) for one in predictors]
-        watch(images.name, number + 1, len(slices))
+        _predict_elsewhere(engine, predictors, test_sets, watch)
+    done, total = 0, sum(len(test_set.examples) for test_set in test_sets)
+    stream = _ahead(_kept_or_images(predictors, test_sets))
+    for number, items in groupby(stream, key=lambda item: item[0]):
+        test_set = test_sets[number]
+        watch(test_set.title, done, total)
+        _, found, first = next(items)
+        if first is not None:
+            missing = [one for one, kept in zip(predictors, found, strict=True) if kept is None]
+            batches = chain([first], (batch for *_, batch in items))
+            made = iter(_predict(missing, test_set, batches, partial(_tell, watch, test_set.title, done, total)))
+            found = [kept or next(made) for kept in found]
+        yield test_set, found
+        done += len(test_set.examples)
+        if first is None:
+            watch(test_set.title, done, total)
 
 
-def _make_elsewhere(
-    engine: Engine,
-    missing: list[list[Predictor]],
-    slices: Sequence[Slice],
-    watch: Callable[[str, int, int], None],
-) -> None:
-    """Let the engine make what it can, keep each as soon as it comes, and take it off the list."""
-    numbers = [number for number, images in enumerate(slices) if missing[number] and not images.members]
-    predictors = list(dict.fromkeys(one for number in numbers for one in missing[number]))
-    runs = [(one.ensemble.run, str(one.ensemble.device), one.ensemble.batch_size) for one in predictors]
-    asked = [(slices[number], [predictors.index(one) for one in missing[number]]) for number in numbers]
-    done = 0
-    with closing(engine.run(_reduce, runs, asked, lambda: None)) as made:
-        for place, found in made:
-            images, of = asked[place]
-            for i, arrays in zip(of, found, strict=True):
-                _keep(predictors[i].path(images), arrays)
-            missing[numbers[place]] = []
-            done += 1
-            watch(images.name, done, len(asked))
+def _tell(watch: Callable[[str, int, int], None], title: str, before: int, total: int, seen: int) -> None:
+    watch(title, before + seen, total)
 
 
-def _reduce(
-    runs: list[tuple[Run, str, int]], asked: tuple[Slice, list[int]], tell: Callable[..., None]
-) -> list[dict[str, NDArray[Any]]]:
-    """A piece of work: what is kept of some of the runs' predictions for a slice."""
-    images, of = asked
-    reductions = [_Reduction(Ensemble(*runs[i]), images) for i in of]
-    for one in reductions:
-        keep_freed(one.ensemble.device)
-    for batch in images.batches():
-        for one in reductions:
-            one.add(batch)
-    return [one.arrays() for one in reductions]
+def _kept_or_images(
+    predictors: Sequence[Predictor], test_sets: Sequence[TestSet]
+) -> Generator[tuple[int, list[Prediction | None], Tensor | None], None, None]:
+    """Yield each set's number and kept predictions: once if all are kept, else with each batch of images."""
+    for number, test_set in enumerate(test_sets):
+        kept = [one.kept(test_set) for one in predictors]
+        if None in kept:
+            for batch in test_set.batches():
+                yield number, kept, batch
+        else:
+            yield number, kept, None
 
 
 def _ahead(items: Generator[Any, None, None]) -> Iterator[Any]:
-    """The items, the next one being made while one is used."""
+    """Yield the items, making the next one in a thread meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(next, items, None)
         while (item := future.result()) is not None:
@@ -226,146 +166,103 @@ def _ahead(items: Generator[Any, None, None]) -> Iterator[Any]:
             yield item
 
 
-def _make(predictors: Sequence[Predictor], images: Slice, batches: Iterable[Tensor]) -> dict[Predictor, Prediction]:
+def _predict(
+    predictors: Sequence[Predictor], test_set: TestSet, batches: Iterable[Tensor], tell: Callable[[int], None]
+) -> list[Prediction]:
     with ExitStack() as stack:
-        gatherings = [stack.enter_context(_Gathering(one, images)) for one in predictors]
+        reductions = []
+        for one in predictors:
+            file = None
+            if test_set.keeps_members:
+                shape = (one.ensemble.members, len(test_set.examples), len(one.ensemble.classes))
+                file = stack.enter_context(MembersFile(one.entry(test_set), shape))
+            reductions.append(_Reduction(one.ensemble, test_set, file))
+        seen = 0
         for batch in batches:
-            for gathering in gatherings:
-                gathering.add(batch)
-        return {gathering.predictor: gathering.keep() for gathering in gatherings}
+            for reduction in reductions:
+                reduction.add(batch)
+            seen += len(batch)
+            tell(seen)
+        return [reduction.keep(one.entry(test_set)) for one, reduction in zip(predictors, reductions, strict=True)]
+
+
+def _predict_elsewhere(
+    engine: Engine,
+    predictors: Sequence[Predictor],
+    test_sets: Sequence[TestSet],
+    watch: Callable[[str, int, int], None],
+) -> None:
+    """Let the engine make the missing predictions, and keep each set's as soon as they arrive."""
+    todo = []
+    for test_set in test_sets:
+        missing = [number for number, one in enumerate(predictors) if not one.entry(test_set).path.exists()]
+        if missing and not test_set.keeps_members:
+            todo.append(jobs.Job(test_set.title, _reduce, {"test_set": test_set, "missing": missing}))
+    runs = [(one.ensemble.run, str(one.ensemble.device), one.ensemble.batch_size) for one in predictors]
+    done, total = 0, sum(len(job.arguments["test_set"].examples) for job in todo)
+    results: Generator[tuple[jobs.Job, list[Arrays]], None, None] = jobs.run(todo, runs, engine)
+    with closing(results):
+        for job, found in results:
+            test_set = job.arguments["test_set"]
+            for number, arrays in zip(job.arguments["missing"], found, strict=True):
+                predictors[number].entry(test_set).save(arrays)
+            done += len(test_set.examples)
+            watch(test_set.title, done, total)
+
+
+def _reduce(
+    runs: list[tuple[Run, str, int]], emit: Callable[..., None], test_set: TestSet, missing: list[int]
+) -> list[Arrays]:
+    """Predict a test set with some of the runs, as a job."""
+    reductions = [_Reduction(Ensemble(*runs[number]), test_set) for number in missing]
+    for one in reductions:
+        keep_freed(one.ensemble.device)
+    for batch in test_set.batches():
+        for one in reductions:
+            one.add(batch)
+    return [one.arrays() for one in reductions]
 
 
 class _Reduction:
-    """Reduces the members' probabilities, batch by batch, to what scores need.
+    """Reduction of the members' probabilities, batch by batch, to what scores need.
 
     Args:
         ensemble: whose members.
-        images: the slice that the batches are of.
-        see: is shown each part (M, b, C) before it is let go, with the number of images before it.
+        test_set: the set of the batches.
+        file: for every member's probabilities.
     """
 
-    def __init__(
-        self,
-        ensemble: Ensemble,
-        images: Slice,
-        see: Callable[[int, NDArray[np.float32]], None] = lambda done, found: None,
-    ) -> None:
-        self.ensemble, self._see, self._done = ensemble, see, 0
-        self._labels = np.empty(0, dtype=np.int64) if images.labels is None else images.labels
-        self._parts: dict[str, list[NDArray[Any]]] = {name: [] for name in _EXAMPLES}
+    def __init__(self, ensemble: Ensemble, test_set: TestSet, file: MembersFile | None = None) -> None:
+        self.ensemble, self._file, self._done = ensemble, file, 0
+        labels = test_set.labels
+        self._labels = np.empty(0, dtype=np.int64) if labels is None else labels
+        self._parts: dict[str, list[NDArray[Any]]] = {name: [] for name in _EXAMPLES_AXIS}
 
     def add(self, batch: Tensor) -> None:
+        """Predict the next images."""
         ensemble = self.ensemble
         size = max(batch[:1].numel(), 4 * ensemble.members * len(ensemble.classes))
         for images in torch.split(batch, max(1, _CHUNK // size)):
             found = ensemble.predict_members(images).numpy()
-            known = self._labels[self._done : self._done + len(images)]
+            labels = self._labels[self._done : self._done + len(images)]
             self._parts["mean"].append(found.mean(axis=0, dtype=np.float64).astype(np.float32))
             self._parts["expected_entropy"].append(expected_entropy(found).astype(np.float32))
             self._parts["classes"].append(found.argmax(axis=2).astype(np.int32))
-            self._parts["label_probabilities"].append(found[:, np.arange(len(known)), known])
-            self._see(self._done, found)
+            self._parts["label_probabilities"].append(found[:, np.arange(len(labels)), labels])
+            if self._file is not None:
+                self._file.write(self._done, found)
             self._done += len(images)
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        whole = {name: np.concatenate(parts, _EXAMPLES[name]) for name, parts in self._parts.items()}
-        return {name: np.ascontiguousarray(array) for name, array in whole.items()}  # safetensors takes them as such
+    def arrays(self) -> Arrays:
+        """Return the reduced arrays by name."""
+        whole = {name: np.concatenate(parts, _EXAMPLES_AXIS[name]) for name, parts in self._parts.items()}
+        return {name: np.ascontiguousarray(array) for name, array in whole.items()}  # as safetensors needs them
 
-
-class _Gathering:
-    """Reduces one run's predictions for a slice and keeps them, every member's too where that is asked for."""
-
-    def __init__(self, predictor: Predictor, images: Slice) -> None:
-        self.predictor = predictor
-        self._path = predictor.path(images)
-        self._every: BinaryIO | None = None
-        self._lock: int | None = None
-        ensemble = predictor.ensemble
-        examples = 0 if images.labels is None else len(images.labels)
-        self._shape = (ensemble.members, examples, len(ensemble.classes))
-        self._keeps_members = images.members
-        self._reduction = _Reduction(ensemble, images, self._write)
-        self.add = self._reduction.add
-
-    def __enter__(self) -> Self:
-        if self._keeps_members:
-            with self._writing():
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                sweep(self._path.parent)
-                self._every = self._partial.open("wb")
-                self._lock = hold(self._partial)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._every is not None:
-            with suppress(OSError):  # on a full disk, what it still holds cannot be written
-                self._every.close()
-        with suppress(OSError):
-            self._partial.unlink(missing_ok=True)
-        if self._lock is not None:
-            os.close(self._lock)
-
-    def _write(self, done: int, found: NDArray[np.float32]) -> None:
-        if self._every is None:
-            return
-        _, B, C = self._shape
-        with self._writing():  # plain writes: where the disk is full, a memory map would kill the process
-            if not done:
-                header = {"descr": "<f4", "fortran_order": False, "shape": self._shape}
-                np.lib.format.write_array_header_1_0(self._every, header)
-                self._offset = self._every.tell()
-            for member, rows in enumerate(found.astype("<f4", copy=False)):
-                self._every.seek(self._offset + 4 * C * (member * B + done))
-                self._every.write(np.ascontiguousarray(rows).data)
-
-    def keep(self) -> Prediction:
-        arrays, metadata = self._reduction.arrays(), {}
-        if self._every is not None:
-            with self._writing():
-                self._every.close()
-                metadata["members_sha256"] = sha256(self._partial)
-                self._partial.replace(_whole(self._path))
-        _keep(self._path, arrays, **metadata)
-        every = None if self._every is None else np.load(_whole(self._path), mmap_mode="r", allow_pickle=False)
-        return Prediction(**arrays, members=every)
-
-    @property
-    def _partial(self) -> Path:
-        return self._path.with_name(f".partial-{os.getpid()}-{id(self)}-{_whole(self._path).name}{HELD}")
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ArtefactError(
-                f"cannot keep predictions in {self.predictor.folder}: {error.strerror or error}: choose another --cache"
-            ) from error
-
-
-def _keep(path: Path, arrays: dict[str, NDArray[Any]], **metadata: str) -> None:
-    replace_file(path, save(arrays, {"format": str(FORMAT), "sha256": _digest(arrays)} | metadata))
-
-
-def _whole(path: Path) -> Path:
-    """Where all members' probabilities lie beside a prediction."""
-    return path.with_suffix(".npy")
-
-
-def _sure(prediction: Prediction | None, folder: Path) -> Prediction:
-    if prediction is None:
-        raise ArtefactError(f"a prediction in {folder} was changed while it was in use: run again")
-    return prediction
-
-
-def default_folder() -> Path:
-    """Where predictions are kept by default: ``$XDG_CACHE_HOME/ensembler/predictions``, or ``~/.cache/...``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ensembler" / "predictions"
-
-
-def _digest(arrays: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(json.dumps([name, str(array.dtype), array.shape]).encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+    def keep(self, place: Entry) -> Prediction:
+        """Keep the prediction, and return it."""
+        arrays = self.arrays()
+        if self._file is None:
+            place.save(arrays)
+            return Prediction(**arrays)
+        place.save(arrays, members_sha256=self._file.finish())
+        return Prediction(**arrays, members=np.load(place.members_path, mmap_mode="r", allow_pickle=False))

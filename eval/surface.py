@@ -1,7 +1,7 @@
-"""Loss and error on a plane through three points of weight space, and along the paths that a run measured.
+"""Loss and error on a plane through three points of weight space, and along the paths measured by a run.
 
-The papers' pictures (Garipov et al. 2018, figures 1 and 2, and their code's ``plane.py``). Every point of the plane is
-an affine combination of its three corners: a surface is the same ensemble at other coefficients.
+As in Garipov et al. 2018, figures 1 and 2, and their code's ``plane.py``. Every point of the plane is an affine
+combination of the three corners, so a surface is the same ensemble at other coefficients.
 """
 
 from __future__ import annotations
@@ -14,44 +14,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import matplotlib.patheffects as effects
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from ensembler.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DivergedError, UsageError
-from ensembler.eval.metrics import accuracy, nll
-from ensembler.eval.plots import STYLES, new_figure, to_png
 from ensembler.images import Images
+from ensembler.record import Record
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
 from ensembler.subspace import CURVES, edge_lengths, log_volume
 
-__all__ = [
-    "Corner",
-    "Surface",
-    "Way",
-    "measure_surface",
-    "plane",
-    "plane_coefficients",
-    "plot_paths",
-    "plot_surface",
-    "summary",
-]
+__all__ = ["Corner", "Route", "Surface", "Way", "measure_surface", "plane", "plane_coefficients", "summary"]
 
 Array = NDArray[np.float64]
 
-_CHUNK = 16  # members whose probabilities are held at a time
-_LEVELS = 13
+_CHUNK = 16  # members whose probabilities are in memory at once
 
 
-class Corner(BaseModel):
-    """A point that the plane goes through: ``vertex`` of ``run``, or the run's first member (``null``)."""
+class Corner(Record):
+    """A corner of the plane: ``vertex`` of ``run``, or the run's first member (``null``)."""
 
     label: str
     run: str
@@ -62,8 +48,8 @@ class Corner(BaseModel):
     test_error: float
 
 
-class Way(BaseModel):
-    """One way along a path: a number for each t. Errors in [0, 1]; ``ensemble_error``: the first end with the point."""
+class Way(Record):
+    """Measures at each t of a path. ``ensemble_error``: of the ensemble of the first end and the point."""
 
     t: list[float]
     train_loss: list[float]
@@ -71,20 +57,19 @@ class Way(BaseModel):
     ensemble_error: list[float]
 
 
-class Route(BaseModel):
-    """Ways between the same two ends, by name: ``line`` and what was trained."""
+class Route(Record):
+    """Paths between the same two ends, by name: ``line`` and the trained one."""
 
     name: str
     ways: dict[str, Way]
 
 
-class Surface(BaseModel):
-    """A whole surface.
+class Surface(Record):
+    """The measures of a plane.
 
-    ``x`` and ``y`` are distances in weight space from the first corner; rows of ``train_loss`` (mean NLL, nats) and
-    ``test_error`` (in [0, 1]) go with ``y``. ``members`` and ``curve`` are the points (x, y) of the run's members that
-    lie in the plane, and of the curve that does. ``batchnorm_examples``: training images that BatchNorm statistics, if
-    any, were recomputed from at every point.
+    ``x`` and ``y`` are coordinates in weight space, with the first corner at 0; ``train_loss`` (mean NLL, nats) and
+    ``test_error`` (in [0, 1]) have a row per ``y``. ``members`` and ``curve``: points (x, y) in the plane of
+    members, and of a curve. ``batchnorm_examples``: training images for the BatchNorm statistics at each point.
     """
 
     format: Literal[1] = 1
@@ -125,20 +110,19 @@ def measure_surface(
 
     Args:
         paths: one run's folder, or three of one network and dataset.
-        vertices: which three of the one run's; by default the first three, and of a curve its ends around the middle
-            bend.
-        grid: points a side, at least 2.
+        vertices: three of the one run's; by default the first three, and of a curve its ends and middle bend.
+        grid: points per side, at least 2.
         margin: how far the grid reaches beyond the corners, as a share of their extent; at least 0.
-        examples: training and test images to measure on, at most; the same ones at every point.
-        batchnorm_examples: training images to recompute BatchNorm statistics from, at most; at least 2.
-        data: folder of the dataset's files.
-        device: where to compute.
+        examples: largest number of training and of test images; the same at every point.
+        batchnorm_examples: largest number of training images for BatchNorm statistics, at least 2.
+        data: folder of the dataset.
+        device: by default CUDA where available.
         seed: of the choice of images.
-        watch: told of every chunk of points measured: "surface", how many are done, of how many.
+        watch: called with "surface", how many points are done, and of how many.
 
     Raises:
-        UsageError: not one or three runs, runs of different networks or datasets, vertices that span no plane, or an
-            option out of range.
+        UsageError: not one or three runs, different networks or datasets, vertices on a line, or an option out of
+            range.
         DataError: the dataset is missing or not the one that was trained on.
         DivergedError: a network's outputs somewhere on the plane are not finite.
     """
@@ -146,7 +130,7 @@ def measure_surface(
     if grid < 2 or not 0 <= margin < math.inf or examples < 1 or batchnorm_examples < 2:
         raise UsageError("a surface needs a grid of at least 2, a margin of at least 0, 1 example and 2 for BatchNorm")
     if len(paths) not in (1, 3):
-        raise UsageError(f"a surface is drawn of one run or of three, not of {len(paths)}")
+        raise UsageError(f"a surface takes one run or three, not {len(paths)}")
     runs = [Run.load(path) for path in paths]
     names = [path.resolve().name for path in paths]
     first = runs[0]
@@ -160,8 +144,8 @@ def measure_surface(
             first.coefficients[:, chosen].count_nonzero(1) == first.coefficients.count_nonzero(1)
         ]
         inside = inside[:, chosen]
-        if first.manifest.method.startswith("curve-") and first.manifest.vertices == 3:
-            curve = CURVES[first.manifest.options["curve"]](torch.linspace(0, 1, 101), 3)[:, chosen]
+        if (kind := first.manifest.options.get("curve")) is not None and first.manifest.vertices == 3:
+            curve = CURVES[kind](torch.linspace(0, 1, 101), 3)[:, chosen]
     elif vertices is not None:
         raise UsageError("--vertices chooses among the vertices of one run: leave it out, or name one run")
     else:
@@ -184,9 +168,9 @@ def measure_surface(
         moved = ensemble.at(coefficients[start : start + _CHUNK], Split(still.images.to(ensemble.device), still.labels))
         seen, unseen = moved.predict_members(train.images), moved.predict_members(test.images)
         if not (seen.isfinite().all() and unseen.isfinite().all()):
-            raise DivergedError("the networks' outputs are not finite everywhere on the plane: choose a lower --margin")
-        losses += [nll(probabilities, train.labels) for probabilities in seen]
-        errors += [1 - accuracy(probabilities, test.labels) for probabilities in unseen]
+            raise DivergedError("the outputs are not finite everywhere on the plane: choose a lower --margin")
+        losses += [ensemble.task.nll(predicted, train.labels) for predicted in seen]
+        errors += [ensemble.task.error(predicted, test.labels) for predicted in unseen]
         watch("surface", len(losses), len(coefficients))
     return Surface(
         dataset=dataset.title,
@@ -214,11 +198,11 @@ def measure_surface(
 
 
 def plane(vertices: Tensor) -> Array:
-    """Where three points lie in the plane through them.
+    """Compute the coordinates of three points in the plane through them.
 
-    The basis is Gram and Schmidt's of ``w2 - w0`` and ``w1 - w0`` (Garipov et al. 2018, sec. 1, footnote 1, and their
-    code's ``plane.py``): w0 is the origin, w2 lies on the x axis and w1 above it. The distances between the points
-    alone say where that is: no basis vector (P,) is made.
+    The basis is the Gram-Schmidt basis of ``w2 - w0`` and ``w1 - w0`` (Garipov et al. 2018, sec. 1, footnote 1, and
+    their code's ``plane.py``): w0 is the origin, w2 on the x axis and w1 above it. The coordinates follow from the
+    distances between the points.
 
     Args:
         vertices: (3, P) float.
@@ -227,23 +211,23 @@ def plane(vertices: Tensor) -> Array:
         (3, 2), in units of Euclidean distance.
 
     Raises:
-        UsageError: the points lie on one line.
+        UsageError: the points are on one line.
     """
     side, base, across = edge_lengths(vertices).tolist()
     area = math.exp(log_volume(vertices).item())
     if area == 0:
         raise UsageError(
-            "the three points lie on one line, or two of them are the same: choose others by --vertices, or other runs"
+            "the three points are on one line, or two are the same: choose others with --vertices, or other runs"
         )
     return np.array([[0, 0], [(side**2 + base**2 - across**2) / (2 * base), 2 * area / base], [base, 0]])
 
 
 def plane_coefficients(points: Array, corners: Array) -> Tensor:
-    """The affine combinations of three points that lie at ``points``.
+    """Compute the affine combinations of three corners at given coordinates.
 
     Args:
         points: (N, 2).
-        corners: (3, 2), as :func:`plane` gives them.
+        corners: (3, 2), from :func:`plane`.
 
     Returns:
         (N, 3) float32, rows of sum 1.
@@ -258,10 +242,10 @@ def _choose(run: Run, path: Path, vertices: Sequence[int] | None) -> list[int]:
     if count < 3:
         raise UsageError(
             f"{path} has {count} {'vertex' if count == 1 else 'vertices'} and a plane takes three: "
-            "name three runs (their first members are taken), or one by train-fge, train-simplex or train-curve"
+            "name three runs (their first members are taken), or one run of three vertices or more"
         )
     if vertices is None:
-        return [0, count // 2, count - 1] if run.manifest.method.startswith("curve-") else [0, 1, 2]
+        return [0, 1, 2] if run.manifest.options.get("curve") is None else [0, count // 2, count - 1]
     if len(vertices) != 3 or len(set(vertices)) != 3 or not set(vertices) <= set(range(count)):
         given = ",".join(map(str, vertices))
         raise UsageError(
@@ -271,7 +255,7 @@ def _choose(run: Run, path: Path, vertices: Sequence[int] | None) -> list[int]:
 
 
 def _first_members(runs: Sequence[Run], paths: Sequence[Path]) -> dict[str, Tensor]:
-    """The three runs' first members as vertices: parameter name to (3, ...)."""
+    """Return the three runs' first members as vertices: parameter name to (3, ...)."""
     first = runs[0]
     shapes = {name: rows.shape[1:] for name, rows in first.vertices.items()}
     images = first.manifest.dataset
@@ -296,16 +280,20 @@ def _first_members(runs: Sequence[Run], paths: Sequence[Path]) -> dict[str, Tens
 
 
 def _measured_paths(run: Run) -> list[Route]:
-    """What the run's metrics say of paths: ``path`` of a curve, ``paths`` of a complex."""
+    """Read the paths in a run's metrics: ``path`` of a curve, ``paths`` of a complex."""
     metrics = run.manifest.metrics
     entries = list(metrics.get("paths", ()))
     if "path" in metrics:
         entries.append({"name": run.manifest.method} | metrics["path"])
     found = []
     for entry in entries:
-        ways = {name: way for name, way in entry.items() if name != "name"}
-        with suppress(ValidationError):  # an entry that holds something else
-            found.append(Route(name=entry.get("name", ""), ways=ways))
+        with suppress(ValidationError, TypeError, KeyError):  # another kind of entry
+            ways = {
+                name: Way(**{field: way[field] for field in Way.model_fields})
+                for name, way in entry.items()
+                if name != "name"
+            }
+            found.append(Route(name=entry["name"], ways=ways))
     return found
 
 
@@ -314,7 +302,7 @@ def _some(split: Images, examples: int, seed: int, name: str) -> Split:
 
 
 def summary(surface: Surface) -> str:
-    """Loss and error at the three corners, and the lowest and the highest on the plane: a line each."""
+    """Describe loss and error at the three corners, and the lowest and highest on the plane, a line each."""
     lines = [
         f"{corner.label} ({corner.run}): train loss {corner.train_loss:.4f}, test error {corner.test_error:.4f}"
         for corner in surface.corners
@@ -323,97 +311,3 @@ def summary(surface: Surface) -> str:
     for name, loss, error in (("lowest", losses.min(), errors.min()), ("highest", losses.max(), errors.max())):
         lines.append(f"{name} on the plane: train loss {loss:.4f}, test error {error:.4f}")
     return "\n".join(lines)
-
-
-def plot_surface(surface: Surface) -> bytes:
-    """The plane as two panels of filled contours, train loss and test error, with the corners marked."""
-    shape = (surface.y[-1] - surface.y[0]) / (surface.x[-1] - surface.x[0])
-    wide = shape < 0.35
-    figure = new_figure(10, 2 * max(8.6 * shape, 0.6) + 2.8) if wide else new_figure(11, 4.2 * min(shape, 2) + 1.8)
-    left, right = figure.subplots(2, 1) if wide else figure.subplots(1, 2)
-    _contours(left, surface, np.array(surface.train_loss), 1e-6, "train loss (nats)")
-    _contours(right, surface, 100 * np.array(surface.test_error), 50 / surface.test_examples, "test error (%)")
-    handles, labels = left.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
-    figure.suptitle(
-        f"{_title(surface)}\n{surface.train_examples:,} training and {surface.test_examples:,} test images "
-        f"at each of {len(surface.x)} x {len(surface.y)} points",
-        fontsize="medium",
-    )
-    return to_png(figure)
-
-
-def _title(surface: Surface) -> str:
-    corners = {f"{corner.label}: {corner.run}": corner.run for corner in surface.corners}
-    names = corners if len(surface.methods) > 1 else [surface.corners[0].run]
-    return f"{surface.dataset}, {surface.architecture}, {', '.join(names)}"
-
-
-def _contours(axes: Axes, surface: Surface, values: Array, floor: float, title: str) -> None:
-    """Contours at logarithmically spaced levels: a valley and the heights around it are orders apart."""
-    logs = np.log(np.maximum(values, floor))
-    levels = np.linspace(logs.min() - 1e-6, logs.max() + 1e-6, _LEVELS)
-    filled = axes.contourf(surface.x, surface.y, logs, levels, cmap="viridis")
-    axes.contour(surface.x, surface.y, logs, levels, colors="white", linewidths=0.4, linestyles="solid", alpha=0.6)
-    axes.set(title=title, xlabel="distance in weight space", aspect="equal")
-    thickness = 15 / axes.get_window_extent().width
-    bar = axes.figure.colorbar(filled, cax=axes.inset_axes((1 + thickness, 0, thickness, 1)))
-    bar.set_ticks(levels[::3].tolist(), labels=[_number(level) for level in np.exp(levels[::3]).tolist()])
-    outlined = [effects.withStroke(linewidth=4, foreground="black")]
-    if surface.curve:
-        places = zip(*surface.curve, strict=True)
-        axes.plot(*places, color="white", lw=2, label="the curve", path_effects=outlined)
-    middle = np.mean([corner.x for corner in surface.corners])
-    for corner in surface.corners:
-        axes.plot(corner.x, corner.y, "o", color="#D55E00", mec="white", ms=11)
-        side = 1 if corner.x > middle else -1
-        text = axes.annotate(
-            corner.label,
-            (corner.x, corner.y),
-            (10 * side, 0),
-            textcoords="offset points",
-            ha="left" if side > 0 else "right",
-            va="center_baseline",
-            weight="bold",
-        )
-        text.set_path_effects([effects.withStroke(linewidth=3, foreground="white")])
-    if surface.members:
-        places = zip(*surface.members, strict=True)
-        axes.plot(*places, "o", color="black", mec="white", ms=4, label="members")
-
-
-def _number(value: float) -> str:
-    return f"{value:.2g}" if value < 100 else f"{value:.0f}"
-
-
-def plot_paths(surface: Surface) -> bytes:
-    """Train loss, test error, and the error of the two-member ensemble of the first end with the point at t.
-
-    One row a path (Garipov et al. 2018, figure 2).
-    """
-    rows = len(surface.paths)
-    figure = new_figure(12, 3.3 * rows + 0.5)
-    columns = (
-        ("train_loss", "train loss (nats)", 1),
-        ("test_error", "test error (%)", 100),
-        ("ensemble_error", "error of t = 0 and t together (%)", 100),
-    )
-    for row, path in zip(figure.subplots(rows, 3, squeeze=False), surface.paths, strict=True):
-        for axes, (column, label, scale) in zip(row, columns, strict=True):
-            for (name, way), (colour, _) in zip(path.ways.items(), STYLES, strict=False):
-                line = name == "line"
-                axes.plot(
-                    way.t,
-                    scale * np.array(getattr(way, column)),
-                    color=colour,
-                    ls="--" if line else "-",
-                    label="straight line" if line else name,
-                )
-            axes.set(xlabel="t", ylabel=label, xlim=(0, 1))
-            axes.grid(alpha=0.3)
-        row[0].set_yscale("log")
-        row[0].legend(frameon=False, fontsize="small")
-        row[1].set_title(path.name, fontsize="medium")
-    figure.suptitle(_title(surface), fontsize="medium")
-    return to_png(figure)

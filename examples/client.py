@@ -1,4 +1,4 @@
-"""Ask a running service what images show and how sure that is: python examples/client.py URL IMAGE..."""
+"""Send images to a running service, and print classes with uncertainties: python examples/client.py URL IMAGE..."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The whole way in a few minutes: train, evaluate under shift, export, serve, ask. Offline; writes to one folder.
+"""All steps in a few minutes: train, evaluate under shift, export, serve, predict. Offline; writes to one folder.
 
 python examples/demo.py [FOLDER] [--quick]
 """
@@ -41,7 +41,7 @@ def wait_until_ready(address: str, server: subprocess.Popen[bytes], seconds: flo
 
 
 def ask(address: str) -> None:
-    """Three images the model should know less and less about."""
+    """Predict images of increasing uncertainty, and print the results."""
     import bentoml
     import torch
     from rich.console import Console
@@ -64,51 +64,51 @@ def ask(address: str) -> None:
     table = Table(title="POST /predictive-uncertainty", title_justify="left", title_style="bold")
     for name in ("image", "class", "probability", "entropy", "mutual inf.", "disagreement"):
         table.add_column(name)
-    for name, found in zip(images, answer["predictions"], strict=True):
-        numbers = (max(found["probabilities"]), found["predictive_entropy"], found["mutual_information"])
-        table.add_row(name, found["label"], *(f"{n:.4f}" for n in numbers), f"{found['disagreement']:.2f}")
+    for name, row in zip(images, answer["predictions"], strict=True):
+        numbers = (max(row["probabilities"]), row["predictive_entropy"], row["mutual_information"])
+        table.add_row(name, row["label"], *(f"{n:.4f}" for n in numbers), f"{row['disagreement']:.2f}")
     Console().print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("demo-output"), metavar="FOLDER")
-    parser.add_argument("--quick", action="store_true", help="the same way in a minute, of which no figure means much")
+    parser.add_argument("--quick", action="store_true", help="run all steps in a minute, with meaningless scores")
     options = parser.parse_args()
     folder = options.folder.resolve()
     if folder.exists():
-        sys.exit(f"{folder} exists already: remove it, or name another folder")
+        sys.exit(f"{folder} already exists: remove it, or name another folder")
     folder.mkdir(parents=True)
     os.chdir(folder)
     start = time.monotonic()
-    trained = ["--epochs", "1"] if options.quick else []
-    longer = ["--epochs", "2" if options.quick else "35"]
+    short = ["--epochs", "1"] if options.quick else []
+    long = ["--epochs", "2" if options.quick else "35"]
     shift = ["--shift", "cifar10c", *(["--examples", "10"] if options.quick else [])]
 
     step(
-        "1. A simplex of four vertices: these and six points inside are its members",
-        *("train-simplex", "--vertices", "4", *trained, "--out", "runs/simplex"),
+        "1. Train a simplex of four vertices; its members are these and six points inside",
+        *("train-simplex", "--vertices", "4", *short, "--out", "runs/simplex"),
     )
     step(
-        "2. Its peer, a deep ensemble of about the same cost",
-        *("train-deep-ensemble", "--members", "2", *trained, "--out", "runs/deep"),
+        "2. Train a deep ensemble of about the same cost, the baseline",
+        *("train-deep-ensemble", "--members", "2", *short, "--out", "runs/deep"),
     )
     step(
-        "3. The control: one network trained for as long",
-        *("train-deep-ensemble", "--members", "1", *longer, "--out", "runs/single"),
+        "3. Train a single network of the same cost, the control",
+        *("train-deep-ensemble", "--members", "1", *long, "--out", "runs/single"),
     )
     step(
-        "4. All three compared, clean and under shift",
+        "4. Compare all three, clean and under shift",
         *("compare", "runs/simplex", "runs/deep", "runs/single", "--baseline", "runs/single", *shift),
         *("--out", "report"),
     )
-    step("5. The simplex's members to ONNX", "export", "runs/simplex", "--out", "bundle")
+    step("5. Export the simplex's members to ONNX", "export", "runs/simplex", "--out", "bundle")
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     arguments = ["serve", "bundle", "--port", port]
-    print(f"\n\033[1m6. Served, and asked over HTTP\033[0m\n$ ensembler {shlex.join(arguments)}", flush=True)
+    print(f"\n\033[1m6. Serve them, and predict over HTTP\033[0m\n$ ensembler {shlex.join(arguments)}", flush=True)
     with Path("service.log").open("wb") as log:
         server = subprocess.Popen([ENSEMBLER, *arguments], stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -117,10 +117,10 @@ def main() -> None:
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(30)
-    print(f"\nThe whole way took {time.monotonic() - start:.0f} s. Everything lies in {folder}:")
+    print(f"\nAll steps took {time.monotonic() - start:.0f} s. The results are in {folder}:")
     print("  runs/      the three runs, each a folder of safetensors and a manifest")
-    print("  report/    report.html (open it), report.md, report.csv, report.json and the pictures")
-    print("  bundle/    the members as ONNX; serve them again with: ensembler serve bundle")
+    print("  report/    report.html (open it), report.md, report.csv, report.json and the figures")
+    print("  bundle/    the members as ONNX; to serve them again: ensembler serve bundle")
 
 
 if __name__ == "__main__":

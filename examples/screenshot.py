@@ -1,4 +1,4 @@
-"""A picture of the service's page with an image in it: python examples/screenshot.py URL IMAGE OUT.png [KIND SEVERITY]
+"""Take a screenshot of the page with an image: python examples/screenshot.py URL IMAGE OUT.png [KIND SEVERITY]
 
 Needs Selenium (pip install selenium) and Debian's packages chromium and chromium-driver, or Chrome and its driver.
 """
@@ -16,15 +16,15 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 
 def browser(width: int = 1180, height: int = 1000) -> webdriver.Chrome:
-    """A headless browser.
+    """Start a headless browser.
 
     Raises:
-        LookupError: there is none, or not its driver.
+        LookupError: the browser or its driver is not installed.
     """
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     driver = shutil.which("chromedriver")
     if program is None or driver is None:
-        raise LookupError("no browser with its driver: apt-get install chromium chromium-driver")
+        raise LookupError("no browser with a driver: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = program
     options.add_argument("--headless=new")
@@ -33,18 +33,18 @@ def browser(width: int = 1180, height: int = 1000) -> webdriver.Chrome:
     options.add_argument("--force-color-profile=srgb")
     options.add_argument("--hide-scrollbars")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        options.add_argument("--no-sandbox")  # Chromium refuses to be root otherwise
+        options.add_argument("--no-sandbox")  # required for root
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    found.execute_cdp_cmd(
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    chrome.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
     )
-    return found
+    return chrome
 
 
 def take(url: str, image: str, out: str, kind: str = "blur", severity: str = "4") -> None:
-    """Choose an image on the page, spoil it, and write the whole page as a PNG file."""
+    """Choose an image on the page, corrupt it, and write the whole page as a PNG file."""
     page = browser()
     try:
         wait = WebDriverWait(page, 20)

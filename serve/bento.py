@@ -16,26 +16,16 @@ import tempfile
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ensembler import __version__, artefact
 from ensembler.errors import EnsemblerError, UsageError
 from ensembler.serve.runtime.manifest import BundleManifest, read_bundle
 
-__all__ = ["SERVING", "BentoError", "build_bento", "pinned", "write_sources"]
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
-SERVING = (
-    "bentoml",
-    "numpy",
-    "onnxruntime",
-    "pillow",
-    "prometheus-client",
-    "pydantic",
-    "pyyaml",
-    "rich",
-    "starlette",
-    "typer",
-)
-"""What this package needs to serve a bundle, to verify it, and to ask it on the command line."""
+__all__ = ["BentoError", "build_bento", "pinned", "serving", "write_sources"]
 
 _SERVICE = '''"""Serves the bundle beside it."""
 
@@ -51,6 +41,9 @@ from ensembler.serve.service import PredictiveUncertainty
 # No distribution is named, as BentoML would install a compiler with its packages; every wheel needed is a built one.
 image = Image(base_image="python:{python}-slim", distro="", python_version="{python}", lock_python_packages=False)
 PredictiveUncertainty.image = image.requirements_file("requirements.txt")
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 __all__ = ["PredictiveUncertainty"]
 '''
@@ -135,8 +128,24 @@ def write_sources(bundle: Path, manifest: BundleManifest, folder: Path, name: st
     _copy_package(folder)
 
 
+def serving() -> list[Requirement]:
+    """Return what this package needs to serve a bundle, to verify it, and to ask it: its extra ``serve``.
+
+    Raises:
+        UsageError: the installed package does not list it.
+    """
+    from packaging.requirements import Requirement
+
+    listed = map(Requirement, (metadata.requires("ensembler") if _installed("ensembler") else None) or ())
+    extra = [each for each in listed if each.marker and not each.marker.evaluate({"extra": ""})]
+    found = [each for each in extra if each.marker and each.marker.evaluate({"extra": "serve"})]
+    if not found:
+        raise UsageError("ensembler does not list what serving needs: install it again with pip")
+    return found
+
+
 def pinned(gpu: bool = False) -> list[str]:
-    """Return everything that serving needs, directly or not, as ``name==version`` in the versions installed here.
+    """Return what the extra ``serve`` needs, directly or not, as ``name==version`` in the versions installed here.
 
     ONNX Runtime is the one for CPUs unless ``gpu``, in the version of whichever is installed. The CUDA libraries of the
     other are left to its own extras, as this machine may have them from elsewhere.
@@ -147,8 +156,9 @@ def pinned(gpu: bool = False) -> list[str]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    runtime = next((name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)), None)
-    left = [Requirement(runtime if name == "onnxruntime" and runtime else name) for name in SERVING]
+    runtimes = ("onnxruntime", "onnxruntime-gpu")
+    runtime = next((name for name in runtimes if _installed(name)), "onnxruntime")
+    left = [Requirement(runtime), *(each for each in serving() if each.name not in runtimes)]
     found: dict[str, str] = {}
     seen: set[str] = set()
     while left:
@@ -166,7 +176,7 @@ def pinned(gpu: bool = False) -> list[str]:
             extras = requirement.extras or {""}
             if marked is None or any(marked.evaluate({"extra": extra}) for extra in extras):
                 left.append(further)
-    version = found.pop(runtime) if runtime else ""
+    version = found.pop(runtime)
     found["onnxruntime-gpu[cuda,cudnn]" if gpu else "onnxruntime"] = version
     return sorted(f"{name}=={version}" for name, version in found.items())
 

@@ -51,7 +51,8 @@ class Hub:
             name = f"{wanted['organization']}/{wanted['name']}"
             if name in self.repositories:
                 return 409, {"url": f"{self.address}/{name}"}
-            self.create(name, wanted.get("visibility"))
+            told = {True: "private", False: "public", None: None}[wanted.get("private")]  # before huggingface_hub 1
+            self.create(name, wanted.get("visibility", told))
             return 200, {"url": f"{self.address}/{name}"}
         match = re.fullmatch(r"/api/models/(\w+/\w+)/(\w[\w-]*)/([^/]+)(?:/.*)?", path)
         found = match or re.fullmatch(r"/(\w+/\w+)/(resolve)/([^/]+)/(.*)", path)

@@ -21,10 +21,10 @@ from pathlib import Path
 IMPORTS = (  # not ensembler.cli: a page's own command is added before that is imported
     "ensembler.eval.calibrate",
     "ensembler.eval.compare",
-    "ensembler.eval.data",
+    "ensembler.eval.shift.writer",
     "ensembler.eval.evaluation",
-    "ensembler.eval.figures",
-    "ensembler.eval.page",
+    "ensembler.eval.report.figures",
+    "ensembler.eval.report.page",
     "ensembler.eval.surface",
     "ensembler.serve.client",
     "ensembler.serve.export.bundle",

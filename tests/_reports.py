@@ -13,8 +13,8 @@ import numpy as np
 from ensembler.eval.compare import compare
 from ensembler.eval.evaluation import Evaluation, evaluate
 from ensembler.eval.predictions import Prediction
-from ensembler.eval.report import Report
-from ensembler.trainers import Session, Settings, train_deep_ensemble, train_simplex
+from ensembler.eval.report.schema import Report
+from ensembler.trainers import DeepEnsemble, Settings, Simplex, train
 from tests._small import SETTINGS, dataset
 
 OUTSIDE = ("noise:uniform", "noise:constant")
@@ -25,11 +25,15 @@ def evaluation() -> Evaluation:
     """Four runs, one of a single member and two that differ in their seeds, under shift and out of distribution."""
     with tempfile.TemporaryDirectory() as name, mock.patch("ensembler.datasets.load", lambda *_, **__: dataset()):
         folder = Path(name)
+        made = {
+            "single": (DeepEnsemble(members=1), 0),
+            "deep-a": (DeepEnsemble(members=3), 0),
+            "deep-b": (DeepEnsemble(members=3), 1),
+            "simplex": (Simplex(vertices=3, members=4), 0),
+        }
         paths = [
-            train_deep_ensemble(_session(0), members=1).save(folder / "single"),
-            train_deep_ensemble(_session(0), members=3).save(folder / "deep-a"),
-            train_deep_ensemble(_session(1), members=3).save(folder / "deep-b"),
-            train_simplex(_session(0), vertices=3, members=4).save(folder / "simplex"),
+            train(dataset(), method, Settings(**SETTINGS, seed=seed)).save(folder / name)
+            for name, (method, seed) in made.items()
         ]
         found = evaluate(paths, "corruptions", ood=OUTSIDE, device="cpu", cache=folder / "kept", seed=3)
         # The members lie in files that are about to go.
@@ -46,7 +50,7 @@ def comparison() -> Report:
 
 
 def part(runs: int = 1, *, shift: bool = False, ood: bool = False) -> Evaluation:
-    """The first runs of it alone, with or without shift and images of another kind."""
+    """The first runs of it alone, with or without shift and out-of-distribution images."""
     whole = evaluation()
     report = whole.report.model_copy(deep=True)
     report.runs = report.runs[:runs]
@@ -75,7 +79,3 @@ def named(names: list[str]) -> Evaluation:
 
 def _held(prediction: Prediction) -> Prediction:
     return dataclasses.replace(prediction, members=np.array(prediction.members))
-
-
-def _session(seed: int) -> Session:
-    return Session(dataset(), Settings(**SETTINGS, seed=seed))

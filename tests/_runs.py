@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from ensembler import architectures, artefact
 from ensembler.datasets import Dataset
 from ensembler.run import Cost, DatasetRecord, Manifest, Run, Sampling
-from ensembler.serve.runtime.manifest import BundleManifest, Origin
+from ensembler.serve.runtime.manifest import PROBE, BundleManifest, Origin
 from ensembler.weights import FlatWeights
 
 CLASSES = [f"class {index}" for index in range(5)]
@@ -101,18 +101,34 @@ def make_bundle(path: Path, members: int = 3, weights: np.ndarray | None = None)
         classes=CLASSES,
         image_shape=TINY,
         members=members,
+        layout="members",
         graphs=graphs,
+        input="uint8",
+        precision="float32",
+        precision_check=None,
+        order=list(range(members)),
+        ordered_by="the run",
+        vertices=members,
+        sampling=None,
         parameters=3 * len(CLASSES),
         training_cost={},
         run=Origin(name="none", sha256="0" * 64),
         opset=20,
         max_difference=0.0,
+        compared_on=["made by hand"],
+        validation=None,
+        tuning=None,
+        calibration=None,
         created="2026-01-01T00:00:00+00:00",
         versions={},
     )
     with artefact.write(path, manifest.model_dump()) as folder:
         for graph, own in zip(graphs, weights, strict=True):
             (folder / graph).write_bytes(_linear(own).SerializeToString())
+        images = np.random.default_rng(0).integers(0, 256, (2, *TINY), dtype=np.uint8)
+        logits = images.astype(np.float64).mean(axis=(1, 2)) @ weights.astype(np.float64)
+        odds = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        np.savez(folder / PROBE, images=images, probabilities=odds / odds.sum(axis=-1, keepdims=True))
     return path
 
 

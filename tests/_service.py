@@ -83,8 +83,8 @@ def make_calibrated(path: Path, risk: float | None = 0.2) -> Path:
         mutual_information=np.quantile(known.mutual_information, levels).tolist(),
     )
     with artefact.write(path, manifest.model_dump(exclude={"files"})) as folder:
-        for graph in manifest.graphs:
-            shutil.copy(plain / graph, folder)
+        for file in manifest.files:
+            shutil.copy(plain / file, folder)
         (folder / "calibration.json").write_text(json.dumps(fitted))
     return path
 
@@ -115,10 +115,10 @@ class Server:
             )
 
     def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                if httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200:
+                if httpx.get(f"{self.url}/readyz", timeout=60).status_code == 200:
                     return
             except httpx.TransportError:
                 time.sleep(0.1)
@@ -132,8 +132,8 @@ class Server:
         family = self.family()
         self.process.send_signal(by)
         try:
-            assert self.process.wait(timeout=30) == 0
-            _, orphans = psutil.wait_procs(family, timeout=5)
+            assert self.process.wait(timeout=300) == 0
+            _, orphans = psutil.wait_procs(family, timeout=60)
             assert family and not orphans
         finally:
             for process in family:

@@ -55,7 +55,7 @@ class Holding(nn.Module):
 
     def forward(self, x):
         held = os.environ.get("TESTS_HOLD_AT") if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" else None
-        while held and any(Path(held).glob("10001-*")):
+        while held and any(Path(held).glob("*/vertex-2.*")):
             time.sleep(0.01)
         return x
 

@@ -16,61 +16,49 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ensembler.errors import DataError, EnsemblerError
-from ensembler.run import save_tensors
-from ensembler.trainers import (
-    Session,
-    Settings,
-    train_curve,
-    train_deep_ensemble,
-    train_fge,
-    train_simplex,
-    train_subspace,
-)
-from ensembler.trainers.checkpoints import Checkpoints
-from ensembler.trainers.distributed import ALONE, joined
+from ensembler.run import Run, save_tensors
+from ensembler.trainers import FGE, Curve, DeepEnsemble, Method, Settings, Simplex, Subspace
+from ensembler.trainers.distributed import ALONE, Group, join_group
+from tests._interrupt import make
 from tests._small import SETTINGS, dataset
 
 # 33 images in batches of 8: five steps an epoch, the last one of a single image. Ten epochs in all are fifty steps.
 DATASET = dataset(train=33)
 
 
-def session(group=ALONE, checkpoints=None, init=None, **changes):
-    settings = Settings(**(SETTINGS | {"epochs": 10} | changes))
-    return Session(DATASET, settings, init, checkpoints=checkpoints, group=group)
+def settings(**changes) -> Settings:
+    return Settings(**(SETTINGS | {"epochs": 10} | changes))
 
 
-def simplex(group, checkpoints=None):
-    return train_simplex(session(group, checkpoints, epochs=4), 3, vertex_epochs=3, members=4)
+def methods(ends: list[str]) -> dict[str, tuple[Method, Settings]]:
+    """By name; ``ends`` are two runs of this dataset."""
+    simplex = Simplex(vertices=3, vertex_epochs=3, members=4)
+    return {
+        "plain": (DeepEnsemble(members=1), settings()),
+        "simplex": (simplex, settings(epochs=4)),
+        "three points a step": (Simplex(vertices=2, vertex_epochs=5, samples_per_step=3), settings(epochs=5)),
+        "auto": (Simplex(vertices=2, vertex_epochs=1, regularisation="auto"), settings(epochs=5)),
+        "snapshots": (FGE(members=2, cycle=2), settings()),
+        "subspace": (Subspace(vertices=3), settings()),
+        "curve": (Curve(first=ends[0], second=ends[1], bends=2, points=3), settings()),
+        "resumed": (simplex, settings(epochs=4)),
+    }
 
 
-def curve(group):
-    ends = [train_deep_ensemble(session(group, seed=seed, epochs=2), members=1) for seed in (1, 2)]
-    return train_curve(session(group, init=ends[0]), *ends, bends=2, points=3)
+NAMES = [*methods(["", ""])]
 
 
-METHODS = {
-    "plain": lambda group: train_deep_ensemble(session(group), members=1),
-    "simplex": simplex,
-    "three points a step": lambda group: train_simplex(
-        session(group, epochs=5), 2, vertex_epochs=5, samples_per_step=3
-    ),
-    "auto": lambda group: train_simplex(session(group, epochs=5), 2, vertex_epochs=1, regularisation="auto"),
-    "snapshots": lambda group: train_fge(session(group), members=2, cycle=2),
-    "subspace": lambda group: train_subspace(session(group), vertices=3),
-    "curve": curve,
-}
-
-
-def resumed(group, folder):
-    """Goes on with what a single process has begun; the others' folder is not there."""
-    checkpoints = Checkpoints(folder / "begun.unfinished" if group.first else folder / "nowhere", ours=group.first)
-    return simplex(group, checkpoints)
+def train(folder: Path, name: str, group: Group = ALONE) -> Run:
+    """The run of that name; ``resumed`` goes on with what is at ``begun``, which only the first process finds."""
+    method, given = methods([str(folder / "end 1"), str(folder / "end 2")])[name]
+    path = folder / ("begun" if group.first else "nowhere") if name == "resumed" else None
+    return make(path, method, given, data=DATASET, writer=group.first, group=group)
 
 
 def fail(ranks: str, slower: int) -> None:
     """As a command does it whose processes fail."""
     try:
-        with joined("cpu") as group:
+        with join_group("cpu") as group:
             if ranks == "both":
                 time.sleep(2 * (group.rank == slower))
                 raise DataError("all of them have failed")
@@ -87,14 +75,14 @@ def main() -> None:
     if len(sys.argv) == 3:
         return fail(sys.argv[1], int(sys.argv[2]))
     folder = Path(sys.argv[1])
-    with joined("cpu") as group:
-        for name, method in {**METHODS, "resumed": lambda group: resumed(group, folder)}.items():
-            run = method(group)
+    with join_group("cpu") as group:
+        for name in NAMES:
+            run = train(folder, name, group)
             save_tensors(run.vertices, folder / f"{name} {group.rank}.safetensors")
-            parts = run.manifest.cost.parts
+            entries = run.manifest.cost.entries
             facts = {
                 "history": run.history,
-                "passes": {part: [cost.example_passes, cost.forward_passes] for part, cost in parts.items()},
+                "passes": {part: [entry.example_passes, entry.forward_passes] for part, entry in entries.items()},
                 "metrics": run.manifest.metrics,
                 "device": run.manifest.cost.device,
             }

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ensembler.serve.http.options import OUTPUTS
 from ensembler.serve.http.readers import MediaTypeError, image_from_file
@@ -238,12 +238,11 @@ def test_good_images_beside_bad_ones(client: TestClient) -> None:
     assert client.post(IMAGE, content=encoded(Image.new("RGB", (100, 100)))).status_code == 200  # as large as may be
 
 
-def test_a_bomb_is_refused_before_it_goes_off() -> None:
+def test_a_bomb_is_refused_before_it_goes_off(monkeypatch: pytest.MonkeyPatch) -> None:
     tall = encoded(Image.new("RGB", (4000, 4000)))
-    started = time.perf_counter()
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("its pixels were read"))
     with pytest.raises(ValueError, match="4000 x 4000 pixels is more than 10000"):
         image_from_file(tall, TINY, 10_000)
-    assert time.perf_counter() - started < 0.1
     with pytest.raises(MediaTypeError):
         image_from_file(b"", TINY)
 
@@ -376,7 +375,7 @@ def test_any_query(client: TestClient, query: dict[str, str]) -> None:
 
 def raw(port: int, request: bytes) -> bytes:
     """What a server answers to bytes that no client would send."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=300) as connection:
         connection.sendall(request)
         answer = b""
         try:
@@ -409,9 +408,15 @@ def test_a_real_server_under_abuse_and_good_requests_beside_it(tmp_path: Path) -
         good: list[int] = []
 
         def keep_asking() -> None:
-            with httpx.Client(base_url=server.url, timeout=20) as caller:
+            with httpx.Client(base_url=server.url, timeout=300) as caller:
                 while not stop.is_set():
                     good.append(caller.post(ROUTE, json=GOOD).status_code)
+
+        def another_good_one() -> None:
+            before = len(good)
+            while len(good) == before:
+                assert not asking.done(), asking.result()
+                time.sleep(0.001)
 
         with ThreadPoolExecutor(1) as pool:
             asking = pool.submit(keep_asking)
@@ -419,7 +424,8 @@ def test_a_real_server_under_abuse_and_good_requests_beside_it(tmp_path: Path) -
                 for name, request in raws.items():
                     answer = raw(port, request)
                     assert answer[:10] in (b"HTTP/1.1 4", b""), (name, answer[:200])
-                with httpx.Client(base_url=server.url, timeout=20) as caller:
+                    another_good_one()
+                with httpx.Client(base_url=server.url, timeout=300) as caller:
                     for body, status in [*BAD_BINARY.values()][::3]:
                         assert_refused(caller.post(BINARY, content=body), status)
                     for body, status in [*BAD_IMAGES.values()][::3]:
@@ -427,10 +433,11 @@ def test_a_real_server_under_abuse_and_good_requests_beside_it(tmp_path: Path) -
                 # A caller that says much, sends little and goes.
                 with socket.create_connection(("127.0.0.1", port)) as connection:
                     connection.sendall(head + b"Content-Length: 900000\r\n\r\n[[[")
+                another_good_one()
             finally:
                 stop.set()
             asking.result()
-        assert set(good) == {200} and len(good) > 10
+        assert set(good) == {200}
         assert "Traceback" not in server.log.read_text()
     finally:
         server.stop(signal.SIGTERM)

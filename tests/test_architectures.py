@@ -191,6 +191,6 @@ def test_timm_present(monkeypatch):
     with pytest.raises(UsageError, match=r"^timm has no model 'large': see timm\.list_models\(\)$"):
         build("timm:large", 4)
     with pytest.raises(
-        UsageError, match=r"^timm cannot make 'small\.wrong': Invalid pretrained tag \(wrong\) for small"
+        UsageError, match=r"^timm cannot build 'small\.wrong': Invalid pretrained tag \(wrong\) for small"
     ):
         build("timm:small.wrong", 4)

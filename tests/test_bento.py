@@ -17,6 +17,7 @@ import httpx
 import pytest
 import typer
 import yaml
+from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from ensembler import __version__, artefact
@@ -24,7 +25,7 @@ from ensembler.cli import app
 from ensembler.errors import CorruptError, UsageError
 from ensembler.serve import Runtime
 from ensembler.serve.bento import BentoError, build_bento, pinned, write_sources
-from ensembler.serve.http import settings
+from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
 from tests._service import IMAGE, ROUTE, Server, free_port, make_calibrated, tiny_images
 
@@ -119,7 +120,7 @@ def test_what_cannot_be_built_is_told(bundle: Path, tmp_path: Path, monkeypatch:
         patch.setattr("ensembler.serve.bento._installed", lambda name: name != "uv")
         with pytest.raises(UsageError, match="needs uv, which is not installed: run pip install uv"):
             build_bento(bundle)
-    monkeypatch.setattr("ensembler.serve.bento.SERVING", ("no-such-package",))
+    monkeypatch.setattr("ensembler.serve.bento.serving", lambda: [Requirement("no-such-package")])
     with pytest.raises(UsageError, match="needs no-such-package, which is not installed"):
         write_sources(bundle, read_bundle(bundle), tmp_path / "bento", "name")
     result = CliRunner().invoke(app, ["bento", str(tmp_path / "nothing")])
@@ -131,7 +132,7 @@ def assert_serves(server: Server, bundle: Path) -> None:
         server.wait_until_ready()
         images = tiny_images(2)
         known = Runtime.load(bundle).predict(images)
-        answer = httpx.post(server.url + ROUTE, json={"images": images.tolist()}, timeout=30).json()
+        answer = httpx.post(server.url + ROUTE, json={"images": images.tolist()}, timeout=300).json()
         assert [one["label"] for one in answer["predictions"]] == known.labels
         found = [one["mutual_information"] for one in answer["predictions"]]
         assert found == pytest.approx(list(known.mutual_information), abs=1e-5)
@@ -158,16 +159,16 @@ def lean(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     needed = home / "bentos" / "made" / "one" / "env" / "python" / "requirements.txt"
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     (probe,) = (line for line in pinned() if line.startswith("schema=="))
-    reach = [*pip, "download", "--no-deps", "--no-cache-dir", "--retries", "0", "--timeout", "5", "-d", folder, probe]
+    reach = [*pip, "download", "--no-deps", "--no-cache-dir", "--retries", "0", "--timeout", "30", "-d", folder, probe]
     try:
-        if subprocess.run(reach, capture_output=True, timeout=30, check=False).returncode:
+        if subprocess.run(reach, capture_output=True, timeout=120, check=False).returncode:
             pytest.skip("pip reaches no package index from here")
     except subprocess.TimeoutExpired:
-        pytest.skip("pip reaches no package index within 30 s")
+        pytest.skip("pip reaches no package index within two minutes")
     venv.create(folder / "env", with_pip=False, symlinks=True)
     python = folder / "env" / "bin" / "python"
     install = [*pip, "--python", python, "install", "--no-compile", "--only-binary", ":all:", "-r", needed]
-    subprocess.run(install, check=True, capture_output=True, timeout=540)
+    subprocess.run(install, check=True, capture_output=True, timeout=1800)
     return python
 
 
@@ -259,7 +260,9 @@ def assert_exists(command: str) -> None:
 
 
 def test_the_docs_name_only_what_exists() -> None:
-    known = set(re.findall(r"ENSEMBLER_[A-Z_]+", settings.__doc__ or ""))
+    known = {f"ENSEMBLER_{name.upper()}" for name in Settings.model_fields}
+    rows = re.findall(r"^\| `(ENSEMBLER_[A-Z_]+)` \|", (ROOT / "docs" / "serving.md").read_text(), re.MULTILINE)
+    assert rows == [f"ENSEMBLER_{name.upper()}" for name in Settings.model_fields]
     for path in (ROOT / "docs" / "deploy.md", *DEPLOY.iterdir()):
         named = set(re.findall(r"ENSEMBLER_[A-Z]+(?:_[A-Z]+)*", path.read_text()))
         assert named <= known, path

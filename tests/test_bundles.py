@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
-from ensembler import artefact, calibration, load_dataset
+from ensembler import artefact, calibration, calibration_maps, load_dataset
 from ensembler.cli import app
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
@@ -29,13 +29,13 @@ from ensembler.run import Sampling
 from ensembler.serve import Runtime, export_run
 from ensembler.serve.export import bundle as export_module
 from ensembler.serve.export import graphs, precision, writer
-from ensembler.serve.runtime.manifest import Timing, Tuning
+from ensembler.serve.http import page
+from ensembler.serve.runtime.manifest import Layout, Precision, Timing, Tuning, read_bundle
 from ensembler.serve.runtime.verify import verify_bundle
 from tests._runs import make_run
 
 SAMPLING = Sampling(simplexes=[[0, 1], [1, 2]], concentration=1.0)
 ROOT = Path(__file__).parents[1]
-FORMAT_1 = ROOT / "tests" / "data" / "bundle-format-1"
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_large_weights_lie_beside_their_graph(
     run: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "EXTERNAL_ABOVE", 500)
-    monkeypatch.setattr(export_module, "measured", lambda members, images: tuning(len(members), "merged"))
+    monkeypatch.setattr(export_module, "measure_strategies", lambda members, images: tuning(len(members), "merged"))
     bundle = export_run(run, tmp_path / "bundle", layout="members", tune=True)
     names = {path.name for path in bundle.iterdir()}
     assert {"member-000.onnx", "member-000.onnx.data", "merged.onnx", "merged.onnx.data"} <= names
@@ -298,10 +298,10 @@ def test_without_images_the_runs_order_is_kept_and_it_is_said(run: Path, dataset
     try:
         said.clear()
         export_run(run, tmp_path / "missing", say=said.append)
-        assert "images are not at hand: no folder of images at" in said[0]
+        assert "images were not found: no folder of images at" in said[0]
         with pytest.raises(DataError, match="no folder of images"):
             export_run(run, tmp_path / "asked", data=tmp_path)
-        with pytest.raises(UsageError, match="float16 is only accepted after a comparison on validation images"):
+        with pytest.raises(UsageError, match="float16 is accepted only after a comparison on validation images"):
             export_run(run, tmp_path / "unchecked", precision="float16")
     finally:
         moved.with_name("elsewhere").rename(moved)
@@ -315,12 +315,17 @@ def test_no_more_images_are_used_than_asked(run: Path, tmp_path: Path) -> None:
         export_run(run, tmp_path / "other", examples=0)
 
 
+def test_a_folders_images_stay_out_of_the_bundle(bundle: Path) -> None:
+    (only,) = page.examples(bundle, read_bundle(bundle))["examples"]
+    assert only["name"] == "a random pattern, of no class"
+
+
 # --- precision -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "layout"), [("float16", "vertices"), ("float16", "members"), ("int8", "members")])
 def test_fewer_bits_are_accepted_within_bounds(
-    name: precision.Precision, layout: writer.Layout, run: Path, dataset: Dataset, tmp_path: Path
+    name: Precision, layout: Layout, run: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     loaded = Runtime.load(export_run(run, tmp_path / "bundle", precision=name, layout=layout))
     check, images = loaded.manifest.precision_check, dataset.validation.images.numpy()
@@ -336,7 +341,7 @@ def test_fewer_bits_are_accepted_within_bounds(
 @pytest.mark.parametrize("bounds", [(1.1, 1.0), (-1.0, -1.0)])
 @pytest.mark.parametrize("name", ["float16", "int8"])
 def test_out_of_bounds_there_is_no_bundle(
-    name: precision.Precision, bounds: tuple[float, float], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: Precision, bounds: tuple[float, float], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(precision.BOUNDS, name, bounds)
     with pytest.raises(
@@ -382,7 +387,7 @@ def test_all_members_in_one_graph_are_the_members(
     which: str, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     path, images = request.getfixturevalue(which), dataset.test.images.numpy()
-    monkeypatch.setattr(export_module, "measured", lambda members, images: tuning(len(members), "merged"))
+    monkeypatch.setattr(export_module, "measure_strategies", lambda members, images: tuning(len(members), "merged"))
     loaded = Runtime.load(export_run(path, tmp_path / "bundle", tune=True))
     assert loaded.strategy(7) == "merged"
     assert loaded.manifest.order != sorted(loaded.manifest.order)
@@ -399,7 +404,7 @@ def test_all_members_in_one_graph_are_the_members(
 def test_a_measurement_is_kept_with_its_winners(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ensembler.serve.runtime import tune
 
-    monkeypatch.setattr(export_module, "measured", lambda members, images: tune.tune(members, images, seconds=0.05))
+    monkeypatch.setattr(export_module, "measure_strategies", lambda *given: tune.tune(*given, seconds=0.05))
     manifest = Runtime.load(export_run(run, tmp_path / "bundle", tune=True)).manifest
     assert manifest.tuning is not None
     for batch in (1, 8, 64):
@@ -420,7 +425,11 @@ def test_a_graph_of_all_that_differs_is_refused(run: Path, tmp_path: Path, monke
 # --- calibration -----------------------------------------------------------------------------------------------------
 
 
-def calibrate(run: Path) -> calibration.Calibration:
+SMOOTH = calibration_maps.Temperature(temperature=1.5)
+JUMPY = calibration_maps.Histogram(y=[[0.1, 0.9] * 500] * 3)  # a probability that moves by 0.001 lands in another bin
+
+
+def calibrate(run: Path, fitted_map: calibration_maps.Map = SMOOTH) -> calibration.Calibration:
     scores = [0.1, 0.2, 0.6]
     fitted = calibration.Calibration(
         run_sha256=artefact.sha256(run / "manifest.json"),
@@ -430,7 +439,7 @@ def calibrate(run: Path) -> calibration.Calibration:
         fitted=3,
         held_out=3,
         seed=0,
-        map=calibration.Temperature(temperature=1.5),
+        map=fitted_map,
         conformal=calibration.Conformal(method="lac", alpha=0.1, lac=scores, aps=scores),
         abstention=None,
         before={},
@@ -452,7 +461,7 @@ def test_a_calibration_goes_with_the_members_that_it_was_fitted_for(run: Path, t
     said: list[str] = []
     sampled = export_run(own, tmp_path / "sampled", members=4, say=said.append)
     assert Runtime.load(sampled).calibration is None
-    assert said == ["The run's calibration was fitted for its own members: it is left out."]
+    assert said == ["The run's calibration is left out: it was fitted for the run's own members."]
     (bundle / "calibration.json").unlink()
     with pytest.raises(CorruptError, match=r"calibration.json is missing"):
         verify_bundle(bundle)
@@ -460,6 +469,33 @@ def test_a_calibration_goes_with_the_members_that_it_was_fitted_for(run: Path, t
     with pytest.raises(CorruptError, match=r"calibration.json has changed since it was written"):
         export_run(own, tmp_path / "changed")
     assert not (tmp_path / "changed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "fitted_map", "kept"),
+    [("float32", JUMPY, True), ("float16", SMOOTH, True), ("int8", SMOOTH, True), ("int8", JUMPY, False)],
+)
+def test_a_calibration_goes_only_with_members_that_it_still_holds_for(
+    name: Precision, fitted_map: calibration_maps.Map, kept: bool, run: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    own = shutil.copytree(run, tmp_path / "run")
+    fitted = calibrate(own, fitted_map)
+    said: list[str] = []
+    loaded = Runtime.load(export_run(own, tmp_path / "bundle", precision=name, say=said.append))
+    assert (loaded.calibration == fitted) == kept
+    assert (tmp_path / "bundle" / "calibration.json").exists() == kept
+    images, check = dataset.validation.images.numpy(), loaded.manifest.precision_check
+    members = expected(run, images, list(range(6))), loaded.predict_members(images)
+    p, q = (calibration.apply(fitted, each.mean(axis=0, dtype=np.float64)) for each in members)
+    distance = np.abs(p - q).sum(axis=1).mean() / 2
+    assert (distance <= 0.01) == kept
+    if check is not None:
+        assert check.calibrated_distance == pytest.approx(distance, abs=1e-5)
+        assert check.most_calibrated_distance == 0.01
+    assert said == [] if kept else len(said) == 1
+    if not kept:
+        assert said[0].startswith("The run's calibration is left out: it was fitted in float32, and")
+        assert said[0].endswith("on average (at most 0.01 is allowed): export in float32 to keep it.")
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------
@@ -484,12 +520,6 @@ def test_verify_says_what_it_found(bundle: Path) -> None:
     assert "of PyTorch's on 10 images (1e-04 allowed)" in result.output
 
 
-def test_verify_reads_format_1(tmp_path: Path) -> None:
-    found = verify_bundle(FORMAT_1)
-    assert (found.images, found.merged, found.differences) == (0, None, [0.0] * 3)
-    assert "not compared" in CliRunner().invoke(app, ["verify", str(FORMAT_1)]).output
-
-
 def test_verify_names_a_damaged_file(bundle: Path, tmp_path: Path) -> None:
     for name in ("graph.onnx", "weights.npz", "probe.npz", "manifest.json"):
         damaged = shutil.copytree(bundle, tmp_path / name)
@@ -509,7 +539,7 @@ def test_verify_finds_members_that_answer_otherwise(bundle: Path, tmp_path: Path
         probabilities[4] = probabilities[4, :, ::-1]
         np.savez(folder / "probe.npz", images=images, probabilities=probabilities)
 
-    with pytest.raises(ArtefactError, match=r"^member 4 of .* differs by .* from what it must answer"):
+    with pytest.raises(ArtefactError, match=r"^member 4 of .* differs by .* from the stored answer"):
         verify_bundle(rewritten(bundle, tmp_path / "answers", other_answers))
 
 

@@ -23,8 +23,6 @@ from ensembler.calibration import (
     Abstention,
     Calibration,
     Conformal,
-    Histogram,
-    Temperature,
     abstain,
     apply,
     conformal_quantile,
@@ -33,13 +31,14 @@ from ensembler.calibration import (
     prediction_sets,
     read,
     save,
-    temper,
 )
+from ensembler.calibration_maps import Histogram, Temperature, temper
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
-from ensembler.eval.calibrate import METHODS, calibrate, certify, fit, fit_map, summary
-from ensembler.eval.metrics import nll, scores
-from ensembler.trainers import Session, Settings, train_deep_ensemble
+from ensembler.eval.calibrate import calibrate, fit, summary
+from ensembler.eval.scores.metrics import nll, scores
+from ensembler.eval.scores.recalibration import METHODS, certify, fit_map
+from ensembler.trainers import DeepEnsemble, Settings, train
 from tests._small import SETTINGS, dataset
 
 ORIGIN: dict[str, str] = {"run_sha256": "0" * 64, "dataset": "made by hand", "validation_sha256": "1" * 64}
@@ -187,7 +186,7 @@ def test_too_few_examples_give_every_class():
     calibration = fit(probs, labels, alpha=0.05, **ORIGIN)
     assert prediction_sets(calibration, probs).all()
     assert not prediction_sets(calibration, probs, 0.5).all()
-    assert "by holding every class: fewer need at least 19 held-out images" in summary(calibration)
+    assert "by holding every class: smaller sets need at least 19 held-out images" in summary(calibration)
 
 
 def test_the_promised_coverage_holds_on_average():
@@ -268,7 +267,7 @@ def test_where_nothing_can_be_certified_nothing_is_answered():
     assert calibration.abstention == Abstention(risk=0.01, confidence=0.95, threshold=None, answered=0, wrong=0)
     assert abstain(calibration, probs).all()
     assert "no threshold could be certified, so abstain always" in summary(calibration)
-    with pytest.raises(UsageError, match="no threshold to abstain at: calibrate with --risk"):
+    with pytest.raises(UsageError, match="no threshold for abstention: calibrate with --risk"):
         abstain(fit(probs, labels, **ORIGIN), probs)
 
 
@@ -297,9 +296,9 @@ def test_the_map_sees_one_half_and_the_rest_the_other():
     [
         ({"method": "platt"}, "unknown method 'platt': use one of temperature"),
         ({"conformal": "raps"}, "unknown conformal method 'raps': use lac or aps"),
-        ({"alpha": 0}, "alpha must lie between 0 and 1, not 0"),
-        ({"risk": 1.0}, "risk must lie between 0 and 1, not 1.0"),
-        ({"confidence": math.nan}, "confidence must lie between 0 and 1, not nan"),
+        ({"alpha": 0}, "alpha must be between 0 and 1, not 0"),
+        ({"risk": 1.0}, "risk must be between 0 and 1, not 1.0"),
+        ({"confidence": math.nan}, "confidence must be between 0 and 1, not nan"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -317,9 +316,9 @@ def test_one_image_is_too_few():
 def test_other_shapes_are_refused():
     for wrong in (np.ones((2, 3)) / 3, np.ones(4) / 4, np.ones((2, 1, 4)) / 4):
         for function in (apply, prediction_sets):
-            with pytest.raises(ShapeError, match=r"of probabilities \(B, 4\), found"):
+            with pytest.raises(ShapeError, match=r"for probabilities \(B, 4\), found"):
                 function(made(), wrong)
-    with pytest.raises(UsageError, match="alpha must lie between 0 and 1, not 1"):
+    with pytest.raises(UsageError, match="alpha must be between 0 and 1, not 1"):
         prediction_sets(made(), np.ones((2, 4)) / 4, 1)
     with pytest.raises(UsageError, match="unknown conformal method 'raps'"):
         prediction_sets(made(), np.ones((2, 4)) / 4, method="raps")
@@ -331,8 +330,7 @@ def test_other_shapes_are_refused():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    session = Session(dataset(), Settings(**SETTINGS))
-    return train_deep_ensemble(session, members=2).save(folder / "run")
+    return train(dataset(), DeepEnsemble(members=2), Settings(**SETTINGS)).save(folder / "run")
 
 
 @pytest.fixture
@@ -358,8 +356,8 @@ def test_a_run_is_calibrated_on_its_validation_split(run):
     assert found.validation_sha256 == validation.sha256
     assert found.map.temperature == pytest.approx(expected.map.temperature, rel=1e-5)
     assert found.conformal.aps == pytest.approx(expected.conformal.aps, abs=1e-6)
-    assert seen == [(12, 12)]
-    assert "small, validation images: 6 fitted the map (T = " in summary(found)
+    assert seen == [(0, 12), (12, 12)]
+    assert "small, validation images: 6 to fit the map (T = " in summary(found)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -409,15 +407,15 @@ def test_a_later_format_and_a_wrong_field_are_refused(run):
     with pytest.raises(ArtefactError, match="calibration format 2; this version of ensembler reads 1: update it"):
         load(run)
     save(found.model_copy(update={"map": Temperature.model_construct(temperature=-1.0)}), run)
-    with pytest.raises(ArtefactError, match=r"no calibration that this version can read \(map"):
+    with pytest.raises(ArtefactError, match=r"not a calibration of this version \(map"):
         load(run)
 
 
 def test_other_members_are_refused(run, tmp_path):
     found = calibrate(run, device="cpu")
     save(found, run)
-    other = train_deep_ensemble(Session(dataset(), Settings(**SETTINGS, seed=1)), members=2).save(tmp_path / "other")
-    message = "was fitted for other members than this run's: run `ensembler calibrate` again"
+    other = train(dataset(), DeepEnsemble(members=2), Settings(**SETTINGS, seed=1)).save(tmp_path / "other")
+    message = "was fitted for another run: run `ensembler calibrate` again"
     with pytest.raises(ArtefactError, match=message):
         save(found, other)
     shutil.copy(run / FILE, other / FILE)

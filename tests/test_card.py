@@ -12,9 +12,8 @@ import yaml
 
 from ensembler import artefact
 from ensembler.card import card
+from ensembler.run import Cost, CostEntry
 from tests._runs import make_bundle, make_run
-
-OLD = Path(__file__).parent / "data"
 
 
 def manifest_of(folder: Path) -> dict:
@@ -45,14 +44,14 @@ def test_a_run_in_words(run):
     text = card(run, "ab" * 32, "hf://user/mine", "mine")
     found = rows(text)
     assert found["method"] == ["spro-simplex"]
-    assert found["members, M"] == ["3: as many forward passes a prediction, at most"]
+    assert found["members, M"] == ["3, each one forward pass per prediction"]
     assert found["vertices, K"] == ["3"]
+    assert found["images"] == [f"{' x '.join(map(str, run['dataset']['shape']))} (height, width, channels), uint8"]
     assert found["network"] == [f"cnn, {run['parameters']:,} parameters"]
     assert found["dataset"] == ["made by hand"]
     assert found["classes"] == ["5: class 0, class 1, class 2, class 3, class 4"]
     assert found["training cost"] == [
-        "1,000 example passes (one image forward and backward), 77 images forward only, 1 s, "
-        "1.50 GiB of memory at the most"
+        "1,000 example passes (one image, forward and backward), 77 images forward only, 1 s, 1.50 GiB of peak memory"
     ]
     assert found["seed"] == ["0"]
     assert found["versions"] == ["python 3.11.7, torch 2.15.0"]
@@ -66,22 +65,26 @@ def test_a_run_in_words(run):
         "ensembler eval runs/mine",
     ):
         assert line in text.splitlines()
-    assert "None lies with it" in text
-    assert "None lies with it" not in card(run, "ab" * 32, "hf://user/mine", "mine", calibrated=True)
+    assert "Not calibrated" in text
+    assert "Not calibrated" not in card(run, "ab" * 32, "hf://user/mine", "mine", calibrated=True)
 
 
 def test_a_bundle_in_words(tmp_path):
     manifest = manifest_of(make_bundle(tmp_path / "bundle"))
-    manifest["training_cost"] = {"example_passes": 5000, "device": "an H100", "parts": {"a": {"origin": "weights.pt"}}}
+    manifest["training_cost"] = {
+        "example_passes": 5000,
+        "device": "an H100",
+        "entries": {"a": {"origin": "weights.pt"}},
+    }
     manifest["validation"] = {"examples": 99, "accuracy": 0.5, "nll": 0.7}
     text = card(manifest, "cd" * 32, "s3://bucket/b", "b")
     found = rows(text)
-    assert found["training cost"] == ["5,000 example passes (one image forward and backward)"]
+    assert found["training cost"] == ["5,000 example passes (one image, forward and backward)"]
     assert found["trained on"] == ["an H100"]
     assert found["agreement with PyTorch"] == ["within 0.0e+00 in any probability"]
     assert found["validation, as exported"] == ["99", "50.00", "0.7000", "not recorded", "not recorded"]
     assert "seed" not in found
-    assert "What weights.pt cost, from whose weights training began." in text
+    assert "The training cost of weights.pt, from which training started." in text
     assert "pip install 'ensembler[s3]'" in text
     assert "ensembler pull s3://bucket/b --out bundles/b" in text
     assert "model-index" not in front_matter(text)
@@ -95,18 +98,20 @@ def test_what_is_not_known_is_said(run):
     found = rows(text := card(run, "ab" * 32, "file:///x/mine", "mine"))
     assert found["test"] == ["not recorded", "91.25", "0.3457", "90.00", "not recorded"]
     assert found["versions"] == ["not recorded"]
-    assert "On how many images the scores were measured" in text
+    assert "The number of images that the scores were measured on" in text
     assert "The licence of the weights" in text
     run["metrics"] = {}
     assert "No score is recorded." in card(run, "ab" * 32, "file:///x/mine", "mine")
 
 
-@pytest.mark.parametrize("path", sorted(OLD.glob("*/manifest.json")), ids=lambda path: path.parent.name)
-def test_artefacts_of_the_first_format_have_a_card_too(path):
-    manifest = json.loads(path.read_text())
-    text = card(manifest, "ab" * 32, "file:///x/old", "old")
-    assert rows(text)["format"] == [f"{manifest['kind']} {manifest['format']}"]
-    assert front_matter(text)["library_name"] == "ensembler"
+def test_the_cost_of_what_a_run_was_started_from_is_said_to_be_unknown(tmp_path):
+    cost = Cost(example_passes=1, forward_passes=0, seconds=1.0, peak_memory=None, device="cpu", entries={})
+    cost.entries["checkpoint"] = CostEntry(seconds=None, device="unknown", origin="weights.pt")
+    run = manifest_of(make_run(tmp_path / "run")) | {"cost": cost.model_dump()}
+    bundle = manifest_of(make_bundle(tmp_path / "bundle")) | {"training_cost": cost.model_dump()}
+    for manifest in (run, bundle):
+        text = card(manifest, "ab" * 32, "file:///x/mine", "mine")
+        assert "The training cost of weights.pt, from which training started." in text
 
 
 def test_an_artefact_that_says_nothing_has_one_too():

@@ -37,7 +37,7 @@ def test_train_then_eval_the_latest_run(tmp_path, images, monkeypatch):
     assert "vertex 3: epoch 1 of 1" in result.stderr
     run = Run.load(tmp_path / "runs" / "latest")
     assert run.manifest.options["regularisation"] == 0.01
-    assert run.manifest.options["batch_size"] == 32
+    assert run.manifest.settings["batch_size"] == 32
     assert run.history[0]["part"] == "solution 1"
 
     shown = call("show").stdout
@@ -90,12 +90,12 @@ def test_every_method_trains_and_deep_ensembles_are_compared(tmp_path, images, m
         result = call(*arguments, "--out", f"made-{arguments[0]}")
         assert result.exit_code == 0, result.output
         assert result.stdout.splitlines()[-1] == f"run: made-{arguments[0]}"
-    assert "fge-centroid of 1 members" in result.stdout
+    assert "fge-centroid of 1 member on" in result.stdout
     result = call("train-fge", "--members", 2, *SMALL, *images, "--collapse", "centroid", "--out", "swa")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0] == call("collapse", "train-fge", "--out", "x").stdout.splitlines()[0]
     shown = call("show", "made-train-complex").stdout
-    for part in ("mode 1", "connector 1", "measurements", "forward passes", "GiB at the most", "simplex 1"):
+    for part in ("mode 1", "connector 1", "measurements", "forward passes", "GiB at most", "simplex 1"):
         assert part in shown
     result = call(
         *["train-simplex", "--init", "simplex", "--vertices", 2, "--vertex-epochs", 1, "--no-corners"],
@@ -113,12 +113,15 @@ def test_bad_input_gets_one_clear_line(tmp_path, images, monkeypatch):
     for arguments, message in (
         (["train-simplex", "--dataset", "nothing"], "error: unknown dataset 'nothing'"),
         (["train-simplex", "--arch", "nothing", *images], "error: unknown architecture 'nothing'"),
-        (["train-simplex", "--vertices", "1", *images], "at least 2 vertices"),
-        (["train-simplex", "--regularisation", "much", *images], "--regularisation is a number or auto, not 'much'"),
-        (["train-complex", "nowhere", "here"], "no run at nowhere"),
+        (["train-simplex", "--vertices", "1", *images], "--vertices must be at least 2, not 1"),
+        (
+            ["train-simplex", "--regularisation", "much", *images],
+            "--regularisation must be a number or auto, not 'much'",
+        ),
+        (["train-complex", "nowhere", "here"], f"no run at {tmp_path / 'nowhere'}: there is no such folder"),
         (["train-simplex", "--device", "nothing", *images], "cannot compute on the device 'nothing'"),
-        (["train-simplex", "--init", "nowhere", *images], "no run at nowhere"),
-        (["train-fge", "--out", "taken", *images], "taken exists already"),
+        (["train-simplex", "--init", "nowhere", *images], f"no run at {tmp_path / 'nowhere'}: there is no such folder"),
+        (["train-fge", "--out", "taken", *images], "taken already exists: choose another --out"),
         (["train-fge", "--dataset", "folder:nowhere"], "no folder of images"),
         (["train-deep-ensemble", "--lr", "1e30", "--clip", "0", *SMALL, *images], "the training loss is"),
         (["eval"], "no run in runs: train one first"),
@@ -174,7 +177,7 @@ def test_ctrl_c_leaves_no_run_and_no_traceback(tmp_path, images):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
-    assert "nothing half-done passes for whole" in errors
+    assert "interrupted; no partial output was kept" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "runs").exists()
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from itertools import combinations, permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,31 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ensembler.calibration_maps import FLOOR
 from ensembler.errors import ShapeError, UsageError
-from ensembler.eval import comparison
-from ensembler.eval import members as of_members
-from ensembler.eval.comparison import (
-    Losses,
-    compare_losses,
-    differences,
-    group,
-    group_key,
-    paired_bootstrap,
-    resample,
-    spread,
-)
-from ensembler.eval.corruptions import HEADLINE, SEVERITIES, VALIDATION
-from ensembler.eval.members import (
+from ensembler.eval import compare as grouping
+from ensembler.eval.compare import group_key
+from ensembler.eval.scores import comparison
+from ensembler.eval.scores import members as of_members
+from ensembler.eval.scores.comparison import Difference, Losses, differences, resample, spread
+from ensembler.eval.scores.members import (
     CurvePoint,
     MemberScores,
     curve,
     deep_ensemble_equivalent,
-    greedy_order,
     recommended_members,
     score_subsets,
 )
-from ensembler.eval.metrics import FLOOR, brier, ece, nll, scores
-from ensembler.eval.shift_scores import FAMILIES, five_numbers, summarise
+from ensembler.eval.scores.metrics import brier, ece, nll, scores
+from ensembler.eval.shift.corruptions import FAMILIES, HEADLINE, SEVERITIES, VALIDATION
+from ensembler.ordering import greedy_order
 from ensembler.run import Cost, DatasetRecord, Manifest
 
 NAMES = ("error", "nll", "brier", "ece")
@@ -71,6 +65,14 @@ def odd_pairs(draw: st.DrawFn):
 
 
 # --- the bootstrap --------------------------------------------------------------------------------------------------
+
+
+def paired_bootstrap(a, b, labels, confidence: float = 0.95, **options) -> dict[str, Difference]:
+    return compare_losses(Losses.of(a, labels), Losses.of(b, labels), confidence, **options)
+
+
+def compare_losses(a: Losses, b: Losses, confidence: float = 0.95, **options) -> dict[str, Difference]:
+    return differences(resample(a, **options), resample(b, **options), confidence)
 
 
 def slow_draws(probs, labels, resamples: int, seed: int):
@@ -224,11 +226,11 @@ def test_bad_comparisons_are_refused() -> None:
         paired_bootstrap(a, a, labels[:5])
     with pytest.raises(ShapeError, match="score both on the same images"):
         compare_losses(losses, Losses.of(a[:5], labels[:5]), resamples=5)
-    with pytest.raises(ShapeError, match="resampled alike"):
+    with pytest.raises(ShapeError, match="must have the same"):
         differences(resample(losses, 5, seed=0), resample(losses, 5, seed=1))
     with pytest.raises(UsageError, match="at least 1 resample, not 0"):
         paired_bootstrap(a, a, labels, resamples=0)
-    with pytest.raises(UsageError, match="confidence must lie between 0 and 1, not 95"):
+    with pytest.raises(UsageError, match="confidence must be between 0 and 1, not 95"):
         paired_bootstrap(a, a, labels, resamples=2, confidence=95)
     with pytest.raises(ShapeError, match=r"found cells of \[5, 10\] examples"):
         Losses.over_cells([losses, Losses.of(a[:5], labels[:5])])
@@ -240,12 +242,13 @@ def test_bad_comparisons_are_refused() -> None:
 
 
 def manifest(**changes) -> Manifest:
-    options = {"epochs": 10.0, "seed": 0, "device": "cpu", "init": None, "members": 4} | changes.pop("options", {})
+    options = {"members": 4} | changes.pop("options", {})
+    settings = {"epochs": 10.0, "seed": 0, "device": "cpu", "init": None} | changes.pop("settings", {})
     record = DatasetRecord(
         name="folder:/here/a",
         title="made by hand",
         classes=["a", "b"],
-        image_shape=[8, 8, 3],
+        shape=[8, 8, 3],
         mean=[0.5] * 3,
         std=[0.2] * 3,
         augmentation="none",
@@ -254,7 +257,7 @@ def manifest(**changes) -> Manifest:
         test_sha256="1" * 64,
     )
     cost = Cost(
-        parts={},
+        entries={},
         example_passes=changes.pop("example_passes", 1000),
         forward_passes=0,
         seconds=1.0,
@@ -273,15 +276,16 @@ def manifest(**changes) -> Manifest:
         "created": "2026-01-01T00:00:00+00:00",
         "versions": {},
     }
-    return Manifest(**(facts | changes), dataset=record, cost=cost, options=options)
+    return Manifest(**(facts | changes), dataset=record, cost=cost, options=options, settings=settings)
 
 
 @pytest.mark.parametrize(
     "same",
     [
-        {"seed": 1, "options": {"seed": 1}},
+        {"seed": 1, "settings": {"seed": 1}},
         {"created": "2026-02-02T00:00:00+00:00", "versions": {"torch": "9"}, "metrics": {"test": {"nll": 1.0}}},
-        {"options": {"device": "cuda", "workers": 4, "compile": True, "parallel_members": 4, "recipe": "fast"}},
+        {"settings": {"device": "cuda", "workers": 4, "compile": True}},
+        {"settings": {"threads": 1}},
         {"options": {"second": None}},
     ],
 )
@@ -297,9 +301,10 @@ def test_runs_that_differ_in_their_seed_are_one_group(same) -> None:
         {"members": 5},
         {"train_sha256": "2" * 64},
         {"example_passes": 2000},
-        {"options": {"epochs": 20.0}},
-        {"options": {"init": "runs/single"}},
-        {"options": {"weights": "DEFAULT"}},
+        {"settings": {"epochs": 20.0}},
+        {"settings": {"init": "runs/single"}},
+        {"options": {"members": 5}},
+        {"settings": {"weights": "DEFAULT"}},
     ],
 )
 def test_runs_that_differ_otherwise_are_not(other) -> None:
@@ -307,28 +312,30 @@ def test_runs_that_differ_otherwise_are_not(other) -> None:
 
 
 def test_runs_from_different_solutions_are_one_group() -> None:
-    keys = {group_key(manifest(seed=n, options={"seed": n, "init": f"runs/single-{n}"})) for n in range(3)}
+    keys = {
+        group_key(manifest(seed=n, settings={"seed": n, "init": f"runs/{n}"}, options={"first": f"runs/{n}"}))
+        for n in range(3)
+    }
     assert len(keys) == 1
     (key,) = keys
-    assert "runs/single" not in key
-    assert json.loads(key)["options"]["init: how many"] == 1
-    assert len({group_key(manifest(options={"init": ["a", "b"][:n]})) for n in (1, 2)}) == 2
+    assert "runs/" not in key
+    assert json.loads(key)["starts"] == {"first": 1, "init": 1}
+    assert len({group_key(manifest(options={"runs": ["a", "b"][:n]})) for n in (1, 2)}) == 2
 
 
 def test_groups_hold_the_mean_and_the_spread() -> None:
-    found = group(
-        ["a", "b", "a", "a"],
-        [0, 0, 1, 2],
-        [
-            {"nll": 1.0, "mi": None},
-            {"nll": 5.0, "mi": 0.5},
-            {"nll": 2.0, "mi": 1.0},
-            {"nll": 4.5, "mi": 1.0},
-        ],
-    )
+    names = ("error", "nll", "calibrated_nll", "brier", "ece")
+    losses, seeds, methods = (1.0, 5.0, 2.0, 4.5), (0, 0, 1, 2), ("fge", "snapshot", "fge", "fge")
+    scored = [SimpleNamespace(clean=SimpleNamespace(**dict.fromkeys(names, loss)), shifted=None) for loss in losses]
+    runs = [
+        SimpleNamespace(manifest=manifest(seed=seed, method=method))
+        for seed, method in zip(seeds, methods, strict=True)
+    ]
+    found = grouping._groups(SimpleNamespace(runs=scored), runs)
     assert [one.runs for one in found] == [[0, 2, 3], [1]]
     assert found[0].seeds == [0, 1, 2]
     mean = (1 + 2 + 4.5) / 3
+    assert set(found[0].scores) == set(names)
     assert found[0].scores["nll"].model_dump() == pytest.approx(
         {
             "mean": mean,
@@ -338,8 +345,7 @@ def test_groups_hold_the_mean_and_the_spread() -> None:
             "n": 3,
         }
     )
-    assert "mi" not in found[0].scores
-    assert found[1].scores["mi"].model_dump() == {"mean": 0.5, "low": 0.5, "high": 0.5, "deviation": None, "n": 1}
+    assert found[1].scores["nll"].model_dump() == {"mean": 5.0, "low": 5.0, "high": 5.0, "deviation": None, "n": 1}
     with pytest.raises(UsageError, match="at least one"):
         spread([])
 
@@ -412,11 +418,11 @@ def test_a_long_curve_takes_some_sizes_and_some_subsets() -> None:
 
 def test_one_member_has_a_curve_of_one_point() -> None:
     members, labels = informed(20, 3, 0, noise=1.0, members=1)
-    (point,) = curve(members, labels, members, labels, order=greedy_order(members, labels))
+    (point,) = curve(members, labels, members, labels, order=greedy_order(likelihoods(members, labels)))
     assert point.members == 1
     assert point.nll.n == 1
     assert point.ordered.nll == point.nll.mean == pytest.approx(nll(members[0], labels))
-    assert recommended_members(members, labels) == 1
+    assert recommended_members(likelihoods(members, labels)) == 1
 
 
 def test_members_may_lie_on_disk(tmp_path) -> None:
@@ -424,6 +430,11 @@ def test_members_may_lie_on_disk(tmp_path) -> None:
     np.save(tmp_path / "members.npy", members.astype(np.float32))
     mapped = np.load(tmp_path / "members.npy", mmap_mode="r")
     assert curve(mapped, labels, mapped, labels) == curve(np.asarray(mapped), labels, np.asarray(mapped), labels)
+
+
+def likelihoods(members, labels):
+    """(M, B) what each member gives to the labels."""
+    return np.asarray(members)[:, np.arange(len(labels)), labels]
 
 
 def slow_greedy(members, labels) -> list[int]:
@@ -437,7 +448,7 @@ def slow_greedy(members, labels) -> list[int]:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_greedy_order_is_that_of_an_exhaustive_loop(seed: int) -> None:
     members, labels = informed(30, 3, seed, noise=2.0, members=7)
-    order = greedy_order(members, labels)
+    order = greedy_order(likelihoods(members, labels))
     assert order == slow_greedy(members, labels)
     assert all(type(member) is int for member in order)
     # Its first member is the best one, and its first two are the best pair that holds that one.
@@ -447,7 +458,7 @@ def test_the_greedy_order_is_that_of_an_exhaustive_loop(seed: int) -> None:
 
 def test_of_equal_members_the_first_comes_first() -> None:
     members, labels = informed(20, 3, 0, noise=1.0, members=1)
-    assert greedy_order(np.repeat(members, 4, axis=0), labels) == [0, 1, 2, 3]
+    assert greedy_order(likelihoods(np.repeat(members, 4, axis=0), labels)) == [0, 1, 2, 3]
 
 
 @given(odd_pairs())
@@ -455,8 +466,8 @@ def test_of_equal_members_the_first_comes_first() -> None:
 def test_odd_members_have_an_order_and_a_curve(pair) -> None:
     a, b, labels = pair
     members = np.stack([a, b])
-    assert greedy_order(members, labels) in ([0, 1], [1, 0])
-    assert recommended_members(members, labels) in (1, 2)
+    assert greedy_order(likelihoods(members, labels)) in ([0, 1], [1, 0])
+    assert recommended_members(likelihoods(members, labels)) in (1, 2)
     for point in curve(members, labels, members, labels, order=[1, 0]):
         assert all(math.isfinite(value) for value in point.ordered.model_dump().values())
 
@@ -474,19 +485,21 @@ def test_the_recommended_number_is_within_a_standard_error_of_all() -> None:
     for size in range(1, 13):
         excess = each(members[order[:size]].mean(axis=0)) - each(whole)
         enough.append(excess.mean() <= np.sqrt(((excess - excess.mean()) ** 2).sum() / 24) / np.sqrt(25))
-    assert recommended_members(members, labels, order) == enough.index(True) + 1
-    assert 1 < recommended_members(members, labels, order) < 12
-    assert recommended_members(np.repeat(members[:1], 5, axis=0), labels) == 1
+    assert recommended_members(likelihoods(members, labels), order) == enough.index(True) + 1
+    assert 1 < recommended_members(likelihoods(members, labels), order) < 12
+    assert recommended_members(likelihoods(np.repeat(members[:1], 5, axis=0), labels)) == 1
 
 
 def test_bad_members_are_refused() -> None:
     members, labels = informed(10, 3, 0, noise=1.0, members=3)
     with pytest.raises(ShapeError, match=r"expected the members' probabilities \(M, B, C\)"):
-        greedy_order(members[0], labels)
+        curve(members[0], labels, members, labels)
     with pytest.raises(ShapeError, match="labels must be 10 integers"):
-        greedy_order(members, labels[:5])
+        curve(members, labels[:5], members, labels)
     with pytest.raises(ShapeError, match="no distribution"):
-        greedy_order(np.log(members), labels)
+        curve(np.log(members), labels, members, labels)
+    with pytest.raises(ShapeError, match=r"probabilities of the labels, \(M, B\), found shape \(3, 10, 3\)"):
+        recommended_members(members)
     with pytest.raises(ShapeError, match="same members and classes"):
         curve(members, labels, members[:2], labels)
     with pytest.raises(UsageError, match="different members of 0 to 2"):
@@ -494,7 +507,7 @@ def test_bad_members_are_refused() -> None:
     with pytest.raises(UsageError, match="at least 1 subset"):
         curve(members, labels, members, labels, subsets=0)
     with pytest.raises(UsageError, match="0 to 2 once each"):
-        recommended_members(members, labels, [0, 1])
+        recommended_members(likelihoods(members, labels), [0, 1])
 
 
 # --- the deep-ensemble equivalent -----------------------------------------------------------------------------------
@@ -565,16 +578,6 @@ def test_bad_curves_are_refused() -> None:
 # --- shift ----------------------------------------------------------------------------------------------------------
 
 
-def shifted_cells(corruptions=HEADLINE + VALIDATION):
-    """Scores that say which cell they are from."""
-    return {
-        name: {
-            severity: {"error": number + severity / 10, "nll": float(severity), "mi": None} for severity in SEVERITIES
-        }
-        for number, name in enumerate(corruptions)
-    }
-
-
 def test_families_part_the_protocols_corruptions() -> None:
     headline = [name for family, names in FAMILIES.items() if family != "validation" for name in names]
     assert tuple(headline) == HEADLINE
@@ -582,69 +585,13 @@ def test_families_part_the_protocols_corruptions() -> None:
     assert [len(names) for names in FAMILIES.values()] == [3, 4, 4, 4, 4]
 
 
-def test_means_under_shift_are_those_of_a_loop() -> None:
-    cells = shifted_cells()
-    found = summarise(cells)
-    assert found.headline == list(HEADLINE)
-    assert found.mean["error"] == pytest.approx(
-        sum(cells[name][severity]["error"] for name in HEADLINE for severity in SEVERITIES) / 75
-    )
-    assert found.mean["mi"] is None
-    for family, names in FAMILIES.items():
-        values = [cells[name][severity]["error"] for name in names for severity in SEVERITIES]
-        assert found.by_family[family]["error"] == pytest.approx(sum(values) / len(values))
-    for severity in SEVERITIES:
-        values = sorted(cells[name][severity]["error"] for name in HEADLINE)
-        assert found.by_severity[severity]["error"] == pytest.approx(sum(values) / 15)
-        box = found.boxes["error"][severity]
-        assert (box.minimum, box.median, box.maximum) == pytest.approx((values[0], values[7], values[14]))
-        assert (box.lower_quartile, box.upper_quartile) == pytest.approx(
-            ((values[3] + values[4]) / 2, (values[10] + values[11]) / 2)
-        )
-    assert "mi" not in found.boxes
-
-
-def test_the_validation_corruptions_move_no_headline() -> None:
-    cells = shifted_cells()
-    whole, without = summarise(cells), summarise({name: cells[name] for name in HEADLINE})
-    assert (whole.mean, whole.boxes, whole.by_severity) == (without.mean, without.boxes, without.by_severity)
-    assert "validation" not in without.by_family
-
-
-def test_some_corruptions_alone_are_summed_up() -> None:
-    found = summarise(shifted_cells(("fog", "snow")))
-    assert list(found.by_family) == ["weather"]
-    assert found.by_family["weather"] == found.mean
-    assert five_numbers([2.0]).model_dump() == dict.fromkeys(
-        ("minimum", "lower_quartile", "median", "upper_quartile", "maximum"), 2.0
-    )
-
-
-def test_bad_cells_are_refused() -> None:
-    cells = shifted_cells()
-    with pytest.raises(UsageError, match="unknown corruption 'rain'"):
-        summarise({"rain": cells["fog"]})
-    with pytest.raises(UsageError, match="fog must have the severities 1 to 5, found \\[1\\]"):
-        summarise({"fog": {1: cells["fog"][1]}})
-    with pytest.raises(UsageError, match="no mean over spatter"):
-        summarise({"spatter": cells["spatter"]})
-    with pytest.raises(UsageError, match=r"snow 1 differs in \['nll'\]"):
-        summarise({"fog": cells["fog"], "snow": cells["snow"] | {1: {"error": 1.0, "mi": None}}})
-
-
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
 def test_pictures_show_what_they_are_given() -> None:
-    from ensembler.eval.comparison_plots import (
-        plot_boxes,
-        plot_differences,
-        plot_entropy,
-        plot_members,
-        plot_rejection,
-    )
-    from ensembler.eval.metrics import risk_coverage
-    from ensembler.eval.plots import to_png
+    from ensembler.eval.report.comparison_plots import plot_differences, plot_members
+    from ensembler.eval.report.plots import plot_boxes, plot_entropy, plot_rejection, to_png
+    from ensembler.eval.scores.selective import risk_coverage
     from ensembler.uncertainty import predictive_entropy
 
     members, labels = informed(60, 3, 0, noise=1.5, members=3)
@@ -655,28 +602,32 @@ def test_pictures_show_what_they_are_given() -> None:
     assert list(ends) == [found["nll"].low, found["nll"].high]
     assert forest.axes[0].lines[1].get_xdata()[0] == pytest.approx(100 * found["error"].difference)
 
-    points = curve(members, labels, members, labels, order=greedy_order(members, labels))
+    points = curve(members, labels, members, labels, order=greedy_order(likelihoods(members, labels)))
     lines = plot_members(["all", "other"], ["1k passes", "2k passes"], [points, points])
     solid, dashed = lines.axes[0].lines[:2]
     assert list(solid.get_ydata()) == [p.calibrated_nll.mean for p in points]
     assert list(dashed.get_ydata()) == [p.ordered.calibrated_nll for p in points]
     assert [text.get_text() for text in lines.legends[0].get_texts()] == ["all (1k passes)", "other (2k passes)"]
 
-    cells = {name: {s: {"error": s / 10, "nll": s, "ece": s / 20} for s in SEVERITIES} for name in HEADLINE}
-    shift = summarise(cells)
-    boxes = plot_boxes(["a", "b"], [shift, shift], [{"error": 0.05, "nll": 0.5, "ece": 0.02}] * 2)
+    level = lambda value: SimpleNamespace(error=value, nll=value, ece=value)  # noqa: E731
+    cells = {name: {s: level(k * s) for s in SEVERITIES} for k, name in enumerate(HEADLINE)}
+    run = SimpleNamespace(cells=cells, by_severity=dict.fromkeys(SEVERITIES), clean=level(0.5))
+    boxes = plot_boxes(["a", "b"], [run, run], HEADLINE)
     assert sum(len(axes.patches) for axes in boxes.axes) == 2 * 5 * 3
+    quartiles = boxes.axes[1].patches[1].get_path().vertices[:, 1]  # of 0, 2, ..., 28
+    assert (min(quartiles[quartiles > 0]), max(quartiles)) == (7, 21)
 
-    kept = plot_rejection(["a"], [risk_coverage(one, labels)], [risk_coverage(members[0], labels)])
+    answers = [(probs.max(axis=1), probs.argmax(axis=1) == labels) for probs in (one, members[0])]
+    curves = [risk_coverage(*answer) for answer in answers]
+    kept = plot_rejection(["a"], curves[:1], curves[1:])
     assert kept.axes[0].lines[0].get_ydata()[-1] == pytest.approx(100 * (one.argmax(axis=1) == labels).mean())
 
     entropies = predictive_entropy(members)
-    doubt = plot_entropy(["a"], [entropies], {"noise": [entropies]}, classes=3)
-    heights, _, _ = doubt.axes[0].patches[0].get_data()
+    histograms = plot_entropy(["a"], [entropies], {"noise": [entropies]}, classes=3)
+    heights, _, _ = histograms.axes[0].patches[0].get_data()
     assert heights.sum() == pytest.approx(1)
 
-    for figure in (forest, lines, boxes, kept, doubt, plot_boxes(["a"], [shift]), plot_rejection(["a"], [
-        risk_coverage(one, labels)])):  # fmt: skip
+    for figure in (forest, lines, boxes, kept, histograms, plot_rejection(["a"], curves[:1])):
         picture = Image.open(io.BytesIO(to_png(figure)))
         assert min(picture.size) > 100
         assert np.asarray(picture.convert("L")).std() > 5

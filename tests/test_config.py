@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 from ensembler.artefact import sha256
 from ensembler.cli import app
 from ensembler.run import Run
+from ensembler.trainers import Settings
+from ensembler.trainers.method import methods
 
 SMALL = ["--arch", "tests._small:network", "--image-size", 8, "--epochs", 1, "--device", "cpu", "--quiet"]
 
@@ -71,12 +73,13 @@ train_simplex:
 @pytest.mark.parametrize(("name", "text"), [("all.toml", TOML), ("all.yaml", YAML), ("all.yml", YAML)])
 def test_a_file_gives_defaults_and_the_command_line_wins(name, text):
     Path(name).write_text(text)
-    options = train("train-simplex", "--config", name, "--members", 4, "--corners").options
-    expected = {"vertices": 2, "vertex_rate": 0.02, "weight_decay": 0.001, "regularisation": 0.5, "epochs": 1}
-    assert {key: options[key] for key in expected} == expected
+    made = train("train-simplex", "--config", name, "--members", 4, "--corners")
+    options, settings = made.options, made.settings
+    assert (options["vertices"], options["vertex_lr"], options["regularisation"]) == (2, 0.02, 0.5)
+    assert (settings["weight_decay"], settings["epochs"]) == (0.001, 1)
     assert options["members"] == 4  # typed
     assert options["corners"] is True
-    assert options["momentum"] == 0.9  # neither typed nor in the file
+    assert settings["momentum"] == 0.9  # neither typed nor in the file
 
 
 def test_one_file_serves_several_commands_and_holds_arguments():
@@ -118,9 +121,9 @@ def test_a_command_of_a_group_takes_its_own_table():
         ("a.toml", "[train-simplx]\nx = 1", "there is no command 'train-simplx': did you mean train-simplex"),
         ("a.toml", "config = 'b.toml'", "no command has an option 'config'"),
         ("a.toml", "vertices = 2.5", "a.toml: vertices = 2.5: "),
-        ("a.toml", "vertices = true", "a.toml: vertices = True: it is text or a number"),
-        ("a.toml", "vertices = [3]", "a.toml: vertices = [3]: it is text or a number"),
-        ("a.toml", "corners = 'no'", "a.toml: corners = 'no': it is true or false"),
+        ("a.toml", "vertices = true", "a.toml: vertices = True: it must be text or a number"),
+        ("a.toml", "vertices = [3]", "a.toml: vertices = [3]: it must be text or a number"),
+        ("a.toml", "corners = 'no'", "a.toml: corners = 'no': it must be true or false"),
         ("a.toml", "recipe = 'slow'", "a.toml: recipe = 'slow': "),
         ("a.toml", "vertices = ", "a.toml is not TOML: "),
         ("a.yaml", "a: [1", "a.yaml is not YAML: "),
@@ -144,62 +147,90 @@ def test_what_is_wrong_with_a_file_is_said_on_one_line(name, text, message):
 
 
 def test_a_file_that_is_not_there_or_not_text():
-    assert "there is nothing at nowhere.toml" in call("eval", "--config", "nowhere.toml").stderr
+    assert "nowhere.toml does not exist" in call("eval", "--config", "nowhere.toml").stderr
     Path("binary.toml").write_bytes(b"\xff\xfe")
     assert "binary.toml is not TOML" in call("eval", "--config", "binary.toml").stderr
     Path("folder").mkdir()
-    assert f"there is nothing at folder{os.sep}manifest.json" in call("eval", "--config", "folder").stderr
+    assert f"folder{os.sep}manifest.json does not exist" in call("eval", "--config", "folder").stderr
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["train-deep-ensemble", "--members", 1, "--clip", 0, "--seed", 3],
-        ["train-deep-ensemble", "--members", 2, "--augmentation", "none"],
-        ["train-fge", "--members", 2, "--cycle", 0.5, "--collapse", "centroid"],
-        ["train-snapshots", "--members", 2, "--batch-size", 50],
-        ["train-simplex", "--vertices", 2, "--members", 3, "--no-corners", "--regularisation", "auto"],
-        ["train-simplex", "--vertices", 2, "--simplexes", 2, "--recipe", "fast", "--vertex-epochs", 0.5],
-        ["train-subspace", "--vertices", 2, "--beta", 0.5],
-    ],
-    ids=lambda arguments: " ".join(map(str, arguments)),
-)
-def test_a_run_makes_the_same_run_again(arguments):
-    first = train(*arguments, *SMALL, "--out", "first")
-    again = train(arguments[0], "--config", "first", "--quiet", "--out", "again")
-    assert again.options == first.options
-    assert again.seed == first.seed
-    assert again.method == first.method
+def made_again(command, folder):
+    """A run of the command, and that which ``--config`` makes of it: the same bytes, options and fingerprint."""
+    name, *arguments = command
+    first = train(name, *arguments, *SMALL, "--out", f"{folder}/first")
+    again = train(name, "--config", f"{folder}/first", "--quiet", "--out", f"{folder}/again")
+    for field in ("command", "method", "options", "settings", "seed", "fingerprint"):
+        assert getattr(again, field) == getattr(first, field)
+    assert again.options.keys() >= METHODS[name].model_fields.keys()  # every one, always
+    assert again.settings.keys() == Settings.model_fields.keys()
     for file in ("vertices.safetensors", "members.safetensors"):
-        assert sha256(Path("again", file)) == sha256(Path("first", file))
-    other = train(arguments[0], "--config", "first/manifest.json", "--seed", 7, "--quiet", "--out", "other")
+        assert sha256(Path(folder, "again", file)) == sha256(Path(folder, "first", file))
+    return first
+
+
+METHODS = {method.command: method for method in methods()}
+COMMANDS = [
+    ["train-deep-ensemble", "--members", 1, "--clip", 0, "--seed", 3],
+    ["train-deep-ensemble", "--members", 2, "--augmentation", "none"],
+    ["train-fge", "--members", 2, "--cycle", 0.5, "--collapse", "centroid"],
+    ["train-snapshots", "--members", 2, "--batch-size", 50],
+    ["train-simplex", "--vertices", 2, "--members", 3, "--no-corners", "--regularisation", "auto"],
+    ["train-simplex", "--vertices", 2, "--simplexes", 2, "--recipe", "fast", "--vertex-epochs", 0.5],
+    ["train-subspace", "--vertices", 2, "--beta", 0.5],
+]
+JOINING = [
+    ["train-simplex", "--init", "runs/latest", "--vertices", 2],
+    ["train-fge", "--init", "runs/latest", "--members", 2, "--cycle", 0.5],
+    ["train-snapshots", "--init", "runs/latest", "--members", 2],
+    ["train-curve", "END", "runs/latest", "--points", 3, "--examples", 20],
+    ["train-complex", "END", "runs/latest", "--points", 3, "--examples", 20],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(map(str, command)))
+def test_a_run_makes_the_same_run_again(command):
+    made_again(command, "same")
+    other = train(command[0], "--config", "same/first/manifest.json", "--seed", 7, "--quiet", "--out", "other")
     assert other.seed == 7
-    assert sha256(Path("other/vertices.safetensors")) != sha256(Path("first/vertices.safetensors"))
+    assert sha256(Path("other/vertices.safetensors")) != sha256(Path("same/first/vertices.safetensors"))
+
+
+def test_every_method_is_among_those_that_are_made_again():
+    assert {command for command, *_ in COMMANDS + JOINING} == METHODS.keys()
 
 
 def test_a_run_remembers_what_it_began_from():
-    for seed in (0, 1):
-        train("train-deep-ensemble", "--members", 1, "--seed", seed, *SMALL)
-    runs = [path for path in Path("runs").iterdir() if path.name != "latest"]
-    short = ["--points", 3, "--examples", 20, *SMALL[-5:]]
-    for name, *arguments in (
-        ("simplex", "train-simplex", "--init", "runs/latest", "--vertices", 2, *SMALL),
-        (
-            "curve",
-            "train-curve",
-            runs[0],
-            "runs/latest" if runs[0].samefile("runs/latest") is False else runs[1],
-            *short,
-        ),
-        ("complex", "train-complex", *runs, *short),
-    ):
-        first = train(*arguments, "--out", f"{name}/1")
-        again = train(arguments[0], "--config", f"{name}/1", "--quiet", "--out", f"{name}/2")
-        assert again.options == first.options
-        assert sha256(Path(f"{name}/1/vertices.safetensors")) == sha256(Path(f"{name}/2/vertices.safetensors"))
-    train("train-deep-ensemble", "--members", 1, "--seed", 2, *SMALL)  # latest is another run now
-    begun = Run.load(Path("simplex/1")).manifest.options["init"]
-    assert begun in [str(path.resolve()) for path in runs]
+    for seed, name in ((0, "END"), (1, "runs/start")):
+        train("train-deep-ensemble", "--members", 1, "--seed", seed, *SMALL, "--out", name)
+    start = str(Path("runs/start").resolve())
+    for command in JOINING:
+        made = made_again(command, command[0])
+        held = made.settings | made.options
+        assert start in (held["init"], held.get("second"), *held.get("modes", ()))
+    train("train-deep-ensemble", "--members", 1, "--seed", 2, *SMALL, "--out", "runs/other")  # is runs/latest now
+    again = train("train-simplex", "--config", "train-simplex/first", "--quiet", "--out", "later")
+    assert again.settings["init"] == start
+    assert sha256(Path("later/vertices.safetensors")) == sha256(Path("train-simplex/first/vertices.safetensors"))
+
+
+def test_images_in_files_of_which_some_are_left_out_are_so_again(images):
+    (Path("images") / "top" / "3.png").write_bytes(b"no image")
+    files = [*images, "--from-files", "--corrupt", "skip", "--workers", 0]
+    made = made_again(["train-deep-ensemble", "--members", 1, *files], "skipped")
+    assert made.dataset.lazy
+    assert made.dataset.skipped == ["top/3.png"]
+
+
+def test_a_setting_that_is_not_its_default_is_made_again():
+    """Each that a CPU takes, at once: forgetting one would make another run."""
+    changes = {
+        **{"--lr": 0.05, "--schedule": "piecewise", "--momentum": 0.5, "--weight-decay": 1e-3, "--clip": 0.5},
+        **{"--augmentation": "crop-flip", "--precision": "bfloat16", "--batch-size": 40, "--seed": 5, "--threads": 1},
+    }
+    made = made_again(["train-deep-ensemble", "--members", 1, *sum(changes.items(), ())], "changed")
+    default = {name: field.default for name, field in Settings.model_fields.items()}
+    unchanged = {name for name, value in made.settings.items() if value == default[name]}
+    assert unchanged == {"init", "weights", "sync_batchnorm", "compile", "workers"}
 
 
 def test_another_commands_run_is_refused():
@@ -207,15 +238,14 @@ def test_another_commands_run_is_refused():
     for command in ("train-simplex", "eval"):
         result = call(command, "--config", "fge")
         assert result.exit_code == 1
-        assert f"manifest.json is of a run of fge, made again by train-fge, not by {command}" in result.stderr
+        assert f"manifest.json is a run of fge, made by train-fge, not by {command}" in result.stderr
 
 
-def test_an_older_manifest_may_lack_and_hold_other_things():
-    train("train-simplex", "--vertices", 2, *SMALL, "--out", "run")
-    manifest = json.loads(Path("run/manifest.json").read_text())
-    del manifest["options"]["regulariser"], manifest["options"]["recipe"], manifest["options"]["weights"]
-    manifest["options"] |= {"modes": 3, "init": None, "forgotten": {"a": [1]}}
-    manifest["method"] = "simplex-centroid"
-    Path("old.json").write_text(json.dumps(manifest))
-    again = train("train-simplex", "--config", "old.json", "--quiet", "--out", "again")
-    assert again.files["vertices.safetensors"] == manifest["files"]["vertices.safetensors"]
+def test_the_run_of_a_method_that_has_no_command_is_refused():
+    train("train-fge", "--members", 2, "--cycle", 0.5, *SMALL, "--out", "fge")
+    manifest = json.loads(Path("fge/manifest.json").read_text()) | {"command": None}
+    Path("fge.json").write_text(json.dumps(manifest))
+    assert (
+        "fge.json is a run of fge, made by no command, not by train-fge"
+        in call("train-fge", "--config", "fge.json").stderr
+    )

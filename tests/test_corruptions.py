@@ -17,8 +17,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from ensembler.errors import EnsemblerError, ShapeError, UsageError
-from ensembler.eval import corruptions
-from ensembler.eval.corruptions import (
+from ensembler.eval.shift import corruptions
+from ensembler.eval.shift.corruptions import (
     AVAILABLE,
     HEADLINE,
     SEVERITIES,

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from ensembler.eval import noise
-from ensembler.eval.corruptions import corrupt
+from ensembler.eval.shift.corruptions import corrupt
+from ensembler.eval.shift.pixels import noise
 
 NOISES = ("gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise")
 GREYS = (0, 1, 40, 128, 200, 254, 255)

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from scipy import ndimage, stats
 from torch import Tensor
 
-from ensembler.eval import blurs, corruptions, spatter, weather
-from ensembler.eval.corruptions import SEVERITIES, corrupt
-from ensembler.eval.noise import below, branch, image_keys, normals, uniforms
+from ensembler.eval.shift import corruptions
+from ensembler.eval.shift.corruptions import SEVERITIES, corrupt
+from ensembler.eval.shift.pixels import blurs, spatter, weather
+from ensembler.eval.shift.pixels.noise import below, branch, image_keys, normals, uniforms
 
 _path = Path(__file__).parents[1] / "benchmarks" / "per_image.py"
 _spec = importlib.util.spec_from_file_location("per_image", _path)
@@ -234,9 +235,9 @@ def test_glass_waves_keep_the_scripts_order(height: int, width: int, reach: int)
 
 
 def test_angles_are_even_and_trails_whole() -> None:
-    known, of_angle = blurs.trails(8, 2, 0)
+    known, of_angle = blurs.motion_kernels(8, 2, 0)
     assert len(of_angle) == blurs.ANGLES
-    assert all(sum(share for *_, share in trail) == 2**22 for trail in known)
+    assert all(sum(share for *_, share in kernel) == 2**22 for kernel in known)
     chosen = below(image_keys("angles", torch.arange(20000)), blurs.ANGLES, 1).flatten()
     assert stats.chisquare(chosen.bincount(minlength=blurs.ANGLES).numpy()).pvalue > 1e-3
 

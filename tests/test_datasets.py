@@ -237,7 +237,7 @@ def test_what_would_not_fit_in_memory_stays_in_its_files(tmp_path, monkeypatch):
     assert len(test[:7]) == 7
     with pytest.raises(DataError, match=r"8 images of 16 x 16 pixels .* use fewer \(--examples\)"):
         _ = test[:8]
-    with pytest.raises(UsageError, match="digits is checked and held in memory: only folder:PATH"):
+    with pytest.raises(UsageError, match="digits is always in memory and whole: only folder:PATH"):
         datasets.load("digits", in_memory=False)
 
 

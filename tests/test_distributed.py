@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -21,18 +22,17 @@ from ensembler.architectures import build
 from ensembler.errors import UsageError
 from ensembler.images import FileSplit
 from ensembler.run import Run
-from ensembler.seeds import generator
-from ensembler.trainers import Session, Settings, train_deep_ensemble
-from ensembler.trainers import checkpoints as checkpoints_module
+from ensembler.trainers import DeepEnsemble, Trainer
 from ensembler.trainers.batches import Batches
-from ensembler.trainers.checkpoints import Checkpoints
-from ensembler.trainers.distributed import ALONE, Group, joined
-from ensembler.trainers.session import _synchronised
+from ensembler.trainers.distributed import ALONE, Group, join_group
+from ensembler.trainers.loop import Plan
+from ensembler.trainers.resume import UnfinishedRun
+from ensembler.trainers.starts import fresh
+from ensembler.trainers.trainer import _synchronised
 from ensembler.weights import FlatWeights
-from tests._interrupt import BreakingOff
+from tests._interrupt import after, make
 from tests._ports import free_port
-from tests._small import SETTINGS, dataset
-from tests._together import METHODS, session, simplex
+from tests._together import DATASET, NAMES, settings, train
 from tests.test_batches import load, make_photos
 from tests.test_cli import SMALL, call
 
@@ -74,40 +74,41 @@ def test_the_shares_of_a_batch_are_the_batch(tmp_path, augmentation, in_memory, 
     images = load(make_photos(tmp_path / "photos", count=10), in_memory).train.part(slice(9))
     assert isinstance(images, FileSplit) != in_memory
 
-    def stream(group):
-        return Batches(images, 8, augmentation, (0.5,) * 3, (0.5,) * 3, generator(0, "x"), workers=workers, group=group)
+    def stream(group, step=0):
+        cpu = torch.device("cpu")
+        return Batches(images, 8, augmentation, (0.5,) * 3, (0.5,) * 3, (0, "x"), cpu, workers, group).begin(step)
 
-    whole = list(islice(stream(ALONE), 4))
-    assert [len(y) for _, y in whole] == [8, 1, 8, 1], "the last batch of an epoch leaves two processes without images"
+    with closing(stream(ALONE)) as batches:
+        whole = list(islice(batches, 4))
+    assert [len(batch.y) for batch in whole] == [8, 1, 8, 1], "the last batch leaves two processes without images"
     for rank in range(3):
-        shares = stream(Group(rank, 3))
-        for at, (x, y) in enumerate(whole):
-            if at == 2:  # skipping comes to the same place
-                shares = stream(Group(rank, 3))
-                shares.skip(2)
-            x_share, y_share = next(shares)
-            chosen = [place for place in range(len(y)) if place % 3 == rank]
-            assert torch.equal(x_share, x[chosen])
-            assert torch.equal(y_share, y[chosen])
-            assert shares.whole == len(y)
-        shares.close()
+        for first in (0, 2):  # begun later, it is at the same place
+            with closing(stream(Group(rank, 3), first)) as shares:
+                for batch in whole[first:]:
+                    share = next(shares)
+                    chosen = [place for place in range(len(batch.y)) if place % 3 == rank]
+                    assert torch.equal(share.x, batch.x[chosen])
+                    assert torch.equal(share.y, batch.y[chosen])
+                    assert share.size == len(batch.y)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """What two processes hold after each method, and what a single one does."""
     folder = tmp_path_factory.mktemp("together")
-    expected = {name: method(ALONE) for name, method in METHODS.items()}
-    broken_off = BreakingOff(folder / "begun.unfinished", every=0.0)
-    broken_off.left = 27
-    with pytest.raises(KeyboardInterrupt):
-        simplex(ALONE, broken_off)
+    for seed in (1, 2):
+        end = make(None, DeepEnsemble(members=1), settings(seed=seed, epochs=2), data=DATASET)
+        end.save(folder / f"end {seed}")
+    expected = {name: train(folder, name) for name in NAMES if name != "resumed"}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        after(patch, 27)
+        train(folder, "resumed")
     expected["resumed"] = expected["simplex"]
     ended(torchrun(ROOT / "tests" / "_together.py", folder))
     return folder, expected
 
 
-@pytest.mark.parametrize("name", [*METHODS, "resumed"])
+@pytest.mark.parametrize("name", NAMES)
 def test_two_processes_end_where_a_single_one_does(trained, name):
     folder, expected = trained[0], trained[1][name]
     first, second = (load_file(folder / f"{name} {rank}.safetensors") for rank in range(2))
@@ -115,9 +116,9 @@ def test_two_processes_end_where_a_single_one_does(trained, name):
     for parameter, tensor in expected.vertices.items():
         assert torch.equal(first[parameter], second[parameter])
         torch.testing.assert_close(first[parameter], tensor, rtol=0, atol=1e-5)
-    parts = expected.manifest.cost.parts
+    entries = expected.manifest.cost.entries
     for found in facts:
-        assert found["passes"] == {name: [part.example_passes, part.forward_passes] for name, part in parts.items()}
+        assert found["passes"] == {part: [each.example_passes, each.forward_passes] for part, each in entries.items()}
         assert found["metrics"] == facts[0]["metrics"]
         assert found["device"] == f"2 x {expected.manifest.cost.device}"
         assert len(found["history"]) == len(expected.history)
@@ -181,7 +182,7 @@ def killed(command, rank, folder, options=()):
     arguments = [*command, "--checkpoint-every", 0, "--out", folder]
     process = torchrun(*arguments, options=options, TESTS_HOLD_AT=str(unfinished))
     deadline = time.monotonic() + 300
-    while not list(unfinished.glob("10001-*")):
+    while not list(unfinished.glob("*/vertex-2.*")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -197,7 +198,7 @@ def test_a_killed_process_costs_no_more_than_a_restart(whole):
     assert err.count("solution 1: epoch 1 of 10,") == 1, "it was not begun anew"
 
 
-def test_what_was_broken_off_is_resumed(whole):
+def test_what_was_interrupted_is_resumed(whole):
     folder, command, _ = whole
     ended(killed(command, 0, folder / "first"), code=1)
     assert not (folder / "first").exists()
@@ -207,7 +208,7 @@ def test_what_was_broken_off_is_resumed(whole):
 
 def test_a_common_error_is_said_once(tmp_path):
     _, err = ended(torchrun("-m", "ensembler", "train-simplex", "--vertices", 1, "--out", tmp_path / "x"), code=1)
-    assert err.count("a simplex needs at least 2 vertices, not 1") == 1
+    assert err.count("--vertices must be at least 2, not 1") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -231,12 +232,12 @@ def test_an_error_of_one_process_is_said_by_it_and_ends_the_other():
     assert (first.returncode, second.returncode) == (1, 1)
 
 
-def test_under_torchrun_a_run_has_a_name_and_its_command_goes_on_by_itself(tmp_path, images, monkeypatch):
+def test_under_torchrun_a_run_has_a_name_and_its_command_resumes_by_itself(tmp_path, images, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one process of it")
     command = ["train-deep-ensemble", "--members", 1, *SMALL, *images]
     assert "under torchrun, name the run with --out" in call(*command).stderr
-    monkeypatch.setattr(Checkpoints, "remove", Checkpoints.close)  # as if killed before the end
+    monkeypatch.setattr(UnfinishedRun, "remove", UnfinishedRun.close)  # as if killed before the end
 
     def interrupted(run, path):
         raise KeyboardInterrupt
@@ -247,7 +248,7 @@ def test_under_torchrun_a_run_has_a_name_and_its_command_goes_on_by_itself(tmp_p
     assert Path("x.unfinished").is_dir()
     refused = call(*command, "--out", "x", "--lr", 0.2)
     assert refused.exit_code == 1
-    assert "x.unfinished holds a run that was broken off" in refused.stderr
+    assert "x.unfinished was started with other options or data: resume it with those, or remove it" in refused.stderr
     gone_on = call(*command, "--out", "x")
     assert gone_on.exit_code == 0
     assert "epoch" not in gone_on.stderr, "nothing was left to train"
@@ -255,13 +256,14 @@ def test_under_torchrun_a_run_has_a_name_and_its_command_goes_on_by_itself(tmp_p
 
 
 def test_what_cannot_be_honoured_is_refused(monkeypatch):
-    with pytest.raises(UsageError, match="BatchNorm is synchronised on GPUs alone"):
-        Session(dataset(), Settings(**SETTINGS, sync_batchnorm=True))
-    with pytest.raises(UsageError, match="leave --parallel-members out"):
-        train_deep_ensemble(session(Group(0, 2)), members=2, parallel=2)
+    with pytest.raises(UsageError, match="BatchNorm is synchronised on GPUs only"):
+        Trainer(DATASET, settings(sync_batchnorm=True))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but .* by torchrun, or unset WORLD_SIZE"), joined("cpu"):
+    with (
+        pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but .* with torchrun, or unset WORLD_SIZE"),
+        join_group("cpu"),
+    ):
         pass
 
 
@@ -289,30 +291,13 @@ def test_masks_differ_between_processes_and_steps_and_come_again():
                 found.append(torch.rand(4))
                 return x
 
-        one = session(ALONE, epochs=1)
-        one.group = Group(rank)
-        one.weights.module.append(Spy())
-        one.train("part", one.fresh().vector[None].clone(), one.schedule(4), 4)
+        trainer = Trainer(DATASET, settings().resolved(DATASET), group=Group(rank))
+        trainer.weights.module.append(Spy())
+        begin = fresh(trainer)
+        trainer.fit("part", begin.vector[None].clone(), begin.buffers, Plan(trainer.schedule(4), 4))
         return found
 
     first, again, second = masks(0), masks(0), masks(1)
     drawn = [tuple(mask.tolist()) for mask in first + second]
     assert len(drawn) == len(set(drawn)) == 8
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
-
-
-def test_a_checkpoint_of_format_1_is_read(tmp_path, monkeypatch):
-    folder = tmp_path / "x.unfinished"
-    monkeypatch.setattr(checkpoints_module, "FORMAT", 1)
-    save = checkpoints_module.save_tensors
-    states = {"generator.cpu": torch.get_rng_state()}
-    monkeypatch.setattr(checkpoints_module, "save_tensors", lambda tensors, path: save(tensors | states, path))
-    broken_off = BreakingOff(folder, every=0.0)
-    broken_off.left = 7
-    with pytest.raises(KeyboardInterrupt):
-        train_deep_ensemble(session(checkpoints=broken_off), members=1)
-    monkeypatch.undo()
-    assert json.loads(max(folder.glob("1*"), key=str).joinpath("manifest.json").read_text())["format"] == 1
-    resumed = train_deep_ensemble(session(checkpoints=Checkpoints(folder)), members=1)
-    expected = train_deep_ensemble(session(), members=1)
-    assert all(torch.equal(tensor, expected.vertices[name]) for name, tensor in resumed.vertices.items())

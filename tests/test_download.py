@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 
 from ensembler.cli import app
 from ensembler.errors import DataError, UsageError
-from ensembler.eval import download as module
-from ensembler.eval.corruptions import HEADLINE, VALIDATION
-from ensembler.eval.download import ARCHIVES, Archive, download
+from ensembler.eval.shift import download as module
+from ensembler.eval.shift.corruptions import HEADLINE, VALIDATION
+from ensembler.eval.shift.download import ARCHIVES, Archive, download
 
 ROOT = Path(__file__).parents[1]
 FILES = {f"{name}.npy": 3000 + index for index, name in enumerate(("labels", *HEADLINE, *VALIDATION))}
@@ -152,7 +152,9 @@ def test_a_whole_archive_becomes_a_whole_folder(tmp_path, server):
 
 def test_a_cut_transfer_goes_on_where_it_stopped(tmp_path, server):
     server.cuts = [20_000, 0]  # the second attempt gets nothing, and there is no third
-    with pytest.raises(DataError, match=r"the connection was cut; 20,000 of \d\d,\d\d\d bytes are kept: check the net"):
+    with pytest.raises(
+        DataError, match=r"the connection was cut; 20,000 of \d\d,\d\d\d bytes were kept: check the net"
+    ):
         fetch(server, tmp_path)
     assert (tmp_path / "CIFAR-10-C.tar.partial").read_bytes() == server.content[:20_000]
     assert not (tmp_path / "CIFAR-10-C").exists()
@@ -228,7 +230,7 @@ def test_a_file_fetched_by_hand_is_used_and_kept(tmp_path, server):
         ([403], {}, "the server answers 403 Forbidden"),
         ([416], {}, "the server answers 416"),
         ([], {"Content-Length": 400}, "offers 400 bytes, not the .* is a proxy or a sign-in page between"),
-        ([], {"Content-Length": "many"}, "offers something of unknown size, not the"),
+        ([], {"Content-Length": "many"}, "bad Content-Length; 0 of"),
         ([], {"Content-Range": "bytes 7-9/10"}, "offers 10 bytes, not the"),
         ([], {"Content-Range": "nonsense"}, "offers something of unknown size, not the"),
     ],
@@ -306,7 +308,7 @@ def test_a_folder_in_the_way_is_refused(tmp_path, server):
     with pytest.raises(DataError, match=r"lacks gaussian_noise\.npy and 18 more: remove it, and run the command again"):
         fetch(server, tmp_path)
     (folder / "generated.json").write_text("{}")
-    with pytest.raises(UsageError, match="holds images that were generated here: move it away"):
+    with pytest.raises(UsageError, match="holds generated images: move it away"):
         fetch(server, tmp_path)
     for path in folder.iterdir():
         path.unlink()
@@ -347,7 +349,7 @@ def test_too_little_room_is_said_before_and_a_full_disk_loses_nothing(tmp_path, 
 
 def start(server, root):
     code = (
-        "import sys; from ensembler.eval import download as d; from ensembler import cli;"
+        "import sys; from ensembler.eval.shift import download as d; from ensembler import cli;"
         f"d.ARCHIVES['cifar10c'] = d.Archive(*{[*vars(published(server.content)).values()][:4]!r});"
         f"d.download.__kwdefaults__['base'] = {server.base!r};"
         f"sys.argv = ['ensembler', 'data', 'download', 'cifar10c', '--data', {str(root)!r}]; cli.main()"
@@ -373,7 +375,7 @@ def test_ctrl_c_keeps_what_was_fetched_and_two_processes_do_not_meet(tmp_path, s
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
-    assert "what was fetched is kept: run the same command again to go on" in errors
+    assert "the partial download was kept: run the same command again to resume" in errors
     assert "Traceback" not in errors
     kept = partial.stat().st_size
     assert 0 < kept <= len(server.content) // 2

@@ -7,8 +7,7 @@ import os
 import signal
 import sys
 import time
-import warnings
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,9 +40,14 @@ def ray():
     module = pytest.importorskip("ray")
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{ROOT}:{before or ''}"  # the workers find the tests' networks
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    for left in range(9, -1, -1):  # Ray gives its own processes seconds to start; a loaded machine needs more
+        try:
+            module.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+            break
+        except Exception:
+            module.shutdown()
+            if not left:
+                raise
     yield module
     module.shutdown()
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
@@ -143,7 +147,7 @@ def test_what_a_job_asks_for():
 
 
 def test_what_cannot_be_had_is_said(ray, monkeypatch):
-    with pytest.raises(EngineError, match="a job takes 9 CPUs and no machine of the cluster has more than 2"):
+    with pytest.raises(EngineError, match="a job needs 9 CPUs, and no machine of the cluster has more than 2"):
         Ray(threads=9).__enter__()
     with pytest.raises(UsageError, match="cuda is whichever a job is given"):
         Ray(device="cuda:1")
@@ -282,14 +286,19 @@ def settings(**changes) -> Settings:
     return Settings(**(SETTINGS | {"architecture": "tests._small:noisy", "threads": 1} | changes))
 
 
+def works(process):
+    with suppress(psutil.Error):  # it has ended meanwhile
+        return "_work" in process.cmdline()[0]
+    return False
+
+
 def test_a_worker_killed_in_the_middle_of_training_costs_one_job(ray):
     begun, killed = [], []
 
     def on_event(event):
         begun.extend([event.part] if isinstance(event, EpochEnd) and event.epoch.number == 1 else [])
         if not killed:
-            workers = psutil.Process().children(recursive=True)
-            killed.append(next(one for one in workers if "_work" in one.cmdline()[0]))
+            killed.append(next(filter(works, psutil.Process().children(recursive=True))))
             killed[0].kill()
 
     method, long = DeepEnsemble(members=3), settings(epochs=150)
@@ -337,7 +346,7 @@ def test_a_damaged_job_is_done_again_and_the_result_of_another_run_refused(tmp_p
     assert again == ["solution 2", "solution 2"]
     assert_the_same(resumed, train(dataset(), method, settings()))
     for other, changed in ((method, settings(seed=5)), (method, settings(epochs=3)), (DeepEnsemble(), settings())):
-        with pytest.raises(UsageError, match="was begun with other options or on other data"):
+        with pytest.raises(UsageError, match="was started with other options or data"):
             make(path, other, changed)
 
 
@@ -345,7 +354,7 @@ def test_ledgers_of_jobs_add_up():
     ledger, one, other = Ledger("cpu"), Ledger("cpu"), Ledger("a GPU")
     for own, part, examples, forward in ((one, "a", 3, 0), (other, "a", 4, 2), (other, "b", 1, 0)):
         with own.entry(part, torch.device("cpu")):
-            own.epoch(part, Epoch(1, 0.1, 0.5, 0.5, examples), forward)
+            own.epoch(EpochEnd(part, Epoch(1, 0.1, 0.5, 0.5, examples), 1, "accuracy"), forward)
     records = one.record() | {"seconds": 2.0}, other.record() | {"seconds": 3.0}
     for record, own in zip(records, ((1.5, 7), (0.25, 5), (None, None)), strict=False):
         record["entries"]["a"] |= {"seconds": own[0], "peak_memory": own[1]}
@@ -494,8 +503,8 @@ def test_an_evaluation_by_ray_says_the_same(ray, tmp_path, monkeypatch):
     told.clear()
     assert report(Ray(device="cpu", threads=1), "there") == here
     assert asked == [96]  # 19 corruptions at 5 severities, and the noise
-    assert ("noise:uniform", 98, 98) in told
-    assert {(done, total) for _, done, total in told} >= {(done, 96) for done in range(1, 97)}
+    assert told[-1] == ("uniform noise (generated, seed 0)", 12 + 9 + 96 * 9, 12 + 9 + 96 * 9)
+    assert {(done, total) for _, done, total in told} >= {(9 * done, 9 * 96) for done in range(1, 97)}
     kept = [
         sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*.*")) for name in ("here", "there")
     ]
@@ -532,13 +541,13 @@ def test_what_was_finished_outlives_ray(tmp_path, images, victim):
     for child in psutil.Process(process.pid).children(recursive=True):
         if victim in child.name():
             child.kill()
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 1, errors[-3000:]
     assert "error: Ray" in errors
     assert "to resume: ensembler train-deep-ensemble --resume x" in errors
     assert "Traceback" not in errors
     process = start(tmp_path, "train-deep-ensemble", "--resume", "x", "--log", "log.jsonl", "--quiet")
-    assert process.communicate(timeout=120)[1] == ""
+    assert process.communicate(timeout=600)[1] == ""
     made = {json.loads(line)["part"] for line in (tmp_path / "log.jsonl").read_text().splitlines()}
     assert len(made) <= 6 - len(finished)
     assert Run.load(tmp_path / "x").manifest.members == 6

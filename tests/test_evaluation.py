@@ -9,24 +9,28 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from ensembler.cli import app
 from ensembler.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
+from ensembler.eval.calibrate import calibrate
 from ensembler.eval.compare import compare
-from ensembler.eval.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
 from ensembler.eval.evaluation import evaluate
-from ensembler.trainers import Session, Settings, train_deep_ensemble, train_simplex
+from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
+from ensembler.run import Run
+from ensembler.task import Classification
+from ensembler.trainers import DeepEnsemble, Settings, Simplex, train
 from tests._small import SETTINGS, dataset
 
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset())
-    session = lambda: Session(dataset(), Settings(**SETTINGS))  # noqa: E731
     return [
-        train_simplex(session(), vertices=3, members=4).save(tmp_path / "runs" / "simplex"),
-        train_deep_ensemble(session(), members=1).save(tmp_path / "runs" / "single"),
+        train(dataset(), method, Settings(**SETTINGS)).save(tmp_path / "runs" / name)
+        for name, method in (("simplex", Simplex(vertices=3, members=4)), ("single", DeepEnsemble(members=1)))
     ]
 
 
@@ -125,7 +129,6 @@ def test_a_comparison_is_paired_and_knows_its_baseline(runs):
     assert curve.run == "simplex"
     assert sorted(curve.order) == [0, 1, 2, 3]
     assert curve.points[-1].nll.mean == pytest.approx(simplex.clean.nll)
-    assert report.comparison.deep_ensemble is None
     assert report.comparison.equivalents == {}
     assert compare(found).comparison.curves == []
 
@@ -133,13 +136,63 @@ def test_a_comparison_is_paired_and_knows_its_baseline(runs):
 def test_deep_ensembles_give_the_equivalents_and_seeds_are_grouped(runs, tmp_path):
     paths = [runs[0]]
     for seed in (0, 1):
-        session = Session(dataset(), Settings(**SETTINGS | {"seed": seed}))
-        paths.append(train_deep_ensemble(session, members=3).save(tmp_path / "runs" / f"deep{seed}"))
+        run = train(dataset(), DeepEnsemble(members=3), Settings(**SETTINGS | {"seed": seed}))
+        paths.append(run.save(tmp_path / "runs" / f"deep{seed}"))
     comparison = compare(evaluate(paths, device="cpu")).comparison
-    assert comparison.deep_ensemble == "deep0"
+    assert {found.reference for found in comparison.equivalents.values()} == {"deep0"}
     assert [group.runs for group in comparison.groups] == [[0], [1, 2]]
     assert comparison.groups[1].scores["nll"].n == 2
     assert comparison.equivalents["deep0"].members == pytest.approx(3, abs=1e-6)
+
+
+def test_the_equivalent_is_read_off_a_deep_ensemble_of_the_same_network(runs, tmp_path):
+    """Five networks of another architecture are more, but no measure of what more of this one would give."""
+
+    def deep(name, members, **changes):
+        run = train(dataset(), DeepEnsemble(members=members), Settings(**SETTINGS | changes))
+        return run.save(tmp_path / "runs" / name)
+
+    paths = [
+        runs[0],
+        deep("same", 3),
+        deep("other-network", 5, architecture="tests._small:batchnorm"),
+        runs[1],
+        deep("smaller", 2),
+    ]
+    comparison = compare(evaluate(paths, device="cpu")).comparison
+    references = {name: found.reference for name, found in comparison.equivalents.items()}
+    assert references == {
+        "simplex": "same",
+        "same": "same",
+        "other-network": "other-network",
+        "single": "same",
+        "smaller": "same",
+    }
+    assert {found.largest for name, found in comparison.equivalents.items() if name != "other-network"} == {3}
+    assert [curve.run for curve in comparison.curves] == ["same", "other-network"]
+
+    found = evaluate([*paths[:1], paths[2]], device="cpu")
+    assert set(compare(found).comparison.equivalents) == {"other-network"}  # for the simplex there is none
+
+
+def test_a_folder_under_two_names_is_one_run(runs, tmp_path):
+    """``compare runs/*``: the shell gives ``runs/latest``, a link to one of the others, too."""
+    folder = tmp_path / "runs"
+    shown = sorted(folder.iterdir())
+    assert [path.name for path in shown] == ["latest", "simplex", "single"]
+    found = evaluate(shown, device="cpu")
+    assert [run.name for run in found.report.runs] == ["single", "simplex"]
+    assert [
+        run.name for run in evaluate([runs[0], folder / "simplex" / ".." / "simplex"], device="cpu").report.runs
+    ] == ["simplex"]
+    for command in (["eval"], ["compare"], ["compare", "--baseline", folder / "latest"]):
+        options = ["--device", "cpu", "--quiet", "--json", tmp_path / "report.json", "--out", tmp_path / "report"]
+        result = CliRunner().invoke(app, [*map(str, [*command, *shown, *options])])
+        assert result.exit_code == 0, result.output
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert [run["name"] for run in report["runs"]] == ["single", "simplex"]
+    result = CliRunner().invoke(app, ["compare", str(folder / "latest"), str(runs[1])])
+    assert "a comparison takes at least two runs" in result.stderr
 
 
 def test_what_cannot_be_compared_is_refused(runs, tmp_path):
@@ -166,8 +219,21 @@ def test_what_cannot_be_evaluated_is_refused(runs, monkeypatch):
         evaluate(runs, device="cpu")
 
 
+def test_only_classifiers_are_scored(runs, tmp_path):
+    run = Run.load(runs[0])
+    run.manifest.task = "tests.test_evaluation:Toy"
+    path = run.save(tmp_path / "runs" / "toy")
+    for score in (lambda: evaluate([path], device="cpu"), lambda: calibrate(path, device="cpu")):
+        with pytest.raises(UsageError, match="only classifiers are scored here, not tests"):
+            score()
+
+
+class Toy(Classification):
+    name = "tests.test_evaluation:Toy"
+
+
 def test_runs_of_different_datasets_are_not_compared(runs, tmp_path):
     other = dataclasses.replace(dataset(), title="other", test=dataset().validation)
-    path = train_deep_ensemble(Session(other, Settings(**SETTINGS)), members=1).save(tmp_path / "runs" / "other")
+    path = train(other, DeepEnsemble(members=1), Settings(**SETTINGS)).save(tmp_path / "runs" / "other")
     with pytest.raises(UsageError, match="evaluate runs of one dataset together"):
         evaluate([runs[0], path], device="cpu")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -9,11 +10,15 @@ import onnx
 import pytest
 from typer.testing import CliRunner
 
-from ensembler import artefact
+from ensembler import artefact, load_dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, CorruptError, ExportError, UsageError
+from ensembler.run import Run
 from ensembler.serve import Runtime, export_run
 from ensembler.serve.export import graphs, writer
+from ensembler.serve.http import page
+from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.task import Task
 from tests._runs import CLASSES, SHAPE, make_run
 
 BUNDLE_FILES = ["manifest.json", "manifest.sha256", *(f"member-00{m}.onnx" for m in range(3)), "probe.npz"]
@@ -97,7 +102,7 @@ def test_a_flipped_byte_is_found_and_named(folder: Path, tmp_path: Path, name: s
 def test_an_existing_folder_is_refused_and_left_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("keep")
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         export_run(folder / "runs" / "cnn", tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes"]
 
@@ -198,6 +203,29 @@ def test_a_network_that_fixes_its_batch_is_refused(odd_networks: Path) -> None:
     assert not (odd_networks / "bundle").exists()
 
 
+def test_the_page_shows_test_images_of_a_public_dataset(odd_networks: Path) -> None:
+    digits = load_dataset("digits")
+    run = make_run(odd_networks / "run", "odd_networks:tied", dataset=digits)
+    bundle = export_run(run, odd_networks / "bundle", examples=10)
+    *images, pattern = page.examples(bundle, read_bundle(bundle))["examples"]
+    assert [one["name"] for one in images] == [f"test image {number}" for number in range(1, 9)]
+    assert pattern["name"] == "a random pattern, of no class"
+    for one in images:
+        pixels = np.frombuffer(base64.b64decode(one["pixels"]), np.uint8).reshape(SHAPE)
+        assert (digits.test.images.numpy() == pixels).all(axis=(1, 2, 3)).any()
+
+
+def test_a_task_that_is_not_served_is_refused(odd_networks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (odd_networks / "odd_tasks.py").write_text(
+        "from ensembler.task import Task\nclass Other(Task):\n    name = 'other'\n"
+        + "".join(f"    {name} = lambda self, *given: None\n" for name in sorted(Task.__abstractmethods__))
+    )
+    run = Run.load(make_run(odd_networks / "run", "odd_networks:tied"))
+    run.manifest.task = "odd_tasks:Other"
+    with pytest.raises(UsageError, match="only classifiers of images can be exported"):
+        export_run(run.save(odd_networks / "other"), odd_networks / "bundle")
+
+
 def test_the_command_exports_the_latest_run_and_says_what_is_next(
     odd_networks: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,4 +240,4 @@ def test_the_command_exports_the_latest_run_and_says_what_is_next(
     assert capfd.readouterr() == ("", "")  # the exporter's chatter is not shown
     again = CliRunner().invoke(app, ["export"])
     assert again.exit_code == 1
-    assert "bundles/mine exists already" in again.output
+    assert "bundles/mine already exists" in again.output

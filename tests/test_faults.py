@@ -1,4 +1,4 @@
-"""Whatever breaks, no finished work is lost and nothing half-done passes for whole: each fault, done to real processes.
+"""Whatever breaks, no finished work is lost and no partial output is kept: each fault, done to real processes.
 
 Quick ones run always, a few of each; ``-m long`` has many. `docs/guarantees.md` tells what was found.
 """
@@ -279,7 +279,7 @@ def test_a_kill_between_the_end_and_the_tidying_up_is_said(nursery, images, tmp_
     assert process.wait() == 0
     shutil.copytree(begun, tmp_path / "x.unfinished")  # as if it had been killed just after saving
     result = nursery.run(tmp_path, "train-simplex", "--resume", "x")
-    assert_one_line(result, "x exists already: remove x.unfinished if that is it, finished")
+    assert_one_line(result, "x already exists. If it is this run, remove x.unfinished")
 
 
 # --- a full disk ---
@@ -381,7 +381,7 @@ def test_files_that_may_not_grow(nursery, world, images, tmp_path, what):
 def test_a_log_on_a_full_disk(nursery, images, tmp_path):
     (tmp_path / "log").symlink_to("/dev/full")
     result = nursery.run(tmp_path, *TRAIN, *images, "--out", "x", "--log", "log")
-    assert_one_line(result, "cannot write log: No space left on device: choose another place")
+    assert_one_line(result, "cannot write log: No space left on device: choose another path")
     assert not (tmp_path / "x").exists()
 
 
@@ -487,7 +487,7 @@ def test_a_run_replaced_while_latest_is_calibrated(nursery, world, images, tmp_p
     (second / "manifest.sha256").write_text(f"{artefact.sha256(second / 'manifest.json')}  manifest.json\n")
     (runs / "latest").symlink_to("first")
     process = nursery.start(tmp_path, "calibrate", "runs/latest")
-    until(lambda: "validation images" in process.err, process)
+    until(lambda: "validation: " in process.err, process)
     (runs / "latest").unlink()
     (runs / "latest").symlink_to("second")
     assert process.wait() == 0, process.err
@@ -572,7 +572,7 @@ def test_two_exports_to_one_folder(nursery, world, tmp_path):
     both = [nursery.start(tmp_path, "export", world / "run", "--out", "bundles/x") for _ in range(2)]
     codes = [process.wait() for process in both]
     assert sorted(codes) == [0, 1], [process.err for process in both]
-    assert "bundles/x exists already" in both[codes.index(1)].err
+    assert "bundles/x already exists" in both[codes.index(1)].err
     verify_bundle(tmp_path / "bundles" / "x")
     assert hidden(tmp_path) == [] and visible(tmp_path / "bundles") == ["x"]
 
@@ -685,5 +685,5 @@ def test_sigterm_and_ctrl_c(nursery, world, images, run, tmp_path, name, tries):
 
 def assert_interrupted(process: Process, code: int) -> None:
     assert "Traceback" not in process.err, process.err
-    assert process.err.splitlines()[-1] == "interrupted: nothing half-done passes for whole"
+    assert process.err.splitlines()[-1] == "interrupted; no partial output was kept"
     assert process.code == code

@@ -1,9 +1,10 @@
-"""The house's own rules: arrows point down, imports are light, the wheel holds every room, benchmarks run."""
+"""The package's own rules: imports point down and are light, no method is known below trainers/, the wheel is whole."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from ensembler.trainers.method import methods
+
 ROOT = Path(__file__).parents[1]
-ROOMS = {"trainers": ROOT / "trainers", "eval": ROOT / "eval", "serve": ROOT / "serve"}
+LAYERS = {"trainers": ROOT / "trainers", "eval": ROOT / "eval", "serve": ROOT / "serve"}
 
 
 def imported(path: Path) -> set[str]:
@@ -28,16 +31,73 @@ def imported(path: Path) -> set[str]:
     return {name for name in names if name.split(".")[0] == "ensembler"}
 
 
-def test_arrows_point_down_only():
-    for room, folder in ROOMS.items():
+def test_imports_point_down_only():
+    for layer, folder in LAYERS.items():
         for path in folder.rglob("*.py"):
             for name in imported(path):
                 parts = name.split(".")
-                assert len(parts) < 2 or parts[1] not in ROOMS.keys() - {room}, f"{path} imports {name}"
+                assert len(parts) < 2 or parts[1] not in LAYERS.keys() - {layer}, f"{path} imports {name}"
                 assert name != "ensembler.cli", f"{path} imports the command line"
     for path in (ROOT / "ensembler").rglob("*.py"):
         for name in imported(path):
-            assert not name.startswith(tuple(f"ensembler.{room}" for room in ROOMS)), f"{path} imports {name}"
+            assert not name.startswith(tuple(f"ensembler.{layer}" for layer in LAYERS)), f"{path} imports {name}"
+
+
+def strings(path: Path) -> list[tuple[ast.Constant, ast.AST]]:
+    """Every string in a file's code, docstrings and ``__all__`` left out, with what it stands in."""
+    found = []
+
+    def walk(node: ast.AST, parent: ast.AST) -> None:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            return
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            return
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append((node, parent))
+        for child in ast.iter_child_nodes(node):
+            walk(child, node)
+
+    tree = ast.parse(path.read_text())
+    walk(tree, tree)
+    return found
+
+
+def methods_named(path: Path) -> list[str]:
+    """Where a file's code names a method: by its command, or by the name that a report calls it by."""
+    known = methods()
+    commands = re.compile(rf"(?<![\w-])({'|'.join(method.command for method in known)})(?![\w-])")
+    names = {method.command.removeprefix("train-") for method in known} | {"single", "simplexes"}
+    names |= {"curve-bezier", "curve-chain"} | {f"{name}-centroid" for name in names}
+    # An option of a method may have its name; as what is compared, looked up or listed it is a method.
+    choices = ast.Compare | ast.Dict | ast.Set | ast.List | ast.Tuple | ast.MatchValue
+    return [
+        f"{path}:{node.lineno}: {node.value!r}"
+        for node, parent in strings(path)
+        if commands.search(node.value) or (isinstance(parent, choices) and node.value in names)
+    ]
+
+
+def test_no_method_is_known_below_trainers():
+    """A run says itself what made it, whether its members are independent, and how more can be drawn."""
+    for folder in (ROOT / "ensembler", LAYERS["eval"], LAYERS["serve"]):
+        assert [place for path in sorted(folder.rglob("*.py")) for place in methods_named(path)] == []
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ('made = run.manifest.method == "fge"', 1),
+        ('text = f"train it with train-fge {run}"', 1),
+        ('several = method in ("simplex", "deep-ensemble")', 2),
+        ('titles = {"single": "one network"}', 1),
+        ('match method:\n    case "curve-bezier": pass', 1),
+        ('kind = run.manifest.options.get("curve")', 0),  # an option, whatever method has it
+        ('"""train-fge, as all that has a curve."""\n__all__ = ["curve"]', 0),
+    ],
+)
+def test_a_method_that_code_names_is_found(tmp_path, code, found):
+    (tmp_path / "code.py").write_text(code)
+    assert len(methods_named(tmp_path / "code.py")) == found
 
 
 def loaded(code: str) -> set[str]:
@@ -52,10 +112,14 @@ def loaded(code: str) -> set[str]:
         "import ensembler",
         "import ensembler.serve.runtime.runtime",
         "import ensembler.uncertainty, ensembler.artefact, ensembler.trainers, ensembler.eval, ensembler.serve",
-        "import sys; sys.argv = ['ensembler', '--help']\n"
-        "from ensembler.cli import main\n"
-        "import io, contextlib\n"
-        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main()",
+        *(
+            f"import sys; sys.argv = ['ensembler', {arguments}]\n"
+            "from ensembler.cli import main\n"
+            "import io, contextlib\n"
+            "with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit): main()\n"
+            "assert '--help' in out.getvalue()"
+            for arguments in ("'--help'", "'train-simplex', '--help'")
+        ),
     ],
 )
 def test_light_imports(code):
@@ -73,15 +137,15 @@ def test_public_names_exist(package):
 
 
 def test_every_module_says_what_is_public():
-    for folder in (ROOT / "ensembler", *ROOMS.values()):
+    for folder in (ROOT / "ensembler", *LAYERS.values()):
         for path in folder.rglob("*.py"):
             assert "__all__" in path.read_text(), f"{path} has no __all__"
 
 
-def test_the_wheel_holds_every_room(tmp_path):
+def test_the_wheel_is_whole(tmp_path):
     pytest.importorskip("setuptools")
     source = tmp_path / "source"
-    for name in ("ensembler", *ROOMS):
+    for name in ("ensembler", *LAYERS):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -89,7 +153,7 @@ def test_the_wheel_holds_every_room(tmp_path):
     subprocess.run([*command, source], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    for name, folder in {"": ROOT / "ensembler", **ROOMS}.items():
+    for name, folder in {"": ROOT / "ensembler", **LAYERS}.items():
         for path in folder.rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 assert "/".join(filter(None, ("ensembler", name, path.relative_to(folder).as_posix()))) in held
@@ -97,7 +161,7 @@ def test_the_wheel_holds_every_room(tmp_path):
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel]
     subprocess.run(install, check=True, capture_output=True)
-    code = "import ensembler.eval.shift, ensembler.trainers.fge, ensembler.serve.export.bundle"
+    code = "import ensembler.eval.shift.readers, ensembler.trainers.methods.fge, ensembler.serve.export.bundle"
     for folder in (tmp_path, ROOT):
         environment = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
         subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True, capture_output=True)

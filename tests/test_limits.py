@@ -43,7 +43,7 @@ class Caller:
         self.incoming.put_nowait({"type": "http.disconnect"})
 
     async def answer(self) -> tuple[int, dict[bytes, bytes], bytes]:
-        await asyncio.wait_for(self.task, 5)
+        await asyncio.wait_for(self.task, 100)
         return (
             self.sent[0]["status"],
             dict(self.sent[0]["headers"]),
@@ -73,6 +73,10 @@ class Stub:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": str(len(body)).encode()})
 
+    async def has_begun(self, requests: int) -> None:
+        while self.handled < requests:
+            await asyncio.sleep(0)
+
 
 @pytest.fixture
 def run() -> Callable[..., None]:
@@ -82,7 +86,7 @@ def run() -> Callable[..., None]:
         async def main() -> None:
             stub = Stub()
             gate = Gate(stub, settings, Requests(CollectorRegistry()))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(200):
                 await test(gate, stub)
             assert (gate._held, gate._handled) == (0, 0)
 
@@ -132,10 +136,11 @@ def test_who_hangs_up_is_not_handled_any_more(run: Any) -> None:
         await early.task
         stub.free.clear()
         late = Caller(gate).body(b"x")
-        await asyncio.sleep(0.02)
+        await stub.has_begun(1)
         late.hang_up()
         await late.task
-        await asyncio.sleep(0)
+        while not stub.cancelled:
+            await asyncio.sleep(0)
         assert (stub.handled, stub.cancelled) == (1, 1)
         assert [caller.sent[0]["status"] for caller in (early, late)] == [499, 499]
 
@@ -146,7 +151,7 @@ def test_only_so_many_are_handled_at_a_time(run: Any) -> None:
     async def test(gate: Gate, stub: Stub) -> None:
         stub.free.clear()
         callers = [Caller(gate).body(b"x") for _ in range(2)]
-        await asyncio.sleep(0.02)
+        await stub.has_begun(2)
         status, headers, body = await Caller(gate).body(b"x").answer()
         assert (status, headers[b"retry-after"]) == (503, b"1")
         assert b"2 requests are being answered already" in body
@@ -161,7 +166,7 @@ def test_only_so_many_bytes_are_held_at_a_time(run: Any) -> None:
     async def test(gate: Gate, stub: Stub) -> None:
         stub.free.clear()
         callers = [Caller(gate).body(b"x" * 100) for _ in range(8)]
-        await asyncio.sleep(0.02)
+        await stub.has_begun(8)
         status, headers, body = await Caller(gate).body(b"x").answer()
         assert (status, headers[b"retry-after"], b"too many large bodies" in body) == (503, b"1", True)
         stub.free.set()

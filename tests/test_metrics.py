@@ -14,27 +14,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from ensembler.calibration_maps import FLOOR, bin_indices, temper
 from ensembler.errors import EnsemblerError, ShapeError, UsageError
-from ensembler.eval.metrics import (
-    FLOOR,
-    TEMPERATURES,
+from ensembler.eval.scores.metrics import (
+    Answers,
     accuracy,
     adaptive_ece,
-    aurc,
     brier,
     classwise_ece,
     ece,
-    ensemble_log_probs,
-    fit_temperature,
-    mce,
-    member_scores,
-    misclassification_auroc,
+    max_calibration_error,
     nll,
+    scores,
+)
+from ensembler.eval.scores.recalibration import TEMPERATURES, fit_temperature
+from ensembler.eval.scores.selective import (
+    aurc,
+    misclassification_auroc,
     reliability,
     risk_at_coverage,
     risk_coverage,
-    scores,
-    temper,
+    risks,
 )
 
 Floats = NDArray[np.float64]
@@ -51,6 +51,12 @@ def calibrated(count: int, classes: int, seed: int = 0) -> tuple[Floats, Labels]
     probs, _ = sample(count, classes, seed)
     draws = np.random.default_rng(seed + 1).random((count, 1))
     return probs, (probs.cumsum(axis=1) < draws).sum(axis=1).clip(0, classes - 1)
+
+
+def answers(probs: Floats, labels: Labels) -> tuple[Floats, NDArray[np.bool_]]:
+    """What selective prediction is scored on."""
+    found = Answers(probs, labels)
+    return found.confidence, found.correct
 
 
 def slow_bins(probs: Floats, labels: Labels, bins: int) -> list[list[tuple[float, bool]]]:
@@ -141,11 +147,11 @@ def check_against_loops(probs: Floats, labels: Labels, bins: int = 15) -> None:
     assert ece(probs, labels, bins) == pytest.approx(slow_ece(probs, labels, bins), abs=1e-12)
     right = [max(range(len(row)), key=lambda c: row[c]) == label for row, label in zip(probs, labels, strict=True)]
     assert accuracy(probs, labels) == pytest.approx(sum(right) / len(right), abs=1e-15)
-    assert mce(probs, labels, bins) == pytest.approx(slow_mce(probs, labels, bins), abs=1e-12)
+    assert max_calibration_error(probs, labels, bins) == pytest.approx(slow_mce(probs, labels, bins), abs=1e-12)
     assert adaptive_ece(probs, labels, bins) == pytest.approx(slow_adaptive_ece(probs, labels, bins), abs=1e-12)
     assert classwise_ece(probs, labels, bins) == pytest.approx(slow_classwise_ece(probs, labels, bins), abs=1e-12)
-    assert misclassification_auroc(probs, labels) == pytest.approx(slow_auroc(probs, labels), abs=1e-12)
-    diagram = reliability(probs, labels, bins)
+    assert misclassification_auroc(*answers(probs, labels)) == pytest.approx(slow_auroc(probs, labels), abs=1e-12)
+    diagram = reliability(*answers(probs, labels), bins)
     for b, members in enumerate(slow_bins(probs, labels, bins)):
         assert diagram.count[b] == len(members)
         if members:
@@ -190,15 +196,15 @@ def test_scores_equal_loops_on_odd_inputs(prediction: tuple[Floats, Labels], bin
         "ece": ece,
         "adaptive_ece": adaptive_ece,
         "classwise_ece": classwise_ece,
-        "mce": mce,
-        "aurc": aurc,
-        "risk_at_80": lambda *both: risk_at_coverage(*both, 0.8),
-        "misclassification_auroc": misclassification_auroc,
+        "max_calibration_error": max_calibration_error,
+        "aurc": lambda *both: aurc(risks(*answers(*both))),
+        "risk_at_80": lambda *both: risk_at_coverage(risks(*answers(*both)), 0.8),
+        "misclassification_auroc": lambda *both: misclassification_auroc(*answers(*both)),
     }
     assert found == {name: score(*prediction) for name, score in alone.items()}
     assert list(found) == list(alone)
     assert all(math.isfinite(value) for name, value in found.items() if name != "misclassification_auroc")
-    assert found["ece"] <= found["mce"] + 1e-12 <= 1 + 1e-9
+    assert found["ece"] <= found["max_calibration_error"] + 1e-12 <= 1 + 1e-9
     assert 0 <= found["ece"] <= 1
     assert 0 <= found["brier"] <= 2 + 1e-12
     assert found["accuracy"] + found["error"] == pytest.approx(1)
@@ -207,7 +213,7 @@ def test_scores_equal_loops_on_odd_inputs(prediction: tuple[Floats, Labels], bin
 @given(odd_predictions())
 @settings(max_examples=50, deadline=None)
 def test_reliability_adds_up_to_the_ece(prediction: tuple[Floats, Labels]) -> None:
-    diagram = reliability(*prediction)
+    diagram = reliability(*answers(*prediction))
     gaps = np.nansum(diagram.count * np.abs(diagram.accuracy - diagram.confidence)) / diagram.count.sum()
     assert ece(*prediction) == pytest.approx(gaps, abs=1e-12)
 
@@ -215,14 +221,15 @@ def test_reliability_adds_up_to_the_ece(prediction: tuple[Floats, Labels]) -> No
 @given(odd_predictions())
 @settings(max_examples=100, deadline=None)
 def test_risks_equal_loops_on_odd_inputs(prediction: tuple[Floats, Labels]) -> None:
-    risks = slow_risks(*prediction)
-    assert aurc(*prediction) == pytest.approx(float(sum(risks) / len(risks)), abs=1e-12)
+    slow, found = slow_risks(*prediction), risks(*answers(*prediction))
+    np.testing.assert_allclose(found, [float(risk) for risk in slow], atol=1e-12)
+    assert aurc(found) == pytest.approx(float(sum(slow) / len(slow)), abs=1e-12)
     for coverage in ("0.01", "0.3", "0.8", "1"):
-        k = max(1, math.ceil(Fraction(coverage) * len(risks)))
-        assert risk_at_coverage(*prediction, float(coverage)) == pytest.approx(float(risks[k - 1]), abs=1e-12)
-    curve = risk_coverage(*prediction)
-    np.testing.assert_allclose(curve.risk, [float(risk) for risk in risks], atol=1e-12)
-    np.testing.assert_allclose(curve.coverage, np.arange(1, len(risks) + 1) / len(risks))
+        k = max(1, math.ceil(Fraction(coverage) * len(slow)))
+        assert risk_at_coverage(found, float(coverage)) == pytest.approx(float(slow[k - 1]), abs=1e-12)
+    curve = risk_coverage(*answers(*prediction))
+    np.testing.assert_array_equal(curve.risk, found)
+    np.testing.assert_allclose(curve.coverage, np.arange(1, len(slow) + 1) / len(slow))
 
 
 @given(odd_predictions(), st.randoms(use_true_random=False))
@@ -241,25 +248,46 @@ def test_tied_examples_count_by_their_expectation() -> None:
     for middle in permutations([1, 2, 3]):
         wrong = np.cumsum(labels[[0, *middle, 4]] != 0)
         areas.append((wrong / np.arange(1, 6)).mean())
-    assert aurc(probs, labels) == pytest.approx(np.mean(areas), abs=1e-12)
+    assert aurc(risks(*answers(probs, labels))) == pytest.approx(np.mean(areas), abs=1e-12)
 
 
 def test_a_coverage_in_hundredths_is_exact() -> None:
     # 0.07 * 100 is 7.000000000000001, and the eighth is wrong.
     probs = np.stack([np.linspace(0.99, 0.6, 100), np.linspace(0.01, 0.4, 100)], axis=1)
     labels = (np.arange(100) >= 7).astype(int)
-    assert risk_at_coverage(probs, labels, 0.07) == 0
-    assert risk_at_coverage(probs, labels, 0.08) == pytest.approx(1 / 8)
+    found = risks(*answers(probs, labels))
+    assert risk_at_coverage(found, 0.07) == 0
+    assert risk_at_coverage(found, 0.08) == pytest.approx(1 / 8)
 
 
 def test_a_curve_is_decimated() -> None:
     probs, labels = sample(5000, 3)
-    curve, whole = risk_coverage(probs, labels, points=50), risk_coverage(probs, labels, points=5000)
+    curve, whole = (risk_coverage(*answers(probs, labels), points=points) for points in (50, 5000))
     assert len(curve.risk) == 50
     assert len(whole.risk) == 5000
     assert (curve.coverage[0], curve.coverage[-1]) == (1 / 5000, 1)
     assert set(zip(curve.coverage, curve.risk, strict=True)) <= set(zip(whole.coverage, whole.risk, strict=True))
     assert curve.risk[-1] == pytest.approx(1 - accuracy(probs, labels))
+
+
+@given(
+    st.lists(st.floats(0, 1) | st.integers(0, 60).map(lambda k: k / 60), min_size=1, max_size=60),
+    st.sampled_from([1, 2, 7, 10, 15]),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_bins_are_those_of_netcal(values: list[float], bins: int) -> None:
+    """Every value lies in the bin whose edges hold it, and the gaps by bin add up to the ECE that netcal measures."""
+    from netcal.metrics import ECE
+
+    found, edges = bin_indices(values, bins), np.linspace(0, 1, bins + 1)
+    for value, place in zip(values, found, strict=True):
+        assert edges[place] < value <= edges[place + 1] or (value == 0 and place == 0)
+    confidence, right = np.array(values), np.arange(len(values)) % 2
+    gaps = np.abs(np.bincount(found, weights=right - confidence, minlength=bins)).sum() / len(values)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a single confidence
+        netcal = ECE(bins).measure(np.nextafter(confidence, 0.0), right)
+    assert gaps == pytest.approx(netcal, abs=1e-9)
 
 
 def test_binned_errors_equal_netcal() -> None:
@@ -353,14 +381,14 @@ def test_one_class_is_perfect() -> None:
 
 def test_one_example() -> None:
     expected = {"accuracy": 0.0, "error": 1.0, "nll": -math.log(0.3), "brier": 0.7**2 * 2, "ece": 0.7}
-    expected |= {"adaptive_ece": 0.7, "classwise_ece": 0.7, "mce": 0.7, "aurc": 1, "risk_at_80": 1}
+    expected |= {"adaptive_ece": 0.7, "classwise_ece": 0.7, "max_calibration_error": 0.7, "aurc": 1, "risk_at_80": 1}
     assert scores([[0.7, 0.3]], [1]) == pytest.approx(expected | {"misclassification_auroc": None})
 
 
 def test_bins_are_left_open() -> None:
     # 0.6 is the edge of bins 9 and 10 of 15, and belongs with 0.55 to (0.5333, 0.6].
     probs, labels = np.array([[0.6, 0.4], [0.55, 0.45]]), np.array([0, 1])
-    assert reliability(probs, labels).count.tolist() == [0] * 8 + [2] + [0] * 6
+    assert reliability(*answers(probs, labels)).count.tolist() == [0] * 8 + [2] + [0] * 6
     assert ece(probs, labels) == pytest.approx(abs(0.5 - 0.575))
 
 
@@ -389,48 +417,12 @@ def test_low_precision_rows_are_taken_as_they_are() -> None:
     assert ece(np.array([[1.0005, 0.0]]), [0]) == pytest.approx(0, abs=1e-12)
 
 
-# --- the ensemble's prediction --------------------------------------------------------------------------------------
-
-
-def test_probabilities_are_averaged_not_logits() -> None:
-    members = np.array([[[0.99, 0.01]], [[0.3, 0.7]]])
-    mean = [(0.99 + 0.3) / 2, (0.01 + 0.7) / 2]
-    np.testing.assert_allclose(ensemble_log_probs(members), np.log([mean]), rtol=1e-14)
-    logits = np.log(members).mean(axis=0)
-    softmax = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    assert np.abs(np.exp(ensemble_log_probs(members)) - softmax).max() > 0.2
-
-
-@pytest.mark.parametrize("members", [1, 2, 7])
-def test_ensemble_equals_a_loop_over_members(members: int) -> None:
-    probs = np.random.default_rng(0).dirichlet(np.ones(4), (members, 30))
-    found = ensemble_log_probs(probs.astype(np.float32))
-    assert found.dtype == np.float64
-    for b in range(30):
-        for c in range(4):
-            mean = math.fsum(probs[m, b, c] for m in range(members)) / members
-            assert found[b, c] == pytest.approx(math.log(mean), abs=1e-5)
-
-
-def test_members_that_all_say_no_give_a_finite_log() -> None:
-    found = ensemble_log_probs([[[1.0, 0.0]], [[1.0, 0.0]]])
-    np.testing.assert_allclose(found, [[0.0, math.log(FLOOR)]])
-    assert nll(np.exp(found), [1]) == pytest.approx(-math.log(FLOOR))
-
-
 def test_a_mean_never_scores_worse_than_its_members_on_average() -> None:
     members = np.random.default_rng(3).dirichlet(np.full(5, 0.5), (6, 200))
     labels = np.random.default_rng(4).integers(0, 5, 200)
-    mean = np.exp(ensemble_log_probs(members))
+    mean = members.mean(axis=0)
     assert nll(mean, labels) <= np.mean([nll(member, labels) for member in members])
     assert brier(mean, labels) <= np.mean([brier(member, labels) for member in members])
-
-
-def test_members_are_scored_one_by_one() -> None:
-    members = np.random.default_rng(3).dirichlet(np.full(5, 0.5), (3, 50))
-    labels = np.random.default_rng(4).integers(0, 5, 50)
-    for found, member in zip(member_scores(members, labels), members, strict=True):
-        assert found == {"accuracy": accuracy(member, labels), "nll": nll(member, labels)}
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -455,29 +447,33 @@ HALVES = [[0.5, 0.5]]
         ([[1.2, -0.2]], [0], "smallest entry is -0.2"),
     ],
 )
-@pytest.mark.parametrize("score", [accuracy, ece, aurc, misclassification_auroc, fit_temperature, reliability, scores])
+@pytest.mark.parametrize("score", [accuracy, ece, fit_temperature, scores])
 def test_bad_predictions_are_named(score, probs, labels, message: str) -> None:
     with pytest.raises(ShapeError, match=message):
         score(probs, labels)
 
 
-def test_bad_members_are_named() -> None:
-    with pytest.raises(ShapeError, match=r"members must be probabilities \(M, B, C\), none empty, found .* \(1, 2\)"):
-        ensemble_log_probs(HALVES)
-    with pytest.raises(ShapeError, match=r"members\[0, 1\] is no distribution"):
-        ensemble_log_probs([[[0.5, 0.5], [3.0, -1.0]]])
+@pytest.mark.parametrize(
+    ("confidence", "correct"), [([], []), ([0.5], [True, False]), ([[0.5]], [[True]]), ([np.nan], [True])]
+)
+@pytest.mark.parametrize("score", [risks, risk_coverage, misclassification_auroc, reliability])
+def test_bad_answers_are_refused(score, confidence, correct) -> None:
+    with pytest.raises(ShapeError, match=r"confidence and correct must be \(B,\), none empty, finite, found "):
+        score(confidence, correct)
 
 
 def test_bad_coverages_and_points_are_refused() -> None:
     for coverage in (0, -0.1, 1.01, math.nan):
         with pytest.raises(UsageError, match=r"coverage must lie in \(0, 1\]"):
-            risk_at_coverage(HALVES, [0], coverage)
+            risk_at_coverage(np.zeros(3), coverage)
     with pytest.raises(UsageError, match="at least 2 points, not 1"):
-        risk_coverage(HALVES, [0], points=1)
+        risk_coverage([0.5], [True], points=1)
 
 
-@pytest.mark.parametrize("score", [ece, mce, adaptive_ece, classwise_ece, reliability])
+@pytest.mark.parametrize("score", [ece, max_calibration_error, adaptive_ece, classwise_ece])
 def test_no_bins_is_refused(score) -> None:
     with pytest.raises(UsageError, match="bins is 0; give at least 1"):
         score(HALVES, [0], bins=0)
+    with pytest.raises(UsageError, match="bins is 0; give at least 1"):
+        reliability([0.5], [True], bins=0)
     assert issubclass(UsageError, EnsemblerError)

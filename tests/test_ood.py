@@ -13,15 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ensembler.errors import DataError, ShapeError, UsageError
-from ensembler.eval.ood import (
-    DETECTORS,
-    NOISES,
-    detector_scores,
-    detectors,
-    load_ood,
-    noise_images,
-    ood_scores,
-)
+from ensembler.eval.scores.ood import DETECTORS, detector_scores, detectors, ood_scores
+from ensembler.eval.shift.ood import NOISES, load_ood, noise_images
 from ensembler.uncertainty import expected_entropy, mutual_information, predictive_entropy
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -100,7 +93,7 @@ def test_a_perfect_detector_and_a_blind_one() -> None:
         ([[0.5]], r"found float64 \(1, 1\)"),
         ([math.nan, 1.0], "with NaN or infinity"),
         ([math.inf], "with NaN or infinity"),
-        (["high"], "must be finite numbers"),
+        (["high"], "must be one finite number"),
     ],
 )
 def test_bad_values_are_refused(bad, message: str) -> None:
@@ -170,7 +163,8 @@ def test_noise_by_name() -> None:
     found = load_ood("noise:uniform", (8, 8), examples=7, seed=5)
     assert found.source == "generated"
     assert found.title == "uniform noise (generated, seed 5)"
-    assert torch.equal(found.images, noise_images("uniform", 7, (8, 8), seed=5))
+    assert (found.group, found.labels) == ("ood", None)
+    assert torch.equal(found.examples.images, noise_images("uniform", 7, (8, 8), seed=5))
 
 
 def paint(path, colour: int, size=(8, 8)) -> None:
@@ -185,32 +179,36 @@ def test_a_plain_folder_of_images(tmp_path) -> None:
     found = load_ood(f"folder:{tmp_path}", (6, 10))
     assert found.source == "folder"
     assert found.title == f"images of {tmp_path.name}"
-    assert found.images.shape == (6, 6, 10, 3)
-    assert found.images[:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160, 200]
+    assert found.examples.images.shape == (6, 6, 10, 3)
+    assert found.examples.images[:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160, 200]
     some = load_ood(f"folder:{tmp_path}", (6, 10), examples=3, seed=1)
-    assert len(some.images) == 3
-    assert torch.equal(some.images, load_ood(f"folder:{tmp_path}", (6, 10), examples=3, seed=1).images)
-    assert set(some.images[:, 0, 0, 0].tolist()) < {0, 40, 80, 120, 160, 200}
+    assert len(some.examples.images) == 3
+    assert torch.equal(
+        some.examples.images, load_ood(f"folder:{tmp_path}", (6, 10), examples=3, seed=1).examples.images
+    )
+    assert set(some.examples.images[:, 0, 0, 0].tolist()) < {0, 40, 80, 120, 160, 200}
 
 
 def test_a_folder_by_class_and_one_that_is_split(tmp_path) -> None:
     paint(tmp_path / "train" / "a" / "0.png", 10)
     paint(tmp_path / "test" / "a" / "0.png", 20)
     paint(tmp_path / "test" / "b" / "0.png", 30)
-    assert load_ood(f"folder:{tmp_path}", (8, 8)).images[:, 0, 0, 0].tolist() == [20, 30]
+    assert load_ood(f"folder:{tmp_path}", (8, 8)).examples.images[:, 0, 0, 0].tolist() == [20, 30]
     shutil.rmtree(tmp_path / "train")
-    assert load_ood(f"folder:{tmp_path / 'test'}", (8, 8)).images[:, 0, 0, 0].tolist() == [20, 30]
+    assert load_ood(f"folder:{tmp_path / 'test'}", (8, 8)).examples.images[:, 0, 0, 0].tolist() == [20, 30]
 
 
 def test_a_named_datasets_test_images() -> None:
     whole = load_ood("digits", (32, 32))
     assert whole.source == "dataset"
     assert whole.title == "digits (scikit-learn, 32 x 32), test images"
-    assert whole.images.shape == (360, 32, 32, 3)
+    assert whole.examples.images.shape == (360, 32, 32, 3)
     small = load_ood("digits", (16, 20), examples=5)
-    assert small.images.shape == (5, 16, 20, 3)
-    assert small.images.is_contiguous()
-    assert small.images.double().mean().item() == pytest.approx(whole.images.double().mean().item(), rel=0.2)
+    assert small.examples.images.shape == (5, 16, 20, 3)
+    assert small.examples.images.is_contiguous()
+    assert small.examples.images.double().mean().item() == pytest.approx(
+        whole.examples.images.double().mean().item(), rel=0.2
+    )
 
 
 def test_bad_images_are_named(tmp_path) -> None:

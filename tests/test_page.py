@@ -12,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from ensembler.eval import figures as drawing
 from ensembler.eval.compare import compare
-from ensembler.eval.comparison import Group, Losses
-from ensembler.eval.figures import figures
-from ensembler.eval.metrics import reliability, risk_coverage
-from ensembler.eval.page import page
-from ensembler.eval.plots import to_png, to_svg
-from ensembler.eval.rows import report_tables
+from ensembler.eval.report import figures as drawing
+from ensembler.eval.report.figures import figures
+from ensembler.eval.report.page import page
+from ensembler.eval.report.plots import to_png, to_svg
+from ensembler.eval.report.schema import Group
+from ensembler.eval.report.tables import report_tables
+from ensembler.eval.scores.comparison import Losses
+from ensembler.eval.scores.metrics import accuracy, ece
 from tests._reports import comparison, evaluation, named, part
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -123,7 +124,7 @@ def test_it_is_made_to_be_read(whole):
         "not the official files",
         "uniform noise (generated, seed 3)",
         f"torch {report.versions['torch']}",
-        "one member cannot say",
+        "not defined for one member",
         "Mean corruption error (unnormalised)",
     ):
         assert words in text, words
@@ -192,11 +193,10 @@ def test_pictures_are_of_the_predictions(seed, classes, examples):
     probs[rng.random(examples) < 0.2] = np.eye(classes, dtype=np.float32)[0]  # sure, and tied
     labels = rng.integers(0, classes, examples)
     losses = Losses.of(probs, labels)
-    one, other = drawing._reliability(losses), reliability(probs, labels)
-    for name in ("confidence", "accuracy", "count"):
-        np.testing.assert_allclose(getattr(one, name), getattr(other, name), atol=1e-12)
-    curve, direct = drawing._risk_coverage(losses), risk_coverage(probs, labels)
-    np.testing.assert_array_equal(curve.coverage, direct.coverage)
-    np.testing.assert_allclose(curve.risk, direct.risk, atol=1e-12)
+    diagram, curve = drawing._reliability(losses), drawing._risk_coverage(losses)
+    gaps = np.nansum(diagram.count * np.abs(diagram.accuracy - diagram.confidence)) / examples
+    assert gaps == pytest.approx(ece(probs, labels), abs=1e-9)
+    assert diagram.count.sum() == examples
+    assert (curve.coverage[-1], curve.risk[-1]) == (1, pytest.approx(1 - accuracy(probs, labels)))
     pooled = Losses.over_cells([losses, losses])
-    np.testing.assert_array_equal(drawing._reliability(pooled).count, 2 * other.count)
+    np.testing.assert_array_equal(drawing._reliability(pooled).count, 2 * diagram.count)

@@ -2,119 +2,237 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
-from ensembler import artefact
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
+from ensembler.eval import prediction_cache
 from ensembler.eval import predictions as module
-from ensembler.eval.predictions import Predictor, Slice, default_folder, predictions
-from ensembler.trainers import Session, Settings, train_deep_ensemble
+from ensembler.eval.calibrate import calibrate
+from ensembler.eval.evaluation import evaluate
+from ensembler.eval.prediction_cache import PREDICTING, Entry, default_folder
+from ensembler.eval.predictions import Predictor, predictions
+from ensembler.eval.shift.test_set import TestSet
+from ensembler.images import Split
+from ensembler.trainers import DeepEnsemble, Settings, train
 from ensembler.uncertainty import uncertainty
 from tests._small import SETTINGS, dataset
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture
-def predictor(tmp_path):
-    path = train_deep_ensemble(Session(dataset(), Settings(**SETTINGS)), members=3).save(tmp_path / "runs" / "deep")
-    return Predictor(Ensemble.load(path, device="cpu"), artefact.sha256(path / "manifest.json"), tmp_path / "cache")
+def run(tmp_path):
+    return train(dataset(), DeepEnsemble(members=3), Settings(**SETTINGS)).save(tmp_path / "runs" / "deep")
 
 
-class Images:
-    """A slice that counts how often its images are made."""
+@pytest.fixture
+def predictor(run, tmp_path):
+    return Predictor(Ensemble.load(run, device="cpu"), tmp_path / "cache")
 
-    def __init__(self, size: int = 4, *, members: bool = True, labelled: bool = True) -> None:
-        test = dataset().test
-        self.made = 0
-        self.images, labels = test.images, test.labels.numpy() if labelled else None
-        self.slice = Slice("test", f"{test.sha256}/{labelled}", lambda: self.batches(size), labels, members=members)
 
-    def batches(self, size):
+def other_run(predictor: Predictor) -> Predictor:
+    """The same members under another hash."""
+    ensemble = predictor.ensemble
+    return Predictor(Ensemble(dataclasses.replace(ensemble.run, sha256="0" * 64), "cpu"), predictor.folder)
+
+
+class Counted:
+    """Examples that count how often they are gone through."""
+
+    def __init__(self, examples: Split, size: int | None = None, broken: bool = False) -> None:
+        self.examples, self.size, self.broken, self.made = examples, size, broken, 0
+        self.labels, self.shape, self.sha256 = examples.labels, examples.shape, examples.sha256
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batches(self, size: int) -> Iterator[Split]:
         self.made += 1
-        yield from self.images.split(size)
+        for batch in self.examples.batches(self.size or size):
+            yield batch
+            if self.broken:
+                raise RuntimeError("a broken file")
 
 
-def get(predictor, *images, watch=lambda label, done, total: None):
-    return [found[0] for _, found in predictions([predictor], [one.slice for one in images], watch)]
+def counted(size: int = 4, group: str = "clean", **options) -> TestSet:
+    test = dataset().test
+    examples = test if group != "ood" else Split(test.images, torch.full_like(test.labels, -1))
+    return TestSet("test", "test images", Counted(examples, size, **options), group)
+
+
+def get(predictor, *test_sets, watch=lambda label, done, total: None):
+    return [found[0] for _, found in predictions([predictor], test_sets, watch)]
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_what_scores_need_is_that_of_all_members_at_once(predictor, size, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 5 * 3 * 64)
-    images = Images(size)
-    (found,) = get(predictor, images)
-    members = predictor.ensemble.predict_members(images.images).numpy()
-    doubt = uncertainty(members)
+    (found,) = get(predictor, counted(size))
+    members = predictor.ensemble.predict_members(dataset().test.images).numpy()
+    expected = uncertainty(members)
     np.testing.assert_allclose(found.members, members, atol=1e-6)
     np.testing.assert_allclose(found.mean, members.mean(axis=0), atol=1e-6)
-    np.testing.assert_allclose(found.expected_entropy, doubt.expected_entropy, atol=1e-6)
-    np.testing.assert_allclose(found.mutual_information, doubt.mutual_information, atol=1e-6)
-    np.testing.assert_allclose(found.disagreement, doubt.disagreement, atol=1e-12)
+    np.testing.assert_allclose(found.expected_entropy, expected.expected_entropy, atol=1e-6)
+    np.testing.assert_allclose(found.mutual_information, expected.mutual_information, atol=1e-6)
+    np.testing.assert_allclose(found.disagreement, expected.disagreement, atol=1e-12)
     np.testing.assert_array_equal(found.classes, members.argmax(axis=2))
     labels = dataset().test.labels.numpy()
     np.testing.assert_allclose(found.label_probabilities, members[:, np.arange(len(labels)), labels], atol=1e-6)
 
 
 def test_nothing_is_predicted_twice(predictor, monkeypatch):
-    images, told = Images(), []
+    images, told = counted(), []
     (first,) = get(predictor, images, watch=lambda *progress: told.append(progress))
     monkeypatch.setattr(Ensemble, "predict_members", None)
     (again,) = get(predictor, images)
-    assert images.made == 1
-    assert told == [("test", 1, 1)]
+    assert images.examples.made == 1
+    assert told == [("test images", done, 15) for done in (0, 4, 8, 12, 15)]
     assert again.mean.tobytes() == first.mean.tobytes()
     assert np.array_equal(again.members, first.members)
     assert not [path for path in predictor.folder.rglob("*") if path.name.startswith(".partial")]
 
 
-def test_other_members_other_images_and_other_labels_are_other_predictions(predictor, tmp_path):
-    one, unlabelled = Images(), Images(members=False, labelled=False)
+def test_a_kept_prediction_is_read_once(predictor, monkeypatch):
+    """Every test set's files are read and hashed a single time, however many there are."""
+    sets = [counted(), counted(group="ood")]
+    get(predictor, *sets)
+    read, load = [], Entry.load
+    monkeypatch.setattr(Entry, "load", lambda self, **options: read.append(self.path) or load(self, **options))
+    get(predictor, *sets)
+    assert read == [predictor.entry(one).path for one in sets]
+
+
+def test_other_members_other_images_and_other_labels_are_other_predictions(predictor):
+    one, unlabelled = counted(), counted(group="ood")
     get(predictor, one, unlabelled)
-    assert (one.made, unlabelled.made) == (1, 1)
-    other = Predictor(predictor.ensemble, "0" * 64, predictor.folder)
-    get(other, one)
-    assert one.made == 2
+    assert (one.examples.made, unlabelled.examples.made) == (1, 1)
+    get(other_run(predictor), one)
+    assert one.examples.made == 2
     (found,) = get(predictor, unlabelled)
     assert found.label_probabilities.shape == (3, 0)
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "members missing", "members truncated"])
+# --- the code that predicts -----------------------------------------------------------------------------------------
+
+
+def test_other_code_is_another_prediction(predictor, monkeypatch):
+    """What an older version of the network, of the loop over members, of ensembler or of torch made is not taken."""
+    ensemble = predictor.ensemble
+    entry = Predictor(ensemble, predictor.folder).entry(counted())
+    assert entry == predictor.entry(counted())
+    source = prediction_cache.inspect.getsource
+    found = {entry.path}
+    for changed in ("tests._small", *PREDICTING):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                prediction_cache.inspect,
+                "getsource",
+                lambda it, changed=changed: source(it) + "# changed" * (it.__name__ == changed),
+            )
+            found.add(Predictor(ensemble, predictor.folder).entry(counted()).path)
+    for name, value in (("__version__", "99"), ("torch", type("Other", (), {"__version__": "99"}))):
+        with monkeypatch.context() as patch:
+            patch.setattr(prediction_cache, name, value)
+            found.add(Predictor(ensemble, predictor.folder).entry(counted()).path)
+    assert len(found) == 1 + 1 + len(PREDICTING) + 2
+
+
+def test_the_code_of_a_networks_own_classes_counts(tmp_path, monkeypatch):
+    """The network is built by one module of the user's and made of classes of another: each is looked at."""
+    for name, text in (
+        ("parts", "from torch import nn\nclass Part(nn.Linear):\n    scale = 1.0\n"),
+        ("builder", "from parts import Part\ndef build(num_classes):\n    return Part(3, num_classes)\n"),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    import builder  # type: ignore[import-not-found]
+
+    network, seen = builder.build(3), set()
+    for changed in (None, "parts", "builder"):
+        if changed is not None:
+            file = tmp_path / f"{changed}.py"
+            file.write_text(file.read_text() + "# changed\n")
+            prediction_cache.inspect.linecache.checkcache(str(file))
+        seen.add(prediction_cache.code_sha256("builder:build", network))
+    assert len(seen) == 3
+    for name in ("parts", "builder"):
+        del sys.modules[name]
+
+
+def test_the_modules_that_predict_are_all_looked_at():
+    """Whatever of the package they import is either among them, or changes no prediction."""
+    harmless = {"errors", "naming", "seeds", "run", "subspace", "batchnorm", "loading", "engine", "jobs"}
+    harmless |= {"eval.prediction_cache", "eval.shift.test_set"}
+    for name in PREDICTING:
+        path = ROOT / (name.removeprefix("ensembler.").replace(".", "/") + ".py")
+        path = path if path.exists() else ROOT / (name.replace(".", "/") + ".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "ensembler":
+                names = [node.module] if node.module != "ensembler" else [f"ensembler.{a.name}" for a in node.names]
+            for imported in names:
+                assert imported in PREDICTING or imported.removeprefix("ensembler.") in harmless, f"{name}: {imported}"
+
+
+# --- files that are not whole ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "format", "members missing", "members truncated", "members flip"])
 def test_a_prediction_that_is_not_whole_is_made_again(predictor, harm):
-    images = Images()
+    images = counted()
     (first,) = get(predictor, images)
-    path = predictor.path(images.slice)
-    content = bytearray(path.read_bytes())
+    expected = np.array(first.members)  # what is mapped is about to be harmed
+    entry = predictor.entry(images)
+    content, members = bytearray(entry.path.read_bytes()), bytearray(entry.members_path.read_bytes())
     if harm == "flip":
         content[-5] ^= 1
-        path.write_bytes(content)
+        entry.path.write_bytes(content)
     elif harm == "truncate":
-        path.write_bytes(content[:-5])
+        entry.path.write_bytes(content[:-5])
+    elif harm == "format":
+        with safe_open(entry.path, "numpy") as file:
+            arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        assert metadata["format"] == "1"
+        save_file(arrays, entry.path, metadata | {"format": "99"})
     elif harm == "members missing":
-        path.with_suffix(".npy").unlink()
+        entry.members_path.unlink()
+    elif harm == "members truncated":
+        entry.members_path.write_bytes(members[:-7])
     else:
-        path.with_suffix(".npy").write_bytes(path.with_suffix(".npy").read_bytes()[:-7])
+        members[-1] ^= 1
+        entry.members_path.write_bytes(members)
+    assert predictor.kept(images) is None
     (again,) = get(predictor, images)
-    assert images.made == 2
+    assert images.examples.made == 2
     assert again.mean.tobytes() == first.mean.tobytes()
+    np.testing.assert_array_equal(again.members, expected)
+    assert predictor.kept(images) is not None
 
 
-def test_runs_that_have_seen_a_slice_are_not_shown_it(predictor, monkeypatch):
-    images = Images()
+def test_runs_that_have_seen_a_set_are_not_shown_it(predictor, monkeypatch):
+    images = counted()
     get(predictor, images)
-    other = Predictor(predictor.ensemble, "0" * 64, predictor.folder)
     seen = []
     predict = Ensemble.predict_members
     monkeypatch.setattr(Ensemble, "predict_members", lambda self, x: seen.append(len(x)) or predict(self, x))
-    ((_, found),) = predictions([predictor, other], [images.slice])
-    assert sum(seen) == len(images.images)
+    ((_, found),) = predictions([predictor, other_run(predictor)], [images])
+    assert sum(seen) == len(images.examples)
     assert found[0].mean.tobytes() == found[1].mean.tobytes()
 
 
-def test_a_run_named_twice_is_shown_a_slice_twice(predictor):
-    twin = Predictor(predictor.ensemble, predictor.run, predictor.folder)
-    ((_, found),) = predictions([predictor, twin], [Images().slice])
+def test_two_copies_of_a_run_predict_alike(predictor):
+    ((_, found),) = predictions([predictor, Predictor(predictor.ensemble, predictor.folder)], [counted()])
     assert found[0].mean.tobytes() == found[1].mean.tobytes()
 
 
@@ -122,28 +240,23 @@ def test_a_full_disk_is_said_and_nothing_half_written_stays(predictor, monkeypat
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ensembler.eval.predictions.np.lib.format.write_array_header_1_0", full)
-    with pytest.raises(ArtefactError, match=r"cannot keep predictions in .*No space left"):
-        get(predictor, Images())
+    monkeypatch.setattr("ensembler.eval.prediction_cache.np.lib.format.write_array_header_1_0", full)
+    with pytest.raises(ArtefactError, match=r"cannot keep predictions in .*cache: No space left .* another --cache"):
+        get(predictor, counted())
     assert not [path for path in predictor.folder.rglob("*") if path.is_file()]
 
 
-def test_a_slice_that_cannot_be_made_leaves_nothing(predictor):
-    def broken():
-        yield dataset().test.images[:2]
-        raise RuntimeError("a broken file")
-
-    labels = dataset().test.labels.numpy()
+def test_images_that_cannot_be_read_leave_nothing(predictor):
     with pytest.raises(RuntimeError, match="a broken file"):
-        list(predictions([predictor], [Slice("test", "key", broken, labels, members=True)]))
+        get(predictor, counted(broken=True))
     assert not [path for path in predictor.folder.rglob("*") if path.is_file()]
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(predictor, tmp_path):
     (tmp_path / "file").write_text("")
-    there = Predictor(predictor.ensemble, predictor.run, tmp_path / "file")
+    there = Predictor(predictor.ensemble, tmp_path / "file")
     with pytest.raises(ArtefactError, match=r"cannot keep predictions in .*file.*choose another --cache"):
-        get(there, Images())
+        get(there, counted())
 
 
 def test_where_predictions_are_kept(monkeypatch, tmp_path):
@@ -151,13 +264,25 @@ def test_where_predictions_are_kept(monkeypatch, tmp_path):
     assert default_folder() == tmp_path / "ensembler" / "predictions"
 
 
+def test_calibrate_and_eval_share_the_validation_prediction(run, tmp_path, monkeypatch):
+    """Whichever comes first makes it; the other asks no member again."""
+    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset())
+    calibrate(run, device="cpu", cache=tmp_path / "one")
+    evaluate([run], device="cpu", cache=tmp_path / "two")
+    seen, predict = [], Ensemble.predict_members
+    monkeypatch.setattr(Ensemble, "predict_members", lambda self, x: seen.append(len(x)) or predict(self, x))
+    evaluate([run], device="cpu", cache=tmp_path / "one")
+    assert seen == [15]  # the test images alone
+    calibrate(run, device="cpu", cache=tmp_path / "two")
+    assert seen == [15]
+
+
 def test_memory_does_not_grow_with_the_members(predictor):
-    """25 members on 50,000 images: what is held is one mean, not 25 predictions."""
-    ensemble = predictor.ensemble
-    held = []
-    labels = np.zeros(3000, dtype=np.int64)
-    images = Slice("many", "many", lambda: torch.zeros(3000, 8, 8, 3, dtype=torch.uint8).split(500), labels)
-    for _, (found,) in predictions([predictor], [images]):
+    """Many members on 50,000 images: what is held is one mean, not 25 predictions."""
+    images = torch.zeros(3000, 8, 8, 3, dtype=torch.uint8)
+    many = TestSet("many", "many", Counted(Split(images, torch.zeros(3000, dtype=torch.int64)), 500), "shift", 1)
+    for _, (found,) in predictions([predictor], [many]):
         held = [found.mean, found.expected_entropy, found.classes, found.label_probabilities]
         assert found.members is None
+    ensemble = predictor.ensemble
     assert sum(array.nbytes for array in held) == 3000 * 4 * (len(ensemble.classes) + 1 + 2 * ensemble.members)

@@ -97,7 +97,7 @@ def test_names_that_only_begin_like_a_wrapper_s_stay(tmp_path):
     assert same(pretrained.read(tmp_path / "weights.pt"), content)
 
 
-DAMAGED = "FILE is damaged, or no file of weights: copy or download it again"
+DAMAGED = "FILE is damaged, or not a file of weights: copy or download it again"
 
 
 def refusal(path):
@@ -155,7 +155,7 @@ def test_pickled_objects_are_named_and_not_run(tmp_path, zipped):
         assert kind is ArtefactError
         assert re.fullmatch(
             rf"FILE holds more than tensors \(([\w.]+\.)?{name}\), and reading that could run code: "
-            r"save the state dict alone, torch\.save\(network\.state_dict\(\), FILE\)",
+            r"save only the state dict, torch\.save\(network\.state_dict\(\), FILE\)",
             message,
         )
     assert not ran.exists()
@@ -357,9 +357,7 @@ class Response(io.BytesIO):
 
 def test_a_download_that_is_not_the_published_file(hub, monkeypatch):
     monkeypatch.setattr(torch.hub, "urlopen", lambda request: Response(b"<html>"))
-    with pytest.raises(
-        CorruptError, match=r"^https://.* came damaged \(invalid hash value .*\): remove .*\.pth, and it"
-    ):
+    with pytest.raises(CorruptError, match=r"^.*\.pth is damaged \(invalid hash value .*\): remove it, then https://"):
         pretrained.pretrained(SHUFFLENET)
     assert not list(hub.iterdir())
 
@@ -367,12 +365,10 @@ def test_a_download_that_is_not_the_published_file(hub, monkeypatch):
 def test_a_cached_file_is_damaged_or_holds_objects_that_are_not_run(hub, tmp_path):
     file = hub / Path(URL).name
     file.write_bytes(b"half a file")
-    with pytest.raises(
-        CorruptError, match=r"^https://.* came damaged \(.*\): remove .*\.pth, and it is fetched again$"
-    ):
+    with pytest.raises(CorruptError, match=r"^.*\.pth is damaged \(.*\): remove it, then https://.* is fetched again$"):
         pretrained.pretrained(SHUFFLENET)
     torch.save({"weight": Makes(tmp_path / "ran")}, file)
-    with pytest.raises(CorruptError, match=r"came damaged \(Weights only load failed\)"):
+    with pytest.raises(CorruptError, match=r"is damaged \(Weights only load failed\)"):
         pretrained.pretrained(SHUFFLENET)
     assert not (tmp_path / "ran").exists()
 
@@ -382,9 +378,9 @@ def test_no_such_published_weights(hub):
         (
             "resnet20",
             "DEFAULT",
-            "resnet20 has no published weights: torchvision:NAME and timm:NAME have; give a file of",
+            "resnet20 has no published weights: use torchvision:NAME, timm:NAME or a file of",
         ),
-        ("a.module:make", "DEFAULT", "a.module:make has no published weights: torchvision:NAME and"),
+        ("a.module:make", "DEFAULT", "a.module:make has no published weights: use torchvision:NAME"),
         (SHUFFLENET, "V9", "torchvision has no weights 'V9' of shufflenet_v2_x0_5: use IMAGENET1K_V1 or DEFAULT"),
         ("torchvision:nothing", "DEFAULT", "torchvision has no network 'nothing': see torchvision.models.list_models"),
         ("torchvision:fcn_resnet50", "DEFAULT", "torchvision has no classifier 'fcn_resnet50': see"),
@@ -420,5 +416,5 @@ def test_timm_weights(monkeypatch):
         pretrained.pretrained("timm:offline")
     assert str(caught.value) == (
         "cannot fetch https://huggingface.co/timm/offline.a1 (We cannot find it): "
-        "fetch it where there is a network, and copy that machine's cache (HF_HOME, TORCH_HOME) here"
+        "fetch it on a machine with a network, and copy that machine's cache (HF_HOME, TORCH_HOME) here"
     )

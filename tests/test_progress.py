@@ -1,4 +1,4 @@
-"""What is told while training goes on: lines, bars, JSON lines, TensorBoard."""
+"""What is shown while training goes on: lines, bars, JSON lines, TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,31 +12,28 @@ from typer.testing import CliRunner
 from ensembler.cli import app
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.run import Run
+from ensembler.trainers.events import EpochEnd, Message
 from ensembler.trainers.loop import Epoch
 from ensembler.trainers.progress import progress
 
 SMALL = ["--arch", "tests._small:network", "--image-size", 8, "--device", "cpu"]
 
 
-def epoch(number, loss=1.5):
-    return Epoch(number=number, rate=0.1, loss=loss, accuracy=0.25, examples=30)
+def epoch(part, number, epochs, metric="accuracy"):
+    return EpochEnd(part, Epoch(number=number, lr=0.1, loss=1.5, metric=0.25, examples=30), epochs, metric)
 
 
-def tell(*numbers, epochs=4):
-    def body(told):
-        watch, say = told
-        say("found [this]")
-        for number in numbers:
-            watch("vertex 2", epoch(number), epochs)
-
-    return body
+def report(on_event, *numbers, epochs=4, metric="accuracy"):
+    on_event(Message("found [this]"))
+    for number in numbers:
+        on_event(epoch("vertex 2", number, epochs, metric))
 
 
 def test_plain_lines_say_the_time_left(capsys, monkeypatch):
     clock = iter([10.0, 12.0, 20.0, 21.0])
     monkeypatch.setattr("ensembler.trainers.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with progress() as told:
-        tell(1, 3, 4)(told)
+    with progress() as on_event:
+        report(on_event, 1, 3, 4)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
@@ -50,30 +47,36 @@ def test_plain_lines_say_the_time_left(capsys, monkeypatch):
 def test_a_terminal_gets_bars(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    with progress() as told:
-        tell(1, 4)(told)
+    with progress() as on_event:
+        report(on_event, 1, 4)
     error = capsys.readouterr().err
     assert "4/4" in error
     assert "found [this]" in error
     assert "loss 1.500, accuracy 0.250" in error
 
 
-def test_quiet_says_nothing(capsys):
-    with progress(quiet=True) as told:
-        tell(1, 2)(told)
+def test_quiet_shows_nothing(capsys):
+    with progress(quiet=True) as on_event:
+        report(on_event, 1, 2)
     assert capsys.readouterr() == ("", "")
 
 
-def test_json_lines_are_there_as_soon_as_they_are_told(tmp_path):
+def test_another_tasks_metric_is_shown_by_its_name(capsys):
+    with progress() as on_event:
+        report(on_event, 4, metric="absolute_error")
+    assert capsys.readouterr().err.splitlines()[1] == "vertex 2: epoch 4 of 4, loss 1.500, absolute_error 0.250"
+
+
+def test_json_lines_are_there_as_soon_as_they_are_reported(tmp_path):
     log = tmp_path / "new" / "log.jsonl"
     for run in (1, 2):  # a second run adds to the file
-        with progress(quiet=True, log=log) as (watch, _):
-            watch("fge", epoch(1), 2)
+        with progress(quiet=True, log=log) as on_event:
+            report(on_event, 1, epochs=2)
             assert len(log.read_text().splitlines()) == run
     record = json.loads(log.read_text().splitlines()[0])
     assert record.pop("seconds") >= 0
     assert record == {
-        **{"part": "fge", "number": 1, "rate": 0.1, "loss": 1.5, "accuracy": 0.25, "examples": 30, "epochs": 2},
+        **{"part": "vertex 2", "number": 1, "lr": 0.1, "loss": 1.5, "accuracy": 0.25, "examples": 30, "epochs": 2},
     }
 
 
@@ -94,28 +97,28 @@ def test_tensorboard_is_closed_whatever_happens(tmp_path, monkeypatch):
             calls.append("closed")
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
-    with pytest.raises(KeyboardInterrupt), progress(quiet=True, tensorboard=tmp_path) as (watch, _):
-        watch("vertex 2", epoch(3), 4)
+    with pytest.raises(KeyboardInterrupt), progress(quiet=True, tensorboard=tmp_path) as on_event:
+        report(on_event, 3)
         raise KeyboardInterrupt
     assert calls == [
         str(tmp_path),
         ("vertex 2/loss", 1.5, 3),
         ("vertex 2/accuracy", 0.25, 3),
-        ("vertex 2/rate", 0.1, 3),
+        ("vertex 2/lr", 0.1, 3),
         "closed",
     ]
 
 
 def test_what_cannot_be_written_is_said(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ArtefactError, match=r"cannot write .*log.jsonl: .*: choose another place"):
+    with pytest.raises(ArtefactError, match=r"cannot write .*log.jsonl: .*: choose another path"):
         progress(log=tmp_path / "file" / "log.jsonl").__enter__()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UsageError, match=r"pip install 'ensembler\[tensorboard\]'"):
         progress(tensorboard=tmp_path).__enter__()
 
 
-def test_a_command_tells_all_of_them(tmp_path, monkeypatch):
+def test_a_command_reports_to_all_of_them(tmp_path, monkeypatch):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.chdir(tmp_path)
     arguments = ["train-simplex", *SMALL, "--vertices", 2, "--epochs", 2, "--quiet", "--out", "run"]

@@ -82,7 +82,7 @@ def test_one_budget_of_fge_is_one_budget():
 
 
 def test_what_was_not_published_is_refused_with_what_was():
-    with pytest.raises(UsageError, match="no recipe of train-simplex was published for cnn on digits: there is vgg16"):
+    with pytest.raises(UsageError, match="no recipe of train-simplex was published for cnn on digits: use vgg16"):
         find("paper", Simplex, "cnn", "digits")
     with pytest.raises(UsageError, match="resnet20 on cifar100"):
         find("paper", Subspace, "resnet20", "cifar100")

@@ -131,9 +131,9 @@ def test_checkpoints_of_another_run_are_refused_and_stay(tmp_path):
     folder = interrupted(tmp_path / "x", method, 3)
     before = sorted(folder.rglob("*"))
     for other, changes in ((method, {"seed": 5}), (method, {"epochs": 2}), (method, {"batch_size": 4}), (FGE(), {})):
-        with pytest.raises(UsageError, match=r"x\.unfinished was begun with other options or on other data"):
+        with pytest.raises(UsageError, match=r"x\.unfinished was started with other options or data"):
             make(tmp_path / "x", other, settings(**changes))
-    with pytest.raises(UsageError, match="was begun with other options or on other data"):
+    with pytest.raises(UsageError, match="was started with other options or data"):
         make(tmp_path / "x", method, settings(), data=dataset(train=33))
     assert sorted(folder.rglob("*")) == before
     assert_the_same(make(tmp_path / "x", method, settings(threads=1)), make(None, method, settings()))
@@ -351,9 +351,9 @@ def killed(images: Path) -> Iterator[None]:
     """The processes that read images are killed while the third member is trained."""
     add = Ledger.epoch
 
-    def kill(self, part, *given, **named):
-        add(self, part, *given, **named)
-        for child in psutil.Process().children() if part == "solution 3" else ():
+    def kill(self, end, **named):
+        add(self, end, **named)
+        for child in psutil.Process().children() if end.part == "solution 3" else ():
             for worker in child.children() if "forkserver" in " ".join(child.cmdline()) else ():
                 worker.kill()
 
@@ -383,7 +383,7 @@ def lost(images: Path) -> Iterator[None]:
     [
         (diverges, "the training loss is nan in epoch 1: lower the learning rate"),
         (unreadable, "cannot read the image"),
-        (killed, "the processes that read images have died"),
+        (killed, "a process that reads images died"),
         (lost, "job 3 of 4 was lost 4 times"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -433,7 +433,7 @@ def test_another_start_is_refused_and_what_was_reached_stays(here, images, monke
     Path("start").rename("kept")
     Path("other").rename("start")
     said = refusal("train-simplex", "--resume", "x")
-    assert "x.unfinished was begun with other options or on other data: resume it with those, or remove it" in said
+    assert "x.unfinished was started with other options or data: resume it with those, or remove it" in said
     assert sorted(Path("x.unfinished").rglob("*")) == before
     shutil.rmtree("start")
     Path("kept").rename("start")

@@ -90,7 +90,7 @@ def test_what_is_no_run_is_refused(run, tmp_path):
 
 
 def test_nothing_is_overwritten(run):
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         Run.load(run).save(run)
 
 
@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, largest):
     command = [sys.executable, "-c", CRAMPED, run, tmp_path / "new", str(largest)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "cannot write" in result.stdout
-    assert "nothing was left behind" in result.stdout
+    assert "no partial output was kept" in result.stdout
     assert not (tmp_path / "new").exists()
     assert leftovers(tmp_path) == []
 

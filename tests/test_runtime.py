@@ -16,8 +16,7 @@ from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.serve import Runtime
 from ensembler.serve.runtime.images import check_images
 from ensembler.serve.runtime.machine import available_cpus
-from ensembler.serve.runtime.manifest import Tuning
-from ensembler.serve.runtime.strategies import softmax
+from ensembler.serve.runtime.manifest import PROBE, Tuning
 from tests._runs import CLASSES, TINY, agreeing_weights, make_bundle, tiny_weights
 
 
@@ -124,9 +123,12 @@ def test_sessions_compute_where_they_can(loaded: Runtime) -> None:
     assert loaded.threads == available_cpus() >= 1
 
 
-def test_softmax_does_not_overflow() -> None:
-    found = softmax(np.array([[1e4, 1e4, -1e4], [0, 0, 0]], dtype=np.float32))
-    np.testing.assert_allclose(found, [[0.5, 0.5, 0], [1 / 3] * 3], atol=1e-7)
+def test_large_logits_do_not_overflow(tmp_path: Path) -> None:
+    weights = np.zeros((1, 3, 5), np.float32)
+    weights[..., :2] = 1e36
+    loaded = Runtime.load(make_bundle(tmp_path / "large", members=1, weights=weights))
+    found = loaded.predict_members(np.ones((2, *TINY), np.uint8))
+    np.testing.assert_allclose(found, [[[0.5, 0.5, 0, 0, 0]] * 2], atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256", *(f"member-00{m}.onnx" for m in range(3))])
@@ -149,6 +151,7 @@ def test_damage_is_found_and_named(bundle: Path, tmp_path: Path, name: str, dama
 def test_a_graph_that_is_none_is_named(bundle: Path, tmp_path: Path) -> None:
     manifest = Runtime.load(bundle).manifest.model_dump()
     with artefact.write(tmp_path / "nonsense", manifest) as folder:
+        shutil.copy(bundle / PROBE, folder)
         for graph in manifest["graphs"]:
             (folder / graph).write_bytes(b"not a graph")
     with pytest.raises(ArtefactError, match=r"cannot open .*member-000.onnx: .*export the run again"):
@@ -171,9 +174,18 @@ def test_a_manifest_of_another_shape_is_refused(
 ) -> None:
     manifest = Runtime.load(bundle).manifest.model_dump() | change
     with artefact.write(tmp_path / "other", manifest) as folder:
-        for graph in manifest["graphs"]:
-            shutil.copy(bundle / graph, folder / graph)
+        for file in manifest["files"]:
+            shutil.copy(bundle / file, folder)
     with pytest.raises(ArtefactError, match=message):
+        Runtime.load(tmp_path / "other")
+
+
+def test_a_bundle_without_its_probe_is_refused(bundle: Path, tmp_path: Path) -> None:
+    manifest = Runtime.load(bundle).manifest
+    with artefact.write(tmp_path / "other", manifest.model_dump()) as folder:
+        for graph in manifest.graphs:
+            shutil.copy(bundle / graph, folder)
+    with pytest.raises(ArtefactError, match=r"does not hold its probe.npz: export it again"):
         Runtime.load(tmp_path / "other")
 
 
@@ -347,8 +359,8 @@ def tuned(path: Path, bundle: Path, **changes: Any) -> Path:
     manifest = Runtime.load(bundle).manifest
     manifest.tuning = tuning.model_copy(update=changes)
     with artefact.write(path, manifest.model_dump()) as folder:
-        for graph in manifest.graphs:
-            shutil.copy(bundle / graph, folder / graph)
+        for file in manifest.files:
+            shutil.copy(bundle / file, folder)
     return path
 
 
@@ -376,24 +388,6 @@ def test_memory_is_at_least_that_of_the_weights(eight: Path) -> None:
     assert loaded.memory == 8 * 15 * 4
     loaded.warm_up()
     assert loaded.memory >= 8 * 15 * 4
-
-
-# --- formats ---------------------------------------------------------------------------------------------------------
-
-FORMAT_1 = Path(__file__).parent / "data" / "bundle-format-1"
-
-
-def test_a_bundle_of_format_1_is_read_and_predicts_for_ever() -> None:
-    loaded = Runtime.load(FORMAT_1)
-    images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    assert (loaded.manifest.format, loaded.members, loaded.manifest.order) == (1, 3, [0, 1, 2])
-    np.testing.assert_allclose(
-        loaded.predict_members(images)[:, 0],
-        [[0.1522, 0.1892, 0.0329, 0.1355, 0.4902]] * 2 + [[0.2844, 0.1672, 0.1595, 0.2018, 0.1870]],
-        atol=1e-4,
-    )
-    found = loaded.predict(images, "exact")
-    assert found.classes.tolist() == loaded.predict(images).classes.tolist()
 
 
 # --- imports ---------------------------------------------------------------------------------------------------------

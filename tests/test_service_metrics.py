@@ -151,7 +151,7 @@ def test_rules_and_dashboard_ask_for_what_exists() -> None:
 def test_a_real_server_tells_prometheus(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ensembler.cli", "serve", str(make_calibrated(tmp_path / "bundle"))]
     server = Server(command, tmp_path, free_port(), ENSEMBLER_TOKEN="sesame")
-    with httpx.Client(base_url=server.url, timeout=20, headers={"Authorization": "Bearer sesame"}) as caller:
+    with httpx.Client(base_url=server.url, timeout=300, headers={"Authorization": "Bearer sesame"}) as caller:
         try:
             server.wait_until_ready()
             assert caller.post(ROUTE, json={"images": tiny_images(5).tolist()}).status_code == 200

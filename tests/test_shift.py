@@ -19,18 +19,35 @@ from typer.testing import CliRunner
 from ensembler.cli import app
 from ensembler.datasets import Dataset, load
 from ensembler.errors import ArtefactError, DataError, UsageError
-from ensembler.eval import data as module
-from ensembler.eval import shift as shift_module
-from ensembler.eval.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
-from ensembler.eval.data import write_corruptions
-from ensembler.eval.layout import alone, check_official
-from ensembler.eval.shift import Cell, find_shift
+from ensembler.eval.shift import generated as generated_module
+from ensembler.eval.shift import writer as module
+from ensembler.eval.shift.cifar_c import check_official
+from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
+from ensembler.eval.shift.layout import Rows, StoredFolder, lock
+from ensembler.eval.shift.readers import load_shift
+from ensembler.eval.shift.writer import write_corruptions
 from ensembler.images import FileSplit, Split
 
 ROOT = Path(__file__).parents[1]
 N = 60
 SOME = ("gaussian_noise", "snow", "contrast", "saturate")  # enough where they are all treated alike
 EVERYTHING = torch.arange(N)
+
+
+def everything(examples):
+    """All images, whatever the batches."""
+    return torch.cat([batch.images for batch in examples.batches(2)])
+
+
+def cell(shift, corruption, severity):
+    """The examples of one corruption at one severity."""
+    (found,) = (one.examples for one in shift.sets if (one.name, one.severity) == (corruption, severity))
+    return found
+
+
+def stored(shift):
+    """The corruptions that are read from files."""
+    return tuple(dict.fromkeys(one.name for one in shift.sets if isinstance(one.examples, Rows)))
 
 
 def dataset(count=N, size=32, name="cifar10", seed=0):
@@ -73,20 +90,19 @@ def test_every_cell_of_the_official_layout(tmp_path, made, name, which, title, b
     images, indices = dataset(name=which), torch.tensor([3, 50, 7])
     folder = tmp_path / title
     folder.symlink_to(made)
-    shift = find_shift(name, images, indices, tmp_path if below else folder)
+    shift = load_shift(name, images, indices, tmp_path if below else folder)
     assert shift.source == "official"
     assert shift.note == f"Shift: the official {title} files, {len(AVAILABLE)} corruptions at 5 severities."
     assert shift.corruptions == AVAILABLE
-    assert [*shift.cells()] == [Cell(corruption, severity) for corruption in AVAILABLE for severity in SEVERITIES]
-    for cell in shift.cells():
-        expected = corrupt(images.test.images, cell.corruption, cell.severity)[indices]
-        assert torch.equal(shift.images(cell), expected)
-    assert [len(batch) for batch in shift.batches(cell, 2)] == [2, 1]
-    assert torch.equal(torch.cat([*shift.batches(cell, 2)]), expected)
-    assert torch.equal(torch.cat([*shift.batches(None, 2)]), images.test.images[indices])
+    assert [(one.name, one.severity) for one in shift.sets] == [(name, s) for name in AVAILABLE for s in SEVERITIES]
+    for one in shift.sets:
+        assert (one.group, one.source) == ("shift", "official")
+        assert torch.equal(everything(one.examples), corrupt(images.test.images, one.name, one.severity)[indices])
+        assert one.labels.tolist() == images.test.labels[indices].tolist()
+    assert [len(batch) for batch in one.examples.batches(2)] == [2, 1]
 
 
-def test_the_official_files_serve_their_own_dataset_alone(tmp_path, made):
+def test_the_official_files_serve_their_own_dataset_lock(tmp_path, made):
     (tmp_path / "CIFAR-10-C").symlink_to(made)
     for name, which, source in (
         ("cifar10c", "cifar10", "official"),
@@ -97,20 +113,20 @@ def test_the_official_files_serve_their_own_dataset_alone(tmp_path, made):
         ("corruptions", "cifar10", "generated"),
     ):
         for root in (tmp_path, made)[: 1 if (name, which) == ("cifar100c", "cifar100") else 2]:
-            assert find_shift(name, dataset(name=which), EVERYTHING, root).source == source, (name, which)
+            assert load_shift(name, dataset(name=which), EVERYTHING, root).source == source, (name, which)
     with pytest.raises(UsageError, match="unknown shift 'imagenet-c': use cifar10c, cifar100c, corruptions"):
-        find_shift("imagenet-c", dataset(), EVERYTHING, tmp_path)
+        load_shift("imagenet-c", dataset(), EVERYTHING, tmp_path)
 
 
 def test_a_part_of_the_files_is_used_and_what_is_missing_is_named(tmp_path):
     folder = official(tmp_path, dataset(), ("contrast", "saturate"))
-    shift = find_shift("cifar10c", dataset(), EVERYTHING, tmp_path)
+    shift = load_shift("cifar10c", dataset(), EVERYTHING, tmp_path)
     assert (shift.source, shift.corruptions, shift.headline) == ("official", ("contrast", "saturate"), ("contrast",))
     assert {*shift.not_covered} == {*HEADLINE, *VALIDATION} - {"contrast", "saturate"}
     for path in folder.glob("*[et].npy"):
         path.unlink()
     with pytest.raises(DataError, match=r"has labels\.npy but no corruption: fetch it again with ensembler data downl"):
-        find_shift("cifar10c", dataset(), EVERYTHING, tmp_path)
+        load_shift("cifar10c", dataset(), EVERYTHING, tmp_path)
 
 
 def object_array(rows):
@@ -152,7 +168,7 @@ def test_files_that_are_not_what_they_should_be_are_named(tmp_path, file, change
     folder = official(tmp_path, dataset(), ("contrast",))
     rewrite(folder / f"{file}.npy", change)
     with pytest.raises(DataError, match=message):
-        find_shift("cifar10c", dataset(), EVERYTHING, tmp_path)
+        load_shift("cifar10c", dataset(), EVERYTHING, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +188,7 @@ def test_bytes_that_are_no_array_are_refused(tmp_path, change, message):
     path = official(tmp_path, dataset(), ("contrast",)) / "contrast.npy"
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(DataError, match=f"{message}.*remove the folder, and fetch it again") as caught:
-        find_shift("cifar10c", dataset(), EVERYTHING, tmp_path)
+        load_shift("cifar10c", dataset(), EVERYTHING, tmp_path)
     assert str(path) in str(caught.value)
 
 
@@ -189,7 +205,7 @@ def test_images_in_another_order_are_noticed(tmp_path, made, corruption):
     for wrong in (np.roll(rows, 1, axis=1), rows[:, rng.permutation(N)], rows[:, ::-1], rows.swapaxes(0, 1), last):
         np.save(folder / f"{corruption}.npy", wrong.reshape(-1, 32, 32, 3))
         with pytest.raises(DataError, match=rf"{corruption}\.npy is not in the test set's order: of 60 .* only \d+%"):
-            check_official(folder, dataset().test)
+            check_official(StoredFolder(folder, dataset().test, "mend"))
 
 
 @pytest.mark.parametrize("corruption", ["gaussian_noise", "defocus_blur", "brightness", "contrast", "pixelate"])
@@ -201,7 +217,7 @@ def test_severities_in_another_order_are_noticed(tmp_path, made, corruption, ord
     rows = np.load(made / f"{corruption}.npy").reshape(5, N, 32, 32, 3)
     np.save(folder / f"{corruption}.npy", rows[order].reshape(-1, 32, 32, 3))
     with pytest.raises(DataError, match=rf"{corruption}\.npy does not hold severities 1 to 5 one after the other"):
-        check_official(folder, dataset().test)
+        check_official(StoredFolder(folder, dataset().test, "mend"))
 
 
 def test_nothing_right_is_refused(tmp_path):
@@ -210,10 +226,10 @@ def test_nothing_right_is_refused(tmp_path):
     digits = dataclasses.replace(digits, test=digits.test[:100])
     folder = tmp_path / "real"
     write_corruptions(digits, folder, AVAILABLE, seed=1)
-    check_official(folder, digits.test)
+    check_official(StoredFolder(folder, digits.test, "mend"))
     for number, change in enumerate((lambda test: test[:3], lambda test: Split(test.images * 0, test.labels))):
         images = dataclasses.replace(dataset(), test=change(dataset().test))
-        check_official(official(tmp_path / str(number), images), images.test)
+        check_official(StoredFolder(official(tmp_path / str(number), images), images.test, "mend"))
 
 
 def test_nineteen_files_of_the_official_size_are_not_read_whole(tmp_path):
@@ -235,11 +251,11 @@ def test_nineteen_files_of_the_official_size_are_not_read_whole(tmp_path):
     if peak.exists():
         peak.write_text("5")  # the highest so far is now
     before, read = status("VmRSS"), status("rchar")
-    shift = find_shift("cifar10c", images, torch.tensor([1233, 1234]), tmp_path)
+    shift = load_shift("cifar10c", images, torch.tensor([1233, 1234]), tmp_path)
     assert (shift.source, len(shift.corruptions), shift.not_covered) == ("official", 19, ())
     for number, name in enumerate(HEADLINE + VALIDATION):
         for severity in SEVERITIES:
-            found = shift.images(Cell(name, severity))
+            found = everything(cell(shift, name, severity))
             assert found[0].unique().tolist() == [0]
             assert found[1].unique().tolist() == [10 * number + severity]
     if peak.exists():
@@ -263,24 +279,25 @@ def test_a_generated_folder_is_never_official(tmp_path):
     images, indices = dataset(), torch.tensor([5, 2])
     folder = tmp_path / "CIFAR-10-C"
     write_corruptions(images, folder, SOME, seed=3)
-    shift = find_shift("cifar10c", images, indices, tmp_path, seed=3)
-    assert (shift.source, shift.folder, shift.stored) == ("generated", folder, SOME_IN_ORDER)
+    shift = load_shift("cifar10c", images, indices, tmp_path, seed=3)
+    assert (shift.source, stored(shift)) == ("generated", SOME_IN_ORDER)
     assert shift.corruptions == AVAILABLE  # what has no file is made
     assert "not the official files" in shift.note and "seed 3" in shift.note
-    plain = find_shift("corruptions", images, indices, tmp_path / "empty", seed=3)
-    assert plain.folder is None
-    for cell in plain.cells():
-        assert torch.equal(shift.images(cell), plain.images(cell))
-        assert shift.key(cell) == plain.key(cell)
+    plain = load_shift("corruptions", images, indices, tmp_path / "empty", seed=3)
+    assert stored(plain) == ()
+    for one, other in zip(shift.sets, plain.sets, strict=True):
+        assert torch.equal(everything(one.examples), everything(other.examples))
+        assert one.examples.sha256 == other.examples.sha256
+        assert one.source == other.source == "generated"
     for name, which in (("cifar10c", "cifar10"), ("corruptions", "cifar10"), ("cifar100c", "digits")):
-        found = find_shift(name, dataset(name=which), indices, folder, seed=3)
-        assert (found.source, found.folder) == ("generated", folder)
+        found = load_shift(name, dataset(name=which), indices, folder, seed=3)
+        assert (found.source, stored(found)) == ("generated", SOME_IN_ORDER)
     # A folder of another seed or of other images is no help: they are made.
     for other_one in (
-        find_shift("cifar10c", images, indices, tmp_path, seed=4),
-        find_shift("cifar10c", dataset(seed=1), indices, tmp_path, seed=3),
+        load_shift("cifar10c", images, indices, tmp_path, seed=4),
+        load_shift("cifar10c", dataset(seed=1), indices, tmp_path, seed=3),
     ):
-        assert (other_one.source, other_one.folder, other_one.stored) == ("generated", None, ())
+        assert (other_one.source, stored(other_one)) == ("generated", ())
 
 
 SOME_IN_ORDER = tuple(name for name in HEADLINE + VALIDATION if name in SOME)
@@ -289,9 +306,9 @@ SOME_IN_ORDER = tuple(name for name in HEADLINE + VALIDATION if name in SOME)
 @pytest.mark.parametrize(("size", "kind"), [(64, "cifar"), (65, "imagenet")])
 def test_it_is_said_whose_constants_were_taken(tmp_path, size, kind):
     images = dataset(count=2, size=size)
-    shift = find_shift("corruptions", images, torch.arange(2), tmp_path)
+    shift = load_shift("corruptions", images, torch.arange(2), tmp_path)
     expected = corrupt(images.test.images, "contrast", 3, constants=kind)
-    assert torch.equal(shift.images(Cell("contrast", 3)), expected)
+    assert torch.equal(everything(cell(shift, "contrast", 3)), expected)
     assert {"cifar": "CIFAR-10-C's 32 x 32 constants", "imagenet": "with ImageNet-C's constants"}[kind] in shift.note
     write_corruptions(images, tmp_path / "made", ("contrast",))
     assert json.loads((tmp_path / "made" / "generated.json").read_text())["constants"] == kind
@@ -299,13 +316,13 @@ def test_it_is_said_whose_constants_were_taken(tmp_path, size, kind):
 
 def test_a_generated_folder_must_hold_what_is_generated(tmp_path):
     images = dataset()
-    find = lambda: find_shift("corruptions", images, EVERYTHING, tmp_path / "made")  # noqa: E731
+    find = lambda: load_shift("corruptions", images, EVERYTHING, tmp_path / "made")  # noqa: E731
     write_corruptions(images, tmp_path / "made", SOME)
     path = tmp_path / "made" / "contrast.npy"
     good = path.read_bytes()
     rewrite(path, lambda rows: np.roll(rows, 1, axis=0))
     with pytest.raises(
-        DataError, match=r"contrast\.npy is not what this version of ensembler makes .* severity 1: rem"
+        DataError, match=r"contrast\.npy is not what this version of ensembler generates .* severity 1: rem"
     ):
         find()
     path.write_bytes(good[:-10])
@@ -321,60 +338,59 @@ def test_a_generated_folder_must_hold_what_is_generated(tmp_path):
             find()
 
 
-def test_keys_tell_images_apart_and_make_none(tmp_path, monkeypatch):
+def test_hashes_tell_images_apart_and_make_none(tmp_path, monkeypatch):
     images, indices = dataset(), torch.tensor([5, 2])
-    fog = Cell(SOME[0], 2)
 
-    def key(cell=fog, of=images, indices=indices, seed=0):
-        return find_shift("corruptions", of, indices, tmp_path, seed).key(cell)
+    def sha256(corruption=SOME[0], severity=2, of=images, indices=indices, seed=0):
+        return cell(load_shift("corruptions", of, indices, tmp_path, seed), corruption, severity).sha256
 
-    monkeypatch.setattr(shift_module, "corrupt", None)
-    before = key()
+    monkeypatch.setattr(generated_module, "corrupt", None)
     different = {
-        key(),
-        key(Cell(SOME[1], 2)),
-        key(Cell(SOME[0], 3)),
-        key(of=dataset(seed=1)),
-        key(indices=torch.tensor([5, 3])),
-        key(indices=torch.tensor([2, 5])),
-        key(seed=1),
+        sha256(),
+        sha256(SOME[1]),
+        sha256(severity=3),
+        sha256(of=dataset(seed=1)),
+        sha256(indices=torch.tensor([5, 3])),
+        sha256(indices=torch.tensor([2, 5])),
+        sha256(seed=1),
     }
     assert len(different) == 7
-    assert key() == before and before.startswith(f"generated/{SOME[0]}/2/0/")
-    monkeypatch.setattr(shift_module, "fingerprint", lambda *_: "of another version")
-    assert key() not in different
+    assert sha256() in different
+    monkeypatch.setattr(generated_module, "fingerprint", lambda *_: "of another version")
+    assert sha256() not in different
 
 
-def test_keys_of_official_files_are_of_the_bytes_used(tmp_path):
-    images, indices, cell = dataset(), torch.tensor([5, 2]), Cell("contrast", 2)
+def test_hashes_of_official_files_are_of_the_bytes_used(tmp_path):
+    images, indices = dataset(), torch.tensor([5, 2])
     folder = official(tmp_path, images, ("contrast",))
-    key = lambda cell=cell: find_shift("cifar10c", images, indices, tmp_path).key(cell)  # noqa: E731
-    first = key()
+
+    def sha256(severity=2):
+        return cell(load_shift("cifar10c", images, indices, tmp_path), "contrast", severity).sha256
+
+    first = sha256()
     rows = np.load(folder / "contrast.npy")
     labels = images.test.labels[indices].numpy().tobytes()
-    digest = hashlib.sha256(repr((2, 32, 32)).encode() + labels + rows[[N + 5, N + 2]].tobytes()).hexdigest()
-    assert first == f"official/{digest}"
-    assert key(Cell("contrast", 3)) != first
+    assert first == hashlib.sha256(repr((2, 32, 32)).encode() + labels + rows[[N + 5, N + 2]].tobytes()).hexdigest()
+    assert sha256(3) != first
     for row, same in ((N + 4, True), (N + 5, False)):
         rows[row] ^= 1
         np.save(folder / "contrast.npy", rows)
-        assert (key() == first) == same
+        assert (sha256() == first) == same
 
 
 def test_images_in_their_files(tmp_path, images):
     name = images[1]
     held, lazy = (load(name, image_size=8, in_memory=in_memory) for in_memory in (True, False))
     indices = torch.tensor([9, 0, 4])
-    shifts = [find_shift("corruptions", each, indices, tmp_path) for each in (held, lazy)]
-    assert isinstance(shifts[1].test, FileSplit)
-    assert torch.equal(shifts[0].test.labels, shifts[1].test.labels)
-    for cell in (None, Cell(SOME[0], 5)):
-        assert torch.equal(shifts[0].images(cell), shifts[1].images(cell))
-        assert torch.equal(shifts[0].images(cell), torch.cat([*shifts[1].batches(cell, 2)]))
+    shifts = [load_shift("corruptions", each, indices, tmp_path) for each in (held, lazy)]
+    one, other = (cell(each, SOME[0], 5) for each in shifts)
+    assert isinstance(other.clean, FileSplit)
+    assert torch.equal(one.labels, other.labels)
+    assert torch.equal(one.images(slice(None)), everything(other))
     for number, each in enumerate((held, lazy)):
         write_corruptions(each, tmp_path / str(number), SOME)
     assert files(tmp_path / "0") == files(tmp_path / "1")
-    assert find_shift("corruptions", lazy, indices, tmp_path / "1").stored == SOME_IN_ORDER
+    assert stored(load_shift("corruptions", lazy, indices, tmp_path / "1")) == SOME_IN_ORDER
 
 
 # --- ensembler data corrupt -------------------------------------------------------------------------------------------
@@ -392,7 +408,7 @@ def test_a_folder_is_made_in_the_official_layout(tmp_path):
     out = tmp_path / "made"
     result = call("digits", "--out", out, "--image-size", 8, "--seed", 7)
     assert result.exit_code == 0, result.output
-    assert result.stdout.strip() == f"{out}: {len(AVAILABLE)} corruptions of 360 images made, generated and marked so"
+    assert result.stdout.strip() == f"{out}: generated {len(AVAILABLE)} corruptions of 360 images, marked as generated"
     assert f"{AVAILABLE[0]}: 0 of 7 MB" in result.stderr  # 19 corruptions x 5 severities x 360 images x 192 bytes
     test = load("digits", image_size=8).test
     assert {path.name for path in out.iterdir()} == {
@@ -415,7 +431,7 @@ def test_a_folder_is_made_in_the_official_layout(tmp_path):
     assert torch.__version__.startswith(record["versions"]["torch"])
     result = call("digits", "--out", out, "--image-size", 8, "--seed", 7, "--quiet")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert "0 corruptions of 360 images made" in result.stdout
+    assert "generated 0 corruptions of 360 images" in result.stdout
 
 
 @pytest.mark.parametrize("batch", [1, 7 * 32 * 32 * 3, 2**25])
@@ -470,11 +486,11 @@ def assert_begun(folder, made, count):
     found = files(folder)
     assert {name for name in found if not name.startswith(".")} == expected
     assert all(found[name] == (made / name).read_bytes() for name in expected)
-    shift = find_shift("cifar10c", dataset(), EVERYTHING, folder)
-    assert (shift.source, shift.stored, shift.corruptions) == ("generated", AVAILABLE[:count], AVAILABLE)
+    shift = load_shift("cifar10c", dataset(), EVERYTHING, folder)
+    assert (shift.source, stored(shift), shift.corruptions) == ("generated", AVAILABLE[:count], AVAILABLE)
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_a_folder_of_something_else_is_left_lock(tmp_path):
     write_corruptions(dataset(), tmp_path, SOME[:1])
     before = files(tmp_path)
     for images, seed, message in (
@@ -486,7 +502,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
             write_corruptions(images, tmp_path, SOME, seed=seed)
     path = tmp_path / f"{SOME[0]}.npy"
     rewrite(path, lambda rows: rows[::-1])  # of an older version, say
-    with pytest.raises(DataError, match="is not what this version of ensembler makes"):
+    with pytest.raises(DataError, match="is not what this version of ensembler generates"):
         write_corruptions(dataset(), tmp_path, SOME)
     path.write_bytes(before[path.name])
     (tmp_path / "generated.json").unlink()
@@ -529,7 +545,9 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
         return FullDisk()
 
     monkeypatch.setattr(Path, "open", full_disk)
-    with pytest.raises(ArtefactError, match=r"cannot write to .*: No space left on device: .* whole files are kept"):
+    with pytest.raises(
+        ArtefactError, match=r"cannot write to .*: No space left on device: .* complete files were kept"
+    ):
         write_corruptions(dataset(), tmp_path, ("gaussian_noise", "contrast"))
     assert {path.name for path in tmp_path.glob("*.npy")} == {"labels.npy", "gaussian_noise.npy"}
     assert not list(tmp_path.glob(".partial-*"))
@@ -544,5 +562,5 @@ class FullDisk(io.BytesIO):
 
 def test_a_lock_ends_with_its_block(tmp_path):
     for _ in range(2):
-        with alone(tmp_path / ".lock", tmp_path), pytest.raises(UsageError, match="another process is working on"):
-            alone(tmp_path / ".lock", tmp_path).__enter__()
+        with lock(tmp_path / ".lock", tmp_path), pytest.raises(UsageError, match="another process is working on"):
+            lock(tmp_path / ".lock", tmp_path).__enter__()

@@ -1,4 +1,4 @@
-"""Runs and bundles at URLs: what is pushed is pulled byte for byte, and nothing half-done passes for whole."""
+"""Runs and bundles at URLs: what is pushed is pulled byte for byte, and no partial artefact is used."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, UsageE
 from ensembler.run import Run
 from ensembler.storage import CALIBRATION, CARD, Url, default_folder, is_url, local, name_of, place, pull, push
 from tests._hub import Hub, serving
+from tests._interrupt import after
 from tests._runs import make_bundle, make_run
 from tests.test_calibration import made as a_calibration
 from tests.test_cli import SMALL
@@ -148,7 +149,7 @@ def test_what_is_pushed_is_pulled_byte_for_byte(scheme, kind, tmp_path):
     assert local(url).name == "mine"
     assert local(url) == local(Url(url))
     assert push(source, url) == []
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="already exists"):
         pull(url)
 
 
@@ -219,9 +220,9 @@ def test_a_damaged_cache_is_fetched_again(name, change, tmp_path):
 def test_nothing_is_overwritten(scheme, tmp_path):
     one, other, url = made(tmp_path / "one"), made(tmp_path / "other", seed=1), at(scheme, tmp_path)
     push(one, url)
-    with pytest.raises(UsageError, match=r"another run or bundle lies at .*choose another URL, or remove"):
+    with pytest.raises(UsageError, match=r"holds another run or bundle.*choose another URL, or remove"):
         push(other, url)
-    with pytest.raises(UsageError, match="another run or bundle lies at"):
+    with pytest.raises(UsageError, match="holds another run or bundle"):
         storage.check_free(url)
     assert content(pull(url)) == content(one)
     storage.check_free(at(scheme, tmp_path, "free"))
@@ -233,9 +234,9 @@ def test_a_push_in_between_is_respected(tmp_path):
     there.mkdir(parents=True)
     shutil.copy(one / MANIFEST, there)  # where a push of one was broken off
     for refuse in (lambda: push(other, url), lambda: storage.check_free(url)):
-        with pytest.raises(UsageError, match=r"a push of another run or bundle to .* is under way or was broken off"):
+        with pytest.raises(UsageError, match=r"another push to .* is running or was interrupted"):
             refuse()
-    with pytest.raises(CorruptError, match="incomplete: wait until its push has ended, or push it again"):
+    with pytest.raises(CorruptError, match="incomplete: wait until its push has finished, or push it again"):
         local(url)
     push(one, url)
     assert content(pull(url)) == content(one)
@@ -262,7 +263,7 @@ def test_two_that_push_to_one_place_at_once_leave_nothing_that_passes_for_whole(
         if total > done > total - 100:  # all but the seal
             fs.pipe_file(f"{url}/{MANIFEST}", (other / MANIFEST).read_bytes())
 
-    with pytest.raises(UsageError, match=r"another push to .* went on at the same time"):
+    with pytest.raises(UsageError, match=r"another push to .* ran at the same time"):
         push(one, url, watch=meanwhile)
     with pytest.raises(CorruptError, match="incomplete"):
         pull(url)
@@ -375,7 +376,7 @@ def test_a_manifest_names_no_place_outside_its_folder(name, tmp_path):
     (tmp_path / "x").write_bytes(b"evil")
     before = sorted(tmp_path.rglob("*"))
     for use in (pull, local, lambda url: push(there, at("memory", tmp_path))):
-        with pytest.raises(ArtefactError, match="which is no file of a run: do not use it"):
+        with pytest.raises(ArtefactError, match="which is not a file of a run: do not use it"):
             use(f"file://{there}")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -458,8 +459,8 @@ def test_two_processes_pull_the_same_at_once(tmp_path):
             assert content(Path(answers[0])) == content(source)
             assert held(Path(answers[0]).parent) == ["mine"]
         else:
-            assert answers == [str(target), f"{target} exists already: choose another path, or remove it first"] or (
-                answers[1] == f"{target} exists already: choose another --out, or remove it first"
+            assert answers == [str(target), f"{target} already exists: choose another path, or remove it first"] or (
+                answers[1] == f"{target} already exists: choose another --out, or remove it first"
             )
             assert content(target) == content(source)
     assert list(tmp_path.rglob(".*")) == []
@@ -561,12 +562,13 @@ def test_what_is_not_there_and_what_is_no_url(tmp_path):
     refused(call("pull", "nothing://x/y"), "cannot reach nothing://x/y: ", "nothing")
     refused(call("pull", f"file://{tmp_path}/nowhere"), f"no run or bundle at file://{tmp_path}/nowhere")
     refused(call("show", "memory://nowhere"), "no run or bundle at memory://nowhere")
-    refused(call("pull", "runs/x"), "runs/x is no URL")
-    refused(call("push", "runs/x"), "push takes a run or bundle, and the URL to write it to")
+    refused(call("pull", "runs/x"), "runs/x is not a URL")
+    refused(call("push", "runs/x"), "push takes a run or bundle, and the URL to push it to")
     refused(call("push", "a", "b", "memory://c"), "push takes a run or bundle, and the URL")
     refused(call("push", "memory://x"), "no run in runs")
     refused(
-        call("push", made(tmp_path / "source"), "memory://x/y", "--public"), "--private and --public are of Hugging"
+        call("push", made(tmp_path / "source"), "memory://x/y", "--public"),
+        "--private and --public are for repositories",
     )
     (tmp_path / "file").write_bytes(b"")
     refused(call("push", tmp_path / "source", f"file://{tmp_path}/file/x", "--quiet"), "cannot write file://")
@@ -577,12 +579,15 @@ def test_what_is_not_there_and_what_is_no_url(tmp_path):
     [
         (
             PermissionError(errno.EACCES, "Access Denied"),
-            "Access Denied: are the credentials for it in the environment",
+            "Access Denied: check that the credentials in the environment",
         ),
-        (type("NoCredentialsError", (Exception,), {})("Unable to locate"), "Unable to locate: are the credentials"),
+        (
+            type("NoCredentialsError", (Exception,), {})("Unable to locate"),
+            "Unable to locate: check that the credentials",
+        ),
         (ConnectionError("network is\nunreachable"), "network is: check the URL and the network, and try again"),
         (TimeoutError(), "TimeoutError: check the URL and the network"),
-        (FileNotFoundError("The specified bucket does not exist"), "there is no such place: make it first"),
+        (FileNotFoundError("The specified bucket does not exist"), "it does not exist: create it first"),
     ],
 )
 def test_what_a_file_system_raises_becomes_one_sentence(error, words, tmp_path):
@@ -613,7 +618,7 @@ def test_every_command_takes_a_url_where_it_takes_a_run_or_bundle(trained, tmp_p
     assert sent.exit_code == 0, sent.output
     assert sent.stdout.startswith(f"pushed: {run} ({MANIFEST}, ")
     assert "pushing to" in sent.stderr
-    assert call("push", trained, run).stdout == f"{run} holds it already: nothing was sent\n"
+    assert call("push", trained, run).stdout == f"{run} is up to date: nothing was sent\n"
     centroid, here = at("file", tmp_path, "centroid"), ["--device", "cpu", "--quiet"]
     short = ["--points", 3, "--examples", 20, *SMALL[2:], "--quiet"]
     for arguments in (
@@ -635,9 +640,9 @@ def test_every_command_takes_a_url_where_it_takes_a_run_or_bundle(trained, tmp_p
     assert json.loads(Path("report/report.json").read_text())["runs"][0]["name"] == "a-run"
     assert Path("runs/centroid").is_dir()
     assert content(Path("bundles/a-bundle")) == content(local(bundle)) == content(Path("pulled"))
-    for name in ("fge", "curve", "complex"):  # where it began is written as it was typed
-        begun = Run.load(Path(name)).manifest.options["init"]
-        assert (begun[0] if isinstance(begun, list) else begun) == run
+    made = {name: Run.load(Path(name)).manifest for name in ("fge", "curve", "complex")}
+    starts = made["fge"].settings["init"], made["curve"].options["first"], made["complex"].options["modes"][0]
+    assert starts == (run, run, run)  # where it began is written as it was typed
     again = call("train-fge", "--config", "fge", "--quiet", "--out", "again")
     assert again.exit_code == 0, again.output
     assert artefact.sha256(Path("again/vertices.safetensors")) == artefact.sha256(Path("fge/vertices.safetensors"))
@@ -646,7 +651,7 @@ def test_every_command_takes_a_url_where_it_takes_a_run_or_bundle(trained, tmp_p
         assert call(command, "--config", "all.yaml").exit_code == 0
     refused(call("calibrate", run), "a calibration is kept with its run: ensembler pull", "ensembler push")
     refused(call("show", bundle), "is a bundle, not a run")
-    refused(call("train-fge", "--out", run), "another run or bundle lies at")
+    refused(call("train-fge", "--out", run), "holds another run or bundle")
     assert call("predict", "http://127.0.0.1:9", tmp_path / "images" / "top" / "0.png").exit_code == 1  # a service's
 
 
@@ -657,14 +662,12 @@ def test_a_run_is_pushed_when_it_is_finished(tmp_path, images, monkeypatch):
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-2:] == ["run: runs/fge", f"pushed: {url}"]
     assert content(local(url)) == content(Path("runs/fge"))
-    refused(call(*train, "--out", at("counting", tmp_path / "x", "fge")), "runs/fge exists already")
+    refused(call(*train, "--out", at("counting", tmp_path / "x", "fge")), "runs/fge already exists")
 
     url = at("counting", tmp_path, "second")
     Counting.left = 2
     failed = call(*train, "--out", url)
-    refused(
-        failed, "No space left", f"what was made is safe at runs/second; to push it: ensembler push runs/second {url}"
-    )
+    refused(failed, "No space left", f"runs/second is finished and kept; to push it: ensembler push runs/second {url}")
     Counting.left = 10**9
     assert call("push", "runs/second", url).exit_code == 0
     assert content(local(url)) == content(Path("runs/second"))
@@ -672,14 +675,10 @@ def test_a_run_is_pushed_when_it_is_finished(tmp_path, images, monkeypatch):
 
 
 def test_a_resumed_run_is_pushed_where_it_was_to_go(tmp_path, images, monkeypatch):
-    from ensembler.trainers import orders
-    from tests._interrupt import BreakingOff
-
     url = at("file", tmp_path, "resumed")
     train = ["train-fge", "--members", 2, "--cycle", 1, *SMALL, *images, "--quiet", "--checkpoint-every", 0]
     with monkeypatch.context() as patch:
-        patch.setattr(orders, "Checkpoints", BreakingOff)
-        patch.setattr(BreakingOff, "left", 3)
+        after(patch, 3)
         assert call(*train, "--out", url).exit_code == 130
     result = call("train-fge", "--resume", "runs/resumed")
     assert result.exit_code == 0, result.output
@@ -702,12 +701,14 @@ def test_real_runs_and_bundles_load_from_where_they_were_fetched_to(tmp_path):
 @pytest.fixture
 def hub(monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
+    file_download = pytest.importorskip("huggingface_hub.file_download")
+    sys.modules["huggingface_hub"].HfFileSystem.clear_instance_cache()  # it holds the address of the last test's hub
     hub = Hub()
     with serving(hub) as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, file_download):  # either may be the one that is read
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setenv("HF_TOKEN", hub.token)
         yield hub
 
@@ -723,8 +724,8 @@ def test_a_repository_of_the_hub(hub, tmp_path):
     assert {name: files[name] for name in content(source)} == content(source)
     assert content(local(url)) == content(source)
     assert content(pull(url)) == content(source)
-    assert call("push", source, url).stdout == f"{url} holds it already: nothing was sent\n"
-    with pytest.raises(UsageError, match="another run or bundle lies at hf://user/mine"):
+    assert call("push", source, url).stdout == f"{url} is up to date: nothing was sent\n"
+    with pytest.raises(UsageError, match="hf://user/mine holds another run or bundle"):
         push(made(tmp_path / "other"), url)
 
     calibrate(source)
@@ -755,11 +756,11 @@ def test_a_repository_that_another_commits_to_meanwhile_is_not_mixed(hub, tmp_pa
 def test_repositories_that_cannot_be_had(hub, tmp_path, monkeypatch):
     source = made(tmp_path / "source")
     refused(call("pull", "hf://user/nowhere"), "no run or bundle at hf://user/nowhere; if it is private, set HF_TOKEN")
-    refused(call("pull", "hf://mine"), "names no repository: give hf://USER/NAME")
+    refused(call("pull", "hf://mine"), "is not a repository: give hf://USER/NAME")
     push(source, "hf://user/mine")
     refused(call("pull", "hf://user/mine@v9"), "no run or bundle at hf://user/mine@v9")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     refused(call("pull", "hf://user/mine"), "hf://user/mine")
-    refused(call("push", source, "hf://user/new"), "cannot write hf://user/new", "are the credentials")
+    refused(call("push", source, "hf://user/new"), "cannot write hf://user/new", "check that the credentials")
     with pytest.raises(EnsemblerError):
         local("hf://user/mine")

@@ -60,7 +60,7 @@ def test_there_and_back(s3, tmp_path):
     assert content(storage.local(url)) == content(source)
     assert content(storage.pull(url, tmp_path / "back")) == content(source)
     assert storage.push(source, url) == []
-    with pytest.raises(UsageError, match="another run or bundle lies at"):
+    with pytest.raises(UsageError, match="holds another run or bundle"):
         storage.push(made(tmp_path / "other", 1), url)
 
 
@@ -81,7 +81,7 @@ def test_what_is_missing_is_said_and_mended(s3, tmp_path):
 
 def test_a_bucket_that_is_not_there_is_not_made(s3, tmp_path):
     source = made(tmp_path / "source")
-    with pytest.raises(ArtefactError, match="there is no such place: make it first"):
+    with pytest.raises(ArtefactError, match="it does not exist: create it first"):
         storage.push(source, "s3://nowhere/mine")
     for url in ("s3://nowhere/mine", "s3://bucket/nothing"):
         with pytest.raises(ArtefactError, match="no run or bundle at"):

@@ -18,27 +18,35 @@ from ensembler.cli import app
 from ensembler.datasets import normalise
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, DivergedError, UsageError
-from ensembler.eval.surface import Surface, measure_surface, plane, plane_coefficients, plot_paths, plot_surface
+from ensembler.eval.report.surface_figures import plot_paths, plot_surface
+from ensembler.eval.surface import Surface, measure_surface, plane, plane_coefficients
 from ensembler.run import Run
-from ensembler.trainers import Session, Settings, train_curve, train_deep_ensemble
+from ensembler.trainers import Curve, DeepEnsemble, Settings, train
 from tests import _small
 from tests._small import SETTINGS, dataset
 
 
-def session(**changes):
-    return Session(changes.pop("dataset", dataset(train=32)), Settings(**(SETTINGS | changes)))
+def trained(method, **changes):
+    return train(changes.pop("dataset", dataset(train=32)), method, Settings(**(SETTINGS | changes)))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Runs by name, trained once: three single networks, an ensemble of four, and a curve."""
     folder = tmp_path_factory.mktemp("runs")
-    singles = [train_deep_ensemble(session(seed=seed), members=1) for seed in range(3)]
-    made = {f"single{seed}": run for seed, run in enumerate(singles)}
-    made["four"] = train_deep_ensemble(session(), members=4)
-    made["curve"] = train_curve(session(), *singles[:2], members=5, points=5)
-    made["batchnorm"] = train_deep_ensemble(session(architecture="tests._small:batchnorm", epochs=12), members=3)
-    return {name: run.save(folder / name) for name, run in made.items()}
+    paths = {}
+    for seed in range(3):
+        paths[f"single{seed}"] = trained(DeepEnsemble(members=1), seed=seed).save(folder / f"single{seed}")
+    made = {
+        "four": trained(DeepEnsemble(members=4)),
+        "curve": trained(curve(paths, members=5, points=5)),
+        "batchnorm": trained(DeepEnsemble(members=3), architecture="tests._small:batchnorm", epochs=12),
+    }
+    return paths | {name: run.save(folder / name) for name, run in made.items()}
+
+
+def curve(paths, **options):
+    return Curve(first=str(paths["single0"]), second=str(paths["single1"]), **options)
 
 
 @pytest.fixture(autouse=True)
@@ -164,8 +172,7 @@ def test_a_curve_is_drawn_through_its_plane(runs):
 
 
 def test_a_longer_curve_shows_its_ends_around_the_middle_bend(runs, tmp_path):
-    ends = [Run.load(runs[f"single{seed}"]) for seed in range(2)]
-    path = train_curve(session(), *ends, curve="chain", bends=3, members=2, points=3).save(tmp_path / "long")
+    path = trained(curve(runs, curve="chain", bends=3, members=2, points=3)).save(tmp_path / "long")
     surface = measure_surface([path], grid=2, device="cpu")
     assert [corner.vertex for corner in surface.corners] == [0, 2, 4]
     assert surface.curve == []
@@ -199,14 +206,14 @@ def test_what_cannot_be_drawn_is_refused(runs, tmp_path, monkeypatch):
         [runs[name] for name in names], *rest, device="cpu", **options
     )
     for arguments, message in (
-        ((["single0", "single1"],), "of one run or of three, not of 2"),
+        ((["single0", "single1"],), "takes one run or three, not 2"),
         ((["single0"],), "has 1 vertex and a plane takes three: name three runs"),
         ((["four"], [0, 1, 1]), "three different ones of 0 to 3 of .*four, such as 0,1,2: not 0,1,1"),
         ((["four"], [0, 1, 4]), "not 0,1,4"),
         ((["four"], [0, 1, -1]), "not 0,1,-1"),
         ((["four"], [0, 1]), "not 0,1"),
         ((["single0", "single1", "single2"], [0, 1, 2]), "--vertices chooses among the vertices of one run"),
-        ((["single0", "single1", "single0"],), "on one line, or two of them are the same"),
+        ((["single0", "single1", "single0"],), "on one line, or two are the same"),
         ((["single0", "single1", "batchnorm"],), "name three runs of one network"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -225,7 +232,7 @@ def test_what_cannot_be_drawn_is_refused(runs, tmp_path, monkeypatch):
 
     other = dataclasses.replace(dataset(), title="other")
     paths = [runs["single0"], runs["single1"]]
-    paths.append(train_deep_ensemble(session(dataset=other), members=1).save(tmp_path / "other"))
+    paths.append(trained(DeepEnsemble(members=1), dataset=other).save(tmp_path / "other"))
     with pytest.raises(UsageError, match=r"trained on other and .*single0 on small.*: name three runs of one dataset"):
         measure_surface(paths, device="cpu")
     monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset(train=31))

@@ -14,13 +14,13 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from ensembler.eval.compare import compare
-from ensembler.eval.comparison import Difference
-from ensembler.eval.notation import NOTHING, SCORES, Score, compact, told_apart
-from ensembler.eval.report import CellScores, Report
-from ensembler.eval.rows import report_tables
-from ensembler.eval.tables import csv as as_csv
-from ensembler.eval.tables import markdown, tables
-from ensembler.eval.words import findings
+from ensembler.eval.report.notation import NOTHING, SCORES, Score, compact, verdict
+from ensembler.eval.report.schema import CellScores, Report
+from ensembler.eval.report.sentences import findings
+from ensembler.eval.report.tables import report_tables
+from ensembler.eval.report.text import csv as as_csv
+from ensembler.eval.report.text import markdown, tables
+from ensembler.eval.scores.comparison import Difference
 from tests._reports import OUTSIDE, comparison, evaluation, named, part
 
 DIFFERENCES = "differences from 1: single in error and NLL"
@@ -86,10 +86,10 @@ def test_what_every_table_must_say_is_said():
         "15 test images of small",
         "not the official files, so not comparable with published figures",
         "Means are over: gaussian_noise, shot_noise",
-        "which count in no other mean",
-        "one member cannot say",
+        "which no other mean includes",
+        "not defined for one member",
         "generated, seed 3",
-        "nothing of another training seed",
+        "not for that of the training seed",
         "Mean and sample standard deviation",
     ):
         assert words in text, words
@@ -143,7 +143,7 @@ def test_names_of_any_kind_stand_whole():
     report = compare(found)
     rows = csv.DictReader(io.StringIO(as_csv(report), newline=""))
     assert list(dict.fromkeys(row["run"] for row in rows)) == HOSTILE
-    _, rows = markdown_tables(markdown(report))["What training took"]
+    _, rows = markdown_tables(markdown(report))["Training cost"]
     plain = [name.replace("\n", "\N{REPLACEMENT CHARACTER}") for name in HOSTILE]
     assert [row[0] for row in rows] == [f"{number}: {name}" for number, name in enumerate(plain, start=1)]
     text = rendered(report, 120)
@@ -187,9 +187,9 @@ def test_weights_of_unknown_cost_are_said():
     report = comparison().model_copy(deep=True)
     report.runs[1].training_unknown = ["weights.safetensors"]
     text = markdown(report).replace("\\", "")
-    assert "2: deep-a began with weights.safetensors, whose own training is not known and not counted" in text
+    assert "2: deep-a started from weights.safetensors, whose own training cost is unknown and not counted" in text
     assert "+?" in markdown_rows(report, "clean")[1][2]
-    assert "training: not all known" in " ".join(findings(report))
+    assert "training cost: partly unknown" in " ".join(findings(report))
 
 
 def test_every_score_has_a_name_and_a_meaning():
@@ -233,10 +233,10 @@ def test_nothing_is_called_lower_or_higher_where_the_interval_holds_0(made_up, e
     assert len(said) == len(made_up.runs) - 1
     for line in said:
         assert "better" not in line
-        assert (low <= 0 <= high) == ("not told apart" in line)
+        assert (low <= 0 <= high) == ("not significant" in line)
         assert (high < 0) == ("lower by" in line)
         assert (low > 0) == ("higher by" in line)
-    assert told_apart(one) == ("lower" if high < 0 else "higher" if low > 0 else "not told apart")
+    assert verdict(one) == ("lower" if high < 0 else "higher" if low > 0 else "not significant")
 
 
 def test_sentences_state_the_costs_and_the_intervals():
@@ -246,12 +246,12 @@ def test_sentences_state_the_costs_and_the_intervals():
     assert "2: deep-a, at 3 times the training passes and 3 times the forward passes: clean, NLL " in text
     ends = sorted(f"{abs(end):.4f}" for end in (one.low, one.high))
     assert all(end in text for end in ends)
-    assert "The runs did not cost the same to train" in text
+    assert "The runs differ in training cost" in text
     assert "Over 2 seeds of deep-ensemble (2, 3), clean: NLL" in text
     alone = "\n".join(findings(part().report))
-    assert "did not cost the same" not in alone
-    assert "compare" not in alone
-    assert "compare them" in "\n".join(findings(evaluation().report))
+    assert "differ in training cost" not in alone
+    assert "ensembler compare" not in alone
+    assert "ensembler compare" in "\n".join(findings(evaluation().report))
 
 
 def fields(model: type[BaseModel], seen: set[type[BaseModel]]) -> set[str]:

@@ -1,4 +1,4 @@
-"""Batches of examples for the loop: shuffled, augmented and normalised, on the network's device."""
+"""Batches for the training loop: shuffled, augmented and normalised, on the network's device."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Batch:
     """This process's share of one batch.
 
     Attributes:
-        x: inputs (b, ...) as the network sees them.
+        x: inputs (b, ...) of the network.
         y: targets (b,).
-        size: examples in the whole batch, those of other processes included.
+        size: examples in the whole batch, including those of other processes.
     """
 
     x: Tensor
@@ -35,21 +35,21 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Batches:
-    """The batches of one part of a training: shuffled anew each epoch, augmented and normalised.
+    """The batches of one part of a training: shuffled every epoch, augmented and normalised.
 
-    Every epoch holds every example once; its last batch may be smaller. The order and the augmentation of an epoch are
-    a function of the seed, the part and the epoch, drawn at once, so that a stream can begin anywhere. The examples
-    make their batches themselves (:meth:`ensembler.examples.Examples.stream`), in memory or from files.
+    Every epoch has every example once; its last batch may be smaller. An epoch's order and augmentation depend only on
+    the seed, the part and the epoch, and are drawn at once, so that a stream can start at any step. The examples make
+    the batches (:meth:`ensembler.examples.Examples.stream`), in memory or from files.
 
-    Processes that train together draw the same batches; of each, every one takes its own share, which may be empty.
+    Processes that train together draw the same batches, and each takes its share of every batch, which may be empty.
 
     Args:
-        examples: what to train on; in memory, on the network's device.
-        size: B, examples a batch, all processes together.
+        examples: the training examples; if in memory, on the network's device.
+        size: B, examples per batch, over all processes.
         augmentation: one of ``examples.augmentations``.
         mean, std: of the normalisation.
-        stream: the seed, and the name of what is drawn.
-        device: the network's.
+        stream: the seed, and the name of the random stream.
+        device: the network's device.
         workers: processes that read files; see :func:`ensembler.loading.read_ahead`.
         group: the processes that train together.
     """
@@ -74,19 +74,19 @@ class Batches:
         return -(-len(self.examples) // self.size)
 
     def sizes(self) -> list[int]:
-        """How many examples each batch of an epoch has."""
+        """Compute the number of examples in each batch of an epoch."""
         return [min(self.size, len(self.examples) - start) for start in range(0, len(self.examples), self.size)]
 
     def begin(self, step: int = 0) -> Generator[Batch, None, None]:
-        """The batches without end, after the first ``step`` of them. Closing it ends its processes."""
+        """Yield batches without end, starting after ``step`` of them. Closing the generator ends worker processes."""
         prepare, sizes = self.examples.inputs(self.mean, self.std, self.device), self.sizes()
-        made = self.examples.stream(self._epochs(step), self._cut, self.augmentation, self.device, self.workers)
-        with closing(made):
-            for number, batch in enumerate(made, start=step):
+        batches = self.examples.stream(self._epochs(step), self._cut, self.augmentation, self.device, self.workers)
+        with closing(batches):
+            for number, batch in enumerate(batches, start=step):
                 yield Batch(prepare(batch.data), batch.labels, sizes[number % len(sizes)])
 
     def _epochs(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each epoch's order (N,), and how each of its examples is varied (N, ...); the first without past steps."""
+        """Yield each epoch's order (N,) and augmentation choices (N, ...); the first without the past steps'."""
         done = step % self.per_epoch * self.size
         for epoch in count(step // self.per_epoch):
             stream = generator(*self.stream, epoch)
@@ -96,6 +96,6 @@ class Batches:
             done = 0
 
     def _cut(self, order: Tensor, choices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of each batch of an epoch."""
+        """Split an epoch into batches, and yield this process's share of each."""
         for index, chosen in zip(torch.split(order, self.size), torch.split(choices, self.size), strict=True):
             yield index[self.group.share], chosen[self.group.share]

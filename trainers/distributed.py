@@ -1,8 +1,8 @@
-"""Several processes that train one network together, data parallel: as torchrun starts them, one for each GPU.
+"""Data-parallel training of one network by several processes, as torchrun starts them, one per GPU.
 
-Every process draws the same batches, points and masks' seeds, takes its own share of each batch, and adds its gradient
-to the others' in one all-reduce a step (``trainers/loop.py``). What one alone should do, measuring and writing, the
-first does. Nothing else of ``torch.distributed`` is used.
+Every process draws the same batches, points and seeds of dropout masks, takes its share of each batch, and the
+gradients are summed in one all-reduce per step (``trainers/loop.py``). Only the first process measures and writes.
+Nothing else of ``torch.distributed`` is used.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from torch.distributed.rendezvous import rendezvous
 from ensembler.device import choose_device
 from ensembler.errors import EnsemblerError, GroupError, UsageError
 
-__all__ = ["ALONE", "Group", "joined", "launched"]
+__all__ = ["ALONE", "Group", "join_group", "under_torchrun"]
 
 T = TypeVar("T")
 
-_STEP = timedelta(minutes=10)  # all are at the same step: no compiling network and no checkpoint takes longer
-_MEASURING = timedelta(days=1)  # the first one measures and writes while the others wait
-_COMMON = timedelta(seconds=10)  # what all of them raise, they raise nearly at once
+_STEP = timedelta(minutes=10)  # longest step; compiling the network or writing a checkpoint takes less
+_MEASURING = timedelta(days=1)  # longest time that the others wait while the first one measures or writes
+_COMMON = timedelta(seconds=10)  # within which all processes raise an error that they have in common
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train together. Without others, every method is free.
+    """The processes that train together. In a group of one, no method communicates.
 
     Attributes:
         rank: this process's number, 0 to size - 1; the first one, 0, measures and writes.
-        size: how many there are.
+        size: number of processes.
     """
 
     rank: int = 0
     size: int = 1
-    _objects: Any = field(default=None, repr=False)  # the process group that objects travel by
+    _objects: Any = field(default=None, repr=False)  # the process group for objects
 
     @property
     def first(self) -> bool:
@@ -56,36 +56,36 @@ class Group:
 
     @property
     def share(self) -> slice:
-        """This process's places in a batch: every ``size``-th, from ``rank`` on."""
+        """This process's examples in a batch: every ``size``-th, starting at ``rank``."""
         return slice(self.rank, None, self.size)
 
     def shares(self, whole: int, samples: int) -> list[int]:
-        """How many of this process's images each sampled point gets; they lie in order.
+        """Compute how many of this process's examples each sampled point gets, in order.
 
-        The points share the whole batch of ``whole`` images as ``Tensor.chunk(samples)`` does, so that each gets the
-        images that it would get in a single process.
+        The whole batch of ``whole`` examples is split among the points as by ``Tensor.chunk(samples)``, so that each
+        point gets the examples that it would get in a single process.
         """
         length = -(-whole // samples)
         below = [len(range(self.rank, min(end, whole), self.size)) for end in range(0, whole + length, length)]
         return [after - before for before, after in pairwise(below)]
 
     def sum_(self, tensor: Tensor) -> None:
-        """Add up all processes' tensors, in place; the same bits come to each."""
+        """Sum all processes' tensors, in place; every process gets the same bits."""
         if self.size > 1:
-            with _answered():
+            with _group_errors():
                 dist.all_reduce(tensor)
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Give the first process's tensor to all, in place."""
+        """Copy the first process's tensor to all processes, in place."""
         if self.size > 1:
-            with _answered():
+            with _group_errors():
                 dist.broadcast(tensor, src=0)
         return tensor
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns, or the error of ours that it raises: the first process calls it, all get it.
+        """Call ``function`` in the first process, and return its result, or raise its EnsemblerError, in all.
 
-        Tensors travel on the CPU: none in the result may be elsewhere.
+        Tensors in the result must be on the CPU.
         """
         if self.size == 1:
             return function()
@@ -95,40 +95,40 @@ class Group:
                 answer[0] = function()
             except EnsemblerError as error:
                 answer[1] = error
-        with _answered():
+        with _group_errors():
             dist.broadcast_object_list(answer, src=0, group=self._objects)
         if answer[1] is not None:
             raise answer[1]
-        found: T = answer[0]
-        return found
+        result: T = answer[0]
+        return result
 
     def after_first(self, function: Callable[[], T]) -> T:
-        """Call ``function`` in every process, in the first one before the others: what it fetches is there for them."""
-        found: list[T] = []
-        self.from_first(lambda: found.append(function()))
-        return found[0] if found else function()
+        """Call ``function`` in the first process, then in the others, so that only the first one downloads."""
+        results: list[T] = []
+        self.from_first(lambda: results.append(function()))
+        return results[0] if results else function()
 
 
 ALONE = Group()
 
 
-def launched() -> bool:
-    """Whether torchrun, or a launcher that sets the same variables for several processes, has started this one."""
+def under_torchrun() -> bool:
+    """Return whether torchrun, or a launcher that sets the same variables, started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
-def joined(device: str | None = None) -> Iterator[Group]:
-    """Join the processes that were started together with this one, for as long as the block runs.
+def join_group(device: str | None = None) -> Iterator[Group]:
+    """Join the group of processes that were started together with this one, for the duration of the block.
 
-    Each takes the GPU of its LOCAL_RANK, and they talk by NCCL; on CPUs by gloo. When the block ends with an error,
-    the first process raises it; the others say what is theirs alone, in a line with their rank, and end.
+    Each process takes the GPU of its LOCAL_RANK and communicates by NCCL, or by gloo on CPUs. If the block raises, the
+    first process raises the error; the others print an error that only they have, on a line with their rank, and exit.
 
     Args:
-        device: ``"cuda"`` or ``"cpu"``; by default CUDA where there is one.
+        device: ``"cuda"`` or ``"cpu"``; by default CUDA if available.
 
     Raises:
-        UsageError: the environment does not say where the others are, or there are too few GPUs.
+        UsageError: the environment does not say how to reach the other processes, or there are too few GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
@@ -138,14 +138,14 @@ def joined(device: str | None = None) -> Iterator[Group]:
     except (ValueError, RuntimeError) as error:
         raise UsageError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the other processes cannot be found ({error}): start them "
-            "by torchrun, or unset WORLD_SIZE"
+            "with torchrun, or unset WORLD_SIZE"
         ) from error
-    with _answered():
-        store = _unused(store, rank, size)
+    with _group_errors():
+        store = _fresh_store(store, rank, size)
     try:
         own = _own_device(device)
         nccl = own.type == "cuda" and dist.is_nccl_available()
-        with _answered():
+        with _group_errors():
             dist.init_process_group(
                 "nccl" if nccl else "gloo",
                 store=store,
@@ -156,7 +156,7 @@ def joined(device: str | None = None) -> Iterator[Group]:
             )
             objects = dist.new_group(backend="gloo", timeout=_MEASURING)
         yield Group(rank, size, objects)
-    except EnsemblerError as error:  # the process group is left to the end of the process: the others may wait in it
+    except EnsemblerError as error:  # without destroying the process group, in which the others may be waiting
         lost = isinstance(error, GroupError)
         if rank == 0:
             if not lost:
@@ -174,12 +174,12 @@ def joined(device: str | None = None) -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def _unused(store: Any, rank: int, size: int) -> Any:
-    """A part of torchrun's store that no earlier start has written to.
+def _fresh_store(store: Any, rank: int, size: int) -> Any:
+    """Return a part of torchrun's store that no earlier start has written to.
 
-    torchrun keeps its store over restarts, and with it the addresses of processes that are gone, to which the new ones
-    would try to connect (pytorch issue 135712). Nor do all machines count the restarts alike. So the first process
-    names the part, and tells each other one that asks, until as many as there are have heard it.
+    torchrun keeps its store across restarts, with the addresses of processes that have ended, to which the new ones
+    would try to connect (pytorch issue 135712). The machines need not agree on the number of restarts. So the first
+    process chooses the part's name, and sends it to each other process that asks, until all have it.
     """
     own = uuid4().hex
     if rank:
@@ -190,7 +190,7 @@ def _unused(store: Any, rank: int, size: int) -> Any:
     deadline = time.monotonic() + _STEP.total_seconds()
     while store.add(own, 0) < size - 1:
         for other in range(1, size):
-            if store.check([f"ensembler {other}"]):  # by a process that may be gone: the new one asks, too
+            if store.check([f"ensembler {other}"]):  # perhaps from an ended process; the new one asks, too
                 store.set(store.get(f"ensembler {other}").decode(), own)
         if time.monotonic() > deadline:
             raise RuntimeError(f"{size} processes were expected")
@@ -199,43 +199,43 @@ def _unused(store: Any, rank: int, size: int) -> Any:
 
 
 def _own_device(name: str | None) -> torch.device:
-    """This process's device, made the current one if it is a GPU, so that "cuda" means it from here on."""
+    """Return this process's device; a GPU becomes the current one, so that "cuda" refers to it."""
     if torch.cuda.is_available() and (name or "cuda").startswith("cuda"):
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if name not in (None, "cuda"):
-            raise UsageError(f"each process takes a GPU of its own: give --device cuda, not {name}")
+            raise UsageError(f"each process takes its own GPU: give --device cuda, not {name}")
         if local >= count:
-            raise UsageError(f"there are {count} GPUs, fewer than processes: start {count} (--nproc-per-node {count})")
+            raise UsageError(f"there are more processes than GPUs: start {count} (--nproc-per-node {count})")
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
     device = choose_device(name)
     if device.type != "cpu":
-        raise UsageError(f"several processes train together on CUDA or on the CPU, not on {device.type}")
+        raise UsageError(f"distributed training needs CUDA or the CPU, not {device.type}")
     return device
 
 
 def _first_says(store: Any, message: str) -> bool:
-    """Whether the first process has failed with the same words, or does within seconds.
+    """Return whether the first process failed with the same message, or does so within seconds.
 
-    Returns once it has said them: torchrun ends all processes as soon as one has failed, and the first one may be slow.
+    Waits until it has printed the message, because torchrun ends all processes as soon as one has failed.
     """
     try:
         store.wait(["error"], _COMMON)
         if store.get("error").decode() != message:
             return False
-    except RuntimeError:  # it has not failed, or the store has gone with it
+    except RuntimeError:  # it has not failed, or the store ended with it
         return False
-    with suppress(RuntimeError):  # gone, so it has ended
+    with suppress(RuntimeError):  # the store ended with it
         store.wait(["said"], _COMMON)
     return True
 
 
 @contextmanager
-def _answered() -> Iterator[None]:
+def _group_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         raise GroupError(
-            "another process of this training has ended, or has not answered in time: what it said itself, or "
-            "torchrun below, tells why"
+            "another process of this training has ended, or did not answer in time: see its own output, or that of "
+            "torchrun below"
         ) from error

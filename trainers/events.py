@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ensembler.trainers.loop import Epoch
@@ -20,6 +20,12 @@ class EpochEnd:
     epoch: Epoch
     epochs: int
     metric: str
+
+    def record(self) -> dict[str, Any]:
+        """The part and the epoch's numbers by name, as logs and histories hold them."""
+        numbers = asdict(self.epoch)
+        metric = numbers.pop("metric")
+        return {"part": self.part, **numbers, self.metric: metric}
 
 
 @dataclass(frozen=True)

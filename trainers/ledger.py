@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ensembler.device import forget_peak, peak_memory
 from ensembler.run import Cost, CostEntry
-from ensembler.trainers.loop import Epoch
+from ensembler.trainers.events import EpochEnd
 
 __all__ = ["Ledger"]
 
@@ -51,11 +51,12 @@ class Ledger:
             entry.seconds = round((entry.seconds or 0.0) + time.monotonic() - start, 3)
             entry.peak_memory = _largest(entry.peak_memory, peak_memory(device))
 
-    def epoch(self, part: str, epoch: Epoch, forward_passes: int = 0) -> None:
+    def epoch(self, end: EpochEnd, forward_passes: int = 0) -> None:
         """Count an epoch's passes and add it to the history."""
-        self.entries[part].example_passes += epoch.examples
-        self.entries[part].forward_passes += forward_passes
-        self.history.append({"part": part, **asdict(epoch), "seconds": round(self.seconds, 3)})
+        entry = self.entries[end.part]
+        entry.example_passes += end.epoch.examples
+        entry.forward_passes += forward_passes
+        self.history.append(end.record() | {"seconds": round(self.seconds, 3)})
 
     def fork(self) -> Ledger:
         """An empty ledger, for a job; see :meth:`merging`."""

@@ -1,15 +1,15 @@
-"""The one training loop: every method of this package is a choice of its :class:`Plan`.
+"""The training loop of all methods: each method is a :class:`Plan` for it.
 
-A step draws coefficients ``c``, writes ``c @ V`` into the network, runs it forward and backward, and gives each
-trainable vertex ``k`` its gradient ``c[k] * g``, plus the method's regulariser; any ``torch.optim`` optimiser does
-the rest. A single network is the case ``K = 1``, ``c = [1]``.
+A step draws coefficients ``c``, writes ``c @ V`` into the network, runs it forward and backward, and adds to the
+gradient of each trainable vertex ``k`` its share ``c[k] * g``, plus the method's regulariser; any ``torch.optim``
+optimiser does the rest. A single network is the case ``K = 1``, ``c = [1]``.
 
-What changes from step to step (the batch, the coefficients, what the regulariser draws) is drawn for a whole epoch and
-brought to the device at once, a function of the seed, the part of the training and the epoch. So no step waits for the
-host, and a checkpoint holds no random generator's state.
+Everything random in a step (the batch, the coefficients, the regulariser's draws) is drawn for a whole epoch and copied
+to the device at once. It depends only on the seed, the part of the training and the epoch. So no step waits for the
+host, and a checkpoint needs no generator's state.
 
 Processes that train together (:mod:`ensembler.trainers.distributed`) do the same steps, each on its share of every
-batch; their gradients are added up once a step, and all the rest is alike in each.
+batch; their gradients are summed once per step, and everything else is the same in each process.
 """
 
 from __future__ import annotations
@@ -38,33 +38,34 @@ from ensembler.weights import FlatWeights
 __all__ = ["Epoch", "Fitted", "Plan", "Snapshot", "TrainState", "fit"]
 
 Draw = Callable[[np.random.Generator, int], Tensor]
-"""From a random generator and a count N to N rows of numbers, on the CPU."""
+"""Draws N rows of numbers, on the CPU, from a generator and N."""
 Coefficients = Callable[[Tensor], Tensor]
-"""From the rows that were drawn for one step, (S, D) on the device, to the coefficients (S, K) of its S points."""
+"""Maps a step's rows (S, D), on the device, to the coefficients (S, K) of its S points."""
 Regulariser = Callable[[Tensor, Tensor | None], None]
-"""Adds its gradient to the trainable vertices' (T, P), in place; takes what was drawn for the step, too."""
+"""Adds its gradient to the trainable vertices' (T, P), in place; also takes the row drawn for the step."""
 Penalty = Callable[[Tensor, Tensor], Tensor]
-"""A term of the loss, a scalar, from the outputs (B, O) at a point and at another one."""
+"""Computes a scalar term of the loss from the outputs (B, O) at a point and at another one."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method asks of the loop.
+    """A method's parameters for the loop.
 
     Attributes:
-        schedule: iteration, from 1, to learning rate.
-        iterations: how many steps.
-        trainable: the indices of the vertices that move; the others stay.
-        draw: rows of which each makes one point's coefficients; by default those of a single network, 1.
-        coefficients: how the rows become coefficients; by default they are such.
-        samples: S >= 1, points a step. The batch is split among them, so a step costs one pass whatever S.
+        schedule: function from the iteration, starting at 1, to the learning rate.
+        iterations: number of steps.
+        trainable: indices of the vertices that are trained; the others stay fixed.
+        draw: draws a row for each point's coefficients; by default 1, for a single network.
+        coefficients: maps the rows to coefficients; by default they are the coefficients.
+        samples: S >= 1, points per step. The batch is split among them, so a step costs one pass for any S.
         regulariser: adds its gradient to the trainable vertices'.
-        regulariser_draw: draws a row a step for the regulariser.
+        regulariser_draw: draws one row per step for the regulariser.
         penalty: a term of the loss that compares the outputs at the drawn point with those at a second one, for the
-            same examples; it costs one more forward pass. No gradient flows to the second point: where both are drawn
-            alike and the term is symmetric, that is half of the whole gradient in expectation.
-        decay_sampled: whether the optimiser's weight decay acts on the sampled weights ``c @ V``, not on the vertices.
-        collect: the iterations after which a snapshot is taken.
+            same examples; it costs another forward pass. No gradient flows to the second point: if both have the same
+            distribution and the term is symmetric, this is half of the whole gradient in expectation.
+        decay_sampled: whether the optimiser's weight decay acts on the sampled weights ``c @ V`` instead of the
+            vertices.
+        collect: iterations after which to take a snapshot.
     """
 
     schedule: Schedule
@@ -90,7 +91,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What training gives: all vertices (K, P), the network's buffers at the end, and the snapshots, in order."""
+    """The result of training: all vertices (K, P), the network's buffers, and the snapshots, in order."""
 
     vertices: Tensor
     buffers: dict[str, Tensor]
@@ -99,10 +100,10 @@ class Fitted:
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that the next step depends on, after ``iteration`` steps.
+    """Everything that the next step depends on, after ``iteration`` steps.
 
-    ``vertices`` (T, P) are the moving ones, ``optimiser`` the optimiser's state by vertex, ``totals`` and ``examples``
-    the running epoch's sums, ``scaler`` the loss scaler's state in half precision.
+    ``vertices`` (T, P) are the trainable ones, ``optimiser`` the optimiser's state by vertex, ``totals`` and
+    ``examples`` the sums of the current epoch, ``scaler`` the state of the loss scaler for float16.
     """
 
     iteration: int
@@ -117,7 +118,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch did: means over the examples that passed, as they passed."""
+    """Statistics of one epoch: running means over its training examples."""
 
     number: int
     lr: float
@@ -150,19 +151,19 @@ def fit(
         weights: the network; its weights and buffers are overwritten.
         task: what its outputs mean.
         vertices: (K, P), on the network's device.
-        buffers: the network's, to begin with.
-        batches: where the examples come from.
-        optimiser: makes the optimiser of the given (P,) tensors; its rate is set at every step.
-        plan: what the method asks for.
-        stream: the seed and the part, which with the epoch decide all that is drawn.
-        clip: the largest norm of the loss's gradient, 0 for none; a longer one is shortened to it. Without BatchNorm,
-            this is what lets a network leave its first plateau at a high rate.
-        precision: of the forward and backward pass, by autocast; the vertices stay in float32. float16 scales the loss.
-        on_epoch: called at the end of each epoch, and of the last, unfinished one.
-        before_step: called before each step with its number, from 1.
+        buffers: the network's initial buffers.
+        batches: the training batches.
+        optimiser: makes the optimiser of a list of (P,) tensors; its learning rate is set at every step.
+        plan: the method's parameters.
+        stream: the seed and the part, which together with the epoch determine everything random.
+        clip: largest norm of the loss's gradient, which is scaled down to it; 0 for no limit. Networks without
+            BatchNorm need it to leave their first plateau at a high learning rate.
+        precision: of the forward and backward pass, by autocast; the vertices stay float32. float16 scales the loss.
+        on_epoch: called at the end of each epoch, including an incomplete last one.
+        before_step: called before each step with its number, starting at 1.
         after_step: called after each step with its number and a function that copies the state.
-        resume: the state to go on from.
-        group: the processes that train together; each calls this alike.
+        resume: the state to resume from.
+        group: the processes that train together; each makes the same call.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -170,7 +171,7 @@ def fit(
     weights.load_buffers(buffers)
     weights.module.train()
     moving = [vertices[k].detach().requires_grad_() for k in plan.trainable]
-    # One moving vertex takes the network's own gradient vector, scaled through the loss: no copy of size P.
+    # A single trainable vertex uses the network's own gradient vector, scaled through the loss: no copy of size P.
     gradients = (
         weights.grad[None] if len(moving) == 1 else torch.zeros(len(moving), len(weights), device=vertices.device)
     )
@@ -181,9 +182,9 @@ def fit(
     if resume:
         step.restore(resume)
         examples, iteration = resume.examples, resume.iteration
-        for taken in resume.snapshots:
-            at_hand = {name: buffer.to(vertices.device) for name, buffer in taken.buffers.items()}
-            snapshots.append(Snapshot(taken.vertices.to(vertices.device), at_hand))
+        for snapshot in resume.snapshots:
+            on_device = {name: buffer.to(vertices.device) for name, buffer in snapshot.buffers.items()}
+            snapshots.append(Snapshot(snapshot.vertices.to(vertices.device), on_device))
 
     def state() -> TrainState:
         return step.state(iteration, snapshots, examples)
@@ -210,19 +211,19 @@ def fit(
 
 @dataclass(frozen=True)
 class _Feed:
-    """What an epoch's steps take from the host, on the device, a row for each: N steps of S points.
+    """The rates and random numbers of an epoch's N steps of S points, copied to the device together.
 
-    ``rates`` (N,); ``points`` and ``others`` (N, S, D); ``drawn`` (N, ...), or ``None``.
+    ``rates`` (N,); ``points`` and ``others`` (N, S, D); ``draws`` of the regulariser (N, ...), or ``None``.
     """
 
     rates: Tensor
     points: Tensor
     others: Tensor
-    drawn: Tensor | None
+    draws: Tensor | None
 
     @classmethod
     def of(cls, plan: Plan, stream: tuple[int, str], epoch: int, steps: int, device: torch.device) -> _Feed:
-        """That of one epoch, a function of the stream and the epoch."""
+        """Make the feed of one epoch, which depends only on the stream and the epoch."""
         seed, part = stream
 
         def rows(draw: Draw, name: str, count: int) -> Tensor:
@@ -233,29 +234,29 @@ class _Feed:
         if plan.draw:
             points = rows(plan.draw, "points", steps * plan.samples)
         others = rows(plan.draw, "other points", len(points)) if plan.draw and plan.penalty else points
-        drawn = rows(plan.regulariser_draw, "regulariser", steps) if plan.regulariser_draw else None
+        draws = rows(plan.regulariser_draw, "regulariser", steps) if plan.regulariser_draw else None
         points, others = (each.view(steps, plan.samples, -1) for each in (points, others))
         return cls(
             upload(torch.tensor(rates), device),
             upload(points, device),
             upload(others, device),
-            None if drawn is None else upload(drawn, device),
+            None if draws is None else upload(draws, device),
         )
 
     def at(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Those of step ``n`` of the epoch."""
-        return self.rates[n], self.points[n], self.others[n], None if self.drawn is None else self.drawn[n]
+        """Return the rows of step ``n`` of the epoch."""
+        return self.rates[n], self.points[n], self.others[n], None if self.draws is None else self.draws[n]
 
 
 @dataclass(eq=False)
 class _Step:
-    """One step of training. All that it is given, and all that it holds, lies on the device."""
+    """One step of training. All its arguments and state are on the device."""
 
     weights: FlatWeights
     task: Task
     vertices: Tensor
-    moving: list[Tensor]  # (P,) views of vertices
-    gradients: Tensor  # (T, P); the network's own where T = 1
+    moving: list[Tensor]  # (P,) views of the trainable vertices
+    gradients: Tensor  # (T, P); the network's own if T = 1
     optimiser: Optimizer
     plan: Plan
     scaler: torch.amp.GradScaler
@@ -278,68 +279,69 @@ class _Step:
             if self.plan.decay_sampled:
                 self.decay, group["weight_decay"] = group.get("weight_decay", 0.0), 0.0
 
-    def __call__(self, batch: Batch, rate: Tensor, points: Tensor, others: Tensor, drawn: Tensor | None) -> None:
-        """Move the trainable vertices.
+    def __call__(self, batch: Batch, rate: Tensor, points: Tensor, others: Tensor, draw: Tensor | None) -> None:
+        """Update the trainable vertices.
 
         Args:
             batch: this process's share.
-            rate: the learning rate, without dimensions.
-            points: (S, D), of which each point's coefficients are made.
-            others: (S, D), likewise, the points that the penalty compares with.
-            drawn: what the regulariser drew.
+            rate: the learning rate, a scalar.
+            points: (S, D), the rows of the points' coefficients.
+            others: (S, D), the rows of the points that the penalty compares with.
+            draw: the regulariser's row.
         """
         self.rate.copy_(rate)
         self.gradients.zero_()
         if self.plan.coefficients:
             points, others = self.plan.coefficients(points), self.plan.coefficients(others)
         sizes = self.group.shares(batch.size, len(points))
-        found = torch.zeros_like(self.totals)
+        sums = torch.zeros_like(self.totals)
         for c, other, x, y in zip(
             points, others, torch.split(batch.x, sizes), torch.split(batch.y, sizes), strict=False
         ):
-            found += self._accumulate(c, other, x, y, batch.size)
+            sums += self._accumulate(c, other, x, y, batch.size)
         if len(self.moving) == 1:
             self.group.sum_(self.weights.grad)
-        self.group.sum_(found)  # at every step, so that a checkpoint holds what all processes have seen
-        self.totals += found
+        self.group.sum_(sums)  # at every step, so that a checkpoint has the sums of all processes
+        self.totals += sums
         self.scaler.unscale_(self.optimiser)
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.moving, self.clip)
         if self.decay:
             self._decay(points, batch.size)
         if self.plan.regulariser:
-            self.plan.regulariser(self.gradients, drawn)
+            self.plan.regulariser(self.gradients, draw)
         self.scaler.step(self.optimiser)
         self.scaler.update()
 
     def _accumulate(self, c: Tensor, other: Tensor, x: Tensor, y: Tensor, size: int) -> Tensor:
-        """Add ``c[k] * g`` at ``c @ V`` to each trainable vertex's gradient, g that of the loss's sum over ``size``.
+        """Add ``c[k] * g`` to each trainable vertex's gradient, with g the gradient of the loss at ``c @ V``.
 
-        Where several vertices move, g is the sum of all processes': it is P long, and their gradients are T x P. Where
-        one moves, its gradient is this process's; it is summed once all points are through.
+        The loss is the sum over the examples divided by ``size``. With several trainable vertices, g (P,) is summed
+        over the processes here, because that is less than their gradients (T, P). With one, its gradient is summed
+        after all points.
 
         Returns:
             (2,) the sums of the losses and of the metric over the examples.
         """
-        alone, grad = len(self.moving) == 1, self.weights.grad
-        if not alone:
+        single, grad = len(self.moving) == 1, self.weights.grad
+        if not single:
             grad.zero_()
-        # Of a batch smaller than the number of processes, some get nothing.
-        found = self._backward(c, other, x, y, size) if len(y) else torch.zeros_like(self.totals)
-        if not alone:
+        # A process may have no example of a batch that is smaller than the group.
+        sums = self._backward(c, other, x, y, size) if len(y) else torch.zeros_like(self.totals)
+        if not single:
             self.group.sum_(grad)
             self.gradients.addr_(c[self.trainable], grad)
-        return found
+        return sums
 
     def _backward(self, c: Tensor, other: Tensor, x: Tensor, y: Tensor, size: int) -> Tensor:
         if self.plan.penalty:
             with torch.no_grad():
-                compared = self._outputs(other, x)
+                other_outputs = self._outputs(other, x)
         outputs = self._outputs(c, x)
         loss = self.task.losses(outputs, y).sum()
         objective = loss / size
         if self.plan.penalty:
-            objective = objective + self.plan.penalty(outputs, compared) * (len(y) / size)
+            objective = objective + self.plan.penalty(outputs, other_outputs) * (len(y) / size)
         if len(self.moving) == 1 and self.plan.draw:
             objective = objective * c[self.plan.trainable[0]]
         self.scaler.scale(objective).backward()  # type: ignore[no-untyped-call]
@@ -353,14 +355,14 @@ class _Step:
         return outputs.float()
 
     def _decay(self, points: Tensor, size: int) -> None:
-        """Add the gradient of ``decay / 2 * |c @ V|^2``, the mean over the points by their shares of the batch."""
+        """Add the gradient of ``decay / 2 * |c @ V|^2``, averaged over the points by their shares of the batch."""
         mixed = points.new_zeros(points.shape[1], points.shape[1])
         for c, share in zip(points, ALONE.shares(size, len(points)), strict=False):
             mixed.addr_(c, c, alpha=share / size)
         self.gradients.addmm_(mixed[self.trainable], self.vertices, alpha=self.decay)
 
     def epoch(self, number: int, rate: float, examples: int) -> Epoch:
-        """The epoch that ends here; the next one's sums begin at 0.
+        """Return the statistics of the epoch that ends here, and reset the sums.
 
         Raises:
             DivergedError: the loss is not finite.
@@ -369,19 +371,19 @@ class _Step:
         self.totals.zero_()
         if not math.isfinite(loss):
             raise DivergedError(
-                f"the training loss is {loss} in epoch {number}: lower the learning rate (it is {rate:g} now)"
+                f"the training loss is {loss} in epoch {number}: lower the learning rate (now {rate:g})"
             )
         return Epoch(number, rate, loss, metric, examples)
 
     def state(self, iteration: int, snapshots: Sequence[Snapshot], examples: int) -> TrainState:
-        """A copy of all that the next step depends on."""
+        """Copy everything that the next step depends on."""
         rows = self.vertices[self.trainable].clone()
         optimiser = copy.deepcopy(self.optimiser.state_dict()["state"])
         totals, scaler = self.totals.clone(), self.scaler.state_dict()
         return TrainState(iteration, rows, self.weights.buffers(), optimiser, list(snapshots), totals, examples, scaler)
 
     def restore(self, state: TrainState) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         with torch.no_grad():
             for vertex, saved in zip(self.moving, state.vertices, strict=True):
                 vertex.copy_(saved)
@@ -389,7 +391,7 @@ class _Step:
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state.optimiser, "param_groups": groups})
         for group in self.optimiser.param_groups:
-            group["lr"] = self.rate  # loading makes a copy
+            group["lr"] = self.rate  # load_state_dict replaces it by a copy
         self.totals.copy_(state.totals)
         if state.scaler:
             self.scaler.load_state_dict(state.scaler)

@@ -1,4 +1,4 @@
-"""Losses and errors at points of weight space, each counted in the cost as forward passes."""
+"""Losses and errors at points of weight space; their forward passes are counted in the cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ensembler.trainers.trainer import Trainer
 __all__ = ["Point", "describe", "inside", "member_buffers", "path_scores", "points"]
 
 INSIDE = 4  # interior points at which a simplex is measured
-EXAMPLES = 1000  # training and held-out examples that this takes, at most
+EXAMPLES = 1000  # training examples, and held-out examples, used for a measurement at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +32,8 @@ class Point:
     Attributes:
         train_loss: mean negative log-likelihood on training examples, in nats.
         predicted: (N, D) predictive distributions of held-out examples.
-        targets: (N,) theirs.
-        task: what they mean.
+        targets: (N,) their targets.
+        task: what outputs and targets mean.
     """
 
     train_loss: float
@@ -47,7 +47,7 @@ class Point:
         return self.task.nll(self.predicted, self.targets)
 
     def error(self, other: Point | None = None) -> float:
-        """Error on the held-out examples; with ``other``, of the ensemble of the two."""
+        """Compute the error on the held-out examples; with ``other``, that of the ensemble of the two points."""
         members = [self.predicted] if other is None else [self.predicted, other.predicted]
         return self.task.error(self.task.combine(torch.stack(members)), self.targets)
 
@@ -60,27 +60,27 @@ def points(
     held_out: Examples,
     examples: int = EXAMPLES,
 ) -> list[Point]:
-    """Measure members on at most ``examples`` training examples and as many held-out ones, the same for every member.
+    """Measure points on a fixed sample of at most ``examples`` training examples, and of as many held-out examples.
 
-    BatchNorm statistics are recomputed for each, from as many training examples.
+    BatchNorm statistics are recomputed for each point, from the sample of training examples.
 
     Args:
-        trainer: its network is used.
+        trainer: provides the network.
         vertices: (K, P).
         coefficients: (M, K).
-        buffers: the network's, but for BatchNorm's statistics.
-        held_out: of the trainer's dataset.
-        examples: at most.
+        buffers: the network's; BatchNorm statistics are ignored.
+        held_out: a split of the trainer's dataset.
+        examples: size of each sample, at most.
     """
-    train, unseen = _some(trainer.train_examples, examples), _some(held_out, examples)
+    train, unseen = _subset(trainer.train_examples, examples), _subset(held_out, examples)
 
     def measure() -> list[Point]:
         result = []
         for row in coefficients:
             own = ensemble.member_buffers(trainer.weights, vertices, row[None], train, trainer.record, buffers)
             trainer.weights.load_buffers({name: rows[0] for name, rows in own.items()})
-            loss = trainer.task.nll(_predicted(trainer, train), train.labels.cpu())
-            result.append(Point(loss, _predicted(trainer, unseen), unseen.labels.cpu(), trainer.task))
+            loss = trainer.task.nll(_predict(trainer, train), train.labels.cpu())
+            result.append(Point(loss, _predict(trainer, unseen), unseen.labels.cpu(), trainer.task))
         return result
 
     with trainer.ledger.entry("measurements", trainer.device) as entry:
@@ -92,9 +92,10 @@ def points(
 def member_buffers(
     trainer: Trainer, vertices: Tensor, coefficients: Tensor, buffers: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Buffers (M, ...) of sampled members, BatchNorm's recomputed, all others as in ``buffers``; counted.
+    """Compute the buffers (M, ...) of sampled members, and count the forward passes.
 
-    See :func:`ensembler.ensemble.member_buffers`.
+    BatchNorm statistics are recomputed, all other buffers are those given; see
+    :func:`ensembler.ensemble.member_buffers`.
     """
     train = trainer.train_examples
     with trainer.ledger.entry("members", trainer.device) as entry:
@@ -106,12 +107,12 @@ def member_buffers(
 
 
 def inside(vertices: int) -> Tensor:
-    """Coefficients (4, K) of the points inside at which every simplex of K vertices is measured."""
+    """Return the coefficients (4, K) of the interior points at which every simplex of K vertices is measured."""
     return dirichlet(INSIDE, vertices, np.random.default_rng(0))
 
 
 def describe(trainer: Trainer, simplex: Tensor, buffers: Mapping[str, Tensor], name: str) -> dict[str, Any]:
-    """Measure a simplex (K, P) on held-out examples, and report it in one line.
+    """Measure a simplex (K, P) on held-out examples, and report the result on one line.
 
     Returns:
         ``name``, ``log_volume``, ``edge_lengths``; the mean ``train_loss`` and ``held_out_nll`` of the ``vertices``,
@@ -120,8 +121,8 @@ def describe(trainer: Trainer, simplex: Tensor, buffers: Mapping[str, Tensor], n
     """
     K = len(simplex)
     coefficients = torch.cat([torch.eye(K), torch.full((1, K), 1 / K), inside(K)])
-    found = points(trainer, simplex, coefficients, buffers, trainer.dataset.validation)
-    groups = {"vertices": found[:K], "centroid": found[K : K + 1], "inside": found[K + 1 :]}
+    measured = points(trainer, simplex, coefficients, buffers, trainer.dataset.validation)
+    groups = {"vertices": measured[:K], "centroid": measured[K : K + 1], "inside": measured[K + 1 :]}
     lengths = edge_lengths(simplex).tolist()
     result: dict[str, Any] = {
         "name": name,
@@ -148,23 +149,23 @@ def path_scores(
 
     Returns:
         ``t``, ``train_loss``, ``test_error`` and ``ensemble_error`` (of the two-member ensemble of the path's first
-        point with the one at t; Garipov et al. 2018, figure 2, right): a list each, one number a point. And
-        ``highest_train_loss`` and ``highest_test_error``: the barrier.
+        point and the one at t; Garipov et al. 2018, figure 2, right): lists with one number per point. And
+        ``highest_train_loss`` and ``highest_test_error``: the barriers.
     """
-    found = points(trainer, vertices, coefficients, buffers, trainer.dataset.test, examples)
-    losses, errors = [point.train_loss for point in found], [point.error() for point in found]
+    measured = points(trainer, vertices, coefficients, buffers, trainer.dataset.test, examples)
+    losses, errors = [point.train_loss for point in measured], [point.error() for point in measured]
     return {
         "t": t.tolist(),
         "train_loss": losses,
         "test_error": errors,
-        "ensemble_error": [point.error(found[0]) for point in found],
+        "ensemble_error": [point.error(measured[0]) for point in measured],
         "highest_train_loss": max(losses),
         "highest_test_error": max(errors),
     }
 
 
-def _predicted(trainer: Trainer, examples: Examples) -> Tensor:
-    """Distributions (N, D) of the network as it is, on the CPU."""
+def _predict(trainer: Trainer, examples: Examples) -> Tensor:
+    """Predict distributions (N, D), on the CPU, with the network's current weights."""
     trainer.weights.module.eval()
     prepare = examples.inputs(trainer.record.mean, trainer.record.std, trainer.device)
     with torch.inference_mode():
@@ -173,13 +174,13 @@ def _predicted(trainer: Trainer, examples: Examples) -> Tensor:
     return trainer.task.distribution(torch.cat(outputs)).cpu()
 
 
-def _disagreement(found: Sequence[Point]) -> float:
-    return found[0].task.disagreement(torch.stack([point.predicted for point in found]))
+def _disagreement(group: Sequence[Point]) -> float:
+    return group[0].task.disagreement(torch.stack([point.predicted for point in group]))
 
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values))
 
 
-def _some(examples: Examples, count: int) -> Examples:
+def _subset(examples: Examples, count: int) -> Examples:
     return examples.part(torch.randperm(len(examples), generator=generator(0, "probe"))[:count])

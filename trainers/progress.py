@@ -1,6 +1,6 @@
-"""Progress of a training: on the screen, in a file of JSON lines, in TensorBoard.
+"""Progress of a training: in the terminal, in a file of JSON lines, in TensorBoard.
 
-Each is a function of the events that a training reports (:mod:`ensembler.trainers.events`).
+Each is a function that handles the events of :mod:`ensembler.trainers.events`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -28,12 +27,12 @@ __all__ = ["progress"]
 
 @contextmanager
 def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | None = None) -> Iterator[OnEvent]:
-    """A function to report events to.
+    """Yield a function that handles events.
 
     Args:
-        quiet: nothing on the screen.
-        log: a file that each epoch adds a line to, a JSON object.
-        tensorboard: a folder of event files.
+        quiet: print nothing.
+        log: a file to which each epoch appends a JSON object on one line.
+        tensorboard: a folder for event files.
 
     Raises:
         UsageError: TensorBoard is not installed.
@@ -59,23 +58,23 @@ def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | N
 
 
 def _lines() -> OnEvent:
-    """A plain line an epoch, with the time that its part has left."""
-    free = time.monotonic()  # when a part ended, and so the next one began
-    began: dict[str, tuple[float, int]] = {}
+    """Return a handler that prints a line per epoch, with its part's time left."""
+    end = time.monotonic()  # of the last part, when the next one starts
+    starts: dict[str, tuple[float, int]] = {}
 
     def watch(event: Event) -> None:
-        nonlocal free
+        nonlocal end
         if isinstance(event, Message):
             typer.echo(event.text, err=True)
             return
         part, epoch, epochs = event.part, event.epoch, event.epochs
-        start, before = began.setdefault(part, (free, epoch.number - 1))
-        if epoch.number <= before:  # begun again
-            start, before = began[part] = (free, epoch.number - 1)
+        start, before = starts.setdefault(part, (end, epoch.number - 1))
+        if epoch.number <= before:  # the part was restarted
+            start, before = starts[part] = (end, epoch.number - 1)
         now = time.monotonic()
         seconds = round((now - start) / (epoch.number - before) * (epochs - epoch.number))
         if epoch.number == epochs:
-            free = now
+            end = now
         left = f", {timedelta(seconds=seconds)} left" if epoch.number < epochs else ""
         typer.echo(f"{part}: epoch {epoch.number} of {epochs}, {_state(event)}{left}", err=True)
 
@@ -84,7 +83,7 @@ def _lines() -> OnEvent:
 
 @contextmanager
 def _bars(console: Console) -> Iterator[OnEvent]:
-    """A bar a part, with the time that it has left, and messages above them."""
+    """Yield a handler that shows a bar per part with its time left, and messages above the bars."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     bar = Progress(
@@ -114,12 +113,12 @@ def _json_lines(path: Path) -> Iterator[OnEvent]:
     start = time.monotonic()
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a", encoding="utf-8", buffering=1)  # line by line, so that it can be followed
+        file = path.open("a", encoding="utf-8", buffering=1)  # flushed after every line, for tail -f
 
     def watch(event: Event) -> None:
         if isinstance(event, Message):
             return
-        record = {"part": event.part, **_record(event), "epochs": event.epochs}
+        record = event.record() | {"epochs": event.epochs}
         with _writing(path):
             file.write(json.dumps(record | {"seconds": round(time.monotonic() - start, 3)}) + "\n")
 
@@ -127,7 +126,7 @@ def _json_lines(path: Path) -> Iterator[OnEvent]:
         yield watch
     finally:
         with suppress(OSError):
-            file.close()  # what could not be written was said when it was
+            file.close()  # a failed write has already been reported
 
 
 @contextmanager
@@ -142,7 +141,7 @@ def _tensorboard(folder: Path) -> Iterator[OnEvent]:
     def watch(event: Event) -> None:
         if isinstance(event, Message):
             return
-        record = _record(event)
+        record = event.record()
         with _writing(folder):
             for name in ("loss", event.metric, "lr"):
                 writer.add_scalar(f"{event.part}/{name}", record[name], event.epoch.number)
@@ -157,14 +156,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ArtefactError(f"cannot write {path}: {error.strerror or error}: choose another place") from error
-
-
-def _record(event: EpochEnd) -> dict[str, Any]:
-    """An epoch's numbers by name."""
-    record = asdict(event.epoch)
-    record[event.metric] = record.pop("metric")
-    return record
+        raise ArtefactError(f"cannot write {path}: {error.strerror or error}: choose another path") from error
 
 
 def _state(event: EpochEnd) -> str:

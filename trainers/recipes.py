@@ -1,16 +1,16 @@
-"""Recipes: values for a method's options, ``paper`` as they were published, and ``fast`` for a short run.
+"""Recipes: values of a method's options, ``paper`` as published, and ``fast`` for a short run.
 
-Each method's file holds its own. A published one stands for a network and a dataset; where a paper and its code differ,
-it is what the code did, for that gave the paper's figures. It gives everything but what this package does in its own
-way throughout:
+Each method's file defines its recipes. A published recipe is for one network and some datasets. If a paper and its code
+differ, the recipe follows the code, which produced the paper's results. Three things are always this package's own:
 
-- a tenth of the training images is held out, where the published codes train on all of them;
-- momentum is Nesterov's, where all of them but Huang et al.'s have the plain one;
-- a schedule goes by steps, where theirs but Huang et al.'s go by epochs.
+- a tenth of the training images is held out; the published codes train on all of them;
+- momentum is Nesterov's; all but Huang et al.'s use plain momentum;
+- schedules change at every step; all but Huang et al.'s change at every epoch.
 
-``fast`` goes for any network and dataset. It is this package's defaults on a smaller budget: one-cycle and a high rate
-reach a trained-out solution in few epochs (Smith & Topin 2018). It was chosen on the digits' held-out images, with
-``cnn`` and two seeds, and for curves and complexes not even so: a place to begin, no recommendation.
+``fast`` is for any network and dataset. It is this package's defaults with a smaller budget: one-cycle and a high
+learning rate reach a converged solution in few epochs (Smith & Topin 2018). It was chosen on held-out images of the
+digits with ``cnn`` and two seeds, and not tuned at all for curves and complexes: it is a starting point, not a
+recommendation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["ASHUKHA_2020", "GARIPOV_2018", "SGD", "SOLUTIONS", "Recipe", "find"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """The options, by field name, that a method was published with for a network on some datasets."""
+    """The published options of a method, by field name, for a network on some datasets."""
 
     architecture: str
     options: Mapping[str, Any]
@@ -52,15 +52,15 @@ SOLUTIONS = {
 
 
 def find(recipe: str, method: type[Method], architecture: str, dataset: str) -> Mapping[str, Any]:
-    """A recipe's options by field name.
+    """Return a recipe's options by field name.
 
     Args:
         recipe: ``"paper"`` or ``"fast"``.
-        method: whose.
-        architecture, dataset: by name.
+        method: the method.
+        architecture, dataset: their names.
 
     Raises:
-        UsageError: there is none for these.
+        UsageError: there is no such recipe.
     """
     if recipe == "fast":
         if not method.fast:
@@ -68,8 +68,8 @@ def find(recipe: str, method: type[Method], architecture: str, dataset: str) -> 
         return method.fast
     if not method.published:
         raise UsageError(f"{method.command} has no published recipe: leave out --recipe, and give its options")
-    for found in method.published:
-        if found.architecture == architecture and dataset in found.datasets:
-            return found.options
+    for published in method.published:
+        if published.architecture == architecture and dataset in published.datasets:
+            return published.options
     known = "; ".join(f"{r.architecture} on {' or '.join(r.datasets)} ({r.source})" for r in method.published)
-    raise UsageError(f"no recipe of {method.command} was published for {architecture} on {dataset}: there is {known}")
+    raise UsageError(f"no recipe of {method.command} was published for {architecture} on {dataset}: use {known}")

@@ -1,18 +1,19 @@
-"""What an unfinished run has reached, so that a kill costs no more than the last minute.
+"""Checkpoints of an unfinished run, so that an interruption loses a minute of work at most.
 
-Beside the run that is being made lies a folder ``NAME.unfinished``. In it are ``spec.json``, what decides the run
-(:class:`ensembler.trainers.spec.Spec`), which ``--resume NAME`` reads; and by name
+A run in training has a folder ``NAME.unfinished`` beside its path. It contains ``spec.json``
+(:class:`ensembler.trainers.spec.Spec`), everything that determines the run, which ``--resume NAME`` reads; and
 
-- for each part of the training one checkpoint, an artefact that a later one replaces: the moving vertices, the
-  optimiser's state, the network's buffers, the snapshots taken, and the step;
-- for each finished job (a member of a deep ensemble) its result, in place of the checkpoints of its parts.
+- for each part of the training, its latest checkpoint: the trainable vertices, the optimiser's state, the network's
+  buffers, the snapshots and the step;
+- for each finished job (such as a member of a deep ensemble), its result instead of the checkpoints of its parts.
 
-A method is a deterministic function of its seed. So resuming is running it again: jobs and parts that are there are
-read instead of done, the part that was interrupted goes on from its checkpoint, and whatever is missing or damaged is
-done again. On a CPU, with the same number of threads, the result is the uninterrupted run's, bit for bit. Of processes
-that train together the first one keeps the checkpoints and sends the others what it read: any number can go on.
+A method is a deterministic function of its seed, so resuming runs it again: finished jobs and parts are read instead of
+trained, the interrupted part resumes from its checkpoint, and whatever is missing or damaged is trained again. On a CPU
+with the same number of threads, the result is the same as without the interruption, bit for bit. Of processes that
+train together, the first reads and writes checkpoints and sends their content to the others, so that any number of
+processes can resume.
 
-The folder is removed when the run is saved, and at no other time.
+The folder is removed when the run is saved, and never otherwise.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from ensembler.jobs import Job
 from ensembler.trainers.loop import Snapshot, TrainState
 from ensembler.trainers.spec import SPEC, Spec, unfinished
 
-__all__ = ["JobResult", "Store", "Unfinished"]
+__all__ = ["JobResult", "Store", "UnfinishedRun"]
 
 FORMAT = 1
 _FILE = "state.pt"
@@ -45,7 +46,7 @@ _FILE = "state.pt"
 
 @dataclass(frozen=True, eq=False)
 class JobResult:
-    """A finished job: what it made, tensors and JSON values, and its ledger's record."""
+    """The result of a job: tensors, JSON values, and its ledger's record."""
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
@@ -53,55 +54,55 @@ class JobResult:
 
 
 @dataclass(eq=False)
-class Unfinished:
-    """The folder of one unfinished run.
+class UnfinishedRun:
+    """The folder of an unfinished run.
 
     Args:
-        path: where the run is to be.
-        spec: what decides it.
-        every: seconds between two checkpoints of a part; its end is always kept.
-        ours: whether this process keeps them; of those that train together, the first.
+        path: of the run, once it is finished.
+        spec: what determines the run.
+        every: seconds between two checkpoints of a part; its end is always saved.
+        writer: whether this process writes checkpoints; of those that train together, only the first does.
 
     Raises:
-        UsageError: another process is working on the same run, or the folder is of another run.
+        UsageError: another process is working on the same run, or the folder belongs to another run.
     """
 
     path: Path
     spec: Spec
     every: float = 60.0
-    ours: bool = True
+    writer: bool = True
     folder: Path = field(init=False)
     written: float = field(default_factory=time.monotonic, init=False)
     _lock: IO[bytes] | None = field(default=None, init=False)
-    _begun: bool = field(default=False, init=False)
+    _exists: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.folder = unfinished(self.path)
-        self._begun = self.ours and self.folder.is_dir()
-        if self._begun:
-            self._own(self.folder)
+        self._exists = self.writer and self.folder.is_dir()
+        if self._exists:
+            self._acquire_lock(self.folder)
             if Spec.read(self.folder).fingerprint != self.spec.fingerprint:
                 self.close()
                 raise UsageError(
-                    f"{self.folder} was begun with other options or on other data: resume it with those, or remove it"
+                    f"{self.folder} was started with other options or data: resume it with those, or remove it"
                 )
             for partial in self.folder.rglob(".partial-*") if self._lock else ():
-                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while it wrote
+                shutil.rmtree(partial, ignore_errors=True)  # from a process that was killed while writing
 
     @property
     def store(self) -> Store:
-        """What keeps the run's jobs and parts."""
+        """The store of the run's jobs and parts."""
         return Store(self)
 
     def begin(self) -> None:
-        """Make the folder where it is missing, whole; where another process has made it, one beside it."""
-        if self._begun and (self.folder / SPEC).is_file():
+        """Create the folder atomically if it is missing; under another name if another process has created it."""
+        if self._exists and (self.folder / SPEC).is_file():
             return
         name = self.path.name
         partial = self.folder.with_name(f".partial-{name}-{secrets.token_hex(4)}")
         try:
             partial.mkdir(parents=True)
-            self._own(partial)
+            self._acquire_lock(partial)
             self.spec.write(partial)
             for number in count(2):
                 try:
@@ -110,18 +111,18 @@ class Unfinished:
                 except OSError:
                     if not self.folder.exists():
                         raise
-                    if not (self.folder / SPEC).is_file():  # the rest of one that was removed while we wrote to it
+                    if not (self.folder / SPEC).is_file():  # the rest of a folder that was being removed
                         shutil.rmtree(self.folder, ignore_errors=True)
                     if self.folder.exists():
                         self.folder = unfinished(self.path.with_name(f"{name}-{number}"))
         except OSError as error:
             raise ArtefactError(f"cannot write {self.folder}: {error.strerror or error}") from error
         finally:
-            shutil.rmtree(partial, ignore_errors=True)  # it has another name, if all went well
-        self._begun = True
+            shutil.rmtree(partial, ignore_errors=True)  # it has been renamed, unless there was an error
+        self._exists = True
 
-    def _own(self, folder: Path) -> None:
-        """Hold a lock for as long as this process lives: two that train one run would write over each other."""
+    def _acquire_lock(self, folder: Path) -> None:
+        """Lock the folder for the lifetime of this process, so that no other process trains the same run."""
         try:
             import fcntl
         except ImportError:  # not on Windows
@@ -135,40 +136,40 @@ class Unfinished:
             raise UsageError(f"another process is working on {self.folder}: let it finish, or stop it") from error
 
     def close(self) -> None:
-        """Let another process go on with the run."""
+        """Release the lock, so that another process can resume the run."""
         if self._lock:
             self._lock.close()
 
     def remove(self) -> None:
-        """The run is saved: nothing of this is needed any more."""
+        """Remove the folder; call it once the run is saved."""
         self.close()
-        if self._begun:  # or else it is another process's
+        if self._exists:  # otherwise it is another process's
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Store:
-    """Keeps the results of jobs and the states of parts, by name.
+    """Stores the results of jobs and the states of parts, by name.
 
     Args:
-        unfinished: the run that they are of.
-        job: the job that this store's parts are of; empty for the run itself.
+        unfinished: their run.
+        job: the job whose parts are stored; empty for the run's own.
     """
 
-    unfinished: Unfinished
+    unfinished: UnfinishedRun
     job: str = ""
 
     def child(self, job: str) -> Store:
-        """The store of a job's own parts, which go when its result is saved."""
+        """Return the store of a job's parts, which are removed when its result is saved."""
         return Store(self.unfinished, f"{self.job}{_slug(job)}/")
 
     @property
     def due(self) -> bool:
-        """Whether it is time for another checkpoint."""
+        """Whether the next checkpoint is due."""
         return time.monotonic() - self.unfinished.written >= self.unfinished.every
 
     def load(self, job: Job) -> JobResult | None:
-        """The result of a finished job, if it is there and whole.
+        """Return the result of a finished job, or ``None`` if it is missing or damaged.
 
         Raises:
             ArtefactError: it cannot be read, or is of another version's format. It stays where it is.
@@ -186,7 +187,7 @@ class Store:
         shutil.rmtree(self._folder / _slug(job.name), ignore_errors=True)
 
     def load_state(self, part: str) -> tuple[TrainState, dict[str, Any]] | None:
-        """A part's newest whole checkpoint, and the ledger's record that was saved with it.
+        """Return a part's newest intact checkpoint and the ledger's record saved with it, or ``None``.
 
         Raises:
             ArtefactError: as for :meth:`load`.
@@ -199,7 +200,7 @@ class Store:
         return None
 
     def save_state(self, part: str, state: TrainState, ledger: Mapping[str, Any]) -> None:
-        """Write a part's checkpoint, and remove the one before it.
+        """Write a part's checkpoint, and remove the previous one.
 
         Raises:
             ArtefactError: it cannot be written.
@@ -220,11 +221,11 @@ class Store:
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         self.unfinished.begin()
         path = self._folder / name
-        shutil.rmtree(path, ignore_errors=True)  # a damaged one
+        shutil.rmtree(path, ignore_errors=True)  # if it exists, it is damaged
         try:
             with artefact.write(path, {"kind": "checkpoint", "format": FORMAT}) as folder:
                 torch.save(dict(content), folder / _FILE)
-        except RuntimeError as error:  # PyTorch's word for a full disk
+        except RuntimeError as error:  # PyTorch raises it for a full disk
             raise ArtefactError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
         self.unfinished.written = time.monotonic()
 

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions from the iteration, counted from 1, to the rate."""
+"""Learning-rate schedules: functions from the iteration, starting at 1, to the learning rate."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Schedule = Callable[[int], float]
 
 
 def constant(rate: float) -> Schedule:
-    """The same rate at every iteration."""
+    """Return ``rate`` at every iteration."""
     return lambda iteration: rate
 
 
 def cosine(rate: float, iterations: int) -> Schedule:
-    """``rate / 2 * (1 + cos(pi * (i - 1) / iterations))``: from ``rate`` to almost 0 (Loshchilov & Hutter 2017)."""
+    """Fall from ``rate`` to almost 0: ``rate / 2 * (1 + cos(pi (i - 1) / iterations))`` (Loshchilov & Hutter 2017)."""
     return lambda iteration: rate / 2 * (1 + math.cos(math.pi * (iteration - 1) / iterations))
 
 
 def one_cycle(rate: float, iterations: int, warm_up: float = 0.2) -> Schedule:
-    """Linear from 0 up to ``rate`` over the first ``warm_up`` of the iterations, then linear down to almost 0.
+    """Rise linearly from 0 to ``rate`` in the first share ``warm_up`` of the iterations, then fall to almost 0.
 
-    The two-segment shape of Smith & Topin 2018; reaches a trained-out solution in few epochs.
+    The two-segment schedule of Smith & Topin 2018; reaches a converged solution in few epochs.
     """
     rise = max(1, round(warm_up * iterations))
 
@@ -45,9 +45,9 @@ def one_cycle(rate: float, iterations: int, warm_up: float = 0.2) -> Schedule:
 
 
 def piecewise(rate: float, iterations: int) -> Schedule:
-    """``rate`` for half of the iterations, then linear down to a hundredth of it at nine tenths, and so to the end.
+    """Stay at ``rate`` for half of the iterations, fall linearly to a hundredth of it at 90 %, and stay there.
 
-    What Garipov et al. 2018 train their solutions and curves with (the code's ``train.py``; there by whole epochs).
+    The schedule of Garipov et al. 2018 for solutions and curves (their code's ``train.py``, there per epoch).
     """
 
     def schedule(iteration: int) -> float:
@@ -58,16 +58,16 @@ def piecewise(rate: float, iterations: int) -> Schedule:
 
 
 def repeated(schedule: Schedule, cycle: int) -> Schedule:
-    """``schedule`` begun anew every ``cycle`` iterations: warm restarts."""
+    """Restart ``schedule`` every ``cycle`` iterations (warm restarts)."""
     return lambda iteration: schedule((iteration - 1) % cycle + 1)
 
 
 def after(iterations: int, first: Schedule, then: Schedule) -> Schedule:
-    """``first`` for the given number of iterations, ``then`` from its own iteration 1 on."""
+    """Follow ``first`` for ``iterations``, and ``then`` from its iteration 1 after that."""
     return lambda iteration: first(iteration) if iteration <= iterations else then(iteration - iterations)
 
 
-SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {  # a solution's
+SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {  # of a solution
     "one-cycle": one_cycle,
     "cosine": cosine,
     "piecewise": piecewise,

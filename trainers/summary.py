@@ -1,4 +1,4 @@
-"""A run in words: the lines that end its training, and the rows of ``ensembler show``."""
+"""Summaries of a run: the last lines of its training, and the rows of ``ensembler show``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ensembler.run import Cost, CostEntry, DatasetRecord, Manifest
 
 __all__ = ["lines", "rows"]
 
-_LONG = ("path", "paths", "growth", "trials")  # metrics for a picture or a program, not for one line
+_LONG = ("path", "paths", "growth", "trials")  # metrics that are too long for one line
 
 
 def lines(manifest: Manifest) -> list[str]:
-    """What was trained, how good it is, its geometry and its cost, in Rich's markup."""
+    """Describe a run's method, scores, geometry and cost, in Rich's markup."""
     cost, test = manifest.cost, manifest.metrics["test"]
     members = "1 member" if manifest.members == 1 else f"{manifest.members} members"
     scores = [
@@ -20,31 +20,31 @@ def lines(manifest: Manifest) -> list[str]:
         for name, value in test.items()
         if name != "examples"
     ]
-    found = [f"[bold]{manifest.method}[/] of {members} on {manifest.dataset.title}", f"test: {', '.join(scores)}"]
+    result = [f"[bold]{manifest.method}[/] of {members} on {manifest.dataset.title}", f"test: {', '.join(scores)}"]
     for simplex in manifest.metrics.get("simplexes", ()):
         lengths = simplex["edge_lengths"]
-        found.append(
+        result.append(
             f"{simplex['name']}: log volume {simplex['log_volume']:.2f}, "
             f"edges {min(lengths):.2f} to {max(lengths):.2f} long"
         )
     if "lambda" in manifest.metrics:
-        found.append(f"lambda: {manifest.metrics['lambda']:g}, chosen in {len(manifest.metrics['trials'])} trials")
-    ways = {"": manifest.metrics["path"]} if "path" in manifest.metrics else {}
-    for between in manifest.metrics.get("paths", ()):
-        ways[f"{between['name']}, "] = {name: way for name, way in between.items() if name != "name"}
-    for prefix, measured in ways.items():
-        for name, way in measured.items():
-            found.append(
-                f"{prefix}{name}: highest train loss {way['highest_train_loss']:.4f}, highest test error "
-                f"{way['highest_test_error']:.4f}; ensemble of an end with t = 1/2: error "
-                f"{way['ensemble_error'][len(way['t']) // 2]:.4f}"
+        result.append(f"lambda: {manifest.metrics['lambda']:g}, chosen in {len(manifest.metrics['trials'])} trials")
+    pairs = {"": manifest.metrics["path"]} if "path" in manifest.metrics else {}
+    for pair in manifest.metrics.get("paths", ()):
+        pairs[f"{pair['name']}, "] = {name: path for name, path in pair.items() if name != "name"}
+    for prefix, paths in pairs.items():
+        for name, path in paths.items():
+            result.append(
+                f"{prefix}{name}: highest train loss {path['highest_train_loss']:.4f}, highest test error "
+                f"{path['highest_test_error']:.4f}; ensemble of an end with t = 1/2: error "
+                f"{path['ensemble_error'][len(path['t']) // 2]:.4f}"
             )
-    found.append(f"cost: {cost.example_passes:,} example passes, {cost.seconds:.0f} s on {cost.device}")
-    return found
+    result.append(f"cost: {cost.example_passes:,} example passes, {cost.seconds:.0f} s on {cost.device}")
+    return result
 
 
 def rows(manifest: Manifest) -> dict[str, str]:
-    """Everything that a manifest holds and that fits on a line, by its name."""
+    """Return everything in a manifest that fits on a line, by name."""
     cost = manifest.cost
     return {
         "method": manifest.method,
@@ -71,7 +71,7 @@ def _classes(record: DatasetRecord) -> str:
 
 def _costs(cost: Cost | CostEntry) -> str:
     unknown = cost.unknown if isinstance(cost, Cost) else [cost.origin] if cost.origin else []
-    texts = [f"{cost.example_passes:,} example passes", *(f"the unknown ones of {origin}" for origin in unknown)]
+    texts = [f"{cost.example_passes:,} example passes", *(f"the unknown cost of {origin}" for origin in unknown)]
     if cost.forward_passes:
         texts.append(f"{cost.forward_passes:,} forward passes")
     if cost.seconds is not None:

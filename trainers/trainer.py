@@ -152,8 +152,9 @@ class Trainer:
             _check_shares(batches, plan.samples, group.size)
 
         def on_epoch(epoch: Epoch) -> None:
-            ledger.epoch(part, epoch, forward_passes=epoch.examples if plan.penalty else 0)
-            self.on_event(EpochEnd(part, epoch, epochs, self.task.metric))
+            end = EpochEnd(part, epoch, epochs, self.task.metric)
+            ledger.epoch(end, forward_passes=epoch.examples if plan.penalty else 0)
+            self.on_event(end)
 
         def before_step(iteration: int) -> None:  # other masks in every process
             seed_dropout(derive(settings.seed, "dropout", part, group.rank, iteration), self.device)

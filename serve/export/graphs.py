@@ -1,4 +1,4 @@
-"""A network as an ONNX graph whose weights keep their names, so that other weights can be put in their place."""
+"""A network as an ONNX graph whose weights keep their names, so that they can be replaced by another member's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXTERNAL_ABOVE = 2**31 - 2**24  # bytes of tensors: protobuf's 2 GiB, less room 
 
 
 class Graph(nn.Module):
-    """The network behind its normalisation: images (B, H, W, 3) to logits (B, C) float32.
+    """The network with its normalisation: images (B, H, W, 3) to logits (B, C) float32.
 
     Args:
         network: in evaluation mode.
@@ -46,16 +46,16 @@ class Graph(nn.Module):
         return logits.float()
 
     def weights(self, model: onnx.ModelProto) -> dict[str, Tensor]:
-        """The weights as they are now, views and all, by the names of the graph's own initialisers."""
+        """Return the present weights, as views, by the names of the graph's initialisers."""
         state = self.state_dict()
         return {i.name: state[i.name] for i in model.graph.initializer if i.name in state}
 
 
 def trace(graph: Graph, dataset: DatasetRecord) -> onnx.ModelProto:
-    """The graph in ONNX, its batch free.
+    """Return the graph in ONNX, for any batch size.
 
     Raises:
-        ExportError: PyTorch cannot export it so.
+        ExportError: PyTorch cannot export it.
     """
     example = torch.zeros(2, *dataset.shape, dtype=torch.float32 if graph.scaled else torch.uint8)
     try:
@@ -73,7 +73,7 @@ def trace(graph: Graph, dataset: DatasetRecord) -> onnx.ModelProto:
             if program is None:
                 raise RuntimeError("the exporter returned nothing")
             model = program.model_proto
-    except Exception as error:  # the exporter raises whatever it meets
+    except Exception as error:  # the exporter raises errors of any class
         reason = str(error).strip().splitlines()[0]
         raise ExportError(f"PyTorch cannot export this network to ONNX with a free batch: {reason}") from error
     _check_shapes(model, [*dataset.shape], len(dataset.classes))
@@ -82,9 +82,9 @@ def trace(graph: Graph, dataset: DatasetRecord) -> onnx.ModelProto:
 
 
 def holds_weights(model: onnx.ModelProto, graph: Graph) -> bool:
-    """Whether each weight of ``graph`` is an initialiser of its name, or tied to one that is.
+    """Return whether each weight of ``graph`` is an initialiser of its name, or tied to one that is.
 
-    Integers do not count: of BatchNorm's counters, which evaluation ignores, no graph holds any.
+    Except integers: no graph holds BatchNorm's counters, which evaluation does not use.
     """
     state = graph.state_dict()
     own = {name: list(tensor.shape) for name, tensor in state.items()}
@@ -94,7 +94,7 @@ def holds_weights(model: onnx.ModelProto, graph: Graph) -> bool:
 
 
 def replace_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[np.generic]]) -> None:
-    """Write other weights into the graph, in place, each in the initialiser's own type."""
+    """Replace weights in the graph, in place, each in its initialiser's type."""
     for initializer in model.graph.initializer:
         if initializer.name in weights:
             kind = onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type)
@@ -103,7 +103,7 @@ def replace_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[np.gen
 
 
 def without_weights(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
-    """A copy of the graph that declares these initialisers, as external data, and does not hold them."""
+    """Return a copy of the graph that declares these initialisers as external data without holding them."""
     wanted, bare = set(names), onnx.ModelProto()
     bare.CopyFrom(model)
     for initializer in bare.graph.initializer:
@@ -116,7 +116,7 @@ def without_weights(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelP
 
 
 def merge(models: Iterable[onnx.ModelProto]) -> onnx.ModelProto:
-    """One graph of all members: the same images to ``logits`` (M, B, C), in the members' order.
+    """Return one graph of all members: the same images to ``logits`` (M, B, C), in the members' order.
 
     Args:
         models: of graphs from ``images`` to ``logits`` (B, C); not changed.
@@ -144,7 +144,7 @@ def merge(models: Iterable[onnx.ModelProto]) -> onnx.ModelProto:
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph to one file, or to two where protobuf cannot hold it: the tensors beside it, in ``NAME.data``."""
+    """Write a graph to one file, or, where it is too large for protobuf, with its tensors in ``NAME.data``."""
     if sum(len(initializer.raw_data) for initializer in model.graph.initializer) <= EXTERNAL_ABOVE:
         path.write_bytes(model.SerializeToString())
         return
@@ -154,13 +154,13 @@ def save(model: onnx.ModelProto, path: Path) -> None:
 
 
 def opset(model: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators that the graph is of."""
+    """Return the graph's version of ONNX's standard operators."""
     return next(entry.version for entry in model.opset_import if not entry.domain)
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Hide what an exporter prints, logs and warns of: whether its graph is right is measured afterwards."""
+    """Hide what an exporter prints, logs and warns about: its graph is checked afterwards."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -176,7 +176,7 @@ def silence() -> Iterator[None]:
 
 
 def _check_shapes(model: onnx.ModelProto, image_shape: list[int], classes: int) -> None:
-    """Refuse a graph whose batch is not one and the same free dimension at both ends."""
+    """Refuse a graph whose input and output do not have the same free batch dimension."""
     shapes = [
         [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*model.graph.input, *model.graph.output)
@@ -190,7 +190,7 @@ def _check_shapes(model: onnx.ModelProto, image_shape: list[int], classes: int) 
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Drop the exporter's notes: they hold stack traces with this machine's paths."""
+    """Remove the exporter's metadata, which holds stack traces with paths of this machine."""
     del model.graph.value_info[:]
     for item in (*model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output):
         del item.metadata_props[:]

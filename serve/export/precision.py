@@ -1,34 +1,45 @@
-"""Members in fewer bits: how, and the bounds within which their answers may differ from float32's."""
+"""Members at a lower precision, and the bounds on what that may change."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from ensembler import calibration
+from ensembler.calibration import Calibration
 from ensembler.errors import ExportError
 from ensembler.serve.export.graphs import save, silence
-from ensembler.serve.runtime.manifest import PrecisionCheck
+from ensembler.serve.runtime.manifest import Precision, PrecisionCheck
 from ensembler.uncertainty import mean_probabilities, mutual_information
 
-__all__ = ["BOUNDS", "Precision", "check_precision", "rank_correlation", "to_float16", "to_int8"]
-
-Precision = Literal["float32", "float16", "int8"]
+__all__ = [
+    "BOUNDS",
+    "CALIBRATED_DISTANCE",
+    "calibration_lost",
+    "check_precision",
+    "rank_correlation",
+    "to_float16",
+    "to_int8",
+]
 
 BOUNDS = {"float16": (0.99, 0.002), "int8": (0.95, 0.01)}
-"""Of each precision: the least rank correlation of the mutual information, the largest drop of the accuracy."""
+"""Of each precision: the lower bound of the mutual information's rank correlation with float32's, and the upper bound
+of the accuracy's drop."""
+
+CALIBRATED_DISTANCE = 0.01
+"""The largest mean total variation between calibrated predictions and float32's at which a calibration still holds."""
 
 _BATCH = 32
 _QUANTISED = ["Conv", "Gemm", "MatMul"]
 
 
 def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with weights and activations in float16, but for its ends; the weights keep their names."""
+    """Return the graph with weights and activations in float16, except its ends; weights keep their names."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     copy = onnx.ModelProto()
@@ -40,11 +51,11 @@ def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def to_int8(model: onnx.ModelProto, images: NDArray[np.generic]) -> onnx.ModelProto:
-    """The graph with convolutions and matrix products in 8-bit integers (QDQ, static, a scale for each channel).
+    """Return the graph with convolutions and matrix products in 8-bit integers (QDQ, static, a scale a channel).
 
     Args:
         model: in float32.
-        images: (B, H, W, 3) as the graph takes them: the range of every activation is taken from them. From training
+        images: (B, H, W, 3) as the graph takes them, from which the range of every activation is taken. Training
             images, so that the bounds are checked on others.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -80,29 +91,43 @@ def to_int8(model: onnx.ModelProto, images: NDArray[np.generic]) -> onnx.ModelPr
 
 
 def check_precision(
-    precision: Precision, reference: NDArray[np.floating], found: NDArray[np.floating], labels: NDArray[np.integer]
+    precision: Precision,
+    reference: NDArray[np.floating],
+    found: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    fitted: Calibration | None = None,
 ) -> PrecisionCheck:
-    """What a precision changed; it must stay within :data:`BOUNDS`.
+    """Return what a precision changes, which must lie within :data:`BOUNDS`.
 
     Args:
         precision: not float32.
         reference: (M, B, C) the members' probabilities in float32.
-        found: (M, B, C) likewise in this precision.
+        found: (M, B, C) likewise at this precision.
         labels: (B,) of images held out from training.
+        fitted: the calibration of the ensemble in float32.
 
     Raises:
-        ExportError: the doubt of the images is ranked otherwise, or too many answers are worse.
+        ExportError: it ranks images by their uncertainty too differently, or loses too much accuracy.
     """
     least, most = BOUNDS[precision]
-    before, after = (float((mean_probabilities(m).argmax(-1) == labels).mean()) for m in (reference, found))
-    doubts = mutual_information(reference), mutual_information(found)
-    correlation = None if doubts[0] is None or doubts[1] is None else rank_correlation(doubts[0], doubts[1])
+    means = mean_probabilities(reference), mean_probabilities(found)
+    before, after = (float((mean.argmax(-1) == labels).mean()) for mean in means)
+    information = mutual_information(reference), mutual_information(found)
+    correlation = None
+    if information[0] is not None and information[1] is not None:
+        correlation = rank_correlation(information[0], information[1])
+    distance = None
+    if fitted is not None:
+        calibrated = [calibration.apply(fitted, mean) for mean in means]
+        distance = float(np.abs(calibrated[0] - calibrated[1]).sum(axis=-1).mean() / 2)
     check = PrecisionCheck(
         examples=len(labels),
         rank_correlation=correlation,
         least_rank_correlation=least,
         accuracy_drop=before - after,
         most_accuracy_drop=most,
+        calibrated_distance=distance,
+        most_calibrated_distance=CALIBRATED_DISTANCE,
     )
     if not (correlation is None or correlation >= least) or check.accuracy_drop > most + 1e-12:
         ranks = "" if correlation is None else f"rank correlation {correlation:.4f} (at least {least} is asked for), "
@@ -113,11 +138,19 @@ def check_precision(
     return check
 
 
-def rank_correlation(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
-    """Spearman's: the correlation of the ranks, equal values sharing theirs; 0 where all values of one are equal."""
-    from scipy.stats import rankdata
+def calibration_lost(check: PrecisionCheck | None) -> str | None:
+    """Return why a calibration fitted in float32 does not hold for the exported members; ``None`` where it does."""
+    distance = None if check is None else check.calibrated_distance
+    if distance is None or distance <= CALIBRATED_DISTANCE:
+        return None
+    return (
+        f"it was fitted in float32, and these members' calibrated predictions differ by {distance:.4f} on average (at "
+        f"most {CALIBRATED_DISTANCE} is allowed): export in float32 to keep it"
+    )
 
-    ranks = np.stack([rankdata(a), rankdata(b)])
-    ranks -= ranks.mean(axis=1, keepdims=True)
-    scale = np.sqrt((ranks**2).sum(axis=1)).prod()
-    return float((ranks[0] * ranks[1]).sum() / scale) if scale > 0 else 0.0
+
+def rank_correlation(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
+    """Return Spearman's rank correlation, equal values sharing a rank; 0 where all values of one are equal."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else 0.0

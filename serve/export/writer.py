@@ -1,10 +1,11 @@
-"""An ensemble's graphs and weights as files, in either layout."""
+"""An ensemble's members as files, in either layout."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,14 +24,22 @@ from ensembler.serve.export.graphs import (
     trace,
     without_weights,
 )
-from ensembler.serve.export.precision import Precision, to_float16, to_int8
-from ensembler.serve.runtime.manifest import GRAPH, MERGED, WEIGHTS, BundleManifest
+from ensembler.serve.export.precision import to_float16, to_int8
+from ensembler.serve.runtime.manifest import GRAPH, MERGED, WEIGHTS, Layout, Pixels, Precision
 from ensembler.serve.runtime.vertices import Vertices
 
-__all__ = ["Layout", "Pixels", "Writer", "write_merged"]
+__all__ = ["Writer", "Written", "write_merged"]
 
-Layout = Literal["members", "vertices"]
-Pixels = Literal["uint8", "float"]
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, as the bundle's manifest has it."""
+
+    layout: Layout
+    graphs: list[str]
+    opset: int
+    input: Pixels
+    precision: Precision
 
 
 class Writer:
@@ -55,18 +64,15 @@ class Writer:
         self._folder = folder
         self._ensemble = ensemble
         self._record = ensemble.run.manifest.dataset
-        self._scaled = pixels == "float"
+        self._pixels = pixels
         self._precision = precision
         self._images = images
 
-    def write(self, layout: Layout | None) -> dict[str, Any]:
+    def write(self, layout: Layout | None) -> Written:
         """Write all members.
 
         Args:
             layout: by default ``"vertices"`` where that is smaller and possible.
-
-        Returns:
-            What the bundle's manifest says of it: layout, graphs, opset.
 
         Raises:
             UsageError: vertices of int8, or of a network whose graph does not hold its weights by name.
@@ -85,13 +91,14 @@ class Writer:
             )
         fewer = len(self._ensemble.run.coefficients[0]) < self._ensemble.members
         if layout == "vertices" or (layout is None and named and fewer and self._precision != "int8"):
-            graphs = [self._write_vertices(graph, template)]
+            self._write_vertices(graph, template)
+            layout, graphs = "vertices", [GRAPH]
         else:
-            graphs = self._write_members(template, named)
-        return {"layout": "vertices" if graphs == [GRAPH] else "members", "graphs": graphs, "opset": opset(template)}
+            layout, graphs = "members", self._write_members(template, named)
+        return Written(layout, graphs, opset(template), self._pixels, self._precision)
 
     def _write_members(self, template: onnx.ModelProto, named: bool) -> list[str]:
-        """One file for each member: the first one's graph with its weights, or, where they have no names, its own."""
+        """Write a file for each member: the first one's graph with its weights, or, without names, its own graph."""
         names = [f"member-{member:03d}.onnx" for member in range(self._ensemble.members)]
         for member, name in enumerate(names):
             graph = self._graph(member)
@@ -102,8 +109,8 @@ class Writer:
             save(self._converted(template), self._folder / name)
         return names
 
-    def _write_vertices(self, graph: Graph, template: onnx.ModelProto) -> str:
-        """The graph without weights, and the vertices beside it."""
+    def _write_vertices(self, graph: Graph, template: onnx.ModelProto) -> None:
+        """Write the graph without weights, and the vertices."""
         run, converted = self._ensemble.run, self._converted(template)
         parameters = dict(graph.network.named_parameters(remove_duplicate=False))
         names = list(graph.weights(template))
@@ -114,7 +121,7 @@ class Writer:
         kinds = {i.name: onnx.helper.tensor_dtype_to_np_dtype(i.data_type) for i in converted.graph.initializer}
 
         def rows(ensemble: Ensemble, wanted: set[str]) -> dict[str, NDArray[Any]]:
-            """What each member of an ensemble has of these weights: (M, ...)."""
+            """Return these weights of each member of an ensemble: (M, ...)."""
             found: dict[str, NDArray[Any]] = {}
             for member in range(ensemble.members if wanted else 0):
                 state = Graph(ensemble.network(member), self._record).state_dict()
@@ -138,10 +145,9 @@ class Writer:
             shared,
         ).save(self._folder / WEIGHTS)
         save(without_weights(converted, names), self._folder / GRAPH)
-        return GRAPH
 
     def _graph(self, member: int) -> Graph:
-        return Graph(self._ensemble.network(member), self._record, self._scaled).eval()
+        return Graph(self._ensemble.network(member), self._record, self._pixels == "float").eval()
 
     def _trace(self, graph: Graph, member: int) -> onnx.ModelProto:
         try:
@@ -155,17 +161,17 @@ class Writer:
         if self._precision == "int8":
             if self._images is None:
                 raise UsageError("int8 needs training images to take the ranges of its activations from")
-            scaled = self._images.astype(np.float32) / np.float32(255) if self._scaled else self._images
+            scaled = self._images.astype(np.float32) / np.float32(255) if self._pixels == "float" else self._images
             return to_int8(model, scaled)
         return model
 
 
-def write_merged(folder: Path, content: BundleManifest) -> None:
-    """Write the graph of all members, in the order in which they are asked, from the files of each."""
-    if content.layout == "vertices":
-        models = [onnx.load(folder / GRAPH, load_external_data=False)] * content.members
+def write_merged(folder: Path, layout: Layout, graphs: Sequence[str], order: Sequence[int]) -> None:
+    """Write the graph of all members from their files, in the order in which they are asked."""
+    if layout == "vertices":
+        models = [onnx.load(folder / GRAPH, load_external_data=False)] * len(order)
     else:
-        models = [onnx.load(folder / content.graphs[member]) for member in content.order]
+        models = [onnx.load(folder / graphs[member]) for member in order]
     save(merge(models), folder / MERGED)
 
 

@@ -1,7 +1,7 @@
-"""The page at ``/ui``: one file, ``page.html``, that asks the service's own routes from within the browser. No torch.
+"""The page at ``/ui``: one file, ``page.html``, whose script asks the service's routes.
 
-The page holds nothing of the bundle and needs no token; what it shows, it fetches as any caller does. Its
-Content-Security-Policy lets only its own script and style run, by their hashes, and forbids every other address.
+The page contains nothing of the bundle and needs no token; what it shows, it fetches like any caller. Its
+Content-Security-Policy allows only its own script and style, by their hashes, and no other address.
 """
 
 from __future__ import annotations
@@ -17,22 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from ensembler.serve.runtime.manifest import PROBE, BundleManifest
+from ensembler.serve.runtime.manifest import EXAMPLES, PROBE, BundleManifest
 
 __all__ = ["examples", "headers", "html"]
-
-_MOST = 8
 
 
 @cache
 def html() -> str:
-    """The page."""
+    """Return the page."""
     return files("ensembler.serve.http").joinpath("page.html").read_text(encoding="utf-8")
 
 
 @cache
 def headers() -> dict[str, str]:
-    """What the page is sent with."""
+    """Return the page's response headers."""
     policy = {
         "default-src": "'none'",
         "script-src": _hashes("script"),
@@ -42,7 +40,7 @@ def headers() -> dict[str, str]:
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",
-        "require-trusted-types-for": "'script'",  # no text ever becomes HTML
+        "require-trusted-types-for": "'script'",  # the script never makes HTML of text
         "trusted-types": "'none'",
     }
     return {
@@ -54,7 +52,7 @@ def headers() -> dict[str, str]:
 
 
 def examples(bundle: Path, manifest: BundleManifest) -> dict[str, Any]:
-    """Images to try, from the bundle's probe: its test images, and one of its patterns, which is nothing at all.
+    """Return images to try: the bundle's test images, if it has any, and a random pattern of its probe.
 
     Args:
         bundle: its folder, verified.
@@ -64,14 +62,14 @@ def examples(bundle: Path, manifest: BundleManifest) -> dict[str, Any]:
         ``{"examples": [{"name": ..., "pixels": ...}, ...]}``, pixels being the base64 of (H, W, 3) bytes.
     """
     found: list[dict[str, str]] = []
-    if PROBE in manifest.files:
-        try:
-            with np.load(bundle / PROBE, allow_pickle=False) as probe:
-                pictures = probe["examples"][:_MOST] if "examples" in probe else ()
-                found += [_example(f"test image {n}", image) for n, image in enumerate(pictures, start=1)]
-                found += [_example("a random pattern, of no class", image) for image in probe["images"][:1]]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            pass  # the page does without
+    try:
+        if EXAMPLES in manifest.files:
+            images = np.load(bundle / EXAMPLES, allow_pickle=False)
+            found += [_example(f"test image {number}", image) for number, image in enumerate(images, start=1)]
+        with np.load(bundle / PROBE, allow_pickle=False) as probe:
+            found.append(_example("a random pattern, of no class", probe["images"][0]))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        pass  # the page does without them
     return {"examples": found}
 
 

@@ -1,6 +1,6 @@
-"""From what a caller sends to uint8 images (B, H, W, 3), or one sentence that says what is wrong and how to mend it.
+"""Readers of request bodies: JSON, ``.npy``, raw bytes and image files to arrays, or an error of one sentence.
 
-Every byte is a stranger's: nothing is unpickled, no address is fetched, and no size is believed before it is checked.
+Bodies are untrusted: nothing is unpickled, no address is fetched, and every size is checked before it is used.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from ensembler.serve.runtime.images import kind_of, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from starlette.requests import Request
 
 __all__ = [
     "MAX_PIXELS",
     "MediaTypeError",
     "fields_from_json",
+    "files_of",
     "image_from_file",
     "images_from_npy",
     "images_from_raw",
@@ -38,7 +40,7 @@ _MODES = {"1", "L", "P", "RGB", "RGBA", "LA", "PA"}  # of Pillow: 8 bits a chann
 
 
 class MediaTypeError(ShapeError):
-    """A body of a kind that is never read: the service answers 415."""
+    """A body of a type that is not read; answered 415."""
 
     status = 415
 
@@ -70,11 +72,11 @@ def fields_from_json(body: bytes) -> tuple[list[Any], dict[str, Any]]:
 
 
 def images_from_npy(body: bytes) -> NDArray[Any]:
-    """The array in a ``.npy`` file, a view of its bytes, for :func:`check_images` to check.
+    """Return the array of a ``.npy`` file, a view of its bytes, unchecked.
 
     Raises:
-        MediaTypeError: a pickle, a ``.npz``, or an array of Python objects, which would be one.
-        ShapeError: no such file, or its header promises another number of bytes than follow it.
+        MediaTypeError: a pickle, an archive, or an array of Python objects, which is a pickle inside.
+        ShapeError: not such a file, or its header gives another number of bytes than follow it.
     """
     for start, kind in ((b"\x80", "a pickle"), (b"PK", "an archive")):
         if body.startswith(start):
@@ -84,7 +86,7 @@ def images_from_npy(body: bytes) -> NDArray[Any]:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = read(file, max_header_size=_NPY_HEADER)
-    except Exception as error:  # its parser raises whatever it meets
+    except Exception as error:  # its parser raises errors of any class
         raise ShapeError(f"the body is not a .npy file that can be read: {_NPY}") from error
     if dtype.hasobject:
         raise MediaTypeError(f"the .npy file holds Python objects, which would have to be unpickled: {_NPY}")
@@ -95,10 +97,10 @@ def images_from_npy(body: bytes) -> NDArray[Any]:
 
 
 def images_from_raw(body: bytes, shape: str) -> NDArray[Any]:
-    """Raw bytes as the array of a ``X-Shape`` header such as ``"2,32,32,3"``, for :func:`check_images` to check.
+    """Return raw bytes as an array of the shape in a ``X-Shape`` header such as ``"2,32,32,3"``, unchecked.
 
     Raises:
-        ShapeError: another header, or it promises another number of bytes than there are.
+        ShapeError: not a shape, or one of another number of bytes.
     """
     sizes = [size.strip() for size in shape.split(",")]
     if not all(size.isascii() and size.isdecimal() and len(size) <= 9 for size in sizes) or len(sizes) > 6:
@@ -113,24 +115,23 @@ def _pixels(content: memoryview, shape: tuple[int, ...], dtype: np.dtype[Any]) -
         found, needed = f"{len(content)} bytes of pixels", f"their shape {_size(shape)} needs {_digits(promised)}"
         raise ShapeError(f"{found}, but {needed}: {_NPY}")
     if not promised:
-        raise ShapeError(f"the shape {_size(shape)} holds no pixel: send at least one image")
+        raise ShapeError(f"the shape {_size(shape)} has no pixels: send at least one image")
     return np.frombuffer(content, dtype=dtype)
 
 
 def image_from_file(body: bytes, image_shape: Sequence[int], max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Decode a PNG or JPEG to (H, W, 3) as training decodes its files: to RGB, by a plain bilinear resize.
+    """Decode a PNG or JPEG to (H, W, 3) as training decodes its files: to RGB, resized bilinearly.
 
-    Grey images and palettes become RGB. An opaque alpha channel is dropped. A rotation that a camera noted is not
-    applied, as training does not.
+    Grey images and palettes become RGB. An opaque alpha channel is dropped. As in training, EXIF rotation is ignored.
 
     Args:
-        body: the file's bytes.
-        image_shape: the (H, W, 3) that is expected.
-        max_pixels: the most that are decoded, judged by the file's header.
+        body: the file's content.
+        image_shape: the (H, W, 3) of the result.
+        max_pixels: the most that are decoded, by the file's header.
 
     Raises:
         MediaTypeError: neither PNG nor JPEG.
-        ShapeError: it cannot be decoded, has too many pixels, transparent ones, CMYK or more than 8 bits a channel.
+        ShapeError: it cannot be decoded, has too many or transparent pixels, CMYK, or more than 8 bits a channel.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -154,8 +155,27 @@ def image_from_file(body: bytes, image_shape: Sequence[int], max_pixels: int = M
         raise MediaTypeError("the image is neither PNG nor JPEG: send one of these") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ShapeError(f"an image of more than {max_pixels} pixels: send a smaller one") from error
-    except Exception as error:  # of any kind: the bytes are a stranger's
+    except Exception as error:  # of any class: the file is untrusted
         raise ShapeError("the image cannot be decoded: send a whole PNG or JPEG file") from error
+
+
+async def files_of(request: Request, most: int) -> list[bytes]:
+    """Return the files of a form, or else the body as the one file.
+
+    Raises:
+        ShapeError: a form without files, with more than ``most``, or malformed.
+    """
+    body = await request.body()
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        return [body]
+    try:
+        async with request.form(max_files=most, max_fields=0) as form:
+            files = [await part.read() for _, part in form.multi_items() if not isinstance(part, str)]
+    except Exception as error:  # its parser raises errors of any class
+        raise ShapeError(f"the form cannot be read: send nothing but files, {most} at most") from error
+    if not files:
+        raise ShapeError("the form holds no file: send at least one image")
+    return files
 
 
 def _check_opaque(image: Image) -> None:
@@ -163,7 +183,7 @@ def _check_opaque(image: Image) -> None:
         return
     low, _ = image.convert("RGBA").getchannel("A").getextrema()
     if low != 255:
-        raise ShapeError("an image with transparent pixels, whose colour nobody sees: send it on a background")
+        raise ShapeError("an image with transparent pixels, whose colour is undefined: send it on a background")
 
 
 def _size(shape: Sequence[int]) -> str:

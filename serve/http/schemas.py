@@ -1,4 +1,4 @@
-"""What the service answers."""
+"""The schema of the service's answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Answer", "ImagePrediction", "ModelCard"]
 
 
 class ModelCard(Record):
-    """Which ensemble answered; ``bundle`` is the SHA-256 of its manifest."""
+    """The ensemble that answered; ``bundle`` is the SHA-256 of its manifest."""
 
     method: str
     architecture: str
@@ -20,23 +20,24 @@ class ModelCard(Record):
 
 
 class ImagePrediction(Record):
-    """One image's prediction and its uncertainty: the outputs that the caller chose.
+    """The outputs that the caller chose, for one image.
 
     Attributes:
         class_index: of the largest probability, under the name ``class``.
         label: that class's name.
-        probabilities: (C,) the mean of the members'; ``mean`` is the same under another name.
+        probabilities: (C,) the mean of the members'; ``mean`` is another name of it.
         members: (members_used, C) each member's own, in the order in which they are asked.
-        predictive_entropy, expected_entropy: nats, in [0, log C].
-        mutual_information: nats; null means "one member cannot say", not zero. So does a null disagreement.
-        disagreement: share of the pairs of members whose classes differ.
+        predictive_entropy: of the mean, in nats, in [0, log C].
+        expected_entropy: mean of the members' entropies, in nats, in [0, log C].
+        mutual_information: nats; null for one member, which means unknown, not zero.
+        disagreement: share of the pairs of members whose classes differ; null for one member.
         members_used: how many members were asked.
-        partial: whether these were fewer than all, so that no number here compares with one of all members; left out
-            where all were to be asked.
+        partial: whether these were fewer than all, so that entropies and disagreement do not compare with those of all
+            members; absent where all were to be asked.
         calibrated: (C,) the calibrated probabilities.
-        prediction_set: names of the classes that hold the true one with probability 1 - alpha, on average over images
+        prediction_set: names of classes that include the true one with probability 1 - alpha, on average over images
             like those of the validation split.
-        abstain: whether the image is better given to somebody else.
+        abstain: whether the ensemble abstains from a prediction.
     """
 
     model_config = ConfigDict(serialize_by_alias=True, populate_by_name=True)
@@ -61,8 +62,10 @@ class Answer(Record):
     """A prediction for each image, in order.
 
     Attributes:
-        calibration_id: SHA-256 of the bundle's calibration, where an output needed it.
-        alpha: of the prediction sets, where they were wanted.
+        model: the ensemble.
+        predictions: one an image.
+        calibration_id: SHA-256 of the bundle's calibration, where an output needs it.
+        alpha: of the prediction sets.
     """
 
     model: ModelCard

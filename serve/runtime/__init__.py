@@ -2,15 +2,4 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ensembler._lazy import exports
-
-if TYPE_CHECKING:
-    from ensembler.serve.runtime.runtime import Prediction, Runtime
-
-__all__ = ["Prediction", "Runtime"]
-
-__getattr__, __dir__ = exports(
-    __name__, {name: f"ensembler.serve.runtime.runtime:{name}" for name in ("Prediction", "Runtime")}
-)
+__all__: list[str] = []

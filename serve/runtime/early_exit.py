@@ -1,6 +1,6 @@
-"""When an image needs no further member: two rules for stopping early. NumPy only.
+"""Early exit: two rules for when an image needs no further member. NumPy only.
 
-Both look at the probabilities of the members asked so far, (k, B, C), and say of every image whether it is settled.
+Both take the probabilities of the members asked so far, (k, B, C), and tell for every image whether it is settled.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Rule = Callable[[NDArray[np.floating], int], NDArray[np.bool_]]
 
 LEVEL = 0.95
 _ROUNDING = 1e-9  # a member: far more than float64 loses in a sum, far less than any gap that matters
-_FIRST = 3  # members whose spread is looked at: two may agree by accident
+_FIRST = 3  # members before the spread is used: two may agree by chance
 
 
 def rule(mode: Mode, level: float = LEVEL) -> Rule:
-    """The rule of a mode that stops early.
+    """Return the rule of a mode that stops early.
 
     Raises:
-        UsageError: another mode, or a level outside (0, 1).
+        UsageError: an unknown mode, or a level outside (0, 1).
     """
     if mode == "exact":
         return exact
@@ -42,10 +42,10 @@ def rule(mode: Mode, level: float = LEVEL) -> Rule:
 
 
 def waves(mode: Mode, members: int) -> Iterator[tuple[int, int]]:
-    """The members to ask at a time: (first, one past the last) of ``members``.
+    """Yield the members to ask at a time: (first, one past the last) of ``members``.
 
-    Half of the members cannot decide what the others could not undo, so the exact rule first asks one more than
-    half; confidence first asks three. Then they are asked one by one.
+    What half of the members say, the others could undo, so the exact rule first asks one more than half; confidence
+    first asks three. The rest are asked one by one.
     """
     first = min(members, members // 2 + 1 if mode == "exact" else _FIRST)
     yield 0, first
@@ -53,10 +53,10 @@ def waves(mode: Mode, members: int) -> Iterator[tuple[int, int]]:
 
 
 def exact(asked: NDArray[np.floating], members: int) -> NDArray[np.bool_]:
-    """Whether the ensemble's class can no longer change.
+    """Return whether the ensemble's class can no longer change.
 
-    After k of M members, if the best class's summed probability leads every rival's by more than ``M - k``, the
-    others could not overtake it even if each gave the rival all of its probability: the class is that of all M.
+    After k of M members, if the best class's summed probability exceeds every other class's by more than ``M - k``,
+    the remaining members could not change the class even if each gave another class all of its probability.
 
     Args:
         asked: (k, B, C) probabilities, C >= 2 or 1.
@@ -70,14 +70,13 @@ def exact(asked: NDArray[np.floating], members: int) -> NDArray[np.bool_]:
 
 
 def confident(asked: NDArray[np.floating], level: float = LEVEL) -> NDArray[np.bool_]:
-    """Whether the best class leads the second with some confidence, by the members' spread.
+    """Return whether the best class leads the second with some confidence, given the members' spread.
 
-    With ``d_i`` what member i gives to the best class of the mean less what it gives to the second, of mean ``d`` and
-    standard deviation ``s`` (by k - 1), the interval ``d +- t s / sqrt(k)`` must lie above 0, where t is the
-    two-sided Student quantile of ``level`` with k - 1 degrees of freedom: after Inoue 2019, "Adaptive ensemble
-    prediction for deep neural networks based on confidence level". Of two classes it is the same interval as that of
-    the best one's probability, above 1/2. The level is that of one look, for members as good as drawn at random;
-    nothing is promised of many looks.
+    Let ``d_i`` be member i's probability of the mean's best class less that of its second, with mean ``d`` and standard
+    deviation ``s`` (divided by k - 1). The interval ``d +- t s / sqrt(k)`` must lie above 0, where t is the two-sided
+    Student quantile of ``level`` with k - 1 degrees of freedom (after Inoue 2019, "Adaptive ensemble prediction for
+    deep neural networks based on confidence level"). For two classes it is the interval of the best one's probability,
+    above 1/2. The level holds for one look at members drawn at random, not for repeated looks.
 
     Args:
         asked: (k, B, C) probabilities, k >= 1; one member settles nothing.
@@ -102,7 +101,7 @@ def confident(asked: NDArray[np.floating], level: float = LEVEL) -> NDArray[np.b
 
 @cache
 def student_t(level: float, freedom: int) -> float:
-    """The t with ``P(|T| <= t) = level`` for Student's distribution of ``freedom`` degrees of freedom.
+    """Return t with ``P(|T| <= t) = level`` for Student's distribution with ``freedom`` degrees of freedom.
 
     The finite series of Abramowitz & Stegun, 26.7.3 and 26.7.4, in the angle ``atan(t / sqrt(freedom))``, bisected.
     """
@@ -126,7 +125,7 @@ def student_t(level: float, freedom: int) -> float:
 
 
 def _lead(total: NDArray[np.float64]) -> NDArray[np.float64]:
-    """By how much the largest of each row (B, C) exceeds the second largest; infinite where there is no second."""
+    """How much the largest of each row (B, C) exceeds the second largest; infinite where there is no second."""
     if total.shape[-1] < 2:
         return np.full(len(total), math.inf)
     largest = np.partition(total, -2, axis=-1)[:, -2:]

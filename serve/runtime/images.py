@@ -1,4 +1,4 @@
-"""Whether an array or nested lists are images as the graphs take them, or one sentence that says what is wrong."""
+"""Checks that arrays or nested lists are images as the graphs take them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 from ensembler.errors import ShapeError
 
-__all__ = ["check_images", "kind_of", "shown"]
+__all__ = ["check_floats", "check_images", "kind_of", "shown"]
 
 _RANGE = "send whole numbers from 0 to 255"
 
 
 def check_images(images: object, image_shape: Sequence[int], max_batch: int | None = None) -> NDArray[np.uint8]:
-    """Images as the graphs take them.
+    """Return images as the graphs take them.
 
     Args:
         images: (B, H, W, 3), integers from 0 to 255: an array, a list of arrays, or nested lists of numbers.
         image_shape: the (H, W, 3) that is expected.
-        max_batch: the largest B that is accepted; by default any.
+        max_batch: the largest B; by default any.
 
     Raises:
         ShapeError: another shape, ragged lists, no image, too many, or a value that is not such an integer.
@@ -49,10 +49,28 @@ def check_images(images: object, image_shape: Sequence[int], max_batch: int | No
     return _from_list(values, shape) if isinstance(values, list) else _from_array(values)
 
 
-def _flat(level: list[Any]) -> tuple[list[Any], tuple[int, ...]]:
-    """The numbers of nested lists, in order, and the lists' shape, to six dimensions at most.
+def check_floats(images: NDArray[np.floating], image_shape: Sequence[int]) -> NDArray[np.float32]:
+    """Return images of floats from 0 to 1 as the graphs take them.
 
-    Its loops are C's, as a body may hold millions of numbers.
+    Args:
+        images: (B, H, W, 3).
+        image_shape: the (H, W, 3) that is expected.
+
+    Raises:
+        ShapeError: another shape, or a value outside 0 to 1.
+    """
+    if images.ndim != 4 or images.shape[1:] != tuple(image_shape) or not len(images):
+        expected = f"(batch, {', '.join(map(str, image_shape))})"
+        raise ShapeError(f"expected images of shape {expected}, found {images.shape}")
+    if not (images.min() >= 0 and images.max() <= 1):  # NaN is refused, too
+        raise ShapeError("images hold floats outside 0 to 1: divide pixels by 255, or send whole numbers from 0 to 255")
+    return images.astype(np.float32, copy=False)
+
+
+def _flat(level: list[Any]) -> tuple[list[Any], tuple[int, ...]]:
+    """Return the numbers of nested lists, in order, and the lists' shape, to six dimensions at most.
+
+    Without loops in Python, as a body may hold millions of numbers.
     """
     shape: tuple[int, ...] = (len(level),)
     while list in (kinds := set(map(type, level))) and len(shape) < 6:
@@ -68,11 +86,11 @@ def _flat(level: list[Any]) -> tuple[list[Any], tuple[int, ...]]:
 
 
 def _from_list(values: list[Any], shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    if set(map(type, values)) == {int}:  # a boolean would pass for a number below
+    if set(map(type, values)) == {int}:  # bytes() takes booleans, too
         try:
             return np.frombuffer(bytes(values), dtype=np.uint8).reshape(shape)
         except ValueError:
-            pass  # no byte holds one of them: it is found and named below
+            pass  # one of them is no byte: it is named below
     wrong = next(i for i, value in enumerate(values) if type(value) is not int or not 0 <= value <= 255)
     place = "".join(f"[{axis}]" for axis in np.unravel_index(wrong, shape))
     raise ShapeError(f"images{place} is {shown(values[wrong])}: {_RANGE}")
@@ -87,7 +105,7 @@ def _from_array(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def shown(value: object) -> str:
-    """A caller's value in a sentence: never long, and never as deep as it came."""
+    """Return a caller's value for a message, shortened."""
     if isinstance(value, list | dict):
         return kind_of(value)
     text = json.dumps(value, default=repr)
@@ -95,5 +113,6 @@ def shown(value: object) -> str:
 
 
 def kind_of(value: object) -> str:
+    """Return the JSON type of a value, with its article."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

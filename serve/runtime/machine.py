@@ -1,4 +1,4 @@
-"""What of this machine is ours: CPUs, their limits, a GPU, memory. Standard library only."""
+"""What this process may use of the machine: CPUs, a GPU, memory. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["available_cpus", "gpu_answers", "resident_memory"]
+__all__ = ["available_cpus", "has_gpu", "resident_memory"]
 
 
 def available_cpus(root: Path = Path("/")) -> int:
-    """The CPUs that this process may keep busy, at least 1.
+    """Return how many CPUs this process may keep busy, at least 1.
 
-    The fewest of: its affinity, where the system tells (else all CPUs), and a container's limit in CPU time, of
-    cgroups v2 (``cpu.max``) and v1 (``cpu.cfs_quota_us``), rounded down: a thread too many makes the kernel stop all
-    of them for the rest of every period.
+    The minimum of its affinity (all CPUs where the system does not tell) and of a container's CPU limits, of cgroups
+    v2 (``cpu.max``) and v1 (``cpu.cfs_quota_us``), rounded down: with one thread too many, the kernel stops all of
+    them for the rest of every period.
 
     Args:
-        root: where ``proc/`` and ``sys/`` lie.
+        root: folder of ``proc/`` and ``sys/``.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min([cpus, *_limits(root)])))
 
 
 def resident_memory() -> int | None:
-    """Bytes of main memory that this process holds; ``None`` where the system does not tell (anywhere but Linux)."""
+    """Return the bytes of main memory that this process holds; ``None`` where unknown (all systems but Linux)."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return None
 
 
-def gpu_answers() -> bool:
-    """Whether NVIDIA's driver is there and counts a GPU: packages list CUDA on machines that have none."""
+def has_gpu() -> bool:
+    """Return whether NVIDIA's driver finds a GPU: packages list CUDA on machines without one, too."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         count = ctypes.c_int(0)
@@ -44,7 +44,7 @@ def gpu_answers() -> bool:
 
 
 def _limits(root: Path) -> Iterator[float]:
-    """CPUs' worth of time that this process's control groups, and those around them, allow."""
+    """CPU limits of this process's control groups and of their parents."""
     mounts = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
@@ -53,7 +53,7 @@ def _limits(root: Path) -> Iterator[float]:
             continue
         mount = mounts if unified else next((m for m in (mounts / controllers, mounts / "cpu") if m.is_dir()), mounts)
         group = mount / path.lstrip("/")
-        # Inside a container the path may be the host's, which is not mounted: the mount itself is then the group.
+        # In a container the path may be the host's, which is not mounted: then the mount itself is the group.
         for folder in (group, *group.parents[: len(group.parts) - len(mount.parts)], mount):
             if unified:
                 quota, period = [*_read(folder / "cpu.max").split(), "", ""][:2]

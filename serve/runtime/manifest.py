@@ -12,13 +12,17 @@ from ensembler.errors import ArtefactError
 from ensembler.record import Record
 
 __all__ = [
+    "EXAMPLES",
     "FORMAT",
     "GRAPH",
     "MERGED",
     "PROBE",
     "WEIGHTS",
     "BundleManifest",
+    "Layout",
     "Origin",
+    "Pixels",
+    "Precision",
     "PrecisionCheck",
     "Simplexes",
     "Strategy",
@@ -28,14 +32,17 @@ __all__ = [
     "read_bundle",
 ]
 
-FORMAT = 2
-_FORMATS = (1, 2)  # all that format 2 added has a default that is true of format 1
+FORMAT = 1
 
 GRAPH = "graph.onnx"  # of the layout "vertices": the graph of every member, without weights
 WEIGHTS = "weights.npz"  # of the layout "vertices": see ensembler.serve.runtime.vertices
-MERGED = "merged.onnx"  # all members in one graph, where a bundle was tuned and one was faster
+MERGED = "merged.onnx"  # all members in one graph, where a bundle was tuned and this was the fastest
 PROBE = "probe.npz"  # images, and what every member must answer
+EXAMPLES = "examples.npy"  # test images of a public dataset, for the page
 
+Layout = Literal["members", "vertices"]
+Pixels = Literal["uint8", "float"]
+Precision = Literal["float32", "float16", "int8"]
 Strategy = Literal["sessions", "loop", "merged"]
 
 
@@ -52,7 +59,7 @@ class Simplexes(Record):
     Attributes:
         simplexes: of each, the rows of its vertices.
         concentration: of the Dirichlet distribution.
-        weights: the probability of each simplex; ``None`` shares the members out evenly.
+        weights: the probability of each simplex; ``None`` gives all equally many members.
     """
 
     simplexes: list[list[int]]
@@ -61,14 +68,15 @@ class Simplexes(Record):
 
 
 class Validation(Record):
-    """What the members said of images held out from training, as served: what drift is measured against.
+    """What the members as exported predict for images held out from training: the reference for drift.
 
     Attributes:
         examples: how many.
-        accuracy, nll: of the mean prediction; nats.
+        accuracy: of the mean prediction.
+        nll: of the mean prediction, in nats.
         levels: in [0, 1].
         predictive_entropy: its quantiles at these levels, in nats.
-        mutual_information: likewise; ``None`` where M = 1.
+        mutual_information: likewise; ``None`` for one member.
     """
 
     examples: int
@@ -80,14 +88,17 @@ class Validation(Record):
 
 
 class PrecisionCheck(Record):
-    """What a lower precision changed, on images held out from training, and what was allowed.
+    """What a lower precision changes, on images held out from training, and the bounds on it.
 
     Attributes:
         examples: how many.
-        rank_correlation: Spearman's, of the mutual information with float32's; ``None`` where M = 1.
-        least_rank_correlation: the bound that it had to reach.
+        rank_correlation: Spearman's, of the mutual information with float32's; ``None`` for one member.
+        least_rank_correlation: its lower bound.
         accuracy_drop: float32's accuracy less this one's.
-        most_accuracy_drop: the bound that it could not exceed.
+        most_accuracy_drop: its upper bound.
+        calibrated_distance: mean total variation between the calibrated predictions and float32's; ``None`` without a
+            calibration.
+        most_calibrated_distance: the largest at which the bundle carries the calibration.
     """
 
     examples: int
@@ -95,6 +106,8 @@ class PrecisionCheck(Record):
     least_rank_correlation: float
     accuracy_drop: float
     most_accuracy_drop: float
+    calibrated_distance: float | None
+    most_calibrated_distance: float
 
 
 class Timing(Record):
@@ -107,13 +120,12 @@ class Timing(Record):
 
 
 class Tuning(Record):
-    """Which way of running the members was the fastest, where.
+    """Which way of running the members was the fastest, and on which machine.
 
     Attributes:
         machine: in words.
-        cpus: how many it lent; elsewhere the winners mean nothing.
-        load: how many processes wanted a CPU when it began; ``None`` where the system does not tell. Well above 0,
-            the measurement was not alone.
+        cpus: how many were available; with another number, the winners do not apply.
+        load: processes that wanted a CPU at the start; ``None`` where unknown. Well above 0, the machine was shared.
         device: "cpu" or "cuda".
         members: M.
         winners: batch size to the fastest strategy.
@@ -130,27 +142,27 @@ class Tuning(Record):
 
 
 class BundleManifest(Record):
-    """Everything about a bundle but its graphs.
+    """Everything about a bundle except its graphs.
 
     Attributes:
-        dataset: the title of what the members were trained on.
+        dataset: title of what the members were trained on.
         image_shape: [H, W, 3] of the images that the graphs take.
         members: M.
-        layout: ``"members"``: an ONNX file for each member, which any runtime can use alone; ``"vertices"``: one graph
-            without weights, the K vertices, and what each member needs to be made of them.
-        graphs: in the layout ``"members"``, the file of each; else the one graph.
+        layout: ``"members"``: an ONNX file for each member, usable alone in any runtime; ``"vertices"``: one graph
+            without weights, the K vertices, and each member's coefficients and buffers.
+        graphs: of the layout ``"members"``, the file of each member; else the one graph.
         input: ``"uint8"``: pixels from 0 to 255; ``"float"``: float32 from 0 to 1. Both (B, H, W, 3).
         precision: of weights and activations.
-        precision_check: what it changed; ``None`` for float32.
+        precision_check: what the precision changes; ``None`` for float32.
         order: the members in the order in which they are asked; ``ordered_by`` says why.
         vertices: K, as trained.
-        sampling: how the layout ``"vertices"`` draws further members; ``None`` where there are none to draw.
+        sampling: how the layout ``"vertices"`` draws further members; ``None`` where the members are fixed.
         training_cost: the run's, as its manifest has it.
-        max_difference: the largest difference from PyTorch of any probability, over all members, as exported.
+        max_difference: the largest difference of any member's probability from PyTorch's.
         compared_on: the images of that comparison.
-        validation: ``None`` where no held-out image was at hand.
+        validation: ``None`` where no held-out images were available.
         tuning: ``None`` where nothing was measured.
-        calibration: the file of the run's calibration, whose members these are; ``None`` where there is none.
+        calibration: the file of the calibration fitted for these members; ``None`` without one.
     """
 
     kind: Literal["bundle"] = "bundle"
@@ -161,47 +173,46 @@ class BundleManifest(Record):
     classes: list[str]
     image_shape: list[int]
     members: int
-    layout: Literal["members", "vertices"] = "members"
+    layout: Layout
     graphs: list[str]
-    input: Literal["uint8", "float"] = "uint8"
-    precision: Literal["float32", "float16", "int8"] = "float32"
-    precision_check: PrecisionCheck | None = None
-    order: list[int] = Field(default_factory=list)
-    ordered_by: Literal["the run", "validation NLL"] = "the run"
-    vertices: int | None = None
-    sampling: Simplexes | None = None
+    input: Pixels
+    precision: Precision
+    precision_check: PrecisionCheck | None
+    order: list[int]
+    ordered_by: Literal["the run", "validation NLL"]
+    vertices: int
+    sampling: Simplexes | None
     parameters: int
     training_cost: dict[str, Any]
     run: Origin
     opset: int
     max_difference: float
-    compared_on: list[str] = Field(default_factory=list)
-    validation: Validation | None = None
-    tuning: Tuning | None = None
-    calibration: str | None = None
+    compared_on: list[str]
+    validation: Validation | None
+    tuning: Tuning | None
+    calibration: str | None
     created: str
     versions: dict[str, str]
     files: dict[str, str] = Field(default_factory=dict)
 
 
 def read_bundle(bundle: Path) -> BundleManifest:
-    """A bundle's manifest, after every file that it names has been verified.
+    """Return a bundle's manifest, after verifying every file that it names.
 
     Raises:
         ArtefactError: no bundle there, or of a format that this version cannot read.
         CorruptError: a file is missing or changed; it is named.
     """
-    content = artefact.read(bundle, "bundle", formats=_FORMATS)
+    content = artefact.read(bundle, "bundle", formats=(FORMAT,))
     try:
         manifest = BundleManifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArtefactError(f"{bundle} has an unusable manifest ({where}: {first['msg']}): export it again") from error
-    manifest.order = manifest.order or list(range(manifest.members))
-    needed = [*manifest.graphs, *([WEIGHTS] if manifest.layout == "vertices" else [])]
+    needed = [*manifest.graphs, PROBE, *([WEIGHTS] if manifest.layout == "vertices" else [])]
     needed += [manifest.calibration] if manifest.calibration else []
-    if missing := sorted(set(needed) - set(manifest.files)):
+    if missing := [name for name in needed if name not in manifest.files]:
         raise ArtefactError(f"{bundle} does not hold its {missing[0]}: export it again")
     if len(manifest.graphs) != (manifest.members if manifest.layout == "members" else 1):
         raise ArtefactError(f"{bundle} does not hold one graph for each of its members: export it again")

@@ -1,8 +1,8 @@
-"""ONNX Runtime's sessions of a bundle's members: opened from its files, or made of its vertices. No torch, no onnx."""
+"""ONNX Runtime sessions of a bundle's members, from their files or made of vertices. No torch, no onnx."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,21 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ensembler.errors import ArtefactError, UsageError
-from ensembler.serve.runtime.machine import gpu_answers
-from ensembler.serve.runtime.manifest import GRAPH, MERGED, WEIGHTS, BundleManifest
+from ensembler.serve.runtime.machine import has_gpu
+from ensembler.serve.runtime.manifest import GRAPH, MERGED, WEIGHTS, BundleManifest, Layout
 from ensembler.serve.runtime.vertices import Vertices, further_coefficients
 
-__all__ = ["merged_name", "open_members", "open_merged", "open_session", "providers"]
+__all__ = ["merged_name", "open_bundle", "open_members", "open_merged", "open_session", "providers"]
 
 
-def open_members(
+def open_bundle(
     bundle: Path, manifest: BundleManifest, members: int | None = None, seed: int = 0
 ) -> list[onnxruntime.InferenceSession]:
-    """A session for each member, each computing in its caller's thread alone, in the order in which to ask them.
+    """Open a session for each member of a bundle, in the order in which they are asked.
 
     Args:
-        bundle: the folder, already verified.
-        manifest: its manifest.
+        bundle: its folder, verified.
+        manifest: the bundle's.
         members: how many: by default all; fewer are the first ones; more are drawn from the bundle's simplexes.
         seed: of that draw.
 
@@ -46,33 +46,51 @@ def open_members(
         raise UsageError(
             f"the {manifest.members} members of a run by {manifest.method} are fixed: there are no {wanted} to ask"
         )
-    chosen, where = manifest.order[:wanted], providers()
-    if manifest.layout == "members":
-        return [open_session(bundle / manifest.graphs[member], where) for member in chosen]
-    vertices = Vertices.load(bundle / WEIGHTS)
-    sessions = [open_session(bundle / GRAPH, where, weights=vertices.member(member)) for member in chosen]
+    sessions = open_members(bundle, manifest.layout, manifest.graphs, manifest.order[:wanted])
     if further > 0 and manifest.sampling is not None:
+        vertices, where = Vertices.load(bundle / WEIGHTS), providers()
         drawn = further_coefficients(manifest.sampling, vertices.coefficients.shape[1], further, seed)
         sessions += [open_session(bundle / GRAPH, where, weights=vertices.further(row)) for row in drawn]
     return sessions
 
 
-def open_merged(bundle: Path, manifest: BundleManifest, threads: int) -> onnxruntime.InferenceSession:
-    """The graph of all members at once, ``logits`` (M, B, C) in the order in which they are asked.
+def open_members(
+    folder: Path, layout: Layout, graphs: Sequence[str], members: Iterable[int]
+) -> list[onnxruntime.InferenceSession]:
+    """Open a session for each of some members; each computes in its caller's thread.
+
+    Args:
+        folder: of the files.
+        layout: see :class:`~ensembler.serve.runtime.manifest.BundleManifest`.
+        graphs: likewise.
+        members: their numbers.
+
+    Raises:
+        ArtefactError: ONNX Runtime cannot open a graph.
+    """
+    where = providers()
+    if layout == "members":
+        return [open_session(folder / graphs[member], where) for member in members]
+    vertices = Vertices.load(folder / WEIGHTS)
+    return [open_session(folder / GRAPH, where, weights=vertices.member(member)) for member in members]
+
+
+def open_merged(folder: Path, layout: Layout, order: Sequence[int], threads: int) -> onnxruntime.InferenceSession:
+    """Open the graph of all members at once: ``logits`` (M, B, C) in the order in which members are asked.
 
     Raises:
         ArtefactError: ONNX Runtime cannot open it.
     """
     weights: dict[str, NDArray[np.floating]] = {}
-    if manifest.layout == "vertices":
-        vertices = Vertices.load(bundle / WEIGHTS)
-        for place, member in enumerate(manifest.order):
+    if layout == "vertices":
+        vertices = Vertices.load(folder / WEIGHTS)
+        for place, member in enumerate(order):
             weights |= {merged_name(place, name): tensor for name, tensor in vertices.member(member).items()}
-    return open_session(bundle / MERGED, providers(), threads, weights)
+    return open_session(folder / MERGED, providers(), threads, weights)
 
 
 def merged_name(place: int, name: str) -> str:
-    """What a name of one member's graph is called in the graph of all; ``place`` is its place in the order."""
+    """Return a name of one member's graph in the graph of all members; ``place`` is the member's in the order."""
     return f"member{place}/{name}"
 
 
@@ -82,13 +100,13 @@ def open_session(
     threads: int = 1,
     weights: Mapping[str, NDArray[np.floating]] | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A session of one graph.
+    """Open a session of one graph.
 
     Args:
         graph: its file.
-        where: ONNX Runtime's providers, the preferred one first.
-        threads: how many compute one operator; with 1, the caller's alone.
-        weights: the initialisers that the file declares and does not hold.
+        where: ONNX Runtime's execution providers, the preferred one first.
+        threads: how many compute one operator; with 1, the caller's only.
+        weights: initialisers that the file declares without holding them.
 
     Raises:
         ArtefactError: ONNX Runtime cannot open the graph.
@@ -104,15 +122,15 @@ def open_session(
             values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(w)) for w in weights.values()]
             options.add_external_initializers(list(weights), values)
         return onnxruntime.InferenceSession(graph, options, providers=list(where))
-    except Exception as error:  # its exceptions share no base class of their own
+    except Exception as error:  # its exceptions have no base class of their own
         reason = str(error).splitlines()[0]
         raise ArtefactError(f"ONNX Runtime cannot open {graph}: {reason}: export the run again") from error
 
 
 def providers() -> list[Any]:
-    """CUDA before the CPU where a GPU answers; whether a session then runs there, only the session can say."""
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and gpu_answers():
-        onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them, which nothing else finds without torch
-        # TF32 would cost the agreement with PyTorch that the export has checked.
+    """Return the execution providers: CUDA before the CPU where there is a GPU; a session may still fall back."""
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and has_gpu():
+        onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them
+        # TF32 would break the agreement with PyTorch that the export has checked.
         return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
     return ["CPUExecutionProvider"]

@@ -1,10 +1,10 @@
-"""Three ways of running an ensemble's members on one machine; which is the fastest, only a measurement can say.
+"""Three ways of running an ensemble's members on one machine; which is the fastest has to be measured.
 
-- ``sessions``: members side by side, each in one thread, on a pool as wide as the CPUs that are ours. M sessions with
-  threads of their own would fight over the cores.
-- ``loop``: the same sessions one after another in the caller's own thread: no hand-over, which a tiny network takes
-  longer for than for its work.
-- ``merged``: all members in one graph, whose operators ONNX Runtime spreads over the cores.
+- ``sessions``: members in parallel, each in one thread of a pool as wide as the available CPUs. M sessions with threads
+  of their own would compete for the cores.
+- ``loop``: the same sessions one after another in the caller's thread, for networks so small that handing them to
+  another thread takes longer than running them.
+- ``merged``: all members in one graph, whose operators ONNX Runtime runs in parallel.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from numpy.typing import NDArray
 
 from ensembler.errors import UsageError
 from ensembler.serve.runtime.manifest import Strategy
+from ensembler.task import softmax
 
-__all__ = ["Members", "softmax"]
+__all__ = ["Members"]
 
-_CHUNK_PIXELS = {"cpu": 64 * 32 * 32, "cuda": 1024 * 32 * 32}  # a forward pass: efficient, and bounded in memory
-_FEWEST = 8  # images: fewer a forward pass are not worth parting among threads
+_CHUNK_PIXELS = {"cpu": 64 * 32 * 32, "cuda": 1024 * 32 * 32}  # of a forward pass: efficient, and bounded in memory
+_FEWEST = 8  # images of a forward pass: smaller parts are not worth a thread
 
 Probabilities = NDArray[np.float32]
 
 
 class Members:
-    """Opened members, in the order in which they are asked, and the threads that run them.
+    """Opened members, in the order in which they are asked, and a pool of threads that run them.
 
-    Safe to call from several threads at once: they share the pool.
+    Safe to call from several threads at once.
 
     Args:
         sessions: one a member.
@@ -40,11 +41,12 @@ class Members:
         image_shape: [H, W, 3].
         classes: C.
         scaled: whether the graphs take pixels from 0 to 1 rather than from 0 to 255.
-        merged: all members in one graph, where there is one.
+        merged: all members in one graph.
 
     Attributes:
-        device: ``"cuda"`` or ``"cpu"``: where the sessions really compute.
-        strategies: those that can be asked for.
+        device: ``"cuda"`` or ``"cpu"``: where the sessions run.
+        largest: images of one forward pass, at most.
+        strategies: the available ones.
     """
 
     def __init__(
@@ -73,21 +75,22 @@ class Members:
 
     @property
     def batches(self) -> list[int]:
-        """The batch sizes that a forward pass really has on CUDA, where every other one is padded to the next."""
+        """The batch sizes of forward passes on CUDA, where others are padded to the next one."""
         return [2**i for i in range(math.ceil(math.log2(self.largest)) + 1)]
 
     def ask(
         self, images: NDArray[np.generic], strategy: Strategy = "sessions", first: int = 0, last: int | None = None
     ) -> Probabilities:
-        """Probabilities (last - first, B, C) of some of the members, by default of all.
+        """Return the probabilities (last - first, B, C) of some of the members, by default of all.
 
         Args:
             images: (B, H, W, 3), uint8 from 0 to 255; or float32 from 0 to 1, where the graphs take them.
-            strategy: how; part of the members cannot be asked as ``"merged"``.
-            first, last: the members' places in the order, the last one excluded.
+            strategy: ``"merged"`` is only for all members.
+            first: place of the first member in the order.
+            last: one past the place of the last.
 
         Raises:
-            UsageError: a strategy that is not open.
+            UsageError: a strategy that is not available.
         """
         last = len(self) if last is None else last
         if strategy == "merged" and (self._merged is None or (first, last) != (0, len(self))):
@@ -102,7 +105,7 @@ class Members:
             result[member - first, part] = softmax(self._run(self._sessions[member], images[part]))
 
         threads = 1 if strategy == "loop" else self._threads
-        # As many forward passes as come out even on the threads: 5 members on 2 threads are halved, not 3 and 2.
+        # Parts that keep all threads busy to the end: 5 members on 2 threads run on halves of the batch, not 3 and 2.
         parts = self._parts(len(images), threads // math.gcd(last - first, threads))
         tasks = [(member, part) for part in parts for member in range(first, last)]
         if threads == 1 or len(tasks) == 1:
@@ -114,11 +117,11 @@ class Members:
         return result
 
     def close(self) -> None:
-        """Let the threads go; nothing can be asked any more."""
+        """Stop the threads; nothing can be asked any more."""
         self._pool.shutdown()
 
     def _parts(self, images: int, wanted: int) -> list[slice]:
-        """The batch in equal parts: ``wanted`` of them if that leaves each enough, more where one were too large."""
+        """The batch in equal parts: ``wanted`` of them, fewer where they were too small, more where too large."""
         count = max(min(wanted, images // _FEWEST), -(-images // self.largest), 1)
         edges = [images * i // count for i in range(count + 1)]
         return [slice(*pair) for pair in pairwise(edges)]
@@ -127,16 +130,9 @@ class Members:
         if self._scaled and images.dtype == np.uint8:
             images = images.astype(np.float32) / np.float32(255)
         count = len(images)
-        if self.device == "cuda":  # every new shape makes CUDA plan anew
+        if self.device == "cuda":  # which plans anew for every new shape
             size = next(batch for batch in self.batches if batch >= count)
             images = np.concatenate([images, np.zeros((size - count, *images.shape[1:]), images.dtype)])
         (logits,) = session.run(None, {"images": images})
         kept: NDArray[np.float32] = logits[..., :count, :]
         return kept
-
-
-def softmax(logits: NDArray[np.float32]) -> Probabilities:
-    """Softmax over the last axis, (..., C) to (..., C), without overflow."""
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    total: Probabilities = exponentials / exponentials.sum(axis=-1, keepdims=True)
-    return total

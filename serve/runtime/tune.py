@@ -1,4 +1,4 @@
-"""Which way of running the members is the fastest on this machine: measured, not guessed."""
+"""Measures which way of running the members is the fastest on this machine."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ensembler.serve.runtime.strategies import Members
 __all__ = ["BATCHES", "machine_in_words", "measure", "tune"]
 
 BATCHES = (1, 8, 64)
-_SECONDS = 5.0  # for one batch size, about
+_SECONDS = 5.0  # for one batch size
 _REPEATS = (5, 200)  # of each strategy, at least and at most
-_TIE = 0.04  # of the time: "sessions" wins, which shares the CPUs best among several callers
+_TIE = 0.04  # of the time; within it the first strategy wins, "sessions", which serves several callers best
 
 Name = TypeVar("Name", bound=str)
 
@@ -29,15 +29,15 @@ Name = TypeVar("Name", bound=str)
 def tune(
     members: Members, images: NDArray[np.uint8], batches: tuple[int, ...] = BATCHES, seconds: float = _SECONDS
 ) -> Tuning:
-    """Time every strategy that is open at every batch size; what is within 4 % of the fastest is as fast.
+    """Time every available strategy at every batch size; what is within 4 % of the fastest counts as as fast.
 
-    The lower quartile decides: nearer than the median to what the machine does when it has nothing else to do.
+    The lower quartile decides: it is less affected by other work on the machine than the median.
 
     Args:
         members: opened with as many threads as there are CPUs.
-        images: (B, H, W, 3), any B >= 1: repeated where a batch is larger.
+        images: (B, H, W, 3), B >= 1; repeated for larger batches.
         batches: the sizes.
-        seconds: to spend on each.
+        seconds: for each size.
     """
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     table: list[Timing] = []
@@ -64,10 +64,10 @@ def tune(
 
 
 def measure(runs: Mapping[Name, Callable[[], object]], seconds: float = _SECONDS) -> dict[Name, list[float]]:
-    """Seconds of each run, time after time, taking turns, so that what else the machine does disturbs all alike.
+    """Return the seconds of each run, repeatedly and in turns, so that other work affects all alike.
 
-    Each is timed the second time that it runs in its turn: a server runs one way only, with what it needs in the
-    caches, and after no other way's threads that still spin.
+    Each is timed at its second run in a row: a server runs one way only, with warm caches and without another way's
+    threads still spinning.
     """
     found: dict[Name, list[float]] = {name: [] for name in runs}
     least, most = _REPEATS
@@ -83,7 +83,7 @@ def measure(runs: Mapping[Name, Callable[[], object]], seconds: float = _SECONDS
 
 
 def machine_in_words() -> str:
-    """The system, the processor's kind, and how many CPUs are ours."""
+    """Return the system, the processor's kind and the available CPUs."""
     return f"{platform.system()} {platform.machine()}, {available_cpus()} CPUs"
 
 

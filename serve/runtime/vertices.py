@@ -1,16 +1,16 @@
-"""The layout "vertices": one graph without weights, and each member's weights made of the vertices. NumPy only.
+"""The layout "vertices": one graph without weights, and the vertices that members' weights are made of. NumPy only.
 
-``weights.npz`` names tensors by kind and by the graph's own initialisers:
+``weights.npz`` names tensors by kind and by the graph's initialisers:
 
 ======================  =========  ================================================================================
 ``coefficients``        (M, K)     each member as a sum of the vertices
-``vertex/NAME``         (K, ...)   what is combined
-``buffer/NAME``         (M, ...)   each member's own: BatchNorm's statistics belong to one point and are not combined
-``shared/NAME``         (...)      every member's, such as frozen parameters
+``vertex/NAME``         (K, ...)   the vertices' trained parameters
+``buffer/NAME``         (M, ...)   each member's own: BatchNorm statistics cannot be combined
+``shared/NAME``         (...)      the same for all members, such as frozen parameters
 ======================  =========  ================================================================================
 
-In the graph, these initialisers are declared as external data, which ONNX Runtime takes from memory: no file of a
-member is ever written, and no graph grows to protobuf's 2 GB.
+The graph declares these initialisers as external data, which ONNX Runtime takes from memory: no file is written for a
+member, and no graph reaches protobuf's limit of 2 GB.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Array = NDArray[np.floating]
 
 
 class Vertices:
-    """K vertices and what makes members of them.
+    """K vertices, and the coefficients and buffers of M members.
 
     Args:
         coefficients: (M, K).
@@ -53,10 +53,10 @@ class Vertices:
 
     @classmethod
     def load(cls, path: Path) -> Vertices:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
-            ArtefactError: it is not such a file.
+            ArtefactError: it is not one.
         """
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -71,22 +71,22 @@ class Vertices:
         return cls(coefficients, parts["vertex"], parts["buffer"], parts["shared"])
 
     def save(self, path: Path) -> None:
-        """Write everything to one file of arrays."""
+        """Write everything to one ``.npz`` file."""
         tensors = {"coefficients": self.coefficients}
         for kind, part in (("vertex", self._vertices), ("buffer", self._buffers), ("shared", self._shared)):
             tensors |= {f"{kind}/{name}": tensor for name, tensor in part.items()}
-        np.savez(path, **tensors)  # type: ignore[arg-type]  # its flags are positional nowhere here
+        np.savez(path, **tensors)  # type: ignore[arg-type]  # no tensor has the name of a flag
 
     def member(self, index: int) -> dict[str, Array]:
-        """The weights of one of the M members, by initialiser."""
+        """Return the weights of one of the M members, by initialiser."""
         own = self.at(self.coefficients[index]) if self._vertices else {}
         return own | {name: rows[index] for name, rows in self._buffers.items()} | self._shared
 
     def further(self, coefficients: Array) -> dict[str, Array]:
-        """The weights at a point of the vertices' span that no member has.
+        """Return the weights of a new member, at coefficients (K,).
 
         Raises:
-            UsageError: members have buffers of their own, which only training images can give a new one.
+            UsageError: members have BatchNorm statistics, which a new one could get only from training images.
         """
         if self._buffers:
             raise UsageError(
@@ -96,7 +96,7 @@ class Vertices:
         return self.at(coefficients) | self._shared
 
     def at(self, coefficients: Array) -> dict[str, Array]:
-        """``c @ V``, tensor by tensor, in float32 and rounded once to the vertices' own type."""
+        """Return ``c @ V``, tensor by tensor, in float32 and rounded once to the vertices' type."""
         c = coefficients.astype(np.float32)
         return {
             name: np.tensordot(c, rows.astype(np.float32, copy=False), axes=1).astype(rows.dtype, copy=False)
@@ -105,10 +105,10 @@ class Vertices:
 
 
 def further_coefficients(sampling: Simplexes, vertices: int, members: int, seed: int) -> Array:
-    """Coefficients (members, K) of new members, each Dirichlet in one of the simplexes, none at a corner.
+    """Return coefficients (members, K) of new members, each Dirichlet in one of the simplexes.
 
-    Their stream of random numbers is not the one that :meth:`ensembler.ensemble.Ensemble.sample` draws from, so that
-    they never repeat the members that a bundle holds.
+    They come from another stream of random numbers than :meth:`ensembler.ensemble.Ensemble.sample`'s, so they never
+    repeat the members that a bundle holds.
     """
     rng = np.random.default_rng(derive(seed, "served members"))
     count = len(sampling.simplexes)

@@ -1,0 +1,188 @@
+"""The figures of an evaluation, with captions and alternative texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from ensembler.eval.evaluation import Evaluation
+from ensembler.eval.report.comparison_plots import plot_differences, plot_members
+from ensembler.eval.report.notation import compact, count_runs, label, representatives
+from ensembler.eval.report.plots import (
+    STYLES,
+    plot_boxes,
+    plot_entropy,
+    plot_rejection,
+    plot_reliability,
+    plot_severity,
+)
+from ensembler.eval.report.schema import Report, ShiftReport
+from ensembler.eval.scores.comparison import Losses
+from ensembler.eval.scores.metrics import BINS
+from ensembler.eval.scores.selective import Reliability, RiskCoverage, reliability, risk_coverage
+
+__all__ = ["Picture", "figures"]
+
+_LONGEST = 40  # characters of a name in a figure
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A figure with its texts.
+
+    Attributes:
+        section: the part of a report that it belongs to, as for tables.
+        figure: for :func:`ensembler.eval.report.plots.to_png` and ``to_svg``.
+        caption: what it shows.
+        alt: the alternative text; the numbers are in the tables.
+    """
+
+    section: str
+    figure: Figure
+    caption: str
+    alt: str
+
+
+def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
+    """Draw every figure for which there are data, by the name of its file, in reading order.
+
+    With more runs than colours, figures of single runs show only the first seed of each group.
+
+    Args:
+        found: the evaluation.
+        report: its report, or the one with a comparison.
+    """
+    places, said = representatives(report, most=len(STYLES))
+    drawn = f" {said}".rstrip()
+    names = [_name(report, place) for place in places]
+    runs = [found.runs[place] for place in places]
+    reports = [report.runs[place] for place in places]
+    shift = report.shift if all(run.shifted for run in runs) else None
+    listed = count_runs(len(names))
+    clean = [_reliability(run.losses) for run in runs]
+    pictures = {
+        "reliability": Picture(
+            "calibration",
+            plot_reliability(names, clean),
+            f"Reliability on the clean test images: accuracy against confidence in {BINS} bins of equal width. Bars "
+            f"below the dashed line: overconfident. The grey line is the share of images in each bin.{drawn}",
+            f"Reliability diagrams of {listed} on clean images.",
+        )
+    }
+    shifted = [run.shifted for run in runs if run.shifted is not None]
+    if shift is not None:
+        under = f"{shift.source} shift"
+        pictures["reliability-shifted"] = Picture(
+            "calibration",
+            plot_reliability(names, [_reliability(losses) for losses in shifted]),
+            f"The same under {under}, all {_cells(shift)} pooled. Gaps of opposite sign cancel here between cells, but "
+            f"not in the tables' ECE, a mean over cells.{drawn}",
+            f"Reliability diagrams of {listed} under {under}.",
+        )
+        pictures["severity"] = Picture(
+            "shift",
+            plot_severity(names, reports),
+            f"Error, NLL and ECE by severity, {under}: means over {len(shift.headline)} corruptions.{drawn}",
+            f"Lines of error, NLL and ECE of {listed} over severities 0 (clean) to 5.",
+        )
+        pictures["boxes"] = Picture(
+            "shift",
+            plot_boxes(names, reports, shift.headline),
+            f"Error, NLL and ECE over the {len(shift.headline)} corruptions at each severity, {under}: median, "
+            f"quartiles, minimum and maximum; the mark at 0 is the clean score.{drawn}",
+            f"Box plots of error, NLL and ECE of {listed} over corruptions, at severities 1 to 5.",
+        )
+    pictures["rejection"] = Picture(
+        "rejection",
+        plot_rejection(
+            names,
+            [_risk_coverage(run.losses) for run in runs],
+            [_risk_coverage(losses) for losses in shifted] if shift is not None else None,
+        ),
+        f"Accuracy on the most confident images against the share of images answered{_and_shifted(shift)}.{drawn}",
+        f"Accuracy-rejection curves of {listed}.",
+    )
+    if report.ood:
+        titles = {f"{place}: {_printable(one.title)}": one.name for place, one in enumerate(report.ood, start=1)}
+        pictures["entropy"] = Picture(
+            "ood",
+            plot_entropy(
+                names,
+                [run.entropies["clean"] for run in runs],
+                {title: [run.entropies[name] for run in runs] for title, name in titles.items()},
+                runs[0].clean.mean.shape[1],
+            ),
+            f"Predictive entropy of the clean test images and of out-of-distribution images.{drawn}",
+            f"Histograms of the predictive entropy of {listed}, in and out of distribution.",
+        )
+    pictures |= _comparison(report)
+    for picture in pictures.values():  # each further layout would move things a little
+        picture.figure.draw_without_rendering()
+        picture.figure.set_layout_engine("none")
+    return pictures
+
+
+def _comparison(report: Report) -> dict[str, Picture]:
+    comparison = report.comparison
+    if comparison is None:
+        return {}
+    places = {run.name: place for place, run in enumerate(report.runs)}
+    baseline = _name(report, places[comparison.baseline])
+    pictures = {}
+    for key, name, where in (("differences", "clean", "clean"), ("differences-shifted", "shifted", "under shift")):
+        known = [(one.run, getattr(one, name)) for one in comparison.differences if getattr(one, name) is not None]
+        if known:
+            pictures[key] = Picture(
+                "comparison",
+                plot_differences(
+                    [_name(report, places[run]) for run, _ in known],
+                    baseline,
+                    [differences for _, differences in known],
+                    comparison.confidence,
+                ),
+                f"Scores minus those of {baseline}, {where}, with {comparison.confidence:.0%} bootstrap intervals over "
+                "the test images; lower is better. Hollow mark: the interval contains 0.",
+                f"Forest plot of the differences of {count_runs(len(known))} from the baseline, {where}.",
+            )
+    if comparison.curves:
+        drawn = [places[curve.run] for curve in comparison.curves]
+        pictures["members"] = Picture(
+            "number",
+            plot_members(
+                [_name(report, place) for place in drawn],
+                [f"{compact(report.runs[place].training_example_passes)} passes" for place in drawn],
+                [curve.points for curve in comparison.curves],
+            ),
+            "Clean scores against the number of members: solid, the mean over random subsets, with a band from best "
+            "to worst; dashed, in the greedy order on the validation images.",
+            f"Curves of calibrated NLL and error of {count_runs(len(drawn))} against members.",
+        )
+    return pictures
+
+
+def _name(report: Report, number: int) -> str:
+    return _printable(label(report, number))
+
+
+def _printable(text: str) -> str:
+    """Escape a name for matplotlib: no formulas, and only letters of its font."""
+    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 15]}…{text[-14:]}"
+    known = "".join(letter if letter < "\u0500" or letter == "…" else "?" for letter in short)
+    return known.replace("$", r"\$")
+
+
+def _reliability(losses: Losses) -> Reliability:
+    return reliability(losses.confidence.ravel(), losses.correct.ravel(), BINS)
+
+
+def _risk_coverage(losses: Losses) -> RiskCoverage:
+    return risk_coverage(losses.confidence.ravel(), losses.correct.ravel())
+
+
+def _cells(shift: ShiftReport) -> str:
+    return f"{5 * len(shift.headline)} cells"
+
+
+def _and_shifted(shift: ShiftReport | None) -> str:
+    return "" if shift is None else f", clean and under {shift.source} shift, all {_cells(shift)} pooled"

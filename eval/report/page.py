@@ -1,0 +1,163 @@
+"""The report as one self-contained HTML page: no network, no scripts, embedded figures.
+
+The same evaluation gives the same bytes, except for the duration and the command.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
+from html import escape
+from importlib import resources
+from string import Template
+
+from ensembler.eval.evaluation import Evaluation
+from ensembler.eval.report.figures import Picture
+from ensembler.eval.report.notation import SCORES, count_runs, plain
+from ensembler.eval.report.plots import to_svg
+from ensembler.eval.report.schema import Report
+from ensembler.eval.report.sentences import compared, findings
+from ensembler.eval.report.tables import Table, about, report_tables
+
+__all__ = ["page"]
+
+_SECTIONS = {
+    "costs": "Costs",
+    "clean": "Clean test images",
+    "calibration": "Calibration",
+    "members": "Members",
+    "shift": "Shift",
+    "rejection": "Selective prediction",
+    "ood": "Out of distribution",
+    "comparison": "Comparison",
+    "number": "Number of members",
+    "cells": "Every cell of the shift",
+}
+"""The sections of tables and pictures, in reading order."""
+
+_FOLDED = "cells"  # long: folded on screen, omitted in print
+
+
+def page(
+    found: Evaluation, report: Report, pictures: Mapping[str, Picture], *, seconds: float, command: str | None = None
+) -> bytes:
+    """Render the report as HTML, in UTF-8.
+
+    Args:
+        found: the evaluation.
+        report: its report, or the one with a comparison.
+        pictures: :func:`ensembler.eval.report.figures.figures` of both.
+        seconds: the duration.
+        command: as typed.
+    """
+    tables = report_tables(report)
+    sections = {
+        key: body
+        for key in _SECTIONS
+        if (body := "\n".join(_section(key, [one for one in tables if one.section == key], pictures)))
+    }
+    titles = {"summary": "Summary", **_SECTIONS, "terms": "Terms", "made": "How this was made"}
+    summary = "<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in findings(report)) + "\n</ul>"
+    terms = _definitions({score.title.removesuffix(" %"): escape(score.meaning) for score in SCORES.values()})
+    bodies = {"summary": summary, **sections, "terms": terms, "made": _made(found, report, seconds, command)}
+    title = f"{'Comparison' if report.comparison else 'Evaluation'} of {count_runs(len(report.runs))} on "
+    template = resources.files("ensembler.eval.report").joinpath("page.html").read_text(encoding="utf-8")
+    return (
+        Template(template)
+        .substitute(
+            title=escape(title + plain(report.dataset)),
+            introduction="\n".join(f"<p>{escape(line)}</p>" for line in compared(report)),
+            contents="\n".join(f'<li><a href="#{key}">{escape(titles[key])}</a></li>' for key in bodies),
+            sections="\n".join(
+                f'<section id="{key}">\n<h2>{escape(titles[key])}</h2>\n{body}\n</section>'
+                for key, body in bodies.items()
+            ),
+        )
+        .encode()
+    )
+
+
+def _section(key: str, tables: list[Table], pictures: Mapping[str, Picture]) -> Iterator[str]:
+    said: set[str] = set()
+    for table in tables:
+        text = _table(table, [note for note in table.notes if note not in said])
+        said |= set(table.notes)
+        yield f"<details>\n<summary>{escape(table.title)}</summary>\n{text}\n</details>" if key == _FOLDED else text
+    for picture in pictures.values():
+        if picture.section == key:
+            yield _figure(picture)
+    if key == _FOLDED and tables:
+        yield '<p class="note">Folded here and omitted in print; report.csv has them all.</p>'
+
+
+def _table(table: Table, notes: list[str]) -> str:
+    kinds = ["" if place < table.words else ' class="figure"' for place in range(len(table.columns))]
+    head = "".join(
+        f'<th scope="col"{kind}>{_heading(heading)}</th>' for heading, kind in zip(table.columns, kinds, strict=True)
+    )
+    rows = "\n".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=True))
+        + "</tr>"
+        for row in table.rows
+    )
+    below = "".join(f'\n<p class="note">{escape(note)}</p>' for note in notes)
+    return (
+        f'<div class="table">\n<table>\n<caption>{escape(table.title)}</caption>\n<thead>\n<tr>{head}</tr>\n</thead>\n'
+        f"<tbody>\n{rows}\n</tbody>\n</table>{below}\n</div>"
+    )
+
+
+def _heading(text: str) -> str:
+    """Escape a heading, and keep its unit on the same line."""
+    return escape(text).replace(" %", "&nbsp;%")
+
+
+def _figure(picture: Picture) -> str:
+    width = round(96 * picture.figure.get_figwidth())
+    source = f"data:image/svg+xml;base64,{b64encode(to_svg(picture.figure)).decode()}"
+    return (
+        f'<figure>\n<img src="{source}" width="{width}" alt="{escape(picture.alt)}">\n'
+        f"<figcaption>{escape(picture.caption)}</figcaption>\n</figure>"
+    )
+
+
+def _made(found: Evaluation, report: Report, seconds: float, command: str | None) -> str:
+    images = found.runs[0].manifest.dataset
+    facts = {
+        "command": f"<code>{escape(plain(command))}</code>" if command else "",
+        "took": f"{seconds:,.1f} s",
+        "predicted on": escape(plain(report.device)),
+        "seed": str(report.seed),
+        "images": escape(
+            f"{plain(report.dataset)}: {report.test_examples:,} test images to score, "
+            f"{report.validation_examples:,} validation images to fit temperatures and choose members on"
+        ),
+        "test sha256": f"<code>{escape(report.test_sha256)}</code>",
+        "validation sha256": f"<code>{escape(report.validation_sha256)}</code>",
+        "training sha256": f"<code>{escape(images.train_sha256)}</code>",
+        "runs' sha256": "<br>".join(f"{n}: <code>{escape(run.sha256)}</code>" for n, run in enumerate(report.runs, 1)),
+        "shift": " ".join(map(escape, about(report)[1:])),
+        "generated": escape(_generated(report)),
+        "out of distribution": escape(
+            "; ".join(f"{plain(one.title)}: {one.images:,} images ({one.source})" for one in report.ood)
+        ),
+        "bootstrap": ""
+        if report.comparison is None
+        else f"{report.comparison.resamples:,} resamples of the test images, seed {report.seed}",
+        "versions": escape(", ".join(f"{name} {version}" for name, version in report.versions.items())),
+        "runs made": escape("; ".join(f"{n}: {plain(run.manifest.created)}" for n, run in enumerate(found.runs, 1))),
+    }
+    return _definitions({term: meaning for term, meaning in facts.items() if meaning})
+
+
+def _generated(report: Report) -> str:
+    """List the generated images."""
+    made = ["the corrupted test images"] if report.shift is not None and report.shift.source == "generated" else []
+    made += [plain(images.title) for images in report.ood if images.source == "generated"]
+    return ", ".join(made) or "nothing"
+
+
+def _definitions(facts: Mapping[str, str]) -> str:
+    """Render a list of terms, whose meanings are HTML already."""
+    return "<dl>\n" + "\n".join(f"<dt>{escape(term)}</dt><dd>{text}</dd>" for term, text in facts.items()) + "\n</dl>"

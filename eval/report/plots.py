@@ -1,0 +1,210 @@
+"""Plots of an evaluation: reliability, shift, selective prediction and uncertainty; and what all plots share."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cbook import boxplot_stats
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from ensembler.eval.report.schema import RunReport
+from ensembler.eval.scores.selective import Reliability, RiskCoverage
+
+__all__ = [
+    "STYLES",
+    "add_legend",
+    "new_figure",
+    "plot_boxes",
+    "plot_entropy",
+    "plot_rejection",
+    "plot_reliability",
+    "plot_severity",
+    "style",
+    "to_png",
+    "to_svg",
+]
+
+_SCORES = (("error", "error (%)", 100), ("nll", "NLL (nats)", 1), ("ece", "ECE (%)", 100))
+
+_LEAST_KEPT = 0.05  # share of the examples below which the accuracy is noise
+
+# Okabe and Ito's colours, for colour-blind readers; with markers for print.
+STYLES = tuple(
+    zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vP*", strict=True)
+)
+
+
+def plot_severity(names: Sequence[str], runs: Sequence[RunReport]) -> Figure:
+    """Plot error, NLL and ECE of each run, clean (severity 0) and as means over corruptions at each severity."""
+    figure = new_figure(13, 4.2)
+    for axes, (name, title, scale) in zip(figure.subplots(1, 3), _SCORES, strict=True):
+        for number, (label, run) in enumerate(zip(names, runs, strict=True)):
+            columns = {0: run.clean} | run.by_severity
+            colour, marker = style(number)
+            values = [getattr(scores, name) * scale for scores in columns.values()]
+            axes.plot(list(columns), values, color=colour, marker=marker, label=label)
+        axes.set(xlabel="severity (0: clean)", ylabel=title, xticks=[0, *runs[0].by_severity])
+        axes.grid(alpha=0.3)
+        axes.set_ylim(bottom=0)
+    add_legend(figure)
+    return figure
+
+
+def plot_reliability(names: Sequence[str], diagrams: Sequence[Reliability]) -> Figure:
+    """Plot accuracy against confidence, a panel per run; dots are at mean confidences, the line is a bin's share."""
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = new_figure(3.2 * columns, 3.1 * rows)
+    grid = np.ravel(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True))
+    for number, (axes, name, diagram) in enumerate(zip(grid, names, diagrams, strict=False)):
+        _reliability(axes, diagram, number)
+        axes.set_title(name, fontsize="small")
+    for axes in grid[len(names) :]:
+        axes.set_axis_off()
+    figure.supxlabel("confidence", fontsize="medium")
+    figure.supylabel("accuracy (bars), share of images (line)", fontsize="medium")
+    return figure
+
+
+def _reliability(axes: Axes, bins: Reliability, number: int) -> None:
+    used = bins.count > 0
+    edges = np.linspace(0, 1, len(bins.count) + 1)
+    width = edges[1] - edges[0]
+    colour, _ = style(number)
+    axes.bar(edges[:-1][used], bins.accuracy[used], width, align="edge", color=colour, alpha=0.75, edgecolor="white")
+    share = bins.count / max(1, bins.count.sum())
+    axes.step(np.append(edges[:-1], 1), np.append(share, share[-1]), where="post", color="#777777", lw=1)
+    axes.plot([0, 1], [0, 1], color="black", lw=1, ls="--")
+    axes.plot(bins.confidence[used], bins.accuracy[used], color="black", marker=".", lw=0)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+
+
+def plot_boxes(names: Sequence[str], runs: Sequence[RunReport], headline: Sequence[str]) -> Figure:
+    """Draw box plots over the headline corruptions at each severity, as in Ovadia et al. 2019, figure 2.
+
+    The clean score is a point at severity 0. https://arxiv.org/abs/1906.02530
+    """
+    figure = new_figure(13, 4.2)
+    width = 0.8 / len(names)
+    levels = list(runs[0].by_severity)
+    for axes, (score, label, scale) in zip(figure.subplots(1, 3), _SCORES, strict=True):
+        for number, (name, run) in enumerate(zip(names, runs, strict=True)):
+            colour, marker = style(number)
+            offset = (number + 0.5) * width - 0.4
+            values = [[scale * getattr(run.cells[one][level], score) for one in headline] for level in levels]
+            axes.bxp(
+                [boxplot_stats(each, whis=(0, 100))[0] for each in values],
+                positions=[level + offset for level in levels],
+                widths=0.85 * width,
+                showfliers=False,
+                manage_ticks=False,
+                patch_artist=True,
+                boxprops={"facecolor": colour, "alpha": 0.6, "edgecolor": colour},
+                medianprops={"color": "black"},
+                whiskerprops={"color": colour},
+                capprops={"color": colour},
+            )
+            axes.plot([offset], [scale * getattr(run.clean, score)], marker, color=colour)
+            axes.plot([], [], "s", color=colour, label=name)
+        axes.set(xlabel="severity (0: clean)", ylabel=label)
+        axes.set_xticks([0, *levels])
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3, axis="y")
+    add_legend(figure)
+    figure.suptitle(f"Over {len(headline)} corruptions: median, quartiles, minimum and maximum", fontsize="medium")
+    return figure
+
+
+def plot_rejection(
+    names: Sequence[str], clean: Sequence[RiskCoverage], shifted: Sequence[RiskCoverage] | None = None
+) -> Figure:
+    """Plot the accuracy of the most confident examples against the share of examples kept, from 5 % on."""
+    panels = [("clean", clean), *([("under shift, cells pooled", shifted)] if shifted else [])]
+    figure = new_figure(5 * len(panels), 4.2)
+    for axes, (title, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
+        for number, (name, one) in enumerate(zip(names, curves, strict=True)):
+            drawn = one.coverage >= _LEAST_KEPT
+            axes.plot(100 * one.coverage[drawn], 100 * (1 - one.risk[drawn]), color=style(number)[0], label=name)
+        axes.set(xlabel="most confident examples kept (%)", ylabel="accuracy (%)", xlim=(0, 100))
+        axes.set_title(title, fontsize="medium")
+        axes.grid(alpha=0.3)
+    add_legend(figure)
+    return figure
+
+
+def plot_entropy(
+    names: Sequence[str],
+    inside: Sequence[NDArray[np.floating]],
+    outside: Mapping[str, Sequence[NDArray[np.floating]]],
+    classes: int,
+) -> Figure:
+    """Draw histograms of the predictive entropy in (filled) and out of distribution (lines), a panel per run.
+
+    Args:
+        names: of the runs.
+        inside: (B,) each run's predictive entropies (nats) of images in distribution.
+        outside: the same for each set of images out of distribution, by title.
+        classes: C; log C is the largest entropy.
+    """
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = new_figure(4.4 * columns, 3.2 * rows + 0.8)
+    grid = np.ravel(figure.subplots(rows, columns, squeeze=False, sharex=True))
+    edges = np.linspace(0, max(np.log(classes), 1e-3), 41)
+    for number, (axes, name) in enumerate(zip(grid, names, strict=False)):
+        _density(axes, inside[number], edges, "#777777", "in distribution", filled=True)
+        for place, (title, values) in enumerate(outside.items()):
+            _density(axes, values[number], edges, style(place)[0], title, filled=False)
+        axes.set(xlabel="predictive entropy (nats)", ylabel="share of images", xlim=(0, edges[-1]))
+        axes.set_title(name, fontsize="medium")
+    for axes in grid[len(names) :]:
+        axes.set_axis_off()
+    add_legend(figure)
+    return figure
+
+
+def _density(
+    axes: Axes, values: NDArray[np.floating], edges: NDArray[np.float64], colour: str, label: str, *, filled: bool
+) -> None:
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    axes.stairs(counts / max(1, len(values)), edges, color=colour, fill=filled, alpha=0.6 if filled else 1, label=label)
+
+
+def style(number: int) -> tuple[str, str]:
+    """Return the colour and marker of a run."""
+    return STYLES[number % len(STYLES)]
+
+
+def add_legend(figure: Figure) -> None:
+    """Add one legend for all panels, below them."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = min(3, max(1, len(labels)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Create an empty figure, of a size in inches."""
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """Render a figure as PNG; the same figure gives the same bytes."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})  # matplotlib would write its version
+    return content.getvalue()
+
+
+def to_svg(figure: Figure) -> bytes:
+    """Render a figure as SVG, with text as outlines; the same figure gives the same bytes."""
+    content = io.BytesIO()
+    with rc_context({"svg.hashsalt": "ensembler"}):  # fixes the ids
+        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+    return content.getvalue()

@@ -1,0 +1,199 @@
+"""The schema of a report's JSON.
+
+A report has no dates or timings of its own, so the same runs and seed give the same bytes on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from ensembler.eval.scores.comparison import Difference, Spread
+from ensembler.eval.scores.members import CurvePoint, Equivalent
+from ensembler.eval.scores.ood import OodScores
+from ensembler.record import Record
+
+__all__ = [
+    "CellScores",
+    "Comparison",
+    "Group",
+    "MemberCurve",
+    "OodReport",
+    "Report",
+    "RunDifference",
+    "RunEquivalent",
+    "RunReport",
+    "ShiftReport",
+    "SingleMember",
+    "mean_scores",
+]
+
+
+class CellScores(Record):
+    """Scores of the ensemble's mean prediction on one set of images; see :mod:`ensembler.eval.scores.metrics`.
+
+    Entropies and NLLs are in nats. ``calibrated_nll`` is the NLL after the run's temperature, fitted on the validation
+    images. ``member_accuracy`` and ``member_nll`` are means over single members. ``null``: not defined for one member,
+    or if all answers are right or all wrong.
+    """
+
+    accuracy: float
+    error: float
+    nll: float
+    calibrated_nll: float
+    brier: float
+    ece: float
+    adaptive_ece: float
+    classwise_ece: float
+    max_calibration_error: float
+    aurc: float
+    risk_at_80: float
+    misclassification_auroc: float | None
+    member_accuracy: float
+    member_nll: float
+    disagreement: float | None
+    predictive_entropy: float
+    expected_entropy: float
+    mutual_information: float | None
+
+
+class SingleMember(Record):
+    """One member's own scores on the clean test images."""
+
+    accuracy: float
+    nll: float
+
+
+class ShiftReport(Record):
+    """A shift; means are over ``headline``."""
+
+    name: str
+    source: Literal["official", "generated"]
+    note: str
+    corruptions: list[str]
+    headline: list[str]
+    not_covered: list[str]
+
+
+class OodReport(Record):
+    """A set of out-of-distribution images."""
+
+    name: str
+    title: str
+    source: Literal["dataset", "folder", "official", "generated"]
+    images: int
+
+
+class RunReport(Record):
+    """One run's cost and scores.
+
+    ``sha256`` is of the run's manifest, which has the hash of each of its files. ``training_unknown``: files of weights
+    that training started from, whose own cost is unknown and not counted; ``training_peak_memory``: bytes.
+    ``temperature``: fitted to the validation images. ``by_severity``, ``by_family`` and ``shifted`` are means over the
+    headline corruptions; ``ood``: by set of images and detector.
+    """
+
+    name: str
+    sha256: str
+    method: str
+    architecture: str
+    vertices: int
+    members: int
+    parameters: int
+    seed: int
+    training_example_passes: int
+    training_forward_passes: int
+    training_unknown: list[str]
+    training_seconds: float
+    training_peak_memory: int | None
+    training_device: str
+    forward_passes_per_prediction: int
+    temperature: float
+    clean: CellScores
+    single_members: list[SingleMember]
+    by_severity: dict[int, CellScores]
+    by_family: dict[str, CellScores]
+    shifted: CellScores | None
+    cells: dict[str, dict[int, CellScores]]
+    ood: dict[str, dict[str, OodScores | None]]
+
+
+class RunDifference(Record):
+    """Differences of a run from the baseline by score: clean, and as means over the shift's headline cells."""
+
+    run: str
+    clean: dict[str, Difference]
+    shifted: dict[str, Difference] | None
+
+
+class Group(Record):
+    """Runs that differ only in their seeds.
+
+    ``runs``: their positions in the report. A seed that appears twice in ``seeds`` is the same run made twice.
+    ``scores``: the spread of each score, those under shift as ``shifted_NAME``.
+    """
+
+    runs: list[int]
+    seeds: list[int]
+    scores: dict[str, Spread]
+
+
+class RunEquivalent(Equivalent):
+    """A run's deep-ensemble equivalent; ``reference`` is the deep ensemble."""
+
+    reference: str
+
+
+class MemberCurve(Record):
+    """Test scores against the number of members.
+
+    ``order``: the members' greedy order on the validation images; ``recommended``: the smallest number of members, in
+    that order, that is not significantly worse than all on these images.
+    """
+
+    run: str
+    order: list[int]
+    recommended: int
+    points: list[CurvePoint]
+
+
+class Comparison(Record):
+    """A comparison of runs with one of them, the baseline, by a paired bootstrap over test examples.
+
+    ``equivalents``: of the runs for which a deep ensemble of the same network is among the runs.
+    """
+
+    baseline: str
+    confidence: float
+    resamples: int
+    differences: list[RunDifference]
+    groups: list[Group]
+    equivalents: dict[str, RunEquivalent]
+    curves: list[MemberCurve]
+
+
+class Report(Record):
+    """A whole evaluation."""
+
+    format: Literal[1] = 1
+    dataset: str
+    test_examples: int
+    test_sha256: str
+    validation_examples: int
+    validation_sha256: str
+    shift: ShiftReport | None
+    ood: list[OodReport]
+    runs: list[RunReport]
+    comparison: Comparison | None = None
+    device: str
+    seed: int
+    versions: dict[str, str]
+
+
+def mean_scores(cells: Sequence[CellScores]) -> CellScores:
+    """Compute the mean over cells of equal size: "mean corruption error (unnormalised)" and the other scores."""
+    columns = {name: [getattr(cell, name) for cell in cells] for name in CellScores.model_fields}
+    means = {name: None if None in column else float(np.mean(column)) for name, column in columns.items()}
+    return CellScores.model_validate(means)

@@ -1,0 +1,111 @@
+"""Plots of a surface: contours on the plane, and measures along paths."""
+
+from __future__ import annotations
+
+import matplotlib.patheffects as effects
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
+
+from ensembler.eval.report.plots import new_figure, style, to_png
+from ensembler.eval.surface import Surface
+
+__all__ = ["plot_paths", "plot_surface"]
+
+Array = NDArray[np.float64]
+
+_LEVELS = 13
+
+
+def plot_surface(surface: Surface) -> bytes:
+    """Plot the plane in two panels of filled contours, train loss and test error, with marked corners."""
+    shape = (surface.y[-1] - surface.y[0]) / (surface.x[-1] - surface.x[0])
+    wide = shape < 0.35
+    figure = new_figure(10, 2 * max(8.6 * shape, 0.6) + 2.8) if wide else new_figure(11, 4.2 * min(shape, 2) + 1.8)
+    left, right = figure.subplots(2, 1) if wide else figure.subplots(1, 2)
+    _contours(left, surface, np.array(surface.train_loss), 1e-6, "train loss (nats)")
+    _contours(right, surface, 100 * np.array(surface.test_error), 50 / surface.test_examples, "test error (%)")
+    handles, labels = left.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    figure.suptitle(
+        f"{_title(surface)}\n{surface.train_examples:,} training and {surface.test_examples:,} test images "
+        f"at each of {len(surface.x)} x {len(surface.y)} points",
+        fontsize="medium",
+    )
+    return to_png(figure)
+
+
+def _title(surface: Surface) -> str:
+    corners = {f"{corner.label}: {corner.run}": corner.run for corner in surface.corners}
+    names = corners if len(surface.methods) > 1 else [surface.corners[0].run]
+    return f"{surface.dataset}, {surface.architecture}, {', '.join(names)}"
+
+
+def _contours(axes: Axes, surface: Surface, values: Array, floor: float, title: str) -> None:
+    """Draw contours at logarithmic levels: values differ by orders of magnitude."""
+    logs = np.log(np.maximum(values, floor))
+    levels = np.linspace(logs.min() - 1e-6, logs.max() + 1e-6, _LEVELS)
+    filled = axes.contourf(surface.x, surface.y, logs, levels, cmap="viridis")
+    axes.contour(surface.x, surface.y, logs, levels, colors="white", linewidths=0.4, linestyles="solid", alpha=0.6)
+    axes.set(title=title, xlabel="distance in weight space", aspect="equal")
+    thickness = 15 / axes.get_window_extent().width
+    bar = axes.figure.colorbar(filled, cax=axes.inset_axes((1 + thickness, 0, thickness, 1)))
+    bar.set_ticks(levels[::3].tolist(), labels=[_number(level) for level in np.exp(levels[::3]).tolist()])
+    outlined = [effects.withStroke(linewidth=4, foreground="black")]
+    if surface.curve:
+        places = zip(*surface.curve, strict=True)
+        axes.plot(*places, color="white", lw=2, label="the curve", path_effects=outlined)
+    middle = np.mean([corner.x for corner in surface.corners])
+    for corner in surface.corners:
+        axes.plot(corner.x, corner.y, "o", color="#D55E00", mec="white", ms=11)
+        side = 1 if corner.x > middle else -1
+        text = axes.annotate(
+            corner.label,
+            (corner.x, corner.y),
+            (10 * side, 0),
+            textcoords="offset points",
+            ha="left" if side > 0 else "right",
+            va="center_baseline",
+            weight="bold",
+        )
+        text.set_path_effects([effects.withStroke(linewidth=3, foreground="white")])
+    if surface.members:
+        places = zip(*surface.members, strict=True)
+        axes.plot(*places, "o", color="black", mec="white", ms=4, label="members")
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}" if value < 100 else f"{value:.0f}"
+
+
+def plot_paths(surface: Surface) -> bytes:
+    """Plot train loss, test error, and the error of the ensemble of the first end and the point at t, a row per path.
+
+    As in Garipov et al. 2018, figure 2.
+    """
+    rows = len(surface.paths)
+    figure = new_figure(12, 3.3 * rows + 0.5)
+    columns = (
+        ("train_loss", "train loss (nats)", 1),
+        ("test_error", "test error (%)", 100),
+        ("ensemble_error", "error of t = 0 and t together (%)", 100),
+    )
+    for row, path in zip(figure.subplots(rows, 3, squeeze=False), surface.paths, strict=True):
+        for axes, (column, label, scale) in zip(row, columns, strict=True):
+            for number, (name, way) in enumerate(path.ways.items()):
+                line = name == "line"
+                axes.plot(
+                    way.t,
+                    scale * np.array(getattr(way, column)),
+                    color=style(number)[0],
+                    ls="--" if line else "-",
+                    label="straight line" if line else name,
+                )
+            axes.set(xlabel="t", ylabel=label, xlim=(0, 1))
+            axes.grid(alpha=0.3)
+        row[0].set_yscale("log")
+        row[0].legend(frameon=False, fontsize="small")
+        row[1].set_title(path.name, fontsize="medium")
+    figure.suptitle(_title(surface), fontsize="medium")
+    return to_png(figure)

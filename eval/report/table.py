@@ -1,0 +1,115 @@
+"""Tables as rows of text, and the columns that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+from ensembler.eval.report.notation import NOTHING, SCORES, compact, label, plain
+from ensembler.eval.report.schema import CellScores, Report, RunReport, ShiftReport
+
+__all__ = [
+    "CLEAN",
+    "COST",
+    "ONE_MEMBER",
+    "SHIFTED",
+    "Column",
+    "Table",
+    "by_run",
+    "images_of",
+    "means_over",
+    "meant_shift",
+    "one_member_note",
+    "score_column",
+    "under",
+]
+
+ONE_MEMBER = f"{NOTHING}: not defined for one member."
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in rows and columns.
+
+    Attributes:
+        section: the part of a report that it belongs to.
+        title: of what, and of which images.
+        columns: the headings.
+        rows: one cell per column; the first is the row's name.
+        words: the number of first columns that are words; the others are figures, aligned right.
+        notes: printed below it.
+        detail: shown only on the page.
+    """
+
+    section: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int = 1
+    notes: tuple[str, ...] = ()
+    detail: bool = False
+
+
+Column = tuple[str, Callable[[RunReport], str]]
+CLEAN, SHIFTED = attrgetter("clean"), attrgetter("shifted")
+
+
+def by_run(
+    report: Report,
+    section: str,
+    title: str,
+    columns: Sequence[Column],
+    *,
+    notes: Sequence[str] = (),
+    detail: bool = False,
+    words: int = 1,
+) -> Table:
+    """Make a table with a row for each run; the other arguments are :class:`Table`'s."""
+    rows = tuple(
+        (label(report, number), *(write(run) for _, write in columns)) for number, run in enumerate(report.runs)
+    )
+    headings = ("run", *(heading for heading, _ in columns))
+    return Table(section, title, headings, rows, words, tuple(notes), detail)
+
+
+def score_column(name: str, of: Callable[[RunReport], CellScores | None], title: str | None = None) -> Column:
+    """Make a column of one score, by default under the score's own title."""
+
+    def write(run: RunReport) -> str:
+        scores = of(run)
+        return SCORES[name].write(None if scores is None else getattr(scores, name))
+
+    return SCORES[name].title if title is None else title, write
+
+
+COST: tuple[Column, ...] = (
+    ("M", lambda run: str(run.members)),
+    ("passes", lambda run: compact(run.training_example_passes) + ("+?" if run.training_unknown else "")),
+)
+"""The columns beside every run's scores."""
+
+
+def images_of(report: Report) -> str:
+    """Describe the test images."""
+    return f"{report.test_examples:,} test images of {plain(report.dataset)}"
+
+
+def meant_shift(report: Report) -> ShiftReport | None:
+    """Return the shift, if it covers corruptions of the headline."""
+    return report.shift if report.runs[0].shifted is not None else None
+
+
+def under(shift: ShiftReport) -> str:
+    """Return "under official shift" or "under generated shift"."""
+    return f"under {shift.source} shift"
+
+
+def one_member_note(report: Report) -> list[str]:
+    """Return the note on dashes, if a run has one member."""
+    return [ONE_MEMBER] if any(run.members == 1 for run in report.runs) else []
+
+
+def means_over(shift: ShiftReport) -> str:
+    """Describe what means under shift are over."""
+    return f"{len(shift.headline)} corruptions x 5 severities"

@@ -1,0 +1,231 @@
+"""A report's tables: defined once for the terminal, Markdown and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ensembler.eval.report.comparison_tables import comparison_tables
+from ensembler.eval.report.notation import SCORES, Score, label, plain
+from ensembler.eval.report.schema import Report, ShiftReport
+from ensembler.eval.report.table import (
+    CLEAN,
+    COST,
+    ONE_MEMBER,
+    SHIFTED,
+    Column,
+    Table,
+    by_run,
+    images_of,
+    means_over,
+    meant_shift,
+    one_member_note,
+    score_column,
+    under,
+)
+from ensembler.eval.scores.ood import OodScores
+from ensembler.eval.shift.corruptions import FAMILIES
+
+__all__ = ["Table", "about", "report_tables"]
+
+_DETECTORS = {
+    "predictive_entropy": "entropy",
+    "mutual_information": "mutual inf.",
+    "one_minus_max": "1 - max p",
+}
+
+_OOD = {"auroc": "AUROC", "fpr_at_95": "FPR@95", "aupr_out": "AUPR out", "aupr_in": "AUPR in"}
+_PERCENT = Score("%", 100, 2, "")
+
+
+def about(report: Report) -> list[str]:
+    """Describe what all tables have in common: the images, the shift, the device."""
+    found = [f"{images_of(report)}; predicted on {plain(report.device)}; seed {report.seed}."]
+    if report.shift is not None:
+        found += [report.shift.note, f"Means are over: {', '.join(report.shift.headline) or 'no corruption'}."]
+        if report.shift.not_covered:
+            found.append(f"Not covered: {', '.join(report.shift.not_covered)}.")
+    return found
+
+
+def report_tables(report: Report) -> list[Table]:
+    """Return all tables for which the report has data, in reading order."""
+    found = [_costs(report), _clean(report), _calibration(report), _members(report)]
+    if report.shift is not None:
+        found += _severities(report, report.shift) if meant_shift(report) else []
+        found += _families(report, report.shift)
+    found.append(_selective(report))
+    found += _ood(report)
+    if report.comparison is not None:
+        found += comparison_tables(report, report.comparison)
+    if report.shift is not None:
+        found += [_cells(report, report.shift, number) for number in range(len(report.runs))]
+    return found
+
+
+def _costs(report: Report) -> Table:
+    notes = [
+        "Example passes: one image forward and backward; forward only: for BatchNorm statistics, for instance. A "
+        "prediction by M members takes M forward passes."
+    ]
+    notes += [
+        f"{label(report, number)} started from {', '.join(map(plain, run.training_unknown))}, whose own training cost "
+        "is unknown and not counted (+?)."
+        for number, run in enumerate(report.runs)
+        if run.training_unknown
+    ]
+    columns: list[Column] = [
+        ("method", lambda run: plain(run.method)),
+        ("network", lambda run: plain(run.architecture)),
+        ("seed", lambda run: str(run.seed)),
+        ("M", lambda run: str(run.forward_passes_per_prediction)),
+        (
+            "example passes",
+            lambda run: f"{run.training_example_passes:,}" + ("+?" if run.training_unknown else ""),
+        ),
+        ("forward only", lambda run: f"{run.training_forward_passes:,}"),
+        ("seconds", lambda run: f"{run.training_seconds:,.0f}"),
+        ("on", lambda run: plain(run.training_device)),
+    ]
+    return by_run(report, "costs", "Training cost", columns, notes=notes, words=3)
+
+
+def _clean(report: Report) -> Table:
+    names = ("error", "nll", "calibrated_nll", "brier", "ece", "aurc")
+    columns = [*COST, *(score_column(name, CLEAN) for name in names)]
+    notes = ["M: members, and forward passes per prediction; passes: example passes in training."]
+    return by_run(report, "clean", f"Clean: {images_of(report)}", columns, notes=notes)
+
+
+def _calibration(report: Report) -> Table:
+    names = ("ece", "adaptive_ece", "classwise_ece", "max_calibration_error", "nll", "calibrated_nll")
+    sets = [("clean", CLEAN)]
+    if (shift := meant_shift(report)) is not None:
+        sets.append(("shifted", SHIFTED))
+    rows = []
+    for number, run in enumerate(report.runs):
+        for title, of in sets:
+            figures = (score_column(name, of)[1](run) for name in names)
+            rows.append((label(report, number), title, *figures, f"{run.temperature:.3f}"))
+    headings = ("run", "images", *(SCORES[name].title for name in names), "temperature")
+    notes = [
+        f"Temperatures were fitted on {report.validation_examples:,} validation images; above 1, they lower confidence."
+    ]
+    if shift is not None:
+        notes.append(f"Shifted ({shift.source}): mean over {means_over(shift)}.")
+    title = f"Calibration: {images_of(report)}"
+    return Table("calibration", title, headings, tuple(rows), 2, tuple(notes), detail=True)
+
+
+def _members(report: Report) -> Table:
+    names = ("disagreement", "mutual_information", "expected_entropy", "predictive_entropy", "accuracy")
+    columns = [*COST, *(score_column(name, CLEAN) for name in names)]
+    columns += [
+        score_column("member_accuracy", CLEAN),
+        ("min %", lambda run: SCORES["accuracy"].write(min(one.accuracy for one in run.single_members))),
+        ("max %", lambda run: SCORES["accuracy"].write(max(one.accuracy for one in run.single_members))),
+    ]
+    notes = ["Entropies and mutual information in nats; min and max: of the members' accuracies."]
+    title = f"Members: {images_of(report)}, clean"
+    return by_run(report, "members", title, columns, notes=[*notes, *one_member_note(report)], detail=True)
+
+
+def _severities(report: Report, shift: ShiftReport) -> Iterator[Table]:
+    levels = list(report.runs[0].by_severity)
+    companions = {
+        "error": "Mean corruption error (unnormalised), %",
+        "nll": "Mean corruption NLL",
+        "ece": "Mean corruption ECE, %",
+        "brier": "Mean corruption Brier score",
+        "calibrated_nll": "Mean corruption NLL, calibrated on clean validation images",
+        "disagreement": "Mean corruption disagreement, %",
+    }
+    for name, title in companions.items():
+        columns = [*COST, score_column(name, CLEAN, "clean")]
+        columns += [score_column(name, lambda run, level=level: run.by_severity[level], str(level)) for level in levels]  # type: ignore[misc]
+        columns.append(score_column(name, SHIFTED, "mean 1-5"))
+        yield by_run(
+            report,
+            "shift",
+            f"{title}, {shift.source} shift",
+            columns,
+            notes=[
+                f"By severity; means over {len(shift.headline)} corruptions, {images_of(report)} each.",
+                *(one_member_note(report) if name == "disagreement" else []),
+            ],
+            detail=name not in ("error", "nll", "ece"),
+        )
+
+
+def _families(report: Report, shift: ShiftReport) -> Iterator[Table]:
+    families = list(report.runs[0].by_family)
+    covered = {family: [name for name in FAMILIES[family] if name in shift.corruptions] for family in families}
+    notes = [f"{family}: {', '.join(names)}" for family, names in covered.items()]
+    if "validation" in covered:
+        notes[-1] += ", which no other mean includes"
+    for name, title in (("error", "Error, %"), ("nll", "NLL"), ("ece", "ECE, %")):
+        columns = [
+            *COST,
+            *(score_column(name, lambda run, family=family: run.by_family[family], family) for family in families),  # type: ignore[misc]
+        ]
+        yield by_run(
+            report,
+            "shift",
+            f"{title}, {shift.source} shift, by family",
+            columns,
+            notes=[f"Means over corruptions and severities. {'; '.join(notes)}."],
+            detail=name != "error",
+        )
+
+
+def _selective(report: Report) -> Table:
+    names = ("aurc", "risk_at_80", "misclassification_auroc")
+    columns = [*COST, *(score_column(name, CLEAN) for name in names)]
+    if (shift := meant_shift(report)) is not None:
+        columns += [score_column(name, SHIFTED, f"shifted {SCORES[name].title}") for name in names]
+    title = f"Selective prediction: {images_of(report)}"
+    notes = [f"Shifted ({shift.source}): mean over {means_over(shift)}."] if shift else []
+    return by_run(report, "rejection", title, columns, notes=notes, detail=True)
+
+
+def _ood(report: Report) -> Iterator[Table]:
+    for images in report.ood:
+        for measures in (("auroc", "fpr_at_95"), ("aupr_out", "aupr_in")):
+            columns = list(COST)
+            for measure in measures:
+                for detector, heading in _DETECTORS.items():
+                    columns.append(
+                        (
+                            f"{_OOD[measure]} {heading}",
+                            lambda run, m=measure, d=detector, n=images.name: _ood_figure(run.ood[n][d], m),  # type: ignore[misc]
+                        )
+                    )
+            kinds = " and ".join(_OOD[measure] for measure in measures)
+            title = f"{plain(images.title)}: {kinds}, %"
+            counts = (
+                f"Detection of {images.images:,} images ({images.source}) among {report.test_examples:,} clean test "
+                "images by predictive entropy, mutual information, and 1 minus the largest probability."
+            )
+            if "fpr_at_95" in measures:
+                notes = [
+                    f"{counts} FPR@95: share of clean images flagged at 95 % recall of the others; lower is better."
+                ]
+            else:
+                notes = [f"{counts} AUPR out: the positive class is out of distribution; AUPR in: in distribution."]
+            detail = "auroc" not in measures
+            yield by_run(report, "ood", title, columns, notes=[*notes, *one_member_note(report)], detail=detail)
+
+
+def _ood_figure(scores: OodScores | None, measure: str) -> str:
+    return _PERCENT.write(None if scores is None else getattr(scores, measure))
+
+
+def _cells(report: Report, shift: ShiftReport, number: int) -> Table:
+    rows = tuple(
+        (corruption, str(severity), *(score.write(getattr(scores, name)) for name, score in SCORES.items()))
+        for corruption, levels in report.runs[number].cells.items()
+        for severity, scores in levels.items()
+    )
+    headings = ("corruption", "severity", *(score.title for score in SCORES.values()))
+    notes = [ONE_MEMBER] if report.runs[number].members == 1 else []
+    title = f"{label(report, number)}, {under(shift)}: every cell"
+    return Table("cells", title, headings, rows, 1, tuple(notes), detail=True)

@@ -1,0 +1,3 @@
+"""Scores: pure functions of arrays."""
+
+__all__: list[str] = []

@@ -1,0 +1,267 @@
+"""Download of the official CIFAR-10-C and CIFAR-100-C archives (Hendrycks & Dietterich 2019) from Zenodo.
+
+An interrupted transfer is resumed, the MD5 is checked before unpacking, and the folder appears only when complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tarfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from ensembler import __version__
+from ensembler.errors import DataError, UsageError
+from ensembler.eval.shift.corruptions import HEADLINE, VALIDATION
+from ensembler.eval.shift.generated import RECORD
+from ensembler.eval.shift.layout import LABELS, lock
+from ensembler.progress import Watcher
+
+__all__ = ["ARCHIVES", "HOST", "Archive", "download"]
+
+HOST = "https://zenodo.org"
+
+_CHUNK = 2**20
+_TIMEOUT = 60.0  # seconds without a byte
+_WAITS = (2.0, 5.0, 15.0)  # seconds before each further attempt; starts again after any progress
+_PASSING = {408, 425, 429, 500, 502, 503, 504}  # temporary statuses
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A published tar of one folder.
+
+    Attributes:
+        folder: the folder's name; the tar is ``FOLDER.tar``.
+        record: its path below the host.
+        size: in bytes.
+        md5: hexadecimal, as published.
+        files: the required files of the folder.
+    """
+
+    folder: str
+    record: str
+    size: int
+    md5: str
+    files: tuple[str, ...] = (LABELS, *(f"{name}.npy" for name in HEADLINE + VALIDATION))
+
+    @property
+    def path(self) -> str:
+        """The path of the tar, below the host."""
+        return f"{self.record}/files/{self.folder}.tar?download=1"
+
+
+ARCHIVES = {
+    "cifar10c": Archive("CIFAR-10-C", "records/2535967", 2_918_471_680, "56bf5dcef84df0e2308c6dcbcbbd8499"),
+    "cifar100c": Archive("CIFAR-100-C", "records/3555552", 2_918_473_216, "11f0ed0f1191edbf9fa23466ae6021d3"),
+}
+
+
+class _Cut(Exception):  # noqa: N818
+    """A failure of the network that may be temporary."""
+
+
+def download(
+    archive: Archive,
+    root: Path,
+    *,
+    base: str = HOST,
+    waits: Sequence[float] = _WAITS,
+    watch: Watcher = lambda label, done, total: None,
+) -> Path:
+    """Fetch, check and unpack an archive; an existing folder is left as it is.
+
+    Until then, fetched bytes are in ``FOLDER.tar.partial``, from which an interrupted download resumes. A
+    ``FOLDER.tar`` that was fetched by hand is checked, unpacked and kept.
+
+    Args:
+        archive: one of :data:`ARCHIVES`.
+        root: the folder to unpack into.
+        base: the host's URL.
+        waits: seconds before each further attempt; after any progress, the first is immediate.
+        watch: called with the current step, how many bytes are done, and of how many.
+
+    Returns:
+        The unpacked folder.
+
+    Raises:
+        UsageError: another process is fetching it, or the folder has generated images.
+        DataError: the network or the disk failed, or the archive is not the published one.
+    """
+    folder, partial, own = (root / f"{archive.folder}{suffix}" for suffix in ("", ".tar.partial", ".tar"))
+    if _is_there(archive, folder):
+        return folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with lock(root / f".{archive.folder}.lock", folder):
+            if _is_there(archive, folder):  # another process was quicker
+                return folder
+            tar = own if own.is_file() else partial
+            _check_space(archive, root, archive.size - _size(tar))
+            if tar == partial:
+                _fetch(archive, partial, base, waits, watch)
+            _check_md5(archive, tar, watch)
+            _unpack(archive, tar, folder, watch)
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot write to {root}: {error.strerror or error}: make room there or choose another --data; fetched "
+            "bytes were kept: run the command again to resume"
+        ) from error
+    return folder
+
+
+def _is_there(archive: Archive, folder: Path) -> bool:
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    if (folder / RECORD).exists():
+        raise UsageError(f"{folder} holds generated images: move it away, or choose another --data")
+    missing = [name for name in archive.files if not (folder / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"{folder} is there but lacks {missing[0]}{more}: remove it, and run the command again")
+    return True
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _check_space(archive: Archive, root: Path, to_fetch: int) -> None:
+    needed, free = max(0, to_fetch) + archive.size, shutil.disk_usage(root).free
+    if free < needed:
+        raise DataError(
+            f"{root} has {free / 1e9:.1f} GB free, and to fetch and unpack {archive.folder} takes "
+            f"{needed / 1e9:.1f} GB more: make room there, or choose another --data"
+        )
+
+
+def _fetch(archive: Archive, partial: Path, base: str, waits: Sequence[float], watch: Watcher) -> None:
+    """Fetch ``partial`` to its full length, in any number of transfers."""
+    if _size(partial) > archive.size:
+        partial.unlink()
+    waiting = iter(waits)
+    while (before := _size(partial)) < archive.size:
+        try:
+            _transfer(archive, partial, f"{base}/{archive.path}", watch)
+        except _Cut as cut:
+            kept = _size(partial)
+            if kept > before:
+                waiting = iter((0.0, *waits))
+            wait = next(waiting, None)
+            if wait is None:
+                raise DataError(
+                    f"cannot fetch {archive.folder} from {base}: {cut}; {kept:,} of {archive.size:,} bytes were kept: "
+                    "check the network, and run the command again to resume"
+                ) from cut
+            watch(f"{cut}, trying again in {wait:.0f} s", kept, archive.size)
+            time.sleep(wait)
+
+
+def _transfer(archive: Archive, partial: Path, url: str, watch: Watcher) -> None:
+    """Request the rest of ``partial``, and append it.
+
+    Raises:
+        _Cut: the network failed; what came was kept.
+        DataError: the server offers another file.
+    """
+    have = _size(partial)
+    headers = {"User-Agent": f"ensembler/{__version__}", "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    try:
+        with httpx.stream("GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True) as response:
+            _check_status(archive, response)
+            done = _first_byte(archive, response, url, have)
+            with partial.open("ab") as file:
+                file.truncate(done)
+                watch(f"fetching {archive.folder}", done, archive.size)
+                for chunk in response.iter_raw():
+                    done += file.write(chunk[: archive.size - done])
+                    watch(f"fetching {archive.folder}", done, archive.size)
+    except httpx.TransportError as error:
+        reason = re.sub(r"^\[Errno -?\d+\] |^peer closed .*", "", str(error))
+        raise _Cut(reason or "the connection was cut") from error
+
+
+def _check_status(archive: Archive, response: httpx.Response) -> None:
+    answer = f"the server answers {response.status_code} {response.reason_phrase}"
+    if response.status_code in _PASSING:
+        raise _Cut(answer)
+    if response.is_error:
+        raise DataError(
+            f"cannot fetch {response.url}: {answer}: fetch {archive.folder}.tar by hand from {HOST}/{archive.record} "
+            "into the same folder, and run the command again"
+        )
+
+
+def _first_byte(archive: Archive, response: httpx.Response, url: str, have: int) -> int:
+    """Return the position of an answer's first byte: the requested one, or 0 from a server without ranges."""
+    if response.status_code == 206:
+        found = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        first, size = (int(found[1]), int(found[2])) if found else (None, None)
+    else:
+        length = response.headers.get("Content-Length", "")
+        first, size = 0, int(length) if length.isdecimal() else None
+    if size != archive.size or first not in (0, have):
+        offered = "something of unknown size" if size is None else f"{size:,} bytes"
+        raise DataError(
+            f"{url} offers {offered}, not the {archive.size:,} bytes of {archive.folder}.tar: is a proxy or a sign-in "
+            f"page between? Try again later, or fetch it by hand from {HOST}/{archive.record} into the same folder"
+        )
+    return first
+
+
+def _check_md5(archive: Archive, tar: Path, watch: Watcher) -> None:
+    digest, done = hashlib.md5(usedforsecurity=False), 0
+    with tar.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            watch(f"checking {archive.folder}", done, archive.size)
+    if digest.hexdigest() == archive.md5:
+        return
+    mend = f"remove it, and fetch it again from {HOST}/{archive.record}"
+    if tar.suffix == ".partial":
+        tar.unlink()
+        mend = "it was removed: run the command again to fetch it anew"
+    raise DataError(
+        f"{tar} is not the published archive: its MD5 is {digest.hexdigest()}, not {archive.md5}; nothing was unpacked "
+        f"from it; {mend}"
+    )
+
+
+def _unpack(archive: Archive, tar: Path, folder: Path, watch: Watcher) -> None:
+    """Unpack the expected files under fixed names: no path in the archive is followed."""
+    hidden = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
+    names = {f"{archive.folder}/{name}": name for name in (*archive.files, "README.txt")}
+    try:
+        hidden.mkdir()
+        with tarfile.open(tar, "r:") as opened:
+            for member in opened:
+                name = names.get(member.name.removeprefix("./"))
+                source = opened.extractfile(member) if name and member.isreg() else None
+                if name is None or source is None:
+                    continue
+                with source, (hidden / name).open("wb") as file:
+                    while chunk := source.read(_CHUNK):
+                        file.write(chunk)
+                        watch(f"unpacking {archive.folder}", member.offset_data + source.tell(), archive.size)
+                    file.flush()
+                    os.fsync(file.fileno())
+        missing = [name for name in archive.files if not (hidden / name).is_file()]
+        if missing:
+            raise DataError(f"{tar} has no {archive.folder}/{missing[0]}: it is not the published archive")
+        hidden.rename(folder)
+    except tarfile.TarError as error:
+        raise DataError(f"cannot unpack {tar}: {error}: remove it, and run the command again") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -1,0 +1,128 @@
+"""Out-of-distribution images: another dataset's, a folder's, or noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ensembler import datasets
+from ensembler.errors import DataError, UsageError
+from ensembler.eval.shift.test_set import Source, TestSet
+from ensembler.images import FileSplit, Split
+from ensembler.seeds import derive, generator
+
+__all__ = ["NOISES", "load_ood", "noise_images"]
+
+NOISES = ("gaussian", "uniform", "constant")
+
+_EXAMPLES = 10_000  # of noise
+
+
+def load_ood(
+    name: str,
+    shape: tuple[int, int],
+    *,
+    root: Path | None = None,
+    download: bool = False,
+    examples: int | None = None,
+    seed: int = 0,
+) -> TestSet:
+    """Load images that a network was not trained on, at its image size.
+
+    That they have no class in common with the training images is not checked.
+
+    Args:
+        name: ``noise:KIND`` of :data:`NOISES`; ``folder:PATH``: every image in the folder and below, sorted by class or
+            not, or those in its ``test/`` where it has ``train/`` and ``test/``; or another dataset of
+            :data:`ensembler.datasets.NAMES`, of which the test images are taken.
+        shape: (H, W) to bring them to by a plain bilinear resize, whatever their proportions.
+        root, download: of a dataset's files, see :func:`ensembler.datasets.load`.
+        examples: how many, drawn with the seed where there are more; by default all, and of noise 10,000.
+        seed: of the choice, and of noise.
+
+    Raises:
+        UsageError: an unknown name, or an option out of range.
+        DataError: files missing or malformed, or too many images to hold.
+    """
+    if examples is not None and examples < 1:
+        raise UsageError(f"give at least 1 example out of distribution, not {examples}")
+    if name.startswith("noise:"):
+        kind = name.removeprefix("noise:")
+        images = noise_images(kind, examples or _EXAMPLES, shape, seed)
+        return _test_set(name, f"{kind} noise (generated, seed {seed})", images, "generated")
+    if name.startswith("folder:"):
+        folder = Path(name.removeprefix("folder:")).expanduser().resolve()
+        split = _folder(folder, shape)
+        chosen = split[_some(len(split), examples, seed)]
+        return _test_set(f"folder:{folder}", f"images of {folder.name}", chosen.images, "folder")
+    dataset = datasets.load(name, root, download=download)
+    images = dataset.test[_some(len(dataset.test), examples, seed)].images
+    return _test_set(dataset.name, f"{dataset.title}, test images", _resized(images, shape), "dataset")
+
+
+def noise_images(kind: str, count: int, shape: tuple[int, int], seed: int = 0) -> Tensor:
+    """Draw images of noise; image i depends only on the seed, the kind, the shape and i.
+
+    Args:
+        kind: ``"gaussian"``: each byte of N(0.5, 1), clipped to [0, 1]; ``"uniform"``: each byte uniform (both as in
+            Liang et al. 2018, https://arxiv.org/abs/1706.02690); ``"constant"``: one uniform colour an image.
+        count: N, at least 1.
+        shape: (H, W).
+        seed: any integer.
+
+    Returns:
+        (N, H, W, 3) uint8.
+
+    Raises:
+        UsageError: an unknown kind, no image, or no pixel.
+    """
+    if kind not in NOISES:
+        raise UsageError(f"unknown noise {kind!r}: use one of {', '.join(NOISES)}")
+    if count < 1 or min(shape) < 1:
+        raise UsageError(f"noise takes at least 1 image of at least 1 x 1 pixels, not {count} of {shape}")
+    images = np.empty((count, *shape, 3), dtype=np.uint8)
+    for index, image in enumerate(images):
+        rng = np.random.default_rng(derive(seed, "noise", kind, index))
+        if kind == "gaussian":
+            image[:] = np.rint(255 * np.clip(rng.normal(0.5, 1.0, image.shape), 0.0, 1.0))
+        else:
+            image[:] = rng.integers(0, 256, image.shape if kind == "uniform" else 3, dtype=np.uint8)
+    return torch.from_numpy(images)
+
+
+def _test_set(name: str, title: str, images: Tensor, source: Source) -> TestSet:
+    labels = torch.full((len(images),), -1)  # no class is right
+    return TestSet(name, title, Split(images, labels), "ood", source=source)
+
+
+def _folder(folder: Path, shape: tuple[int, int]) -> FileSplit:
+    if not folder.is_dir():
+        raise DataError(f"no folder of images at {folder}")
+    part = folder / "test" if (folder / "train").is_dir() and (folder / "test").is_dir() else folder
+    files = sorted(path for path in part.rglob("*") if path.suffix.lower() in datasets.IMAGE_SUFFIXES)
+    if not files:
+        raise DataError(f"{part} holds no image ({', '.join(sorted(datasets.IMAGE_SUFFIXES))})")
+    names = tuple(path.relative_to(folder).as_posix() for path in files)
+    return FileSplit(folder, names, torch.zeros(len(names), dtype=torch.int64), shape)
+
+
+def _some(available: int, examples: int | None, seed: int) -> Tensor:
+    """Return the indices of the images, in order."""
+    if examples is None or examples >= available:
+        return torch.arange(available)
+    return torch.randperm(available, generator=generator(seed, "ood"))[:examples].sort().values
+
+
+def _resized(images: Tensor, shape: tuple[int, int]) -> Tensor:
+    from torchvision.transforms.v2.functional import resize
+
+    if tuple(images.shape[1:3]) == shape:
+        return images
+    parts = [
+        resize(images[start : start + 1024].permute(0, 3, 1, 2), list(shape), antialias=True).permute(0, 2, 3, 1)
+        for start in range(0, len(images), 1024)
+    ]
+    return torch.cat(parts).contiguous()

@@ -1,0 +1,141 @@
+"""Test sets: named images that an evaluation predicts and scores."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ensembler.eval.shift.corruptions import HEADLINE, VALIDATION
+from ensembler.images import Images, Split
+
+__all__ = ["Shift", "Shifted", "Source", "TestSet", "validation_set"]
+
+Source = Literal["dataset", "folder", "official", "generated"]
+
+_BATCH = 2**26  # bytes of images in a batch
+
+
+@dataclass(frozen=True, eq=False)
+class Shifted(ABC):
+    """Test images under one corruption at one severity; used like :class:`ensembler.images.Split`.
+
+    Attributes:
+        clean: the clean images.
+        indices: (N,) their positions in the whole test set.
+        corruption, severity: which corruption; 1 to 5.
+    """
+
+    clean: Images
+    indices: Tensor
+    corruption: str
+    severity: int
+
+    @abstractmethod
+    def images(self, part: slice) -> Tensor:
+        """Return some of the images, (B, H, W, 3) uint8."""
+
+    @property
+    @abstractmethod
+    def sha256(self) -> str:
+        """Hash that names the images and labels."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64."""
+        return self.clean.labels
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.clean.shape
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def batches(self, size: int) -> Iterator[Split]:
+        """Yield the images in order, at most ``size`` at a time."""
+        for start in range(0, len(self), size):
+            part = slice(start, start + size)
+            yield Split(self.images(part), self.labels[part])
+
+
+@dataclass(frozen=True, eq=False)
+class TestSet:
+    """Images that every run predicts, and the role of their scores.
+
+    Attributes:
+        name: of a shifted set, the corruption; else unique in an evaluation.
+        title: its name in progress and reports.
+        examples: the images and labels; out of distribution, the labels are meaningless.
+        group: ``"validation"`` (fits temperatures, chooses members), ``"clean"`` (the test split), ``"shift"`` or
+            ``"ood"``.
+        severity: of a shifted set, 1 to 5.
+        source: of the images.
+    """
+
+    __test__: ClassVar[bool] = False  # not a test case for pytest
+
+    name: str
+    title: str
+    examples: Images | Shifted
+    group: Literal["validation", "clean", "shift", "ood"]
+    severity: int | None = None
+    source: Source = "dataset"
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """(N,) classes; ``None`` out of distribution."""
+        return None if self.group == "ood" else self.examples.labels.numpy()
+
+    @property
+    def keeps_members(self) -> bool:
+        """Whether every member's probabilities are kept: they are needed to choose members."""
+        return self.group in ("validation", "clean")
+
+    def batches(self) -> Iterator[Tensor]:
+        """Yield the images in order, (B, H, W, 3) uint8, in batches of limited memory."""
+        height, width = self.examples.shape
+        return (part.images for part in self.examples.batches(max(1, _BATCH // (3 * height * width))))
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """Shifted versions of one test set.
+
+    Attributes:
+        name: as the user gave it.
+        source: ``"official"`` files, or ``"generated"`` here.
+        note: a sentence to print with every number.
+        sets: one per corruption and severity.
+    """
+
+    name: str
+    source: Literal["official", "generated"]
+    note: str
+    sets: tuple[TestSet, ...]
+
+    @property
+    def corruptions(self) -> tuple[str, ...]:
+        """The corruptions that it covers."""
+        return tuple(dict.fromkeys(one.name for one in self.sets))
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """Those of the protocol's 15 that it covers, over which means are taken."""
+        return tuple(name for name in HEADLINE if name in self.corruptions)
+
+    @property
+    def not_covered(self) -> tuple[str, ...]:
+        """Those of the protocol's 19 that it lacks."""
+        return tuple(name for name in HEADLINE + VALIDATION if name not in self.corruptions)
+
+
+def validation_set(validation: Images) -> TestSet:
+    """Return the test set of a validation split; evaluation and calibration share its prediction."""
+    return TestSet("validation", "validation", validation, "validation")
