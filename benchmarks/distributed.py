@@ -20,7 +20,7 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from _harness import arguments, report, spread, timed
