@@ -26,7 +26,7 @@ class Job:
         name: e.g. ``"solution 2"``.
         function: called as ``function(shared, emit, **arguments)``; a module-level function, so that another process
             can import it.
-        arguments: JSON values.
+        arguments: values that one process can send to another.
     """
 
     name: str

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ensembler import jobs
 from ensembler.device import keep_freed
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
@@ -192,28 +193,28 @@ def _predict_elsewhere(
     watch: Callable[[str, int, int], None],
 ) -> None:
     """Let the engine make the missing predictions, and keep each set's as soon as they arrive."""
-    asked = []
+    todo = []
     for test_set in test_sets:
         missing = [number for number, one in enumerate(predictors) if not one.entry(test_set).path.exists()]
         if missing and not test_set.keeps_members:
-            asked.append((test_set, missing))
+            todo.append(jobs.Job(test_set.title, _reduce, {"test_set": test_set, "missing": missing}))
     runs = [(one.ensemble.run, str(one.ensemble.device), one.ensemble.batch_size) for one in predictors]
-    done, total = 0, sum(len(test_set.examples) for test_set, _ in asked)
-    with closing(engine.run(_reduce, runs, asked, lambda: None)) as results:
-        for place, found in results:
-            test_set, missing = asked[place]
-            for number, arrays in zip(missing, found, strict=True):
+    done, total = 0, sum(len(job.arguments["test_set"].examples) for job in todo)
+    results: Generator[tuple[jobs.Job, list[Arrays]], None, None] = jobs.run(todo, runs, engine)
+    with closing(results):
+        for job, found in results:
+            test_set = job.arguments["test_set"]
+            for number, arrays in zip(job.arguments["missing"], found, strict=True):
                 predictors[number].entry(test_set).save(arrays)
             done += len(test_set.examples)
             watch(test_set.title, done, total)
 
 
 def _reduce(
-    runs: list[tuple[Run, str, int]], asked: tuple[TestSet, list[int]], tell: Callable[..., None]
+    runs: list[tuple[Run, str, int]], emit: Callable[..., None], test_set: TestSet, missing: list[int]
 ) -> list[Arrays]:
-    """Predict a test set with some of the runs, as a task of an engine."""
-    test_set, numbers = asked
-    reductions = [_Reduction(Ensemble(*runs[number]), test_set) for number in numbers]
+    """Predict a test set with some of the runs, as a job."""
+    reductions = [_Reduction(Ensemble(*runs[number]), test_set) for number in missing]
     for one in reductions:
         keep_freed(one.ensemble.device)
     for batch in test_set.batches():

@@ -42,6 +42,9 @@ from ensembler.serve.service import PredictiveUncertainty
 image = Image(base_image="python:{python}-slim", distro="", python_version="{python}", lock_python_packages=False)
 PredictiveUncertainty.image = image.requirements_file("requirements.txt")
 
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
 __all__ = ["PredictiveUncertainty"]
 '''
 
@@ -142,7 +145,7 @@ def serving() -> list[Requirement]:
 
 
 def pinned(gpu: bool = False) -> list[str]:
-    """Return everything that serving needs, directly or not, as ``name==version`` in the versions installed here.
+    """Return what the extra ``serve`` needs, directly or not, as ``name==version`` in the versions installed here.
 
     ONNX Runtime is the one for CPUs unless ``gpu``, in the version of whichever is installed. The CUDA libraries of the
     other are left to its own extras, as this machine may have them from elsewhere.
@@ -153,9 +156,9 @@ def pinned(gpu: bool = False) -> list[str]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    runtime = next((name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)), None)
-    left = [each for each in serving() if not runtime or not each.name.startswith("onnxruntime")]
-    left += [Requirement(runtime)] if runtime else []
+    runtimes = ("onnxruntime", "onnxruntime-gpu")
+    runtime = next((name for name in runtimes if _installed(name)), "onnxruntime")
+    left = [Requirement(runtime), *(each for each in serving() if each.name not in runtimes)]
     found: dict[str, str] = {}
     seen: set[str] = set()
     while left:
@@ -173,7 +176,7 @@ def pinned(gpu: bool = False) -> list[str]:
             extras = requirement.extras or {""}
             if marked is None or any(marked.evaluate({"extra": extra}) for extra in extras):
                 left.append(further)
-    version = found.pop(runtime) if runtime else ""
+    version = found.pop(runtime)
     found["onnxruntime-gpu[cuda,cudnn]" if gpu else "onnxruntime"] = version
     return sorted(f"{name}=={version}" for name, version in found.items())
 

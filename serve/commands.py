@@ -32,39 +32,45 @@ app = typer.Typer()
 def export(
     run: Annotated[
         Path | None,
-        typer.Argument(parser=place, help="The run's folder; by default the newest in runs/."),
+        typer.Argument(parser=place, help="The run's folder. (default: the newest in runs/)"),
     ] = None,
     out: Annotated[
         str | None,
         typer.Option(
             metavar="PATH|URL",
-            help="The bundle's folder, or a URL: then one in bundles/, pushed when it is finished. By default bundles/ "
-            "and the run's name.",
+            help="The bundle's folder, or a URL to push it to when finished. (default: bundles/ and the run's name)",
         ),
     ] = None,
     layout: Annotated[
         Literal["vertices", "members"] | None,
         typer.Option(
-            help="vertices: one graph, and the vertices that our runtime makes the members of. members: a "
-            "self-contained file each, for any runtime. (default: vertices where they are fewer)"
+            help="vertices: one graph, and the vertices from which our runtime makes the members. members: a "
+            "self-contained file for each, for any runtime. (default: vertices where there are fewer)"
         ),
     ] = None,
     members: Annotated[
-        int | None, typer.Option(min=1, help="Sample this many from the simplexes. (default: the run's own)")
+        int | None,
+        typer.Option(
+            min=1, help="Number of new members to sample from the simplexes. (default: the run's own members)"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampled members.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the sampled members.")] = 0,
     pixels: Annotated[
         Literal["uint8", "float"],
-        typer.Option("--input", help="What the graphs take: pixels from 0 to 255, or floats from 0 to 1."),
+        typer.Option("--input", help="Input of the graphs: pixels from 0 to 255, or floats from 0 to 1."),
     ] = "uint8",
     precision: Annotated[
         Literal["float32", "float16", "int8"],
-        typer.Option(help="Lower ones are compared with float32 on validation images, and refused where they differ."),
+        typer.Option(
+            help="Precision of weights and activations; a lower one is compared with float32 on validation images."
+        ),
     ] = "float32",
-    data: Annotated[Path | None, typer.Option(help="Folder of the dataset's files. (default: its usual place)")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the dataset. (default: its usual place)")] = None,
     no_data: Annotated[bool, typer.Option("--no-data", help="Do not look for the dataset.")] = False,
-    examples: Annotated[int, typer.Option(min=1, help="Validation images to use, at most.")] = 1000,
-    tune: Annotated[bool, typer.Option("--tune", help="Measure how members run fastest on this machine.")] = False,
+    examples: Annotated[int, typer.Option(min=1, help="Largest number of validation images.")] = 1000,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure which way of running members is the fastest on this machine.")
+    ] = False,
 ) -> None:
     """Export a run's members to ONNX, each compared with PyTorch."""
     from rich.console import Console
@@ -100,7 +106,7 @@ def export(
 def verify(
     bundle: Annotated[Path, typer.Argument(parser=place, help="The bundle's folder.")],
 ) -> None:
-    """Check every byte of a bundle, run every member, and compare its answers with those that PyTorch gave."""
+    """Check every byte of a bundle, run every member, and compare its answers with PyTorch's."""
     from rich.console import Console
     from rich.table import Table
 
@@ -109,11 +115,11 @@ def verify(
     found = verify_bundle(bundle)
     manifest = found.manifest
     largest = max(found.differences)
-    stored = "PyTorch's" if manifest.precision == "float32" else "those at export"
+    stored = "PyTorch's" if manifest.precision == "float32" else "those stored at export"
     answers = f"within {largest:.1e} of {stored} on {found.images} images ({found.allowed:.0e} allowed)"
     table = Table(show_header=False, box=None)
     table.add_row("bundle", f"{bundle}, format {manifest.format}")
-    table.add_row("files", f"{len(manifest.files)}, each with the SHA-256 that was written")
+    table.add_row("files", f"{len(manifest.files)}, all with their SHA-256 as written")
     table.add_row("members", f"{manifest.members}, {manifest.precision}, all run on this machine's {found.device}")
     table.add_row("answers", answers)
     if found.merged is not None:
@@ -124,15 +130,18 @@ def verify(
 @app.command()
 def serve(
     bundle: Annotated[Path, typer.Argument(parser=place, help="The bundle's folder.")],
-    host: Annotated[str, typer.Option(help="The IP address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 3000,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; they share the CPUs.")] = 1,
+    host: Annotated[str, typer.Option(help="IP address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 3000,
+    workers: Annotated[int, typer.Option(min=1, help="Number of worker processes, which share the CPUs.")] = 1,
     members: Annotated[
         int | None,
-        typer.Option(min=1, help="Open this many; more than the bundle's are made of its vertices. (default: its own)"),
+        typer.Option(
+            min=1,
+            help="Number of members; further ones are made from the bundle's vertices. (default: the bundle's own)",
+        ),
     ] = None,
 ) -> None:
-    """Serve a bundle over HTTP with BentoML, until Ctrl-C; docs/serving.md has the routes and what can be set."""
+    """Serve a bundle over HTTP with BentoML until Ctrl-C; docs/serving.md lists the routes and settings."""
     from ensembler.serve.http.settings import Settings
     from ensembler.serve.runtime.manifest import read_bundle
 
@@ -160,7 +169,7 @@ def serve(
 
 
 def _target(text: str) -> Path | str:
-    """A service's address, or a bundle wherever it lies."""
+    """A service's address, or a bundle's place."""
     return text if is_url(text) else place(text)
 
 
@@ -172,17 +181,18 @@ def predict(
     images: Annotated[list[str], typer.Argument(help="PNG or JPEG files, folders of them, or patterns.")],
     mode: Annotated[
         Literal["full", "exact", "confidence"],
-        typer.Option(help="Ask all members; until the class cannot change; or until it is probable enough."),
+        typer.Option(
+            help="full: ask all members; exact: until the class cannot change; confidence: until it is probable enough."
+        ),
     ] = "full",
-    members: Annotated[
-        int | None, typer.Option(min=1, help="Ask no more than these first ones. (default: all)")
-    ] = None,
+    members: Annotated[int | None, typer.Option(min=1, help="Largest number of members to ask. (default: all)")] = None,
     token: Annotated[
-        str | None, typer.Option(envvar="ENSEMBLER_TOKEN", help="What the service wants; better in the environment.")
+        str | None,
+        typer.Option(envvar="ENSEMBLER_TOKEN", help="Token of the service; better given in the environment."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the service's answer instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON instead of a table.")] = False,
 ) -> None:
-    """Say what images show, and how sure that is: asked of a bundle here, or of a service."""
+    """Predict images and their uncertainty with a bundle or a service."""
     import json
 
     from rich.console import Console
@@ -207,10 +217,12 @@ def predict(
 @app.command()
 def bento(
     bundle: Annotated[Path, typer.Argument(parser=place, help="The bundle's folder.")],
-    tag: Annotated[str | None, typer.Option(help="NAME or NAME:VERSION. (default: the run's name)")] = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="With the ONNX Runtime that can use one.")] = False,
+    tag: Annotated[
+        str | None, typer.Option(help="Tag of the Bento, NAME or NAME:VERSION. (default: the run's name)")
+    ] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Use the ONNX Runtime for GPUs.")] = False,
 ) -> None:
-    """Build a Bento from a bundle, ready for a container: without torch, its packages pinned."""
+    """Build a Bento from a bundle, for a container: without torch, with pinned packages."""
     from ensembler.serve.bento import build_bento
 
     built = build_bento(bundle, tag, gpu=gpu)
@@ -220,7 +232,7 @@ def bento(
 
 
 def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
-    """What ``export`` says of the bundle that it made."""
+    """A bundle that ``export`` made, as a table."""
     from rich.table import Table
 
     from ensembler.serve.runtime.verify import TOLERANCE
@@ -242,6 +254,7 @@ def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
             f"on {check.examples} validation images: mutual information's {kept}"
             f"accuracy drop {check.accuracy_drop:.4f} (at most {check.most_accuracy_drop})",
         )
+    table.add_row("calibration", "the run's" if bundle.calibration else "none")
     if (known := bundle.validation) is not None:
         table.add_row("validation", f"accuracy {known.accuracy:.3f}, NLL {known.nll:.3f} on {known.examples} images")
     table.add_row(
@@ -252,17 +265,17 @@ def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
             times = [f"{row.strategy} {row.seconds * 1e3:.2f} ms" for row in tuning.table if row.batch == batch]
             table.add_row(f"batch {batch}", f"{winner} ({', '.join(times)})")
         if tuning.load is not None and tuning.load > 0.5:
-            table.add_row("", f"measured beside others: {tuning.load:.1f} processes wanted a CPU when it began")
+            table.add_row("", f"the machine was shared: {tuning.load:.1f} processes wanted a CPU at the start")
     table.add_row("time", f"{seconds:.1f} s")
     table.add_row("next", f"ensembler serve {out}")
     return table
 
 
 def _check_free(host: str, port: int) -> None:
-    """Say it before BentoML starts, whose workers would die with a stack trace.
+    """Check the address before BentoML starts, whose workers would end with a stack trace.
 
     Raises:
-        UsageError: not an IP address, or not one of this machine's, or the port is taken.
+        UsageError: not an IP address of this machine, or a port that is in use.
     """
     try:
         version = ipaddress.ip_address(host).version

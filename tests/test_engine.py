@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,9 +40,14 @@ def ray():
     module = pytest.importorskip("ray")
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{ROOT}:{before or ''}"  # the workers find the tests' networks
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    for left in range(9, -1, -1):  # Ray gives its own processes seconds to start; a loaded machine needs more
+        try:
+            module.init("local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+            break
+        except Exception:
+            module.shutdown()
+            if not left:
+                raise
     yield module
     module.shutdown()
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)

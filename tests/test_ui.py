@@ -93,7 +93,7 @@ def test_contrast_is_enough(scheme: int) -> None:
         return (lighter + 0.05) / (darker + 0.05)
 
     assert luminance("000") == 0 and luminance("ffffff") == pytest.approx(1)
-    for text, paper in itertools.product(("ink", "soft", "mean", "doubt"), ("paper", "panel")):
+    for text, paper in itertools.product(("ink", "soft", "mean", "spread"), ("paper", "panel")):
         assert contrast(text, paper) >= 4.5, (text, paper)
     assert contrast("on", "mean") >= 4.5
     assert contrast("ink", "wash") >= 4.5
@@ -277,7 +277,7 @@ def test_abstention_and_sets_are_the_services(shown: Page, server: Server) -> No
         assert button.get_attribute("aria-pressed") == "true"
 
 
-def test_the_slider_spoils_the_image_and_the_chart_shows_every_severity(shown: Page, bundle: Path) -> None:
+def test_the_slider_corrupts_the_image_and_the_chart_shows_every_severity(shown: Page, bundle: Path) -> None:
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.select import Select
 
@@ -309,7 +309,7 @@ def test_the_slider_spoils_the_image_and_the_chart_shows_every_severity(shown: P
         assert not np.array_equal(one, other)
     assert np.std(seen["contrast"]) < 0.6 * np.std(clean)
     assert np.std(seen["blur"]) < np.std(clean)
-    assert "not CIFAR-10-C" in shown["spoil"].text and "not CIFAR-10-C" in shown["rising"].text
+    assert "not CIFAR-10-C" in shown["corruption"].text and "not CIFAR-10-C" in shown["rising"].text
 
 
 def test_fewer_members_are_marked(shown: Page) -> None:
