@@ -27,7 +27,7 @@ from ensembler import architectures
 from ensembler.ensemble import choose_device
 from ensembler.memory import keep_freed
 from ensembler.seeds import derive
-from ensembler.trainers.distributed import ALONE, Group, joined
+from ensembler.trainers.distributed import ALONE, Group, join_group
 from ensembler.trainers.loop import train
 from ensembler.trainers.schedules import constant
 from ensembler.weights import FlatWeights
@@ -84,7 +84,7 @@ def step_seconds(weights: FlatWeights, batches: Share, group: Group, steps: int)
 def main() -> None:
     options = arguments(__doc__)
     figures: dict[str, float] = {}
-    with joined() as group:
+    with join_group() as group:
         device = choose_device()
         keep_freed(device)
         for arch in ("cnn", "resnet20") if options.quick else ("cnn", "resnet20", "vgg16"):

@@ -10,17 +10,17 @@ import pytest
 
 from ensembler.run import Run
 from ensembler.trainers.method import Method
-from ensembler.trainers.resume import Store, Unfinished
+from ensembler.trainers.resume import Store, UnfinishedRun
 from ensembler.trainers.settings import Settings
 from ensembler.trainers.starts import load_starts
 from ensembler.trainers.training import Training
 from tests._small import dataset
 
 
-def make(path: Path | None, method: Method, settings: Settings, *, data=None, every=0.0, ours=True, **given) -> Run:
+def make(path: Path | None, method: Method, settings: Settings, *, data=None, every=0.0, writer=True, **given) -> Run:
     """The run that is to be at ``path``, which may have been begun before; with ``None``, nothing is kept."""
     training = Training.of(data or dataset(), method, settings, load_starts(method, settings))
-    unfinished = Unfinished(path, training.spec, every, ours) if path else None
+    unfinished = UnfinishedRun(path, training.spec, every, writer) if path else None
     try:
         return training.make(store=unfinished.store if unfinished else None, **given)
     finally:

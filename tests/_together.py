@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ensembler.errors import DataError, EnsemblerError
 from ensembler.run import Run, save_tensors
 from ensembler.trainers import FGE, Curve, DeepEnsemble, Method, Settings, Simplex, Subspace
-from ensembler.trainers.distributed import ALONE, Group, joined
+from ensembler.trainers.distributed import ALONE, Group, join_group
 from tests._interrupt import make
 from tests._small import SETTINGS, dataset
 
@@ -52,13 +52,13 @@ def train(folder: Path, name: str, group: Group = ALONE) -> Run:
     """The run of that name; ``resumed`` goes on with what is at ``begun``, which only the first process finds."""
     method, given = methods([str(folder / "end 1"), str(folder / "end 2")])[name]
     path = folder / ("begun" if group.first else "nowhere") if name == "resumed" else None
-    return make(path, method, given, data=DATASET, ours=group.first, group=group)
+    return make(path, method, given, data=DATASET, writer=group.first, group=group)
 
 
 def fail(ranks: str, slower: int) -> None:
     """As a command does it whose processes fail."""
     try:
-        with joined("cpu") as group:
+        with join_group("cpu") as group:
             if ranks == "both":
                 time.sleep(2 * (group.rank == slower))
                 raise DataError("all of them have failed")
@@ -75,7 +75,7 @@ def main() -> None:
     if len(sys.argv) == 3:
         return fail(sys.argv[1], int(sys.argv[2]))
     folder = Path(sys.argv[1])
-    with joined("cpu") as group:
+    with join_group("cpu") as group:
         for name in NAMES:
             run = train(folder, name, group)
             save_tensors(run.vertices, folder / f"{name} {group.rank}.safetensors")

@@ -24,9 +24,9 @@ from ensembler.images import FileSplit
 from ensembler.run import Run
 from ensembler.trainers import DeepEnsemble, Trainer
 from ensembler.trainers.batches import Batches
-from ensembler.trainers.distributed import ALONE, Group, joined
+from ensembler.trainers.distributed import ALONE, Group, join_group
 from ensembler.trainers.loop import Plan
-from ensembler.trainers.resume import Unfinished
+from ensembler.trainers.resume import UnfinishedRun
 from ensembler.trainers.starts import fresh
 from ensembler.trainers.trainer import _synchronised
 from ensembler.weights import FlatWeights
@@ -237,7 +237,7 @@ def test_under_torchrun_a_run_has_a_name_and_its_command_resumes_by_itself(tmp_p
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one process of it")
     command = ["train-deep-ensemble", "--members", 1, *SMALL, *images]
     assert "under torchrun, name the run with --out" in call(*command).stderr
-    monkeypatch.setattr(Unfinished, "remove", Unfinished.close)  # as if killed before the end
+    monkeypatch.setattr(UnfinishedRun, "remove", UnfinishedRun.close)  # as if killed before the end
 
     def interrupted(run, path):
         raise KeyboardInterrupt
@@ -248,10 +248,7 @@ def test_under_torchrun_a_run_has_a_name_and_its_command_resumes_by_itself(tmp_p
     assert Path("x.unfinished").is_dir()
     refused = call(*command, "--out", "x", "--lr", 0.2)
     assert refused.exit_code == 1
-    assert (
-        "x.unfinished was begun with other options or on other data: resume it with those, or remove it"
-        in refused.stderr
-    )
+    assert "x.unfinished was started with other options or data: resume it with those, or remove it" in refused.stderr
     gone_on = call(*command, "--out", "x")
     assert gone_on.exit_code == 0
     assert "epoch" not in gone_on.stderr, "nothing was left to train"
@@ -263,7 +260,10 @@ def test_what_cannot_be_honoured_is_refused(monkeypatch):
         Trainer(DATASET, settings(sync_batchnorm=True))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but .* by torchrun, or unset WORLD_SIZE"), joined("cpu"):
+    with (
+        pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but .* with torchrun, or unset WORLD_SIZE"),
+        join_group("cpu"),
+    ):
         pass
 
 

@@ -279,7 +279,7 @@ def test_a_kill_between_the_end_and_the_tidying_up_is_said(nursery, images, tmp_
     assert process.wait() == 0
     shutil.copytree(begun, tmp_path / "x.unfinished")  # as if it had been killed just after saving
     result = nursery.run(tmp_path, "train-simplex", "--resume", "x")
-    assert_one_line(result, "x exists already: remove x.unfinished if that is it, finished")
+    assert_one_line(result, "x already exists. If it is this run, remove x.unfinished")
 
 
 # --- a full disk ---

@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from ensembler.device import choose_device
 from ensembler.errors import EnsemblerError, GroupError, UsageError
 
-__all__ = ["ALONE", "Group", "joined", "launched"]
+__all__ = ["ALONE", "Group", "join_group", "under_torchrun"]
 
 T = TypeVar("T")
 
@@ -112,13 +112,13 @@ class Group:
 ALONE = Group()
 
 
-def launched() -> bool:
+def under_torchrun() -> bool:
     """Return whether torchrun, or a launcher that sets the same variables, started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
-def joined(device: str | None = None) -> Iterator[Group]:
+def join_group(device: str | None = None) -> Iterator[Group]:
     """Join the group of processes that were started together with this one, for the duration of the block.
 
     Each process takes the GPU of its LOCAL_RANK and communicates by NCCL, or by gloo on CPUs. If the block raises, the

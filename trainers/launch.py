@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ensembler.trainers.distributed import Group
     from ensembler.trainers.events import OnEvent
     from ensembler.trainers.method import Method
-    from ensembler.trainers.resume import Unfinished
+    from ensembler.trainers.resume import UnfinishedRun
     from ensembler.trainers.spec import Spec
     from ensembler.trainers.training import Training
 
@@ -98,13 +98,16 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
         UsageError: options that do not go together, or a run that already exists.
     """
     from ensembler.engine import choose
-    from ensembler.trainers.distributed import joined, launched
+    from ensembler.trainers.distributed import join_group, under_torchrun
     from ensembler.trainers.progress import progress
     from ensembler.trainers.spec import Spec, unfinished
 
     own = Launch.typed(given)
     several = own.seeds > 1
-    with joined(given["device"]) as group, choose(own.engine, own.address, given["device"], given["threads"]) as engine:
+    with (
+        join_group(given["device"]) as group,
+        choose(own.engine, own.address, given["device"], given["threads"]) as engine,
+    ):
         if group.size > 1 and (several or own.engine != "local"):
             raise UsageError(
                 "under torchrun, one run is made by the processes that it started: leave out --seeds and --engine"
@@ -112,7 +115,7 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
         folder, url = destination(own.out, "runs")
         path = own.resume or folder or _unnamed(f"{kind.command.removeprefix('train-')}-{label(given['architecture'])}")
         if not several:
-            group.from_first(partial(check_free, path, resumed=own.resume is not None, restarted=launched()))
+            group.from_first(partial(check_free, path, resumed=own.resume is not None, restarted=under_torchrun()))
         with progress(own.quiet, own.log, own.tensorboard) if group.first else progress(quiet=True) as on_event:
             if own.resume:
                 spec = group.from_first(partial(Spec.read, unfinished(path)))
@@ -147,7 +150,7 @@ class _Runs:
     every: float
     group: Group
     saved: dict[int, Path] = field(default_factory=dict)
-    unfinished: dict[int, Unfinished] = field(default_factory=dict)
+    unfinished: dict[int, UnfinishedRun] = field(default_factory=dict)
 
     @property
     def several(self) -> bool:
@@ -157,11 +160,12 @@ class _Runs:
         """Make those that are missing, and save each as soon as it is finished."""
         from ensembler import jobs
         from ensembler.engine import Local
-        from ensembler.trainers.resume import Unfinished
+        from ensembler.trainers.resume import UnfinishedRun
 
-        outer, inner = (engine, Local()) if self.several else (Local(), engine)
+        whole = self.several or not self.training.method.has_jobs
+        outer, inner = (engine, Local()) if whole else (Local(), engine)
         self.unfinished = {
-            seed: Unfinished(path, self._spec(seed), self.every, ours=self.group.first)
+            seed: UnfinishedRun(path, self._spec(seed), self.every, writer=self.group.first)
             for seed, path in self.paths.items()
             if not path.exists()
         }
@@ -287,9 +291,9 @@ def _unnamed(name: str) -> Path:
         UsageError: several processes train it, which would each find another name.
     """
     from ensembler.run import new_path
-    from ensembler.trainers.distributed import launched
+    from ensembler.trainers.distributed import under_torchrun
 
-    if launched():
+    if under_torchrun():
         raise UsageError("under torchrun, name the run with --out: every process and every restart must mean the same")
     return new_path(Path("runs"), name)
 

@@ -38,7 +38,7 @@ from ensembler.jobs import Job
 from ensembler.trainers.loop import Snapshot, TrainState
 from ensembler.trainers.spec import SPEC, Spec, unfinished
 
-__all__ = ["JobResult", "Store", "Unfinished"]
+__all__ = ["JobResult", "Store", "UnfinishedRun"]
 
 FORMAT = 1
 _FILE = "state.pt"
@@ -54,14 +54,14 @@ class JobResult:
 
 
 @dataclass(eq=False)
-class Unfinished:
+class UnfinishedRun:
     """The folder of an unfinished run.
 
     Args:
         path: of the run, once it is finished.
         spec: what determines the run.
         every: seconds between two checkpoints of a part; its end is always saved.
-        ours: whether this process writes checkpoints; of those that train together, only the first does.
+        writer: whether this process writes checkpoints; of those that train together, only the first does.
 
     Raises:
         UsageError: another process is working on the same run, or the folder belongs to another run.
@@ -70,7 +70,7 @@ class Unfinished:
     path: Path
     spec: Spec
     every: float = 60.0
-    ours: bool = True
+    writer: bool = True
     folder: Path = field(init=False)
     written: float = field(default_factory=time.monotonic, init=False)
     _lock: IO[bytes] | None = field(default=None, init=False)
@@ -78,7 +78,7 @@ class Unfinished:
 
     def __post_init__(self) -> None:
         self.folder = unfinished(self.path)
-        self._exists = self.ours and self.folder.is_dir()
+        self._exists = self.writer and self.folder.is_dir()
         if self._exists:
             self._acquire_lock(self.folder)
             if Spec.read(self.folder).fingerprint != self.spec.fingerprint:
@@ -156,7 +156,7 @@ class Store:
         job: the job whose parts are stored; empty for the run's own.
     """
 
-    unfinished: Unfinished
+    unfinished: UnfinishedRun
     job: str = ""
 
     def child(self, job: str) -> Store:
