@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ corners = false
 members = 3
 
 [eval]
-runs = ["made", "made"]
+runs = ["made", "other"]
 examples = 20
 """
 YAML = """
@@ -85,10 +86,11 @@ def test_a_file_gives_defaults_and_the_command_line_wins(name, text):
 def test_one_file_serves_several_commands_and_holds_arguments():
     Path("all.toml").write_text(TOML)
     train("train-simplex", "--config", "all.toml")
+    shutil.copytree("made", "other")
     result = call("eval", "--config", "all.toml", "--out", "report")  # it has no option epochs, and a table of its own
     assert result.exit_code == 0, result.output
     report = json.loads(Path("report/report.json").read_text())
-    assert [run["name"] for run in report["runs"]] == ["made", "made"]
+    assert [run["name"] for run in report["runs"]] == ["made", "other"]
     Path("show.json").write_text('{"show": {"run": "made"}}')
     assert call("show", "--config", "show.json").stdout.startswith("made")
 

@@ -674,15 +674,20 @@ def test_a_run_is_pushed_when_it_is_finished(tmp_path, images, monkeypatch):
     assert held(Path("runs")) == ["fge", "latest", "second"]
 
 
-def test_a_resumed_run_is_pushed_where_it_was_to_go(tmp_path, images, monkeypatch):
-    url = at("file", tmp_path, "resumed")
-    train = ["train-fge", "--members", 2, "--cycle", 1, *SMALL, *images, "--quiet", "--checkpoint-every", 0]
+def test_a_resumed_run_starts_from_its_url_and_is_pushed_where_it_was_to_go(trained, tmp_path, monkeypatch):
+    start, url = at("file", tmp_path, "start"), at("file", tmp_path, "resumed")
+    push(trained, start)
+    train = ["train-fge", "--init", start, "--members", 2, "--cycle", 1, *SMALL[2:], "--quiet", "--checkpoint-every", 0]
+    assert call(*train, "--out", "whole").exit_code == 0
     with monkeypatch.context() as patch:
         after(patch, 3)
         assert call(*train, "--out", url).exit_code == 130
     result = call("train-fge", "--resume", "runs/resumed")
     assert result.exit_code == 0, result.output
     assert content(local(url)) == content(Path("runs/resumed"))
+    assert Run.load(Path("runs/resumed")).manifest.settings["init"] == start
+    for name in ("vertices.safetensors", "members.safetensors"):
+        assert Path("runs/resumed", name).read_bytes() == Path("whole", name).read_bytes()
 
 
 def test_real_runs_and_bundles_load_from_where_they_were_fetched_to(tmp_path):

@@ -82,8 +82,8 @@ class Launch(Options):
     tensorboard: Path | None = option(None, panel="Progress", help="Folder for TensorBoard's event files.")
 
 
-_WITH_RESUME = {"resume", "data", "device", "threads", "workers", "engine", "address"}
-_WITH_RESUME |= {"checkpoint_every", "quiet", "log", "tensorboard"}
+_WITH_RESUME = {"resume", "data", "engine", "address", "checkpoint_every", "quiet", "log", "tensorboard"}
+_WITH_RESUME |= Settings.marked("computing")
 
 
 def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> None:
