@@ -10,8 +10,10 @@ Figures: ``accuracy.<what>`` on the test images.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from _harness import report
@@ -20,7 +22,7 @@ from ensembler import datasets
 from ensembler.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.subspace import dirichlet
-from ensembler.trainers import Session, Settings, train_deep_ensemble, train_simplex
+from ensembler.trainers import DeepEnsemble, Settings, Simplex, train
 
 
 def main() -> None:
@@ -33,9 +35,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     dataset = datasets.load(options.dataset)
-    settings = Settings(architecture="resnet20", epochs=2 if options.quick else options.epochs)
-    base = train_deep_ensemble(Session(dataset, settings), members=1)
-    run = train_simplex(Session(dataset, settings, base, say=print), vertices=3)
+    settings: dict[str, Any] = {"architecture": "resnet20", "epochs": 2 if options.quick else options.epochs}
+    base = train(dataset, DeepEnsemble(members=1), Settings(**settings))
+    with tempfile.TemporaryDirectory() as scratch:
+        start = base.save(Path(scratch, "base"))
+        run = train(dataset, Simplex(vertices=3), Settings(**settings, init=str(start)))
     inside = dirichlet(4, 3, np.random.default_rng(0))
     own = Ensemble(run).at(torch.cat([torch.eye(3)[:1], inside]), dataset.train)
     of_the_vertex = {name: rows.expand(5, *rows.shape[1:]) for name, rows in base.buffers.items()}

@@ -1,8 +1,8 @@
-"""Do the promises of a calibration hold? Over random splits of images that the members were not trained on: how often
-the promised coverage of conformal sets and the promised risk of the answers held, and how both break under shift.
+"""The guarantees of a calibration over random splits of images that the members were not trained on: how often the
+coverage of prediction sets and the risk of the answers hold, clean and under shift.
 
-Each split calibrates on as many images as ``ensembler calibrate`` would have, half for the map, and looks at the rest.
-``as_theory``: the share of splits whose coverage lies in the central 95 % of its exact distribution, beta-binomial.
+Each split calibrates on as many images as ``ensembler calibrate`` would, half of them for the map, and tests on the
+rest. ``as_theory``: the share of splits whose coverage is in the central 95 % of its exact beta-binomial distribution.
 
 Figures: ``clean.*`` and ``severityS.*``.
 
@@ -37,7 +37,7 @@ _SEVERITIES = (1, 3, 5)
 
 
 class Predicted(NamedTuple):
-    """Pooled probabilities (N, C), labels (N,), and each image's place among the held-out ones."""
+    """Pooled probabilities (N, C), labels (N,), and each image's index among the held-out ones."""
 
     probs: NDArray[np.float64]
     labels: NDArray[np.int64]
@@ -47,7 +47,7 @@ class Predicted(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN")
-    parser.add_argument("--shift", choices=["cifar10c"], help="corrupt test images, too")
+    parser.add_argument("--shift", choices=["cifar10c"], help="also test on corrupted images")
     parser.add_argument("--examples", type=int, default=1000, help="test images to corrupt (default: 1000)")
     parser.add_argument("--splits", type=int, default=100)
     parser.add_argument("--method", choices=METHODS, default="temperature")

@@ -1,10 +1,10 @@
-"""Images a second under each corruption, and how many times that is what one image at a time would give.
+"""Images per second under each corruption, and the speedup over one image at a time.
 
-Against ``per_image.py``: each corruption written for one image in NumPy, SciPy and Pillow, step by step as the
-authors' script goes. 32 x 32 pixels, severity 3; the two are timed in turn, and medians are compared. Time on the
-clock needs all cores to itself; processor time, summed over threads, hardly minds what else runs.
+The reference is ``per_image.py``: each corruption of one image in NumPy, SciPy and Pillow, following the authors'
+script step by step. 32 x 32 pixels, severity 3; the two are timed in turn, and medians are compared. Time on the clock
+needs an idle machine; processor time, summed over threads, hardly depends on other processes.
 
-Figures: ``images_a_second.<corruption>``, ``speedup.<corruption>`` with its ``.median`` and ``.least`` on the clock,
+Figures: ``images_per_second.<corruption>``, ``speedup.<corruption>`` with its ``.median`` and ``.least`` on the clock,
 and ``work.<corruption>`` with its ``.median``, the same ratio in processor time.
 
     python benchmarks/corruptions.py
@@ -35,7 +35,7 @@ def main() -> None:
     batch = torch.from_numpy(images).to(device)
     figures: dict[str, float] = {}
     print(f"{count} images of 32 x 32, severity {SEVERITY}, {device}, {torch.get_num_threads()} threads\n")
-    print("| corruption | images a second | one at a time | ratio | of processor time |\n|---|---|---|---|---|")
+    print("| corruption | images per second | one at a time | ratio | of processor time |\n|---|---|---|---|---|")
     for name in AVAILABLE:
         reference = getattr(per_image, name)
         constants = per_image.CIFAR[name][SEVERITY - 1]
@@ -56,7 +56,7 @@ def main() -> None:
         alone()
         times = [both(together, count) + both(alone, singly) for _ in range(repeats)]
         ours, ours_worked, theirs, theirs_worked = (statistics.median(column) for column in zip(*times, strict=True))
-        figures[f"images_a_second.{name}"] = 1 / ours
+        figures[f"images_per_second.{name}"] = 1 / ours
         figures[f"speedup.{name}"] = theirs / ours
         figures[f"work.{name}"] = theirs_worked / ours_worked
         ratios = spread([b / a for a, _, b, _ in times])
@@ -71,14 +71,14 @@ def main() -> None:
 
 
 def both(run: Callable[[], None], count: int) -> tuple[float, float]:
-    """Seconds an image that ``run()`` takes: on the clock, and of processor time."""
+    """Measure the seconds per image of ``run()``: on the clock, and of processor time."""
     before = time.process_time()
     clock = timed(run)
     return clock / count, (time.process_time() - before) / count
 
 
 def photographs(count: int) -> NDArray[np.uint8]:
-    """Smooth colourful images with some grain, (count, 32, 32, 3)."""
+    """Draw smooth colour images with some grain, (count, 32, 32, 3)."""
     from scipy import ndimage
 
     rng = np.random.default_rng(0)

@@ -1,9 +1,9 @@
 """``ensembler eval`` over all corruptions against a bare loop of forward passes over the same images.
 
-``overhead`` is the time of a whole evaluation (images corrupted, every member's prediction, every score, the
-predictions kept) over that of the forward passes alone, on images already made, in the same batches: the median over
-pairs that ran one after the other, both keeping the memory they free (``ensembler/memory.py``). ``seconds.again`` is a
-second evaluation's, from the kept predictions.
+``overhead`` is the time of a whole evaluation (corrupting images, predicting, scoring, keeping predictions) divided by
+that of the forward passes alone, on corrupted images in the same batches: the median over pairs that ran one after the
+other, both keeping freed memory (``ensembler.device.keep_freed``). ``seconds.again`` is the time of a second
+evaluation, from kept predictions.
 
     python benchmarks/evaluation.py [--quick] [--json FILE]
 """
@@ -29,7 +29,7 @@ MEMBERS = 4
 
 
 def make_run(path: Path, architecture: str) -> Path:
-    """A deep ensemble on the digits that nobody trained: it predicts at the same speed."""
+    """Save an untrained deep ensemble for the digits, which predicts at the same speed as a trained one."""
     record = DatasetRecord.of(load_dataset("digits"))
     networks = [FlatWeights(architectures.build(architecture, len(record.classes), seed)) for seed in range(MEMBERS)]
     buffers = [weights.buffers() for weights in networks]
@@ -77,7 +77,7 @@ def main() -> None:
         def whole(cache: str) -> None:
             evaluate([path], "corruptions", cache=Path(folder) / cache)
 
-        evaluate([path], cache=Path(folder) / "warm")  # what is imported when it is needed
+        evaluate([path], cache=Path(folder) / "warm")  # imports
         ratios, forward = [], []
         for repeat in range(repeats):
             forward.append(timed(bare))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from dataclasses import replace
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from ensembler import datasets
 from ensembler.datasets import Dataset, Split
 from ensembler.ensemble import Ensemble, sample_coefficients
 from ensembler.run import Run, Sampling
-from ensembler.trainers import Session, Settings, train_deep_ensemble, train_simplex
-from ensembler.trainers.session import nll
+from ensembler.task import Classification
+from ensembler.trainers import DeepEnsemble, Settings, Simplex, train
+from ensembler.trainers.events import Message
 from ensembler.uncertainty import disagreement
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -49,36 +50,34 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {}
     dataset = Run.load(options.bases[0]).manifest.dataset.load() if options.bases else datasets.load(options.dataset)
     members: list[torch.Tensor] = []
+    scratch = tempfile.TemporaryDirectory()
     for number, seed in enumerate(options.seeds):
-        settings = Settings(epochs=options.epochs, seed=seed, architecture=options.arch)
-        base = Run.load(options.bases[number]) if options.bases else train_deep_ensemble(Session(dataset, settings), 1)
+        settings = {"epochs": options.epochs, "seed": seed, "architecture": options.arch}
         longer = options.epochs + (options.vertices - 1) * options.vertex_epochs
-        control = (
-            Run.load(options.controls[number])
-            if options.controls
-            else train_deep_ensemble(Session(dataset, replace(settings, epochs=longer)), 1)
-        )
+
+        start = Path(scratch.name, str(seed))
+        if options.bases:
+            start = options.bases[number]
+        else:
+            train(dataset, DeepEnsemble(members=1), Settings(**settings)).save(start)
+        base = Run.load(start)
+        if options.controls:
+            control = Run.load(options.controls[number])
+        else:
+            control = train(dataset, DeepEnsemble(members=1), Settings(**settings | {"epochs": longer}))
         members.append(Ensemble(base).predict_members(dataset.test.images))
+        scores = _scores(Ensemble(control).predict_members(dataset.test.images), dataset.test)
         _note(found, "base", seed, _scores(members[-1], dataset.test), base)
-        _note(
-            found,
-            "control",
-            seed,
-            _scores(Ensemble(control).predict_members(dataset.test.images), dataset.test),
-            control,
-        )
+        _note(found, "control", seed, scores, control)
         for name, variant in VARIANTS.items():
-            said: list[str] = []
-            session = Session(dataset, settings, base, say=said.append)
-            run = train_simplex(
-                session,
-                options.vertices,
-                options.vertices,
+            method = Simplex(
+                vertices=options.vertices,
+                members=options.vertices,
                 vertex_epochs=options.vertex_epochs,
                 tolerance=options.tolerance,
                 **variant,
             )
-            print(*(f"    {line}" for line in said), sep="\n", flush=True)
+            run = train(dataset, method, Settings(**settings, init=str(start)), on_event=_print)
             scores = _scores(Ensemble(run).predict_members(dataset.test.images), dataset.test)
             simplex = run.manifest.metrics["simplexes"][0]
             scores |= {"log volume": simplex["log_volume"], "lambda": float(run.manifest.metrics.get("lambda", 0.0))}
@@ -86,15 +85,12 @@ def main() -> None:
                 scores[f"train loss, {group}"] = simplex["train_loss"][group]
             scores |= {f"held-out NLL, {kind}": v for kind, v in _kinds(run, dataset, options.vertices).items()}
             _note(found, name, seed, scores, run)
+    scratch.cleanup()
     for one, other in zip(range(len(members)), (*range(1, len(members)), 0), strict=True):
         if one != other:
             scores = _scores(torch.cat([members[one], members[other]]), dataset.test)
-            _note(
-                found,
-                "two networks",
-                options.seeds[one],
-                scores | {"example passes": 2 * found["base"][one]["example passes"]},
-            )
+            scores |= {"example passes": 2 * found["base"][one]["example passes"]}
+            _note(found, "two networks", options.seeds[one], scores)
     figures = {
         f"{what}.{score}": statistics.mean(row[score] for row in rows)
         for what, rows in found.items()
@@ -132,12 +128,17 @@ def _arguments() -> argparse.Namespace:
     return options
 
 
+def _print(event: object) -> None:
+    if isinstance(event, Message):
+        print(f"    {event.text}", flush=True)
+
+
 def _scores(members: torch.Tensor, split: Split) -> dict[str, float]:
     mean = members.mean(dim=0)
     differ = disagreement(members.numpy())
     return {
         "error %": 100 * (mean.argmax(1) != split.labels).double().mean().item(),
-        "NLL": nll(mean, split.labels),
+        "NLL": Classification().nll(mean, split.labels),
         "disagreement %": 0.0 if differ is None else 100 * float(differ.mean()),
     }
 
@@ -150,7 +151,7 @@ def _kinds(run: Run, dataset: Dataset, vertices: int) -> dict[str, float]:
         sampling = Sampling(simplexes=rows, concentration=choice["concentration"], corners=choice["corners"])
         coefficients = sample_coefficients(sampling, vertices, vertices + choice["more"], seed=0)
         at = ensemble.at(coefficients, dataset.train)
-        found[kind] = nll(at.predict_proba(dataset.validation.images), dataset.validation.labels)
+        found[kind] = Classification().nll(at.predict_proba(dataset.validation.images), dataset.validation.labels)
     return found
 
 

@@ -2,7 +2,7 @@
 
 ``ratio.<arch>.K<k>`` is the time of one SPRO step (K vertices, one of them trainable, volume regulariser on) over the
 time of a hand-written ``torch.optim.SGD`` step: the median over pairs that ran one after the other. On a GPU both run
-under bfloat16 autocast. On a CPU both keep the memory they free, as a training session does (``ensembler/memory.py``).
+under bfloat16 autocast. On a CPU both keep the memory they free, as training does (``ensembler/device.py``).
 
 ``floats_per_parameter.K<k>`` is what such a step of ``vgg16`` holds in memory at the most, over its number of
 parameters: every tensor alive is counted, less the activations and temporaries that the plain step holds too.
@@ -14,21 +14,22 @@ from __future__ import annotations
 
 import statistics
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from _harness import arguments, report, spread, timed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ensembler import architectures
-from ensembler.memory import keep_freed
+from ensembler.device import keep_freed
 from ensembler.subspace import dirichlet
-from ensembler.trainers.loop import train
+from ensembler.task import Classification
+from ensembler.trainers.batches import Batch
+from ensembler.trainers.loop import Plan, fit
+from ensembler.trainers.regularisers import volume_regulariser
 from ensembler.trainers.schedules import constant
-from ensembler.trainers.simplex import towards_volume
 from ensembler.weights import FlatWeights
 
 BATCH, RATE = 128, 1e-3
@@ -38,16 +39,15 @@ STEPS = {"vgg16": 1, "preresnet164": 1}  # in a row, of each kind; else 2
 class OneBatch:
     """The same batch for ever: what the loop asks of its batches, and no more."""
 
-    per_epoch = 10**9
-
     def __init__(self, device: torch.device, size: int = BATCH) -> None:
         stream = torch.Generator().manual_seed(0)
         self.x = torch.randn(size, 3, 32, 32, generator=stream).to(device, memory_format=torch.channels_last)
         self.y = torch.randint(10, (size,), generator=stream).to(device)
-        self.whole = size
+        self.per_epoch = 1
 
-    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.x, self.y
+    def begin(self, step: int = 0) -> Generator[Batch, None, None]:
+        while True:
+            yield Batch(self.x, self.y, len(self.y))
 
 
 class Live(TorchDispatchMode):
@@ -104,22 +104,18 @@ def simplex_steps(arch: str, K: int, batch: OneBatch) -> Callable[[], None]:
     vertices = weights.vector.repeat(K, 1)
     for k in range(1, K):
         vertices[k] += 0.01 * torch.randn(len(weights), device=vertices.device)
-    rng = np.random.default_rng(0)
-    regulariser = towards_volume(vertices[:-1], vertices[-1], 1e-2, weights.vector)
+    steps = batch.per_epoch = STEPS.get(arch, 2)
+    plan = Plan(
+        constant(RATE),
+        steps,
+        trainable=[K - 1],
+        draw=lambda rng, count: dirichlet(count, K, rng),
+        regulariser=volume_regulariser(vertices[:-1], vertices[-1], 1e-2, weights.vector),
+    )
+    buffers, task = weights.buffers(), Classification()
 
     def run() -> None:
-        train(
-            weights,
-            vertices,
-            batch,
-            sgd,
-            constant(RATE),
-            STEPS.get(arch, 2),
-            trainable=[K - 1],
-            draw=lambda samples: dirichlet(samples, K, rng),
-            regulariser=regulariser,
-            precision=precision(batch),
-        )
+        fit(weights, task, vertices, buffers, batch, sgd, plan, precision=precision(batch))  # type: ignore[arg-type]
 
     return run
 

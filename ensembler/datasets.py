@@ -66,7 +66,7 @@ class Dataset:
     Attributes:
         name: the name for :func:`load`.
         title: the name in reports.
-        classes: the class names, in label order.
+        classes: the class names, in label order; none where the targets are numbers.
         augmentation: the default augmentation, one of :data:`ensembler.images.AUGMENTATIONS`.
         train, validation, test: all in memory, or all in files. :func:`load` returns images; your own dataset may hold
             other examples (:mod:`ensembler.examples`).
@@ -91,6 +91,8 @@ class Dataset:
     @property
     def class_counts(self) -> dict[str, int]:
         """Number of training images of each class."""
+        if not self.classes:
+            return {}
         counts = torch.bincount(self.train.labels, minlength=len(self.classes)).tolist()
         return dict(zip(self.classes, counts, strict=True))
 

@@ -200,7 +200,8 @@ def _predict_elsewhere(
             todo.append(jobs.Job(test_set.title, _reduce, {"test_set": test_set, "missing": missing}))
     runs = [(one.ensemble.run, str(one.ensemble.device), one.ensemble.batch_size) for one in predictors]
     done, total = 0, sum(len(job.arguments["test_set"].examples) for job in todo)
-    with closing(jobs.run(todo, runs, engine)) as results:
+    results: Generator[tuple[jobs.Job, list[Arrays]], None, None] = jobs.run(todo, runs, engine)
+    with closing(results):
         for job, found in results:
             test_set = job.arguments["test_set"]
             for number, arrays in zip(job.arguments["missing"], found, strict=True):

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from ensembler._lazy import exports
 
 if TYPE_CHECKING:
-    from ensembler.serve.export import export_run
-    from ensembler.serve.runtime import Runtime
+    from ensembler.serve.export.bundle import export_run
+    from ensembler.serve.runtime.runtime import Runtime
 
 __all__ = ["Runtime", "export_run"]
 
 __getattr__, __dir__ = exports(
     __name__,
-    {"Runtime": "ensembler.serve.runtime:Runtime", "export_run": "ensembler.serve.export:export_run"},
+    {"Runtime": "ensembler.serve.runtime.runtime:Runtime", "export_run": "ensembler.serve.export.bundle:export_run"},
 )

@@ -156,9 +156,9 @@ def pinned(gpu: bool = False) -> list[str]:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    runtime = next((name for name in ("onnxruntime", "onnxruntime-gpu") if _installed(name)), None)
-    left = [each for each in serving() if not runtime or not each.name.startswith("onnxruntime")]
-    left += [Requirement(runtime)] if runtime else []
+    runtimes = ("onnxruntime", "onnxruntime-gpu")
+    runtime = next((name for name in runtimes if _installed(name)), "onnxruntime")
+    left = [Requirement(runtime), *(each for each in serving() if each.name not in runtimes)]
     found: dict[str, str] = {}
     seen: set[str] = set()
     while left:

@@ -141,7 +141,7 @@ def _from_bundle(bundle: str, images: Sequence[Path], chosen: dict[str, Any]) ->
     from ensembler.serve.http import answers
     from ensembler.serve.http.options import Options
     from ensembler.serve.http.readers import image_from_file
-    from ensembler.serve.runtime import Runtime
+    from ensembler.serve.runtime.runtime import Runtime
 
     if not Path(bundle).is_dir():
         looks = ": an address begins with http:// or https://" if ":" in bundle else ""

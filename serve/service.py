@@ -11,6 +11,7 @@ Start it with ``ensembler serve BUNDLE``, or from any folder::
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import bentoml
@@ -22,7 +23,7 @@ from ensembler.serve.http.application import application
 from ensembler.serve.http.options import Options
 from ensembler.serve.http.routes import JSON
 from ensembler.serve.http.schemas import Answer
-from ensembler.serve.http.settings import Settings, whole_number
+from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
 
 __all__ = ["PredictiveUncertainty"]
@@ -48,7 +49,7 @@ class _Service(bentoml.Service):
 
 
 @bentoml.service(
-    workers=whole_number("ENSEMBLER_WORKERS", 1),
+    workers=Settings.read({"ENSEMBLER_BUNDLE": "."} | os.environ).workers,  # read before there is a bundle
     logging={"access": {"enabled": False}},  # the application has its own
     service_class=_Service,
 )

@@ -25,7 +25,7 @@ from ensembler.cli import app
 from ensembler.errors import CorruptError, UsageError
 from ensembler.serve import Runtime
 from ensembler.serve.bento import BentoError, build_bento, pinned, write_sources
-from ensembler.serve.http import settings
+from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
 from tests._service import IMAGE, ROUTE, Server, free_port, make_calibrated, tiny_images
 
@@ -260,7 +260,9 @@ def assert_exists(command: str) -> None:
 
 
 def test_the_docs_name_only_what_exists() -> None:
-    known = set(re.findall(r"ENSEMBLER_[A-Z_]+", settings.__doc__ or ""))
+    known = {f"ENSEMBLER_{name.upper()}" for name in Settings.model_fields}
+    rows = re.findall(r"^\| `(ENSEMBLER_[A-Z_]+)` \|", (ROOT / "docs" / "serving.md").read_text(), re.MULTILINE)
+    assert rows == [f"ENSEMBLER_{name.upper()}" for name in Settings.model_fields]
     for path in (ROOT / "docs" / "deploy.md", *DEPLOY.iterdir()):
         named = set(re.findall(r"ENSEMBLER_[A-Z]+(?:_[A-Z]+)*", path.read_text()))
         assert named <= known, path

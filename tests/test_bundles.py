@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
-from ensembler import artefact, calibration, load_dataset
+from ensembler import artefact, calibration, calibration_maps, load_dataset
 from ensembler.cli import app
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
@@ -425,11 +425,11 @@ def test_a_graph_of_all_that_differs_is_refused(run: Path, tmp_path: Path, monke
 # --- calibration -----------------------------------------------------------------------------------------------------
 
 
-SMOOTH = calibration.Temperature(temperature=1.5)
-JUMPY = calibration.Histogram(y=[[0.1, 0.9] * 500] * 3)  # a probability that moves by 0.001 lands in another bin
+SMOOTH = calibration_maps.Temperature(temperature=1.5)
+JUMPY = calibration_maps.Histogram(y=[[0.1, 0.9] * 500] * 3)  # a probability that moves by 0.001 lands in another bin
 
 
-def calibrate(run: Path, fitted_map: calibration.Map = SMOOTH) -> calibration.Calibration:
+def calibrate(run: Path, fitted_map: calibration_maps.Map = SMOOTH) -> calibration.Calibration:
     scores = [0.1, 0.2, 0.6]
     fitted = calibration.Calibration(
         run_sha256=artefact.sha256(run / "manifest.json"),
@@ -476,7 +476,7 @@ def test_a_calibration_goes_with_the_members_that_it_was_fitted_for(run: Path, t
     [("float32", JUMPY, True), ("float16", SMOOTH, True), ("int8", SMOOTH, True), ("int8", JUMPY, False)],
 )
 def test_a_calibration_goes_only_with_members_that_it_still_holds_for(
-    name: Precision, fitted_map: calibration.Map, kept: bool, run: Path, dataset: Dataset, tmp_path: Path
+    name: Precision, fitted_map: calibration_maps.Map, kept: bool, run: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
     own = shutil.copytree(run, tmp_path / "run")
     fitted = calibrate(own, fitted_map)

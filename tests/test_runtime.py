@@ -390,24 +390,6 @@ def test_memory_is_at_least_that_of_the_weights(eight: Path) -> None:
     assert loaded.memory >= 8 * 15 * 4
 
 
-# --- formats ---------------------------------------------------------------------------------------------------------
-
-FORMAT_1 = Path(__file__).parent / "data" / "bundle-format-1"
-
-
-def test_a_bundle_of_format_1_is_read_and_predicts_for_ever() -> None:
-    loaded = Runtime.load(FORMAT_1)
-    images = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
-    assert (loaded.manifest.format, loaded.members, loaded.manifest.order) == (1, 3, [0, 1, 2])
-    np.testing.assert_allclose(
-        loaded.predict_members(images)[:, 0],
-        [[0.1522, 0.1892, 0.0329, 0.1355, 0.4902]] * 2 + [[0.2844, 0.1672, 0.1595, 0.2018, 0.1870]],
-        atol=1e-4,
-    )
-    found = loaded.predict(images, "exact")
-    assert found.classes.tolist() == loaded.predict(images).classes.tolist()
-
-
 # --- imports ---------------------------------------------------------------------------------------------------------
 
 

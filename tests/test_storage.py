@@ -30,6 +30,7 @@ from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, UsageE
 from ensembler.run import Run
 from ensembler.storage import CALIBRATION, CARD, Url, default_folder, is_url, local, name_of, place, pull, push
 from tests._hub import Hub, serving
+from tests._interrupt import after
 from tests._runs import make_bundle, make_run
 from tests.test_calibration import made as a_calibration
 from tests.test_cli import SMALL
@@ -235,7 +236,7 @@ def test_a_push_in_between_is_respected(tmp_path):
     for refuse in (lambda: push(other, url), lambda: storage.check_free(url)):
         with pytest.raises(UsageError, match=r"another push to .* is running or was interrupted"):
             refuse()
-    with pytest.raises(CorruptError, match="incomplete: wait until its push has ended, or push it again"):
+    with pytest.raises(CorruptError, match="incomplete: wait until its push has finished, or push it again"):
         local(url)
     push(one, url)
     assert content(pull(url)) == content(one)
@@ -561,8 +562,8 @@ def test_what_is_not_there_and_what_is_no_url(tmp_path):
     refused(call("pull", "nothing://x/y"), "cannot reach nothing://x/y: ", "nothing")
     refused(call("pull", f"file://{tmp_path}/nowhere"), f"no run or bundle at file://{tmp_path}/nowhere")
     refused(call("show", "memory://nowhere"), "no run or bundle at memory://nowhere")
-    refused(call("pull", "runs/x"), "runs/x is no URL")
-    refused(call("push", "runs/x"), "push takes a run or bundle, and the URL to write it to")
+    refused(call("pull", "runs/x"), "runs/x is not a URL")
+    refused(call("push", "runs/x"), "push takes a run or bundle, and the URL to push it to")
     refused(call("push", "a", "b", "memory://c"), "push takes a run or bundle, and the URL")
     refused(call("push", "memory://x"), "no run in runs")
     refused(
@@ -639,9 +640,9 @@ def test_every_command_takes_a_url_where_it_takes_a_run_or_bundle(trained, tmp_p
     assert json.loads(Path("report/report.json").read_text())["runs"][0]["name"] == "a-run"
     assert Path("runs/centroid").is_dir()
     assert content(Path("bundles/a-bundle")) == content(local(bundle)) == content(Path("pulled"))
-    for name in ("fge", "curve", "complex"):  # where it began is written as it was typed
-        begun = Run.load(Path(name)).manifest.options["init"]
-        assert (begun[0] if isinstance(begun, list) else begun) == run
+    made = {name: Run.load(Path(name)).manifest for name in ("fge", "curve", "complex")}
+    starts = made["fge"].settings["init"], made["curve"].options["first"], made["complex"].options["modes"][0]
+    assert starts == (run, run, run)  # where it began is written as it was typed
     again = call("train-fge", "--config", "fge", "--quiet", "--out", "again")
     assert again.exit_code == 0, again.output
     assert artefact.sha256(Path("again/vertices.safetensors")) == artefact.sha256(Path("fge/vertices.safetensors"))
@@ -674,14 +675,10 @@ def test_a_run_is_pushed_when_it_is_finished(tmp_path, images, monkeypatch):
 
 
 def test_a_resumed_run_is_pushed_where_it_was_to_go(tmp_path, images, monkeypatch):
-    from ensembler.trainers import orders
-    from tests._interrupt import BreakingOff
-
     url = at("file", tmp_path, "resumed")
     train = ["train-fge", "--members", 2, "--cycle", 1, *SMALL, *images, "--quiet", "--checkpoint-every", 0]
     with monkeypatch.context() as patch:
-        patch.setattr(orders, "Checkpoints", BreakingOff)
-        patch.setattr(BreakingOff, "left", 3)
+        after(patch, 3)
         assert call(*train, "--out", url).exit_code == 130
     result = call("train-fge", "--resume", "runs/resumed")
     assert result.exit_code == 0, result.output
@@ -704,13 +701,14 @@ def test_real_runs_and_bundles_load_from_where_they_were_fetched_to(tmp_path):
 @pytest.fixture
 def hub(monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
+    file_download = pytest.importorskip("huggingface_hub.file_download")
     sys.modules["huggingface_hub"].HfFileSystem.clear_instance_cache()  # it holds the address of the last test's hub
     hub = Hub()
     with serving(hub) as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, file_download):  # either may be the one that is read
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setenv("HF_TOKEN", hub.token)
         yield hub
 

@@ -31,7 +31,11 @@ def command_of(method: type[Method]) -> Callable[..., None]:
         from ensembler.trainers.launch import launch
 
         sources = {name: context.get_parameter_source(name) for name in given}
-        launch(method, given, {name for name, source in sources.items() if source and source.name != "DEFAULT"})
+        # A start at a URL has been fetched; the run's manifest names the URL, not the cache.
+        typed = {
+            name: context.params[name] for name in given.keys() & (method.marked("path") | Settings.marked("path"))
+        }
+        launch(method, given | typed, {name for name, source in sources.items() if source and source.name != "DEFAULT"})
 
     joins_runs = bool(method.marked("path"))
     shared = [

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ensembler.trainers.events import OnEvent
     from ensembler.trainers.method import Method
     from ensembler.trainers.resume import UnfinishedRun
+    from ensembler.trainers.spec import Spec
     from ensembler.trainers.training import Training
 
 __all__ = ["Data", "Launch", "check_free", "label", "launch", "save"]
@@ -99,6 +100,7 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
     from ensembler.engine import choose
     from ensembler.trainers.distributed import join_group, under_torchrun
     from ensembler.trainers.progress import progress
+    from ensembler.trainers.spec import Spec, unfinished
 
     own = Launch.typed(given)
     several = own.seeds > 1
@@ -115,13 +117,19 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
         if not several:
             group.from_first(partial(check_free, path, resumed=own.resume is not None, restarted=under_torchrun()))
         with progress(own.quiet, own.log, own.tensorboard) if group.first else progress(quiet=True) as on_event:
-            training = (_resumed if own.resume else _given)(kind, given, chosen, own, group)
+            if own.resume:
+                spec = group.from_first(partial(Spec.read, unfinished(path)))
+                training, url = _resumed(spec, kind, given, chosen, own, group), spec.url
+            else:
+                training = _given(kind, given, chosen, own, group)
             first = training.settings.seed
-            paths = {seed: path.with_name(f"{path.name}-s{seed}") for seed in range(first, first + own.seeds)}
-            runs = _Runs(training, paths if several else {first: path}, own.checkpoint_every, group)
+            names = {seed: f"-s{seed}" * several for seed in range(first, first + own.seeds)}
+            paths = {seed: path.with_name(path.name + name) for seed, name in names.items()}
+            urls = {seed: url + name for seed, name in names.items()} if url else {}
+            runs = _Runs(training, paths, urls, own.checkpoint_every, group)
             runs.make(engine, on_event)
         for seed, one in runs.saved.items() if group.first else ():
-            push_finished(one, url and url + f"-s{seed}" * several, own.quiet)
+            push_finished(one, urls.get(seed), own.quiet)
 
 
 @dataclass(eq=False)
@@ -131,12 +139,14 @@ class _Runs:
     Args:
         training: of the first seed.
         paths: where each run is to be, by its seed.
+        urls: where each is to be pushed to, if anywhere.
         every: seconds between two checkpoints.
         group: the processes that train together.
     """
 
     training: Training
     paths: Mapping[int, Path]
+    urls: Mapping[int, str]
     every: float
     group: Group
     saved: dict[int, Path] = field(default_factory=dict)
@@ -152,9 +162,10 @@ class _Runs:
         from ensembler.engine import Local
         from ensembler.trainers.resume import UnfinishedRun
 
-        outer, inner = (engine, Local()) if self.several else (Local(), engine)
+        whole = self.several or not self.training.method.has_jobs
+        outer, inner = (engine, Local()) if whole else (Local(), engine)
         self.unfinished = {
-            seed: UnfinishedRun(path, self.training.with_seed(seed).spec, self.every, writer=self.group.first)
+            seed: UnfinishedRun(path, self._spec(seed), self.every, writer=self.group.first)
             for seed, path in self.paths.items()
             if not path.exists()
         }
@@ -186,7 +197,7 @@ class _Runs:
         path = self.paths[seed]
         if seed in self.unfinished:
             return None
-        if Run.load(path).manifest.fingerprint != self.training.with_seed(seed).spec.fingerprint:
+        if Run.load(path).manifest.fingerprint != self._spec(seed).fingerprint:
             raise UsageError(
                 f"{path} already exists, made with other options or of other data: choose another --out, or remove it"
             )
@@ -199,6 +210,9 @@ class _Runs:
         seed = job.arguments["seed"]
         self.saved[seed] = self.group.from_first(partial(save, result, self.paths[seed]))
         self.unfinished.pop(seed).remove()
+
+    def _spec(self, seed: int) -> Spec:
+        return self.training.with_seed(seed).spec.model_copy(update={"url": self.urls.get(seed)})
 
     def _say_how_to_resume(self, any_saved: bool) -> None:
         kept = [one.folder for one in self.unfinished.values() if one.folder.is_dir()]
@@ -252,16 +266,15 @@ def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: 
     return Training.of(dataset, kind.typed(values), Settings.typed(values), starts, own.collapse is not None)
 
 
-def _resumed(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: Launch, group: Group) -> Training:
+def _resumed(
+    spec: Spec, kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: Launch, group: Group
+) -> Training:
     """What an interrupted run's ``spec.json`` asks for."""
-    from ensembler.trainers.spec import Spec, unfinished
     from ensembler.trainers.starts import load_starts
     from ensembler.trainers.training import Training
 
-    path = own.resume or Path()
-    spec = group.from_first(partial(Spec.read, unfinished(path)))
     if spec.command != kind.command:
-        raise UsageError(f"{path} was begun by another command: ensembler {spec.command} --resume {path}")
+        raise UsageError(f"{own.resume} was begun by another command: ensembler {spec.command} --resume {own.resume}")
     if wrong := sorted(chosen - _WITH_RESUME):
         flags = Data.flags() | Settings.flags() | Launch.flags() | kind.flags()
         raise UsageError(f"--resume keeps the options that the run was begun with: leave out {flags[wrong[0]]}")

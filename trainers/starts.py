@@ -15,6 +15,7 @@ from ensembler.errors import UsageError
 from ensembler.pretrained import Checkpoint
 from ensembler.run import CostEntry, Run
 from ensembler.seeds import derive
+from ensembler.storage import local
 from ensembler.trainers.loop import Plan, Snapshot
 from ensembler.trainers.method import Method
 from ensembler.trainers.settings import Settings
@@ -37,19 +38,19 @@ class Solution:
 
 
 def load_starts(method: Method, settings: Settings) -> dict[str, Start]:
-    """What training starts from, by the names that the method and the settings give: runs, or files of weights.
+    """What training starts from, by the paths or URLs that the method and the settings give: runs, files of weights.
 
     Raises:
         UsageError: two answers to what to start from. ArtefactError: one cannot be read.
     """
     if settings.init and settings.weights:
         raise UsageError("--init and --weights both name a start: give one of them")
-    starts: dict[str, Start] = {path: Run.load(Path(path)) for path in method.runs}
+    starts: dict[str, Start] = {path: Run.load(local(path)) for path in method.runs}
     if settings.weights:
         tensors = pretrained.pretrained(settings.architecture, settings.weights)
         starts[settings.weights] = Checkpoint(f"{settings.architecture} {settings.weights}", tensors)
     if settings.init:
-        path = Path(settings.init)
+        path = local(settings.init)
         starts[settings.init] = Checkpoint(path.name, pretrained.read(path)) if path.is_file() else Run.load(path)
     return starts
 

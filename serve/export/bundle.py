@@ -24,7 +24,7 @@ from ensembler.calibration import Calibration
 from ensembler.datasets import NAMES, Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, DataError, ExportError, UsageError
-from ensembler.run import DatasetRecord, versions
+from ensembler.run import DatasetRecord, Sampling, versions
 from ensembler.serve.export.agreement import check_merged, compare, patches
 from ensembler.serve.export.precision import calibration_lost
 from ensembler.serve.export.validation import Judgement, judge, some
@@ -120,7 +120,7 @@ def export_run(
         judgement = Judgement(order=list(range(ensemble.members)))
         try:
             written = Writer(folder, ensemble, pixels, precision, ranges).write(layout)
-            opened = _open(folder, ensemble, written, pixels, judgement.order)
+            opened = _open(folder, written, ensemble.run.manifest.dataset, judgement.order)
             agreement = compare(opened, ensemble, folder, precision, test)
         except (ExportError, ArtefactError) as error:
             raise ExportError(f"{run_path}: {error}") from error
@@ -130,28 +130,30 @@ def export_run(
         else:
             say("Without validation images, members keep the run's order, and their usual uncertainty is not known.")
         opened.close()
+        record = ensemble.run.manifest
         content = BundleManifest(
-            **_origin(ensemble, run_path),
-            input=pixels,
-            precision=precision,
-            layout=written.layout,
-            graphs=written.graphs,
-            opset=written.opset,
-            sampling=_sampling(ensemble) if written.layout == "vertices" else None,
-            max_difference=agreement.max_difference,
-            compared_on=agreement.compared_on,
-            order=judgement.order,
-            ordered_by=judgement.ordered_by,
-            validation=judgement.validation,
-            precision_check=judgement.precision_check,
-            tuning=_tune(folder, ensemble, written, pixels, judgement.order, test) if tune else None,
+            method=record.method,
+            architecture=record.architecture,
+            dataset=record.dataset.title,
+            classes=record.dataset.classes,
+            image_shape=record.dataset.shape,
+            members=ensemble.members,
+            vertices=record.vertices,
+            parameters=record.parameters,
+            training_cost=record.cost.model_dump(),
+            run=Origin(name=run_path.resolve().name, sha256=ensemble.run.sha256),
+            sampling=_sampling(record.sampling) if written.layout == "vertices" else None,
+            tuning=_tune(folder, written, record.dataset, judgement.order, test) if tune else None,
             calibration=calibration.FILE if fitted else None,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
+            **vars(written),
+            **vars(agreement),
+            **vars(judgement),
         )
         if fitted:
             shutil.copyfile(file, folder / calibration.FILE)
-        if test is not None and ensemble.run.manifest.dataset.name in NAMES:  # a folder's images stay private
+        if test is not None and record.dataset.name in NAMES:  # a folder's images stay private
             np.save(folder / EXAMPLES, test[:_SHOWN])
         manifest.update(content.model_dump())
     return out
@@ -176,61 +178,29 @@ def _dataset(record: DatasetRecord, root: Path | None, say: Say) -> Dataset | No
         return None
 
 
-def _origin(ensemble: Ensemble, run_path: Path) -> dict[str, Any]:
-    """The manifest's fields that are the run's."""
-    record = ensemble.run.manifest
-    return {
-        "method": record.method,
-        "architecture": record.architecture,
-        "dataset": record.dataset.title,
-        "classes": record.dataset.classes,
-        "image_shape": record.dataset.shape,
-        "members": ensemble.members,
-        "vertices": record.vertices,
-        "parameters": record.parameters,
-        "training_cost": record.cost.model_dump(),
-        "run": Origin(name=run_path.resolve().name, sha256=ensemble.run.sha256),
-    }
+def _sampling(drawn: Sampling | None) -> Simplexes | None:
+    return None if drawn is None else Simplexes(**drawn.model_dump(include=set(Simplexes.model_fields)))
 
 
-def _sampling(ensemble: Ensemble) -> Simplexes | None:
-    drawn = ensemble.run.manifest.sampling
-    if drawn is None:
-        return None
-    return Simplexes(simplexes=drawn.simplexes, concentration=drawn.concentration, weights=drawn.weights)
-
-
-def _open(
-    folder: Path, ensemble: Ensemble, written: Written, pixels: Pixels, order: list[int], *, merged: bool = False
-) -> Members:
+def _open(folder: Path, written: Written, record: DatasetRecord, order: list[int], *, merged: bool = False) -> Members:
     """Open the members as they will be served."""
-    record, threads = ensemble.run.manifest.dataset, available_cpus()
-    return Members(
-        open_members(folder, written.layout, written.graphs, order),
-        threads,
-        record.shape,
-        len(record.classes),
-        pixels == "float",
-        open_merged(folder, written.layout, order, threads) if merged else None,
-    )
+    threads = available_cpus()
+    together = open_merged(folder, written.layout, order, threads) if merged else None
+    sessions = open_members(folder, written.layout, written.graphs, order)
+    return Members(sessions, threads, record.shape, len(record.classes), written.input == "float", together)
 
 
 def _tune(
-    folder: Path,
-    ensemble: Ensemble,
-    written: Written,
-    pixels: Pixels,
-    order: list[int],
-    test: NDArray[np.uint8] | None,
+    folder: Path, written: Written, record: DatasetRecord, order: list[int], test: NDArray[np.uint8] | None
 ) -> Tuning:
     """Time every strategy; keep the graph of all members only where it wins.
 
     Raises:
         ExportError: that graph does not reproduce the members.
     """
-    images = patches(ensemble.run.manifest.dataset.shape, _TEST) if test is None else test
+    images = patches(record.shape, _TEST) if test is None else test
     write_merged(folder, written.layout, written.graphs, order)
-    opened = _open(folder, ensemble, written, pixels, order, merged=True)
+    opened = _open(folder, written, record, order, merged=True)
     check_merged(opened, images)
     tuning = measure_strategies(opened, images)
     opened.close()

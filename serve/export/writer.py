@@ -38,6 +38,8 @@ class Written:
     layout: Layout
     graphs: list[str]
     opset: int
+    input: Pixels
+    precision: Precision
 
 
 class Writer:
@@ -62,7 +64,7 @@ class Writer:
         self._folder = folder
         self._ensemble = ensemble
         self._record = ensemble.run.manifest.dataset
-        self._scaled = pixels == "float"
+        self._pixels = pixels
         self._precision = precision
         self._images = images
 
@@ -90,8 +92,10 @@ class Writer:
         fewer = len(self._ensemble.run.coefficients[0]) < self._ensemble.members
         if layout == "vertices" or (layout is None and named and fewer and self._precision != "int8"):
             self._write_vertices(graph, template)
-            return Written("vertices", [GRAPH], opset(template))
-        return Written("members", self._write_members(template, named), opset(template))
+            layout, graphs = "vertices", [GRAPH]
+        else:
+            layout, graphs = "members", self._write_members(template, named)
+        return Written(layout, graphs, opset(template), self._pixels, self._precision)
 
     def _write_members(self, template: onnx.ModelProto, named: bool) -> list[str]:
         """Write a file for each member: the first one's graph with its weights, or, without names, its own graph."""
@@ -143,7 +147,7 @@ class Writer:
         save(without_weights(converted, names), self._folder / GRAPH)
 
     def _graph(self, member: int) -> Graph:
-        return Graph(self._ensemble.network(member), self._record, self._scaled).eval()
+        return Graph(self._ensemble.network(member), self._record, self._pixels == "float").eval()
 
     def _trace(self, graph: Graph, member: int) -> onnx.ModelProto:
         try:
@@ -157,7 +161,7 @@ class Writer:
         if self._precision == "int8":
             if self._images is None:
                 raise UsageError("int8 needs training images to take the ranges of its activations from")
-            scaled = self._images.astype(np.float32) / np.float32(255) if self._scaled else self._images
+            scaled = self._images.astype(np.float32) / np.float32(255) if self._pixels == "float" else self._images
             return to_int8(model, scaled)
         return model
 

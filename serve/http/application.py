@@ -17,10 +17,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from ensembler.errors import EnsemblerError
 from ensembler.serve.http import answers, openapi, page
-from ensembler.serve.http.gate import Gate
+from ensembler.serve.http.gate import Gate, refusal
 from ensembler.serve.http.metrics import Requests
-from ensembler.serve.http.predictions import predict
 from ensembler.serve.http.predictor import Predictor
 from ensembler.serve.http.routes import EXAMPLES, KINDS, PAGE
 from ensembler.serve.http.settings import Settings
@@ -34,7 +34,7 @@ def application(
     """Return the application.
 
     Args:
-        settings: the operator's.
+        settings: of the service.
         otherwise: answers requests to other routes, after the same checks; starts and stops with this application.
         registry: of the Prometheus metrics; a new one by default.
     """
@@ -60,9 +60,18 @@ def application(
     return app
 
 
+async def _predict(request: Request) -> Response:
+    predictor: Predictor = request.app.state.predictor
+    try:
+        return await predictor.respond(request)
+    except EnsemblerError as error:
+        return refusal(error)
+
+
 async def _metadata(request: Request) -> Response:
     predictor: Predictor = request.app.state.predictor
-    return JSONResponse(answers.metadata(predictor.runtime, predictor.settings.limits()))
+    limits = predictor.settings.model_dump(exclude={"bundle", "token", "members"})
+    return JSONResponse(answers.metadata(predictor.runtime, limits))
 
 
 async def _openapi(request: Request) -> Response:
@@ -93,7 +102,7 @@ async def _ready(request: Request) -> Response:
 
 
 _ROUTES = [
-    *(Route(path, predict, methods=["POST"]) for path in KINDS),
+    *(Route(path, _predict, methods=["POST"]) for path in KINDS),
     Route("/metadata", _metadata),
     Route("/docs.json", _openapi),
     Route("/", _to_page),

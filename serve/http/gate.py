@@ -99,7 +99,7 @@ class Gate:
 
     async def _read(self, body: _Body) -> bytes:
         """Read a whole body within the limits."""
-        most, seconds = self.settings.max_body, self.settings.body_time
+        most, seconds = self.settings.max_body, self.settings.body_ms / 1000
         chunks: list[bytes] = []
         try:
             async with asyncio.timeout(seconds):
@@ -118,7 +118,7 @@ class Gate:
         return b"".join(chunks)
 
     async def _drain(self, body: _Body) -> None:
-        await body.drain(_DRAINED_BODIES * self.settings.max_body, self.settings.body_time)
+        await body.drain(_DRAINED_BODIES * self.settings.max_body, self.settings.body_ms / 1000)
 
     def _check_token(self, path: str, headers: dict[bytes, bytes]) -> None:
         if not self.settings.token or path in PUBLIC or path.startswith(f"{PAGE}/"):

@@ -19,11 +19,13 @@ from ensembler.serve.runtime.images import kind_of, shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from starlette.requests import Request
 
 __all__ = [
     "MAX_PIXELS",
     "MediaTypeError",
     "fields_from_json",
+    "files_of",
     "image_from_file",
     "images_from_npy",
     "images_from_raw",
@@ -155,6 +157,25 @@ def image_from_file(body: bytes, image_shape: Sequence[int], max_pixels: int = M
         raise ShapeError(f"an image of more than {max_pixels} pixels: send a smaller one") from error
     except Exception as error:  # of any class: the file is untrusted
         raise ShapeError("the image cannot be decoded: send a whole PNG or JPEG file") from error
+
+
+async def files_of(request: Request, most: int) -> list[bytes]:
+    """Return the files of a form, or else the body as the one file.
+
+    Raises:
+        ShapeError: a form without files, with more than ``most``, or malformed.
+    """
+    body = await request.body()
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        return [body]
+    try:
+        async with request.form(max_files=most, max_fields=0) as form:
+            files = [await part.read() for _, part in form.multi_items() if not isinstance(part, str)]
+    except Exception as error:  # its parser raises errors of any class
+        raise ShapeError(f"the form cannot be read: send nothing but files, {most} at most") from error
+    if not files:
+        raise ShapeError("the form holds no file: send at least one image")
+    return files
 
 
 def _check_opaque(image: Image) -> None:

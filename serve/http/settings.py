@@ -1,106 +1,57 @@
-"""Settings of the service, each an environment variable. Standard library only.
-
-=============================  ===========================================================================  ==========
-variable                       meaning                                                                      default
-=============================  ===========================================================================  ==========
-``ENSEMBLER_BUNDLE``           the bundle's folder                                                          required
-``ENSEMBLER_MEMBERS``          members to open; more than the bundle holds are made of its vertices         all it has
-``ENSEMBLER_WORKERS``          processes; each opens the bundle and uses its share of the CPUs              1
-``ENSEMBLER_TOKEN``            what callers must send as ``Authorization: Bearer TOKEN``                    none
-``ENSEMBLER_MAX_BATCH``        the most images in one request                                               1024
-``ENSEMBLER_RUN_BATCH``        the most images in one forward pass, of one request or of several            64
-``ENSEMBLER_MAX_QUEUE``        images that may wait in one worker before others are answered 503            1024
-``ENSEMBLER_MAX_REQUESTS``     requests that one worker handles at a time before others are answered 503    256
-``ENSEMBLER_MAX_BODY``         the most bytes in one request's body                                         32 MiB
-``ENSEMBLER_MAX_PIXELS``       the most pixels of one image file, before it is resized                      25,000,000
-``ENSEMBLER_DEADLINE_MS``      how long a request may take that does not say so itself                      30,000
-``ENSEMBLER_BODY_MS``          how long a body may take to arrive                                           30,000
-=============================  ===========================================================================  ==========
-"""
+"""Settings of the service. The standard library and pydantic only."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+from pydantic import ConfigDict, Field, PositiveInt, ValidationError
 
 from ensembler.errors import UsageError
+from ensembler.record import Record
 
-__all__ = ["Settings", "whole_number"]
+__all__ = ["Settings"]
+
+_PREFIX = "ENSEMBLER_"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The settings of one worker; times in seconds."""
+class Settings(Record):
+    """The settings of one worker; each is the environment variable of its name in capitals, after ``ENSEMBLER_``."""
 
-    bundle: Path
-    members: int | None
-    workers: int
-    token: str | None
-    max_batch: int
-    run_batch: int
-    max_queue: int
-    max_requests: int
-    max_body: int
-    max_pixels: int
-    deadline: float
-    body_time: float
+    model_config = ConfigDict(frozen=True)
+
+    bundle: Path = Field(description="the bundle's folder")
+    members: PositiveInt | None = Field(None, description="number of members; further ones are made from the vertices")
+    workers: PositiveInt = Field(1, description="processes; each opens the bundle and uses its share of the CPUs")
+    token: str | None = Field(None, pattern="^[!-~]*$", description="what callers send: Authorization: Bearer TOKEN")
+    max_batch: PositiveInt = Field(1024, description="the most images in one request")
+    run_batch: PositiveInt = Field(64, description="the most images in one forward pass, of one request or several")
+    max_queue: PositiveInt = Field(1024, description="images that may wait in one worker; others get 503")
+    max_requests: PositiveInt = Field(256, description="requests that one worker handles at a time; others get 503")
+    max_body: PositiveInt = Field(32 * 2**20, description="the most bytes in one request's body")
+    max_pixels: PositiveInt = Field(25_000_000, description="the most pixels of one image file, before it is resized")
+    deadline_ms: PositiveInt = Field(30_000, description="how long a request may take by default")
+    body_ms: PositiveInt = Field(30_000, description="how long a body may take to arrive")
 
     @classmethod
-    def read(cls, environment: Mapping[str, str] = os.environ) -> Settings:
-        """Read the settings from an environment.
+    def read(cls, environment: Mapping[str, str] = os.environ) -> Self:
+        """Read the settings from an environment; an empty variable means the default.
 
         Raises:
-            UsageError: no bundle is named, a value is not a whole number from 1 up, or the token is unusable.
+            UsageError: no bundle is named, or a value is invalid.
         """
-
-        def number(name: str, default: int) -> int:
-            return _number(environment, name) or default
-
-        bundle = environment.get("ENSEMBLER_BUNDLE")
-        if not bundle:
+        names = {name: _PREFIX + name.upper() for name in cls.model_fields}
+        given = {name: environment[variable] for name, variable in names.items() if environment.get(variable)}
+        if "bundle" not in given:
             raise UsageError(
                 "no bundle to serve: set ENSEMBLER_BUNDLE to its folder, or start with ensembler serve BUNDLE"
             )
-        token = environment.get("ENSEMBLER_TOKEN")
-        if token and not all("!" <= character <= "~" for character in token):
-            raise UsageError("ENSEMBLER_TOKEN must consist of visible ASCII characters: a header holds no others")
-        return cls(
-            bundle=Path(bundle),
-            members=_number(environment, "ENSEMBLER_MEMBERS"),
-            workers=number("ENSEMBLER_WORKERS", 1),
-            token=token or None,
-            max_batch=number("ENSEMBLER_MAX_BATCH", 1024),
-            run_batch=number("ENSEMBLER_RUN_BATCH", 64),
-            max_queue=number("ENSEMBLER_MAX_QUEUE", 1024),
-            max_requests=number("ENSEMBLER_MAX_REQUESTS", 256),
-            max_body=number("ENSEMBLER_MAX_BODY", 32 * 2**20),
-            max_pixels=number("ENSEMBLER_MAX_PIXELS", 25_000_000),
-            deadline=number("ENSEMBLER_DEADLINE_MS", 30_000) / 1000,
-            body_time=number("ENSEMBLER_BODY_MS", 30_000) / 1000,
-        )
-
-    def limits(self) -> dict[str, int]:
-        """Return what a caller may know of the settings; times in milliseconds."""
-        names = ("workers", "max_batch", "run_batch", "max_queue", "max_requests", "max_body", "max_pixels")
-        limits: dict[str, int] = {name: getattr(self, name) for name in names}
-        return limits | {"deadline_ms": round(1000 * self.deadline)}
-
-
-def whole_number(name: str, default: int) -> int:
-    """Return an environment variable's whole number from 1 up.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    return _number(os.environ, name) or default
-
-
-def _number(environment: Mapping[str, str], name: str) -> int | None:
-    text = environment.get(name)
-    if not text:
-        return None
-    if not (text.isascii() and text.isdecimal() and len(text) < 19) or int(text) < 1:
-        raise UsageError(f"{name} must be a whole number from 1 up, not {text!r}")
-    return int(text)
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            name = str(error.errors()[0]["loc"][0])
+        if name == "token":
+            raise UsageError(f"{names[name]} must consist of visible ASCII characters: a header holds no others")
+        raise UsageError(f"{names[name]} must be a whole number from 1 up, not {given[name]!r}")

@@ -2,20 +2,4 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from ensembler._lazy import exports
-
-if TYPE_CHECKING:
-    from ensembler.serve.runtime.prediction import Prediction
-    from ensembler.serve.runtime.runtime import Runtime
-
-__all__ = ["Prediction", "Runtime"]
-
-__getattr__, __dir__ = exports(
-    __name__,
-    {
-        "Prediction": "ensembler.serve.runtime.prediction:Prediction",
-        "Runtime": "ensembler.serve.runtime.runtime:Runtime",
-    },
-)
+__all__: list[str] = []
