@@ -57,9 +57,9 @@ def reference() -> str:
         "no default: the option is not needed, or its text says what holds without it.",
         "",
     ]
-    for room in (module.rpartition(".")[0] for module in COMMANDS):
-        own = [name for name, command in found.items() if _room(command) == room]
-        lines += [f"**{TITLES[room]}**", "", "| command | |", "|---|---|"]
+    for layer in (module.rpartition(".")[0] for module in COMMANDS):
+        own = [name for name, command in found.items() if _layer(command) == layer]
+        lines += [f"**{TITLES[layer]}**", "", "| command | |", "|---|---|"]
         lines += [f"| [`{name}`](#{_anchor(name)}) | {_cell(found[name].help)} |" for name in own] + [""]
     lines += ["## Options of every command", "", *_tables(always)]
     lines += ["## Options of every training command", "", "What all methods share, beside each method's own below.", ""]
@@ -150,7 +150,7 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
         yield ""
 
 
-def _room(command: Any) -> str:
+def _layer(command: Any) -> str:
     return ".".join(str(command.callback.__module__).split(".")[1:-1])
 
 

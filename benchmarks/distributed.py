@@ -1,14 +1,14 @@
-"""What the all-reduce costs: a step of the loop among the processes that torchrun has started, and its parts.
+"""The cost of the all-reduce: a step of the training loop in the processes that torchrun has started, and its parts.
 
-For each network, with the batch of 128 shared among the processes, medians:
+For each network, with a batch of 128 shared among the processes, medians:
 
 ``step.<arch>``         seconds of a whole step;
-``without.<arch>``      the same step on the same share, all processes at work, but none adding up gradients;
-``in_step.<arch>``      seconds that the all-reduces of a step take in it, the wait for the slowest process included;
-``alone.<arch>``        seconds of one all-reduce of the flat gradient, when all processes are ready for it;
+``without.<arch>``      the same step on the same share, in all processes at once, without adding gradients;
+``in_step.<arch>``      seconds that the all-reduces take within a step, including the wait for the slowest process;
+``alone.<arch>``        seconds of one all-reduce of the flat gradient, when all processes are ready;
 ``bytes.<arch>``        its size, 4 P.
 
-``reseed`` is what drawing dropout's masks anew costs a step, in seconds.
+``reseed`` is what seeding dropout's masks costs per step, in seconds.
 
     torchrun --nproc-per-node 2 benchmarks/distributed.py [--quick] [--json FILE]
 """
@@ -17,18 +17,21 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from _harness import arguments, report, spread, timed
 
 from ensembler import architectures
-from ensembler.ensemble import choose_device
-from ensembler.memory import keep_freed
+from ensembler.device import choose_device, keep_freed, seed_dropout
 from ensembler.seeds import derive
+from ensembler.task import Classification
+from ensembler.trainers.batches import Batch
 from ensembler.trainers.distributed import ALONE, Group, join_group
-from ensembler.trainers.loop import train
+from ensembler.trainers.loop import Plan, fit
 from ensembler.trainers.schedules import constant
 from ensembler.weights import FlatWeights
 
@@ -36,24 +39,24 @@ BATCH, RATE = 128, 1e-3
 
 
 class Share:
-    """The same share of the same batch for ever."""
+    """The same share of the same batch at every step; stands in for :class:`ensembler.trainers.batches.Batches`."""
 
-    per_epoch = 10**9
+    per_epoch = 10  # what changes from step to step is drawn once per epoch
 
-    def __init__(self, device: torch.device, group: Group, whole: int) -> None:
+    def __init__(self, device: torch.device, group: Group, alone: bool = False) -> None:
         stream = torch.Generator().manual_seed(0)
         x = torch.randn(BATCH, 3, 32, 32, generator=stream)[group.share].to(device)
-        self.x = x.contiguous(memory_format=torch.channels_last)
-        self.y = torch.randint(10, (BATCH,), generator=stream)[group.share].to(device)
-        self.whole = whole
+        y = torch.randint(10, (BATCH,), generator=stream)[group.share].to(device)
+        self.batch = Batch(x.contiguous(memory_format=torch.channels_last), y, len(y) if alone else BATCH)
 
-    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.x, self.y
+    def begin(self, step: int) -> Generator[Batch, None, None]:
+        while True:
+            yield self.batch
 
 
 @dataclass(frozen=True)
 class Timed(Group):
-    """A group that notes what its sums take."""
+    """A group that measures its sums."""
 
     seconds: list[float] = field(default_factory=list)
 
@@ -68,16 +71,28 @@ def sgd(moving: list[torch.Tensor]) -> torch.optim.SGD:
 
 
 def step_seconds(weights: FlatWeights, batches: Share, group: Group, steps: int) -> list[float]:
-    """Seconds of each of so many steps, after two that do not count."""
+    """Return the seconds of each of so many steps, after two that are not counted."""
     marks: list[float] = []
 
     def mark(iteration: int, state: object) -> None:
-        if batches.x.is_cuda:
+        if weights.vector.is_cuda:
             torch.cuda.synchronize()
         marks.append(time.perf_counter())
 
-    vertices = weights.vector[None].clone()
-    train(weights, vertices, batches, sgd, constant(RATE), steps + 2, clip=1.0, on_step=mark, group=group)  # type: ignore[arg-type]
+    plan, vertices = Plan(constant(RATE), steps + 2), weights.vector[None].clone()
+    stream: Any = batches
+    fit(
+        weights,
+        Classification(),
+        vertices,
+        weights.buffers(),
+        stream,
+        sgd,
+        plan,
+        clip=1.0,
+        after_step=mark,
+        group=group,
+    )
     return [after - before for before, after in pairwise(marks[1:])]
 
 
@@ -90,13 +105,11 @@ def main() -> None:
         for arch in ("cnn", "resnet20") if options.quick else ("cnn", "resnet20", "vgg16"):
             steps = 10 if options.quick or arch == "vgg16" else 30
             weights = FlatWeights(architectures.build(arch, 10).to(device))
-            together = Timed(group.rank, group.size, group.here, group._objects)
-            whole = step_seconds(weights, Share(device, group, BATCH), together, steps)
+            together = Timed(group.rank, group.size, group._objects)
+            whole = step_seconds(weights, Share(device, group), together, steps)
             in_step = [a + b for a, b in zip(together.seconds[4::2], together.seconds[5::2], strict=True)]
             group.sum_(torch.zeros(1, device=device))
-            mine = Share(device, group, 0)
-            mine.whole = len(mine.y)
-            without = step_seconds(weights, mine, ALONE, steps)
+            without = step_seconds(weights, Share(device, group, alone=True), ALONE, steps)
             alone = []
             for _ in range(steps):
                 group.sum_(torch.zeros(1, device=device))  # until all are here
@@ -110,7 +123,7 @@ def main() -> None:
                 for name, values in found.items():
                     print(f"    {name:8} {spread([1000 * value for value in values])}")
         reseeds = [
-            timed(lambda: torch.default_generator.manual_seed(derive(0, "dropout", "solution 1", 0, 1)))
+            timed(lambda: seed_dropout(derive(0, "dropout", "solution 1", 0, 1), torch.device("cpu")))
             for _ in range(1000)
         ]
         figures["reseed"] = statistics.median(reseeds)

@@ -1,12 +1,11 @@
-"""What ensembles would cost at a size that nobody here has run: computed from constants that were measured.
+"""What ensembles would cost at sizes that were never run here: estimates from measured constants.
 
-Three jobs on paper: a 100-member ResNet-50 ensemble on ImageNet, 10^9 requests a day, 10 TB of photographs. The
-constants lie in ``scaling.json`` beside this script, each measured on one CPU core by ``--measure``; a GPU's rates are
-published ones, with their source. What cannot be multiplied out is simulated: machines that are taken away in the
-middle of a member, and requests that wait for one another.
+Three estimates: a 100-member ResNet-50 ensemble on ImageNet, 10^9 requests per day, 10 TB of photographs. The constants
+are in ``scaling.json`` beside this script, each measured on one CPU core by ``--measure``; the rates of GPUs are
+published ones, with their source. Preempted machines and queues of requests are simulated; the rest is arithmetic.
 
     python benchmarks/scaling.py              # the tables of docs/scaling.md
-    python benchmarks/scaling.py --measure    # the constants anew, on this machine: about two minutes
+    python benchmarks/scaling.py --measure    # measure the constants on this machine first: about two minutes
 """
 
 from __future__ import annotations
@@ -48,12 +47,12 @@ def main() -> None:
 
 
 def tables(constants: dict[str, float]) -> list[str]:
-    """Everything, as tables of Markdown."""
+    """Return all estimates as Markdown tables."""
     found = {
         "Constants, of one core": {name: f"{value:.3g}" for name, value in constants.items()},
         "A 100-member ImageNet ensemble": imagenet(constants),
-        "Machines that are taken away": preemption(),
-        "10^9 requests a day": requests(constants),
+        "Preempted machines": preemption(),
+        "10^9 requests per day": requests(constants),
         "10 TB of photographs": photographs(constants),
     }
     return [
@@ -62,14 +61,14 @@ def tables(constants: dict[str, float]) -> list[str]:
     ]
 
 
-# --- the three jobs -------------------------------------------------------------------------------------------------
+# --- the estimates --------------------------------------------------------------------------------------------------
 
 
 def imagenet(c: dict[str, float], members: int = 100, epochs: int = 90) -> dict[str, str]:
-    """Train, keep, score: by method, at one solution's budget a member, or a quarter of it for an added vertex."""
+    """Training, storage and scores of the ensemble; an added vertex takes a quarter of a solution's budget."""
     passes = epochs * IMAGENET
     solution = passes / A100_TRAINING / 3600
-    ratio = c["forward_seconds_per_image"] / c["train_seconds_per_image"]  # what a forward pass is of a training step
+    ratio = c["forward_seconds_per_image"] / c["train_seconds_per_image"]  # of a forward pass to a training step
     forward = A100_TRAINING / ratio
     run = 4 * members * RESNET50
     looks = members * CELLS * IMAGENET_VALIDATION
@@ -82,60 +81,60 @@ def imagenet(c: dict[str, float], members: int = 100, epochs: int = 90) -> dict[
         "deep ensemble: A100 hours": f"{members * solution:,.0f}",
         "25 simplexes of 4 vertices (ESPRO): A100 hours": f"{25 * 1.75 * solution:,.0f}",
         "one simplex of 4 vertices, 100 members sampled: A100 hours": f"{1.75 * solution:,.0f}",
-        "the same deep ensemble on one core of the machine measured: years": (
+        "the same deep ensemble on one core of the measured machine: years": (
             f"{members * passes * c['train_seconds_per_image'] / DAY / 365:,.0f}"
         ),
         "the run on disk (deep ensemble)": f"{run / GB:.1f} GB",
         "the run on disk (one simplex; its members are sampled)": f"{4 * 4 * RESNET50 / GB:.2f} GB",
-        "to write it, flushed": f"{run / c['write_bytes_per_second']:,.0f} s",
-        "to hash it, at every load": f"{run / c['hash_bytes_per_second']:,.0f} s",
-        "memory of the process that gathers the members": f"{2 * run / GB:.0f} GB (they are stacked: twice)",
-        "a training step's floats, a vertex of a simplex of 4": f"{4 * 7 * RESNET50 / GB:.2f} GB",
+        "to write it to disk": f"{run / c['write_bytes_per_second']:,.0f} s",
+        "to hash it, on every load": f"{run / c['hash_bytes_per_second']:,.0f} s",
+        "memory of the process that gathers the members": f"{2 * run / GB:.0f} GB (twice the run, to stack them)",
+        "memory of a training step of a simplex with 4 vertices, beyond activations": f"{4 * 7 * RESNET50 / GB:.2f} GB",
         "shift table: forward passes": f"{looks:.3g}",
         "shift table: A100 hours, forward passes": f"{looks / forward / 3600:,.0f}",
-        "shift table: core hours, corruptions": f"{corrupted:,.0f} (made once for all runs)",
+        "shift table: core hours, corruptions": f"{corrupted:,.0f} (once for all runs)",
         "shift table: core hours, reducing probabilities to scores": f"{reduced:,.1f}",
-        "kept predictions of a cell": f"{cell / GB:.2f} GB; of all {CELLS}: {CELLS * cell / GB:.0f} GB",
+        "cached predictions of a cell": f"{cell / GB:.2f} GB; of all {CELLS}: {CELLS * cell / GB:.0f} GB",
         "every member's probabilities on the clean images": f"{every / GB:.0f} GB",
     }
 
 
 def preemption(members: int = 100, machines: int = 25, hours: float = 13.0, repeats: int = 200) -> dict[str, str]:
-    """Members of 13 hours on 25 machines that are taken away at random: a piece begins again, or goes on."""
+    """Members of 13 hours on 25 machines that are preempted at random: a job starts again, or resumes."""
     found = {}
     for mean in (math.inf, 168, 24, 6):
-        for kind, kept in (("a lost piece begins again", math.inf), ("checkpoints of a minute kept", 1 / 60)):
+        for kind, kept in (("lost jobs start again", math.inf), ("a checkpoint per minute", 1 / 60)):
             if math.isinf(mean) and kept != math.inf:
                 continue
-            runs = [pieces(members, machines, hours, mean, kept, random.Random(seed)) for seed in range(repeats)]
+            runs = [simulate(members, machines, hours, mean, kept, random.Random(seed)) for seed in range(repeats)]
             wall, used = (statistics.mean(column) for column in zip(*runs, strict=True))
-            name = "no machine is lost" if math.isinf(mean) else f"one is lost every {mean} h of its time, {kind}"
+            name = "no preemption" if math.isinf(mean) else f"a machine lasts {mean} h on average, {kind}"
             found[name] = f"{wall:,.0f} h, {used / (members * hours):.2f} times the machine hours"
     return found
 
 
-def pieces(
+def simulate(
     count: int, machines: int, hours: float, mean: float, kept: float, draw: random.Random
 ) -> tuple[float, float]:
-    """Hours until the last piece is done, and machine hours used. ``kept``: hours between two checkpoints."""
+    """Return the hours until the last job is done, and the machine hours used; ``kept``: hours between checkpoints."""
     free, left, used, end = [0.0] * machines, [hours] * count, 0.0, 0.0
     waiting = list(range(count))
     while waiting:
         now = heapq.heappop(free)
-        piece = waiting.pop(0)
+        job = waiting.pop(0)
         lasts = math.inf if math.isinf(mean) else draw.expovariate(1 / mean)
-        took = min(lasts, left[piece])
+        took = min(lasts, left[job])
         used += took
-        if lasts < left[piece]:
-            left[piece] -= 0.0 if math.isinf(kept) else took - took % kept
-            waiting.append(piece)
+        if lasts < left[job]:
+            left[job] -= 0.0 if math.isinf(kept) else took - took % kept
+            waiting.append(job)
         end = max(end, now + took)
         heapq.heappush(free, now + took)
     return end, used
 
 
 def requests(c: dict[str, float], day: float = 1e9, peak: float = 3.0) -> dict[str, str]:
-    """One image a request, a third of the peak on average: replicas by simulation of one replica's queue."""
+    """One image per request, three times the mean rate at the peak; one replica's queue is simulated."""
     rate = peak * day / DAY
     found = {"average and peak rate": f"{day / DAY:,.0f} and {rate:,.0f} requests/s"}
 
@@ -143,14 +142,14 @@ def requests(c: dict[str, float], day: float = 1e9, peak: float = 3.0) -> dict[s
         return c["pass_seconds"] + batch * (c["pass_seconds_per_image"] + c["request_seconds"])
 
     best = highest_rate(small)
-    found["4 x resnet20, 32 x 32, one core a replica: most requests/s at p99 < 100 ms"] = f"{best:,.0f}"
-    found["replicas, at the peak"] = f"{rate / best:,.0f}"
-    found["of that, cores that only speak HTTP"] = f"{rate * c['request_seconds']:,.0f}"
+    found["4 x resnet20, 32 x 32, one core per replica: highest rate at p99 < 100 ms, requests/s"] = f"{best:,.0f}"
+    found["replicas at the peak"] = f"{rate / best:,.0f}"
+    found["of these, cores for HTTP alone"] = f"{rate * c['request_seconds']:,.0f}"
 
     def together(batch: int) -> float:
         return c["pass_seconds"] + batch * (c["pass_seconds_per_image"] + c["request_seconds"] / 16)
 
-    found["the same, 16 images a request"] = f"{rate / highest_rate(together):,.0f} replicas"
+    found["the same with 16 images per request"] = f"{rate / highest_rate(together):,.0f} replicas"
     for members in (4, 100):
 
         def large(batch: int, members: int = members) -> float:
@@ -159,17 +158,17 @@ def requests(c: dict[str, float], day: float = 1e9, peak: float = 3.0) -> dict[s
             return members * size / V100_INFERENCE[size] + batch * c["request_seconds"]
 
         best = highest_rate(large, most=256, limit=0.25)
-        name = f"{members} x ResNet-50, 224 x 224, one V100 a replica, p99 < 250 ms"
+        name = f"{members} x ResNet-50, 224 x 224, one V100 per replica, p99 < 250 ms"
         if best:
             found[name] = f"{best:,.0f} requests/s, {rate / best:,.0f} replicas at the peak"
         else:
             found[name] = f"impossible: one image alone takes {1000 * large(1):,.0f} ms"
-    found["bytes in a day, raw 32 x 32 and 224 x 224"] = f"{day * 3072 / TB:.1f} and {day * 150_528 / TB:.0f} TB"
+    found["bytes per day, raw 32 x 32 and 224 x 224"] = f"{day * 3072 / TB:.1f} and {day * 150_528 / TB:.0f} TB"
     return found
 
 
 def highest_rate(service: Callable[[int], float], most: int = 64, limit: float = 0.1) -> float:
-    """The highest rate of single images at which 99 % of the answers take less than ``limit`` seconds; 0 for none."""
+    """Return the highest rate of single images with 99 % of the answers within ``limit`` seconds; 0 for none."""
     low, high = 0.0, most / service(most)
     if p99(service, 0.01 / service(1), most) >= limit:
         return 0.0
@@ -180,13 +179,13 @@ def highest_rate(service: Callable[[int], float], most: int = 64, limit: float =
 
 
 def p99(service: Callable[[int], float], rate: float, most: int) -> float:
-    """Seconds that 99 % of the answers stay below; the first tenth is not counted."""
+    """Return the 99th percentile of the latency in seconds, without the first tenth of the requests."""
     found = latencies(service, rate, most)
     return statistics.quantiles(found[len(found) // 10 :], n=100)[-1]
 
 
 def latencies(service: Callable[[int], float], rate: float, most: int, count: int = 20_000) -> list[float]:
-    """Seconds from arrival to answer: Poisson arrivals; a pass at a time takes all that waits, ``most`` at the most."""
+    """Return the seconds from arrival to answer: Poisson arrivals; each pass takes all that wait, at most ``most``."""
     draw = random.Random(0)
     arrivals, now = [], 0.0
     for _ in range(count):
@@ -210,9 +209,9 @@ def photographs(c: dict[str, float], size: float = 10 * TB, each: float = 110_00
     return {
         "files": f"{count:,.0f}",
         "to list and split the folder": f"{count * c['list_seconds_per_file'] / 3600:.1f} h on one core, a local disk",
-        "memory of that list": f"{count * c['list_bytes_per_file'] / GB:.0f} GB, at its peak",
-        "an epoch's order": f"{8 * count / GB:.1f} GB",
-        "an epoch on one A100, at its rate": f"{count / A100_TRAINING / 3600:.1f} h",
+        "memory of that list": f"{count * c['list_bytes_per_file'] / GB:.0f} GB, at the peak",
+        "the order of an epoch": f"{8 * count / GB:.1f} GB",
+        "an epoch on one A100, at its published rate": f"{count / A100_TRAINING / 3600:.1f} h",
         "cores that decode and crop for one A100": f"{A100_TRAINING * c['decode_seconds_per_image']:.0f}",
         "to read it once at 1 GB/s": f"{size / 1e9 / 3600:.1f} h",
         "held in memory at 224 x 224": f"{count * 150_528 / TB:.1f} TB",
@@ -223,14 +222,14 @@ def photographs(c: dict[str, float], size: float = 10 * TB, each: float = 110_00
 
 
 def measure() -> dict[str, Any]:
-    """Each on one core, the least of three: what the work itself takes."""
+    """Measure each on one core: the least of three, which is what the work itself takes."""
     import numpy as np
     import torch
 
     from ensembler import architectures
     from ensembler.artefact import sha256
+    from ensembler.device import keep_freed
     from ensembler.eval.shift.corruptions import AVAILABLE, corrupt
-    from ensembler.memory import keep_freed
     from ensembler.run import versions
     from ensembler.uncertainty import entropy, expected_entropy
 
@@ -278,7 +277,7 @@ def measure() -> dict[str, Any]:
 
 
 def least(work: Callable[[], Any], repeats: int = 3) -> float:
-    """Seconds, after one that is not counted."""
+    """Return the least seconds of several calls, after one that is not counted."""
     taken = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

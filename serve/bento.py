@@ -42,9 +42,6 @@ from ensembler.serve.service import PredictiveUncertainty
 image = Image(base_image="python:{python}-slim", distro="", python_version="{python}", lock_python_packages=False)
 PredictiveUncertainty.image = image.requirements_file("requirements.txt")
 
-if TYPE_CHECKING:
-    from packaging.requirements import Requirement
-
 __all__ = ["PredictiveUncertainty"]
 '''
 

@@ -25,21 +25,21 @@ def scaling():
         sys.path.remove(str(ROOT / "benchmarks"))
 
 
-def test_pieces_on_machines_that_stay(scaling):
-    assert scaling.pieces(100, 25, 13.0, math.inf, math.inf, random.Random(0)) == (52.0, 1300.0)
-    assert scaling.pieces(3, 25, 13.0, math.inf, math.inf, random.Random(0)) == (13.0, 39.0)
-    assert scaling.pieces(26, 25, 13.0, math.inf, math.inf, random.Random(0))[0] == 26.0
+def test_jobs_on_machines_that_stay(scaling):
+    assert scaling.simulate(100, 25, 13.0, math.inf, math.inf, random.Random(0)) == (52.0, 1300.0)
+    assert scaling.simulate(3, 25, 13.0, math.inf, math.inf, random.Random(0)) == (13.0, 39.0)
+    assert scaling.simulate(26, 25, 13.0, math.inf, math.inf, random.Random(0))[0] == 26.0
 
 
 @pytest.mark.parametrize("mean", [6, 24, 168])
-def test_a_piece_that_begins_again_costs_what_the_exponential_distribution_says(scaling, mean):
-    used = [scaling.pieces(1, 1, 13.0, mean, math.inf, random.Random(seed))[1] for seed in range(20_000)]
+def test_a_job_that_starts_again_costs_what_the_exponential_distribution_says(scaling, mean):
+    used = [scaling.simulate(1, 1, 13.0, mean, math.inf, random.Random(seed))[1] for seed in range(20_000)]
     expected = mean * math.expm1(13.0 / mean)  # the mean time to the first uninterrupted 13 hours
     assert statistics.mean(used) == pytest.approx(expected, rel=0.05)
 
 
-def test_a_piece_with_checkpoints_loses_less_than_one_of_them_a_machine(scaling):
-    used = [scaling.pieces(1, 1, 13.0, 6, 1 / 60, random.Random(seed))[1] for seed in range(2000)]
+def test_a_job_with_checkpoints_loses_less_than_one_of_them_a_machine(scaling):
+    used = [scaling.simulate(1, 1, 13.0, 6, 1 / 60, random.Random(seed))[1] for seed in range(2000)]
     assert min(used) >= 13.0
     assert statistics.mean(used) == pytest.approx(13.0 + 13.0 / 6 * 0.5 / 60, rel=0.01)
 
