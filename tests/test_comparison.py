@@ -230,7 +230,7 @@ def test_bad_comparisons_are_refused() -> None:
         differences(resample(losses, 5, seed=0), resample(losses, 5, seed=1))
     with pytest.raises(UsageError, match="at least 1 resample, not 0"):
         paired_bootstrap(a, a, labels, resamples=0)
-    with pytest.raises(UsageError, match="confidence must be between 0 and 1, not 95"):
+    with pytest.raises(UsageError, match="confidence must lie between 0 and 1, not 95"):
         paired_bootstrap(a, a, labels, resamples=2, confidence=95)
     with pytest.raises(ShapeError, match=r"found cells of \[5, 10\] examples"):
         Losses.over_cells([losses, Losses.of(a[:5], labels[:5])])
