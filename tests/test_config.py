@@ -88,7 +88,7 @@ def test_one_file_serves_several_commands_and_holds_arguments():
     result = call("eval", "--config", "all.toml", "--out", "report")  # it has no option epochs, and a table of its own
     assert result.exit_code == 0, result.output
     report = json.loads(Path("report/report.json").read_text())
-    assert [run["name"] for run in report["runs"]] == ["made", "made"]
+    assert [run["name"] for run in report["runs"]] == ["made"]  # one run, named twice
     Path("show.json").write_text('{"show": {"run": "made"}}')
     assert call("show", "--config", "show.json").stdout.startswith("made")
 
