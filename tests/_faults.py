@@ -25,15 +25,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEAVY = (  # but ONNX Runtime, which starts a thread that no fork would inherit
-    *("ensembler.trainers", "ensembler.trainers.summary", "ensembler.trainers.simplex", "ensembler.trainers.collapse"),
-    *(
-        "ensembler.eval.compare",
-        "ensembler.eval.report.page",
-        "ensembler.eval.report.comparison_plots",
-        "ensembler.eval.surface",
-    ),
-    *("ensembler.eval.calibrate", "torch.onnx._internal.exporter._compat", "onnxscript"),
-    *("sklearn.metrics", "rich.progress", "rich.table", "ensembler.cli"),
+    "ensembler.trainers.launch",
+    "ensembler.trainers.trainer",
+    "ensembler.trainers.summary",
+    "ensembler.trainers.methods.simplex",
+    "ensembler.eval.compare",
+    "ensembler.eval.report.page",
+    "ensembler.eval.report.comparison_plots",
+    "ensembler.eval.surface",
+    "ensembler.eval.calibrate",
+    "torch.onnx._internal.exporter._compat",
+    "onnxscript",
+    "sklearn.metrics",
+    "rich.progress",
+    "rich.table",
+    "ensembler.cli",
 )
 
 

@@ -30,7 +30,7 @@ IMPORTS = (  # not ensembler.cli: a page's own command is added before that is i
     "ensembler.serve.export.bundle",
     "ensembler.serve.runtime.verify",
     "ensembler.trainers.progress",
-    "ensembler.trainers.session",
+    "ensembler.trainers.training",
     "onnxscript",
     "pytest",
     "rich.console",

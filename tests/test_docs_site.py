@@ -74,7 +74,7 @@ def test_the_site_builds_without_a_warning_and_fetches_nothing(tmp_path):
     for sheet in (tmp_path / "site").rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
     shown = (tmp_path / "site" / "api" / "trainers.html").read_text(encoding="utf-8")
-    assert 'id="ensembler.trainers.train_simplex"' in shown  # a public name, from its room
+    assert 'id="ensembler.trainers.train"' in shown  # a public name, from its package
     assert ":func:" not in shown
     for file in ("alerts.yml", "grafana.json", "deploy/kubernetes.yaml", "images/ui.png"):
         assert (tmp_path / "site" / file).is_file()

@@ -245,22 +245,26 @@ def same_bytes(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "count"),
     [
-        ["train-deep-ensemble", "--members", 4],
-        ["train-simplex", "--simplexes", 2, "--vertices", 2, "--members", 4, "--arch", "tests._small:counting"],
-        ["train-simplex", "--simplexes", 2, "--vertices", 2, "--members", 3, "--regularisation", "auto"],
+        (["train-deep-ensemble", "--members", 4], 4),
+        (["train-simplex", "--simplexes", 2, "--vertices", 2, "--members", 4, "--arch", "tests._small:counting"], 2),
+        (["train-simplex", "--simplexes", 2, "--vertices", 2, "--members", 3, "--regularisation", "auto"], 2),
+        (["train-fge", "--members", 2, "--cycle", 1], 1),  # the run as a whole
     ],
-    ids=["deep ensemble", "simplexes", "auto"],
+    ids=["deep ensemble", "simplexes", "auto", "fge"],
 )
-def test_ray_makes_the_run_that_this_process_makes(ray, tmp_path, images, monkeypatch, command):
+def test_ray_makes_the_run_that_this_process_makes(ray, tmp_path, images, monkeypatch, command, count):
     monkeypatch.chdir(tmp_path)
+    work, done = Ray.run, []
+    monkeypatch.setattr(Ray, "run", lambda self, *given: done.extend(given[2]) or work(self, *given))
     name, *own = command
     for engine in ("local", "ray"):
         result = call(name, *SMALL, *own, *images, "--engine", engine, "--out", engine)
         assert result.exit_code == 0, result.output
         parts = {record["part"] for record in Run.load(Path(engine)).history}
         assert all(f"{part}: epoch" in result.stderr for part in parts)
+    assert len(done) == count
     same_bytes(Path("local"), Path("ray"))
     one, other = Run.load(Path("local")), Run.load(Path("ray"))
     assert_the_same(one, other)

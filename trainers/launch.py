@@ -162,7 +162,8 @@ class _Runs:
         from ensembler.engine import Local
         from ensembler.trainers.resume import UnfinishedRun
 
-        outer, inner = (engine, Local()) if self.several else (Local(), engine)
+        whole = self.several or not self.training.method.has_jobs
+        outer, inner = (engine, Local()) if whole else (Local(), engine)
         self.unfinished = {
             seed: UnfinishedRun(path, self._spec(seed), self.every, writer=self.group.first)
             for seed, path in self.paths.items()

@@ -51,12 +51,14 @@ class Method(Options):
     Attributes:
         command: what is typed.
         starts_fresh: whether training starts from fresh weights only, never from a trained solution.
+        has_jobs: whether :meth:`train` gives the engine independent jobs; otherwise, the whole run is one job.
         published: the recipes of papers; see :mod:`ensembler.trainers.recipes`.
         fast: a short run's options, by field name.
     """
 
     command: ClassVar[str]
     starts_fresh: ClassVar[bool] = False
+    has_jobs: ClassVar[bool] = False
     published: ClassVar[tuple[Recipe, ...]] = ()
     fast: ClassVar[Mapping[str, Any]] = {}
 

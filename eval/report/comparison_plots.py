@@ -49,7 +49,7 @@ def plot_differences(
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.grid(alpha=0.3, axis="x")
     figure.suptitle(
-        f"Minus {baseline}: {confidence:.0%} intervals over test images; left is better, hollow: not significant",
+        f"Differences from {baseline}, with {confidence:.0%} intervals; left is better, hollow: not significant",
         fontsize="medium",
     )
     return figure

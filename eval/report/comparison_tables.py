@@ -99,19 +99,19 @@ def _equivalents(report: Report, comparison: Comparison) -> Iterator[Table]:
 
     def reference(run: RunReport) -> str:
         one = found.get(run.name)
-        return NOTHING if one is None else f"{one.largest} of {places[one.reference] + 1}"
+        return NOTHING if one is None else f"{one.largest} in {places[one.reference] + 1}"
 
     columns = [
         *COST,
         score_column("calibrated_nll", CLEAN),
         ("DEE", lambda run: str(found.get(run.name, NOTHING))),
         ("one s.d. either way", ends),
-        ("networks", reference),
+        ("reference", reference),
     ]
     notes = [
-        "DEE: the number of networks of a deep ensemble (networks: how many it has, of which run) that reach the run's "
-        f"calibrated NLL; {NOTHING}: no deep ensemble of the same network is among the runs. The standard deviation is "
-        "over subsets of one ensemble, which share members: smaller than over independent ensembles."
+        "DEE: the number of networks of the reference (its networks, in which run), the largest deep ensemble of the "
+        f"same network, that reach the run's calibrated NLL; {NOTHING}: there is none. The standard deviation is over "
+        "subsets of one ensemble, which share members: smaller than over independent ensembles."
     ]
     yield by_run(report, "number", "Deep-ensemble equivalent (DEE)", columns, notes=notes)
 

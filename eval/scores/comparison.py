@@ -166,7 +166,8 @@ def differences(a: Resampled, b: Resampled, confidence: float = 0.95) -> dict[st
     usually larger: the ECE of the better calibrated run is measured too high.
 
     Args:
-        a, b: of the same examples in the same order.
+        a: of some examples.
+        b: of the same examples, in the same order.
         confidence: of the interval, in (0, 1).
 
     Returns:

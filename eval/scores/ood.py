@@ -71,7 +71,8 @@ def detector_scores(
     """Compute :func:`ood_scores` of every detector; ``None`` for one that is ``None`` (M = 1).
 
     Args:
-        inside, outside: :func:`detectors` of images in and out of distribution.
+        inside: :func:`detectors` of images in distribution.
+        outside: of images out of distribution.
     """
     found: dict[str, OodScores | None] = {}
     for name in DETECTORS:

@@ -152,8 +152,10 @@ def fit_threshold(
     The sequence of thresholds, from the most promising one down to 0, is chosen on other examples than certify it.
 
     Args:
-        seen, seen_labels: probabilities (B, C) and labels (B,) that choose the sequence.
-        p, y: held-out ones that certify it.
+        seen: probabilities (B, C) of the examples that choose the sequence.
+        seen_labels: their labels (B,).
+        p: probabilities of the held-out examples that certify it.
+        y: their labels.
         risk: the highest error rate among the answers.
         confidence: the probability that it holds.
     """

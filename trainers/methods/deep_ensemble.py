@@ -23,6 +23,7 @@ class DeepEnsemble(Method):
 
     command = "train-deep-ensemble"
     starts_fresh = True
+    has_jobs = True
     fast = {"epochs": 10, "members": 3}
     published = (
         *(Recipe(name, options, GARIPOV_2018) for name, options in SOLUTIONS.items()),

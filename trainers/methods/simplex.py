@@ -56,6 +56,7 @@ class Simplex(Method):
     """Grow a simplex of solutions vertex by vertex (SPRO, Benton et al. 2021), or several (ESPRO)."""
 
     command = "train-simplex"
+    has_jobs = True
     fast = {"epochs": 10, "vertices": 3, "vertex_epochs": 3}  # in 2, a vertex was worse than the solution
     published = (
         Recipe("vgg16", _SPRO | {"vertex_epochs": 10}, BENTON_2021, ("cifar10",)),
