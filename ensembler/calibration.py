@@ -208,7 +208,7 @@ def conformal_quantile(scores: ArrayLike, alpha: float) -> float:
         UsageError: ``alpha`` is not in (0, 1).
     """
     if not 0 < alpha < 1:
-        raise UsageError(f"alpha must lie between 0 and 1, not {alpha}")
+        raise UsageError(f"alpha must be between 0 and 1, not {alpha}")
     ordered = np.sort(np.asarray(scores, dtype=np.float64))
     rank = math.ceil(round((len(ordered) + 1) * (1 - alpha), 9))  # rounded: in floats, 10 * (1 - 0.1) may exceed 9
     return float(ordered[rank - 1]) if rank <= len(ordered) else math.inf

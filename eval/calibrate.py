@@ -198,7 +198,7 @@ def _check(method: str, alpha: float, conformal: str, risk: float | None, confid
         raise UsageError(f"unknown conformal method {conformal!r}: use lac or aps")
     for name, value in (("alpha", alpha), ("risk", risk), ("confidence", confidence)):
         if value is not None and not 0 < value < 1:
-            raise UsageError(f"{name} must be between 0 and 1, not {value}")
+            raise UsageError(f"{name} must lie between 0 and 1, not {value}")
 
 
 def _percent(share: float | None) -> str:

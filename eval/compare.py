@@ -30,7 +30,7 @@ RESAMPLES, CONFIDENCE = 2000, 0.95
 
 _GROUPED = ("error", "nll", "calibrated_nll", "brier", "ece")
 _HOW = {"seed", "device", "threads", "workers", "compile"}  # options that do not identify the method
-_STARTS = {"init", "first", "second", "runs"}  # options that name the runs or files that training starts from
+_STARTS = {"init", "first", "second", "modes"}  # options that name the runs or files that training starts from
 
 
 def compare(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Report:

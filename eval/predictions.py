@@ -26,6 +26,7 @@ from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.eval.prediction_cache import Arrays, Entry, MembersFile, identity
 from ensembler.eval.shift.test_set import TestSet
+from ensembler.jobs import Job
 from ensembler.run import Run
 from ensembler.uncertainty import disagreement_of_votes, entropy, expected_entropy
 
@@ -192,32 +193,36 @@ def _predict_elsewhere(
     test_sets: Sequence[TestSet],
     watch: Callable[[str, int, int], None],
 ) -> None:
-    """Let the engine make the missing predictions, and keep each set's as soon as they arrive."""
-    todo = []
-    for test_set in test_sets:
-        missing = [number for number, one in enumerate(predictors) if not one.entry(test_set).path.exists()]
+    """Let the engine make the missing predictions, a job per test set, and keep each as soon as it arrives."""
+    asked = []
+    for number, test_set in enumerate(test_sets):
+        missing = [place for place, one in enumerate(predictors) if not one.entry(test_set).path.exists()]
         if missing and not test_set.keeps_members:
-            todo.append(jobs.Job(test_set.title, _reduce, {"test_set": test_set, "missing": missing}))
+            asked.append(Job(test_set.title, _reduce, {"number": number, "missing": missing}))
     runs = [(one.ensemble.run, str(one.ensemble.device), one.ensemble.batch_size) for one in predictors]
-    done, total = 0, sum(len(job.arguments["test_set"].examples) for job in todo)
-    results: Generator[tuple[jobs.Job, list[Arrays]], None, None] = jobs.run(todo, runs, engine)
+    done, total = 0, sum(len(test_sets[job.arguments["number"]].examples) for job in asked)
+    results: Generator[tuple[Job, list[Arrays]], None, None] = jobs.run(asked, (runs, test_sets), engine)
     with closing(results):
         for job, found in results:
-            test_set = job.arguments["test_set"]
-            for number, arrays in zip(job.arguments["missing"], found, strict=True):
-                predictors[number].entry(test_set).save(arrays)
+            test_set = test_sets[job.arguments["number"]]
+            for place, arrays in zip(job.arguments["missing"], found, strict=True):
+                predictors[place].entry(test_set).save(arrays)
             done += len(test_set.examples)
             watch(test_set.title, done, total)
 
 
 def _reduce(
-    runs: list[tuple[Run, str, int]], emit: Callable[..., None], test_set: TestSet, missing: list[int]
+    shared: tuple[list[tuple[Run, str, int]], Sequence[TestSet]],
+    emit: Callable[..., None],
+    number: int,
+    missing: list[int],
 ) -> list[Arrays]:
     """Predict a test set with some of the runs, as a job."""
-    reductions = [_Reduction(Ensemble(*runs[number]), test_set) for number in missing]
+    runs, test_sets = shared
+    reductions = [_Reduction(Ensemble(*runs[place]), test_sets[number]) for place in missing]
     for one in reductions:
         keep_freed(one.ensemble.device)
-    for batch in test_set.batches():
+    for batch in test_sets[number].batches():
         for one in reductions:
             one.add(batch)
     return [one.arrays() for one in reductions]

@@ -291,7 +291,7 @@ def test_files_are_evaluated_like_images_in_memory(photos, tmp_path, monkeypatch
     assert evaluate([paths[1]], device="cpu").report.test_examples > 6  # more than may be held: read as they are needed
     with load(photos, corrupt="skip").train.paths[0].open("ab") as file:
         file.write(b"!")
-    with pytest.raises(DataError, match=r"has changed since the run was trained: its training images differ"):
+    with pytest.raises(DataError, match=r"has changed since the run was trained \(its training images differ\)"):
         evaluate([paths[1]], device="cpu", examples=6)
 
 

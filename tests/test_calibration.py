@@ -296,9 +296,9 @@ def test_the_map_sees_one_half_and_the_rest_the_other():
     [
         ({"method": "platt"}, "unknown method 'platt': use one of temperature"),
         ({"conformal": "raps"}, "unknown conformal method 'raps': use lac or aps"),
-        ({"alpha": 0}, "alpha must be between 0 and 1, not 0"),
-        ({"risk": 1.0}, "risk must be between 0 and 1, not 1.0"),
-        ({"confidence": math.nan}, "confidence must be between 0 and 1, not nan"),
+        ({"alpha": 0}, "alpha must lie between 0 and 1, not 0"),
+        ({"risk": 1.0}, "risk must lie between 0 and 1, not 1.0"),
+        ({"confidence": math.nan}, "confidence must lie between 0 and 1, not nan"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):
@@ -318,7 +318,7 @@ def test_other_shapes_are_refused():
         for function in (apply, prediction_sets):
             with pytest.raises(ShapeError, match=r"for probabilities \(B, 4\), found"):
                 function(made(), wrong)
-    with pytest.raises(UsageError, match="alpha must be between 0 and 1, not 1"):
+    with pytest.raises(UsageError, match="alpha must lie between 0 and 1, not 1"):
         prediction_sets(made(), np.ones((2, 4)) / 4, 1)
     with pytest.raises(UsageError, match="unknown conformal method 'raps'"):
         prediction_sets(made(), np.ones((2, 4)) / 4, method="raps")

@@ -230,7 +230,7 @@ def test_bad_comparisons_are_refused() -> None:
         differences(resample(losses, 5, seed=0), resample(losses, 5, seed=1))
     with pytest.raises(UsageError, match="at least 1 resample, not 0"):
         paired_bootstrap(a, a, labels, resamples=0)
-    with pytest.raises(UsageError, match="confidence must be between 0 and 1, not 95"):
+    with pytest.raises(UsageError, match="confidence must lie between 0 and 1, not 95"):
         paired_bootstrap(a, a, labels, resamples=2, confidence=95)
     with pytest.raises(ShapeError, match=r"found cells of \[5, 10\] examples"):
         Losses.over_cells([losses, Losses.of(a[:5], labels[:5])])
@@ -320,7 +320,17 @@ def test_runs_from_different_solutions_are_one_group() -> None:
     (key,) = keys
     assert "runs/" not in key
     assert json.loads(key)["starts"] == {"first": 1, "init": 1}
-    assert len({group_key(manifest(options={"runs": ["a", "b"][:n]})) for n in (1, 2)}) == 2
+    assert len({group_key(manifest(options={"modes": ["a", "b"][:n]})) for n in (1, 2)}) == 2
+
+
+def test_every_option_that_does_not_identify_a_method_is_left_out() -> None:
+    """Those that name a path, and those that say how something is computed: the training commands mark them."""
+    from ensembler.trainers import Settings
+    from ensembler.trainers.method import methods
+
+    records = (Settings, *methods())
+    assert set().union(*(record.marked("path") for record in records)) == grouping._STARTS
+    assert set().union(*(record.marked("computing") for record in records)) | {"seed"} == grouping._HOW
 
 
 def test_groups_hold_the_mean_and_the_spread() -> None:

@@ -149,7 +149,7 @@ def test_what_a_job_asks_for():
 def test_what_cannot_be_had_is_said(ray, monkeypatch):
     with pytest.raises(EngineError, match="a job needs 9 CPUs, and no machine of the cluster has more than 2"):
         Ray(threads=9).__enter__()
-    with pytest.raises(UsageError, match="cuda is whichever a job is given"):
+    with pytest.raises(UsageError, match="with Ray, give cuda, and each job gets a GPU"):
         Ray(device="cuda:1")
     with pytest.raises(UsageError, match="add --engine ray"):
         choose("local", "here:6379")
@@ -439,7 +439,7 @@ def test_seeds_that_were_interrupted_go_on_by_the_same_command(tmp_path, images,
     assert "to resume: the same command with --out x" in result.stderr
     result = call(*command, "--lr", 0.02, "--out", "x")
     assert result.exit_code == 1
-    assert "begun with other options" in result.stderr
+    assert "x-s0.unfinished was started with other options or data: resume it with those" in result.stderr
     assert call(*command, "--out", "x", "--quiet").exit_code == 0
     for seed in (0, 1):
         same_bytes(Path(f"whole-s{seed}"), Path(f"x-s{seed}"))

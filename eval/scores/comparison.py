@@ -183,7 +183,7 @@ def differences(a: Resampled, b: Resampled, confidence: float = 0.95) -> dict[st
             "same images"
         )
     if not 0 < confidence < 1:
-        raise UsageError(f"confidence must be between 0 and 1, not {confidence}")
+        raise UsageError(f"confidence must lie between 0 and 1, not {confidence}")
     drawn = a.drawn - b.drawn
     drawn[:, -1] += a.scores["ece"] - b.scores["ece"] - drawn[:, -1].mean()
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0).tolist()
