@@ -41,7 +41,7 @@ from ensembler.serve.runtime.early_exit import Mode
 from ensembler.serve.runtime.machine import available_cpus
 from ensembler.serve.runtime.manifest import MERGED
 from ensembler.serve.runtime.runtime import Runtime
-from ensembler.serve.runtime.sessions import open_members, open_merged
+from ensembler.serve.runtime.sessions import open_bundle, open_merged
 from ensembler.serve.runtime.strategies import Members
 from ensembler.serve.runtime.tune import BATCHES, measure
 
@@ -80,11 +80,10 @@ def main() -> None:
 
 
 def _train(path: Path, quick: bool) -> Path:
-    from ensembler.trainers import Session, Settings, train_deep_ensemble
+    from ensembler.trainers import DeepEnsemble, Settings, train
 
     settings = Settings(architecture="cnn", epochs=1 if quick else 4)
-    session = Session(datasets.load("digits"), settings)
-    return train_deep_ensemble(session, members=MEMBERS).save(path)
+    return train(datasets.load("digits"), DeepEnsemble(members=MEMBERS), settings).save(path)
 
 
 def _slowdown(runtime: Runtime, bundle: Path, ensemble: Ensemble, dataset: Dataset, seconds: float) -> dict[str, float]:
@@ -92,13 +91,13 @@ def _slowdown(runtime: Runtime, bundle: Path, ensemble: Ensemble, dataset: Datas
     manifest, threads = runtime.manifest, available_cpus()
     scratch = shutil.copytree(bundle, bundle.with_name("with-merged"))
     if MERGED not in manifest.files:
-        write_merged(scratch, manifest)
+        write_merged(scratch, manifest.layout, manifest.graphs, manifest.order)
     every = Members(
-        open_members(scratch, manifest),
+        open_bundle(scratch, manifest),
         threads,
         manifest.image_shape,
         len(manifest.classes),
-        merged=open_merged(scratch, manifest, threads),
+        merged=open_merged(scratch, manifest.layout, manifest.order, threads),
     )
     networks = [copy.deepcopy(ensemble.network(member)) for member in manifest.order]
     record = ensemble.run.manifest.dataset

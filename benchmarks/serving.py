@@ -1,4 +1,4 @@
-"""What serving costs beyond the ensemble itself, and what a server does under more load than it can bear.
+"""What serving costs beyond the ensemble itself, and what a server does when it is overloaded.
 
 The server, a bare Starlette route and bare ONNX Runtime in process are pinned to the same CPUs, one after the other;
 the client is a process of its own on another CPU. Load is open-loop: arrivals are a Poisson process, and latency counts
@@ -418,14 +418,14 @@ def memory(port: int) -> int:
 
 
 def make_bundle(folder: Path, architecture: str, members: int) -> Path:
-    """A deep ensemble of one short epoch on the embedded digits: what serving costs does not depend on its weights."""
+    """A deep ensemble of one short epoch on the digits: the cost of serving does not depend on its weights."""
     from ensembler import datasets
     from ensembler.serve.export.bundle import export_run
-    from ensembler.trainers import Session, Settings, train_deep_ensemble
+    from ensembler.trainers import DeepEnsemble, Settings, train
 
     print(f"{members} x {architecture}, a short epoch on the digits each ...")
     settings = Settings(architecture=architecture, epochs=1, batch_size=512)
-    run = train_deep_ensemble(Session(datasets.load("digits"), settings), members=members).save(folder / "run")
+    run = train(datasets.load("digits"), DeepEnsemble(members=members), settings).save(folder / "run")
     return export_run(run, folder / "bundle", layout="members", use_data=False)
 
 

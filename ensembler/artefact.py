@@ -48,12 +48,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(folder: Path, mend: str = "choose another --out") -> None:
+def check_writable(folder: Path, remedy: str = "choose another --out") -> None:
     """Check that ``folder`` can be written to, or created, before the work starts. Nothing is created.
 
     Args:
         folder: an existing or a future folder.
-        mend: the remedy in the error message.
+        remedy: what to do about it, for the error message.
 
     Raises:
         ArtefactError: the folder cannot be written to or created.
@@ -63,7 +63,7 @@ def check_writable(folder: Path, mend: str = "choose another --out") -> None:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ArtefactError(f"cannot write to {folder}: {error.strerror or error}: {mend}") from error
+        raise ArtefactError(f"cannot write to {folder}: {error.strerror or error}: {remedy}") from error
 
 
 def hold(path: Path) -> int | None:

@@ -129,7 +129,7 @@ def load(
         DataError: files are missing or malformed, or there are too few images to split.
     """
     if not 0 < validation < 1:
-        raise UsageError(f"the validation share must lie between 0 and 1, not {validation}")
+        raise UsageError(f"the validation share must be between 0 and 1, not {validation}")
     if image_size is not None and image_size < 1:
         raise UsageError(f"the image size must be at least 1 pixel, not {image_size}")
     if corrupt not in CORRUPT:

@@ -49,7 +49,7 @@ class _Service(bentoml.Service):
 
 
 @bentoml.service(
-    workers=Settings.read({"ENSEMBLER_BUNDLE": "."} | os.environ).workers,  # read before there is a bundle
+    workers=Settings.read(os.environ | {"ENSEMBLER_BUNDLE": "."}).workers,  # read before there is a bundle
     logging={"access": {"enabled": False}},  # the application has its own
     service_class=_Service,
 )

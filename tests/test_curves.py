@@ -147,6 +147,7 @@ def test_a_collapsed_run_keeps_one_network_on_disk_and_predicts_as_the_centroid(
         assert torch.equal(run.coefficients, torch.ones(1, 1))
         assert (run.manifest.vertices, run.manifest.members) == (1, 1)
         assert run.manifest.method == "fge-centroid"
+        assert run.manifest.options["collapse"] == "centroid"
         assert size < 0.75 * sizes[0]
         torch.testing.assert_close(Ensemble(run, "cpu").predict_members(x), expected, rtol=1e-4, atol=1e-6)
 

@@ -33,8 +33,8 @@ LONG = pytest.mark.long
 KILLS = [pytest.param(2, id="quick"), pytest.param(20, id="long", marks=LONG)]
 EVAL = ["--ood", "noise:uniform", "--ood", "noise:gaussian", "--device", "cpu"]
 # Where to stop a process: before it makes a checkpoint, while it writes one, and while it writes a bundle.
-BEFORE_CHECKPOINT = ("os.mkdir", "*x.unfinished", 1)
-IN_CHECKPOINT = ("open", "*x.unfinished/.partial-*/*", 1)
+BEFORE_CHECKPOINT = ("os.mkdir", "*x.unfinished/*", 1)
+IN_CHECKPOINT = ("open", "*x.unfinished/*.partial-*/*", 1)
 IN_BUNDLE = ("open", "*/.partial-*/*", 1)
 
 
@@ -139,14 +139,14 @@ def test_killed_while_training(nursery, world, images, tmp_path, kills):
     name = f"runs/{next(number)}"
 
     def begin() -> Process:
-        begun = (tmp_path / f"{name}.unfinished" / "options.json").exists()
+        begun = (tmp_path / f"{name}.unfinished" / "spec.json").exists()
         return nursery.start(tmp_path, *(["train-simplex", "--resume", name] if begun else [*command, "--out", name]))
 
     while killed < kills:
         killed += killed_at_random(begin, seconds, rng)
         for path in (tmp_path / "runs").glob("[!.]*") if (tmp_path / "runs").exists() else ():
             if path.suffix == ".unfinished":
-                json.loads((path / "options.json").read_text())
+                json.loads((path / "spec.json").read_text())
             else:
                 assert weights(path) == whole and Run.load(path)
         if (tmp_path / name).exists():
@@ -339,7 +339,7 @@ def test_a_full_disk(nursery, world, images, tmp_path, what, shares):
                 kept = {"x.unfinished"} if begun else {"cache"} if (disk / "cache").exists() else set()
                 assert set(visible(disk)) - kept == set(before)
             if begun:
-                assert f"to go on: ensembler train-simplex --resume {disk}/x" in result[2]
+                assert f"to resume: ensembler train-simplex --resume {disk}/x" in result[2]
                 command = ["train-simplex", "--resume", f"{disk}/x"]
             again = nursery.run(tmp_path, *command)
             assert again[0] == 0, again[2]
@@ -608,7 +608,7 @@ def test_a_clock_that_jumps_while_a_run_is_trained(nursery, world, images, tmp_p
     times = [record["seconds"] for record in run.history]
     assert all(0 <= record <= elapsed for record in times) and times == sorted(times)
     assert 0 < run.manifest.cost.seconds <= elapsed
-    assert all(0 <= part.seconds <= elapsed for part in run.manifest.cost.parts.values())
+    assert all(0 <= entry.seconds <= elapsed for entry in run.manifest.cost.entries.values())
 
 
 def test_names_of_a_clock_that_stands_still_or_goes_back(nursery, world, images, tmp_path):
@@ -680,7 +680,7 @@ def test_sigterm_and_ctrl_c(nursery, world, images, run, tmp_path, name, tries):
             assert not left or visible(tmp_path / "x") == made
         assert calibration.load(run) is None
         begun = (tmp_path / "x.unfinished").exists()
-        assert (f"to go on: ensembler {name} --resume x" in process.err) == begun
+        assert (f"to resume: ensembler {name} --resume x" in process.err) == begun
 
 
 def assert_interrupted(process: Process, code: int) -> None:

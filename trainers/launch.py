@@ -323,6 +323,10 @@ def check_free(path: Path, resumed: bool = False, restarted: bool = False) -> No
     if path.exists():
         raise UsageError(f"{path} already exists: choose another --out, or remove it first")
     if (begun / SPEC).is_file() and not (resumed or restarted):
+        from ensembler.trainers.resume import lock
+
+        if held := lock(begun):
+            held.close()
         raise UsageError(f"{begun} holds an interrupted run: resume it with --resume {path}, or remove it")
     check_writable(path.parent)
 

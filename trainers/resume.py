@@ -38,7 +38,7 @@ from ensembler.jobs import Job
 from ensembler.trainers.loop import Snapshot, TrainState
 from ensembler.trainers.spec import SPEC, Spec, unfinished
 
-__all__ = ["JobResult", "Store", "UnfinishedRun"]
+__all__ = ["JobResult", "Store", "UnfinishedRun", "lock"]
 
 FORMAT = 1
 _FILE = "state.pt"
@@ -122,18 +122,9 @@ class UnfinishedRun:
         self._exists = True
 
     def _acquire_lock(self, folder: Path) -> None:
-        """Lock the folder for the lifetime of this process, so that no other process trains the same run."""
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            return
-        self._lock = (folder / ".lock").open("wb")
-        weakref.finalize(self, self._lock.close)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.close()
-            raise UsageError(f"another process is working on {self.folder}: let it finish, or stop it") from error
+        self._lock = lock(folder)
+        if self._lock:
+            weakref.finalize(self, self._lock.close)
 
     def close(self) -> None:
         """Release the lock, so that another process can resume the run."""
@@ -145,6 +136,25 @@ class UnfinishedRun:
         self.close()
         if self._exists:  # otherwise it is another process's
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def lock(folder: Path) -> IO[bytes] | None:
+    """Lock a folder until the file that is returned is closed, so that no other process trains the same run.
+
+    Raises:
+        UsageError: another process has locked it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    file = (folder / ".lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise UsageError(f"another process is working on {folder}: let it finish, or stop it") from error
+    return file
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,10 +233,15 @@ class Store:
         path = self._folder / name
         shutil.rmtree(path, ignore_errors=True)  # if it exists, it is damaged
         try:
-            with artefact.write(path, {"kind": "checkpoint", "format": FORMAT}) as folder:
-                torch.save(dict(content), folder / _FILE)
-        except RuntimeError as error:  # PyTorch raises it for a full disk
-            raise ArtefactError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+            with (
+                artefact.write(path, {"kind": "checkpoint", "format": FORMAT}) as folder,
+                (folder / _FILE).open("wb") as file,
+            ):
+                torch.save(dict(content), file)
+        except RuntimeError as error:  # PyTorch raises it while it handles the system's error, such as a full disk
+            system = error.__context__
+            reason = system.strerror if isinstance(system, OSError) else str(error).splitlines()[0]
+            raise ArtefactError(f"cannot write {path}: {reason}; no partial output was kept") from error
         self.unfinished.written = time.monotonic()
 
     def _read(self, path: Path) -> dict[str, Any] | None:
