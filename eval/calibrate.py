@@ -85,9 +85,12 @@ def fit(
     """Fit a calibration to an ensemble's pooled probabilities (B, C) of held-out images and their labels (B,).
 
     Args:
-        probs, labels: the prediction and the labels.
+        probs: (B, C).
+        labels: (B,).
         options: what is fitted.
-        run_sha256, dataset, validation_sha256: fields of the calibration.
+        run_sha256: a field of the calibration.
+        dataset: likewise.
+        validation_sha256: likewise.
 
     Raises:
         UsageError: too few examples for the method.

@@ -25,12 +25,17 @@ app.add_typer(data_commands.app)
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the final result.")]
 
 
+def _own_first(record: type[Options]) -> list[inspect.Parameter]:
+    """Return a record's options, its own before the inherited ones."""
+    return sorted(parameters(record, "Options"), key=lambda option: option.name not in record.__annotations__)
+
+
 def _command(name: str, *records: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command: the options of the records, which its function is called with, and the function's own."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(function).parameters.values())[len(records) :]
-        shared = [option for record in records for option in parameters(record, "Options")]
+        shared = [option for record in records for option in _own_first(record)]
 
         def command(**given: Any) -> None:
             function(

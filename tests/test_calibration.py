@@ -319,7 +319,7 @@ def test_other_shapes_are_refused():
         for function in (apply, prediction_sets):
             with pytest.raises(ShapeError, match=r"for probabilities \(B, 4\), found"):
                 function(made(), wrong)
-    with pytest.raises(UsageError, match="alpha must .* between 0 and 1, not 1"):
+    with pytest.raises(UsageError, match=r"alpha must .* between 0 and 1, not 1"):
         prediction_sets(made(), np.ones((2, 4)) / 4, 1)
     with pytest.raises(UsageError, match="unknown conformal method 'raps'"):
         prediction_sets(made(), np.ones((2, 4)) / 4, method="raps")
