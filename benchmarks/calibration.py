@@ -28,6 +28,7 @@ from ensembler.calibration import Calibration, abstain, apply, prediction_sets
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.eval.calibrate import fit
+from ensembler.eval.options import CalibrationOptions
 from ensembler.eval.scores.metrics import ece, nll
 from ensembler.eval.scores.recalibration import METHODS
 from ensembler.seeds import generator
@@ -133,11 +134,13 @@ def _measure(
         calibration = fit(
             clean.probs[used],
             clean.labels[used],
-            options.method,
-            alpha=options.alpha,
-            risk=options.risk,
-            confidence=options.confidence,
-            seed=split,
+            CalibrationOptions(
+                method=options.method,
+                alpha=options.alpha,
+                risk=options.risk,
+                confidence=options.confidence,
+                seed=split,
+            ),
             run_sha256="",
             dataset="",
             validation_sha256="",

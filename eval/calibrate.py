@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from ensembler.calibration import Calibration, Conformal, ConformalMethod, conformal_quantile, conformal_scores
 from ensembler.calibration_maps import Temperature
 from ensembler.errors import UsageError
+from ensembler.eval.options import CalibrationOptions
 from ensembler.eval.scores.metrics import Answers, scores
-from ensembler.eval.scores.recalibration import METHODS, fit_map, fit_threshold
+from ensembler.eval.scores.recalibration import fit_map, fit_threshold
 from ensembler.seeds import derive
 
 __all__ = ["calibrate", "fit", "summary"]
@@ -29,18 +30,8 @@ Array = NDArray[np.float64]
 
 def calibrate(
     path: Path,
-    method: str = "temperature",
+    options: CalibrationOptions | None = None,
     *,
-    alpha: float = 0.1,
-    conformal: str = "lac",
-    risk: float | None = None,
-    confidence: float = 0.95,
-    data: Path | None = None,
-    download: bool = False,
-    device: str | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    cache: Path | None = None,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> Calibration:
     """Fit a calibration to a run's validation split; :func:`ensembler.calibration.save` stores it.
@@ -49,21 +40,11 @@ def calibrate(
 
     Args:
         path: the run's folder.
-        method: of the map: one of :data:`ensembler.eval.scores.recalibration.METHODS`.
-        alpha: the default coverage of prediction sets is 1 - alpha.
-        conformal: their default method, ``"lac"`` or ``"aps"``.
-        risk: the highest error rate among the answers; ``None`` for no threshold.
-        confidence: the probability that it holds.
-        data: folder of the dataset.
-        download: fetch the dataset if it is missing.
-        device: by default CUDA where available.
-        batch_size: images per forward pass.
-        seed: of the split into halves.
-        cache: where predictions are kept; by default :func:`ensembler.eval.prediction_cache.default_folder`.
+        options: what is fitted, and how the prediction is made.
         watch: called with a title, how many images are done, and of how many.
 
     Raises:
-        UsageError: an option out of range, or too few validation images for the method.
+        UsageError: too few validation images for the method.
         DataError: the dataset is missing or not the one that the run was trained on.
         ArtefactError: no run there, or the prediction cannot be kept.
     """
@@ -74,23 +55,18 @@ def calibrate(
     from ensembler.eval.predictions import Predictor, predictions
     from ensembler.eval.shift.test_set import validation_set
 
-    _check(method, alpha, conformal, risk, confidence)
-    ensemble = Ensemble.load(path, device, batch_size)
+    options = options or CalibrationOptions()
+    ensemble = Ensemble.load(path, options.device, options.batch_size)
     check_task(ensemble.run)
     record = ensemble.run.manifest.dataset
-    validation = record.load(data, download=download).validation
-    folder = cache or default_folder()
+    validation = record.load(options.data, download=options.download).validation
+    folder = options.cache or default_folder()
     check_writable(folder, "choose another --cache")
     ((_, (prediction,)),) = predictions([Predictor(ensemble, folder)], [validation_set(validation)], watch)
     return fit(
         prediction.mean.astype(np.float64),
         validation.labels.numpy(),
-        method,
-        alpha=alpha,
-        conformal=conformal,
-        risk=risk,
-        confidence=confidence,
-        seed=seed,
+        options,
         run_sha256=ensemble.run.sha256,
         dataset=record.title,
         validation_sha256=validation.sha256,
@@ -100,39 +76,41 @@ def calibrate(
 def fit(
     probs: Array,
     labels: NDArray[np.int64],
-    method: str = "temperature",
+    options: CalibrationOptions | None = None,
     *,
-    alpha: float = 0.1,
-    conformal: str = "lac",
-    risk: float | None = None,
-    confidence: float = 0.95,
-    seed: int = 0,
     run_sha256: str,
     dataset: str,
     validation_sha256: str,
 ) -> Calibration:
     """Fit a calibration to an ensemble's pooled probabilities (B, C) of held-out images and their labels (B,).
 
-    The other arguments are those of :func:`calibrate`, and fields of the calibration.
+    Args:
+        probs: (B, C).
+        labels: (B,).
+        options: what is fitted.
+        run_sha256: a field of the calibration.
+        dataset: likewise.
+        validation_sha256: likewise.
 
     Raises:
-        UsageError: an option out of range, or too few examples for the method.
+        UsageError: too few examples for the method.
         ShapeError: probabilities or labels of the wrong shape or range.
     """
     from ensembler.run import versions
 
-    _check(method, alpha, conformal, risk, confidence)
+    options = options or CalibrationOptions()
     answers = Answers(probs, labels)
     if len(labels) < 2:
         raise UsageError(f"{len(labels)} validation image cannot calibrate: at least two are needed")
-    order = np.random.default_rng(derive(seed, "calibration")).permutation(len(labels))
+    order = np.random.default_rng(derive(options.seed, "calibration")).permutation(len(labels))
     seen, held_out = np.split(order, [len(order) // 2])
-    mapping = fit_map(answers.p[seen], labels[seen], method)
+    mapping = fit_map(answers.p[seen], labels[seen], options.method)
     p, y = mapping(answers.p[held_out]), labels[held_out]
     label_scores = {name: conformal_scores(p, name)[np.arange(len(y)), y] for name in get_args(ConformalMethod)}
     abstention = None
-    if risk is not None:
-        abstention = fit_threshold(mapping(answers.p[seen]), labels[seen], p, y, risk, confidence)
+    if options.risk is not None:
+        seen_probs = mapping(answers.p[seen])
+        abstention = fit_threshold(seen_probs, labels[seen], p, y, options.risk, options.confidence)
     return Calibration(
         run_sha256=run_sha256,
         dataset=dataset,
@@ -140,11 +118,11 @@ def fit(
         classes=answers.p.shape[1],
         fitted=len(seen),
         held_out=len(held_out),
-        seed=seed,
+        seed=options.seed,
         map=mapping,
         conformal=Conformal(
-            method=cast(ConformalMethod, conformal),
-            alpha=alpha,
+            method=options.conformal,
+            alpha=options.alpha,
             **{name: np.sort(found).tolist() for name, found in label_scores.items()},
         ),
         abstention=abstention,
@@ -189,16 +167,6 @@ def summary(calibration: Calibration) -> str:
             )
     lines.append("This holds for images like the validation split's, and not under shift")
     return "\n".join(lines)
-
-
-def _check(method: str, alpha: float, conformal: str, risk: float | None, confidence: float) -> None:
-    if method not in METHODS:
-        raise UsageError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
-    if conformal not in get_args(ConformalMethod):
-        raise UsageError(f"unknown conformal method {conformal!r}: use lac or aps")
-    for name, value in (("alpha", alpha), ("risk", risk), ("confidence", confidence)):
-        if value is not None and not 0 < value < 1:
-            raise UsageError(f"{name} must lie between 0 and 1, not {value}")
 
 
 def _percent(share: float | None) -> str:

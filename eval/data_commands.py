@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from ensembler.eval.options import Data, Download, Quiet
 from ensembler.progress import watching
 
 __all__ = ["app"]
@@ -17,12 +16,15 @@ app = typer.Typer(
     name="data", no_args_is_help=True, help="Corrupted test sets: download the official ones, or generate some."
 )
 
+_Data = Annotated[Path | None, typer.Option(help="Folder of datasets. (default: $ENSEMBLER_DATA, or a cache folder)")]
+_Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the final result.")]
+
 
 @app.command("download")
 def download(
     name: Annotated[Literal["cifar10c", "cifar100c"], typer.Argument(help="The official set.")],
-    data: Data = None,
-    quiet: Quiet = False,
+    data: _Data = None,
+    quiet: _Quiet = False,
 ) -> None:
     """Download CIFAR-10-C or CIFAR-100-C (2.9 GB), check its MD5 and unpack it; resumes an interrupted download."""
     from ensembler.datasets import default_root
@@ -45,10 +47,10 @@ def corrupt(
         str | None, typer.Option(help="Corruptions, comma-separated, such as fog,snow. (default: all 19)")
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the corruptions.")] = 0,
-    data: Data = None,
-    download: Download = False,
+    data: _Data = None,
+    download: Annotated[bool, typer.Option("--download", help="Download the dataset if it is missing.")] = False,
     image_size: Annotated[int | None, typer.Option(help="Size to bring every image to first. (default: none)")] = None,
-    quiet: Quiet = False,
+    quiet: _Quiet = False,
 ) -> None:
     """Write a dataset's test images under corruptions at 5 severities, in the layout of CIFAR-10-C."""
     from ensembler.artefact import check_writable

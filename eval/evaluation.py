@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from ensembler.device import keep_freed
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
+from ensembler.eval.options import EvaluationOptions
 from ensembler.eval.prediction_cache import default_folder
 from ensembler.eval.predictions import Predictor, predictions
 from ensembler.eval.report.schema import OodReport, Report, ShiftReport
@@ -52,18 +54,9 @@ class Evaluation:
 
 def evaluate(
     paths: Sequence[Path],
-    shift: str | None = None,
+    options: EvaluationOptions | None = None,
     *,
-    ood: Sequence[str] = (),
-    data: Path | None = None,
-    download: bool = False,
-    examples: int | None = None,
-    device: str | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    cache: Path | None = None,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
-    threads: int | None = None,
     engine: Engine | None = None,
 ) -> Evaluation:
     """Score every run on the same test sets.
@@ -73,39 +66,30 @@ def evaluate(
 
     Args:
         paths: the runs' folders, of one dataset; several paths of the same folder are one run.
-        shift: one of :data:`ensembler.eval.shift.readers.SHIFTS`, or ``None`` for none.
-        ood: out-of-distribution sets, as :func:`ensembler.eval.shift.ood.load_ood` names them.
-        data: folder of the dataset and of the official shift.
-        download: fetch the dataset if it is missing.
-        examples: number of test images, drawn with ``seed``; by default all.
-        device: by default CUDA where available.
-        batch_size: images per forward pass.
-        seed: of the generated corruptions and of the choice of examples.
-        cache: where predictions are kept; by default :func:`ensembler.eval.prediction_cache.default_folder`.
+        options: the test sets, and how they are predicted; threads are set for the whole process.
         watch: called with a test set's title, how many images are done, and of how many.
-        threads: CPU threads, set for the whole process; by default unchanged.
         engine: predicts shifted and out-of-distribution sets; by default this process.
 
     Raises:
-        UsageError: no run, runs of different datasets, or an option out of range.
+        UsageError: no run, runs of different datasets, or unknown test sets.
         DataError: the dataset is missing or not the one that the runs were trained on.
         ArtefactError: predictions cannot be kept.
         EngineError: the engine failed.
     """
-    paths = distinct(paths)
-    if threads is not None:
-        if threads < 1:
-            raise UsageError(f"threads must be at least 1, not {threads}")
-        torch.set_num_threads(threads)
+    options = options or EvaluationOptions()
+    paths, seed = distinct(paths), options.seed
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     runs = [Run.load(path) for path in paths]
-    dataset = _common_dataset(runs, paths, data, download)
-    indices = _choose(len(dataset.test), examples, seed)
+    dataset = _common_dataset(runs, paths, options)
+    indices = _choose(len(dataset.test), options.examples, seed)
     test = dataset.test.part(indices)
-    shifted = None if shift is None else load_shift(shift, dataset, indices, data, seed)
-    outside = [load_ood(name, test.shape, root=data, download=download, examples=examples, seed=seed) for name in ood]
-    folder = cache or default_folder()
+    shifted = None if options.shift is None else load_shift(options.shift, dataset, indices, options.data, seed)
+    files: dict[str, Any] = {"root": options.data, "download": options.download}
+    outside = [load_ood(name, test.shape, examples=options.examples, seed=seed, **files) for name in options.ood or ()]
+    folder = options.cache or default_folder()
     artefact.check_writable(folder, "choose another --cache")
-    predictors = [Predictor(Ensemble(run, device, batch_size), folder) for run in runs]
+    predictors = [Predictor(Ensemble(run, options.device, options.batch_size), folder) for run in runs]
     keep_freed(predictors[0].ensemble.device)
     test_sets = [
         validation_set(dataset.validation),
@@ -145,7 +129,7 @@ def distinct(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(path.resolve() for path in paths))
 
 
-def _common_dataset(runs: list[Run], paths: Sequence[Path], data: Path | None, download: bool) -> Dataset:
+def _common_dataset(runs: list[Run], paths: Sequence[Path], options: EvaluationOptions) -> Dataset:
     if not runs:
         raise UsageError("no run to evaluate: name at least one")
     first = runs[0].manifest.dataset
@@ -156,7 +140,7 @@ def _common_dataset(runs: list[Run], paths: Sequence[Path], data: Path | None, d
                 "evaluate runs of one dataset together"
             )
         check_task(run)
-    dataset = first.load(data, download=download)
+    dataset = first.load(options.data, download=options.download)
     for run in runs:
         run.manifest.dataset.check(dataset)
     return dataset
@@ -165,7 +149,7 @@ def _common_dataset(runs: list[Run], paths: Sequence[Path], data: Path | None, d
 def _choose(available: int, examples: int | None, seed: int) -> Tensor:
     if examples is None:
         return torch.arange(available)
-    if not 1 <= examples <= available:
+    if examples > available:
         raise UsageError(f"the test set has {available} images: cannot evaluate on {examples}")
     return torch.randperm(available, generator=generator(seed, "examples"))[:examples].sort().values
 

@@ -1,71 +1,87 @@
-"""Options that several evaluation commands share, and what they do with their results.
+"""The options of the evaluation commands and of their functions in Python, each declared once."""
 
-Annotations are evaluated here, not postponed: Typer reads them.
-"""
+from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
-import typer
+from ensembler.options import Options, option
 
-__all__ = [
-    "BatchSize",
-    "Cache",
-    "Data",
-    "Device",
-    "Download",
-    "Json",
-    "Quiet",
-    "new_folder",
-    "print_lines",
-    "write_files",
-]
-
-Data = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the datasets, and of CIFAR-10-C/. (default: $ENSEMBLER_DATA, or a cache folder)"),
-]
-Download = Annotated[bool, typer.Option("--download", help="Download the dataset if it is missing.")]
-Device = Annotated[str | None, typer.Option(help="Device, such as cpu or cuda. (default: CUDA where available)")]
-BatchSize = Annotated[int | None, typer.Option(help="Images per forward pass. (default: what suits the device)")]
-Cache = Annotated[Path | None, typer.Option(help="Folder of kept predictions. (default: a cache folder)")]
-Json = Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the final result.")]
+__all__ = ["CalibrationOptions", "EvaluationOptions", "ReportOptions", "SurfaceOptions"]
 
 
-def new_folder(parent: Path, label: str) -> Path:
-    """Create a folder that no other process has, even where another names one in the same second."""
-    from ensembler.run import new_path
+class _Predicting(Options):
+    """Where the data are, and how predictions are made."""
 
-    while True:
-        path = new_path(parent, label)
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError:
-            pass  # writing into it says it better
-        return path
-
-
-def write_files(folder: Path, files: dict[str, bytes], json: Path | None) -> None:
-    """Write a command's files, and its JSON to a second place where wanted: all or none."""
-    from ensembler.artefact import replace_files
-
-    contents = {folder / name: content for name, content in files.items()}
-    if json is not None:
-        contents[json] = next(content for name, content in files.items() if name.endswith(".json"))
-    try:
-        replace_files(contents)
-    except BaseException:  # Ctrl-C, too
-        with suppress(OSError):
-            folder.rmdir()  # where nothing is in it
-        raise
+    data: Path | None = option(
+        None,
+        panel="Prediction",
+        help="Folder of the datasets, and of CIFAR-10-C/. (default: $ENSEMBLER_DATA, or a cache folder)",
+    )
+    download: bool = option(False, panel="Prediction", flag="--download", help="Download the dataset if it is missing.")
+    cache: Path | None = option(None, panel="Prediction", help="Folder of kept predictions. (default: a cache folder)")
+    device: str | None = option(
+        None, panel="Prediction", help="Device, such as cpu or cuda. (default: CUDA where available)"
+    )
+    batch_size: int | None = option(
+        None, ge=1, panel="Prediction", help="Images per forward pass. (default: what suits the device)"
+    )
 
 
-def print_lines(*lines: str) -> None:
-    """Print lines as they are, however long."""
-    from rich.console import Console
+class EvaluationOptions(_Predicting):
+    """The test sets of an evaluation, and how they are predicted."""
 
-    Console(highlight=False, markup=False).print("\n".join(lines), soft_wrap=True)
+    shift: str | None = option(
+        None,
+        help="Shifted test images: cifar10c or cifar100c (official files where they exist, else generated), or "
+        "corruptions (generated). (default: none)",
+    )
+    ood: list[str] | None = option(
+        None, help="Out-of-distribution images: a dataset, folder:PATH, or noise:gaussian|uniform|constant. Repeatable."
+    )
+    examples: int | None = option(None, ge=1, help="Number of test images. (default: all)")
+    threads: int | None = option(None, ge=1, panel="Prediction", help="CPU threads. (default: all)")
+    seed: int = option(0, help="Random seed of generated images, the choice of examples, and bootstrap intervals.")
+
+
+class ReportOptions(Options):
+    """Where the work is done, and where its report goes."""
+
+    out: Path | None = option(None, help="Folder of the report. (default: a new one in reports/)")
+    json_file: Path | None = option(None, flag="--json", help="Also write the report's JSON to this file.")
+    engine: Literal["local", "ray"] = option(
+        "local", panel="Prediction", help="Where shifted images are predicted: in this process, or by Ray."
+    )
+    address: str | None = option(
+        None, panel="Prediction", help="Address of a Ray cluster. (default: RAY_ADDRESS, or a new local Ray)"
+    )
+    quiet: bool = option(False, flag="--quiet", help="Print only the final result.")
+
+
+class CalibrationOptions(_Predicting):
+    """What a calibration fits, and how its predictions are made."""
+
+    method: Literal["temperature", "isotonic", "beta", "histogram"] = option(
+        "temperature", help="Map from the pooled prediction to calibrated probabilities."
+    )
+    alpha: float = option(0.1, gt=0, lt=1, help="Largest share of prediction sets that miss the true class.")
+    conformal: Literal["lac", "aps"] = option("lac", help="Kind of prediction sets.")
+    risk: float | None = option(
+        None, gt=0, lt=1, help="Largest share of wrong answers, above which to abstain. (default: no abstention)"
+    )
+    confidence: float = option(0.95, gt=0, lt=1, help="Probability with which --risk holds.")
+    seed: int = option(0, help="Random seed of the choice of images that fit the map.")
+
+
+class SurfaceOptions(Options):
+    """The points of a plane, and the images to measure on."""
+
+    grid: int = option(21, ge=2, help="Points per side.")
+    margin: float = option(0.2, ge=0, help="Reach beyond the three points, as a share of their extent.")
+    examples: int = option(500, ge=1, help="Largest number of training and of test images to measure on.")
+    batchnorm_examples: int = option(
+        512, ge=2, help="Largest number of training images for BatchNorm statistics at each point."
+    )
+    data: Path | None = option(None, help="Folder of the datasets. (default: $ENSEMBLER_DATA, or a cache folder)")
+    device: str | None = option(None, help="Device, such as cpu or cuda. (default: CUDA where available)")
+    seed: int = option(0, help="Random seed of the choice of images.")

@@ -23,6 +23,7 @@ from torch import Tensor
 from ensembler.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DivergedError, UsageError
+from ensembler.eval.options import SurfaceOptions
 from ensembler.images import Images
 from ensembler.record import Record
 from ensembler.run import Run, versions
@@ -96,14 +97,8 @@ class Surface(Record):
 def measure_surface(
     paths: Sequence[Path],
     vertices: Sequence[int] | None = None,
+    options: SurfaceOptions | None = None,
     *,
-    grid: int = 21,
-    margin: float = 0.2,
-    examples: int = 500,
-    batchnorm_examples: int = 512,
-    data: Path | None = None,
-    device: str | None = None,
-    seed: int = 0,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> Surface:
     """Measure the plane through three vertices of one run, or through the first members of three.
@@ -111,24 +106,16 @@ def measure_surface(
     Args:
         paths: one run's folder, or three of one network and dataset.
         vertices: three of the one run's; by default the first three, and of a curve its ends and middle bend.
-        grid: points per side, at least 2.
-        margin: how far the grid reaches beyond the corners, as a share of their extent; at least 0.
-        examples: largest number of training and of test images; the same at every point.
-        batchnorm_examples: largest number of training images for BatchNorm statistics, at least 2.
-        data: folder of the dataset.
-        device: by default CUDA where available.
-        seed: of the choice of images.
+        options: the points and the images, which are the same at every point.
         watch: called with "surface", how many points are done, and of how many.
 
     Raises:
-        UsageError: not one or three runs, different networks or datasets, vertices on a line, or an option out of
-            range.
+        UsageError: not one or three runs, different networks or datasets, or vertices on a line.
         DataError: the dataset is missing or not the one that was trained on.
         DivergedError: a network's outputs somewhere on the plane are not finite.
     """
-    began = time.monotonic()
-    if grid < 2 or not 0 <= margin < math.inf or examples < 1 or batchnorm_examples < 2:
-        raise UsageError("a surface needs a grid of at least 2, a margin of at least 0, 1 example and 2 for BatchNorm")
+    began, options = time.monotonic(), options or SurfaceOptions()
+    grid, examples, seed = options.grid, options.examples, options.seed
     if len(paths) not in (1, 3):
         raise UsageError(f"a surface takes one run or three, not {len(paths)}")
     runs = [Run.load(path) for path in paths]
@@ -152,15 +139,15 @@ def measure_surface(
         labels = [(f"w{k}", name, None) for k, name in enumerate(names)]
         three = _first_members(runs, paths)
     corners = plane(torch.cat([rows.flatten(1) for rows in three.values()], dim=1))
-    reach = margin * np.ptp(corners, axis=0)
+    reach = options.margin * np.ptp(corners, axis=0)
     x, y = np.linspace(corners.min(axis=0) - reach, corners.max(axis=0) + reach, grid).T
     points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
 
-    dataset = first.manifest.dataset.load(data)
+    dataset = first.manifest.dataset.load(options.data)
     train, test = _some(dataset.train, examples, seed, "train"), _some(dataset.test, examples, seed, "test")
-    still = _some(dataset.train, batchnorm_examples, seed, "batchnorm")
+    still = _some(dataset.train, options.batchnorm_examples, seed, "batchnorm")
     manifest = first.manifest.model_copy(update={"vertices": 3, "members": 3})
-    ensemble = Ensemble(replace(first, manifest=manifest, vertices=three, coefficients=torch.eye(3)), device)
+    ensemble = Ensemble(replace(first, manifest=manifest, vertices=three, coefficients=torch.eye(3)), options.device)
     coefficients = torch.cat([torch.eye(3), plane_coefficients(points, corners)])
     losses: list[float] = []
     errors: list[float] = []

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ensembler import Run, load_dataset
+from ensembler.eval.options import SurfaceOptions
 from ensembler.eval.report.plots import STYLES, new_figure, to_png
 from ensembler.eval.report.surface_figures import plot_surface
 from ensembler.eval.surface import measure_surface
@@ -51,7 +52,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name, run in planes.items():
             path = run.save(Path(scratch) / name)
-            _write(folder / f"{name}-surface.png", plot_surface(measure_surface([path], grid=11, examples=300)))
+            _write(
+                folder / f"{name}-surface.png",
+                plot_surface(measure_surface([path], options=SurfaceOptions(grid=11, examples=300))),
+            )
 
 
 def _plot_schedules(schedules: dict[str, tuple[Run, Callable[[int], float], list[float]]], steps: int) -> bytes:

@@ -11,10 +11,11 @@ from unittest import mock
 import numpy as np
 
 from ensembler.eval.compare import compare
-from ensembler.eval.evaluation import Evaluation, evaluate
+from ensembler.eval.evaluation import Evaluation
 from ensembler.eval.predictions import Prediction
 from ensembler.eval.report.schema import Report
 from ensembler.trainers import DeepEnsemble, Settings, Simplex, train
+from tests._evaluate import evaluate
 from tests._small import SETTINGS, dataset
 
 OUTSIDE = ("noise:uniform", "noise:constant")

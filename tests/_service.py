@@ -54,7 +54,7 @@ def tiny_images(batch: int) -> np.ndarray:
 
 def make_calibrated(path: Path, risk: float | None = 0.2) -> Path:
     """:func:`make_bundle` with a calibration fitted on images labelled by chance, and what is known of validation."""
-    from ensembler.eval.calibrate import fit
+    from tests._evaluate import fit
 
     plain = make_bundle(path.with_name(f"{path.name}-plain"))
     manifest = read_bundle(plain)

@@ -21,11 +21,11 @@ from ensembler import images as pictures
 from ensembler.architectures import build
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
-from ensembler.eval.evaluation import evaluate
 from ensembler.images import FileSplit, Split
 from ensembler.run import Run
 from ensembler.trainers import DeepEnsemble, Settings, Simplex
 from ensembler.trainers.batches import Batches
+from tests._evaluate import evaluate
 from tests._host import on_meta
 from tests._small import dataset as small
 from tests._training import make

@@ -18,13 +18,13 @@ import torch
 from ensembler import jobs
 from ensembler.engine import Local, Ray, choose, resources
 from ensembler.errors import ArtefactError, DataError, EngineError, UsageError
-from ensembler.eval.evaluation import evaluate
 from ensembler.jobs import Job
 from ensembler.run import Run
 from ensembler.trainers import DeepEnsemble, Settings, Simplex, train
 from ensembler.trainers.events import EpochEnd
 from ensembler.trainers.ledger import Ledger
 from ensembler.trainers.loop import Epoch
+from tests._evaluate import evaluate
 from tests._interrupt import after, make
 from tests._small import SETTINGS, dataset
 from tests.test_cli import ROOT, call, start

@@ -15,13 +15,12 @@ from ensembler.cli import app
 from ensembler.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
-from ensembler.eval.calibrate import calibrate
 from ensembler.eval.compare import compare
-from ensembler.eval.evaluation import evaluate
 from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
 from ensembler.run import Run
 from ensembler.task import Classification
 from ensembler.trainers import DeepEnsemble, Settings, Simplex, train
+from tests._evaluate import calibrate, evaluate
 from tests._small import SETTINGS, dataset
 
 
@@ -209,10 +208,10 @@ def test_what_cannot_be_evaluated_is_refused(runs, monkeypatch):
     with pytest.raises(UsageError, match="unknown shift 'imagenet-c': use cifar10c"):
         evaluate(runs, "imagenet-c", device="cpu")
     for wrong in (0, -5):
-        with pytest.raises(UsageError, match="batch size must be at least 1"):
+        with pytest.raises(UsageError, match="batch_size must be at least 1"):
             evaluate(runs, device="cpu", batch_size=wrong)
-    for wrong in (0, 16):
-        with pytest.raises(UsageError, match="the test set has 15 images"):
+    for wrong, message in ((0, "examples must be at least 1"), (16, "the test set has 15 images")):
+        with pytest.raises(UsageError, match=message):
             evaluate(runs, device="cpu", examples=wrong)
     monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset(train=31))
     with pytest.raises(DataError, match="has changed since the run was trained"):

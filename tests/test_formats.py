@@ -10,11 +10,11 @@ import pytest
 
 from ensembler import artefact, calibration
 from ensembler.errors import ArtefactError
-from ensembler.eval.calibrate import fit
 from ensembler.run import Run
 from ensembler.serve.runtime.manifest import read_bundle
 from ensembler.trainers import DeepEnsemble, Settings
 from tests import _interrupt
+from tests._evaluate import fit
 from tests._runs import make_bundle, make_run
 from tests._small import SETTINGS
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from ensembler.errors import UsageError
+from ensembler.options import option
 from ensembler.run import Run
 from ensembler.trainers import FGE, Complex, Curve, DeepEnsemble, Method, Settings, Simplex, Snapshots, Subspace
 from ensembler.trainers.launch import Launch
 from ensembler.trainers.method import methods
-from ensembler.trainers.options import option
 from tests._small import SETTINGS
 from tests._training import call, call_with_method, make, saved
 
@@ -67,7 +67,7 @@ def test_what_is_only_computed_otherwise_is_the_same_run():
 
 MINE = """
 from ensembler.trainers import Simplex
-from ensembler.trainers.options import option
+from ensembler.options import option
 
 class Mine(Simplex):
     \"\"\"A simplex of mine.\"\"\"

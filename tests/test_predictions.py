@@ -18,14 +18,13 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
 from ensembler.eval import prediction_cache
 from ensembler.eval import predictions as module
-from ensembler.eval.calibrate import calibrate
-from ensembler.eval.evaluation import evaluate
 from ensembler.eval.prediction_cache import PREDICTING, Entry, default_folder
 from ensembler.eval.predictions import Predictor, predictions
 from ensembler.eval.shift.test_set import TestSet
 from ensembler.images import Split
 from ensembler.trainers import DeepEnsemble, Settings, train
 from ensembler.uncertainty import uncertainty
+from tests._evaluate import calibrate, evaluate
 from tests._small import SETTINGS, dataset
 
 ROOT = Path(__file__).parents[1]

@@ -18,8 +18,10 @@ from ensembler.cli import app
 from ensembler.datasets import normalise
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, DivergedError, UsageError
+from ensembler.eval import surface as module
+from ensembler.eval.options import SurfaceOptions
 from ensembler.eval.report.surface_figures import plot_paths, plot_surface
-from ensembler.eval.surface import Surface, measure_surface, plane, plane_coefficients
+from ensembler.eval.surface import Surface, plane, plane_coefficients
 from ensembler.run import Run
 from ensembler.trainers import Curve, DeepEnsemble, Settings, train
 from tests import _small
@@ -43,6 +45,10 @@ def runs(tmp_path_factory):
         "batchnorm": trained(DeepEnsemble(members=3), architecture="tests._small:batchnorm", epochs=12),
     }
     return paths | {name: run.save(folder / name) for name, run in made.items()}
+
+
+def measure_surface(paths, vertices=None, **options):
+    return module.measure_surface(paths, vertices, SurfaceOptions(**options))
 
 
 def curve(paths, **options):
@@ -218,14 +224,14 @@ def test_what_cannot_be_drawn_is_refused(runs, tmp_path, monkeypatch):
     ):
         with pytest.raises(UsageError, match=message):
             draw(*arguments)
-    for options in (
-        {"grid": 1},
-        {"margin": -0.1},
-        {"margin": float("nan")},
-        {"examples": 0},
-        {"batchnorm_examples": 1},
+    for options, message in (
+        ({"grid": 1}, "grid must be at least 2, not 1"),
+        ({"margin": -0.1}, "margin must be at least 0, not -0.1"),
+        ({"margin": float("nan")}, "margin must be "),
+        ({"examples": 0}, "examples must be at least 1, not 0"),
+        ({"batchnorm_examples": 1}, "batchnorm_examples must be at least 2, not 1"),
     ):
-        with pytest.raises(UsageError, match="a surface needs a grid of at least 2"):
+        with pytest.raises(UsageError, match=message):
             draw(["four"], **options)
     with pytest.raises(DivergedError, match="choose a lower --margin"):
         draw(["four"], margin=1e38)

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ensembler.options import parameters
 from ensembler.storage import destination, place
 from ensembler.trainers.launch import Data, Launch
 from ensembler.trainers.method import Method, methods
-from ensembler.trainers.options import parameters
 from ensembler.trainers.settings import Settings
 from ensembler.transfers import push_finished
 

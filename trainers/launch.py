@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from ensembler.errors import UsageError
+from ensembler.options import Options, option
 from ensembler.storage import destination
-from ensembler.trainers.options import Options, option
 from ensembler.trainers.settings import Settings
 from ensembler.transfers import push_finished
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from ensembler.trainers.options import Options
+from ensembler.options import Options
 from ensembler.trainers.recipes import Recipe
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from ensembler.errors import UsageError
-from ensembler.trainers.options import Options, option
+from ensembler.options import Options, option
 
 if TYPE_CHECKING:
     from ensembler.datasets import Dataset

@@ -13,9 +13,9 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from ensembler.errors import UsageError
+from ensembler.options import option
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.methods.simplex import BASE, BENTON_2021
-from ensembler.trainers.options import option
 from ensembler.trainers.recipes import Recipe
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ensembler.options import option
 from ensembler.trainers.method import Members, Method
-from ensembler.trainers.options import option
 from ensembler.trainers.recipes import ASHUKHA_2020, GARIPOV_2018, SOLUTIONS, Recipe
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ensembler.errors import UsageError
+from ensembler.options import option
 from ensembler.trainers.method import Members, Method
-from ensembler.trainers.options import option
 from ensembler.trainers.recipes import ASHUKHA_2020, GARIPOV_2018, SOLUTIONS, Recipe
 from ensembler.trainers.schedules import Schedule, after
 

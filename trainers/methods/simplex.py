@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import NonNegativeFloat
 
 from ensembler.errors import DivergedError, UsageError
+from ensembler.options import option
 from ensembler.trainers.method import Members, Method
-from ensembler.trainers.options import option
 from ensembler.trainers.recipes import SGD, Recipe
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+from ensembler.options import option
 from ensembler.trainers.method import Members, Method
-from ensembler.trainers.options import option
 from ensembler.trainers.recipes import ASHUKHA_2020, SGD, SOLUTIONS, Recipe
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ensembler.options import option
 from ensembler.trainers.method import Members, Method
-from ensembler.trainers.options import option
 from ensembler.trainers.recipes import SGD, Recipe
 
 if TYPE_CHECKING:
