@@ -28,9 +28,9 @@ from ensembler.calibration import Calibration, abstain, apply, prediction_sets
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.eval.calibrate import fit
+from ensembler.eval.metrics.classification import ece, nll
+from ensembler.eval.metrics.recalibration import METHODS
 from ensembler.eval.options import CalibrationOptions
-from ensembler.eval.scores.metrics import ece, nll
-from ensembler.eval.scores.recalibration import METHODS
 from ensembler.seeds import generator
 from ensembler.uncertainty import mean_probabilities
 

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from ensembler.calibration import Calibration, Conformal, ConformalMethod, conformal_quantile, conformal_scores
 from ensembler.calibration_maps import Temperature
 from ensembler.errors import UsageError
+from ensembler.eval.metrics.classification import Answers, scores
+from ensembler.eval.metrics.recalibration import fit_map, fit_threshold
 from ensembler.eval.options import CalibrationOptions
-from ensembler.eval.scores.metrics import Answers, scores
-from ensembler.eval.scores.recalibration import fit_map, fit_threshold
 from ensembler.seeds import derive
 
 __all__ = ["calibrate", "fit", "summary"]

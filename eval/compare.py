@@ -9,6 +9,8 @@ import numpy as np
 
 from ensembler.errors import UsageError
 from ensembler.eval.evaluation import Evaluation
+from ensembler.eval.metrics.comparison import Difference, Losses, differences, resample, spread
+from ensembler.eval.metrics.members import curve, deep_ensemble_equivalent, recommended_members
 from ensembler.eval.report.schema import (
     CellScores,
     Comparison,
@@ -18,8 +20,6 @@ from ensembler.eval.report.schema import (
     RunDifference,
     RunEquivalent,
 )
-from ensembler.eval.scores.comparison import Difference, Losses, differences, resample, spread
-from ensembler.eval.scores.members import curve, deep_ensemble_equivalent, recommended_members
 from ensembler.eval.scoring import ScoredRun
 from ensembler.ordering import greedy_order
 from ensembler.run import Manifest

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensembler.calibration_maps import FLOOR, temper
+from ensembler.eval.metrics.classification import nll, scores
+from ensembler.eval.metrics.comparison import Losses
+from ensembler.eval.metrics.ood import OodScores, detector_scores, detectors
+from ensembler.eval.metrics.recalibration import fit_temperature
 from ensembler.eval.predictions import Prediction
 from ensembler.eval.report.schema import CellScores, RunReport, SingleMember, mean_scores
-from ensembler.eval.scores.comparison import Losses
-from ensembler.eval.scores.metrics import nll, scores
-from ensembler.eval.scores.ood import OodScores, detector_scores, detectors
-from ensembler.eval.scores.recalibration import fit_temperature
 from ensembler.eval.shift.corruptions import FAMILIES, SEVERITIES
 from ensembler.eval.shift.test_set import Shift, TestSet
 from ensembler.run import Manifest, Run

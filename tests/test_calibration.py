@@ -36,8 +36,8 @@ from ensembler.calibration_maps import Histogram, Temperature, temper
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.eval.calibrate import summary
-from ensembler.eval.scores.metrics import nll, scores
-from ensembler.eval.scores.recalibration import METHODS, certify, fit_map
+from ensembler.eval.metrics.classification import nll, scores
+from ensembler.eval.metrics.recalibration import METHODS, certify, fit_map
 from ensembler.trainers import DeepEnsemble, Settings, train
 from tests._evaluate import calibrate, fit
 from tests._small import SETTINGS, dataset

@@ -18,10 +18,11 @@ from ensembler.calibration_maps import FLOOR
 from ensembler.errors import ShapeError, UsageError
 from ensembler.eval import compare as grouping
 from ensembler.eval.compare import group_key
-from ensembler.eval.scores import comparison
-from ensembler.eval.scores import members as of_members
-from ensembler.eval.scores.comparison import Difference, Losses, differences, resample, spread
-from ensembler.eval.scores.members import (
+from ensembler.eval.metrics import comparison
+from ensembler.eval.metrics import members as of_members
+from ensembler.eval.metrics.classification import brier, ece, nll, scores
+from ensembler.eval.metrics.comparison import Difference, Losses, differences, resample, spread
+from ensembler.eval.metrics.members import (
     CurvePoint,
     MemberScores,
     curve,
@@ -29,7 +30,6 @@ from ensembler.eval.scores.members import (
     recommended_members,
     score_subsets,
 )
-from ensembler.eval.scores.metrics import brier, ece, nll, scores
 from ensembler.eval.shift.corruptions import FAMILIES, HEADLINE, SEVERITIES, VALIDATION
 from ensembler.ordering import greedy_order
 from ensembler.run import Cost, DatasetRecord, Manifest
@@ -599,9 +599,9 @@ def test_families_part_the_protocols_corruptions() -> None:
 
 
 def test_pictures_show_what_they_are_given() -> None:
+    from ensembler.eval.metrics.selective import risk_coverage
     from ensembler.eval.report.comparison_plots import plot_differences, plot_members
     from ensembler.eval.report.plots import plot_boxes, plot_entropy, plot_rejection, to_png
-    from ensembler.eval.scores.selective import risk_coverage
     from ensembler.uncertainty import predictive_entropy
 
     members, labels = informed(60, 3, 0, noise=1.5, members=3)

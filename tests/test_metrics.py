@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ensembler.calibration_maps import FLOOR, bin_indices, temper
 from ensembler.errors import EnsemblerError, ShapeError, UsageError
-from ensembler.eval.scores.metrics import (
+from ensembler.eval.metrics.classification import (
     Answers,
     accuracy,
     adaptive_ece,
@@ -27,8 +27,8 @@ from ensembler.eval.scores.metrics import (
     nll,
     scores,
 )
-from ensembler.eval.scores.recalibration import TEMPERATURES, fit_temperature
-from ensembler.eval.scores.selective import (
+from ensembler.eval.metrics.recalibration import TEMPERATURES, fit_temperature
+from ensembler.eval.metrics.selective import (
     aurc,
     misclassification_auroc,
     reliability,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ensembler.errors import DataError, ShapeError, UsageError
-from ensembler.eval.scores.ood import DETECTORS, detector_scores, detectors, ood_scores
+from ensembler.eval.metrics.ood import DETECTORS, detector_scores, detectors, ood_scores
 from ensembler.eval.shift.ood import NOISES, load_ood, noise_images
 from ensembler.uncertainty import expected_entropy, mutual_information, predictive_entropy
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from ensembler.eval.compare import compare
+from ensembler.eval.metrics.classification import accuracy, ece
+from ensembler.eval.metrics.comparison import Losses
 from ensembler.eval.report import figures as drawing
 from ensembler.eval.report.figures import figures
 from ensembler.eval.report.page import page
 from ensembler.eval.report.plots import to_png, to_svg
 from ensembler.eval.report.schema import Group
 from ensembler.eval.report.tables import report_tables
-from ensembler.eval.scores.comparison import Losses
-from ensembler.eval.scores.metrics import accuracy, ece
 from tests._reports import comparison, evaluation, named, part
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}

@@ -14,13 +14,13 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from ensembler.eval.compare import compare
+from ensembler.eval.metrics.comparison import Difference
 from ensembler.eval.report.notation import NOTHING, SCORES, Score, compact, verdict
 from ensembler.eval.report.schema import CellScores, Report
 from ensembler.eval.report.sentences import findings
 from ensembler.eval.report.tables import report_tables
 from ensembler.eval.report.text import csv as as_csv
 from ensembler.eval.report.text import markdown, tables
-from ensembler.eval.scores.comparison import Difference
 from tests._reports import OUTSIDE, comparison, evaluation, named, part
 
 DIFFERENCES = "differences from 1: single in error and NLL"

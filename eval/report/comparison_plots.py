@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from ensembler.eval.metrics.comparison import Difference
+from ensembler.eval.metrics.members import CurvePoint
 from ensembler.eval.report.plots import add_legend, new_figure, style
-from ensembler.eval.scores.comparison import Difference
-from ensembler.eval.scores.members import CurvePoint
 
 __all__ = ["plot_differences", "plot_members"]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ensembler.eval.metrics.comparison import Difference
+from ensembler.eval.metrics.members import CurvePoint, MemberScores
 from ensembler.eval.report.notation import NOTHING, SCORES, group_label, label, spread_text, verdict
 from ensembler.eval.report.schema import Comparison, Report, RunReport
 from ensembler.eval.report.table import (
@@ -17,8 +19,6 @@ from ensembler.eval.report.table import (
     score_column,
     under,
 )
-from ensembler.eval.scores.comparison import Difference
-from ensembler.eval.scores.members import CurvePoint, MemberScores
 
 __all__ = ["comparison_tables"]
 

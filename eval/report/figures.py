@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from ensembler.eval.evaluation import Evaluation
+from ensembler.eval.metrics.classification import BINS
+from ensembler.eval.metrics.comparison import Losses
+from ensembler.eval.metrics.selective import Reliability, RiskCoverage, reliability, risk_coverage
 from ensembler.eval.report.comparison_plots import plot_differences, plot_members
 from ensembler.eval.report.notation import compact, count_runs, label, representatives
 from ensembler.eval.report.plots import (
@@ -18,9 +21,6 @@ from ensembler.eval.report.plots import (
     plot_severity,
 )
 from ensembler.eval.report.schema import Report, ShiftReport
-from ensembler.eval.scores.comparison import Losses
-from ensembler.eval.scores.metrics import BINS
-from ensembler.eval.scores.selective import Reliability, RiskCoverage, reliability, risk_coverage
 
 __all__ = ["Picture", "figures"]
 

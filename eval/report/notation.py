@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ensembler.eval.metrics.comparison import Difference, Spread
 from ensembler.eval.report.schema import Group, Report
-from ensembler.eval.scores.comparison import Difference, Spread
 
 __all__ = [
     "NOTHING",

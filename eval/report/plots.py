@@ -13,8 +13,8 @@ from matplotlib.cbook import boxplot_stats
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ensembler.eval.metrics.selective import Reliability, RiskCoverage
 from ensembler.eval.report.schema import RunReport
-from ensembler.eval.scores.selective import Reliability, RiskCoverage
 
 __all__ = [
     "STYLES",

@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from ensembler.eval.scores.comparison import Difference, Spread
-from ensembler.eval.scores.members import CurvePoint, Equivalent
-from ensembler.eval.scores.ood import OodScores
+from ensembler.eval.metrics.comparison import Difference, Spread
+from ensembler.eval.metrics.members import CurvePoint, Equivalent
+from ensembler.eval.metrics.ood import OodScores
 from ensembler.record import Record
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class CellScores(Record):
-    """Scores of the ensemble's mean prediction on one set of images; see :mod:`ensembler.eval.scores.metrics`.
+    """Scores of the ensemble's mean prediction on one set of images; see :mod:`ensembler.eval.metrics.classification`.
 
     Entropies and NLLs are in nats. ``calibrated_nll`` is the NLL after the run's temperature, fitted on the validation
     images. ``member_accuracy`` and ``member_nll`` are means over single members. ``null``: not defined for one member,

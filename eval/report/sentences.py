@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ensembler.eval.metrics.comparison import Difference
 from ensembler.eval.report.notation import (
     SCORES,
     Score,
@@ -17,7 +18,6 @@ from ensembler.eval.report.notation import (
     verdict,
 )
 from ensembler.eval.report.schema import CellScores, Comparison, Report, RunReport
-from ensembler.eval.scores.comparison import Difference
 
 __all__ = ["compared", "findings"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ensembler.eval.metrics.ood import OodScores
 from ensembler.eval.report.comparison_tables import comparison_tables
 from ensembler.eval.report.notation import SCORES, Score, label, plain
 from ensembler.eval.report.schema import Report, ShiftReport
@@ -22,7 +23,6 @@ from ensembler.eval.report.table import (
     score_column,
     under,
 )
-from ensembler.eval.scores.ood import OodScores
 from ensembler.eval.shift.corruptions import FAMILIES
 
 __all__ = ["Table", "about", "report_tables"]

@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
+from ensembler.eval.metrics.ood import OodScores
 from ensembler.eval.report.notation import plain
 from ensembler.eval.report.schema import CellScores, Report, RunReport
 from ensembler.eval.report.sentences import findings
 from ensembler.eval.report.tables import about, report_tables
-from ensembler.eval.scores.ood import OodScores
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

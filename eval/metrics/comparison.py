@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ensembler.calibration_maps import bin_indices
 from ensembler.errors import ShapeError, UsageError
-from ensembler.eval.scores.metrics import BINS, Answers
+from ensembler.eval.metrics.classification import BINS, Answers
 from ensembler.record import Record
 from ensembler.seeds import derive
 
@@ -93,7 +93,7 @@ class Losses:
         return cls(error, nll, brier, confidence, np.concatenate([cell.correct for cell in found]))
 
     def scores(self) -> dict[str, float]:
-        """Compute error, NLL, Brier score and ECE; the same as :mod:`ensembler.eval.scores.metrics`."""
+        """Compute error, NLL, Brier score and ECE; the same as :mod:`ensembler.eval.metrics.classification`."""
         ones = np.ones((1, len(self.error)))
         means = {name: float(getattr(self, name).mean()) for name in _MEANS}
         return means | {"ece": float(self._ece(ones)[0])}

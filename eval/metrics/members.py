@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from ensembler.calibration_maps import FLOOR, temper
 from ensembler.errors import ShapeError, UsageError
-from ensembler.eval.scores.comparison import Losses, Spread, spread
-from ensembler.eval.scores.metrics import BINS
-from ensembler.eval.scores.recalibration import fit_temperature
+from ensembler.eval.metrics.classification import BINS
+from ensembler.eval.metrics.comparison import Losses, Spread, spread
+from ensembler.eval.metrics.recalibration import fit_temperature
 from ensembler.record import Record
 from ensembler.seeds import derive
 

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from ensembler.calibration import Abstention
 from ensembler.calibration_maps import FLOOR, Beta, Histogram, Isotonic, Map, Temperature, temper
 from ensembler.errors import UsageError
-from ensembler.eval.scores.metrics import BINS, Answers
+from ensembler.eval.metrics.classification import BINS, Answers
 
 __all__ = ["METHODS", "TEMPERATURES", "certify", "fit_map", "fit_temperature", "fit_threshold"]
 

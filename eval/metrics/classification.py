@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ensembler.calibration_maps import FLOOR, bin_indices
 from ensembler.errors import ShapeError, UsageError
-from ensembler.eval.scores.selective import aurc, misclassification_auroc, risk_at_coverage, risks
+from ensembler.eval.metrics.selective import aurc, misclassification_auroc, risk_at_coverage, risks
 
 __all__ = [
     "BINS",
@@ -104,7 +104,7 @@ def classwise_ece(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> floa
 def scores(probs: ArrayLike, labels: ArrayLike) -> dict[str, float | None]:
     """Compute every score of probabilities (B, C) and labels (B,), by name; binned ones with 15 bins.
 
-    ``error`` is 1 - accuracy, ``risk_at_80`` the risk at a coverage of 0.8; see :mod:`ensembler.eval.scores.selective`
+    ``error`` is 1 - accuracy, ``risk_at_80`` the risk at a coverage of 0.8; see :mod:`ensembler.eval.metrics.selective`
     for those of the confidence. Only ``misclassification_auroc`` may be ``None``.
 
     Raises:
