@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ensembler.errors import ShapeError, UsageError
 
-__all__ = ["CURVES", "AffineHull", "bezier", "chain", "dirichlet", "edge_lengths", "log_volume", "log_volume_gradient"]
+__all__ = ["CURVES", "AffineHull", "bezier", "chain", "dirichlet", "edge_lengths", "log_volume"]
 
 _CHUNK = 1 << 22  # columns of V converted to float64 at a time: limits the memory of a Gram matrix
 
@@ -111,26 +111,6 @@ def log_volume(vertices: Tensor) -> Tensor:
     if not torch.isfinite(log_lengths).all() or eigenvalues[0] <= 8 * edges * torch.finfo(torch.float64).eps:
         return torch.tensor(-math.inf, dtype=torch.float64)
     return log_lengths.sum() + eigenvalues.log().sum() / 2 - math.lgamma(edges + 1)
-
-
-def log_volume_gradient(vertices: Tensor, k: int, softening: float = 0.0) -> Tensor:
-    """Compute the gradient of :func:`log_volume` with respect to vertex ``k``, in closed form and ``O(K P)``.
-
-    With the other vertices fixed, ``log vol = constant + log h``, where ``h`` is the distance of vertex ``k`` from the
-    affine hull of the others. So the gradient is ``r / h^2``, where ``r`` is the vector from the hull to the vertex.
-
-    Args:
-        vertices: (K, P) float, K >= 2.
-        k: index of the vertex.
-        softening: ``eps >= 0`` in ``r / (h^2 + eps^2)``; keeps the gradient finite for a vertex on the hull.
-
-    Returns:
-        (P,) of the vertices' type.
-    """
-    _check_vertices(vertices)
-    others = torch.cat([vertices[:k], vertices[k + 1 :]])
-    residual = AffineHull(others).residual(vertices[k])
-    return residual / (residual.dot(residual) + softening**2)
 
 
 class AffineHull:
