@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -93,17 +93,25 @@ def on_meta() -> Iterator[Needs]:
 
 
 class Recorder(TorchDispatchMode):
-    """Records operations, and does them again on the same memory with the same numbers, as a CUDA graph does."""
+    """Records operations, and does them again on the same memory with the same numbers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # of memory that is written to: itself, and what it held
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func is not aten._local_scalar_dense.default, f"{_place()} reads a value: no graph can hold that"
-        result = func(*args, **(kwargs or {}))
+        if func is aten._local_scalar_dense.default:
+            raise RuntimeError(f"{_place()} reads a value: no graph can hold that")
+        kwargs = kwargs or {}
+        for tensor in _written(func, args, kwargs):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.before:
+                whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+                self.before[storage.data_ptr()] = whole, whole.clone()
+        result = func(*args, **kwargs)
         if not _is_view(func):
-            self.calls.append((func, args, kwargs or {}, result))
+            self.calls.append((func, args, kwargs, result))
         return result
 
     @torch.no_grad()
@@ -112,6 +120,33 @@ class Recorder(TorchDispatchMode):
             for old, new in zip(tree_leaves(recorded), tree_leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)  # to where the next operation reads it
+
+
+class CpuGraph:
+    """A CUDA graph's rules on the CPU: what is captured is not computed, and only operations on tensors are replayed.
+
+    Attributes:
+        replays: how often any of them was replayed.
+    """
+
+    replays: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        self._recorder = Recorder()
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        with torch.random.fork_rng([]):
+            try:
+                with self._recorder:
+                    yield
+            finally:
+                for whole, before in self._recorder.before.values():
+                    whole.copy_(before)
+
+    def replay(self) -> None:
+        CpuGraph.replays += 1
+        self._recorder.replay()
 
 
 class Operations(TorchDispatchMode):
@@ -129,6 +164,15 @@ class Operations(TorchDispatchMode):
 def _is_view(func: Any) -> bool:
     returns = [found.alias_info for found in func._schema.returns]
     return any(alias is not None and not alias.is_write for alias in returns)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operation writes to; BatchNorm's does not declare its running statistics."""
+    for place, argument in enumerate(func._schema.arguments):
+        declared = argument.alias_info is not None and argument.alias_info.is_write
+        if declared or argument.name in ("running_mean", "running_var"):
+            given = args[place] if place < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor))
 
 
 def _devices(tree: Any) -> set[str]:

@@ -33,6 +33,34 @@ def noisy(num_classes: int) -> nn.Module:
     return nn.Sequential(WithBatchNorm(8), nn.Dropout(0.3), nn.Linear(8, num_classes))
 
 
+def dropout(num_classes: int) -> nn.Module:
+    return nn.Sequential(network(8), nn.Dropout(0.3), nn.Linear(8, num_classes))
+
+
+def layernorm(num_classes: int) -> nn.Module:
+    return nn.Sequential(network(8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, num_classes))
+
+
+def channels_last(num_classes: int) -> nn.Module:
+    return WithBatchNorm(num_classes).to(memory_format=torch.channels_last)
+
+
+class ReadingAValue(nn.Module):
+    """Decides on the host by what is in the images, which no graph can."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.network = WithBatchNorm(num_classes)
+
+    def forward(self, x):
+        outputs = self.network(x)
+        return outputs * 2 if x.mean() > 0 else outputs
+
+
+def reads_a_value(num_classes: int) -> nn.Module:
+    return ReadingAValue(num_classes)
+
+
 class Counting(nn.Module):
     """Lets everything pass, and counts it in a buffer that no statistics are."""
 

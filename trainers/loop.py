@@ -6,7 +6,8 @@ optimiser does the rest. A single network is the case ``K = 1``, ``c = [1]``.
 
 Everything random in a step (the batch, the coefficients, the regulariser's draws) is drawn for a whole epoch and copied
 to the device at once. It depends only on the seed, the part of the training and the epoch. So no step waits for the
-host, and a checkpoint needs no generator's state.
+host, a checkpoint needs no generator's state, and on a GPU the step is captured once and replayed
+(:mod:`ensembler.trainers.capture`).
 
 Processes that train together (:mod:`ensembler.trainers.distributed`) do the same steps, each on its share of every
 batch; their gradients are summed once per step, and everything else is the same in each process.
@@ -30,7 +31,8 @@ from ensembler.device import upload
 from ensembler.errors import DivergedError
 from ensembler.seeds import derive
 from ensembler.task import Task
-from ensembler.trainers.batches import Batch, Batches
+from ensembler.trainers.batches import Batches
+from ensembler.trainers.capture import Captured, Graph, on_stream
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.schedules import Schedule
 from ensembler.weights import FlatWeights
@@ -144,6 +146,8 @@ def fit(
     after_step: Callable[[int, Callable[[], TrainState]], None] = lambda iteration, state: None,
     resume: TrainState | None = None,
     group: Group = ALONE,
+    graph: Callable[[], Graph] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Fitted:
     """Train some of the vertices, in place.
 
@@ -164,6 +168,8 @@ def fit(
         after_step: called after each step with its number and a function that copies the state.
         resume: the state to resume from.
         group: the processes that train together; each makes the same call.
+        graph: makes the graphs in which the step is captured; by default, each step is launched anew.
+        say: told what is found on the way, a sentence each.
 
     Raises:
         DivergedError: the loss is not finite.
@@ -189,7 +195,8 @@ def fit(
     def state() -> TrainState:
         return step.state(iteration, snapshots, examples)
 
-    with closing(batches.begin(iteration)) as stream_of_batches:
+    run = Captured(step, say, graph) if graph else step
+    with on_stream(vertices.device), closing(batches.begin(iteration)) as stream_of_batches:
         while iteration < plan.iterations:
             epoch, begin = divmod(iteration, batches.per_epoch)
             feed = _Feed.of(plan, stream, epoch, batches.per_epoch, vertices.device)
@@ -197,7 +204,7 @@ def fit(
             for n in range(begin, end):
                 before_step(iteration + 1)
                 batch = next(stream_of_batches)
-                step(batch, *feed.at(n))
+                run(batch.size, batch.x, batch.y, *feed.at(n))
                 examples += batch.size
                 iteration += 1
                 if iteration in plan.collect:
@@ -279,11 +286,15 @@ class _Step:
             if self.plan.decay_sampled:
                 self.decay, group["weight_decay"] = group.get("weight_decay", 0.0), 0.0
 
-    def __call__(self, batch: Batch, rate: Tensor, points: Tensor, others: Tensor, draw: Tensor | None) -> None:
+    def __call__(
+        self, size: int, x: Tensor, y: Tensor, rate: Tensor, points: Tensor, others: Tensor, draw: Tensor | None
+    ) -> None:
         """Update the trainable vertices.
 
         Args:
-            batch: this process's share.
+            size: examples in the whole batch, of all processes.
+            x: this process's share of the batch, the network's inputs (b, ...).
+            y: their targets (b,).
             rate: the learning rate, a scalar.
             points: (S, D), the rows of the points' coefficients.
             others: (S, D), the rows of the points that the penalty compares with.
@@ -293,12 +304,10 @@ class _Step:
         self.gradients.zero_()
         if self.plan.coefficients:
             points, others = self.plan.coefficients(points), self.plan.coefficients(others)
-        sizes = self.group.shares(batch.size, len(points))
+        sizes = self.group.shares(size, len(points))
         sums = torch.zeros_like(self.totals)
-        for c, other, x, y in zip(
-            points, others, torch.split(batch.x, sizes), torch.split(batch.y, sizes), strict=False
-        ):
-            sums += self._accumulate(c, other, x, y, batch.size)
+        for c, other, *part in zip(points, others, torch.split(x, sizes), torch.split(y, sizes), strict=False):
+            sums += self._accumulate(c, other, *part, size)
         if len(self.moving) == 1:
             self.group.sum_(self.weights.grad)
         self.group.sum_(sums)  # at every step, so that a checkpoint has the sums of all processes
@@ -307,7 +316,7 @@ class _Step:
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.moving, self.clip)
         if self.decay:
-            self._decay(points, batch.size)
+            self._decay(points, size)
         if self.plan.regulariser:
             self.plan.regulariser(self.gradients, draw)
         self.scaler.step(self.optimiser)
@@ -350,7 +359,9 @@ class _Step:
 
     def _outputs(self, c: Tensor, x: Tensor) -> Tensor:
         torch.mv(self.vertices.T, c, out=self.weights.vector)
-        with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
+        half = self.precision != torch.float32
+        # Weights are cast anew each time: a cache of autocast's would keep those of the capture.
+        with torch.autocast(x.device.type, self.precision, enabled=half, cache_enabled=False):
             outputs: Tensor = self.weights.module(x)
         return outputs.float()
 

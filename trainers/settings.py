@@ -59,6 +59,12 @@ class Settings(Options):
         computing=True,
         help="Compile the network with torch.compile: takes a minute, meant for GPUs.",
     )
+    eager: bool = option(
+        False,
+        flag="--eager",
+        computing=True,
+        help="Launch each step anew on a GPU, instead of capturing it once as a CUDA graph.",
+    )
     seed: int = option(0, help="Random seed.")
     device: str | None = option(None, computing=True, help="cpu, cuda, ... (default: CUDA where there is one)")
     threads: int | None = option(

@@ -24,6 +24,7 @@ from ensembler.pretrained import Checkpoint
 from ensembler.run import CostEntry, DatasetRecord, Run
 from ensembler.seeds import derive
 from ensembler.trainers.batches import Batches
+from ensembler.trainers.capture import CudaGraph
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.events import EpochEnd, Message, OnEvent
 from ensembler.trainers.ledger import Ledger
@@ -109,6 +110,11 @@ class Trainer:
         outputs = self.task.outputs(len(self.dataset.classes))
         return architectures.build(self.settings.architecture, outputs, seed).to(self.device)
 
+    @property
+    def captures(self) -> bool:
+        """Whether steps are captured as CUDA graphs: by one process, on a GPU."""
+        return self.device.type == "cuda" and self.group.size == 1 and not self.settings.eager
+
     def say(self, text: str) -> None:
         """Report what was found, in one line."""
         self.on_event(Message(text))
@@ -185,6 +191,8 @@ class Trainer:
                     after_step=after_step,
                     resume=resume,
                     group=group,
+                    graph=CudaGraph if self.captures else None,
+                    say=self.say,
                 )
             # Each process has summed the same numbers, in an order of its own.
             for tensor in (fitted.vertices, *fitted.buffers.values()):
