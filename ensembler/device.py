@@ -10,7 +10,7 @@ import torch
 
 from ensembler.errors import UsageError
 
-__all__ = ["choose_device", "device_name", "forget_peak", "keep_freed", "peak_memory", "seed_dropout", "upload"]
+__all__ = ["Room", "choose_device", "device_name", "forget_peak", "keep_freed", "peak_memory", "seed_dropout", "upload"]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -69,6 +69,19 @@ def peak_memory(device: torch.device) -> int | None:
     except ImportError:
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Room:
+    """How many of a kind fit into the memory of the current GPU, measured by what the first of them takes."""
+
+    def __init__(self) -> None:
+        self._gpu = torch.cuda.is_initialized()
+        self._free, self._before = (torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()) if self._gpu else (0, 0)
+
+    def most(self) -> int | None:
+        """Return the number, at least 1; ``None`` if there is no GPU."""
+        taken = torch.cuda.memory_reserved() - self._before if self._gpu else 0
+        return max(1, self._free // taken) if taken > 0 else None
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Engines run independent jobs: in this process one after another, or with Ray in parallel on many machines.
+"""Engines run independent jobs: in this process one after another or side by side
+(:mod:`ensembler.side_by_side`), or with Ray in parallel on many machines.
 
 A job is ``function(shared, argument, emit)``. All jobs have ``shared`` in common, which is sent to each machine once,
 and each has its own argument; calls of ``emit(...)`` arrive at ``on_event(...)`` in the caller's process. Functions,
@@ -206,18 +207,31 @@ class Ray:
 
 
 def choose(
-    name: Literal["local", "ray"], address: str | None = None, device: str | None = None, threads: int | None = None
+    name: Literal["local", "ray"],
+    address: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    parallel: int = 1,
 ) -> Engine:
-    """Return the engine of that name; the other arguments are those of :class:`Ray`.
+    """Return the engine of that name.
+
+    Args:
+        name: of the engine.
+        address, device, threads: those of :class:`Ray`.
+        parallel: jobs of this process at once; see :class:`ensembler.side_by_side.SideBySide`.
 
     Raises:
-        UsageError: an address is given for the local engine.
+        UsageError: an address is given for the local engine, or several jobs at once for Ray.
     """
+    from ensembler.side_by_side import SideBySide
+
     if name == "ray":
+        if parallel > 1:
+            raise UsageError("Ray gives each job its own GPU: leave out --parallel-members or --engine ray")
         return Ray(address, device, threads)
     if address is not None:
         raise UsageError("--address is for a Ray cluster: add --engine ray")
-    return Local()
+    return SideBySide(parallel) if parallel > 1 else Local()
 
 
 def resources(

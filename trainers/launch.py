@@ -76,13 +76,17 @@ class Launch(Options):
     address: str | None = option(
         None, panel="Engine", help="Address of a Ray cluster. (default: RAY_ADDRESS, or a Ray of this machine's own)"
     )
+    parallel_members: int = option(
+        1, ge=1, metavar="M", panel="Engine", help="M independent jobs at once on one GPU: members, simplexes, seeds."
+    )
     checkpoint_every: float = option(60.0, ge=0, panel="Progress", help="Seconds between two checkpoints.")
     quiet: bool = option(False, flag="--quiet", panel="Progress", help="Print only the final result.")
     log: Path | None = option(None, panel="Progress", help="File to which each epoch adds a line of JSON.")
     tensorboard: Path | None = option(None, panel="Progress", help="Folder for TensorBoard's event files.")
 
 
-_WITH_RESUME = {"resume", "data", "engine", "address", "checkpoint_every", "quiet", "log", "tensorboard"}
+_WITH_RESUME = {"resume", "data", "engine", "address", "parallel_members", "checkpoint_every", "quiet", "log"}
+_WITH_RESUME |= {"tensorboard"}
 _WITH_RESUME |= Settings.marked("computing")
 
 
@@ -106,11 +110,12 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
     several = own.seeds > 1
     with (
         join_group(given["device"]) as group,
-        choose(own.engine, own.address, given["device"], given["threads"]) as engine,
+        choose(own.engine, own.address, given["device"], given["threads"], own.parallel_members) as engine,
     ):
-        if group.size > 1 and (several or own.engine != "local"):
+        if group.size > 1 and (several or own.engine != "local" or own.parallel_members > 1):
             raise UsageError(
-                "under torchrun, one run is made by the processes that it started: leave out --seeds and --engine"
+                "under torchrun, one run is made by the processes that it started: leave out --seeds, --engine and "
+                "--parallel-members"
             )
         folder, url = destination(own.out, "runs")
         path = own.resume or folder or _unnamed(f"{kind.command.removeprefix('train-')}-{label(given['architecture'])}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 
 from ensembler.device import forget_peak, peak_memory
 from ensembler.run import Cost, CostEntry
+from ensembler.side_by_side import own_time
 from ensembler.trainers.events import EpochEnd
 
 __all__ = ["Ledger"]
@@ -32,23 +32,23 @@ class Ledger:
     entries: dict[str, CostEntry] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     before: float = 0.0
-    _start: float = field(default_factory=time.monotonic)
+    _start: float = field(default_factory=own_time)
 
     @property
     def seconds(self) -> float:
         """Seconds spent in all."""
-        return self.before + time.monotonic() - self._start
+        return self.before + own_time() - self._start
 
     @contextmanager
     def entry(self, name: str, device: torch.device) -> Iterator[CostEntry]:
         """The entry of that name; the block's time and memory are added to it."""
         entry = self.entries.setdefault(name, CostEntry(device=self.device))
-        start = time.monotonic()
+        start = own_time()
         forget_peak(device)
         try:
             yield entry
         finally:  # what diverged has cost something, too
-            entry.seconds = round((entry.seconds or 0.0) + time.monotonic() - start, 3)
+            entry.seconds = round((entry.seconds or 0.0) + own_time() - start, 3)
             entry.peak_memory = _largest(entry.peak_memory, peak_memory(device))
 
     def epoch(self, end: EpochEnd, forward_passes: int = 0) -> None:
@@ -79,7 +79,7 @@ class Ledger:
             for record in found:
                 self._merge(record)
                 self.before += record["seconds"]
-            self._start = time.monotonic()
+            self._start = own_time()
 
     @contextmanager
     def forked(self) -> Iterator[Ledger]:

@@ -23,6 +23,7 @@ from ensembler.examples import Examples
 from ensembler.pretrained import Checkpoint
 from ensembler.run import CostEntry, DatasetRecord, Run
 from ensembler.seeds import derive
+from ensembler.side_by_side import turn
 from ensembler.trainers.batches import Batches
 from ensembler.trainers.capture import CudaGraph
 from ensembler.trainers.distributed import ALONE, Group
@@ -98,6 +99,12 @@ class Trainer:
         """Sent to another process, it is made there of the same data, settings and starts."""
         return Trainer, (self.dataset, self.settings, self.starts)
 
+    def __copy__(self) -> Trainer:
+        """The same with a network and a ledger of its own, for jobs at the same time."""
+        own = Trainer(self.dataset, self.settings, self.starts, self.on_event, self.store, self.engine, self.group)
+        own.train_examples = self.train_examples
+        return own
+
     def fork(self, job: str, on_event: OnEvent) -> Trainer:
         """The same network, data and processes, with a ledger and a store of its own, for a job."""
         own = object.__new__(Trainer)
@@ -163,6 +170,7 @@ class Trainer:
             self.on_event(end)
 
         def before_step(iteration: int) -> None:  # other masks in every process
+            turn()
             seed_dropout(derive(settings.seed, "dropout", part, group.rank, iteration), self.device)
 
         def after_step(iteration: int, state: Callable[[], TrainState]) -> None:
