@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
 from ensembler.errors import UsageError
 
-__all__ = ["Room", "choose_device", "device_name", "forget_peak", "keep_freed", "peak_memory", "seed_dropout", "upload"]
+__all__ = [
+    "Room",
+    "choose_device",
+    "configure",
+    "device_name",
+    "forget_peak",
+    "keep_freed",
+    "peak_memory",
+    "seed_dropout",
+    "tf32",
+    "upload",
+]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -35,6 +47,30 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def configure(device: torch.device) -> None:
+    """Set how this process computes on the device; called before training and before predicting.
+
+    On a GPU, float32 means float32: TF32, whose products have 10 bits, is a precision of its own (:func:`tf32`); and
+    cuDNN measures which algorithms are fastest. On a CPU, freed memory is kept.
+    """
+    keep_freed(device)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Multiply float32 matrices as TF32 within the block, on GPUs that can, if ``allowed``."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        matmul.allow_tf32, cudnn.allow_tf32 = (allowed or was for was in before)
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def keep_freed(device: torch.device) -> None:
@@ -75,7 +111,7 @@ class Room:
     """How many of a kind fit into the memory of the current GPU, measured by what the first of them takes."""
 
     def __init__(self) -> None:
-        self._gpu = torch.cuda.is_initialized()
+        self._gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._free, self._before = (torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()) if self._gpu else (0, 0)
 
     def most(self) -> int | None:

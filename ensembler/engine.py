@@ -29,7 +29,7 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 _POLL = 0.5  # seconds between two polls of the jobs' events
-_GRACE = 30.0  # seconds after which late events are dropped
+_GRACE = 120.0  # seconds after which late events are dropped: a busy machine takes long to start the inbox
 _PROBE = 2.0  # seconds between two checks that Ray is alive
 _HEAD_LIMIT = 30.0  # seconds without an answer after which Ray's head counts as lost; after 60, Ray ends this process
 _LOCAL_LIMIT = 5.0  # the same for Ray's process on this machine, where Ray gives up after about 15

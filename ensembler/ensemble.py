@@ -116,7 +116,7 @@ class Ensemble:
         """
         x = torch.as_tensor(x)
         stored = self._kind.check(x, self.run.manifest.dataset.shape)
-        result = torch.empty(0)
+        x, result = x.to(self.device), torch.empty(0)  # once for all members
         with torch.inference_mode():
             for member in range(self.members):
                 network = self.network(member)
@@ -124,9 +124,9 @@ class Ensemble:
                     part = slice(start, start + self.batch_size)
                     predicted = self.task.distribution(network(self._prepare(x[part], stored)))
                     if not start and not member:
-                        result = torch.empty(self.members, len(x), *predicted.shape[1:])
+                        result = torch.empty(self.members, len(x), *predicted.shape[1:], device=self.device)
                     result[member, part] = predicted
-        return result
+        return result.cpu()
 
     def predict_proba(self, x: Tensor | NDArray[np.generic]) -> Tensor:
         """Predict the ensemble's distribution; for classifiers, the mean (B, C) of the members' probabilities.
@@ -182,7 +182,6 @@ class Ensemble:
         return Ensemble(moved, self.device, self.batch_size)
 
     def _prepare(self, x: Tensor, stored: bool) -> Tensor:
-        x = x.to(self.device)
         return self._inputs(x) if stored else x.float()
 
 

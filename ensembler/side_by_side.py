@@ -64,7 +64,8 @@ class SideBySide:
 
         count = min(self.count, len(arguments))
         turns, room, copies = _Turns(), self.room(), [shared] * bool(count)
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+        gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        devices = range(torch.cuda.device_count()) if gpu else []
 
         def begin() -> S:
             if copies:  # free again, or the first

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ensembler import artefact
 from ensembler.datasets import Dataset
-from ensembler.device import keep_freed
+from ensembler.device import configure
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
@@ -90,7 +90,7 @@ def evaluate(
     folder = options.cache or default_folder()
     artefact.check_writable(folder, "choose another --cache")
     predictors = [Predictor(Ensemble(run, options.device, options.batch_size), folder) for run in runs]
-    keep_freed(predictors[0].ensemble.device)
+    configure(predictors[0].ensemble.device)
     test_sets = [
         validation_set(dataset.validation),
         TestSet("clean", "clean", test, "clean"),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ensembler import jobs
-from ensembler.device import keep_freed
+from ensembler.device import configure
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.eval.prediction_cache import Arrays, Entry, MembersFile, identity
@@ -221,7 +221,7 @@ def _reduce(
     runs, test_sets = shared
     reductions = [_Reduction(Ensemble(*runs[place]), test_sets[number]) for place in missing]
     for one in reductions:
-        keep_freed(one.ensemble.device)
+        configure(one.ensemble.device)
     for batch in test_sets[number].batches():
         for one in reductions:
             one.add(batch)

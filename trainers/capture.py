@@ -111,7 +111,8 @@ def on_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    outer, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    outer = torch.cuda.current_stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(outer)
     with torch.cuda.stream(stream):
         yield

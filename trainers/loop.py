@@ -306,8 +306,8 @@ class _Step:
             points, others = self.plan.coefficients(points), self.plan.coefficients(others)
         sizes = self.group.shares(size, len(points))
         sums = torch.zeros_like(self.totals)
-        for c, other, *part in zip(points, others, torch.split(x, sizes), torch.split(y, sizes), strict=False):
-            sums += self._accumulate(c, other, *part, size)
+        for c, other, inputs, labels in zip(points, others, torch.split(x, sizes), torch.split(y, sizes), strict=False):
+            sums += self._accumulate(c, other, inputs, labels, size)
         if len(self.moving) == 1:
             self.group.sum_(self.weights.grad)
         self.group.sum_(sums)  # at every step, so that a checkpoint has the sums of all processes

@@ -8,6 +8,8 @@ from ensembler.errors import UsageError
 from ensembler.options import Options, option
 
 if TYPE_CHECKING:
+    import torch
+
     from ensembler.datasets import Dataset
 
 __all__ = ["Settings"]
@@ -45,8 +47,8 @@ class Settings(Options):
         panel="Images",
         help="crop-flip, crop, resized-crop-flip or none. (default: what suits the dataset)",
     )
-    precision: Literal["float32", "bfloat16", "float16"] = option(
-        "float32", help="Precision of the forward and backward pass; float16: GPU only."
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = option(
+        "float32", help="Precision of the forward and backward pass; tf32, float16: GPU only."
     )
     sync_batchnorm: bool = option(
         False,
@@ -93,13 +95,20 @@ class Settings(Options):
             }
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of autocast; float32 for none."""
+        import torch
+
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision, torch.float32)
+
     def check_device(self, device: str) -> None:
         """Refuse what a type of device cannot do.
 
         Raises:
-            UsageError: half precision with a loss scaler, or synchronised BatchNorm, on a CPU.
+            UsageError: a GPU's precision, or synchronised BatchNorm, on a CPU.
         """
-        if device == "cpu" and self.precision == "float16":
-            raise UsageError("float16 needs a GPU: use bfloat16 or float32 on the CPU")
+        if device == "cpu" and self.precision in ("tf32", "float16"):
+            raise UsageError(f"{self.precision} needs a GPU: use bfloat16 or float32 on the CPU")
         if device == "cpu" and self.sync_batchnorm:
             raise UsageError("BatchNorm is synchronised on GPUs only: leave out --sync-batchnorm on the CPU")

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ensembler import architectures, pretrained, task
 from ensembler.datasets import Dataset
-from ensembler.device import choose_device, device_name, keep_freed, seed_dropout
+from ensembler.device import choose_device, configure, device_name, seed_dropout, tf32
 from ensembler.engine import Engine, Local
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
@@ -75,7 +75,7 @@ class Trainer:
             torch.set_num_threads(settings.threads)
         self.device = choose_device(settings.device)
         settings.check_device(self.device.type)
-        keep_freed(self.device)
+        configure(self.device)
         self.task = task.find(self.dataset.task)
         self.record = DatasetRecord.of(self.dataset, settings.augmentation)
         self.train_examples: Examples = self.dataset.train.to(self.device)
@@ -182,7 +182,7 @@ class Trainer:
             resume, record = group.from_first(lambda: store.load_state(name) if store else None) or (None, None)
             if record:
                 ledger.resume(part, record)
-            with ledger.entry(part, self.device):
+            with ledger.entry(part, self.device), tf32(settings.precision == "tf32"):
                 fitted = fit(
                     self._synchronised or self.weights,
                     self.task,
@@ -193,7 +193,7 @@ class Trainer:
                     plan,
                     stream=(settings.seed, part),
                     clip=settings.clip,
-                    precision=getattr(torch, settings.precision),
+                    precision=settings.dtype,
                     on_epoch=on_epoch,
                     before_step=before_step,
                     after_step=after_step,
