@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet
 # uv finds the versions that go with the oldest ones in seconds; pip takes longer than the suite.
 INSTALL = $(if $(CONSTRAINTS),$(PIP) uv && $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint $(CONSTRAINTS),$(PIP))
 
-.PHONY: help demo docs test test-long test-lowest lint types smoke check clean
+.PHONY: help demo docs gpu test test-long test-lowest lint types smoke check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -29,6 +29,9 @@ test-long: $(VENV)/.installed-dev  ## the tests that take minutes: every fault, 
 
 test-lowest:  ## the test suite with the oldest libraries that pyproject.toml allows; they have wheels for Python 3.11 and 3.12
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=.ci/lowest.txt EXTRAS=dev,gcs,s3,tensorboard
+
+gpu:  ## what a machine with a GPU must show, in 8 minutes, with the python that is there; writes gpu.json
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py --json gpu.json
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .

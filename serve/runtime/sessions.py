@@ -132,5 +132,7 @@ def providers() -> list[Any]:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and has_gpu():
         onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them
         # TF32 would break the agreement with PyTorch that the export has checked.
-        return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
+        # The default search for a convolution takes half a second or more for every new size of a batch.
+        options = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+        return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
     return ["CPUExecutionProvider"]

@@ -1,0 +1,117 @@
+"""What only a GPU can show: captured steps are the eager ones, nothing waits for the host, and all comes back whole."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ensembler import Ensemble
+from ensembler.side_by_side import SideBySide
+from ensembler.trainers import FGE, DeepEnsemble, Method, Settings, Simplex, Snapshots, Subspace, capture, loop, train
+from tests._small import SETTINGS, dataset
+from tests._training import flat
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+METHODS: dict[str, Method] = {
+    "single": DeepEnsemble(members=1),
+    "FGE": FGE(members=2, cycle=1, start=0.5),
+    "snapshots": Snapshots(members=2),
+    "volume": Simplex(vertices=3, vertex_epochs=3),
+    "function": Simplex(vertices=3, vertex_epochs=3, regulariser="function", samples_per_step=2),
+    "joint subspace": Subspace(vertices=3),
+}
+
+
+def settings(**own: Any) -> Settings:
+    return Settings(**SETTINGS | {"device": "cuda", "epochs": 6, "architecture": "tests._small:batchnorm"} | own)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    flags = torch.backends.cudnn
+    before = flags.deterministic
+    flags.deterministic = True
+    yield
+    flags.deterministic = before
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16", "float16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_captured_steps_are_the_eager_ones(method, precision):
+    found, eager = (
+        flat(train(dataset(train=32), METHODS[method], settings(precision=precision, eager=eager)))
+        for eager in (False, True)
+    )
+    bound = 1e-5 if precision == "float32" else 1e-2
+    assert (found - eager).abs().max() <= bound * eager.abs().max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_waits_for_nothing(method, monkeypatch):
+    """The loop reads what an epoch has summed at its end, and nothing before."""
+
+    @contextlib.contextmanager
+    def mode(name: str) -> Iterator[None]:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode(name)
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def within(name: str, function: Any) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            with mode(name):
+                return function(*given, **named)
+
+        return call
+
+    monkeypatch.setattr(capture.Captured, "__call__", within("error", capture.Captured.__call__))
+    monkeypatch.setattr(loop._Step, "__call__", within("error", loop._Step.__call__))
+    train(dataset(train=32), METHODS[method], settings())
+
+
+@pytest.mark.parametrize("network", ["batchnorm", "noisy", "layernorm"])
+def test_members_side_by_side_are_those_trained_alone(network):
+    own = settings(architecture=f"tests._small:{network}")
+    together, alone = (
+        flat(train(dataset(train=32), DeepEnsemble(members=4), own, engine=engine)) for engine in (SideBySide(4), None)
+    )
+    assert (together - alone).abs().max() <= 1e-5 * alone.abs().max()
+
+
+def test_what_a_gpu_trains_a_cpu_predicts_alike(tmp_path: Path):
+    path = train(dataset(train=32), Simplex(vertices=2, members=3), settings()).save(tmp_path / "run")
+    x = dataset().test.images
+    on_gpu, on_cpu = (Ensemble.load(path, device).predict_proba(x) for device in ("cuda", "cpu"))
+    assert (on_gpu - on_cpu).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("method", ["FGE", "volume"])
+def test_a_training_resumes_on_the_gpu(method, tmp_path, monkeypatch):
+    from ensembler.trainers.resume import UnfinishedRun
+    from ensembler.trainers.training import Training
+
+    whole = Training.of(dataset(train=32), METHODS[method], settings(), {})
+    expected = flat(whole.make())
+    work, unfinished = loop._Step.epoch, UnfinishedRun(tmp_path / "run", whole.spec, every=0)
+
+    def interrupted(self: Any, number: int, *given: Any) -> Any:
+        if number == 3:
+            raise KeyboardInterrupt
+        return work(self, number, *given)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(loop._Step, "epoch", interrupted)
+        whole.make(store=unfinished.store)
+    found = flat(whole.make(store=unfinished.store))
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
