@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from typing import cast
 
 import numpy as np
 import onnxruntime
@@ -65,7 +66,7 @@ class Members:
         self._scaled = scaled
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ensembler-member")
         on_cuda = all(session.get_providers()[0] == "CUDAExecutionProvider" for session in self._sessions)
-        self.device = "cuda" if on_cuda else "cpu"
+        self.device = self._memory = "cuda" if on_cuda else "cpu"
         self.largest = max(1, _CHUNK_PIXELS[self.device] // (image_shape[0] * image_shape[1]))
         self.strategies: tuple[Strategy, ...] = ("sessions", "loop", *(("merged",) if merged else ()))
 
@@ -96,6 +97,11 @@ class Members:
         if strategy == "merged" and (self._merged is None or (first, last) != (0, len(self))):
             raise UsageError(f"members {first} to {last} cannot be asked in one graph")
         result = np.empty((last - first, len(images), self._classes), dtype=np.float32)
+        if self.device == "cuda":
+            sessions = self._sessions[first:last] if strategy != "merged" or not self._merged else [self._merged]
+            for part in self._parts(len(images), 1):
+                self._on_gpu(sessions, images[part], result[:, part])
+            return result
         if strategy == "merged" and self._merged is not None:
             for part in self._parts(len(images), 1):
                 result[:, part] = softmax(self._run(self._merged, images[part]))
@@ -127,12 +133,22 @@ class Members:
         return [slice(*pair) for pair in pairwise(edges)]
 
     def _run(self, session: onnxruntime.InferenceSession, images: NDArray[np.generic]) -> NDArray[np.float32]:
-        if self._scaled and images.dtype == np.uint8:
-            images = images.astype(np.float32) / np.float32(255)
+        (logits,) = session.run(None, {"images": self._pixels(images)})
+        return cast(NDArray[np.float32], logits)
+
+    def _on_gpu(
+        self, sessions: Sequence[onnxruntime.InferenceSession], images: NDArray[np.generic], result: Probabilities
+    ) -> None:
+        """Fill ``result`` (M, B, C): the images go to the GPU once, padded to a size of batch that it has met before."""
         count = len(images)
-        if self.device == "cuda":  # which plans anew for every new shape
-            size = next(batch for batch in self.batches if batch >= count)
-            images = np.concatenate([images, np.zeros((size - count, *images.shape[1:]), images.dtype)])
-        (logits,) = session.run(None, {"images": images})
-        kept: NDArray[np.float32] = logits[..., :count, :]
-        return kept
+        size = next(batch for batch in self.batches if batch >= count)
+        padded = np.concatenate([images, np.zeros((size - count, *images.shape[1:]), images.dtype)])
+        given = {"images": onnxruntime.OrtValue.ortvalue_from_numpy(self._pixels(padded), self._memory, 0)}
+        logits = [session.run_with_ort_values(None, given)[0].numpy() for session in sessions]
+        result[:] = softmax(np.concatenate([each.reshape(-1, size, self._classes) for each in logits])[:, :count])
+
+    def _pixels(self, images: NDArray[np.generic]) -> NDArray[np.generic]:
+        """The images as the graphs take them."""
+        if self._scaled and images.dtype == np.uint8:
+            return images.astype(np.float32) / np.float32(255)
+        return images
