@@ -139,7 +139,7 @@ class Members:
     def _on_gpu(
         self, sessions: Sequence[onnxruntime.InferenceSession], images: NDArray[np.generic], result: Probabilities
     ) -> None:
-        """Fill ``result`` (M, B, C): the images go to the GPU once, padded to a size of batch that it has met before."""
+        """Fill ``result`` (M, B, C): the images go to the GPU once, padded to a size that it has met before."""
         count = len(images)
         size = next(batch for batch in self.batches if batch >= count)
         padded = np.concatenate([images, np.zeros((size - count, *images.shape[1:]), images.dtype)])
