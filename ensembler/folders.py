@@ -16,7 +16,7 @@ from pathlib import Path
 from ensembler.decoding import suffixes
 from ensembler.errors import DataError
 
-__all__ = ["Layout", "Part", "describe", "find_images", "place", "read_layout"]
+__all__ = ["Layout", "Part", "describe", "find_images", "place", "read_layout", "split_folder"]
 
 _SYSTEM = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"}
 _SYSTEM |= {"system volume information"}
@@ -141,6 +141,19 @@ def read_layout(folder: Path) -> Layout:
         raise DataError(f"{folder} has {_and(roles.values())} but no train/: add it, or name a folder of classes")
     others = [name for name in names if name not in roles.values()]
     return _read(folder, {role: folder / name for role, name in roles.items()}, others)
+
+
+def split_folder(folder: Path, role: str) -> Path:
+    """Return the folder of a split where a folder has splits, or else the folder itself.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DataError(f"no folder of images at {folder}: check the path")
+    names = _folders(folder)
+    roles = _roles(folder, names)
+    return folder / roles[role] if "train" in roles and role in roles else folder
 
 
 def _read(folder: Path, places: Mapping[str, Path], others: list[str]) -> Layout:

@@ -170,6 +170,10 @@ class FileSplit(_Images):
         Raises:
             DataError: one cannot be read, or together they need more than :data:`MEMORY_LIMIT`.
         """
+        return self.load(index)
+
+    def load(self, index: Any, mend: str = MEND) -> Split:
+        """Decode the images at ``index``; ``mend`` ends the message about one that cannot be read."""
         part = self.part(index)
         if part.decoded_bytes > MEMORY_LIMIT:
             raise DataError(
@@ -177,7 +181,7 @@ class FileSplit(_Images):
                 f"{part.decoded_bytes / 2**30:.1f} GiB, and the limit is {MEMORY_LIMIT / 2**30:g} GiB: "
                 "use fewer (--examples)"
             )
-        return part._decode()
+        return part._decode(mend)
 
     def to(self, device: torch.device | str) -> FileSplit:
         """Return the split itself: its batches go to the device as they are read."""
@@ -235,8 +239,8 @@ class FileSplit(_Images):
             for images, labels in batches:
                 yield Split(images, labels)
 
-    def _decode(self) -> Split:
-        return Split(read_images(self.paths, self.shape), self.labels)
+    def _decode(self, mend: str = MEND) -> Split:
+        return Split(read_images(self.paths, self.shape, mend=mend), self.labels)
 
 
 Images = Split | FileSplit
