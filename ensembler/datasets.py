@@ -136,6 +136,8 @@ def load(
         folder = place(Path(name.removeprefix("folder:")).expanduser().resolve(), root)
         return _Folder(folder, image_size, in_memory, corrupt == "skip", frozenset(without)).load(validation)
     root = root or default_root()
+    train: Images
+    test: Images
     if name in NAMES and (in_memory is False or corrupt == "skip"):
         raise UsageError(f"{name} is always in memory and whole: only folder:PATH can be read from files or skip any")
     elif name == "digits":
