@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import io
 import operator
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -147,7 +149,10 @@ for _module in COMMANDS:
 
 
 def main() -> None:
-    """Run the command line (the console script)."""
+    """Run the command line (the console script); what the terminal cannot show of a name is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ensembler.decoding import MEND, read_image
 from ensembler.errors import DataError, ShapeError
 from ensembler.examples import Cut, Epoch, InMemory, stream
 
@@ -36,7 +36,6 @@ __all__ = [
     "normaliser",
     "read_image",
     "read_images",
-    "unreadable",
 ]
 
 AUGMENTATIONS = ("crop-flip", "crop", "resized-crop-flip", "none")
@@ -171,6 +170,10 @@ class FileSplit(_Images):
         Raises:
             DataError: one cannot be read, or together they need more than :data:`MEMORY_LIMIT`.
         """
+        return self.load(index)
+
+    def load(self, index: Any, mend: str = MEND) -> Split:
+        """Decode the images at ``index``; ``mend`` ends the message about one that cannot be read."""
         part = self.part(index)
         if part.decoded_bytes > MEMORY_LIMIT:
             raise DataError(
@@ -178,7 +181,7 @@ class FileSplit(_Images):
                 f"{part.decoded_bytes / 2**30:.1f} GiB, and the limit is {MEMORY_LIMIT / 2**30:g} GiB: "
                 "use fewer (--examples)"
             )
-        return part._decode()
+        return part._decode(mend)
 
     def to(self, device: torch.device | str) -> FileSplit:
         """Return the split itself: its batches go to the device as they are read."""
@@ -236,8 +239,8 @@ class FileSplit(_Images):
             for images, labels in batches:
                 yield Split(images, labels)
 
-    def _decode(self) -> Split:
-        return Split(read_images(self.paths, self.shape), self.labels)
+    def _decode(self, mend: str = MEND) -> Split:
+        return Split(read_images(self.paths, self.shape, mend=mend), self.labels)
 
 
 Images = Split | FileSplit
@@ -307,6 +310,7 @@ def read_images(
     *,
     exact: bool = False,
     threads: int | None = None,
+    mend: str = MEND,
 ) -> Tensor:
     """Decode image files in several threads.
 
@@ -317,6 +321,7 @@ def read_images(
             resizes only the crop.
         exact: refuse images that are not of ``shape`` instead of resizing them; it must be the first image's.
         threads: number of threads; by default a few more than CPUs.
+        mend: the last clause of the message about a file that cannot be read.
 
     Returns:
         (N, H, W, 3) uint8.
@@ -328,7 +333,7 @@ def read_images(
     whole = exact or augmentation == "resized-crop-flip"
 
     def read(i: int) -> None:
-        image = read_image(files[i], None if whole else shape)
+        image = read_image(files[i], None if whole else shape, mend)
         if exact and image.shape[:2] != shape:
             raise DataError(
                 f"{files[i]} is {image.shape[1]} x {image.shape[0]} pixels but {files[0]} is "
@@ -343,41 +348,6 @@ def read_images(
             pass
     found = torch.from_numpy(images)
     return found if whole or choices is None else augment(found, augmentation, choices)
-
-
-def read_image(path: Path, shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """Decode one image file to (H, W, 3), and resize it to ``shape`` if given.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-            if shape is not None and image.size != shape[::-1]:
-                image = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
-            return np.array(image)
-    except Exception as error:  # any exception: the file is untrusted
-        raise DataError(
-            f"cannot read the image {path}: {error}: repair or remove it, or skip all unreadable images "
-            "(--corrupt skip)"
-        ) from error
-
-
-def unreadable(files: Sequence[Path]) -> list[Path]:
-    """Return the files that cannot be decoded, by decoding all of them in several threads."""
-
-    def fails(path: Path) -> bool:
-        try:
-            read_image(path)
-        except DataError:
-            return True
-        return False
-
-    with ThreadPoolExecutor() as pool:
-        return [path for path, failed in zip(files, pool.map(fails, files), strict=True) if failed]
 
 
 def _resized_crop_flip(image: Tensor, seed: int, shape: tuple[int, int]) -> Tensor:

@@ -38,7 +38,7 @@ def watching(quiet: bool, *, unit: str = "", scale: float = 1.0) -> Iterator[Wat
         yield _lines(unit, scale)
     else:
         count = TextColumn(f"{{task.fields[done]}} of {{task.fields[all]}} {unit}".rstrip())
-        columns = (TextColumn("{task.description:24}"), BarColumn(), count, TimeRemainingColumn())
+        columns = (TextColumn("{task.description:24}", markup=False), BarColumn(), count, TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             stages = [(0, -1)]
 

@@ -54,7 +54,7 @@ __all__ = [
 
 FORMAT = 1
 _PACKAGES = (
-    *("ensembler", "torch", "torchvision", "numpy", "scikit-learn", "netcal"),
+    *("ensembler", "torch", "torchvision", "numpy", "pillow", "scikit-learn", "netcal"),
     *("onnx", "onnxruntime-gpu", "onnxruntime", "bentoml"),
 )
 
@@ -66,7 +66,8 @@ class DatasetRecord(Record):
         kind: of data; see :func:`ensembler.examples.find`.
         shape: of one stored example; for images, [H, W, 3].
         lazy: whether images were read from files when needed.
-        skipped: the files of a folder that were left out.
+        skipped: the files of a folder that cannot be read and were left out.
+        files_sha256: hash of the bytes of a folder's files, where the images were in memory; else empty.
     """
 
     name: str
@@ -80,7 +81,9 @@ class DatasetRecord(Record):
     train_examples: int
     class_counts: list[int] = Field(default_factory=list)
     train_sha256: str
+    validation_sha256: str = ""
     test_sha256: str
+    files_sha256: str = ""
     lazy: bool = False
     skipped: list[str] = Field(default_factory=list)
 
@@ -106,13 +109,17 @@ class DatasetRecord(Record):
             train_examples=len(dataset.train),
             class_counts=list(dataset.class_counts.values()),
             train_sha256=dataset.train.sha256,
+            validation_sha256=dataset.validation.sha256,
             test_sha256=dataset.test.sha256,
+            files_sha256=dataset.files_sha256,
             lazy=isinstance(dataset.train, FileSplit),
             skipped=list(dataset.skipped),
         )
 
     def load(self, root: Path | None = None, *, download: bool = False) -> Dataset:
         """Load the same images again; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
+
+        A folder that has moved is read at ``root``, or at its own name in ``root``.
 
         Raises:
             DataError: the images are missing or have changed, or the data are not images.
@@ -136,17 +143,28 @@ class DatasetRecord(Record):
         """Refuse a dataset that differs from the record.
 
         Raises:
-            DataError: the training or test examples differ, so the test split might not be held out.
+            DataError: the training, validation or test examples differ, so the test split might not be held out.
         """
-        for part, expected, found in (
-            ("training", self.train_sha256, dataset.train.sha256),
-            ("test", self.test_sha256, dataset.test.sha256),
-        ):
-            if expected != found:
-                raise DataError(
-                    f"{dataset.title} has changed since the run was trained (its {part} images differ): "
-                    "point --data at the original files, or train again"
-                )
+        changed = [
+            part
+            for part, expected, found in (
+                ("training", self.train_sha256, dataset.train),
+                ("validation", self.validation_sha256, dataset.validation),
+                ("test", self.test_sha256, dataset.test),
+            )
+            if expected and expected != found.sha256
+        ]
+        if not changed:
+            return
+        if self.files_sha256 and self.files_sha256 == dataset.files_sha256:
+            raise DataError(
+                f"the {changed[0]} images of {dataset.name} differ from the run's although their files are the same: "
+                "install the versions of Pillow and scikit-learn that ensembler show names, or train again"
+            )
+        raise DataError(
+            f"{dataset.title} has changed since the run was trained (its {changed[0]} images differ): "
+            "point --data at the original files, or train again"
+        )
 
 
 class Sampling(Record):

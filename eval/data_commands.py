@@ -50,6 +50,10 @@ def corrupt(
     data: _Data = None,
     download: Annotated[bool, typer.Option("--download", help="Download the dataset if it is missing.")] = False,
     image_size: Annotated[int | None, typer.Option(help="Size to bring every image to first. (default: none)")] = None,
+    unreadable: Annotated[
+        Literal["refuse", "skip"],
+        typer.Option("--corrupt", help="Images of a folder that cannot be read: stop, or leave them out."),
+    ] = "refuse",
     quiet: _Quiet = False,
 ) -> None:
     """Write a dataset's test images under corruptions at 5 severities, in the layout of CIFAR-10-C."""
@@ -59,7 +63,7 @@ def corrupt(
     from ensembler.eval.shift.writer import write_corruptions
 
     check_writable(out)
-    images = load(dataset, data, download=download, image_size=image_size)
+    images = load(dataset, data, download=download, image_size=image_size, corrupt=unreadable)
     chosen = AVAILABLE if corruptions is None else tuple(part.strip() for part in corruptions.split(","))
     try:
         with watching(quiet, unit="MB", scale=1e6) as watch:

@@ -85,7 +85,7 @@ def evaluate(
     indices = _choose(len(dataset.test), options.examples, seed)
     test = dataset.test.part(indices)
     shifted = None if options.shift is None else load_shift(options.shift, dataset, indices, options.data, seed)
-    files: dict[str, Any] = {"root": options.data, "download": options.download}
+    files: dict[str, Any] = {"root": options.data, "download": options.download, "corrupt": options.corrupt}
     outside = [load_ood(name, test.shape, examples=options.examples, seed=seed, **files) for name in options.ood or ()]
     folder = options.cache or default_folder()
     artefact.check_writable(folder, "choose another --cache")

@@ -16,7 +16,8 @@ class _Predicting(Options):
     data: Path | None = option(
         None,
         panel="Prediction",
-        help="Folder of the datasets, and of CIFAR-10-C/. (default: $ENSEMBLER_DATA, or a cache folder)",
+        help="Folder of the datasets, and of CIFAR-10-C/; or of the run's images, where they have moved. (default: "
+        "$ENSEMBLER_DATA, or a cache folder)",
     )
     download: bool = option(False, panel="Prediction", flag="--download", help="Download the dataset if it is missing.")
     cache: Path | None = option(None, panel="Prediction", help="Folder of kept predictions. (default: a cache folder)")
@@ -38,6 +39,9 @@ class EvaluationOptions(_Predicting):
     )
     ood: list[str] | None = option(
         None, help="Out-of-distribution images: a dataset, folder:PATH, or noise:gaussian|uniform|constant. Repeatable."
+    )
+    corrupt: Literal["refuse", "skip"] = option(
+        "refuse", help="Images of an --ood folder that cannot be read: stop, or leave them out and count them."
     )
     examples: int | None = option(None, ge=1, help="Number of test images. (default: all)")
     threads: int | None = option(None, ge=1, panel="Prediction", help="CPU threads. (default: all)")
@@ -82,6 +86,10 @@ class SurfaceOptions(Options):
     batchnorm_examples: int = option(
         512, ge=2, help="Largest number of training images for BatchNorm statistics at each point."
     )
-    data: Path | None = option(None, help="Folder of the datasets. (default: $ENSEMBLER_DATA, or a cache folder)")
+    data: Path | None = option(
+        None,
+        help="Folder of the datasets, or of the run's images, where they have moved. (default: $ENSEMBLER_DATA, or a "
+        "cache folder)",
+    )
     device: str | None = option(None, help="Device, such as cpu or cuda. (default: CUDA where available)")
     seed: int = option(0, help="Random seed of the choice of images.")

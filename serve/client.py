@@ -5,26 +5,27 @@ from __future__ import annotations
 import glob
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ensembler import folders
 from ensembler.errors import ArtefactError, EnsemblerError, ShapeError, UsageError
 
 if TYPE_CHECKING:
     import httpx
     from rich.table import Table
 
-__all__ = ["SUFFIXES", "ServiceError", "find_images", "is_url", "predict_files", "table_of"]
-
-SUFFIXES = (".png", ".jpg", ".jpeg")
-"""Of the files that are taken from a folder."""
+__all__ = ["ServiceError", "find_images", "is_url", "predict_files", "table_of"]
 
 _BATCH = 32  # files of one request or pass
 _BATCH_BYTES = 8 * 2**20  # of the files of one request
 _TRIES = 5  # of one request that a busy service refuses
 _LONGEST_WAIT = 30.0  # seconds between two of them
 _TIMEOUT = 60.0  # seconds for one answer
+
+
+_Outcome = tuple[list[Path], dict[str, Any] | ShapeError]
+"""Images, and the answer to them; or one image, and why it has none."""
 
 
 class ServiceError(EnsemblerError):
@@ -40,7 +41,7 @@ def find_images(given: Sequence[str]) -> list[Path]:
     """Return image files, in order, each once.
 
     Args:
-        given: files; folders, searched for PNG and JPEG files at any depth; patterns such as ``*.png``.
+        given: files; folders, searched at any depth as training searches them; patterns such as ``*.png``.
 
     Raises:
         UsageError: no such file, or a folder or pattern without an image.
@@ -51,16 +52,16 @@ def find_images(given: Sequence[str]) -> list[Path]:
         if path.is_file():
             files = [path]
         elif path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            files, _ = folders.find_images(path)
         elif glob.has_magic(name):
             files = [Path(file) for file in sorted(glob.glob(name, recursive=True)) if Path(file).is_file()]  # noqa: PTH207  pathlib's cannot be absolute
         else:
-            raise UsageError(f"no image at {name}: give PNG or JPEG files, folders of them, or patterns")
+            raise UsageError(f"no image at {name}: give image files, folders of them, or patterns")
         if not files:
-            raise UsageError(f"{name} holds no image: give PNG or JPEG files, folders of them, or patterns")
+            raise UsageError(f"{name} holds no image: give image files, folders of them, or patterns")
         found += files
     if not found:
-        raise UsageError("no image was given: give PNG or JPEG files, folders of them, or patterns")
+        raise UsageError("no image was given: give image files, folders of them, or patterns")
     return list(dict.fromkeys(found))
 
 
@@ -76,30 +77,40 @@ def predict_files(
 
     Args:
         target: a bundle's folder, or a service's address such as ``http://localhost:3000``.
-        images: PNG or JPEG files.
+        images: image files.
         mode, members: see :class:`ensembler.serve.http.options.Options`.
         token: sent to the service; ignored for a bundle.
 
     Returns:
-        :class:`ensembler.serve.http.schemas.Answer` as a dictionary, each prediction with its file as ``"image"``.
+        :class:`ensembler.serve.http.schemas.Answer` as a dictionary, each prediction with its file as ``"image"``. The
+        files that are no images, or cannot be read, are in its ``"errors"``: ``{"image": ..., "error": ...}``.
 
     Raises:
         ServiceError: no service answers at the address, or it refuses the token.
-        ShapeError: a file that is no image; it is named.
-        UsageError: a mode or number of members that the ensemble does not have, or an unreadable file.
+        ShapeError: none of the files is an image; the first is named.
+        UsageError: a mode or number of members that the ensemble does not have.
         ArtefactError: no bundle there; CorruptError: it has changed.
     """
     chosen = {"mode": mode} | ({} if members is None else {"members": members})
-    answers = _from_service(target, images, chosen, token) if is_url(target) else _from_bundle(target, images, chosen)
+    outcomes = _from_service(target, images, chosen, token) if is_url(target) else _from_bundle(target, images, chosen)
     answer: dict[str, Any] = {}
     predictions: list[dict[str, Any]] = []
-    for part in answers:
-        if answer and part["model"] != answer["model"]:
+    errors: list[tuple[Path, ShapeError]] = []
+    for asked, outcome in outcomes:
+        if isinstance(outcome, ShapeError):
+            errors.append((asked[0], outcome))
+            if not answer and len(errors) == _BATCH:
+                break  # more likely the options than the images
+            continue
+        if answer and outcome["model"] != answer["model"]:
             raise ServiceError(f"{target} changed its ensemble between two images: ask again")
-        predictions += part.pop("predictions")
-        answer = part
-    named = [{"image": str(image), **prediction} for image, prediction in zip(images, predictions, strict=True)]
-    return {**answer, "predictions": named}
+        pairs = zip(asked, outcome.pop("predictions"), strict=True)
+        predictions += [{"image": str(image), **prediction} for image, prediction in pairs]
+        answer = outcome
+    named = [{"image": str(image), "error": str(error)} for image, error in errors]
+    if not answer:
+        raise ShapeError(f"{named[0]['image']}: {named[0]['error']}") from errors[0][1]
+    return {**answer, "predictions": predictions, "errors": named}
 
 
 def table_of(answer: dict[str, Any]) -> Table:
@@ -135,7 +146,7 @@ def _figure(value: float | None) -> str | None:
     return None if value is None else f"{value:.3f}"
 
 
-def _from_bundle(bundle: str, images: Sequence[Path], chosen: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _from_bundle(bundle: str, images: Sequence[Path], chosen: dict[str, Any]) -> Iterator[_Outcome]:
     import numpy as np
 
     from ensembler.serve.http import answers
@@ -150,21 +161,22 @@ def _from_bundle(bundle: str, images: Sequence[Path], chosen: dict[str, Any]) ->
     try:
         options = Options.from_json(chosen).resolve(runtime.members, runtime.calibration)
         for start in range(0, len(images), _BATCH):
-            decoded = []
+            decoded = {}
             for image in images[start : start + _BATCH]:
-                with _named(image):
-                    decoded.append(image_from_file(_bytes(image), runtime.manifest.image_shape))
-            batch = np.stack(decoded)
-            prediction = runtime.predict(batch, options.mode, members=options.members, level=options.level)
-            columns = answers.with_outputs(answers.as_columns(prediction), options, runtime)
-            yield answers.content(columns, options, runtime)
+                try:
+                    decoded[image] = image_from_file(_bytes(image), runtime.manifest.image_shape)
+                except ShapeError as error:
+                    yield [image], error
+            if decoded:
+                batch = np.stack(list(decoded.values()))
+                prediction = runtime.predict(batch, options.mode, members=options.members, level=options.level)
+                columns = answers.with_outputs(answers.as_columns(prediction), options, runtime)
+                yield list(decoded), answers.content(columns, options, runtime)
     finally:
         runtime.close()
 
 
-def _from_service(
-    url: str, images: Sequence[Path], chosen: dict[str, Any], token: str | None
-) -> Iterator[dict[str, Any]]:
+def _from_service(url: str, images: Sequence[Path], chosen: dict[str, Any], token: str | None) -> Iterator[_Outcome]:
     import httpx
 
     if token and not all("!" <= character <= "~" for character in token):
@@ -172,24 +184,32 @@ def _from_service(
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     with httpx.Client(headers=headers, params=chosen, timeout=_TIMEOUT) as client:
         for batch in _batches(images):
-            yield from _ask(client, url, batch)
+            if isinstance(batch, tuple):
+                yield batch
+            else:
+                yield from _ask(client, url, batch)
 
 
-def _batches(images: Sequence[Path]) -> Iterator[list[tuple[Path, bytes]]]:
-    """Files and their contents, as many as go into one request."""
+def _batches(images: Sequence[Path]) -> Iterator[list[tuple[Path, bytes]] | _Outcome]:
+    """Files and their contents, as many as go into one request; a file that cannot be read is an outcome."""
     batch: list[tuple[Path, bytes]] = []
     size = 0
     for image in images:
-        content = _bytes(image)
+        try:
+            content = _bytes(image)
+        except ShapeError as error:
+            yield [image], error
+            continue
         if batch and (len(batch) == _BATCH or size + len(content) > _BATCH_BYTES):
             yield batch
             batch, size = [], 0
         batch.append((image, content))
         size += len(content)
-    yield batch
+    if batch:
+        yield batch
 
 
-def _ask(client: httpx.Client, url: str, batch: list[tuple[Path, bytes]]) -> Iterator[dict[str, Any]]:
+def _ask(client: httpx.Client, url: str, batch: list[tuple[Path, bytes]]) -> Iterator[_Outcome]:
     """The answers to a batch; one that is refused is halved, which finds the image that is wrong, or a batch small
     enough for this service."""
     response = _send(client, url, [content for _, content in batch])
@@ -197,8 +217,14 @@ def _ask(client: httpx.Client, url: str, batch: list[tuple[Path, bytes]]) -> Ite
         middle = len(batch) // 2
         yield from _ask(client, url, batch[:middle])
         yield from _ask(client, url, batch[middle:])
-    else:
-        yield _read(response, url, [image for image, _ in batch])
+        return
+    images = [image for image, _ in batch]
+    try:
+        yield images, _read(response, url, images)
+    except ShapeError as error:
+        if len(images) > 1:
+            raise
+        yield images, error
 
 
 def _send(client: httpx.Client, url: str, contents: list[bytes]) -> httpx.Response:
@@ -261,21 +287,13 @@ def _read(response: httpx.Response, url: str, images: list[Path]) -> dict[str, A
         ) from error
     if response.status_code == 404:
         raise ServiceError(f"{url} has no route for images: give the service's own address, without a path")
-    kind = ServiceError if response.status_code >= 500 else ShapeError
-    raise kind(f"{images[0]}{' and others' * (len(images) > 1)}: {sentence}")
+    if response.status_code >= 500:
+        raise ServiceError(f"{images[0]}{' and others' * (len(images) > 1)}: {sentence}")
+    raise ShapeError(sentence)
 
 
 def _bytes(image: Path) -> bytes:
     try:
         return image.read_bytes()
     except OSError as error:
-        raise UsageError(f"cannot read {image}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _named(image: Path) -> Iterator[None]:
-    """Name the file in an error."""
-    try:
-        yield
-    except ShapeError as error:
-        raise ShapeError(f"{image}: {error}") from error
+        raise ShapeError(f"cannot read the file: {error.strerror or error}") from error

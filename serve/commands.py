@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ensembler.errors import UsageError
+from ensembler.errors import ShapeError, UsageError
 from ensembler.serve.client import is_url
 from ensembler.storage import destination, place
 from ensembler.transfers import push_finished
@@ -65,7 +65,9 @@ def export(
             help="Precision of weights and activations; a lower one is compared with float32 on validation images."
         ),
     ] = "float32",
-    data: Annotated[Path | None, typer.Option(help="Folder of the dataset. (default: its usual place)")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the dataset, if it has moved. (default: its usual place)")
+    ] = None,
     no_data: Annotated[bool, typer.Option("--no-data", help="Do not look for the dataset.")] = False,
     examples: Annotated[int, typer.Option(min=1, help="Largest number of validation images.")] = 1000,
     tune: Annotated[
@@ -108,6 +110,7 @@ def verify(
 ) -> None:
     """Check every byte of a bundle, run every member, and compare its answers with PyTorch's."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from ensembler.serve.runtime.verify import verify_bundle
@@ -118,7 +121,7 @@ def verify(
     stored = "PyTorch's" if manifest.precision == "float32" else "those stored at export"
     answers = f"within {largest:.1e} of {stored} on {found.images} images ({found.allowed:.0e} allowed)"
     table = Table(show_header=False, box=None)
-    table.add_row("bundle", f"{bundle}, format {manifest.format}")
+    table.add_row("bundle", escape(f"{bundle}, format {manifest.format}"))
     table.add_row("files", f"{len(manifest.files)}, all with their SHA-256 as written")
     table.add_row("members", f"{manifest.members}, {manifest.precision}, all run on this machine's {found.device}")
     table.add_row("answers", answers)
@@ -178,7 +181,7 @@ def predict(
     target: Annotated[
         str, typer.Argument(parser=_target, metavar="BUNDLE|URL", help="A bundle's folder, or a service's address.")
     ],
-    images: Annotated[list[str], typer.Argument(help="PNG or JPEG files, folders of them, or patterns.")],
+    images: Annotated[list[str], typer.Argument(help="Image files, folders of them, or patterns.")],
     mode: Annotated[
         Literal["full", "exact", "confidence"],
         typer.Option(
@@ -192,7 +195,7 @@ def predict(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON instead of a table.")] = False,
 ) -> None:
-    """Predict images and their uncertainty with a bundle or a service."""
+    """Predict images and their uncertainty with a bundle or a service; exits with 1 where one cannot be read."""
     import json
 
     from rich.console import Console
@@ -202,16 +205,21 @@ def predict(
     answer = predict_files(str(target), find_images(images), mode=mode, members=members, token=token)
     if as_json:
         typer.echo(json.dumps(answer, indent=1))
-        return
-    console = Console()
-    console.print(table_of(answer))
-    model = answer["model"]
-    console.print(
-        f"{model['method']} of {model['members']} x {model['architecture']}, {model['dataset']}; entropies in nats",
-        markup=False,
-        highlight=False,
-        style="dim",
-    )
+    else:
+        console = Console()
+        console.print(table_of(answer))
+        model = answer["model"]
+        console.print(
+            f"{model['method']} of {model['members']} x {model['architecture']}, {model['dataset']}; entropies in nats",
+            markup=False,
+            highlight=False,
+            style="dim",
+        )
+    if answer["errors"]:
+        for one in answer["errors"]:
+            typer.echo(f"{one['image']}: {one['error']}", err=True)
+        count = len(answer["errors"])
+        raise ShapeError(f"{count} of {count + len(answer['predictions'])} images could not be read and have no answer")
 
 
 @app.command()
@@ -233,13 +241,14 @@ def bento(
 
 def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
     """A bundle that ``export`` made, as a table."""
+    from rich.markup import escape
     from rich.table import Table
 
     from ensembler.serve.runtime.verify import TOLERANCE
 
     table = Table(show_header=False, box=None)
-    table.add_row("bundle", str(out))
-    table.add_row("members", f"{bundle.members} x {bundle.architecture} ({bundle.method}, {bundle.dataset})")
+    table.add_row("bundle", escape(str(out)))
+    table.add_row("members", escape(f"{bundle.members} x {bundle.architecture} ({bundle.method}, {bundle.dataset})"))
     megabytes = sum((out / name).stat().st_size for name in bundle.files) / 1e6
     held = f"{bundle.vertices} vertices" if bundle.layout == "vertices" else "a file for each member"
     table.add_row("size", f"{megabytes:.1f} MB, {held}, {bundle.precision}, ONNX opset {bundle.opset}")
@@ -267,7 +276,7 @@ def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
         if tuning.load is not None and tuning.load > 0.5:
             table.add_row("", f"the machine was shared: {tuning.load:.1f} processes wanted a CPU at the start")
     table.add_row("time", f"{seconds:.1f} s")
-    table.add_row("next", f"ensembler serve {out}")
+    table.add_row("next", escape(f"ensembler serve {out}"))
     return table
 
 

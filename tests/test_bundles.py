@@ -300,7 +300,7 @@ def test_without_images_the_runs_order_is_kept_and_it_is_said(run: Path, dataset
         export_run(run, tmp_path / "missing", say=said.append)
         assert "images were not found: no folder of images at" in said[0]
         with pytest.raises(DataError, match="no folder of images"):
-            export_run(run, tmp_path / "asked", data=tmp_path)
+            export_run(run, tmp_path / "asked", data=tmp_path / "nowhere")
         with pytest.raises(UsageError, match="float16 is accepted only after a comparison on validation images"):
             export_run(run, tmp_path / "unchecked", precision="float16")
     finally:

@@ -173,6 +173,7 @@ def start(folder, *arguments):
 
 def test_ctrl_c_leaves_no_run_and_no_traceback(tmp_path, images):
     process = start(tmp_path, "train-simplex", *SMALL, "--epochs", 10_000, *images)
+    assert "90 images of 3 classes" in process.stderr.readline()
     assert "epoch 1" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=600)

@@ -150,7 +150,7 @@ def test_what_goes_wrong_is_one_line(server: Server, bundle: Path, pictures: Pat
     assert "visible ASCII" in refused(server.url, image, "--token", "two words")
     assert "no image at" in refused(bundle, tmp_path / "nothing.png")
     for target in (bundle, server.url):
-        assert "notes.txt: the image is neither PNG nor JPEG" in refused(target, notes, ENSEMBLER_TOKEN=TOKEN)
+        assert "notes.txt: the image is of no format that is read" in refused(target, notes, ENSEMBLER_TOKEN=TOKEN)
         assert "ask from 1 to 3" in refused(target, image, "--members", 9, ENSEMBLER_TOKEN=TOKEN)
     assert "no service answers at http://127.0.0.1:" in refused(f"http://127.0.0.1:{free_port()}", image)
     assert "no service answers at http://[bad" in refused("http://[bad", image)
@@ -158,7 +158,7 @@ def test_what_goes_wrong_is_one_line(server: Server, bundle: Path, pictures: Pat
     assert "no bundle at" in refused(tmp_path / "nothing", image)
     assert "an address begins with http://" in refused("localhost:3000", image)
     (tmp_path / "folder.png").mkdir()
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(ShapeError, match=r"folder\.png: cannot read the file: Is a directory"):
         predict_files(str(bundle), [tmp_path / "folder.png"])
     with pytest.raises(ArtefactError, match="has changed"):
         shutil.copytree(bundle, tmp_path / "damaged")
@@ -283,11 +283,34 @@ def test_a_batch_that_is_refused_is_halved(many: list[Path]) -> None:
     assert [body.count(b"\x89PNG") for body in seen] == [16, 8, 4, 4, 8, 4, 4]
 
 
-def test_the_wrong_image_of_a_folder_is_named(server: Server, bundle: Path, many: list[Path]) -> None:
+def test_the_wrong_images_of_a_folder_are_named_and_the_others_answered(
+    server: Server, bundle: Path, many: list[Path]
+) -> None:
     many[13].write_bytes(b"no image")
+    many[40].write_bytes(many[40].read_bytes()[:60])
     for target in (str(bundle), server.url):
-        with pytest.raises(ShapeError, match=r"13\.png: the image is neither PNG nor JPEG"):
-            predict_files(target, many, token=TOKEN)
+        answer = predict_files(target, many, token=TOKEN)
+        assert [one["image"] for one in answer["predictions"]] == [
+            str(file) for file in many if file not in (many[13], many[40])
+        ]
+        assert [(Path(one["image"]).name, one["error"].partition(":")[0]) for one in answer["errors"]] == [
+            ("13.png", "the image is of no format that is read"),
+            ("40.png", "the image cannot be decoded"),
+        ]
+        with pytest.raises(ShapeError, match=r"13\.png: the image is of no format that is read"):
+            predict_files(target, [many[13]], token=TOKEN)
+
+
+def test_predict_answers_what_it_can_and_exits_with_1(bundle: Path, many: list[Path]) -> None:
+    (many[0].parent / ".ipynb_checkpoints").mkdir()
+    (many[0].parent / ".ipynb_checkpoints" / "0.png").write_bytes(many[0].read_bytes())
+    many[13].write_bytes(b"no image")
+    done = CliRunner().invoke(app, ["predict", str(bundle), str(many[0].parent), "--json"])
+    assert done.exit_code == 1
+    assert len(json.loads(done.stdout)["predictions"]) == len(many) - 1
+    named, last = done.stderr.splitlines()
+    assert named.startswith(f"{many[13]}: the image is of no format that is read")
+    assert last == f"error: 1 of {len(many)} images could not be read and have no answer"
 
 
 def test_the_python_example(server: Server, pictures: Path, bundle: Path) -> None:

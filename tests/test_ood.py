@@ -227,3 +227,10 @@ def test_bad_images_are_named(tmp_path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"cannot read the image .*broken\.png"):
         load_ood(f"folder:{tmp_path}", (8, 8))
+    with pytest.raises(DataError, match=r"none of the 1 images in .* can be read: repair or remove them"):
+        load_ood(f"folder:{tmp_path}", (8, 8), corrupt="skip")
+    paint(tmp_path / "fine.png", 10)
+    paint(tmp_path / ".ipynb_checkpoints" / "fine.png", 10)
+    found = load_ood(f"folder:{tmp_path}", (8, 8), corrupt="skip")
+    assert found.title == f"images of {tmp_path.name} (1 unreadable left out)"
+    assert found.examples.images[:, 0, 0, 0].tolist() == [10]

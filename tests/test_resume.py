@@ -403,7 +403,9 @@ def test_an_error_costs_no_finished_member(here, images, harm, message):
     assert sorted(path.name for path in Path("x.unfinished").glob("*.done")) == ["solution-1.done", "solution-2.done"]
     result = call("train-deep-ensemble", "--resume", "x")
     assert result.exit_code == 0, result.output
-    assert {line.partition(":")[0] for line in result.stderr.splitlines()} == {"solution 3", "solution 4"}
+    found, *epochs = result.stderr.splitlines()
+    assert found.startswith(f"{here / 'images'}: 90 images of 3 classes")
+    assert {line.partition(":")[0] for line in epochs} == {"solution 3", "solution 4"}
     assert same_bytes(Path("whole"), Path("x"))
     assert_the_same(Run.load(Path("whole")), Run.load(Path("x")))
     assert not Path("x.unfinished").exists()

@@ -17,12 +17,12 @@ import httpx
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
 from ensembler import calibration
 from ensembler.artefact import sha256
-from ensembler.images import read_image
+from ensembler.decoding import read_image
 from ensembler.serve import Runtime
 from ensembler.serve.http.options import CALIBRATED, OUTPUTS, Options
 from tests._runs import CLASSES, TINY, make_bundle
@@ -200,15 +200,34 @@ def png(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return file.getvalue()
 
 
+def of_kind(pixels: np.ndarray, mode: str) -> Image.Image:
+    """An image of a mode; half of it is transparent, where it can be."""
+    if mode == "I;16":
+        return Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    if mode == "F":
+        return Image.fromarray(pixels[..., 0].astype(np.float32) / 255)
+    image = Image.fromarray(pixels).convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray(np.where(pixels[..., 1] > 127, pixels[..., 2], 255).astype(np.uint8)))
+    return image
+
+
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [("JPEG", "RGB"), ("JPEG", "L"), *(("PNG", mode) for mode in ("RGB", "L", "1", "P", "RGBA", "LA"))],
+    [
+        *(("JPEG", mode) for mode in ("RGB", "L", "CMYK")),
+        *(("PNG", mode) for mode in ("RGB", "L", "1", "P", "RGBA", "LA", "I;16")),
+        *(("TIFF", mode) for mode in ("I;16", "F", "CMYK", "RGBA")),
+        *(("GIF", "P"), ("WEBP", "RGBA"), ("BMP", "RGB"), ("PPM", "L")),
+    ],
 )
 def test_images_are_decoded_as_training_decodes_them(
     client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, mode: str
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (23, 31, 3), dtype=np.uint8)
-    body = png(Image.fromarray(pixels).convert(mode), kind)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    body = png(of_kind(pixels, mode), kind, **({"exif": turned} if kind in ("JPEG", "WEBP") else {}))
     (tmp_path / "image").write_bytes(body)
     seen = []
     predict = Runtime.predict

@@ -58,7 +58,7 @@ for _method in methods():
 @app.command("collapse")
 def collapse(
     run: _Run = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the dataset's files.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the dataset's files, if it has moved.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
     out: Annotated[
         str | None,
@@ -83,12 +83,13 @@ def show(run: _Run = None) -> None:
     """Show what a run is: method, sizes, geometry, cost, metrics, files."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from ensembler.run import Run, latest
     from ensembler.trainers.summary import rows
 
     path = run or latest(Path("runs"))
-    table = Table(title=str(path), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(title=Text(str(path)), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows(Run.load(path).manifest).items():
-        table.add_row(name, value)
+        table.add_row(Text(name), Text(value))
     Console(highlight=False).print(table)

@@ -37,7 +37,9 @@ class Data(Options):
     dataset: str | None = option(
         None, help="digits, cifar10, cifar100, fashion-mnist or folder:PATH. (default: that of --init, or digits)"
     )
-    data: Path | None = option(None, help="Folder of the dataset's files. (default: ~/.cache/ensembler/data)")
+    data: Path | None = option(
+        None, help="Folder of the dataset's files; of folder:PATH, where it is now. (default: ~/.cache/ensembler/data)"
+    )
     download: bool = option(False, flag="--download", help="Download the dataset if it is not there.")
     image_size: int | None = option(None, ge=1, help="Resize every image to this many pixels a side.")
     in_memory: bool | None = option(
@@ -165,6 +167,7 @@ class _Runs:
         """Make those that are missing, and save each as soon as it is finished."""
         from ensembler import jobs
         from ensembler.engine import Local
+        from ensembler.trainers.events import Message
         from ensembler.trainers.resume import UnfinishedRun
 
         whole = self.several or not self.training.method.has_jobs
@@ -175,6 +178,8 @@ class _Runs:
             if not path.exists()
         }
         missing = len(self.unfinished)
+        for note in self.training.dataset.notes if missing else ():
+            on_event(Message(note))
         here = (dict(self.unfinished), inner, self.group) if outer.here else None
         todo = [jobs.Job(f"seed {seed}", _make, {"seed": seed}) for seed in self.paths]
         shared = self.training, self.several, here
@@ -265,9 +270,6 @@ def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: 
         asked = data.model_dump(include={"download", "image_size", "in_memory", "corrupt"})
         load = partial(datasets.load, data.dataset or "digits", data.data, **asked)
     dataset = group.after_first(load)
-    if dataset.skipped and group.first:
-        names = ", ".join(dataset.skipped)
-        typer.echo(f"{len(dataset.skipped)} images cannot be read and are left out: {names}", err=True)
     return Training.of(dataset, kind.typed(values), Settings.typed(values), starts, own.collapse is not None)
 
 
@@ -352,7 +354,8 @@ def save(run: Run, path: Path) -> Path:
     except UsageError:  # what was trained is not thrown away
         typer.echo(f"{path} was taken while this run was trained: it is saved beside it", err=True)
         path = run.save(new_path(path.parent, path.name))
-    Console(highlight=False).print("\n".join([*lines(run.manifest), f"run: {path}"]), soft_wrap=True)
+    text = "\n".join([*lines(run.manifest), f"run: {path}"])
+    Console(highlight=False, markup=False).print(text, soft_wrap=True)
     return path
 
 

@@ -12,7 +12,7 @@ _LONG = ("path", "paths", "growth", "trials")  # metrics that are too long for o
 
 
 def lines(manifest: Manifest) -> list[str]:
-    """Describe a run's method, scores, geometry and cost, in Rich's markup."""
+    """Describe a run's method, scores, geometry and cost, in lines."""
     cost, test = manifest.cost, manifest.metrics["test"]
     members = "1 member" if manifest.members == 1 else f"{manifest.members} members"
     scores = [
@@ -20,7 +20,7 @@ def lines(manifest: Manifest) -> list[str]:
         for name, value in test.items()
         if name != "examples"
     ]
-    result = [f"[bold]{manifest.method}[/] of {members} on {manifest.dataset.title}", f"test: {', '.join(scores)}"]
+    result = [f"{manifest.method} of {members} on {manifest.dataset.title}", f"test: {', '.join(scores)}"]
     for simplex in manifest.metrics.get("simplexes", ()):
         lengths = simplex["edge_lengths"]
         result.append(

@@ -18,7 +18,7 @@ from ensembler.errors import UsageError
 from ensembler.examples import Examples
 from ensembler.run import DatasetRecord, Manifest, Run, versions
 from ensembler.trainers.distributed import ALONE, Group
-from ensembler.trainers.events import OnEvent
+from ensembler.trainers.events import Message, OnEvent
 from ensembler.trainers.measure import member_buffers
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.resume import Store
@@ -49,7 +49,7 @@ def train(
         dataset: what to train on, or the name of one; see :func:`ensembler.datasets.load`.
         method: what to make, e.g. ``FGE(members=5)``.
         settings: what all methods share.
-        on_event: told of every epoch, and of what the method finds on its way.
+        on_event: told of the dataset's notes, of every epoch, and of what the method finds on its way.
         engine: what runs its independent jobs; by default this process.
 
     Raises:
@@ -60,6 +60,8 @@ def train(
     starts = load_starts(method, settings)
     if isinstance(dataset, str):
         dataset = datasets.load(dataset)
+    for note in dataset.notes:
+        on_event(Message(note))
     return Training.of(dataset, method, settings, starts).make(on_event, engine=engine)
 
 

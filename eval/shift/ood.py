@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ensembler import datasets
+from ensembler.decoding import MEND_OR_SKIP, suffixes, unreadable
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.shift.test_set import Source, TestSet
+from ensembler.folders import describe, find_images, split_folder
 from ensembler.images import FileSplit, Split
 from ensembler.seeds import derive, generator
 
@@ -29,6 +31,7 @@ def load_ood(
     download: bool = False,
     examples: int | None = None,
     seed: int = 0,
+    corrupt: str = "refuse",
 ) -> TestSet:
     """Load images that a network was not trained on, at its image size.
 
@@ -36,12 +39,14 @@ def load_ood(
 
     Args:
         name: ``noise:KIND`` of :data:`NOISES`; ``folder:PATH``: every image in the folder and below, sorted by class or
-            not, or those in its ``test/`` where it has ``train/`` and ``test/``; or another dataset of
-            :data:`ensembler.datasets.NAMES`, of which the test images are taken.
+            not, or those in its ``test/`` where it has ``train/`` and ``test/``, also named as
+            :mod:`ensembler.folders` knows them; or another dataset of :data:`ensembler.datasets.NAMES`, of which the
+            test images are taken.
         shape: (H, W) to bring them to by a plain bilinear resize, whatever their proportions.
         root, download: of a dataset's files, see :func:`ensembler.datasets.load`.
         examples: how many, drawn with the seed where there are more; by default all, and of noise 10,000.
         seed: of the choice, and of noise.
+        corrupt: ``"refuse"`` images of a folder that cannot be read, or ``"skip"`` them; the title then counts them.
 
     Raises:
         UsageError: an unknown name, or an option out of range.
@@ -55,9 +60,11 @@ def load_ood(
         return _test_set(name, f"{kind} noise (generated, seed {seed})", images, "generated")
     if name.startswith("folder:"):
         folder = Path(name.removeprefix("folder:")).expanduser().resolve()
-        split = _folder(folder, shape)
-        chosen = split[_some(len(split), examples, seed)]
-        return _test_set(f"folder:{folder}", f"images of {folder.name}", chosen.images, "folder")
+        files, skipped = _folder(folder, corrupt == "skip")
+        split = FileSplit(folder, files, torch.zeros(len(files), dtype=torch.int64), shape)
+        chosen = split.load(_some(len(split), examples, seed), MEND_OR_SKIP)
+        title = f"images of {folder.name}" + f" ({skipped} unreadable left out)" * (skipped > 0)
+        return _test_set(f"folder:{folder}", title, chosen.images, "folder")
     dataset = datasets.load(name, root, download=download)
     images = dataset.test[_some(len(dataset.test), examples, seed)].images
     return _test_set(dataset.name, f"{dataset.title}, test images", _resized(images, shape), "dataset")
@@ -98,15 +105,17 @@ def _test_set(name: str, title: str, images: Tensor, source: Source) -> TestSet:
     return TestSet(name, title, Split(images, labels), "ood", source=source)
 
 
-def _folder(folder: Path, shape: tuple[int, int]) -> FileSplit:
-    if not folder.is_dir():
-        raise DataError(f"no folder of images at {folder}")
-    part = folder / "test" if (folder / "train").is_dir() and (folder / "test").is_dir() else folder
-    files = sorted(path for path in part.rglob("*") if path.suffix.lower() in datasets.IMAGE_SUFFIXES)
-    if not files:
-        raise DataError(f"{part} holds no image ({', '.join(sorted(datasets.IMAGE_SUFFIXES))})")
-    names = tuple(path.relative_to(folder).as_posix() for path in files)
-    return FileSplit(folder, names, torch.zeros(len(names), dtype=torch.int64), shape)
+def _folder(folder: Path, skip: bool) -> tuple[tuple[str, ...], int]:
+    """Return the names of a folder's images, and how many are left out as they cannot be read."""
+    part = split_folder(folder, "test")
+    paths, left_out = find_images(part)
+    if not paths:
+        held = f"; it holds {describe(left_out)}" if left_out else ""
+        raise DataError(f"{part} holds no image that is read ({', '.join(sorted(suffixes()))}){held}")
+    bad = set(unreadable(paths)) if skip else set()
+    if len(bad) == len(paths):
+        raise DataError(f"none of the {len(paths)} images in {part} can be read: repair or remove them")
+    return tuple(path.relative_to(folder).as_posix() for path in paths if path not in bad), len(bad)
 
 
 def _some(available: int, examples: int | None, seed: int) -> Tensor:
