@@ -201,7 +201,7 @@ BAD_IMAGES: dict[str, tuple[bytes, int]] = {
     "a program that draws": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", 415),
     **{f"a {kind}": (encoded(FINE, kind), 415) for kind in ("ICO", "TGA", "PCX", "SGI", "JPEG2000")},
     **{
-        f"half a {kind}": (encoded(Image.effect_noise((60, 60), 50), kind)[:700], 400)
+        f"half a {kind}": (encoded(Image.effect_noise((60, 60), 50), kind)[:1800], 400)
         for kind in ("GIF", "BMP", "TIFF")
     },
     "only the signature": (b"\x89PNG\r\n\x1a\n", 415),
