@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ensembler import architectures, pretrained, task
 from ensembler.datasets import Dataset
-from ensembler.device import choose_device, device_name, keep_freed, seed_dropout
+from ensembler.device import choose_device, device_name, keep_freed, restored_generators, seed_generators
 from ensembler.engine import Engine, Local
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
@@ -106,8 +106,9 @@ class Trainer:
 
     def network(self, seed: int) -> torch.nn.Module:
         """The network with the fresh weights of a seed, on the device."""
-        outputs = self.task.outputs(len(self.dataset.classes))
-        return architectures.build(self.settings.architecture, outputs, seed).to(self.device)
+        settings, outputs = self.settings, self.task.outputs(len(self.dataset.classes))
+        memory_format = settings.memory_format or "channels-last"
+        return architectures.build(settings.architecture, outputs, seed, memory_format).to(self.device)
 
     def say(self, text: str) -> None:
         """Report what was found, in one line."""
@@ -157,14 +158,13 @@ class Trainer:
             self.on_event(end)
 
         def before_step(iteration: int) -> None:  # other masks in every process
-            seed_dropout(derive(settings.seed, "dropout", part, group.rank, iteration), self.device)
+            seed_generators(derive(settings.seed, "dropout", part, group.rank, iteration))
 
         def after_step(iteration: int, state: Callable[[], TrainState]) -> None:
             if store and (iteration == plan.iterations or store.due):
                 store.save_state(name, state(), ledger.record())
 
-        devices = [self.device] if self.device.type == "cuda" else []
-        with self.ledger.forked() as ledger, torch.random.fork_rng(devices):
+        with self.ledger.forked() as ledger, restored_generators():
             resume, record = group.from_first(lambda: store.load_state(name) if store else None) or (None, None)
             if record:
                 ledger.resume(part, record)
