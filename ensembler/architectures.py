@@ -87,7 +87,7 @@ def build(name: str, classes: int, seed: int = 0, memory_format: MemoryFormat = 
     _check_weights(name, network)
     if memory_format == "contiguous":
         network.register_forward_pre_hook(_contiguous)
-        return network
+        return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
     return to_channels_last(network)
 
 
