@@ -269,7 +269,7 @@ def from_torchvision(name: str, **options: Any) -> nn.Module:
         options["init_weights"] = True  # its default, of which torchvision warns
     network: nn.Module = models.get_model(name, **options)
     if name in AUXILIARY:
-        network.aux_logits = False
+        network.aux_logits = False  # type: ignore[assignment]
         for head in AUXILIARY[name]:
             setattr(network, head, None)
     return network

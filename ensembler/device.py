@@ -93,7 +93,7 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 @contextmanager
 def restored_generators() -> Iterator[None]:
     """Give the global generators of PyTorch, NumPy and Python their states back at the end of the block."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
         with torch.random.fork_rng(devices):
@@ -109,7 +109,7 @@ def seed_generators(seed: int) -> None:
     Call it within :func:`restored_generators`.
     """
     torch.default_generator.manual_seed(seed)  # thirty times as fast as torch.manual_seed
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

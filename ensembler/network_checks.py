@@ -30,8 +30,8 @@ from ensembler.weights import FlatWeights
 __all__ = ["NetworkChecks"]
 
 _NOISE = 0.02  # added to the weights: a head that starts at zero would give one answer to everything
-_SAME = 1e-3  # relative difference that rounding explains
-_SAME_ON_GPU = 2e-2  # where another kernel may multiply with 10 bits
+_SAME, _SAME_ON_GPU = 1e-5, 1e-3  # relative differences that rounding explains in the same computation,
+_SIMILAR = 2e-2  # and in one of another batch or memory format, which may multiply with 8 bits
 _SIZES = ("size", "height", "width", "shape", "small", "dimension")
 
 
@@ -89,35 +89,44 @@ class NetworkChecks:
         result: Tensor = found
         return result
 
-    def answers(self, network: nn.Module, x: Tensor) -> None:
+    def answers(self, network: nn.Module, x: Tensor, memory_format: MemoryFormat) -> None:
         """Check that answers in evaluation mode depend on the weights and on the image alone.
 
         Refuses dropout that is always on, statistics of the batch, and whatever no run holds: the network is built
         again with another seed, and given the same weights and buffers. Small random numbers are added to its weights.
+
+        Args:
+            network: with weights of its own; it is brought into evaluation mode.
+            x: inputs (B, ...).
+            memory_format: the network's.
         """
         network.eval()
+        same = _SAME if x.device.type == "cpu" else _SAME_ON_GPU
         weights = FlatWeights(network)
         with restored_generators(), torch.no_grad():
             seed_generators(1)
             weights.vector += _NOISE * torch.randn(len(weights)).to(weights.vector)
-            other = self._rebuilt(weights).to(x.device)
-            other.eval()
             seed_generators(2)
             answers = self.run(network, x).float()
             seed_generators(3)
-            if _differ(answers, self.run(network, x).float(), _SAME):
+            if _differ(answers, self.run(network, x).float(), same):
                 raise UsageError(
                     f"{self.name} answers the same images differently each time in evaluation mode"
                     f"{_always_on(network)}: F.dropout needs training=self.training, and eval() must reach every layer"
                 )
-            loose = _SAME if x.device.type == "cpu" else _SAME_ON_GPU
-            if len(x) > 1 and _differ(answers[:1], self.run(network, x[:1]).float(), loose):
+            if len(x) > 1 and _differ(answers[:1], self.run(network, x[:1]).float(), _SIMILAR):
                 raise UsageError(
                     f"{self.name} answers an image differently alone than beside another one in evaluation mode"
                     f"{_batch_statistics(network)}: an answer must depend on its image alone"
                 )
-            if _differ(answers, self.run(other, x).float(), loose):
-                raise UsageError(self._not_held(network, other))
+            builds: list[tuple[int, MemoryFormat, float]] = [(1, memory_format, same)]
+            if self._users_own:
+                builds.append((2, "contiguous", same if memory_format == "contiguous" else _SIMILAR))
+            for seed, own_format, tolerance in builds:
+                other = self._rebuilt(weights, seed, own_format).to(x.device)
+                other.eval()
+                if _differ(answers, self.run(other, x).float(), tolerance):
+                    raise UsageError(self._not_held(network, other))
 
     def built(self, memory_format: MemoryFormat | None, x: Tensor | None, device: torch.device) -> nn.Module:
         """Build the network in evaluation mode on a device, and check it where it is a user's own.
@@ -127,23 +136,28 @@ class NetworkChecks:
             x: inputs (B, ...) to try it on, if there are any.
             device: of the network.
         """
-        network = architectures.build(self.name, self.outputs, 0, memory_format or "channels-last").to(device)
+        chosen = memory_format or "channels-last"
+        network = architectures.build(self.name, self.outputs, 0, chosen).to(device)
         network.eval()
-        own = self.name.partition(":")[0] not in ("torchvision", "timm", self.name)
-        if x is None or not (own or memory_format is None):
+        if x is None or not (self._users_own or memory_format is None):
             return network
         try:
             with torch.no_grad():
-                self.answers(network, x) if own else self.run(network, x)
+                self.answers(network, x, chosen) if self._users_own else self.run(network, x)
         except UsageError:
             if memory_format:
                 raise
             return self.built("contiguous", x, device)
         return network
 
-    def _rebuilt(self, weights: FlatWeights) -> nn.Module:
+    @property
+    def _users_own(self) -> bool:
+        """Whether the network is none of this package, torchvision or timm."""
+        return self.name.partition(":")[0] not in ("torchvision", "timm", self.name)
+
+    def _rebuilt(self, weights: FlatWeights, seed: int, memory_format: MemoryFormat) -> nn.Module:
         """Return the network as a run gives it back: built again, with the same weights and buffers."""
-        other = architectures.build(self.name, self.outputs, 1, "contiguous")
+        other = architectures.build(self.name, self.outputs, seed, memory_format)
         if {id(each) for each in other.parameters()} & {id(each) for each in weights.module.parameters()}:
             raise UsageError(
                 f"{self.name} returns the same network at every call, but every member needs its own: build a new one"
@@ -172,7 +186,9 @@ class NetworkChecks:
         path, value = next(iter(found.items()))
         size = f" {tuple(value.shape)}" if getattr(value, "shape", ()) else ""
         names = {name for name, _ in network.named_buffers()}
-        mend = "persistent=True" if path in names else f'self.register_buffer("{path.rpartition(".")[2]}", ...)'
+        own = path.rpartition(".")[2]
+        call = f'self.register_buffer("{own}", ...)' if own.isidentifier() else "self.register_buffer"
+        mend = "persistent=True" if path in names else call
         return (
             f"{self.name} computes with {path!r}{size}, which no run would hold, and which is another one each time "
             f"that the network is built or run: make it part of the state dict, with {mend}"
@@ -185,8 +201,9 @@ class NetworkChecks:
         where = f" in its layer {names[id(layer)]!r}, {_short(layer)}" if layer is not None else ""
         if "view size is not compatible" in text:
             mend = "use reshape instead of view, or --memory-format contiguous"
-        elif mode and "more than 1 value per channel" in text:
-            mend = "its BatchNorm needs two images or more at a time: choose a larger --batch-size"
+        elif "more than 1 value per channel" in text:
+            many = "its BatchNorm needs two images or more at a time: choose a larger --batch-size"
+            mend = many if mode else "an answer must depend on its image alone, so leave out track_running_stats=False"
         elif isinstance(layer, _ConvNd) and "channels" in text:
             mend = f"give its first layer {x.shape[1]} input channels"
         elif x.dim() == 4 and ("multiplied" in text or any(word in text.lower() for word in _SIZES)):
@@ -285,11 +302,9 @@ def _mend_shape(shape: tuple[int, ...], examples: int, outputs: int) -> str:
     if len(shape) == 2 and shape[0] == examples:
         return f"give its last layer {outputs} outputs, num_classes"
     if len(shape) > 2 and shape[:2] == (examples, outputs):
-        return (
-            "add nn.Flatten()" if max(shape[2:]) == 1 else "pool its maps, e.g. nn.AdaptiveAvgPool2d(1), nn.Flatten()"
-        )
+        return "add nn.Flatten()" if max(shape[2:]) == 1 else "add nn.AdaptiveAvgPool2d(1) and nn.Flatten()"
     if len(shape) == 1 and shape[0] in (examples, outputs):
-        return "squeeze() also removes other dimensions of size 1: use flatten(1)"
+        return "squeeze() also removes the dimension of a batch of one: use flatten(1)"
     return "return one row of logits for each image"
 
 

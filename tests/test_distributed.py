@@ -59,8 +59,7 @@ def test_every_point_gets_the_images_that_a_single_process_would_give_it(size):
     for whole in range(1, 18):
         for samples in range(1, 5):
             places = list(range(whole))
-            length = int(np.ceil(whole / samples))
-            points = [places[start : start + length] for start in range(0, whole, length)]
+            points = [part.tolist() for part in np.array_split(places, min(samples, max(1, whole // 2)))]
             for rank in range(size):
                 group = Group(rank, size)
                 mine = torch.tensor(places)[group.share].split(group.shares(whole, samples))

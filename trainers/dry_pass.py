@@ -57,7 +57,11 @@ def dry_pass(dataset: Dataset, settings: Settings, say: Callable[[str], None], p
                 f"{layer!r} on a CPU writes outside of its memory; --memory-format says otherwise"
             )
         except UsageError as fault:
-            cause = "view() in its forward needs it; reshape() would not" if "view size" in str(fault) else "needs it"
+            cause = (
+                "view() in its forward needs it, reshape() would not"
+                if "view size" in str(fault)
+                else ("it does not compute the same in channels-last")
+            )
             said = f"{name} is trained in contiguous memory: {cause}; --memory-format says otherwise"
         trial.examine(trial.build("contiguous"), "contiguous")  # raises what is the network's own fault
         say(said)
@@ -109,7 +113,7 @@ class _Trial:
         with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
             outputs = self.checks.run(network, x, " in training mode")
         self._backward(network, outputs.float())
-        self.checks.answers(network, x)
+        self.checks.answers(network, x, memory_format)
 
     def _backward(self, network: nn.Module, outputs: Tensor) -> None:
         name = self.checks.name

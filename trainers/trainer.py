@@ -217,8 +217,7 @@ def _synchronised(weights: FlatWeights) -> FlatWeights:
 
 def _check_shares(batches: Batches, samples: int, processes: int) -> None:
     """Synchronised BatchNorm waits for every process: none may be without images."""
-    parts = [part for size in set(batches.sizes()) for part in torch.arange(size).chunk(samples)]
-    least = min(map(len, parts))
+    least = min(share for size in set(batches.sizes()) for share in ALONE.shares(size, samples))
     if least < processes:
         raise UsageError(
             f"synchronised BatchNorm needs an image for every process and point in every batch: of "
