@@ -204,6 +204,8 @@ class NetworkChecks:
         elif "more than 1 value per channel" in text:
             many = "its BatchNorm needs two images or more at a time: choose a larger --batch-size"
             mend = many if mode else "an answer must depend on its image alone, so leave out track_running_stats=False"
+        elif not mode and len(x) == 1:  # it took two
+            mend = "it must take a batch of any size, also of one"
         elif isinstance(layer, _ConvNd) and "channels" in text:
             mend = f"give its first layer {x.shape[1]} input channels"
         elif x.dim() == 4 and ("multiplied" in text or any(word in text.lower() for word in _SIZES)):

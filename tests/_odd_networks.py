@@ -265,6 +265,10 @@ def plain_head(num_classes):
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
 
 
+def fixed_batch(num_classes):
+    return Net(num_classes, lambda net, x: logits(net, x).reshape(2, num_classes))
+
+
 def in_place(num_classes):
     return nn.Sequential(nn.ReLU(inplace=True), plain(num_classes))
 

@@ -85,6 +85,7 @@ def tried(name, data=None, **settings):
         ("deaf", f"{EACH_TIME} (its layer '1' stays in training mode)"),
         ("batch_mean", f"{ALONE}: an answer must depend on its image alone"),
         ("batch_statistics", f"{ALONE} (its layer '1' normalises by the batch's own statistics)"),
+        ("fixed_batch", "it must take a batch of any size, also of one"),
         ("in_place", f"changes the tensor that it is given (in its layer '0'), {IN_PLACE}"),
         ("in_place_in_forward", f"changes the tensor that it is given (in its forward), {IN_PLACE}"),
     ],
