@@ -26,7 +26,7 @@ import torch
 from _harness import arguments, report, spread, timed
 
 from ensembler import architectures
-from ensembler.device import choose_device, keep_freed, seed_dropout
+from ensembler.device import choose_device, keep_freed, seed_generators
 from ensembler.seeds import derive
 from ensembler.task import Classification
 from ensembler.trainers.batches import Batch
@@ -122,10 +122,7 @@ def main() -> None:
                 print(f"{arch}, {4 * len(weights):,} bytes of gradient, {group.size} processes, milliseconds:")
                 for name, values in found.items():
                     print(f"    {name:8} {spread([1000 * value for value in values])}")
-        reseeds = [
-            timed(lambda: seed_dropout(derive(0, "dropout", "solution 1", 0, 1), torch.device("cpu")))
-            for _ in range(1000)
-        ]
+        reseeds = [timed(lambda: seed_generators(derive(0, "dropout", "solution 1", 0, 1))) for _ in range(1000)]
         figures["reseed"] = statistics.median(reseeds)
         if group.first:
             print(f"reseeding: {1e6 * figures['reseed']:.1f} microseconds a step")

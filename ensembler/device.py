@@ -1,12 +1,14 @@
-"""What depends on the device: choosing it, its name and its memory."""
+"""What depends on the device: choosing it, its name, its memory, and the global random generators."""
 
 from __future__ import annotations
 
 import ctypes
+import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import numpy as np
 import torch
 
 from ensembler.errors import UsageError
@@ -19,7 +21,8 @@ __all__ = [
     "forget_peak",
     "keep_freed",
     "peak_memory",
-    "seed_dropout",
+    "restored_generators",
+    "seed_generators",
     "tf32",
     "upload",
 ]
@@ -127,8 +130,26 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-def seed_dropout(seed: int, device: torch.device) -> None:
-    """Seed the generators that dropout uses on this device; call it within ``torch.random.fork_rng``."""
+@contextmanager
+def restored_generators() -> Iterator[None]:
+    """Give the global generators of PyTorch, NumPy and Python their states back at the end of the block."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed what a network may draw from: the global generators of PyTorch, NumPy and Python.
+
+    Call it within :func:`restored_generators`.
+    """
     torch.default_generator.manual_seed(seed)  # thirty times as fast as torch.manual_seed
-    if device.type == "cuda":
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)

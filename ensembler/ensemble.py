@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ensembler import architectures, batchnorm, examples, task
+from ensembler import batchnorm, examples, task
 from ensembler.batchnorm import has_batchnorm
 from ensembler.device import choose_device
 from ensembler.errors import ShapeError, UsageError
 from ensembler.examples import Examples
+from ensembler.network_checks import NetworkChecks
 from ensembler.run import DatasetRecord, Run, Sampling
 from ensembler.seeds import derive, generator
 from ensembler.subspace import dirichlet
@@ -50,7 +51,7 @@ class Ensemble:
         task: what the network's outputs mean.
 
     Raises:
-        UsageError: there is no such device, or ``batch_size < 1``.
+        UsageError: there is no such device, ``batch_size < 1``, or the architecture computes with what no run holds.
     """
 
     def __init__(self, run: Run, device: str | torch.device | None = None, batch_size: int | None = None) -> None:
@@ -62,14 +63,13 @@ class Ensemble:
         self.task = task.find(run.manifest.task)
         budget = (2048 if self.device.type == "cuda" else 64) * 3 * 32 * 32  # on a CPU, what fits into its cache
         self.batch_size = batch_size or max(1, budget // math.prod(record.shape))
-        outputs = self.task.outputs(len(record.classes))
-        self._network = architectures.build(run.manifest.architecture, outputs).to(self.device).eval()
+        self._kind = examples.find(record.kind)
+        self._inputs = self._kind.inputs(record.mean, record.std, self.device)
+        self._network = self._build()
         self._weights = FlatWeights(self._network)
         self._weights.load_frozen(run.frozen)
         self._vertices = self._weights.flatten(run.vertices)
         self._coefficients = run.coefficients.to(self.device)
-        self._kind = examples.find(record.kind)
-        self._inputs = self._kind.inputs(record.mean, record.std, self.device)
 
     @classmethod
     def load(
@@ -180,6 +180,18 @@ class Ensemble:
         manifest = self.run.manifest.model_copy(update={"members": len(coefficients), "files": {}})
         moved = replace(self.run, manifest=manifest, coefficients=coefficients, buffers=buffers)
         return Ensemble(moved, self.device, self.batch_size)
+
+    def _build(self) -> nn.Module:
+        """Build the network in evaluation mode and in the run's memory format, or in the one that it can.
+
+        A user's own network is checked: its module may have changed, or the run may come from elsewhere.
+        """
+        manifest = self.run.manifest
+        name, record = manifest.architecture, manifest.dataset
+        checks = NetworkChecks(name, self.task, self.task.outputs(len(record.classes)))
+        pixels = torch.randint(0, 256, (2, *record.shape), dtype=torch.uint8, generator=generator(0, "probe"))
+        x = self._inputs(pixels.to(self.device)) if record.kind in ("images", "arrays") else None
+        return checks.built(manifest.settings.get("memory_format"), x, self.device)
 
     def _prepare(self, x: Tensor, stored: bool) -> Tensor:
         return self._inputs(x) if stored else x.float()

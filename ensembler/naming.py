@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ensembler.errors import UsageError
 
-__all__ = ["import_object"]
+__all__ = ["import_object", "reason"]
+
+_LIBRARIES = {"ensembler", "torch", "torchvision", "importlib", "inspect"}
 
 
 def import_object(name: str, kind: str) -> Any:
@@ -31,5 +34,19 @@ def import_object(name: str, kind: str) -> Any:
         return getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"cannot import the {kind} {name!r}: {error}") from error
+    except Exception as error:  # whatever the module raises as it is imported
+        raise UsageError(f"cannot import the {kind} {name!r}: {reason(error)}") from error
     finally:
-        sys.path.remove(here)
+        if here in sys.path:
+            sys.path.remove(here)
+
+
+def reason(error: BaseException) -> str:
+    """Return an error of a user's code in one line: its class, its first line, its file and line."""
+    text = next(iter(str(error).strip().splitlines()), "").rstrip(" .:")
+    said = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    place = ""
+    for frame, line in traceback.walk_tb(None if isinstance(error, SyntaxError) else error.__traceback__):
+        if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
+            place = f" ({Path(frame.f_code.co_filename).name}, line {line})"
+    return said + place

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-from ensembler.device import Room
+from ensembler.device import Room, restored_generators
 from ensembler.engine import A, Emit, R, S
 from ensembler.errors import UsageError
 
@@ -60,12 +60,8 @@ class SideBySide:
         Raises:
             UsageError: so many do not fit into the device's memory; the message says how many do.
         """
-        import torch
-
         count = min(self.count, len(arguments))
         turns, room, copies = _Turns(), self.room(), [shared] * bool(count)
-        gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        devices = range(torch.cuda.device_count()) if gpu else []
 
         def begin() -> S:
             if copies:  # free again, or the first
@@ -87,7 +83,7 @@ class SideBySide:
                 return place, result
 
         # A job leaves the generators of random numbers as it found them, but those may have been in another's midst.
-        with torch.random.fork_rng(devices), ThreadPoolExecutor(max(1, count)) as pool:
+        with restored_generators(), ThreadPoolExecutor(max(1, count)) as pool:
             jobs = [pool.submit(work, *each) for each in enumerate(arguments)]
             try:
                 for job in as_completed(jobs):

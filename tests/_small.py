@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import time
 from pathlib import Path
 
@@ -55,6 +56,25 @@ class ReadingAValue(nn.Module):
     def forward(self, x):
         outputs = self.network(x)
         return outputs * 2 if x.mean() > 0 else outputs
+
+
+class DroppingALayer(nn.Module):
+    """Leaves a layer out as Python's random numbers have it."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8 * 8 * 3, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.first(x.flatten(1)).relu()
+        if not self.training or random.random() < 0.5:
+            x = x + self.second(x).relu()
+        return self.head(x)
+
+
+def drops_a_layer(num_classes: int) -> nn.Module:
+    return DroppingALayer(num_classes)
 
 
 def reads_a_value(num_classes: int) -> nn.Module:

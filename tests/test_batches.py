@@ -101,6 +101,31 @@ def test_an_epoch_holds_every_example_once_and_orders_differ():
         batches_of(of(images), "none", size=0)
 
 
+@pytest.mark.parametrize(
+    ("examples", "size", "sizes"),
+    [
+        (9, 4, [4, 5]),
+        (10, 4, [4, 4, 2]),
+        (8, 4, [4, 4]),
+        (5, 4, [5]),
+        (3, 4, [3]),
+        (1, 4, [1]),
+        (3, 1, [1, 1, 1]),
+        (3, 2, [3]),
+        (2, 2, [2]),
+    ],
+)
+def test_a_single_last_example_joins_the_batch_before_it(examples, size, sizes):
+    images = (torch.arange(examples, dtype=torch.uint8)[:, None, None, None] + 1).expand(-1, 8, 8, 3).contiguous()
+    batches = batches_of(of(images), "none", size=size)
+    assert (batches.sizes(), batches.per_epoch) == (sizes, len(sizes))
+    taken = some(batches, 2 * len(sizes))
+    assert [(len(batch.y), batch.size) for batch in taken] == [(count, count) for count in sizes] * 2
+    assert torch.cat([batch.y for batch in taken]).bincount().tolist() == [2] * examples
+    for step in range(len(sizes)):  # a stream that starts in mid-epoch
+        assert same_batches(some(batches, len(sizes), step), taken[step : step + len(sizes)])
+
+
 def test_augmentation_is_a_crop_of_the_padded_image_or_of_its_mirror_image():
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(1, 255, (64, 8, 8, 3), dtype=np.uint8))

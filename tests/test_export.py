@@ -198,7 +198,7 @@ def test_a_weight_that_no_graph_holds_has_every_member_traced(
 
 def test_a_network_that_fixes_its_batch_is_refused(odd_networks: Path) -> None:
     run = make_run(odd_networks / "run", "odd_networks:fixed")
-    with pytest.raises(ExportError, match=r"run: member 0: .*batch"):
+    with pytest.raises(UsageError, match=r"^odd_networks:fixed .* must take a batch of any size, also of one$"):
         export_run(run, odd_networks / "bundle")
     assert not (odd_networks / "bundle").exists()
 

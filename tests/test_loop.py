@@ -64,7 +64,7 @@ def test_the_step_is_autograd_through_the_explicit_sum(samples, trainable):
     optimiser = torch.optim.SGD(leaves, lr=0.05, momentum=0.9, weight_decay=1e-3, nesterov=True)
     for (x, y), points in zip(batches, drawn.split(samples), strict=True):
         optimiser.zero_grad()
-        for c, x_part, y_part in zip(points, x.chunk(samples), y.chunk(samples), strict=True):
+        for c, x_part, y_part in zip(points, x.tensor_split(samples), y.tensor_split(samples), strict=True):
             member = sum(c[k] * explicit[k] for k in range(3))
             (loss_at(weights, member, x_part, y_part, "sum") / len(y)).backward()
         optimiser.step()
@@ -98,11 +98,11 @@ def test_decay_of_the_sampled_weights_is_added_after_clipping_as_the_optimisers_
 
     def gradient(of):
         leaf = start.clone().requires_grad_()
-        shares = [len(part) / len(y) for part in y.chunk(samples)]
+        shares = [len(part) / len(y) for part in y.tensor_split(samples)]
         sum(share * of(c @ leaf, s) for s, (c, share) in enumerate(zip(points, shares, strict=True))).backward()
         return leaf.grad[trainable]
 
-    loss = gradient(lambda member, s: loss_at(weights, member, x.chunk(samples)[s], y.chunk(samples)[s]))
+    loss = gradient(lambda member, s: loss_at(weights, member, x.tensor_split(samples)[s], y.tensor_split(samples)[s]))
     decay = gradient(lambda member, s: 0.01 / 2 * member.square().sum())
     assert loss.norm() > 0.01, "or else the limit would change nothing"
     if clip:

@@ -37,9 +37,10 @@ class Batch:
 class Batches:
     """The batches of one part of a training: shuffled every epoch, augmented and normalised.
 
-    Every epoch has every example once; its last batch may be smaller. An epoch's order and augmentation depend only on
-    the seed, the part and the epoch, and are drawn at once, so that a stream can start at any step. The examples make
-    the batches (:meth:`ensembler.examples.Examples.stream`), in memory or from files.
+    Every epoch has every example once. Its last batch may be smaller; a single last example joins the batch before it,
+    because BatchNorm cannot normalise one alone. An epoch's order and augmentation depend only on the seed, the part
+    and the epoch, and are drawn at once, so that a stream can start at any step. The examples make the batches
+    (:meth:`ensembler.examples.Examples.stream`), in memory or from files.
 
     Processes that train together draw the same batches, and each takes its share of every batch, which may be empty.
 
@@ -71,11 +72,21 @@ class Batches:
     @property
     def per_epoch(self) -> int:
         """Batches in an epoch."""
-        return -(-len(self.examples) // self.size)
+        return len(self.sizes())
 
     def sizes(self) -> list[int]:
         """Compute the number of examples in each batch of an epoch."""
-        return [min(self.size, len(self.examples) - start) for start in range(0, len(self.examples), self.size)]
+        return self._split(len(self.examples))
+
+    def _split(self, count: int) -> list[int]:
+        """Compute the sizes of the batches of an epoch's last ``count`` examples."""
+        full, rest = divmod(count, self.size)
+        sizes = [self.size] * full
+        if full and rest == 1:
+            sizes[-1] += 1
+        elif rest:
+            sizes.append(rest)
+        return sizes
 
     def begin(self, step: int = 0) -> Generator[Batch, None, None]:
         """Yield batches without end, starting after ``step`` of them. Closing the generator ends worker processes."""
@@ -97,5 +108,6 @@ class Batches:
 
     def _cut(self, order: Tensor, choices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Split an epoch into batches, and yield this process's share of each."""
-        for index, chosen in zip(torch.split(order, self.size), torch.split(choices, self.size), strict=True):
+        sizes = self._split(len(order))
+        for index, chosen in zip(torch.split(order, sizes), torch.split(choices, sizes), strict=True):
             yield index[self.group.share], chosen[self.group.share]

@@ -7,11 +7,13 @@ recorded step serves for all of a training; what differs from step to step is co
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,17 +94,27 @@ class Captured:
 
     def _record(self, shape: object, size: int, tensors: tuple[Tensor | None, ...]) -> bool:
         inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
-        graph = self._graph()
+        graph, before = self._graph(), (random.getstate(), np.random.get_state())
         try:
             with graph.capture():
                 self._step(size, *inputs)
+            if not _undrawn(*before):
+                raise RuntimeError("the network draws from NumPy's or Python's generator, which a graph cannot")
         except RuntimeError as error:  # as CUDA's own are, and those of PyTorch where a value is read
             self._eager = True
+            random.setstate(before[0])
+            np.random.set_state(before[1])
             reason = str(error).strip().partition("\n")[0]
             self._say(f"a step of this training cannot be captured as a CUDA graph, and is not: {reason}")
             return False
         self._recorded[shape] = inputs, graph
         return True
+
+
+def _undrawn(python: Any, numpy: Any) -> bool:
+    """Return whether the global generators of Python and NumPy are in these states."""
+    now = zip(np.random.get_state(), numpy, strict=True)
+    return random.getstate() == python and all(np.array_equal(one, other) for one, other in now)
 
 
 @contextmanager

@@ -62,11 +62,14 @@ class Group:
     def shares(self, whole: int, samples: int) -> list[int]:
         """Compute how many of this process's examples each sampled point gets, in order.
 
-        The whole batch of ``whole`` examples is split among the points as by ``Tensor.chunk(samples)``, so that each
-        point gets the examples that it would get in a single process.
+        The whole batch of ``whole`` examples is split among the points as evenly as possible, so that each point gets
+        the examples that it would get in a single process. If it has fewer than two examples for each, there are fewer
+        points: BatchNorm cannot normalise a single example.
         """
-        length = -(-whole // samples)
-        below = [len(range(self.rank, min(end, whole), self.size)) for end in range(0, whole + length, length)]
+        points = min(samples, max(1, whole // 2))
+        least, more = divmod(whole, points)
+        ends = [least * point + min(point, more) for point in range(points + 1)]
+        below = [len(range(self.rank, end, self.size)) for end in ends]
         return [after - before for before, after in pairwise(below)]
 
     def sum_(self, tensor: Tensor) -> None:

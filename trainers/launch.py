@@ -129,6 +129,7 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
                 training, url = _resumed(spec, kind, given, chosen, own, group), spec.url
             else:
                 training = _given(kind, given, chosen, own, group)
+            training = training.tried(on_event, group.size)
             first = training.settings.seed
             names = {seed: f"-s{seed}" * several for seed in range(first, first + own.seeds)}
             paths = {seed: path.with_name(path.name + name) for seed, name in names.items()}

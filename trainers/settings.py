@@ -67,6 +67,11 @@ class Settings(Options):
         computing=True,
         help="Launch each step anew on a GPU, instead of capturing it once as a CUDA graph.",
     )
+    memory_format: Literal["channels-last", "contiguous"] | None = option(
+        None,
+        computing=True,
+        help="Memory format of images and convolutions. (default: channels-last where the network can)",
+    )
     seed: int = option(0, help="Random seed.")
     device: str | None = option(None, computing=True, help="cpu, cuda, ... (default: CUDA where there is one)")
     threads: int | None = option(

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ensembler import architectures, pretrained, task
 from ensembler.datasets import Dataset
-from ensembler.device import choose_device, configure, device_name, seed_dropout, tf32
+from ensembler.device import choose_device, configure, device_name, restored_generators, seed_generators, tf32
 from ensembler.engine import Engine, Local
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
@@ -114,8 +114,9 @@ class Trainer:
 
     def network(self, seed: int) -> torch.nn.Module:
         """The network with the fresh weights of a seed, on the device."""
-        outputs = self.task.outputs(len(self.dataset.classes))
-        return architectures.build(self.settings.architecture, outputs, seed).to(self.device)
+        settings, outputs = self.settings, self.task.outputs(len(self.dataset.classes))
+        memory_format = settings.memory_format or "channels-last"
+        return architectures.build(settings.architecture, outputs, seed, memory_format).to(self.device)
 
     @property
     def captures(self) -> bool:
@@ -171,14 +172,13 @@ class Trainer:
 
         def before_step(iteration: int) -> None:  # other masks in every process
             turn()
-            seed_dropout(derive(settings.seed, "dropout", part, group.rank, iteration), self.device)
+            seed_generators(derive(settings.seed, "dropout", part, group.rank, iteration))
 
         def after_step(iteration: int, state: Callable[[], TrainState]) -> None:
             if store and (iteration == plan.iterations or store.due):
                 store.save_state(name, state(), ledger.record())
 
-        devices = [self.device] if self.device.type == "cuda" else []
-        with self.ledger.forked() as ledger, torch.random.fork_rng(devices):
+        with self.ledger.forked() as ledger, restored_generators():
             resume, record = group.from_first(lambda: store.load_state(name) if store else None) or (None, None)
             if record:
                 ledger.resume(part, record)
@@ -233,8 +233,7 @@ def _synchronised(weights: FlatWeights) -> FlatWeights:
 
 def _check_shares(batches: Batches, samples: int, processes: int) -> None:
     """Synchronised BatchNorm waits for every process: none may be without images."""
-    parts = [part for size in set(batches.sizes()) for part in torch.arange(size).chunk(samples)]
-    least = min(map(len, parts))
+    least = min(share for size in set(batches.sizes()) for share in ALONE.shares(size, samples))
     if least < processes:
         raise UsageError(
             f"synchronised BatchNorm needs an image for every process and point in every batch: of "

@@ -18,6 +18,7 @@ from ensembler.errors import UsageError
 from ensembler.examples import Examples
 from ensembler.run import DatasetRecord, Manifest, Run, versions
 from ensembler.trainers.distributed import ALONE, Group
+from ensembler.trainers.dry_pass import dry_pass
 from ensembler.trainers.events import Message, OnEvent
 from ensembler.trainers.measure import member_buffers
 from ensembler.trainers.method import Members, Method
@@ -53,7 +54,8 @@ def train(
         engine: what runs its independent jobs; by default this process.
 
     Raises:
-        UsageError: options that do not go together. DataError: the data are not those that a start was trained on.
+        UsageError: options that do not go together, or a network that cannot be trained; see
+            :func:`ensembler.trainers.dry_pass.dry_pass`. DataError: the data are not those that a start was trained on.
         DivergedError: the loss is not finite.
     """
     settings = settings or Settings()
@@ -62,7 +64,7 @@ def train(
         dataset = datasets.load(dataset)
     for note in dataset.notes:
         on_event(Message(note))
-    return Training.of(dataset, method, settings, starts).make(on_event, engine=engine)
+    return Training.of(dataset, method, settings, starts).tried(on_event).make(on_event, engine=engine)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +116,15 @@ class Training:
     def with_seed(self, seed: int) -> Training:
         """The same with another seed."""
         return replace(self, settings=self.settings.model_copy(update={"seed": seed}))
+
+    def tried(self, on_event: OnEvent = lambda event: None, processes: int = 1) -> Training:
+        """Try the network before anything is trained or written; the same, with its memory format filled in.
+
+        Raises:
+            UsageError: the network cannot be trained, stored or evaluated.
+        """
+        memory_format = dry_pass(self.dataset, self.settings, lambda text: on_event(Message(text)), processes)
+        return replace(self, settings=self.settings.model_copy(update={"memory_format": memory_format}))
 
     def make(
         self,

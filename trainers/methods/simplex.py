@@ -88,7 +88,9 @@ class Simplex(Method):
     corners: bool = option(
         True, flag="--corners/--no-corners", help="Whether the first members are the vertices themselves."
     )
-    samples_per_step: int = option(1, ge=1, help="Points a step; the batch is split among them.")
+    samples_per_step: int = option(
+        1, ge=1, help="Points a step; the batch is split among them, two images each at least."
+    )
     simplexes: int = option(1, ge=1, help="S, each around a solution of its own; several are ESPRO.")
 
     @property

@@ -1,0 +1,130 @@
+"""A dry pass before the first epoch: whatever is wrong with a network is said before anything is trained or written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ensembler import architectures, task
+from ensembler.architectures import MemoryFormat
+from ensembler.datasets import Dataset
+from ensembler.device import choose_device, restored_generators, seed_generators
+from ensembler.errors import UsageError
+from ensembler.naming import reason
+from ensembler.network_checks import NetworkChecks
+from ensembler.trainers.settings import Settings
+
+__all__ = ["dry_pass"]
+
+
+def dry_pass(dataset: Dataset, settings: Settings, say: Callable[[str], None], processes: int = 1) -> MemoryFormat:
+    """Try a network on two training images: in training mode with gradients, then in evaluation mode.
+
+    The network is one of its own, and the global random generators are restored.
+
+    Args:
+        dataset: what it is to be trained on.
+        settings: resolved; the memory format may be ``None``.
+        say: told what was chosen that the user did not ask for.
+        processes: how many share a batch.
+
+    Returns:
+        The memory format to train and evaluate in: the settings', or channels-last where the network can.
+
+    Raises:
+        UsageError: the network cannot be trained, stored or evaluated; the message says why.
+    """
+    name, asked = settings.architecture, settings.memory_format
+    family, _, own = name.partition(":")
+    if family == "torchvision" and own in architectures.AUXILIARY:
+        say(f"{name} is built without its auxiliary heads: its main output is trained")
+    trial = _Trial.of(dataset, settings, processes)
+    with restored_generators():
+        if asked:
+            trial.examine(trial.build(asked), asked)
+            return asked
+        try:
+            network = trial.build("channels-last")
+            layer = architectures.strided_pointwise(network) if trial.x.device.type == "cpu" else None
+            if layer is None:
+                trial.examine(network, "channels-last")
+                return "channels-last"
+            said = (
+                f"{name} is trained in contiguous memory: with channels-last, PyTorch's backward pass of its layer "
+                f"{layer!r} on a CPU writes outside of its memory; --memory-format says otherwise"
+            )
+        except UsageError as fault:
+            cause = (
+                "view() in its forward needs it, reshape() would not"
+                if "view size" in str(fault)
+                else ("it does not compute the same in channels-last")
+            )
+            said = f"{name} is trained in contiguous memory: {cause}; --memory-format says otherwise"
+        trial.examine(trial.build("contiguous"), "contiguous")  # raises what is the network's own fault
+        say(said)
+        return "contiguous"
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """The inputs (B, ...) and targets (B,) of the dry pass, on the device, and its checks."""
+
+    checks: NetworkChecks
+    x: Tensor
+    y: Tensor
+    precision: torch.dtype
+
+    @classmethod
+    def of(cls, dataset: Dataset, settings: Settings, processes: int) -> _Trial:
+        device = choose_device(settings.device)
+        settings.check_device(device.type)
+        meaning, train = task.find(dataset.task), dataset.train
+        count = min(2, max(1, min(settings.batch_size or 1, len(train)) // processes))
+        (examples,) = train.part(torch.arange(count) * (len(train) // count)).batches(count)
+        x = train.inputs(dataset.mean, dataset.std, device)(examples.data.to(device))
+        checks = NetworkChecks(settings.architecture, meaning, meaning.outputs(len(dataset.classes)))
+        return cls(checks, x, examples.labels.to(device), getattr(torch, settings.precision))
+
+    def build(self, memory_format: MemoryFormat) -> nn.Module:
+        """Build a network of the trial's own.
+
+        Raises:
+            UsageError: it cannot be built, or moved to the device.
+        """
+        try:
+            network = architectures.build(self.checks.name, self.checks.outputs, 0, memory_format).to(self.x.device)
+        except (RuntimeError, NotImplementedError) as error:
+            raise UsageError(f"{self.checks.name} cannot be moved to {self.x.device}: {reason(error)}") from error
+        return network
+
+    def examine(self, network: nn.Module, memory_format: MemoryFormat) -> None:
+        """Run every check.
+
+        Raises:
+            UsageError: one fails.
+        """
+        self.checks.ownership(network)
+        x = self.x.contiguous() if memory_format == "contiguous" else self.x
+        network.train()
+        seed_generators(0)
+        with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
+            outputs = self.checks.run(network, x, " in training mode")
+        self._backward(network, outputs.float())
+        self.checks.answers(network, x, memory_format)
+
+    def _backward(self, network: nn.Module, outputs: Tensor) -> None:
+        name = self.checks.name
+        if not outputs.requires_grad:
+            raise UsageError(
+                f"{name} returns outputs without gradients, so that nothing would be trained: leave out no_grad() and "
+                "detach() in its forward, or requires_grad_(False) of all its weights"
+            )
+        try:
+            self.checks.task.losses(outputs, self.y).mean().backward()  # type: ignore[no-untyped-call]
+        except Exception as error:  # whatever a user's code raises
+            raise UsageError(f"{name} has no gradients: {reason(error)}") from error
+        if all(parameter.grad is None for parameter in network.parameters()):
+            raise UsageError(f"no gradient reaches a weight of {name}: leave out detach() in its forward")
