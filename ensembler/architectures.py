@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ensembler.errors import UsageError
 from ensembler.naming import import_object
 from ensembler.seeds import derive
+from ensembler.weights import tie
 
 __all__ = ["build", "cnn", "from_timm", "from_torchvision", "preresnet", "vgg16"]
 
@@ -60,6 +61,7 @@ def build(name: str, classes: int, seed: int = 0) -> nn.Module:
         else:
             known = ", ".join((*_OWN, "torchvision:NAME", "timm:NAME"))
             raise UsageError(f"unknown architecture {name!r}: use {known} or package.module:factory")
+    tie(network)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 

@@ -1,0 +1,165 @@
+"""Networks that practitioners bring: whatever a state dict may hold beside weights and BatchNorm."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+
+def _body(norm: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), norm, nn.ReLU(), nn.Flatten())
+
+
+def _with(norm: nn.Module, num_classes: int) -> nn.Sequential:
+    return nn.Sequential(_body(norm), nn.Linear(4 * 3 * 3, num_classes))
+
+
+class Frozen(nn.Module):
+    """A backbone with published statistics, which the network's own train() keeps in evaluation mode."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        norm = nn.BatchNorm2d(4)
+        norm.running_mean.fill_(0.2)
+        norm.running_var.fill_(0.05)
+        self.backbone, self.head = _body(norm).requires_grad_(False), nn.Linear(4 * 3 * 3, num_classes)
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+class FrozenAlike(Frozen):
+    """The same, with the same frozen weights whatever the seed, as published ones are."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        nn.init.constant_(self.backbone[0].weight, 0.1)
+        nn.init.zeros_(self.backbone[0].bias)
+
+
+class Scaled(nn.Module):
+    """A parameter and a buffer without dimensions, and a buffer of its own that training changes."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(36, num_classes))
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("temperature", torch.tensor(1.5))
+        self.register_buffer("shift", torch.tensor(3))
+        self.register_buffer("average", torch.zeros(3))
+
+    def forward(self, x):
+        if self.training:
+            self.average.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+        logits = self.net(x - self.average[:, None, None])
+        return logits * self.logit_scale / self.temperature + self.shift
+
+
+class Tied(nn.Module):
+    """Two layers of one weight: one parameter, or two that share its memory."""
+
+    def __init__(self, num_classes: int, by_memory: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        if by_memory:
+            self.second.weight.data = self.first.weight.data
+        else:
+            self.second.weight = self.first.weight
+        self.head = nn.Linear(3 * 8 * 8, num_classes)
+
+    def forward(self, x):
+        return self.head(self.second(torch.tanh(self.first(x))).flatten(1))
+
+
+class Masked(nn.Module):
+    """Random features in a buffer, drawn with the seed."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("features", torch.randn(3 * 8 * 8, 16) / 10)
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x):
+        return self.head(torch.tanh(functional.relu(x.flatten(1) @ self.features)))
+
+
+class Extra(nn.Sequential):
+    """State that is no tensor."""
+
+    def get_extra_state(self):
+        return {"calls": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def frozen(num_classes: int) -> nn.Module:
+    return Frozen(num_classes)
+
+
+def frozen_alike(num_classes: int) -> nn.Module:
+    return FrozenAlike(num_classes)
+
+
+def instance_norm(num_classes: int) -> nn.Module:
+    return _with(nn.InstanceNorm2d(4, affine=True, track_running_stats=True), num_classes)
+
+
+def still_batchnorm(num_classes: int) -> nn.Module:
+    return _with(nn.BatchNorm2d(4, momentum=0.0), num_classes)
+
+
+def spectral_hook(num_classes: int) -> nn.Module:
+    network = _with(nn.Identity(), num_classes)
+    spectral_norm(network[0][0])
+    return network
+
+
+def spectral(num_classes: int) -> nn.Module:
+    network = _with(nn.Identity(), num_classes)
+    parametrizations.spectral_norm(network[1])
+    return network
+
+
+def weight_normed(num_classes: int) -> nn.Module:
+    network = _with(nn.Identity(), num_classes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        weight_norm(network[0][0])
+    parametrizations.weight_norm(network[1])
+    return network
+
+
+def pruned(num_classes: int) -> nn.Module:
+    network = _with(nn.BatchNorm2d(4), num_classes)
+    prune.random_unstructured(network[1], "weight", amount=0.5)
+    return network
+
+
+def scaled(num_classes: int) -> nn.Module:
+    return Scaled(num_classes)
+
+
+def tied(num_classes: int) -> nn.Module:
+    return Tied(num_classes)
+
+
+def tied_by_memory(num_classes: int) -> nn.Module:
+    return Tied(num_classes, by_memory=True)
+
+
+def masked(num_classes: int) -> nn.Module:
+    return Masked(num_classes)
+
+
+def extra(num_classes: int) -> nn.Module:
+    return Extra(nn.Flatten(), nn.Linear(192, num_classes))
