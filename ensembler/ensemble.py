@@ -108,10 +108,11 @@ class Ensemble:
             (M, B, C) float32 on the CPU, rows with sum 1.
 
         Raises:
-            ShapeError: ``x`` has another shape or type.
+            ShapeError: ``x`` has another shape or type, or floats that are pixels rather than normalised inputs.
         """
         x = torch.as_tensor(x)
-        stored = self._kind.check(x, self.run.manifest.dataset.shape)
+        record = self.run.manifest.dataset
+        stored = self._kind.check(x, record.shape, record.mean, record.std)
         result = torch.empty(0)
         with torch.inference_mode():
             for member in range(self.members):

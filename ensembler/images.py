@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ensembler.errors import DataError, ShapeError
+from ensembler.errors import DataError
 from ensembler.examples import Cut, Epoch, InMemory, stream
+from ensembler.inputs import check_images
 
 __all__ = [
     "AUGMENTATIONS",
@@ -69,20 +70,9 @@ class _Images:
         return normaliser(mean, std, device)
 
     @staticmethod
-    def check(x: Tensor, shape: Sequence[int]) -> bool:
-        """Return True for images (B, H, W, 3) uint8, False for normalised inputs (B, 3, H, W) float.
-
-        Raises:
-            ShapeError: ``x`` is neither.
-        """
-        if x.dtype == torch.uint8 and x.dim() == 4 and x.shape[3] == 3:
-            return True
-        if x.is_floating_point() and x.dim() == 4:
-            return False
-        raise ShapeError(
-            "expected images (B, H, W, 3) uint8, or normalised inputs (B, 3, H, W) float; "
-            f"found {tuple(x.shape)} of {x.dtype}"
-        )
+    def check(x: Tensor, shape: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> bool:
+        """Return whether these are stored images or normalised inputs; see :func:`ensembler.inputs.check_images`."""
+        return check_images(x, shape, mean, std)
 
 
 @dataclass(frozen=True, eq=False)

@@ -170,5 +170,5 @@ def test_runs_whose_frozen_weights_differ_are_not_joined(tmp_path: Path) -> None
         for s in (0, 1)
     ]
     for method in (Curve(first=ends[0], second=ends[1]), Complex(modes=ends)):
-        with pytest.raises(UsageError, match=r"the runs differ in backbone\.0\.weight, which is frozen"):
+        with pytest.raises(UsageError, match=r"the runs differ in backbone\.0\.bias, which is frozen"):
             make(method)
