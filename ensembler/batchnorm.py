@@ -53,7 +53,8 @@ def recompute(network: nn.Module, batches: Iterable[Tensor]) -> None:
             for layer in found:
                 layer.train()
             for inputs in batches:
-                network._call_impl(inputs)  # as it is called, but never compiled: every batch has a new momentum
+                # As it is called, but never compiled: every batch has a new momentum.
+                network._call_impl(inputs)  # type: ignore[no-untyped-call]
     finally:
         for hook, layer, momentum in zip(hooks, found, momenta, strict=True):
             hook.remove()
@@ -73,5 +74,6 @@ def keeping_modes(network: nn.Module) -> Iterator[None]:
 
 def _updates(module: nn.Module) -> bool:
     """Whether the module is a layer with running statistics that its present mode and its momentum update."""
-    has_statistics = isinstance(module, _NormBase) and module.running_mean is not None
-    return has_statistics and module.training and module.momentum != 0
+    if not isinstance(module, _NormBase) or module.running_mean is None:
+        return False
+    return module.training and module.momentum != 0

@@ -5,12 +5,23 @@ from __future__ import annotations
 import ctypes
 import sys
 from contextlib import suppress
+from functools import cache
 
 import torch
 
 from ensembler.errors import UsageError
+from ensembler.machine import available_cpus
 
-__all__ = ["choose_device", "device_name", "forget_peak", "keep_freed", "peak_memory", "seed_dropout", "upload"]
+__all__ = [
+    "choose_device",
+    "device_name",
+    "forget_peak",
+    "keep_freed",
+    "limit_threads",
+    "peak_memory",
+    "seed_dropout",
+    "upload",
+]
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -35,6 +46,22 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def limit_threads(threads: int | None = None) -> None:
+    """Set how many threads compute one operator on the CPU.
+
+    Args:
+        threads: by default as many as before, at first no more than a container's CPU limit, which PyTorch overlooks.
+    """
+    _obey_limit()
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@cache
+def _obey_limit() -> None:
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
 
 
 def keep_freed(device: torch.device) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ensembler import architectures, examples, task
 from ensembler.batchnorm import has_batchnorm
 from ensembler.buffers import Start, member_buffers
-from ensembler.device import choose_device
+from ensembler.device import choose_device, limit_threads
 from ensembler.errors import ShapeError, UsageError
 from ensembler.examples import Examples
 from ensembler.run import Run, Sampling
@@ -53,6 +53,7 @@ class Ensemble:
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"the batch size must be at least 1, not {batch_size}")
         self.run = run
+        limit_threads()
         self.device = choose_device(device)
         record = run.manifest.dataset
         self.task = task.find(run.manifest.task)

@@ -24,6 +24,7 @@ from torch import Tensor
 from ensembler.errors import DataError
 from ensembler.examples import Cut, Epoch, InMemory, stream
 from ensembler.inputs import check_images
+from ensembler.machine import available_cpus
 
 __all__ = [
     "AUGMENTATIONS",
@@ -44,6 +45,7 @@ AUGMENTATIONS = ("crop-flip", "crop", "resized-crop-flip", "none")
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images that are held in memory by default
 
 _PADDING = 4
+_WAITING = 4  # threads more than CPUs: some wait for the disk
 _GLOBAL_GENERATOR = Lock()
 
 
@@ -328,7 +330,7 @@ def read_images(
             image = _resized_crop_flip(torch.from_numpy(image), int(choices[i]), shape).numpy()
         images[i] = image
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads or available_cpus() + _WAITING) as pool:
         for _ in pool.map(read, range(len(files))):
             pass
     found = torch.from_numpy(images)
@@ -366,7 +368,7 @@ def unreadable(files: Sequence[Path]) -> list[Path]:
             return True
         return False
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(available_cpus() + _WAITING) as pool:
         return [path for path, failed in zip(files, pool.map(fails, files), strict=True) if failed]
 
 

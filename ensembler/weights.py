@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from ensembler.errors import ShapeError, UsageError
 
@@ -168,7 +168,7 @@ def tie(module: nn.Module) -> None:
     first: dict[int, tuple[str, nn.Parameter]] = {}
     for prefix, owner in module.named_modules():
         for own, parameter in owner.named_parameters(recurse=False):
-            if parameter.device.type == "meta" or isinstance(parameter, UninitializedTensorMixin):
+            if parameter.device.type == "meta" or isinstance(parameter, UninitializedParameter):
                 continue
             name = f"{prefix}.{own}".lstrip(".")
             other, known = first.setdefault(parameter.untyped_storage().data_ptr(), (name, parameter))

@@ -235,15 +235,13 @@ def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
     """A bundle that ``export`` made, as a table."""
     from rich.table import Table
 
-    from ensembler.serve.runtime.verify import TOLERANCE
-
     table = Table(show_header=False, box=None)
     table.add_row("bundle", str(out))
     table.add_row("members", f"{bundle.members} x {bundle.architecture} ({bundle.method}, {bundle.dataset})")
     megabytes = sum((out / name).stat().st_size for name in bundle.files) / 1e6
     held = f"{bundle.vertices} vertices" if bundle.layout == "vertices" else "a file for each member"
     table.add_row("size", f"{megabytes:.1f} MB, {held}, {bundle.precision}, ONNX opset {bundle.opset}")
-    allowed = f" ({TOLERANCE:.0e} allowed)" if bundle.precision == "float32" else ""
+    allowed = f" ({bundle.tolerance:.0e} allowed)" if bundle.precision == "float32" else ""
     images = " and ".join(bundle.compared_on)
     table.add_row("agreement", f"within {bundle.max_difference:.1e} of PyTorch's probabilities on {images}{allowed}")
     if (check := bundle.precision_check) is not None:

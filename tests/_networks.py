@@ -163,3 +163,57 @@ def masked(num_classes: int) -> nn.Module:
 
 def extra(num_classes: int) -> nn.Module:
     return Extra(nn.Flatten(), nn.Linear(192, num_classes))
+
+
+class Rounded(nn.Module):
+    """Each class sums the same large numbers in another order: float32 cannot tell the classes apart, float64 can."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, num_classes)
+        self.orders = [torch.randperm(3072, generator=torch.Generator().manual_seed(c)) for c in range(num_classes)]
+
+    def forward(self, x):
+        pixels = x.flatten(1) * 1e3
+        sums = [pixels[:, order] @ torch.ones(3072, dtype=x.dtype) for order in self.orders]
+        return self.head(x.mean((2, 3))) + torch.stack(sums, dim=1)
+
+
+def rounded(num_classes: int) -> nn.Module:
+    return Rounded(num_classes)
+
+
+class Odd(nn.Module):
+    """What ONNX does not hold."""
+
+    def __init__(self, num_classes: int, kind: str) -> None:
+        super().__init__()
+        self.kind, self.head = kind, nn.Linear(3 * 8 * 8, num_classes)
+
+    def forward(self, x):
+        if self.kind == "branch" and x.mean() > 0:
+            x = -x
+        if self.kind == "loop":
+            for _ in range(int(x.abs().sum()) % 3):
+                x = x + 1
+        if self.kind == "median":
+            x = x - x.flatten(2).median(-1).values[..., None, None]
+        if self.kind == "max_pool":
+            return self.head(functional.adaptive_max_pool2d(x, 5).repeat(1, 1, 2, 2)[..., :8, :8].flatten(1))
+        return self.head(x.flatten(1))
+
+
+def branch(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "branch")
+
+
+def loop(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "loop")
+
+
+def median(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "median")
+
+
+def max_pool(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "max_pool")

@@ -368,7 +368,7 @@ def test_rank_correlation_is_scipys(seed: int) -> None:
 
 
 def tuning(members: int, winner: Any) -> Tuning:
-    from ensembler.serve.runtime.machine import available_cpus
+    from ensembler.machine import available_cpus
 
     rows = [Timing(batch=1, strategy=winner, seconds=0.001, repeats=5)]
     return Tuning(

@@ -15,7 +15,7 @@ from ensembler import artefact
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.serve import Runtime
 from ensembler.serve.runtime.images import check_images
-from ensembler.serve.runtime.machine import available_cpus
+from ensembler.machine import available_cpus
 from ensembler.serve.runtime.manifest import PROBE, Tuning
 from tests._runs import CLASSES, TINY, agreeing_weights, make_bundle, tiny_weights
 

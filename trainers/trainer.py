@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ensembler import architectures, pretrained, task
 from ensembler.datasets import Dataset
-from ensembler.device import choose_device, device_name, keep_freed, seed_dropout
+from ensembler.device import choose_device, device_name, keep_freed, limit_threads, seed_dropout
 from ensembler.engine import Engine, Local
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
@@ -69,8 +69,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         settings = self.settings
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        limit_threads(settings.threads)
         self.device = choose_device(settings.device)
         settings.check_device(self.device.type)
         keep_freed(self.device)

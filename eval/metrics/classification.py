@@ -250,7 +250,7 @@ def _probabilities(probs: ArrayLike) -> Array:
     return p
 
 
-def _array(values: ArrayLike) -> NDArray[Any]:
+def _array(values: Any) -> NDArray[Any]:
     """Return an array of numbers, also of a PyTorch tensor on any device, and of bfloat16, which NumPy lacks."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()

@@ -26,7 +26,7 @@ from ensembler.serve.http.routes import BINARY, JSON
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.early_exit import Mode
 from ensembler.serve.runtime.images import check_images
-from ensembler.serve.runtime.machine import available_cpus
+from ensembler.machine import available_cpus
 from ensembler.serve.runtime.runtime import Runtime
 
 __all__ = ["Predictor"]

@@ -11,7 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ensembler.errors import ArtefactError, UsageError
-from ensembler.serve.runtime.machine import has_gpu
+from ensembler.machine import has_gpu
 from ensembler.serve.runtime.manifest import GRAPH, MERGED, WEIGHTS, BundleManifest, Layout
 from ensembler.serve.runtime.vertices import Vertices, further_coefficients
 

@@ -177,7 +177,7 @@ def buffers_of_members(
 
     K = len(vertices) // len(made)
     found: dict[str, Tensor] = {}
-    simplexes = coefficients.unflatten(1, (len(made), K)).sum(dim=2).argmax(dim=1)
+    simplexes = coefficients.view(-1, len(made), K).sum(dim=2).argmax(dim=1)
     for number, tensors in enumerate(made):
         kinds = {
             kind: {name.removeprefix(kind): own for name, own in tensors.items() if name.startswith(kind)}
