@@ -13,9 +13,9 @@ import pytest
 
 from ensembler import artefact
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
+from ensembler.machine import available_cpus
 from ensembler.serve import Runtime
 from ensembler.serve.runtime.images import check_images
-from ensembler.machine import available_cpus
 from ensembler.serve.runtime.manifest import PROBE, Tuning
 from tests._runs import CLASSES, TINY, agreeing_weights, make_bundle, tiny_weights
 

@@ -65,7 +65,7 @@ class Settings(Options):
         None,
         ge=1,
         computing=True,
-        help="CPU threads of one job; the last bits depend on it. (default: as many as a container may use)",
+        help="CPU threads of one job; the last bits depend on it. (default: all)",
     )
     workers: int | None = option(
         None,

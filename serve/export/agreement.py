@@ -76,7 +76,8 @@ def compare(
             if exact and difference > tolerance:
                 raise ExportError(
                     f"member {member}: ONNX differs from PyTorch by {difference:.1e} in a probability at a "
-                    f"batch of {batch}, more than {tolerance:.0e}: the network computes something that ONNX does not reproduce"
+                    f"batch of {batch}, more than {tolerance:.0e}: the network computes something that ONNX does not "
+                    "reproduce"
                 )
             largest = max(largest, difference)
     np.savez(folder / PROBE, images=probe, probabilities=expected if exact else opened.ask(probe))

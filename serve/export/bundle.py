@@ -24,12 +24,12 @@ from ensembler.calibration import Calibration
 from ensembler.datasets import NAMES, Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, DataError, ExportError, UsageError
+from ensembler.machine import available_cpus
 from ensembler.run import DatasetRecord, Sampling, versions
 from ensembler.serve.export.agreement import check_merged, compare, patches
 from ensembler.serve.export.precision import calibration_lost
 from ensembler.serve.export.validation import Judgement, judge, some
 from ensembler.serve.export.writer import Writer, Written, write_merged
-from ensembler.machine import available_cpus
 from ensembler.serve.runtime.manifest import (
     EXAMPLES,
     MERGED,
