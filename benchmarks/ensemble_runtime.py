@@ -35,10 +35,10 @@ from ensembler import datasets
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.images import normalise
+from ensembler.machine import available_cpus
 from ensembler.serve.export.bundle import export_run
 from ensembler.serve.export.writer import write_merged
 from ensembler.serve.runtime.early_exit import Mode
-from ensembler.serve.runtime.machine import available_cpus
 from ensembler.serve.runtime.manifest import MERGED
 from ensembler.serve.runtime.runtime import Runtime
 from ensembler.serve.runtime.sessions import open_bundle, open_merged

@@ -34,6 +34,7 @@ from ensembler.device import restored_generators, seed_generators
 from ensembler.errors import UsageError
 from ensembler.naming import import_object, reason
 from ensembler.seeds import derive
+from ensembler.weights import tie
 
 __all__ = [
     "AUXILIARY",
@@ -85,6 +86,7 @@ def build(name: str, classes: int, seed: int = 0, memory_format: MemoryFormat = 
             known = ", ".join((*_OWN, "torchvision:NAME", "timm:NAME"))
             raise UsageError(f"unknown architecture {name!r}: use {known} or package.module:factory")
     _check_weights(name, network)
+    tie(network)
     if memory_format == "contiguous":
         network.register_forward_pre_hook(_contiguous)
         return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensembler.errors import DataError, ShapeError
+from ensembler.machine import available_cpus
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -124,7 +125,7 @@ def unreadable(files: Sequence[Path]) -> list[Path]:
             return True
         return False
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(available_cpus() + 4) as pool:
         return [path for path, failed in zip(files, pool.map(fails, files), strict=True) if failed]
 
 

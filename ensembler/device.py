@@ -7,11 +7,13 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 import numpy as np
 import torch
 
 from ensembler.errors import UsageError
+from ensembler.machine import available_cpus
 
 __all__ = [
     "Room",
@@ -20,6 +22,7 @@ __all__ = [
     "device_name",
     "forget_peak",
     "keep_freed",
+    "limit_threads",
     "peak_memory",
     "restored_generators",
     "seed_generators",
@@ -74,6 +77,22 @@ def tf32(allowed: bool) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def limit_threads(threads: int | None = None) -> None:
+    """Set how many threads compute one operator on the CPU.
+
+    Args:
+        threads: by default as many as before, at first no more than a container's CPU limit, which PyTorch overlooks.
+    """
+    _obey_limit()
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@cache
+def _obey_limit() -> None:
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
 
 
 def keep_freed(device: torch.device) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -14,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ensembler import batchnorm, examples, task
+from ensembler import examples, task
 from ensembler.batchnorm import has_batchnorm
-from ensembler.device import choose_device
+from ensembler.buffers import Start, member_buffers
+from ensembler.device import choose_device, limit_threads
 from ensembler.errors import ShapeError, UsageError
 from ensembler.examples import Examples
 from ensembler.network_checks import NetworkChecks
-from ensembler.run import DatasetRecord, Run, Sampling
+from ensembler.run import Run, Sampling
 from ensembler.seeds import derive, generator
 from ensembler.subspace import dirichlet
 from ensembler.weights import FlatWeights
@@ -28,11 +28,7 @@ from ensembler.weights import FlatWeights
 if TYPE_CHECKING:
     from ensembler.uncertainty import Uncertainty
 
-__all__ = ["BATCHNORM_EXAMPLES", "Ensemble", "member_buffers", "sample_coefficients"]
-
-BATCHNORM_EXAMPLES = 8192  # enough for a channel's mean and variance; all images could cost more than the training
-
-_BATCHNORM_BATCH = 128
+__all__ = ["Ensemble", "sample_coefficients"]
 
 
 class Ensemble:
@@ -58,6 +54,7 @@ class Ensemble:
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"the batch size must be at least 1, not {batch_size}")
         self.run = run
+        limit_threads()
         self.device = choose_device(device)
         record = run.manifest.dataset
         self.task = task.find(run.manifest.task)
@@ -112,10 +109,11 @@ class Ensemble:
             (M, B, C) float32 on the CPU, rows with sum 1.
 
         Raises:
-            ShapeError: ``x`` has another shape or type.
+            ShapeError: ``x`` has another shape or type, or floats that are pixels rather than normalised inputs.
         """
         x = torch.as_tensor(x)
-        stored = self._kind.check(x, self.run.manifest.dataset.shape)
+        record = self.run.manifest.dataset
+        stored = self._kind.check(x, record.shape, record.mean, record.std)
         x, result = x.to(self.device), torch.empty(0)  # once for all members
         with torch.inference_mode():
             for member in range(self.members):
@@ -161,6 +159,9 @@ class Ensemble:
     def at(self, coefficients: Tensor, train: Examples | None = None) -> Ensemble:
         """Return an ensemble with other coefficients of the same vertices: any points of their affine span.
 
+        Each point takes over the buffers of the member whose coefficients are nearest; where they are the same, to the
+        bit, else as in :mod:`ensembler.buffers`.
+
         Args:
             coefficients: (M, K), M >= 1; rows with sum 1.
             train: the training examples, from which BatchNorm statistics are recomputed for every member; by default
@@ -173,10 +174,10 @@ class Ensemble:
             shape = tuple(coefficients.shape)
             raise ShapeError(f"expected coefficients (M, {len(self._vertices)}) with M >= 1, found {shape}")
         record = self.run.manifest.dataset
-        if train is None and has_batchnorm(self._network):
+        starts = self._starts(coefficients)
+        if train is None and not all(own for _, own in starts) and has_batchnorm(self._network):
             train = record.load().train
-        first = {name: rows[0] for name, rows in self.run.buffers.items()}
-        buffers = member_buffers(self._weights, self._vertices, coefficients, train, record, first)
+        buffers = member_buffers(self._weights, self._vertices, coefficients, train, record, starts)
         manifest = self.run.manifest.model_copy(update={"members": len(coefficients), "files": {}})
         moved = replace(self.run, manifest=manifest, coefficients=coefficients, buffers=buffers)
         return Ensemble(moved, self.device, self.batch_size)
@@ -192,6 +193,15 @@ class Ensemble:
         pixels = torch.randint(0, 256, (2, *record.shape), dtype=torch.uint8, generator=generator(0, "probe"))
         x = self._inputs(pixels.to(self.device)) if record.kind in ("images", "arrays") else None
         return checks.built(manifest.settings.get("memory_format"), x, self.device)
+
+    def _starts(self, coefficients: Tensor) -> list[Start]:
+        """Return what the buffers of each point (M, K) start from: those of the nearest member."""
+        members, starts = self.run.coefficients, list[Start]()
+        for row in coefficients.cpu():
+            nearest = int((members.double() - row.double()).square().sum(dim=1).argmin())
+            buffers = {name: rows[nearest] for name, rows in self.run.buffers.items()}
+            starts.append((buffers, torch.equal(members[nearest], row)))
+        return starts
 
     def _prepare(self, x: Tensor, stored: bool) -> Tensor:
         return self._inputs(x) if stored else x.float()
@@ -222,57 +232,3 @@ def sample_coefficients(sampling: Sampling, vertices: int, members: int, seed: i
         points = dirichlet(len(rows), len(simplex), rng, sampling.concentration)
         coefficients[rows[:, None], torch.tensor(simplex)] = points
     return coefficients
-
-
-def member_buffers(
-    weights: FlatWeights,
-    vertices: Tensor,
-    coefficients: Tensor,
-    train: Examples | None,
-    record: DatasetRecord,
-    buffers: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Compute the buffers of members that were not trained themselves, with recomputed BatchNorm statistics.
-
-    A point between two solutions has activations that the statistics of neither describe (Izmailov et al. 2018, sec.
-    3.2; Garipov et al. 2018). So each member's statistics are averaged over :data:`BATCHNORM_EXAMPLES` training
-    examples, augmented as in training: without augmentation, a ResNet-20 lost 5 points of accuracy. The network's
-    weights and buffers are overwritten.
-
-    Args:
-        weights: the network.
-        vertices: (K, P).
-        coefficients: (M, K).
-        train: the training examples; ``None`` is enough for a network without BatchNorm.
-        record: their normalisation and augmentation.
-        buffers: all other buffers of each member, by name.
-
-    Returns:
-        Buffer name to (M, ...), on the CPU; empty for a network without buffers.
-
-    Raises:
-        UsageError: the network has BatchNorm, and ``train`` is ``None``.
-    """
-    if train is not None:
-        # Shuffled, because files are often sorted by class, and the variance within one class is too small.
-        train = train.part(torch.randperm(len(train), generator=generator(0, "batchnorm"))[:BATCHNORM_EXAMPLES])
-    rows: list[dict[str, Tensor]] = []
-    for row in coefficients.to(vertices.device):
-        torch.mv(vertices.T, row, out=weights.vector)
-        weights.load_buffers(buffers)
-        if has_batchnorm(weights.module):
-            if train is None:
-                raise UsageError("new members of a network with BatchNorm need its training images")
-            batchnorm.recompute(weights.module, _inputs(train, record, vertices.device))
-        rows.append({name: buffer.cpu() for name, buffer in weights.buffers().items()})
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
-
-
-def _inputs(train: Examples, record: DatasetRecord, device: torch.device) -> Iterator[Tensor]:
-    """Yield training inputs in batches of nearly equal size, because all batches have equal weight."""
-    stream = generator(0, "batchnorm augmentation")
-    prepare = train.inputs(record.mean, record.std, device)
-    for index in torch.arange(len(train)).tensor_split(-(-len(train) // _BATCHNORM_BATCH)):
-        choices = train.draw(record.augmentation, len(index), stream)
-        batch = train.augmented(index.to(train.labels.device), record.augmentation, choices.to(train.labels.device))
-        yield prepare(batch.data.to(device))

@@ -95,8 +95,13 @@ class Examples(Protocol):
         ...
 
     @staticmethod
-    def check(x: Tensor, shape: Sequence[int]) -> bool:
+    def check(x: Tensor, shape: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> bool:
         """Return whether ``x`` holds stored examples (True) or inputs of the network (False).
+
+        Args:
+            x: to check.
+            shape: of one stored example.
+            mean, std: of the dataset's normalisation.
 
         Raises:
             ShapeError: neither.
@@ -179,7 +184,7 @@ class Arrays:
         return lambda rows: (rows - shift) / scale
 
     @staticmethod
-    def check(x: Tensor, shape: Sequence[int]) -> bool:
+    def check(x: Tensor, shape: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> bool:
         """Return True: rows (B, F) of floats always count as stored examples.
 
         Raises:

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from ensembler.decoding import MEND, read_image
-from ensembler.errors import DataError, ShapeError
+from ensembler.errors import DataError
 from ensembler.examples import Cut, Epoch, InMemory, stream
+from ensembler.inputs import check_images
+from ensembler.machine import available_cpus
 
 __all__ = [
     "AUGMENTATIONS",
@@ -42,6 +44,7 @@ AUGMENTATIONS = ("crop-flip", "crop", "resized-crop-flip", "none")
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images that are held in memory by default
 
 _PADDING = 4
+_WAITING = 4  # threads more than CPUs: some wait for the disk
 _GLOBAL_GENERATOR = Lock()
 
 
@@ -68,20 +71,9 @@ class _Images:
         return normaliser(mean, std, device)
 
     @staticmethod
-    def check(x: Tensor, shape: Sequence[int]) -> bool:
-        """Return True for images (B, H, W, 3) uint8, False for normalised inputs (B, 3, H, W) float.
-
-        Raises:
-            ShapeError: ``x`` is neither.
-        """
-        if x.dtype == torch.uint8 and x.dim() == 4 and x.shape[3] == 3:
-            return True
-        if x.is_floating_point() and x.dim() == 4:
-            return False
-        raise ShapeError(
-            "expected images (B, H, W, 3) uint8, or normalised inputs (B, 3, H, W) float; "
-            f"found {tuple(x.shape)} of {x.dtype}"
-        )
+    def check(x: Tensor, shape: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> bool:
+        """Return whether these are stored images or normalised inputs; see :func:`ensembler.inputs.check_images`."""
+        return check_images(x, shape, mean, std)
 
 
 @dataclass(frozen=True, eq=False)
@@ -343,7 +335,7 @@ def read_images(
             image = _resized_crop_flip(torch.from_numpy(image), int(choices[i]), shape).numpy()
         images[i] = image
 
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads or available_cpus() + _WAITING) as pool:
         for _ in pool.map(read, range(len(files))):
             pass
     found = torch.from_numpy(images)

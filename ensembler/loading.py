@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ensembler.errors import DataError, UsageError
+from ensembler.machine import available_cpus
 
 if TYPE_CHECKING:
     from ensembler.images import FileSplit
@@ -50,7 +51,7 @@ def read_ahead(
     """
     if workers is None:
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = max(1, min(_cpus() // sharing, _WORKERS))
+        workers = max(1, min(available_cpus() // sharing, _WORKERS))
     loader = DataLoader(
         _Reader(split.shape, augmentation, threads=1 if workers else None),
         batch_size=None,  # a key is a whole batch
@@ -136,7 +137,3 @@ def _end_with_parent(worker: int) -> None:
             os._exit(1)
 
     Thread(target=watch, daemon=True).start()
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

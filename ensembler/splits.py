@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ensembler.decoding import MEND_OR_SKIP
 from ensembler.errors import DataError
+from ensembler.machine import available_cpus
 
 __all__ = ["content_sha256", "hold_out", "repeated", "repeated_files"]
 
@@ -80,7 +81,7 @@ def content_sha256(files: Iterable[Path]) -> str:
         DataError: one cannot be read.
     """
     digest = hashlib.sha256()
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(available_cpus() + 4) as pool:
         for one in pool.map(_sha256, files):
             digest.update(one)
     return digest.hexdigest()
@@ -101,7 +102,7 @@ def repeated_files(files: Sequence[Path], others: Sequence[Path]) -> list[tuple[
     Raises:
         DataError: one cannot be read.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(available_cpus() + 4) as pool:
         for key in (_size, _tail, _sha256):
             of_files = list(zip(files, pool.map(key, files), strict=True))
             of_others = list(zip(others, pool.map(key, others), strict=True))

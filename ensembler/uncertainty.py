@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ensembler.errors import ShapeError
 
 __all__ = [
+    "SUM_TOLERANCE",
     "Uncertainty",
     "disagreement",
     "disagreement_of_votes",
@@ -32,10 +33,17 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
+SUM_TOLERANCE = 2**-7
+"""The most by which a sum of probabilities may miss 1: twice what a softmax in bfloat16, rounded once, does."""
+
 
 def entropy(probabilities: NDArray[np.floating]) -> Array:
-    """Compute the Shannon entropy over the last axis, in nats, with ``0 log 0 = 0``; in [0, log C]."""
-    p = np.asarray(probabilities, dtype=np.float64)
+    """Compute the Shannon entropy over the last axis, in nats, with ``0 log 0 = 0``; in [0, log C].
+
+    Raises:
+        ShapeError: no distributions, such as logits or NaN.
+    """
+    p = _distributions(np.asarray(probabilities, dtype=np.float64))
     logs = np.log(p, out=np.zeros_like(p), where=p > 0)
     return np.maximum(-(p * logs).sum(axis=-1), 0.0)
 
@@ -97,7 +105,7 @@ def uncertainty(members: NDArray[np.floating]) -> Uncertainty:
     """Compute all measures of one batch of members' probabilities (M, B, C).
 
     Raises:
-        ShapeError: not (M, B, C) with M >= 1 and C >= 1.
+        ShapeError: not (M, B, C) with M >= 1 and C >= 1, or no probabilities, such as logits or NaN.
     """
     return Uncertainty(
         predictive_entropy(members),
@@ -117,4 +125,16 @@ def _votes(members: NDArray[np.floating]) -> Array:
 def _check(members: NDArray[np.floating]) -> NDArray[np.floating]:
     if members.ndim != 3 or members.shape[0] < 1 or members.shape[2] < 1:
         raise ShapeError(f"expected the members' probabilities (M, B, C), found shape {members.shape}")
-    return members
+    return _distributions(members)
+
+
+def _distributions(p: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Refuse logits, NaN and whatever else is no distribution over the last axis."""
+    if p.size:
+        miss = np.abs(p.sum(axis=-1, dtype=np.float64) - 1.0).max()
+        if not (p.min() >= 0.0 and miss <= SUM_TOLERANCE):  # NaN is refused, too
+            raise ShapeError(
+                f"expected probabilities, found rows with an entry of {p.min():g} or a sum that misses 1 by {miss:g}: "
+                "give probabilities that sum to 1, not logits"
+            )
+    return p

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from ensembler.errors import ShapeError, UsageError
 
-__all__ = ["FlatWeights"]
+__all__ = ["FlatWeights", "tie"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ class FlatWeights:
         grad: (P,) their gradients, accumulated by ``backward``; zero it between steps.
 
     Raises:
-        UsageError: there is no trainable parameter, or there are several types or devices.
+        UsageError: there is no trainable parameter, there are several types or devices, or the network's state dict
+            holds more than tensors.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        _check_state(module)
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
             raise UsageError(f"{type(module).__name__} has no trainable parameter: nothing to make an ensemble of")
@@ -154,6 +157,52 @@ class FlatWeights:
     def _check(self, vectors: Tensor) -> None:
         if vectors.dim() != 2 or vectors.shape[1] != len(self):
             raise ShapeError(f"expected vectors of shape (K, {len(self)}), found {tuple(vectors.shape)}")
+
+
+def tie(module: nn.Module) -> None:
+    """Make parameters that share all of their memory one parameter, which stays tied when it is moved or reordered.
+
+    Raises:
+        UsageError: two of them share a part of their memory only; the message names them.
+    """
+    first: dict[int, tuple[str, nn.Parameter]] = {}
+    for prefix, owner in module.named_modules():
+        for own, parameter in owner.named_parameters(recurse=False):
+            if parameter.device.type == "meta" or isinstance(parameter, UninitializedParameter):
+                continue
+            name = f"{prefix}.{own}".lstrip(".")
+            other, known = first.setdefault(parameter.untyped_storage().data_ptr(), (name, parameter))
+            if known is parameter or not parameter.numel():
+                continue
+            if _memory(known) == _memory(parameter) and known.requires_grad == parameter.requires_grad:
+                owner.register_parameter(own, known)
+            elif _overlap(known, parameter):
+                raise UsageError(
+                    f"the parameters {other} and {name} share a part of their memory, which training would pull "
+                    "apart: use one parameter for both, or copy one of them"
+                )
+
+
+def _memory(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _overlap(*tensors: Tensor) -> bool:
+    """Whether the spans in memory of two tensors overlap."""
+    starts = [tensor.data_ptr() for tensor in tensors]
+    lengths = [1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors]
+    ends = [a + t.element_size() * length for a, t, length in zip(starts, tensors, lengths, strict=True)]
+    return max(starts) < min(ends)
+
+
+def _check_state(module: nn.Module) -> None:
+    for name, value in module.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            owner = name.removesuffix("_extra_state").rstrip(".") or type(module).__name__
+            raise UsageError(
+                f"the state dict of {owner} holds a {type(value).__name__} ({name}), and a member is made of tensors: "
+                "register what it needs as a buffer, and remove get_extra_state"
+            )
 
 
 def _dense_stride(parameter: Tensor) -> tuple[int, ...]:

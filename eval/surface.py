@@ -124,9 +124,8 @@ def measure_surface(
     labels: list[tuple[str, str, int | None]]
     inside, curve = torch.empty(0, 3), torch.empty(0, 3)
     if len(runs) == 1:
-        chosen = _choose(first, paths[0], vertices)
+        run, chosen = first, _choose(first, paths[0], vertices)
         labels = [(f"w{k}", names[0], k) for k in chosen]
-        three = {name: rows[chosen] for name, rows in first.vertices.items()}
         inside = first.coefficients[
             first.coefficients[:, chosen].count_nonzero(1) == first.coefficients.count_nonzero(1)
         ]
@@ -136,8 +135,9 @@ def measure_surface(
     elif vertices is not None:
         raise UsageError("--vertices chooses among the vertices of one run: leave it out, or name one run")
     else:
+        run, chosen = _first_members(runs, paths), [0, 1, 2]
         labels = [(f"w{k}", name, None) for k, name in enumerate(names)]
-        three = _first_members(runs, paths)
+    three = {name: rows[chosen] for name, rows in run.vertices.items()}
     corners = plane(torch.cat([rows.flatten(1) for rows in three.values()], dim=1))
     reach = options.margin * np.ptp(corners, axis=0)
     x, y = np.linspace(corners.min(axis=0) - reach, corners.max(axis=0) + reach, grid).T
@@ -146,9 +146,9 @@ def measure_surface(
     dataset = first.manifest.dataset.load(options.data)
     train, test = _some(dataset.train, examples, seed, "train"), _some(dataset.test, examples, seed, "test")
     still = _some(dataset.train, options.batchnorm_examples, seed, "batchnorm")
-    manifest = first.manifest.model_copy(update={"vertices": 3, "members": 3})
-    ensemble = Ensemble(replace(first, manifest=manifest, vertices=three, coefficients=torch.eye(3)), options.device)
-    coefficients = torch.cat([torch.eye(3), plane_coefficients(points, corners)])
+    ensemble, affine = Ensemble(run, options.device), torch.cat([torch.eye(3), plane_coefficients(points, corners)])
+    coefficients = torch.zeros(len(affine), run.coefficients.shape[1])
+    coefficients[:, chosen] = affine
     losses: list[float] = []
     errors: list[float] = []
     for start in range(0, len(coefficients), _CHUNK):
@@ -241,8 +241,8 @@ def _choose(run: Run, path: Path, vertices: Sequence[int] | None) -> list[int]:
     return list(vertices)
 
 
-def _first_members(runs: Sequence[Run], paths: Sequence[Path]) -> dict[str, Tensor]:
-    """Return the three runs' first members as vertices: parameter name to (3, ...)."""
+def _first_members(runs: Sequence[Run], paths: Sequence[Path]) -> Run:
+    """Return the three runs' first members as the vertices of one run."""
     first = runs[0]
     shapes = {name: rows.shape[1:] for name, rows in first.vertices.items()}
     images = first.manifest.dataset
@@ -260,10 +260,13 @@ def _first_members(runs: Sequence[Run], paths: Sequence[Path]) -> dict[str, Tens
                 f"{path} is a {run.manifest.architecture} and {paths[0]} a {first.manifest.architecture}, or their "
                 "frozen weights differ: name three runs of one network"
             )
-    return {
+    vertices = {
         name: torch.stack([torch.tensordot(run.coefficients[0], run.vertices[name], 1) for run in runs])
         for name in shapes
     }
+    buffers = {name: torch.stack([run.buffers[name][0] for run in runs]) for name in first.buffers}
+    manifest = first.manifest.model_copy(update={"vertices": 3, "members": 3})
+    return replace(first, manifest=manifest, vertices=vertices, coefficients=torch.eye(3), buffers=buffers)
 
 
 def _measured_paths(run: Run) -> list[Route]:

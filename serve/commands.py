@@ -244,15 +244,13 @@ def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from ensembler.serve.runtime.verify import TOLERANCE
-
     table = Table(show_header=False, box=None)
     table.add_row("bundle", escape(str(out)))
     table.add_row("members", escape(f"{bundle.members} x {bundle.architecture} ({bundle.method}, {bundle.dataset})"))
     megabytes = sum((out / name).stat().st_size for name in bundle.files) / 1e6
     held = f"{bundle.vertices} vertices" if bundle.layout == "vertices" else "a file for each member"
     table.add_row("size", f"{megabytes:.1f} MB, {held}, {bundle.precision}, ONNX opset {bundle.opset}")
-    allowed = f" ({TOLERANCE:.0e} allowed)" if bundle.precision == "float32" else ""
+    allowed = f" ({bundle.tolerance:.0e} allowed)" if bundle.precision == "float32" else ""
     images = " and ".join(bundle.compared_on)
     table.add_row("agreement", f"within {bundle.max_difference:.1e} of PyTorch's probabilities on {images}{allowed}")
     if (check := bundle.precision_check) is not None:

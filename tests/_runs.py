@@ -115,6 +115,7 @@ def make_bundle(path: Path, members: int = 3, weights: np.ndarray | None = None)
         run=Origin(name="none", sha256="0" * 64),
         opset=20,
         max_difference=0.0,
+        tolerance=1e-4,
         compared_on=["made by hand"],
         validation=None,
         tuning=None,

@@ -168,7 +168,7 @@ def test_the_server_makes_as_many_members_as_it_is_asked_for(bundle: Path, run: 
 def test_members_that_cannot_be_made_are_refused(
     bundle: Path, batchnorm: Path, run: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=r"cannot make new members: its networks have BatchNorm.*export --members"):
+    with pytest.raises(UsageError, match=r"cannot make new members: their BatchNorm statistics.*export --members"):
         Runtime.load(export_run(batchnorm, tmp_path / "batchnorm"), members=5)
     with pytest.raises(UsageError, match="holds 6 members and no vertices to make 7 of"):
         Runtime.load(export_run(run, tmp_path / "members", layout="members"), members=7)
@@ -368,7 +368,7 @@ def test_rank_correlation_is_scipys(seed: int) -> None:
 
 
 def tuning(members: int, winner: Any) -> Tuning:
-    from ensembler.serve.runtime.machine import available_cpus
+    from ensembler.machine import available_cpus
 
     rows = [Timing(batch=1, strategy=winner, seconds=0.001, repeats=5)]
     return Tuning(

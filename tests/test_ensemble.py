@@ -64,6 +64,37 @@ def test_other_input_is_refused(tmp_path):
     assert ensemble.predict_members(images(0)).shape == (3, 0, 5)
 
 
+TOTENSOR = np.random.default_rng(0).random((4, 3, 32, 32), dtype=np.float32)
+HWC = TOTENSOR.transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "mend"),
+    [
+        (TOTENSOR, r"floats from 0 to 1, as torchvision's ToTensor .* \(images \* 255\)\.round\(\)"),
+        (np.zeros_like(TOTENSOR), "floats from 0 to 1"),
+        (TOTENSOR * 255, r"hold floats from .* to 25\d.*, and no image of this run, normalised, has any outside"),
+        (TOTENSOR * 255 - 128, "no image of this run, normalised, has any outside"),
+        (np.where(TOTENSOR < 0.5, np.nan, TOTENSOR - 1), "no image of this run, normalised"),
+        (HWC, r"give \(images \* 255\)\.round\(\)\.to\(torch\.uint8\)$"),
+        (HWC * 255, "give whole numbers from 0 to 255 as uint8"),
+        (images().astype(np.int64), "give whole numbers from 0 to 255 as uint8"),
+        (images().transpose(0, 3, 1, 2), r"the channels are first, give images\.permute\(0, 2, 3, 1\)"),
+        (images()[:, :28], "resize them to 32 x 32 pixels"),
+        (TOTENSOR[..., :28] - 1, "resize them to 32 x 32 pixels"),
+        (images()[..., :1], "their channels must be 3"),
+        (images()[0], r"give a batch, images\[None\]"),
+        (TOTENSOR[0], r"give a batch, images\[None\]"),
+        (images()[..., 0], "give a batch of images"),
+    ],
+)
+def test_pixels_that_would_be_answered_wrongly_are_refused(tmp_path, wrong, mend):
+    ensemble = Ensemble.load(make_run(tmp_path / "run"), device="cpu")
+    for predict in (ensemble.predict_members, ensemble.predict_proba, ensemble.uncertainty):
+        with pytest.raises(ShapeError, match=mend):
+            predict(wrong)
+
+
 def test_uncertainty_of_a_batch(tmp_path):
     ensemble = Ensemble.load(make_run(tmp_path / "run"), device="cpu")
     found = ensemble.uncertainty(images())

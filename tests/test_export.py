@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ensembler import artefact, load_dataset
@@ -18,8 +19,11 @@ from ensembler.serve import Runtime, export_run
 from ensembler.serve.export import graphs, writer
 from ensembler.serve.http import page
 from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.serve.runtime.verify import verify_bundle
 from ensembler.task import Task
+from ensembler.trainers import DeepEnsemble
 from tests._runs import CLASSES, SHAPE, make_run
+from tests._training import make
 
 BUNDLE_FILES = ["manifest.json", "manifest.sha256", *(f"member-00{m}.onnx" for m in range(3)), "probe.npz"]
 
@@ -117,9 +121,47 @@ def test_a_member_that_differs_is_named_and_leaves_no_bundle(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "replace_weights", lambda model, weights: None)
-    with pytest.raises(ExportError, match=r"resnet20: member 1: ONNX differs from PyTorch by .* at a batch of 1"):
+    with pytest.raises(ExportError, match=r"resnet20: member 1: ONNX differs from PyTorch by .* at a batch of \d"):
         export_run(folder / "runs" / "resnet20", tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_float32_cannot_tell_is_no_fault_of_the_graph(tmp_path: Path) -> None:
+    """Logits so large that they are rounded to steps of whole probabilities, in PyTorch as in ONNX Runtime."""
+    path = make_run(tmp_path / "run", "tests._networks:rounded", members=2)
+    bundle = export_run(path, tmp_path / "bundle")
+    manifest = read_bundle(bundle)
+    assert 1e-4 < manifest.max_difference <= manifest.tolerance
+    assert verify_bundle(bundle).allowed == manifest.tolerance
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64"])
+def test_a_wrong_graph_is_refused_whatever_float64_says(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Also where the network cannot be made double."""
+    if kind == "float32":
+        monkeypatch.setattr(torch.nn.Module, "double", lambda self: self)
+    monkeypatch.setattr(writer, "replace_weights", lambda model, weights: None)
+    with pytest.raises(ExportError, match="more than 1e-04: the network computes something"):
+        export_run(folder / "runs" / "resnet20", tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("branch", r"a branch on a value of the images \(_networks\.py:\d+\)"),
+        ("loop", r"a branch on a value of the images \(_networks\.py:\d+\)"),
+        ("median", r"no ONNX function for aten\.median\.dim"),
+        ("max_pool", r"no ONNX function for aten\.adaptive_max_pool2d"),
+    ],
+)
+def test_what_stopped_the_exporter_is_said_in_one_line(tmp_path: Path, kind: str, reason: str) -> None:
+    record = make(DeepEnsemble(members=1), architecture=f"tests._networks:{kind}", epochs=0.1).save(tmp_path / "run")
+    with pytest.raises(ExportError, match=f"with a free batch: {reason}$") as raised:
+        export_run(record, tmp_path / "bundle", use_data=False)
+    assert str(raised.value).isprintable()
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize("batch", [(2, 2), ("batch", 2), ("batch", "other")])

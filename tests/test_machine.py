@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ensembler.serve.runtime.machine import available_cpus, resident_memory
+from ensembler.machine import available_cpus, resident_memory
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def test_memory_grows_with_what_is_held() -> None:
         assert resident_memory() is None
         return
     code = """
-from ensembler.serve.runtime.machine import resident_memory
+from ensembler.machine import resident_memory
 before = resident_memory()
 held = bytearray(b"x") * 50_000_000
 print(resident_memory() - before)
@@ -73,3 +73,57 @@ print(resident_memory() - before)
     # In a process of its own: one that has freed as much before would not grow.
     grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert 40_000_000 < grown < 80_000_000
+
+
+_LIMITED = """
+import os, sys, threading
+from pathlib import Path
+from ensembler import machine
+limits = machine._limits
+machine._limits = lambda root: limits(Path(sys.argv[1]))
+os.sched_getaffinity = lambda process: set(range(8))
+import torch
+torch.set_num_threads(8)
+from ensembler import loading
+from ensembler.ensemble import Ensemble
+from ensembler.serve.runtime.runtime import Runtime
+from tests._runs import make_bundle, make_run
+from tests._training import trainer
+folder = Path(sys.argv[2])
+for use in (lambda: trainer(), lambda: Ensemble.load(make_run(folder / "run"), "cpu")):
+    torch.set_num_threads(8)
+    from ensembler import device
+    device._obey_limit.cache_clear()
+    use()
+    print(torch.get_num_threads())
+made = []
+loading.DataLoader = lambda *rest, num_workers, **options: made.append(num_workers) or iter(())
+try:
+    next(loading.read_ahead(type("Split", (), {"shape": (8, 8)}), iter(()), "none", torch.device("cpu")))
+except (RuntimeError, StopIteration):
+    pass
+print(made[0])
+print(Runtime.load(make_bundle(folder / "bundle")).threads)
+print(trainer(threads=5) and torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "files"),
+    [
+        ("0::/\n", {"cpu.max": "200000 100000\n"}),
+        (V1, {"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}),
+    ],
+)
+def test_a_limit_holds_for_training_evaluation_reading_and_serving(
+    tmp_path: Path, group: str, files: dict[str, str]
+) -> None:
+    root = machine(tmp_path / "machine", group, files)
+    found = subprocess.run(
+        [sys.executable, "-c", _LIMITED, root, tmp_path],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() == ["2", "2", "2", "2", "5"]

@@ -36,6 +36,7 @@ from ensembler.eval.metrics.selective import (
     risk_coverage,
     risks,
 )
+from ensembler.uncertainty import disagreement, mean_probabilities, mutual_information, uncertainty
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -411,10 +412,38 @@ def test_a_calibrated_prediction_has_small_ece_and_brier_is_its_variance() -> No
     assert brier(probs, labels) == pytest.approx((1 - (probs**2).sum(axis=1)).mean(), abs=0.01)
 
 
-def test_low_precision_rows_are_taken_as_they_are() -> None:
+def test_low_precision_rows_are_normalised() -> None:
     probs = np.array([[0.3335, 0.3335, 0.3335]], dtype=np.float32)
-    assert nll(probs, [0]) == pytest.approx(-math.log(0.3335), abs=1e-6)
+    assert nll(probs, [0]) == pytest.approx(math.log(3), abs=1e-12)
     assert ece(np.array([[1.0005, 0.0]]), [0]) == pytest.approx(0, abs=1e-12)
+    single = np.array([[0.6, 0.4000005]], dtype=np.float32)
+    assert nll(single, [0]) == -math.log(single[0, 0].astype(float)), "float32 is left as it is"
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@pytest.mark.parametrize("tensor", [True, False])
+def test_a_softmax_of_16_bits_is_taken(kind: str, tensor: bool) -> None:
+    """Through the package's own names; of tensors, also where NumPy lacks their type."""
+    torch = pytest.importorskip("torch")
+    from ensembler.eval import metrics
+
+    logits = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0)) * 2
+    labels = logits.argmax(1)
+    right, close = logits.softmax(1), logits.to(getattr(torch, kind)).softmax(1)
+    misses = (close.double().sum(1) - 1).abs().max()
+    assert misses > 1e-4
+    found = close if tensor else close.float().numpy()
+    for score in (metrics.nll, metrics.ece, metrics.brier):
+        assert score(found, labels) == pytest.approx(score(right, labels), abs=2e-2)
+    assert metrics.scores(found, labels.numpy())["accuracy"] == pytest.approx(1, abs=0.05)
+
+
+def test_logits_and_nan_have_no_uncertainty() -> None:
+    logits = np.random.default_rng(0).normal(0, 3, (2, 4, 5))
+    for wrong in (logits, np.full((2, 4, 5), np.nan), np.full((2, 4, 5), 0.3)):
+        for measure in (uncertainty, mutual_information, mean_probabilities, disagreement):
+            with pytest.raises(ShapeError, match="give probabilities that sum to 1, not logits"):
+                measure(wrong)
 
 
 def test_a_mean_never_scores_worse_than_its_members_on_average() -> None:

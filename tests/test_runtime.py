@@ -14,9 +14,9 @@ import pytest
 
 from ensembler import artefact
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
+from ensembler.machine import available_cpus
 from ensembler.serve import Runtime
 from ensembler.serve.runtime.images import check_images
-from ensembler.serve.runtime.machine import available_cpus
 from ensembler.serve.runtime.manifest import PROBE, Tuning
 from tests._runs import CLASSES, TINY, agreeing_weights, make_bundle, tiny_weights
 
@@ -424,3 +424,24 @@ def test_the_service_imports_no_torch() -> None:
     code = "import sys, ensembler.serve.service; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.random.default_rng(0).random((2, *TINY), dtype=np.float32),  # as torchvision's ToTensor, but for the order
+        np.zeros((2, *TINY), dtype=np.float16),
+        np.full((2, *TINY), np.nan),
+        np.full((2, *TINY), 128.0),
+        np.full((2, *TINY), -1),
+        np.full((2, *TINY), 256),
+        np.zeros((2, TINY[2], *TINY[:2]), dtype=np.uint8),
+        np.zeros((2, TINY[0] + 1, *TINY[1:]), dtype=np.uint8),
+        np.ones((2, *TINY), dtype=bool),
+    ],
+)
+def test_pixels_that_would_be_answered_wrongly_are_refused(tmp_path: Path, wrong: np.ndarray) -> None:
+    runtime = Runtime.load(make_bundle(tmp_path / "bundle"))
+    for predict in (runtime.predict, runtime.predict_members):
+        with pytest.raises(ShapeError, match=r"send whole numbers from 0 to 255|expected images of shape"):
+            predict(wrong)

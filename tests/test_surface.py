@@ -117,8 +117,9 @@ def test_every_point_is_the_network_that_lies_there(runs, name, vertices):
     assert [corner.label for corner in surface.corners] == [f"w{k}" for k in vertices or (0, 1, 2)]
     for k, corner in enumerate(surface.corners):
         torch.testing.assert_close(W[0] + corner.x * u + corner.y * v, W[k], atol=1e-5, rtol=0)
-        loss, error = by_hand(make(3), W[k])
-        assert (corner.train_loss, corner.test_error) == (pytest.approx(loss, rel=1e-4), pytest.approx(error))
+        if name != "batchnorm":  # whose corners keep the statistics that they were trained with
+            loss, error = by_hand(make(3), W[k])
+            assert (corner.train_loss, corner.test_error) == (pytest.approx(loss, rel=1e-4), pytest.approx(error))
     for i, y in enumerate(surface.y):
         for j, x in enumerate(surface.x):
             loss, error = by_hand(make(3), W[0] + x * u + y * v)
@@ -132,13 +133,13 @@ def test_every_point_is_the_network_that_lies_there(runs, name, vertices):
     np.testing.assert_array_equal(surface.members, places[chosen])  # each vertex is a member: in the run's order
 
 
-def test_a_batchnorm_vertex_keeps_about_its_own_loss(runs):
+def test_a_batchnorm_vertex_keeps_its_own_loss(runs):
     images = dataset(train=32).train
     surface = measure_surface([runs["batchnorm"]], grid=2, device="cpu")
     members = Ensemble.load(runs["batchnorm"], device="cpu").predict_members(images.images)
     for corner, probabilities in zip(surface.corners, members, strict=True):
         own = -probabilities[torch.arange(32), images.labels].log().mean().item()
-        assert corner.train_loss == pytest.approx(own, abs=0.15)
+        assert corner.train_loss == pytest.approx(own, rel=1e-4)
 
 
 def test_three_runs_span_a_plane_of_their_first_members(runs):

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensembler import ensemble
+from ensembler import buffers as carried
 from ensembler.batchnorm import has_batchnorm
-from ensembler.ensemble import BATCHNORM_EXAMPLES
+from ensembler.buffers import BATCHNORM_EXAMPLES, Start
 from ensembler.examples import Examples
 from ensembler.seeds import generator
 from ensembler.subspace import dirichlet, edge_lengths, log_volume
@@ -21,8 +21,13 @@ from ensembler.trainers.trainer import Trainer
 
 __all__ = ["Point", "describe", "inside", "member_buffers", "path_scores", "points"]
 
+Solved = Mapping[int, Mapping[str, Tensor]]
+"""The own buffers of vertices that are trained networks by themselves, by their place."""
+
 INSIDE = 4  # interior points at which a simplex is measured
 EXAMPLES = 1000  # training examples, and held-out examples, used for a measurement at most
+
+_NONE: Solved = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,50 +64,62 @@ def points(
     buffers: Mapping[str, Tensor],
     held_out: Examples,
     examples: int = EXAMPLES,
+    solved: Solved = _NONE,
 ) -> list[Point]:
     """Measure points on a fixed sample of at most ``examples`` training examples, and of as many held-out examples.
 
-    BatchNorm statistics are recomputed for each point, from the sample of training examples.
+    BatchNorm statistics are recomputed for each point, from the sample of training examples, except at ``solved``
+    vertices.
 
     Args:
         trainer: provides the network.
         vertices: (K, P).
         coefficients: (M, K).
-        buffers: the network's; BatchNorm statistics are ignored.
+        buffers: of any point; BatchNorm statistics are ignored.
         held_out: a split of the trainer's dataset.
         examples: size of each sample, at most.
+        solved: see :func:`member_buffers`.
     """
     train, unseen = _subset(trainer.train_examples, examples), _subset(held_out, examples)
+    starts = _starts(coefficients, buffers, solved)
 
     def measure() -> list[Point]:
         result = []
-        for row in coefficients:
-            own = ensemble.member_buffers(trainer.weights, vertices, row[None], train, trainer.record, buffers)
+        for row, start in zip(coefficients, starts, strict=True):
+            own = carried.member_buffers(trainer.weights, vertices, row[None], train, trainer.record, [start])
             trainer.weights.load_buffers({name: rows[0] for name, rows in own.items()})
             loss = trainer.task.nll(_predict(trainer, train), train.labels.cpu())
             result.append(Point(loss, _predict(trainer, unseen), unseen.labels.cpu(), trainer.task))
         return result
 
     with trainer.ledger.entry("measurements", trainer.device) as entry:
-        each = len(train) * (2 if has_batchnorm(trainer.weights.module) else 1) + len(unseen)
-        entry.forward_passes += len(coefficients) * each
+        entry.forward_passes += len(coefficients) * (len(train) + len(unseen))
+        entry.forward_passes += _recomputed(trainer, starts) * len(train)
         return trainer.group.from_first(measure)
 
 
 def member_buffers(
-    trainer: Trainer, vertices: Tensor, coefficients: Tensor, buffers: Mapping[str, Tensor]
+    trainer: Trainer,
+    vertices: Tensor,
+    coefficients: Tensor,
+    buffers: Mapping[str, Tensor],
+    solved: Solved = _NONE,
 ) -> dict[str, Tensor]:
-    """Compute the buffers (M, ...) of sampled members, and count the forward passes.
+    """Compute the buffers (M, ...) of members by the rule of :mod:`ensembler.buffers`, and count the forward passes.
 
-    BatchNorm statistics are recomputed, all other buffers are those given; see
-    :func:`ensembler.ensemble.member_buffers`.
+    Args:
+        trainer: provides the network and the training examples.
+        vertices: (K, P).
+        coefficients: (M, K).
+        buffers: carried by all points, and BatchNorm statistics recomputed, except at ``solved`` vertices.
+        solved: the own buffers of vertices that are trained networks by themselves, by their place: a member that is
+            such a vertex keeps them.
     """
-    train = trainer.train_examples
+    train, starts = trainer.train_examples, _starts(coefficients, buffers, solved)
     with trainer.ledger.entry("members", trainer.device) as entry:
-        if has_batchnorm(trainer.weights.module):
-            entry.forward_passes += len(coefficients) * min(len(train), BATCHNORM_EXAMPLES)
+        entry.forward_passes += _recomputed(trainer, starts) * min(len(train), BATCHNORM_EXAMPLES)
         return trainer.group.from_first(
-            lambda: ensemble.member_buffers(trainer.weights, vertices, coefficients, train, trainer.record, buffers)
+            lambda: carried.member_buffers(trainer.weights, vertices, coefficients, train, trainer.record, starts)
         )
 
 
@@ -111,8 +128,12 @@ def inside(vertices: int) -> Tensor:
     return dirichlet(INSIDE, vertices, np.random.default_rng(0))
 
 
-def describe(trainer: Trainer, simplex: Tensor, buffers: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+def describe(
+    trainer: Trainer, simplex: Tensor, buffers: Mapping[str, Tensor], name: str, solved: Solved = _NONE
+) -> dict[str, Any]:
     """Measure a simplex (K, P) on held-out examples, and report the result on one line.
+
+    ``buffers`` and ``solved`` as of :func:`member_buffers`.
 
     Returns:
         ``name``, ``log_volume``, ``edge_lengths``; the mean ``train_loss`` and ``held_out_nll`` of the ``vertices``,
@@ -121,7 +142,7 @@ def describe(trainer: Trainer, simplex: Tensor, buffers: Mapping[str, Tensor], n
     """
     K = len(simplex)
     coefficients = torch.cat([torch.eye(K), torch.full((1, K), 1 / K), inside(K)])
-    measured = points(trainer, simplex, coefficients, buffers, trainer.dataset.validation)
+    measured = points(trainer, simplex, coefficients, buffers, trainer.dataset.validation, solved=solved)
     groups = {"vertices": measured[:K], "centroid": measured[K : K + 1], "inside": measured[K + 1 :]}
     lengths = edge_lengths(simplex).tolist()
     result: dict[str, Any] = {
@@ -143,16 +164,22 @@ def describe(trainer: Trainer, simplex: Tensor, buffers: Mapping[str, Tensor], n
 
 
 def path_scores(
-    trainer: Trainer, vertices: Tensor, coefficients: Tensor, buffers: Mapping[str, Tensor], t: Tensor, examples: int
+    trainer: Trainer,
+    vertices: Tensor,
+    coefficients: Tensor,
+    buffers: Mapping[str, Tensor],
+    t: Tensor,
+    examples: int,
+    solved: Solved = _NONE,
 ) -> dict[str, list[float] | float]:
-    """Measure a path of points; BatchNorm statistics are recomputed at each.
+    """Measure a path of points; ``buffers`` and ``solved`` as of :func:`member_buffers`.
 
     Returns:
         ``t``, ``train_loss``, ``test_error`` and ``ensemble_error`` (of the two-member ensemble of the path's first
         point and the one at t; Garipov et al. 2018, figure 2, right): lists with one number per point. And
         ``highest_train_loss`` and ``highest_test_error``: the barriers.
     """
-    measured = points(trainer, vertices, coefficients, buffers, trainer.dataset.test, examples)
+    measured = points(trainer, vertices, coefficients, buffers, trainer.dataset.test, examples, solved)
     losses, errors = [point.train_loss for point in measured], [point.error() for point in measured]
     return {
         "t": t.tolist(),
@@ -162,6 +189,21 @@ def path_scores(
         "highest_train_loss": max(losses),
         "highest_test_error": max(errors),
     }
+
+
+def _starts(coefficients: Tensor, buffers: Mapping[str, Tensor], solved: Solved) -> list[Start]:
+    """Return what the buffers of each point (M, K) start from."""
+    corners = torch.eye(coefficients.shape[1])
+    starts: list[Start] = []
+    for row in coefficients.cpu():
+        corner = next((k for k in solved if torch.equal(row, corners[k])), None)
+        starts.append((buffers, False) if corner is None else (solved[corner], True))
+    return starts
+
+
+def _recomputed(trainer: Trainer, starts: Sequence[Start]) -> int:
+    """Return at how many points BatchNorm statistics are recomputed."""
+    return sum(not own for _, own in starts) if has_batchnorm(trainer.weights.module) else 0
 
 
 def _predict(trainer: Trainer, examples: Examples) -> Tensor:

@@ -75,7 +75,10 @@ class Settings(Options):
     seed: int = option(0, help="Random seed.")
     device: str | None = option(None, computing=True, help="cpu, cuda, ... (default: CUDA where there is one)")
     threads: int | None = option(
-        None, ge=1, computing=True, help="CPU threads of one job; the last bits depend on it. (default: all)"
+        None,
+        ge=1,
+        computing=True,
+        help="CPU threads of one job; the last bits depend on it. (default: all)",
     )
     workers: int | None = option(
         None,

@@ -16,7 +16,15 @@ from torch.optim import Optimizer
 
 from ensembler import architectures, pretrained, task
 from ensembler.datasets import Dataset
-from ensembler.device import choose_device, configure, device_name, restored_generators, seed_generators, tf32
+from ensembler.device import (
+    choose_device,
+    configure,
+    device_name,
+    limit_threads,
+    restored_generators,
+    seed_generators,
+    tf32,
+)
 from ensembler.engine import Engine, Local
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
@@ -71,8 +79,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         settings = self.settings
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        limit_threads(settings.threads)
         self.device = choose_device(settings.device)
         settings.check_device(self.device.type)
         configure(self.device)

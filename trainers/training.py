@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -94,6 +94,7 @@ class Training:
         runs = [start for start in starts.values() if isinstance(start, Run)]
         for run in runs:
             run.manifest.dataset.check(dataset)
+        _check_frozen(runs)
         settings = settings.resolved(dataset, runs[0].manifest.architecture if runs else None)
         return cls(dataset, method.resolved(settings), settings, starts, collapse)
 
@@ -146,13 +147,26 @@ class Training:
         return assemble(self.spec, trainer, members, name, independent)
 
 
+def _check_frozen(runs: Sequence[Run]) -> None:
+    """Refuse runs of one architecture whose frozen weights differ: what joins them has one set only."""
+    for run in runs[1:]:
+        for name, tensor in run.frozen.items():
+            if name in runs[0].frozen and not torch.equal(tensor, runs[0].frozen[name]):
+                raise UsageError(
+                    f"the runs differ in {name}, which is frozen, so that no weights lie between them: train all of "
+                    "them from one --init or from the same published --weights"
+                )
+
+
 def centroid(trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor]) -> Members:
     """The average of vertices (K, P) as one network: SWA of snapshots (Izmailov et al. 2018).
 
-    BatchNorm statistics are recomputed for it (sec. 3.2); all other buffers are the first member's.
+    BatchNorm statistics are recomputed for it (sec. 3.2), unless it is the one vertex that there is; all other buffers
+    are the first member's.
     """
     one, first = vertices.mean(dim=0, keepdim=True), {name: rows[0] for name, rows in buffers.items()}
-    return Members(one, torch.ones(1, 1), member_buffers(trainer, one, torch.ones(1, 1), first))
+    solved = {0: first} if len(vertices) == 1 else {}
+    return Members(one, torch.ones(1, 1), member_buffers(trainer, one, torch.ones(1, 1), first, solved))
 
 
 def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:

@@ -1,3 +1,23 @@
 """Scores: pure functions of arrays."""
 
-__all__: list[str] = []
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ensembler._lazy import exports
+
+if TYPE_CHECKING:
+    from ensembler.eval.metrics.classification import (
+        accuracy,
+        adaptive_ece,
+        brier,
+        classwise_ece,
+        ece,
+        max_calibration_error,
+        nll,
+        scores,
+    )
+
+__all__ = ["accuracy", "adaptive_ece", "brier", "classwise_ece", "ece", "max_calibration_error", "nll", "scores"]
+
+__getattr__, __dir__ = exports(__name__, {name: f"ensembler.eval.metrics.classification:{name}" for name in __all__})

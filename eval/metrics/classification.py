@@ -4,13 +4,15 @@ Every score takes probabilities (B, C) of ``B`` examples and ``C`` classes, such
 and is a mean over the examples: score the whole set at once, since a mean of batch means overweights a short last
 batch.
 
-Rows may miss a sum of 1 by up to 1e-3, as in half precision, and are not normalised. The confidence of a prediction is
+Probabilities of 16 bits are taken, also as PyTorch tensors: rows may miss a sum of 1 by as much as a softmax in
+bfloat16 does, and are normalised where they miss it by more than rounding in float32. The confidence of a prediction is
 its largest probability, at most 1.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from ensembler.calibration_maps import FLOOR, bin_indices
 from ensembler.errors import ShapeError, UsageError
 from ensembler.eval.metrics.selective import aurc, misclassification_auroc, risk_at_coverage, risks
+from ensembler.uncertainty import SUM_TOLERANCE
 
 __all__ = [
     "BINS",
@@ -36,7 +39,7 @@ BINS = 15
 
 Array = NDArray[np.float64]
 
-_SUM_TOLERANCE = 1e-3
+_ROUNDING = 1e-5  # what the sum of a float32 softmax may miss 1 by; its rows are left as they are
 
 
 def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
@@ -218,7 +221,7 @@ def _count(bins: int) -> int:
 
 
 def _labels(labels: ArrayLike, p: Array) -> NDArray[np.int64]:
-    y = np.asarray(labels)
+    y = _array(labels)
     if y.shape != p.shape[:1] or y.dtype.kind not in "iu":
         raise ShapeError(f"labels must be {len(p)} integers, one an example, found {y.dtype} {y.shape}")
     outside = np.flatnonzero((y < 0) | (y >= p.shape[1]))
@@ -229,17 +232,28 @@ def _labels(labels: ArrayLike, p: Array) -> NDArray[np.int64]:
 
 
 def _probabilities(probs: ArrayLike) -> Array:
-    found = np.asarray(probs)
+    found = _array(probs)
     if found.ndim != 2 or found.size == 0 or found.dtype.kind not in "fiu":
         raise ShapeError(f"probs must be probabilities (B, C), none empty, found {found.dtype} {found.shape}")
     p = found.astype(np.float64)
     with np.errstate(invalid="ignore"):
         rows = p.sum(axis=1)
     # Comparisons with NaN are false, so a NaN is caught here too.
-    bad = np.flatnonzero(~((np.abs(rows - 1.0) <= _SUM_TOLERANCE) & (p >= 0.0).all(axis=1)))
+    bad = np.flatnonzero(~((np.abs(rows - 1.0) <= SUM_TOLERANCE) & (p >= 0.0).all(axis=1)))
     if len(bad):
         raise ShapeError(
             f"probs[{bad[0]}] is no distribution: its smallest entry is {p[bad[0]].min():g} and it sums to "
             f"{rows[bad[0]]:g}; give probabilities that sum to 1, not logits"
         )
+    rounded = np.abs(rows - 1.0) > _ROUNDING
+    p[rounded] /= rows[rounded, None]
     return p
+
+
+def _array(values: Any) -> NDArray[Any]:
+    """Return an array of numbers, also of a PyTorch tensor on any device, and of bfloat16, which NumPy lacks."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = values.float() if "bfloat16" in str(values.dtype) else values
+    found = np.asarray(values)
+    return found.astype(np.float32) if found.dtype.name == "bfloat16" else found

@@ -6,16 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ensembler import architectures
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ExportError
+from ensembler.images import normalise
 from ensembler.seeds import derive
 from ensembler.serve.runtime.manifest import PROBE, Precision
 from ensembler.serve.runtime.strategies import Members
 from ensembler.serve.runtime.verify import TOLERANCE
 
 __all__ = ["BATCHES", "Agreement", "check_merged", "compare", "patches"]
+
+_ROUNDING = 10  # times what float32 itself costs PyTorch: ONNX Runtime rounds as often, elsewhere
 
 BATCHES = (1, 2, 7)  # a graph whose batch was fixed by tracing fails at two of them at least
 
@@ -26,10 +31,12 @@ class Agreement:
 
     Attributes:
         max_difference: the largest difference of any member's probability.
+        tolerance: the largest that was accepted.
         compared_on: the images, in words.
     """
 
     max_difference: float
+    tolerance: float
     compared_on: list[str]
 
 
@@ -45,7 +52,8 @@ def compare(
         opened: the members as they will be served, in the ensemble's order.
         ensemble: in PyTorch.
         folder: of the bundle.
-        precision: of the exported members; only float32 is held to a bound here.
+        precision: of the exported members; only float32 is held to a bound here: ``TOLERANCE``, or where PyTorch in
+            float32 itself differs from PyTorch in float64 on these images, a small multiple of that.
         test: (B, H, W, 3) images of the dataset.
 
     Raises:
@@ -55,27 +63,36 @@ def compare(
     probe = patches(ensemble.run.manifest.dataset.shape, count)
     sets = {"test images": test[:count]} if test is not None and len(test) >= count else {}
     sets |= {"seeded patches": probe} if exact or not sets else {}
-    largest, expected = 0.0, np.empty(0, np.float32)
+    largest, tolerance, expected = 0.0, TOLERANCE, np.empty(0, np.float32)
     for images in sets.values():
         expected = ensemble.predict_members(images).numpy()
         for member in range(len(opened)):
             try:
-                largest = max(largest, _difference(opened, member, images, expected[member], exact))
+                difference, batch = _difference(opened, member, images, expected[member])
             except ExportError as error:
                 raise ExportError(f"member {member}: {error}") from error
+            if exact and difference > TOLERANCE:
+                tolerance = max(tolerance, _ROUNDING * _rounding(ensemble, member, images, expected[member]))
+            if exact and difference > tolerance:
+                raise ExportError(
+                    f"member {member}: ONNX differs from PyTorch by {difference:.1e} in a probability at a "
+                    f"batch of {batch}, more than {tolerance:.0e}: the network computes something that ONNX does not "
+                    "reproduce"
+                )
+            largest = max(largest, difference)
     np.savez(folder / PROBE, images=probe, probabilities=expected if exact else opened.ask(probe))
-    return Agreement(largest, list(sets))
+    return Agreement(largest, tolerance, list(sets))
 
 
-def check_merged(opened: Members, images: NDArray[np.uint8]) -> None:
-    """Compare the graph of all members with the members.
+def check_merged(opened: Members, images: NDArray[np.uint8], tolerance: float) -> None:
+    """Compare the graph of all members with the members, which may differ by at most ``tolerance``.
 
     Raises:
         ExportError: it differs.
     """
     few = images[: sum(BATCHES)]
     difference = float(np.abs(opened.ask(few, "merged") - opened.ask(few)).max())
-    if not difference <= TOLERANCE:
+    if not difference <= tolerance:
         raise ExportError(f"the members differ by {difference:.1e} when they run in one graph: export without --tune")
 
 
@@ -94,10 +111,11 @@ def patches(image_shape: list[int], count: int) -> NDArray[np.uint8]:
 
 
 def _difference(
-    opened: Members, member: int, images: NDArray[np.uint8], expected: NDArray[np.float32], exact: bool
-) -> float:
-    """Largest difference of a probability between one member and PyTorch, at each batch size."""
-    largest, start = 0.0, 0
+    opened: Members, member: int, images: NDArray[np.uint8], expected: NDArray[np.float32]
+) -> tuple[float, int]:
+    """Return the largest difference of a probability between one member and PyTorch, and at which batch size."""
+    differences: list[tuple[float, int]] = []
+    start = 0
     for batch in BATCHES:
         part = slice(start, start + batch)
         try:
@@ -105,10 +123,28 @@ def _difference(
         except Exception as error:
             raise ExportError(f"the graph fails at a batch of {batch}: {str(error).splitlines()[0]}") from error
         difference = float(np.abs(found - expected[part]).max())
-        if not difference <= (TOLERANCE if exact else 1.0):  # NaN is too large, too
-            raise ExportError(
-                f"ONNX differs from PyTorch by {difference:.1e} in a probability at a batch of {batch}, "
-                f"more than {TOLERANCE:.0e}: the network computes something that ONNX does not reproduce"
-            )
-        largest, start = max(largest, difference), start + batch
-    return largest
+        if np.isnan(difference):
+            raise ExportError(f"the graph answers with NaN at a batch of {batch}")
+        differences.append((difference, batch))
+        start += batch
+    return max(differences, key=lambda found: found[0])
+
+
+def _rounding(ensemble: Ensemble, member: int, images: NDArray[np.uint8], expected: NDArray[np.float32]) -> float:
+    """Largest difference between PyTorch's probabilities in float32 and in float64; 0 where it cannot be computed.
+
+    Logits of 1e5, as small networks give for images unlike the few that they were trained on, are rounded to steps that
+    change whole probabilities: no two programs agree on them.
+    """
+    manifest = ensemble.run.manifest
+    record = manifest.dataset
+    twin = architectures.build(manifest.architecture, ensemble.task.outputs(len(record.classes)))
+    twin.load_state_dict(ensemble.network(member).state_dict())
+    inputs = normalise(torch.from_numpy(images), record.mean, record.std)
+    try:
+        with torch.inference_mode():
+            exact = twin.eval().double()(inputs.double()).softmax(dim=-1).numpy()
+    except RuntimeError:  # a type of its own somewhere inside
+        return 0.0
+    rounding = float(np.abs(exact - expected).max())
+    return rounding if np.isfinite(rounding) else 0.0

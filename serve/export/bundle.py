@@ -24,12 +24,12 @@ from ensembler.calibration import Calibration
 from ensembler.datasets import NAMES, Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, DataError, ExportError, UsageError
+from ensembler.machine import available_cpus
 from ensembler.run import DatasetRecord, Sampling, versions
 from ensembler.serve.export.agreement import check_merged, compare, patches
 from ensembler.serve.export.precision import calibration_lost
 from ensembler.serve.export.validation import Judgement, judge, some
 from ensembler.serve.export.writer import Writer, Written, write_merged
-from ensembler.serve.runtime.machine import available_cpus
 from ensembler.serve.runtime.manifest import (
     EXAMPLES,
     MERGED,
@@ -143,7 +143,7 @@ def export_run(
             training_cost=record.cost.model_dump(),
             run=Origin(name=run_path.resolve().name, sha256=ensemble.run.sha256),
             sampling=_sampling(record.sampling) if written.layout == "vertices" else None,
-            tuning=_tune(folder, written, record.dataset, judgement.order, test) if tune else None,
+            tuning=_tune(folder, written, record.dataset, judgement.order, test, agreement.tolerance) if tune else None,
             calibration=calibration.FILE if fitted else None,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             versions=versions(),
@@ -191,7 +191,12 @@ def _open(folder: Path, written: Written, record: DatasetRecord, order: list[int
 
 
 def _tune(
-    folder: Path, written: Written, record: DatasetRecord, order: list[int], test: NDArray[np.uint8] | None
+    folder: Path,
+    written: Written,
+    record: DatasetRecord,
+    order: list[int],
+    test: NDArray[np.uint8] | None,
+    tolerance: float,
 ) -> Tuning:
     """Time every strategy; keep the graph of all members only where it wins.
 
@@ -201,7 +206,7 @@ def _tune(
     images = patches(record.shape, _TEST) if test is None else test
     write_merged(folder, written.layout, written.graphs, order)
     opened = _open(folder, written, record, order, merged=True)
-    check_merged(opened, images)
+    check_merged(opened, images, tolerance)
     tuning = measure_strategies(opened, images)
     opened.close()
     if "merged" not in tuning.winners.values():

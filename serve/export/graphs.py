@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ensembler.errors import ExportError
 from ensembler.images import normalise
 from ensembler.run import DatasetRecord
+from ensembler.serve.export.reasons import reason
 from ensembler.serve.runtime.sessions import merged_name
 
 __all__ = ["Graph", "holds_weights", "merge", "opset", "replace_weights", "save", "silence", "trace", "without_weights"]
@@ -74,8 +75,7 @@ def trace(graph: Graph, dataset: DatasetRecord) -> onnx.ModelProto:
                 raise RuntimeError("the exporter returned nothing")
             model = program.model_proto
     except Exception as error:  # the exporter raises errors of any class
-        reason = str(error).strip().splitlines()[0]
-        raise ExportError(f"PyTorch cannot export this network to ONNX with a free batch: {reason}") from error
+        raise ExportError(f"PyTorch cannot export this network to ONNX with a free batch: {reason(error)}") from error
     _check_shapes(model, [*dataset.shape], len(dataset.classes))
     _strip(model)
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
+from ensembler.buffers import recomputed
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ExportError, UsageError
 from ensembler.serve.export.graphs import (
@@ -117,7 +118,7 @@ class Writer:
         trained = {
             n for n in names if (p := parameters.get(n.removeprefix("network."))) is not None and p.requires_grad
         }
-        held = {n for n in names if n.removeprefix("network.") in run.buffers}
+        held = {n for n in names if _differs(n.removeprefix("network."), run.buffers, recomputed(graph.network))}
         kinds = {i.name: onnx.helper.tensor_dtype_to_np_dtype(i.data_type) for i in converted.graph.initializer}
 
         def rows(ensemble: Ensemble, wanted: set[str]) -> dict[str, NDArray[Any]]:
@@ -173,6 +174,11 @@ def write_merged(folder: Path, layout: Layout, graphs: Sequence[str], order: Seq
     else:
         models = [onnx.load(folder / graphs[member]) for member in order]
     save(merge(models), folder / MERGED)
+
+
+def _differs(name: str, buffers: Mapping[str, torch.Tensor], recomputed: set[str]) -> bool:
+    """Whether each member has a buffer of its own; a recomputed one may be alike in two members by chance only."""
+    return name in buffers and (name in recomputed or not bool((buffers[name] == buffers[name][:1]).all()))
 
 
 def _arrays(graph: Graph, model: onnx.ModelProto) -> dict[str, NDArray[Any]]:

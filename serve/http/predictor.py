@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ensembler.errors import ShapeError, UsageError
+from ensembler.machine import available_cpus
 from ensembler.serve.http import answers, readers
 from ensembler.serve.http.batcher import Answered, Batcher, Columns
 from ensembler.serve.http.metrics import STAGES, Metrics
@@ -26,7 +27,6 @@ from ensembler.serve.http.routes import BINARY, JSON
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.early_exit import Mode
 from ensembler.serve.runtime.images import check_images
-from ensembler.serve.runtime.machine import available_cpus
 from ensembler.serve.runtime.runtime import Runtime
 
 __all__ = ["Predictor"]

@@ -2,4 +2,13 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from typing import TYPE_CHECKING
+
+from ensembler._lazy import exports
+
+if TYPE_CHECKING:
+    from ensembler.serve.runtime.runtime import Runtime
+
+__all__ = ["Runtime"]
+
+__getattr__, __dir__ = exports(__name__, {"Runtime": "ensembler.serve.runtime.runtime:Runtime"})

@@ -159,6 +159,7 @@ class BundleManifest(Record):
         sampling: how the layout ``"vertices"`` draws further members; ``None`` where the members are fixed.
         training_cost: the run's, as its manifest has it.
         max_difference: the largest difference of any member's probability from PyTorch's.
+        tolerance: the largest that was accepted.
         compared_on: the images of that comparison.
         validation: ``None`` where no held-out images were available.
         tuning: ``None`` where nothing was measured.
@@ -187,6 +188,7 @@ class BundleManifest(Record):
     run: Origin
     opset: int
     max_difference: float
+    tolerance: float
     compared_on: list[str]
     validation: Validation | None
     tuning: Tuning | None

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from ensembler import artefact, calibration
 from ensembler.calibration import Calibration
 from ensembler.errors import UsageError
+from ensembler.machine import available_cpus, resident_memory
 from ensembler.serve.runtime import early_exit
 from ensembler.serve.runtime.early_exit import LEVEL, Mode
 from ensembler.serve.runtime.images import check_floats, check_images
-from ensembler.serve.runtime.machine import available_cpus, resident_memory
 from ensembler.serve.runtime.manifest import MERGED, BundleManifest, Strategy, Tuning, read_bundle
 from ensembler.serve.runtime.prediction import Prediction, predict
 from ensembler.serve.runtime.sessions import open_bundle, open_merged

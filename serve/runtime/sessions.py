@@ -11,7 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from ensembler.errors import ArtefactError, UsageError
-from ensembler.serve.runtime.machine import has_gpu
+from ensembler.machine import has_gpu
 from ensembler.serve.runtime.manifest import GRAPH, MERGED, WEIGHTS, BundleManifest, Layout
 from ensembler.serve.runtime.vertices import Vertices, further_coefficients
 
@@ -119,7 +119,7 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         if weights:
-            values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(w)) for w in weights.values()]
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(w, order="C")) for w in weights.values()]
             options.add_external_initializers(list(weights), values)
         return onnxruntime.InferenceSession(graph, options, providers=list(where))
     except Exception as error:  # its exceptions have no base class of their own

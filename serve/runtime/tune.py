@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler.serve.runtime.machine import available_cpus
+from ensembler.machine import available_cpus
 from ensembler.serve.runtime.manifest import Strategy, Timing, Tuning
 from ensembler.serve.runtime.strategies import Members
 

@@ -6,7 +6,7 @@
 ``coefficients``        (M, K)     each member as a sum of the vertices
 ``vertex/NAME``         (K, ...)   the vertices' trained parameters
 ``buffer/NAME``         (M, ...)   each member's own: BatchNorm statistics cannot be combined
-``shared/NAME``         (...)      the same for all members, such as frozen parameters
+``shared/NAME``         (...)      the same for all members, such as frozen parameters and their BatchNorm statistics
 ======================  =========  ================================================================================
 
 The graph declares these initialisers as external data, which ONNX Runtime takes from memory: no file is written for a
@@ -86,11 +86,11 @@ class Vertices:
         """Return the weights of a new member, at coefficients (K,).
 
         Raises:
-            UsageError: members have BatchNorm statistics, which a new one could get only from training images.
+            UsageError: members have buffers of their own, which a new one could get only from training images.
         """
         if self._buffers:
             raise UsageError(
-                "this bundle cannot make new members: its networks have BatchNorm, whose statistics are found from the "
+                "this bundle cannot make new members: their BatchNorm statistics, or other buffers, are found from the "
                 "training images: export them with ensembler export --members"
             )
         return self.at(coefficients) | self._shared
@@ -99,7 +99,7 @@ class Vertices:
         """Return ``c @ V``, tensor by tensor, in float32 and rounded once to the vertices' type."""
         c = coefficients.astype(np.float32)
         return {
-            name: np.tensordot(c, rows.astype(np.float32, copy=False), axes=1).astype(rows.dtype, copy=False)
+            name: np.asarray(np.tensordot(c, rows.astype(np.float32, copy=False), axes=1), dtype=rows.dtype)
             for name, rows in self._vertices.items()
         }
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from ensembler.trainers.measure import Solved
     from ensembler.trainers.trainer import Trainer
 
 __all__ = ["Complex"]
@@ -78,6 +79,7 @@ class Complex(Method):
         N, seed = len(self.modes), trainer.settings.seed
         ends = [inherit(trainer, trainer.starts[path], f"mode {i + 1}") for i, path in enumerate(self.modes)]
         vertices, buffers = torch.stack([end.vector for end in ends]), ends[0].buffers
+        solved = {i: end.buffers for i, end in enumerate(ends)}
         for i, j in combinations(range(N), 2):
             if torch.equal(vertices[i], vertices[j]):
                 raise UsageError(f"modes {i + 1} and {j + 1} are the same solution: train one with another --seed")
@@ -112,13 +114,18 @@ class Complex(Method):
         coefficients = sample_coefficients(sampling, len(vertices), self.members, seed)
         named = {f"simplex {i + 1}": vertices[simplex] for i, simplex in enumerate(simplexes)}
         metrics = {
-            "simplexes": [describe(trainer, simplex, buffers, name) for name, simplex in named.items()],
-            "paths": self._paths(trainer, vertices, buffers),
+            "simplexes": [
+                describe(trainer, simplex, buffers, name, {0: solved[i]})
+                for i, (name, simplex) in enumerate(named.items())
+            ],
+            "paths": self._paths(trainer, vertices, buffers, solved),
         }
-        members = member_buffers(trainer, vertices, coefficients, buffers)
+        members = member_buffers(trainer, vertices, coefficients, buffers, solved)
         return Members(vertices, coefficients, members, sampling, metrics)
 
-    def _paths(self, trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    def _paths(
+        self, trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor], solved: Solved
+    ) -> list[dict[str, Any]]:
         import torch
 
         from ensembler.subspace import chain
@@ -131,6 +138,8 @@ class Complex(Method):
             line = chain(t, 2) @ corners[[i, j]]
             bent = chain(t, 3) @ torch.stack([corners[i], middle, corners[j]])
             ways = {"line": line, "complex": bent}
-            scores = {name: path_scores(trainer, vertices, c, buffers, t, self.examples) for name, c in ways.items()}
+            scores = {
+                name: path_scores(trainer, vertices, c, buffers, t, self.examples, solved) for name, c in ways.items()
+            }
             found.append({"name": f"mode {i + 1} to mode {j + 1}", **scores})
         return found

@@ -85,11 +85,12 @@ class Curve(Method):
             decay_sampled=True,
         )
         fitted = trainer.fit("curve", vertices, ends[0].buffers, plan)
-        t = torch.linspace(0, 1, self.points)
+        t, first, second = torch.linspace(0, 1, self.points), ends[0].buffers, ends[1].buffers
+        straight, solved = {0: first, 1: second}, {0: first, K - 1: second}
         path = {
-            "line": path_scores(trainer, line, CURVES["chain"](t, 2), ends[0].buffers, t, self.examples),
-            "curve": path_scores(trainer, vertices, basis(t, K), fitted.buffers, t, self.examples),
+            "line": path_scores(trainer, line, CURVES["chain"](t, 2), first, t, self.examples, straight),
+            "curve": path_scores(trainer, vertices, basis(t, K), fitted.buffers, t, self.examples, solved),
         }
         coefficients = basis(torch.linspace(0, 1, self.members), K)
-        buffers = member_buffers(trainer, vertices, coefficients, fitted.buffers)
+        buffers = member_buffers(trainer, vertices, coefficients, fitted.buffers, solved)
         return Members(vertices, coefficients, buffers, metrics={"path": path})

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ensembler.trainers.loop import Fitted
+    from ensembler.trainers.measure import Solved
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
     from ensembler.trainers.work import Made
@@ -113,7 +114,6 @@ class Simplex(Method):
 
         from ensembler.ensemble import sample_coefficients
         from ensembler.run import Sampling
-        from ensembler.trainers.measure import member_buffers
         from ensembler.trainers.work import each
 
         S, K = self.simplexes, self.vertices
@@ -133,37 +133,64 @@ class Simplex(Method):
 
         stages = [facts["stages"] for _, facts in made]
         metrics = {"simplexes": [found[-1] for found in stages], "growth": list(chain(*stages))}
-        vertices = torch.cat([tensors.pop("simplex") for tensors, _ in made])
+        vertices = torch.cat([tensors["simplex"] for tensors, _ in made])
         rows = torch.arange(S * K).view(S, K).tolist()
         sampling = Sampling(simplexes=rows, concentration=self.concentration, corners=self.corners)
         coefficients = sample_coefficients(sampling, S * K, self.members, trainer.settings.seed)
         return Members(
             vertices,
             coefficients,
-            member_buffers(trainer, vertices, coefficients, made[-1][0]),
+            buffers_of_members(trainer, [tensors for tensors, _ in made], vertices, coefficients),
             sampling,
             metrics | ({"lambda": strength, "trials": trials} if trials else {}),
         )
 
 
 def grow(trainer: Trainer, options: Simplex, number: int, name: str, strength: float | Literal["auto"]) -> Made:
-    """A job: one ``simplex`` (K, P), and its last vertex's buffers; what was found at each stage, and lambda."""
+    """A job: one ``simplex`` (K, P) with its buffers; what was found at each stage, and lambda.
+
+    The solution's buffers are ``solution.NAME``, those at the end of the last vertex's training ``last.NAME``.
+    """
     from ensembler.trainers.measure import describe
     from ensembler.trainers.starts import solution
 
     base = solution(trainer, number)
-    simplex, buffers = base.vector[None].clone(), base.buffers
+    simplex, buffers, solved = base.vector[None].clone(), base.buffers, {0: base.buffers}
     trials: list[dict[str, float | None]] = []
     stages = []
     for k in range(1, options.vertices):
         part = f"vertex {k + 1}" if options.simplexes == 1 else f"{name}, vertex {k + 1}"
         if strength == "auto":
-            strength, fitted, trials = largest_that_fits(trainer, options, simplex, buffers, part)
+            strength, fitted, trials = largest_that_fits(trainer, options, simplex, buffers, part, solved)
         else:
             fitted = add_vertex(trainer, options, simplex, buffers, part, strength)
         simplex, buffers = fitted.vertices, fitted.buffers
-        stages.append(describe(trainer, simplex, buffers, f"{name} of {k + 1} vertices"))
-    return {"simplex": simplex, **buffers}, {"stages": stages, "strength": strength, "trials": trials}
+        stages.append(describe(trainer, simplex, buffers, f"{name} of {k + 1} vertices", solved))
+    tensors = {f"solution.{key}": own for key, own in base.buffers.items()}
+    tensors |= {f"last.{key}": own for key, own in buffers.items()}
+    return {"simplex": simplex, **tensors}, {"stages": stages, "strength": strength, "trials": trials}
+
+
+def buffers_of_members(
+    trainer: Trainer, made: list[dict[str, Tensor]], vertices: Tensor, coefficients: Tensor
+) -> dict[str, Tensor]:
+    """Compute the buffers (M, ...) of members: of each, from those of its own simplex; see :func:`grow`."""
+    from ensembler.trainers.measure import member_buffers
+
+    K = len(vertices) // len(made)
+    found: dict[str, Tensor] = {}
+    simplexes = coefficients.view(-1, len(made), K).sum(dim=2).argmax(dim=1)
+    for number, tensors in enumerate(made):
+        kinds = {
+            kind: {name.removeprefix(kind): own for name, own in tensors.items() if name.startswith(kind)}
+            for kind in ("solution.", "last.")
+        }
+        members = (simplexes == number).nonzero()[:, 0]
+        solved = {number * K: kinds["solution."]}
+        own = member_buffers(trainer, vertices, coefficients[members], kinds["last."], solved)
+        for name, rows in own.items():
+            found.setdefault(name, rows.new_empty(len(coefficients), *rows.shape[1:]))[members] = rows
+    return found
 
 
 def add_vertex(
@@ -200,7 +227,7 @@ def add_vertex(
 
 
 def largest_that_fits(
-    trainer: Trainer, options: Simplex, simplex: Tensor, buffers: Mapping[str, Tensor], part: str
+    trainer: Trainer, options: Simplex, simplex: Tensor, buffers: Mapping[str, Tensor], part: str, solved: Solved
 ) -> tuple[float, Fitted, list[dict[str, float | None]]]:
     """Bisect :data:`LADDER` for the largest lambda with which the simplex (K + 1, P) stays within the tolerance.
 
@@ -215,7 +242,7 @@ def largest_that_fits(
     from ensembler.trainers.measure import inside, points
 
     held_out, K = trainer.dataset.validation, len(simplex) + 1
-    (solution,) = points(trainer, simplex, torch.eye(1, K - 1), buffers, held_out)
+    (solution,) = points(trainer, simplex, torch.eye(1, K - 1), buffers, held_out, solved=solved)
     limit = (1 + options.tolerance) * solution.nll
     best, trials = None, list[dict[str, float | None]]()
     low, high = 0, len(LADDER)  # all below low fit, all from high on do not
@@ -224,7 +251,8 @@ def largest_that_fits(
         strength = LADDER[middle]
         try:
             fitted = add_vertex(trainer, options, simplex, buffers, part, strength, f"lambda {strength:g}")
-            measured = points(trainer, fitted.vertices, torch.cat([torch.eye(K), inside(K)]), fitted.buffers, held_out)
+            coefficients = torch.cat([torch.eye(K), inside(K)])
+            measured = points(trainer, fitted.vertices, coefficients, fitted.buffers, held_out, solved=solved)
             losses = torch.tensor([point.nll for point in measured], dtype=torch.float64)
             found = max(losses[:K].mean().item(), losses[K:].mean().item())
         except DivergedError:

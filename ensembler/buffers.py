@@ -1,0 +1,134 @@
+"""The buffers of members that were not trained themselves: which are carried, and which are recomputed.
+
+A member is everything in the network's state dict. Parameters are points of weight space; buffers are not, and no
+average of them has a meaning. So:
+
+- A point that is a trained network (a solution, a snapshot, a curve's end) keeps all buffers that it was trained with.
+- At any other point, what training would have updated by itself is recomputed for the point's own weights: the running
+  statistics of BatchNorm and InstanceNorm from training images, the vectors of spectral norm by power iteration.
+- All other buffers (pruning masks, frozen statistics, the network's own) are carried from the trained network that the
+  point was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from ensembler import batchnorm
+from ensembler.batchnorm import has_batchnorm, keeping_modes
+from ensembler.errors import UsageError
+from ensembler.examples import Examples
+from ensembler.run import DatasetRecord
+from ensembler.seeds import generator
+from ensembler.weights import FlatWeights
+
+__all__ = ["BATCHNORM_EXAMPLES", "Start", "member_buffers", "recomputed"]
+
+BATCHNORM_EXAMPLES = 8192  # enough for a channel's mean and variance; all images could cost more than the training
+
+_BATCHNORM_BATCH = 128
+_POWER_ITERATIONS = 15  # as torch's own when it makes the vectors
+
+Start = tuple[Mapping[str, Tensor], bool]
+"""A point's buffers before anything is recomputed, and whether they are its own, so that nothing is."""
+
+
+def member_buffers(
+    weights: FlatWeights,
+    vertices: Tensor,
+    coefficients: Tensor,
+    train: Examples | None,
+    record: DatasetRecord,
+    starts: Sequence[Start],
+) -> dict[str, Tensor]:
+    """Compute the buffers of members.
+
+    A point between two solutions has activations that the statistics of neither describe (Izmailov et al. 2018, sec.
+    3.2; Garipov et al. 2018). So each member's statistics are averaged over :data:`BATCHNORM_EXAMPLES` training
+    examples, augmented as in training: without augmentation, a ResNet-20 lost 5 points of accuracy. The network's
+    weights and buffers are overwritten.
+
+    Args:
+        weights: the network.
+        vertices: (K, P).
+        coefficients: (M, K).
+        train: the training examples; ``None`` is enough where no BatchNorm statistics are recomputed.
+        record: their normalisation and augmentation.
+        starts: M, see :data:`Start`.
+
+    Returns:
+        Buffer name to (M, ...), on the CPU; empty for a network without buffers.
+
+    Raises:
+        UsageError: BatchNorm statistics are to be recomputed, and ``train`` is ``None``.
+    """
+    if train is not None:
+        # Shuffled, because files are often sorted by class, and the variance within one class is too small.
+        train = train.part(torch.randperm(len(train), generator=generator(0, "batchnorm"))[:BATCHNORM_EXAMPLES])
+    rows: list[dict[str, Tensor]] = []
+    for row, (buffers, own) in zip(coefficients.to(vertices.device), starts, strict=True):
+        torch.mv(vertices.T, row, out=weights.vector)
+        weights.load_buffers(buffers)
+        if not own:
+            _iterate(weights.module)
+            if has_batchnorm(weights.module):
+                if train is None:
+                    raise UsageError("new members of a network with BatchNorm need its training images")
+                batchnorm.recompute(weights.module, _inputs(train, record, vertices.device))
+        rows.append({name: buffer.cpu() for name, buffer in weights.buffers().items()})
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
+
+
+def recomputed(network: nn.Module) -> set[str]:
+    """Return the names of the buffers that are recomputed at points that were not trained."""
+    found = {name for names, _ in _spectral_norms(network) for name in names}
+    for name, layer in batchnorm.layers(network).items():
+        found |= {f"{name}.{own}".lstrip(".") for own, _ in layer.named_buffers(recurse=False)}
+    return found
+
+
+def _iterate(network: nn.Module) -> None:
+    """Bring the vectors of spectral norm, by power iteration, to those of the network's present weights."""
+    norms = _spectral_norms(network)
+    with keeping_modes(network), torch.no_grad():
+        network.train()
+        for _, step in norms:
+            for _ in range(_POWER_ITERATIONS):
+                step()
+
+
+def _spectral_norms(network: nn.Module) -> list[tuple[list[str], Callable[[], object]]]:
+    """Return, for each spectral norm that training updates, its vectors' names and one power iteration in training."""
+    found: list[tuple[list[str], Callable[[], object]]] = []
+    with keeping_modes(network):
+        network.train()
+        for name, module in network.named_modules():
+            prefix = f"{name}." if name else ""
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, SpectralNorm) and module.training:
+                    step = partial(hook.compute_weight, module, do_power_iteration=True)
+                    found.append(([f"{prefix}{hook.name}_u", f"{prefix}{hook.name}_v"], step))
+            chains = module.parametrizations if parametrize.is_parametrized(module) else {}
+            for tensor, chain in chains.items():
+                for place, norm in enumerate(chain):
+                    if isinstance(norm, _SpectralNorm) and norm.training:
+                        own = [f"{prefix}parametrizations.{tensor}.{place}.{each}" for each, _ in norm.named_buffers()]
+                        found.append((own, partial(getattr, module, tensor)))
+    return found
+
+
+def _inputs(train: Examples, record: DatasetRecord, device: torch.device) -> Iterator[Tensor]:
+    """Yield training inputs in batches of nearly equal size, because all batches have equal weight."""
+    stream = generator(0, "batchnorm augmentation")
+    prepare = train.inputs(record.mean, record.std, device)
+    for index in torch.arange(len(train)).tensor_split(-(-len(train) // _BATCHNORM_BATCH)):
+        choices = train.draw(record.augmentation, len(index), stream)
+        batch = train.augmented(index.to(train.labels.device), record.augmentation, choices.to(train.labels.device))
+        yield prepare(batch.data.to(device))
