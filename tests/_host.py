@@ -50,7 +50,7 @@ class Needs(TorchDispatchMode):
             if func is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
                 self.note("a tensor is read")
                 dtype = kwargs.get("dtype") or args[0].dtype
-                return torch.full(args[0].shape, 1 / max(1, args[0].numel()), dtype=torch.float64).to(dtype)
+                return torch.full(args[0].shape, 1 / max(1, *args[0].shape[-1:]), dtype=torch.float64).to(dtype)
             if func in (aten._fused_sgd_.default, aten._fused_sgd_.tensor_lr):  # in place, and without shapes of "meta"
                 return None
             if func is aten.copy_.default and args[0].device.type == "cpu":
