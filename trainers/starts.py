@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ensembler import artefact, pretrained
+from ensembler import artefact, checkpoints, matching
+from ensembler.checkpoints import Checkpoint
 from ensembler.errors import UsageError
-from ensembler.pretrained import Checkpoint
+from ensembler.pretrained import pretrained
 from ensembler.run import CostEntry, Run
 from ensembler.seeds import derive
 from ensembler.storage import local
@@ -47,11 +48,10 @@ def load_starts(method: Method, settings: Settings) -> dict[str, Start]:
         raise UsageError("--init and --weights both name a start: give one of them")
     starts: dict[str, Start] = {path: Run.load(local(path)) for path in method.runs}
     if settings.weights:
-        tensors = pretrained.pretrained(settings.architecture, settings.weights)
-        starts[settings.weights] = Checkpoint(f"{settings.architecture} {settings.weights}", tensors)
+        starts[settings.weights] = pretrained(settings.architecture, settings.weights)
     if settings.init:
         path = local(settings.init)
-        starts[settings.init] = Checkpoint(path.name, pretrained.read(path)) if path.is_file() else Run.load(path)
+        starts[settings.init] = checkpoints.read(path) if path.is_file() else Run.load(path)
     return starts
 
 
@@ -67,7 +67,7 @@ def fresh(trainer: Trainer, member: int = 0) -> Solution:
     """Freshly initialised weights of a member; those of a checkpoint, if there is one, in their places."""
     network = trainer.network(derive(trainer.settings.seed, "member", member))
     if isinstance(trainer.start, Checkpoint):
-        pretrained.fit(network, trainer.start.tensors)
+        matching.load(network, trainer.start)
     weights = FlatWeights(network)
     return Solution(weights.vector, weights.buffers())
 
