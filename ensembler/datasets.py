@@ -49,6 +49,7 @@ __all__ = [
     "Split",
     "default_root",
     "load",
+    "moments",
     "normalise",
 ]
 
@@ -153,7 +154,7 @@ def load(
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
     train, held_out = _split(train, validation, title)
-    mean, std = _moments(train)
+    mean, std = moments(train)
     return Dataset(name, title, classes, augmentation, train, held_out, test, mean, std, skipped)
 
 
@@ -339,7 +340,7 @@ def _split(split: Images, share: float, title: str) -> tuple[Images, Images]:
     return split.part(np.sort(rest)), split.part(np.sort(held_out))
 
 
-def _moments(split: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def moments(split: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Compute the mean and standard deviation of each channel, from exact histograms of the byte values."""
     if isinstance(split, FileSplit):
         split = split.part(torch.randperm(len(split), generator=generator(_SPLIT_SEED, "moments"))[:_SAMPLE])

@@ -20,7 +20,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -112,7 +112,7 @@ class DatasetRecord(Record):
         )
 
     def load(self, root: Path | None = None, *, download: bool = False) -> Dataset:
-        """Load the same images again; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
+        """Load the same images, normalised alike; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
 
         Raises:
             DataError: the images are missing or have changed, or the data are not images.
@@ -129,8 +129,16 @@ class DatasetRecord(Record):
             in_memory=not self.lazy,
             without=self.skipped,
         )
+        return self.adopt(dataset)
+
+    def adopt(self, dataset: Dataset) -> Dataset:
+        """Return a dataset with the record's normalisation, which the run's networks were trained with.
+
+        Raises:
+            DataError: the training or test examples are not the record's.
+        """
         self.check(dataset)
-        return dataset
+        return replace(dataset, mean=tuple(self.mean), std=tuple(self.std))
 
     def check(self, dataset: Dataset) -> None:
         """Refuse a dataset that differs from the record.
@@ -188,11 +196,14 @@ class CostEntry(Record):
 
 
 class Cost(Record):
-    """The total cost of a training, and the cost of each part; the units are those of :class:`CostEntry`."""
+    """The total cost of a training, and the cost of each part; the units are those of :class:`CostEntry`.
 
-    example_passes: int
+    ``None`` is unknown: all was trained elsewhere. Where a part was, the rest is counted, and :attr:`unknown` names it.
+    """
+
+    example_passes: int | None
     forward_passes: int
-    seconds: float
+    seconds: float | None
     peak_memory: int | None
     device: str
     entries: dict[str, CostEntry]

@@ -84,7 +84,7 @@ def test_a_bundle_in_words(tmp_path):
     assert found["agreement with PyTorch"] == ["within 0.0e+00 in any probability"]
     assert found["validation, as exported"] == ["99", "50.00", "0.7000", "not recorded", "not recorded"]
     assert "seed" not in found
-    assert "The training cost of weights.pt, from which training started." in text
+    assert "The training cost of weights.pt." in text
     assert "pip install 'ensembler[s3]'" in text
     assert "ensembler pull s3://bucket/b --out bundles/b" in text
     assert "model-index" not in front_matter(text)
@@ -111,7 +111,7 @@ def test_the_cost_of_what_a_run_was_started_from_is_said_to_be_unknown(tmp_path)
     bundle = manifest_of(make_bundle(tmp_path / "bundle")) | {"training_cost": cost.model_dump()}
     for manifest in (run, bundle):
         text = card(manifest, "ab" * 32, "file:///x/mine", "mine")
-        assert "The training cost of weights.pt, from which training started." in text
+        assert "The training cost of weights.pt." in text
 
 
 def test_an_artefact_that_says_nothing_has_one_too():

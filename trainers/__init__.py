@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ensembler._lazy import exports
 
 if TYPE_CHECKING:
+    from ensembler.trainers.importing import import_checkpoints
     from ensembler.trainers.method import Members, Method
     from ensembler.trainers.methods.complex import Complex
     from ensembler.trainers.methods.curve import Curve
@@ -32,6 +33,7 @@ __all__ = [
     "Subspace",
     "Trainer",
     "collapse_run",
+    "import_checkpoints",
     "train",
 ]
 
@@ -50,6 +52,7 @@ __getattr__, __dir__ = exports(
         "Subspace": "ensembler.trainers.methods.subspace:Subspace",
         "Trainer": "ensembler.trainers.trainer:Trainer",
         "collapse_run": "ensembler.trainers.training:collapse_run",
+        "import_checkpoints": "ensembler.trainers.importing:import_checkpoints",
         "train": "ensembler.trainers.training:train",
     },
 )

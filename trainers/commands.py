@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ensembler.errors import UsageError
 from ensembler.options import parameters
 from ensembler.storage import destination, place
-from ensembler.trainers.launch import Data, Launch
+from ensembler.trainers.launch import Data, Import, Launch
 from ensembler.trainers.method import Method, methods
 from ensembler.trainers.settings import Settings
 from ensembler.transfers import push_finished
@@ -44,10 +45,14 @@ def command_of(method: type[Method]) -> Callable[..., None]:
         *parameters(Launch, "Run"),
     ]
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    every = [context, *parameters(method, "Method"), *shared]
+    command.__doc__ = method.__doc__
+    return _with_parameters(command, [context, *parameters(method, "Method"), *shared])
+
+
+def _with_parameters(command: Callable[..., None], every: list[inspect.Parameter]) -> Callable[..., None]:
+    """Give a command these parameters, as Typer reads them."""
     command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
-    command.__doc__ = method.__doc__
     return command
 
 
@@ -76,6 +81,28 @@ def collapse(
     found = collapse_run(whole, whole.manifest.dataset.load(data), device)
     name = f"{found.manifest.method}-{label(found.manifest.architecture)}"
     push_finished(save(found, folder or new_path(Path("runs"), name)), url)
+
+
+def _import(**given: Any) -> None:
+    """Make a run of checkpoints that were trained elsewhere: a deep ensemble, evaluated and served like any other."""
+    from ensembler.run import new_path
+    from ensembler.trainers.importing import import_checkpoints
+    from ensembler.trainers.launch import check_free, label, save, say_skipped
+    from ensembler.trainers.progress import progress
+
+    own, data = Import.typed(given), Data.typed(given)
+    if data.dataset is None:
+        raise UsageError("--dataset is required: the images that the checkpoints were trained on")
+    folder, url = destination(own.out, "runs")
+    check_free(folder or Path("runs", "new"))
+    dataset = data.load()
+    say_skipped(dataset)
+    with progress() as on_event:
+        run = import_checkpoints(own.checkpoints, own.architecture, dataset, device=own.device, on_event=on_event)
+    push_finished(save(run, folder or new_path(Path("runs"), f"imported-{label(own.architecture)}")), url)
+
+
+app.command("import")(_with_parameters(_import, [*parameters(Import, "Run"), *parameters(Data, "Images")]))
 
 
 @app.command("show")

@@ -55,7 +55,8 @@ class Spec(Record):
         for part in ("options", "settings"):
             content[part] = {name: value for name, value in content[part].items() if name not in left_out}
         content["starts"] = list(self.starts.values())
-        content["data"] = [self.dataset.shape, self.dataset.train_sha256, self.dataset.test_sha256]
+        data = self.dataset
+        content["data"] = [data.shape, data.train_sha256, data.test_sha256, data.mean, data.std]
         text = json.dumps(content, sort_keys=True)
         return self.model_copy(update={"fingerprint": hashlib.sha256(text.encode()).hexdigest()})
 

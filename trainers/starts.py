@@ -29,6 +29,9 @@ __all__ = ["Solution", "Start", "fresh", "identity", "inherit", "load_starts", "
 
 Start = Run | Checkpoint
 
+FIRST = "solution 1"
+"""The cost entry of an independent run's first member."""
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -95,11 +98,11 @@ def inherit(trainer: Trainer, run: Start, part: str) -> Solution:
     assert isinstance(run, Run)  # noqa: S101  methods join runs
     cost = run.manifest.cost
     # An independent member was trained alone; of any other, the whole run was needed.
-    whole = CostEntry.model_validate(cost.model_dump(exclude={"entries"}))
-    entry = cost.entries["solution 1"] if run.manifest.independent else whole
-    origin = ", ".join(cost.unknown) or None
-    trainer.ledger.entries[part] = entry.model_copy(update={"origin": origin})
-    trainer.ledger.before += cost.seconds if entry.seconds is None else entry.seconds
+    alone = next((e for name, e in cost.entries.items() if run.manifest.independent and name.endswith(FIRST)), None)
+    whole = cost.model_dump(exclude={"entries"}) | {"example_passes": cost.example_passes or 0}
+    entry = alone or CostEntry.model_validate(whole | {"origin": ", ".join(cost.unknown) or None})
+    trainer.ledger.entries[part] = entry.model_copy()
+    trainer.ledger.before += entry.seconds or 0.0
     rows = vertices(trainer, run)
     buffers = {name: rows[0].to(trainer.device) for name, rows in run.buffers.items()}
     return Solution(run.coefficients[0].to(rows) @ rows, buffers)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ensembler.engine import Engine, Local
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
+from ensembler.normalisation import describe
 from ensembler.run import DatasetRecord, Manifest, Run, versions
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.events import OnEvent
@@ -87,10 +89,12 @@ class Training:
         Raises:
             UsageError: options that do not go together. DataError: a start was trained on other data.
         """
-        runs = [start for start in starts.values() if isinstance(start, Run)]
-        for run in runs:
-            run.manifest.dataset.check(dataset)
-        settings = settings.resolved(dataset, runs[0].manifest.architecture if runs else None)
+        runs = {name: start for name, start in starts.items() if isinstance(start, Run)}
+        for run in runs.values():
+            dataset = run.manifest.dataset.adopt(dataset)
+        check_inputs(runs)
+        first = next(iter(runs.values()), None)
+        settings = settings.resolved(dataset, first.manifest.architecture if first else None)
         return cls(dataset, method.resolved(settings), settings, starts, collapse)
 
     @cached_property
@@ -133,6 +137,21 @@ class Training:
         return assemble(self.spec, trainer, members, name, independent)
 
 
+def check_inputs(runs: Mapping[str, Run]) -> None:
+    """Refuse runs whose networks take differently normalised images.
+
+    Raises:
+        UsageError: two of them; the message names both.
+    """
+    for (first, one), (name, other) in pairwise(runs.items()):
+        ours, theirs = one.manifest.dataset, other.manifest.dataset
+        if (ours.mean, ours.std) != (theirs.mean, theirs.std):
+            raise UsageError(
+                f"{first} takes images normalised with {describe(ours.mean, ours.std)}, {name} with "
+                f"{describe(theirs.mean, theirs.std)}: their weights cannot be joined"
+            )
+
+
 def centroid(trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor]) -> Members:
     """The average of vertices (K, P) as one network: SWA of snapshots (Izmailov et al. 2018).
 
@@ -150,10 +169,10 @@ def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
     """
     manifest = run.manifest
     settings = Settings(**manifest.settings | {"init": None, "weights": None, "device": device})
-    trainer = Trainer(dataset, settings)
+    trainer = Trainer(manifest.dataset.adopt(dataset), settings)
     rows = vertices(trainer, run)
     trainer.ledger.entries.update({name: entry.model_copy() for name, entry in manifest.cost.entries.items()})
-    trainer.ledger.before, trainer.ledger.history = manifest.cost.seconds, [dict(line) for line in run.history]
+    trainer.ledger.before, trainer.ledger.history = manifest.cost.seconds or 0.0, [dict(line) for line in run.history]
     buffers = {name: own.to(trainer.device) for name, own in run.buffers.items()}
     spec = Spec(
         command=manifest.command or "",
