@@ -105,6 +105,36 @@ def _import(**given: Any) -> None:
 app.command("import")(_with_parameters(_import, [*parameters(Import, "Run"), *parameters(Data, "Images")]))
 
 
+@app.command("combine")
+def combine_runs(
+    runs: Annotated[list[Path], typer.Argument(parser=place, help="Runs of one dataset; their networks may differ.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the dataset's files.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="PATH|URL", help="Folder of the new run, or a URL. (default: one in runs/)"),
+    ] = None,
+) -> None:
+    """Combine the members of several runs into one run; their costs are added up."""
+    from ensembler.run import Run, new_path
+    from ensembler.trainers.combining import combine
+    from ensembler.trainers.launch import check_free, label, save
+
+    folder, url = destination(out, "runs")
+    check_free(folder or Path("runs", "new"))
+    loaded: dict[str, Run] = {}
+    for path in runs:
+        name = path.resolve().name
+        loaded[f"{name} ({len(loaded) + 1})" if name in loaded else name] = Run.load(path)
+    dataset = next(iter(loaded.values())).manifest.dataset.load(data)
+    found = combine(loaded, dataset, device)
+    given = sum(run.manifest.members for run in loaded.values())
+    if found.manifest.members < given:
+        typer.echo(f"{given - found.manifest.members} members have the weights of others: kept once", err=True)
+    name = f"combined-{label(found.manifest.architecture.replace(' ', ''))}"
+    push_finished(save(found, folder or new_path(Path("runs"), name)), url)
+
+
 @app.command("show")
 def show(run: _Run = None) -> None:
     """Show what a run is: method, sizes, geometry, cost, metrics, files."""

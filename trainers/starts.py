@@ -114,6 +114,7 @@ def vertices(trainer: Trainer, run: Run) -> Tensor:
     Raises:
         DataError, UsageError: it is of others.
     """
+    run.check_one_network("to start from")
     run.manifest.dataset.check(trainer.dataset)
     own, other = trainer.settings.architecture, run.manifest.architecture
     if other != own:

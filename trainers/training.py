@@ -29,7 +29,7 @@ from ensembler.trainers.spec import Spec
 from ensembler.trainers.starts import Start, identity, load_starts, vertices
 from ensembler.trainers.trainer import Trainer
 
-__all__ = ["Training", "centroid", "collapse_run", "train"]
+__all__ = ["Training", "assemble", "centroid", "collapse_run", "measure", "train"]
 
 
 def train(
@@ -91,6 +91,7 @@ class Training:
         """
         runs = {name: start for name, start in starts.items() if isinstance(start, Run)}
         for run in runs.values():
+            run.check_one_network("to start from")
             dataset = run.manifest.dataset.adopt(dataset)
         check_inputs(runs)
         first = next(iter(runs.values()), None)
@@ -167,6 +168,7 @@ def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
     Raises:
         DataError: ``dataset`` is not what the run was trained on.
     """
+    run.check_one_network("to average")
     manifest = run.manifest
     settings = Settings(**manifest.settings | {"init": None, "weights": None, "device": device})
     trainer = Trainer(manifest.dataset.adopt(dataset), settings)
@@ -217,13 +219,15 @@ def assemble(spec: Spec, trainer: Trainer, members: Members, name: str, independ
         history=trainer.ledger.history,
     )
 
-    def measure() -> dict[str, dict[str, float | None]]:
-        ensemble = Ensemble(run, trainer.device)
-        splits = {"validation": trainer.dataset.validation, "test": trainer.dataset.test}
-        return {split: _scores(ensemble, examples) for split, examples in splits.items()}
-
-    manifest.metrics = members.metrics | trainer.group.from_first(measure)
+    manifest.metrics = members.metrics | trainer.group.from_first(lambda: measure(run, trainer.dataset, trainer.device))
     return run
+
+
+def measure(run: Run, dataset: Dataset, device: torch.device | str | None) -> dict[str, dict[str, float | None]]:
+    """The run's scores on the held-out and the test data."""
+    ensemble = Ensemble(run, device)
+    splits = {"validation": dataset.validation, "test": dataset.test}
+    return {split: _scores(ensemble, examples) for split, examples in splits.items()}
 
 
 def _scores(ensemble: Ensemble, examples: Examples) -> dict[str, float | None]:
