@@ -191,7 +191,7 @@ def _cost(cost: Mapping[str, Any]) -> str | None:
     origins = [entry.get("origin") for entry in (cost.get("entries") or {}).values() if isinstance(entry, Mapping)]
     elsewhere = ", ".join(origin for origin in origins if origin)
     if cost.get("example_passes") is None:
-        return f"unknown: {elsewhere} were trained elsewhere" if elsewhere else None
+        return f"unknown: trained elsewhere ({elsewhere})" if elsewhere else None
     texts = [f"{cost['example_passes']:,} example passes (one image, forward and backward)"]
     if cost.get("forward_passes"):
         texts.append(f"{cost['forward_passes']:,} images forward only")

@@ -304,7 +304,7 @@ def _bare(name: str) -> str:
 
 
 def _near(name: str, others: Sequence[str]) -> str:
-    found = get_close_matches(name, others, 1)
+    found = get_close_matches(name, others, 1, 0.75)
     return f" (nearest: '{found[0]}')" if found else ""
 
 

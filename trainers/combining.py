@@ -84,7 +84,7 @@ def combine(runs: Mapping[str, Run], dataset: Dataset | None = None, device: str
             "files": {},
         }
     )
-    history = [line | {"part": f"{name}, {line['part']}"} for name, run in runs.items() for line in run.history]
+    history = [dict(line) | {"part": f"{name}, {line['part']}"} for name, run in runs.items() for line in run.history]
     run = replace(stacked[0], manifest=manifest, history=history, sha256="")
     if len(stacked) > 1:
         run = Run(manifest, {}, torch.empty(0, 0), {}, history=history, parts=stacked)
@@ -177,7 +177,7 @@ def _alike(one: Run, other: Run) -> bool:
 def _stack(group: Sequence[Run]) -> Run:
     """Stack runs of one network: their vertices, and their coefficients as blocks."""
     first = group[0]
-    coefficients = torch.block_diag(*(run.coefficients for run in group))
+    coefficients = torch.block_diag(*(run.coefficients for run in group))  # type: ignore[no-untyped-call]
     manifest = first.manifest.model_copy(
         update={
             "vertices": coefficients.shape[1],
@@ -200,7 +200,7 @@ def _cost(runs: Mapping[str, Run]) -> Cost:
     """Add up the costs; parts that are equal to the millisecond are one training, and count once."""
     costs = [run.manifest.cost for run in runs.values()]
     entries: dict[str, CostEntry] = {}
-    once: set[str] = set()
+    once: set[tuple[Any, ...]] = set()
     shared = []
     for name, run in runs.items():
         whole = {_key(other) for other in costs if other is not run.manifest.cost}
