@@ -74,7 +74,8 @@ def _read_file(path: Path) -> Any:
         if pickled := re.search(r"GLOBAL ([\w.]+)|(TorchScript|legacy \.tar)", str(error)):
             raise ArtefactError(
                 f"{path} holds more than tensors ({pickled[1] or pickled[2]}), and reading that could run code: "
-                "save only the state dict, torch.save(network.state_dict(), FILE)"
+                "save only the state dict, torch.save(network.state_dict(), FILE), or where you trust it, "
+                "torch.save(torch.load(FILE, weights_only=False)[KEY], NEW)"
             ) from error
         raise CorruptError(f"{path} is damaged, or not a file of weights: copy or download it again") from error
 

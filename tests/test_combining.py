@@ -146,7 +146,18 @@ def test_different_networks_are_exported_and_served(deep, other, tmp_path, tune)
     np.testing.assert_allclose(found, members(run).numpy(), atol=1e-5)
 
 
+def test_a_file_and_a_run_are_told_apart(deep, tmp_path):
+    path = deep.save(tmp_path / "run")
+    result = call("import", path, "--arch", "cnn", "--dataset", "digits", "--out", tmp_path / "new")
+    assert "is a run, not a file of weights: join runs with ensembler combine" in result.stderr
+    result = call("combine", path, path / "vertices.safetensors", "--out", tmp_path / "new")
+    assert "is a file, not a run: make a run of checkpoints with ensembler import" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_runs_that_cannot_be_combined(deep):
+    with pytest.raises(UsageError, match="every member of again has the weights of one before: leave again out"):
+        together(deep=deep, again=deep)
     with pytest.raises(UsageError, match="name at least two runs to combine"):
         together(deep=deep)
     more = make(DeepEnsemble(members=1), dataset(train=40), architecture="tests._small:batchnorm")

@@ -109,6 +109,14 @@ def test_what_cannot_be_members_is_refused(files, tmp_path):
         imported(files, architecture="cnn")
 
 
+def test_files_of_one_name_are_told_apart(files, tmp_path):
+    for number, file in enumerate(files):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "best.pt").write_bytes(file.read_bytes())
+    paths = [tmp_path / "0" / "best.pt", tmp_path / "1" / "best.pt"]
+    assert imported(paths).manifest.cost.unknown == [str(path) for path in paths]
+
+
 def test_frozen_weights_that_differ_are_refused(files):
     with pytest.raises(UsageError, match=r"'body.0.weight' is frozen in the network .* differs between .*a\.pt and"):
         imported(files, architecture="tests._small:frozen")

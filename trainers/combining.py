@@ -7,7 +7,7 @@ block-diagonal. Different networks, or differently normalised images, are parts 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -41,11 +41,11 @@ def combine(runs: Mapping[str, Run], dataset: Dataset | None = None, device: str
         device: where the members are measured.
 
     Raises:
-        UsageError: fewer than two runs, runs of other data, or no second member.
+        UsageError: fewer than two runs, runs of other data, or a run that adds no member.
         DataError: the dataset is missing, or not what the runs were trained on.
     """
     _check(runs)
-    parts = list(_parts(runs.values()))
+    parts = list(_parts(runs))
     stacked = [_stack(group) for group in _groups(parts)]
     manifests = [run.manifest for run in runs.values()]
     first, architectures = manifests[0], list(dict.fromkeys(part.manifest.architecture for part in stacked))
@@ -122,10 +122,15 @@ def _size(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _parts(runs: Iterable[Run]) -> Iterator[Run]:
-    """Yield each run of one network, without the members that an earlier one has."""
+def _parts(runs: Mapping[str, Run]) -> Iterator[Run]:
+    """Yield each run of one network, without the members that an earlier one has.
+
+    Raises:
+        UsageError: a run has no member of its own.
+    """
     seen: set[str] = set()
-    for run in runs:
+    for name, run in runs.items():
+        before = len(seen)
         for part in run.networks:
             kept = []
             for member in range(len(part.coefficients)):
@@ -136,6 +141,8 @@ def _parts(runs: Iterable[Run]) -> Iterator[Run]:
             if kept:
                 buffers = {name: rows[kept] for name, rows in part.buffers.items()}
                 yield replace(part, coefficients=part.coefficients[kept], buffers=buffers)
+        if len(seen) == before:
+            raise UsageError(f"every member of {name} has the weights of one before: leave {name} out")
 
 
 def _digest(run: Run, member: int) -> str:

@@ -124,6 +124,8 @@ def combine_runs(
     check_free(folder or Path("runs", "new"))
     loaded: dict[str, Run] = {}
     for path in runs:
+        if path.is_file():
+            raise UsageError(f"{path} is a file, not a run: make a run of checkpoints with ensembler import")
         name = path.resolve().name
         loaded[f"{name} ({len(loaded) + 1})" if name in loaded else name] = Run.load(path)
     dataset = next(iter(loaded.values())).manifest.dataset.load(data)

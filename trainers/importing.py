@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ensembler import checkpoints, datasets, matching, normalisation
-from ensembler.artefact import sha256
+from ensembler.artefact import MANIFEST, sha256
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
@@ -72,10 +72,13 @@ def import_checkpoints(
     settings = Settings(architecture=architecture, device=device).resolved(dataset)
     trainer = Trainer(dataset, settings, on_event=on_event)
     paths = [Path(file) for file in files]
-    given = [_read(trainer, path) for path in paths]
-    _check(given, paths)
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):  # seed0/best.pt, seed1/best.pt
+        names = [str(path) for path in paths]
+    given = [_read(trainer, path, name) for path, name in zip(paths, names, strict=True)]
+    _check(given, names)
     trainer.weights.load_frozen(given[0].frozen)
-    origins = {f"solution {number}": path.name for number, path in enumerate(paths, start=1)}
+    origins = {f"solution {number}": name for number, name in enumerate(names, start=1)}
     entries = {name: CostEntry(seconds=None, device="unknown", origin=origin) for name, origin in origins.items()}
     trainer.ledger = Ledger("unknown", entries)
     members = Members(torch.stack([one.vector for one in given]), torch.eye(len(given)), stack_buffers(given))
@@ -89,7 +92,7 @@ def import_checkpoints(
     ).fingerprinted({"checkpoints"})
     run = assemble(spec, trainer, members, "single" if len(paths) == 1 else "deep-ensemble", independent=True)
     trainer.say(f"inputs are normalised with {normalisation.describe(dataset.mean, dataset.std)}")
-    _judge(trainer, run, paths)
+    _judge(trainer, run, names)
     return run
 
 
@@ -104,14 +107,16 @@ class _Given(Solution):
     frozen: Mapping[str, Tensor]
 
 
-def _read(trainer: Trainer, path: Path) -> _Given:
+def _read(trainer: Trainer, path: Path, name: str) -> _Given:
     """Read a checkpoint of the trainer's network.
 
     Raises:
         As :func:`import_checkpoints`.
     """
+    if (path / MANIFEST).is_file():
+        raise UsageError(f"{path} is a run, not a file of weights: join runs with ensembler combine")
     network = trainer.network(trainer.settings.seed)
-    found = matching.load(network, checkpoints.read(path))
+    found = matching.load(network, replace(checkpoints.read(path), origin=name))
     if found.fresh:
         raise UsageError(
             f"{path} was not trained on the {len(trainer.dataset.classes)} classes of {trainer.dataset.title}: "
@@ -124,13 +129,13 @@ def _read(trainer: Trainer, path: Path) -> _Given:
     return _Given(weights.vector.cpu(), {name: tensor.cpu() for name, tensor in weights.buffers().items()}, frozen)
 
 
-def _check(given: Sequence[_Given], paths: Sequence[Path]) -> None:
+def _check(given: Sequence[_Given], names: Sequence[str]) -> None:
     """Refuse members that are the same, and frozen parameters that are not.
 
     Raises:
         UsageError: the message names both files.
     """
-    for (one, path), (other, another) in combinations(zip(given, paths, strict=True), 2):
+    for (one, path), (other, another) in combinations(zip(given, names, strict=True), 2):
         differing = [name for name, tensor in one.frozen.items() if not torch.equal(tensor, other.frozen[name])]
         if differing:
             raise UsageError(
@@ -142,7 +147,7 @@ def _check(given: Sequence[_Given], paths: Sequence[Path]) -> None:
             raise UsageError(f"{path} and {another} hold the same weights: leave one of them out")
 
 
-def _judge(trainer: Trainer, run: Run, paths: Sequence[Path]) -> None:
+def _judge(trainer: Trainer, run: Run, names: Sequence[str]) -> None:
     """Report each checkpoint's accuracy on validation images, and what may be wrong with it."""
     dataset = trainer.dataset
     if not dataset.classes:
@@ -150,21 +155,21 @@ def _judge(trainer: Trainer, run: Run, paths: Sequence[Path]) -> None:
     order = torch.randperm(len(dataset.validation), generator=generator(0, "import"))
     some = dataset.validation.part(order[:EXAMPLES].sort().values)
     right = _right(run, trainer, some)
-    for path, own in zip(paths, right, strict=True):
-        trainer.say(f"{path}: {_share(own)} of {len(own):,} validation images right")
+    for name, own in zip(names, right, strict=True):
+        trainer.say(f"{name}: {_share(own)} of {len(own):,} validation images right")
     guessing = float(torch.bincount(some.labels.cpu(), minlength=len(dataset.classes)).max() / len(some))
     most = guessing + 3 * math.sqrt(guessing * (1 - guessing) / len(some))
-    poor = [str(path) for path, own in zip(paths, right, strict=True) if own.double().mean() <= most]
+    poor = [name for name, own in zip(names, right, strict=True) if own.double().mean() <= most]
     if poor:
         trainer.say(
             f"warning: {', '.join(poor)}: not clearly better than guessing ({100 * guessing:.1f} %): check the "
             "architecture, the order of the classes, --normalisation and --image-size"
         )
     if run.manifest.dataset.kind == "images":
-        _try_others(trainer, run, some, right[0], paths[0])
+        _try_others(trainer, run, some, right[0], names[0])
 
 
-def _try_others(trainer: Trainer, run: Run, some: Examples, right: Tensor, path: Path) -> None:
+def _try_others(trainer: Trainer, run: Run, some: Examples, right: Tensor, path: str) -> None:
     """Report another normalisation with which the first checkpoint does clearly better."""
     record = run.manifest.dataset
     tried = {f"with --normalisation {name}": moments for name, moments in normalisation.NAMES.items()}
