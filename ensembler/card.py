@@ -178,7 +178,7 @@ def _not_known(manifest: Mapping[str, Any], bundle: bool) -> str:
     cost = manifest.get("training_cost" if bundle else "cost") or {}
     entries = (cost.get("entries") or {}).values()
     origins = [entry.get("origin") for entry in entries if isinstance(entry, Mapping)]
-    facts += [f"The training cost of {_plain(origin)}, from which training started." for origin in origins if origin]
+    facts += [f"The training cost of {_plain(origin)}." for origin in origins if origin]
     of_run = manifest.get("metrics") or {}
     if any("examples" not in (of_run.get(split) or {"examples": 0}) for split in ("validation", "test")):
         facts.append("The number of images that the scores were measured on.")
@@ -188,8 +188,10 @@ def _not_known(manifest: Mapping[str, Any], bundle: bool) -> str:
 
 
 def _cost(cost: Mapping[str, Any]) -> str | None:
+    origins = [entry.get("origin") for entry in (cost.get("entries") or {}).values() if isinstance(entry, Mapping)]
+    elsewhere = ", ".join(origin for origin in origins if origin)
     if cost.get("example_passes") is None:
-        return None
+        return f"unknown: trained elsewhere ({elsewhere})" if elsewhere else None
     texts = [f"{cost['example_passes']:,} example passes (one image, forward and backward)"]
     if cost.get("forward_passes"):
         texts.append(f"{cost['forward_passes']:,} images forward only")
@@ -197,6 +199,8 @@ def _cost(cost: Mapping[str, Any]) -> str | None:
         texts.append(f"{cost['seconds']:,.0f} s")
     if cost.get("peak_memory") is not None:
         texts.append(f"{cost['peak_memory'] / 2**30:.2f} GiB of peak memory")
+    if elsewhere:
+        texts.append(f"and the unknown cost of {elsewhere}")
     return ", ".join(texts)
 
 

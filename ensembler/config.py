@@ -25,6 +25,7 @@ from typing import Any
 
 import typer
 
+from ensembler import normalisation
 from ensembler.artefact import MANIFEST
 from ensembler.errors import UsageError
 
@@ -128,6 +129,7 @@ def _from_run(path: Path, manifest: Mapping[str, Any], command: str) -> dict[str
         height, width, _ = record["shape"]
         options = manifest["settings"] | manifest["options"]
         options |= {"dataset": record["name"], "image_size": height if height == width else None}
+        options |= {"normalisation": normalisation.text(record["mean"], record["std"])}
         if record["name"].startswith("folder:"):
             options |= {"in_memory": not record["lazy"], "corrupt": "skip" if record["skipped"] else "refuse"}
         method, own_command = manifest["method"], manifest["command"]

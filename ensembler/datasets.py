@@ -41,6 +41,7 @@ __all__ = [
     "Split",
     "default_root",
     "load",
+    "moments",
     "normalise",
 ]
 
@@ -151,7 +152,7 @@ def load(
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
     train, held_out = _split(train, validation, title)
-    mean, std = _moments(_histogram(train))
+    mean, std = moments(train)
     return Dataset(name, title, classes, augmentation, train, held_out, test, mean, std)
 
 
@@ -340,6 +341,11 @@ def _split(split: Images, share: float, title: str) -> tuple[Images, Images]:
     """Hold out a seeded, stratified ``share``; return the rest and the share."""
     rest, held_out = hold_out(split.labels.numpy(), share, title)
     return split.part(rest), split.part(held_out)
+
+
+def moments(split: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Compute the mean and standard deviation of each channel, of a sample where the images are in files."""
+    return _moments(_histogram(split))
 
 
 def _histogram(split: Images) -> Tensor:

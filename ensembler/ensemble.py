@@ -23,6 +23,7 @@ from ensembler.network_checks import NetworkChecks
 from ensembler.run import Run, Sampling
 from ensembler.seeds import derive, generator
 from ensembler.subspace import dirichlet
+from ensembler.task import Task
 from ensembler.weights import FlatWeights
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ __all__ = ["Ensemble", "sample_coefficients"]
 class Ensemble:
     """Members ``coefficients @ vertices`` of one network, ready to predict.
 
-    All members share one copy of the network: each member's weights are written into it before its forward pass.
+    All members of one network share one copy of it: each member's weights are written into it before its forward pass.
+    A combination of different networks has one copy of each.
 
     Args:
         run: the trained run.
@@ -60,13 +62,10 @@ class Ensemble:
         self.task = task.find(run.manifest.task)
         budget = (2048 if self.device.type == "cuda" else 64) * 3 * 32 * 32  # on a CPU, what fits into its cache
         self.batch_size = batch_size or max(1, budget // math.prod(record.shape))
+        outputs = self.task.outputs(len(record.classes))
         self._kind = examples.find(record.kind)
-        self._inputs = self._kind.inputs(record.mean, record.std, self.device)
-        self._network = self._build()
-        self._weights = FlatWeights(self._network)
-        self._weights.load_frozen(run.frozen)
-        self._vertices = self._weights.flatten(run.vertices)
-        self._coefficients = run.coefficients.to(self.device)
+        self._parts = [_Part(part, self.task, outputs, self.device) for part in run.networks]
+        self._places = [(part, row) for part in self._parts for row in range(len(part.run.coefficients))]
 
     @classmethod
     def load(
@@ -82,7 +81,7 @@ class Ensemble:
     @property
     def members(self) -> int:
         """Number of members, M."""
-        return len(self._coefficients)
+        return len(self._places)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -92,11 +91,14 @@ class Ensemble:
     def network(self, member: int) -> nn.Module:
         """Return the network with one member's weights and buffers, in evaluation mode.
 
-        It is the same module every time: the next call overwrites its weights.
+        Members of one network are the same module every time: the next call overwrites its weights.
         """
-        torch.mv(self._vertices.T, self._coefficients[member], out=self._weights.vector)
-        self._weights.load_buffers({name: rows[member] for name, rows in self.run.buffers.items()})
-        return self._network
+        part, row = self._places[member]
+        return part.network(row)
+
+    def run_of(self, member: int) -> Run:
+        """Return the run of a member's network: one of the parts of a combination, else :attr:`run`."""
+        return self._places[member][0].run
 
     def predict_members(self, x: Tensor | NDArray[np.generic]) -> Tensor:
         """Predict each member's distribution; for a classifier, its probabilities.
@@ -118,9 +120,10 @@ class Ensemble:
         with torch.inference_mode():
             for member in range(self.members):
                 network = self.network(member)
+                prepare = self._places[member][0].inputs if stored else Tensor.float
                 for start in range(0, max(1, len(x)), self.batch_size):
                     part = slice(start, start + self.batch_size)
-                    predicted = self.task.distribution(network(self._prepare(x[part], stored)))
+                    predicted = self.task.distribution(network(prepare(x[part].to(self.device))))
                     if not start and not member:
                         result = torch.empty(self.members, len(x), *predicted.shape[1:], device=self.device)
                     result[member, part] = predicted
@@ -154,7 +157,7 @@ class Ensemble:
         sampling = self.run.manifest.sampling
         if sampling is None:
             raise UsageError(f"the members of a run by {self.run.manifest.method} are fixed: nothing to sample from")
-        return self.at(sample_coefficients(sampling, len(self._vertices), members, seed), train)
+        return self.at(sample_coefficients(sampling, self.run.coefficients.shape[1], members, seed), train)
 
     def at(self, coefficients: Tensor, train: Examples | None = None) -> Ensemble:
         """Return an ensemble with other coefficients of the same vertices: any points of their affine span.
@@ -170,29 +173,19 @@ class Ensemble:
         Raises:
             ShapeError: the coefficients have another shape.
         """
-        if coefficients.dim() != 2 or not len(coefficients) or coefficients.shape[1] != len(self._vertices):
+        self.run.check_one_network("for a point between them")
+        count = self.run.coefficients.shape[1]
+        if coefficients.dim() != 2 or not len(coefficients) or coefficients.shape[1] != count:
             shape = tuple(coefficients.shape)
-            raise ShapeError(f"expected coefficients (M, {len(self._vertices)}) with M >= 1, found {shape}")
-        record = self.run.manifest.dataset
+            raise ShapeError(f"expected coefficients (M, {count}) with M >= 1, found {shape}")
+        record, (part,) = self.run.manifest.dataset, self._parts
         starts = self._starts(coefficients)
-        if train is None and not all(own for _, own in starts) and has_batchnorm(self._network):
+        if train is None and not all(own for _, own in starts) and has_batchnorm(part.weights.module):
             train = record.load().train
-        buffers = member_buffers(self._weights, self._vertices, coefficients, train, record, starts)
+        buffers = member_buffers(part.weights, part.vertices, coefficients, train, record, starts)
         manifest = self.run.manifest.model_copy(update={"members": len(coefficients), "files": {}})
         moved = replace(self.run, manifest=manifest, coefficients=coefficients, buffers=buffers)
         return Ensemble(moved, self.device, self.batch_size)
-
-    def _build(self) -> nn.Module:
-        """Build the network in evaluation mode and in the run's memory format, or in the one that it can.
-
-        A user's own network is checked: its module may have changed, or the run may come from elsewhere.
-        """
-        manifest = self.run.manifest
-        name, record = manifest.architecture, manifest.dataset
-        checks = NetworkChecks(name, self.task, self.task.outputs(len(record.classes)))
-        pixels = torch.randint(0, 256, (2, *record.shape), dtype=torch.uint8, generator=generator(0, "probe"))
-        x = self._inputs(pixels.to(self.device)) if record.kind in ("images", "arrays") else None
-        return checks.built(manifest.settings.get("memory_format"), x, self.device)
 
     def _starts(self, coefficients: Tensor) -> list[Start]:
         """Return what the buffers of each point (M, K) start from: those of the nearest member."""
@@ -203,8 +196,42 @@ class Ensemble:
             starts.append((buffers, torch.equal(members[nearest], row)))
         return starts
 
-    def _prepare(self, x: Tensor, stored: bool) -> Tensor:
-        return self._inputs(x) if stored else x.float()
+
+class _Part:
+    """The members of one network.
+
+    Attributes:
+        run: theirs.
+        weights: the network, in evaluation mode.
+        vertices: (K, P) on its device.
+        inputs: from stored examples to the network's inputs.
+    """
+
+    def __init__(self, run: Run, kind: Task, outputs: int, device: torch.device) -> None:
+        record = run.manifest.dataset
+        self.run = run
+        self.inputs = examples.find(record.kind).inputs(record.mean, record.std, device)
+        self.weights = FlatWeights(self._build(kind, outputs, device))
+        self.weights.load_frozen(run.frozen)
+        self.vertices = self.weights.flatten(run.vertices)
+        self._coefficients = run.coefficients.to(device)
+
+    def network(self, row: int) -> nn.Module:
+        """Return the network with one member's weights and buffers."""
+        torch.mv(self.vertices.T, self._coefficients[row], out=self.weights.vector)
+        self.weights.load_buffers({name: rows[row] for name, rows in self.run.buffers.items()})
+        return self.weights.module
+
+    def _build(self, kind: Task, outputs: int, device: torch.device) -> nn.Module:
+        """Build the network in evaluation mode and in the run's memory format, or in the one that it can.
+
+        A user's own network is checked: its module may have changed, or the run may come from elsewhere.
+        """
+        manifest = self.run.manifest
+        record, checks = manifest.dataset, NetworkChecks(manifest.architecture, kind, outputs)
+        pixels = torch.randint(0, 256, (2, *record.shape), dtype=torch.uint8, generator=generator(0, "probe"))
+        x = self.inputs(pixels.to(device)) if record.kind in ("images", "arrays") else None
+        return checks.built(manifest.settings.get("memory_format"), x, device)
 
 
 def sample_coefficients(sampling: Sampling, vertices: int, members: int, seed: int) -> Tensor:

@@ -1,120 +1,27 @@
-"""Pretrained weights: reading a file, or downloading published ones, and loading them into a network.
-
-Nothing is unpickled: a file is safetensors, or is read by ``torch.load(..., weights_only=True)``.
-"""
+"""Published weights of torchvision and timm, from their cache or by download. Nothing is unpickled."""
 
 from __future__ import annotations
 
 import os
-import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
 from ensembler import architectures
-from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, ShapeError, UsageError
-from ensembler.run import load_tensors
+from ensembler.checkpoints import Checkpoint
+from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, UsageError
 
-__all__ = ["Checkpoint", "fit", "pretrained", "read"]
+__all__ = ["pretrained"]
 
-_NESTED = ("state_dict", "model_state_dict", "model_state", "model", "net", "model_ema")
-_ANOTHER = "these weights are another architecture's"
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
-@dataclass(frozen=True, eq=False)
-class Checkpoint:
-    """Weights by name, and a description of their origin."""
-
-    origin: str
-    tensors: Mapping[str, Tensor]
-
-
-def read(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint by name, on the CPU.
-
-    ``.safetensors`` is read as such, any other file (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) as PyTorch's. It is a
-    state dict, or has one under a key: the first of ``state_dict``, ``model_state_dict``, ``model_state``, ``model``,
-    ``net`` and ``model_ema``. Prefixes of wrappers are removed from the names: ``module.`` of ``DataParallel`` and
-    ``AveragedModel`` (and the latter's ``n_averaged``), ``_orig_mod.`` of ``torch.compile``.
-
-    Raises:
-        ArtefactError: there is no such file, it holds pickled objects, or it holds no state dict.
-        CorruptError: the file is damaged, or PyTorch cannot read its format.
-    """
-    content: Any
-    try:
-        if path.is_dir():
-            raise IsADirectoryError
-        if path.suffix.lower() == ".safetensors":
-            content = load_tensors(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what it warns about, it also refuses or reads
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise ArtefactError(f"no weights at {path}: there is no such file") from error
-    except IsADirectoryError as error:
-        raise ArtefactError(f"{path} is a folder: name the file of weights in it") from error
-    except OSError as error:
-        raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # any exception: the file is untrusted
-        if pickled := re.search(r"GLOBAL ([\w.]+)|(TorchScript|legacy \.tar)", str(error)):
-            raise ArtefactError(
-                f"{path} holds more than tensors ({pickled[1] or pickled[2]}), and reading that could run code: "
-                "save only the state dict, torch.save(network.state_dict(), FILE)"
-            ) from error
-        raise CorruptError(f"{path} is damaged, or not a file of weights: copy or download it again") from error
-    for _ in range(3):  # state dicts may be nested, but an untrusted file may nest them without end
-        if isinstance(content, Mapping):
-            content = next((content[key] for key in _NESTED if isinstance(content.get(key), Mapping)), content)
-    return _strip_prefixes(_check_state_dict(content, path))
-
-
-def fit(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Load a state dict into a network, in place, except for a head with another number of classes.
-
-    The head is the last linear layer (or the last convolution of a network without one). If ``state`` has no tensors
-    for it, or they differ only in the number of outputs, the head keeps its current weights. Checkpoints older than
-    BatchNorm's ``num_batches_tracked`` load, too. All other names and shapes must match; otherwise nothing is written.
-
-    An auxiliary head is a layer like any other: torchvision's weights of ``inception_v3`` and ``googlenet`` are refused
-    for another number of classes.
-
-    Returns:
-        The names of the head's tensors if it kept its current weights, else an empty list.
-
-    Raises:
-        ShapeError: a tensor is missing, unknown, or of another shape or type; the message names it.
-    """
-    own = _tensors(network)
-    head = _mismatched_head(network, state)
-    fresh = [name for name in own if head is not None and name.startswith(head)]
-    for name, given in state.items():
-        if head is not None and name.startswith(head):
-            continue
-        if name not in own:
-            raise ShapeError(f"the network has no tensor {name!r}, of {_kind(given)}: {_ANOTHER}")
-        if given.shape != own[name].shape or given.is_floating_point() != own[name].is_floating_point():
-            raise ShapeError(f"tensor {name!r}: expected {_kind(own[name])}, found {_kind(given)}: {_ANOTHER}")
-    for name in own:
-        if name not in state and name not in fresh and not name.endswith("num_batches_tracked"):
-            raise ShapeError(f"no weights for tensor {name!r}, of {_kind(own[name])}: {_ANOTHER}")
-    for name, tensor in own.items():
-        if name in state and name not in fresh:
-            tensor.copy_(state[name])
-    return fresh
-
-
-def pretrained(architecture: str, weights: str = "DEFAULT") -> dict[str, Tensor]:
+def pretrained(architecture: str, weights: str = "DEFAULT") -> Checkpoint:
     """Load the published weights of a network of torchvision or timm, from its cache or by download.
 
     Args:
@@ -128,50 +35,12 @@ def pretrained(architecture: str, weights: str = "DEFAULT") -> dict[str, Tensor]
         CorruptError: the file is not the published one.
     """
     library, _, name = architecture.partition(":")
-    if library == "torchvision":
-        return _torchvision(name, weights)
-    if library == "timm":
-        return _timm(name, weights)
-    raise UsageError(f"{architecture} has no published weights: use torchvision:NAME, timm:NAME or a file of weights")
-
-
-def _check_state_dict(content: object, path: Path) -> dict[str, Tensor]:
-    """Return ``content`` if it is a state dict, else raise ArtefactError."""
-    remedy = "save the network's state_dict()"
-    if not isinstance(content, Mapping):
-        raise ArtefactError(f"{path} holds a {type(content).__name__}, not weights by name: {remedy}")
-    if not any(isinstance(value, Tensor) for value in content.values()):
-        keys = ", ".join(map(repr, list(content)[:5])) or "nothing"
-        raise ArtefactError(f"{path} holds no weights ({keys}): {remedy}")
-    for name, value in content.items():
-        if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise ArtefactError(f"{path} holds more than weights (a {type(value).__name__} as {name!r}): {remedy}")
-    return {name: value.detach() for name, value in content.items()}
-
-
-def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
-    while (names := state.keys() - {"n_averaged"}) and all(name.startswith("module.") for name in names):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items() if name in names}
-    return state
-
-
-def _mismatched_head(network: nn.Module, state: Mapping[str, Tensor]) -> str | None:
-    """Return the prefix of the head's tensors if ``state`` has no matching head, else ``None``."""
-    layers = {f"{name}." if name else "": module for name, module in network.named_modules()}
-    for prefix, layer in reversed(layers.items()):
-        given = state.get(f"{prefix}weight")
-        if isinstance(layer, nn.Linear | nn.Conv2d) and given is not None:
-            expected = layer.weight.shape
-            if given.shape[1:] == expected[1:] and given.shape[:1] != expected[:1]:
-                return prefix
-    linear = [prefix for prefix, layer in layers.items() if isinstance(layer, nn.Linear)]
-    last = linear or [prefix for prefix, layer in layers.items() if isinstance(layer, nn.Conv2d)]
-    return last[-1] if last and not any(name.startswith(last[-1]) for name in state) else None
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    if library not in ("torchvision", "timm"):
+        raise UsageError(
+            f"{architecture} has no published weights: use torchvision:NAME, timm:NAME or a file of weights"
+        )
+    state = _torchvision(name, weights) if library == "torchvision" else _timm(name, weights)
+    return Checkpoint(f"{architecture} {weights}", {"": state})
 
 
 def _torchvision(name: str, weights: str) -> dict[str, Tensor]:

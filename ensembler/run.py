@@ -12,6 +12,8 @@ A run is a folder (see :mod:`ensembler.artefact` for how it is written and verif
     parameters that were not trained, if any.
 ``history.jsonl``
     one JSON object per epoch of training.
+``parts/0``, ``parts/1``, ...
+    in a combination of different networks, instead of the first three: a run for each network.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -117,7 +119,7 @@ class DatasetRecord(Record):
         )
 
     def load(self, root: Path | None = None, *, download: bool = False) -> Dataset:
-        """Load the same images again; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
+        """Load the same images, normalised alike; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
 
         A folder that has moved is read at ``root``, or at its own name in ``root``.
 
@@ -136,8 +138,16 @@ class DatasetRecord(Record):
             in_memory=not self.lazy,
             without=self.skipped,
         )
+        return self.adopt(dataset)
+
+    def adopt(self, dataset: Dataset) -> Dataset:
+        """Return a dataset with the record's normalisation, which the run's networks were trained with.
+
+        Raises:
+            DataError: the training or test examples are not the record's.
+        """
         self.check(dataset)
-        return dataset
+        return replace(dataset, mean=tuple(self.mean), std=tuple(self.std))
 
     def check(self, dataset: Dataset) -> None:
         """Refuse a dataset that differs from the record.
@@ -206,11 +216,14 @@ class CostEntry(Record):
 
 
 class Cost(Record):
-    """The total cost of a training, and the cost of each part; the units are those of :class:`CostEntry`."""
+    """The total cost of a training, and the cost of each part; the units are those of :class:`CostEntry`.
 
-    example_passes: int
+    ``None`` is unknown: all was trained elsewhere. Where a part was, the rest is counted, and :attr:`unknown` names it.
+    """
+
+    example_passes: int | None
     forward_passes: int
-    seconds: float
+    seconds: float | None
     peak_memory: int | None
     device: str
     entries: dict[str, CostEntry]
@@ -232,7 +245,8 @@ class Manifest(Record):
         options: all options of the method, resolved.
         settings: all options that the methods share, resolved.
         fingerprint: SHA-256 of what determines the result: method, options, settings, data and initial weights.
-        vertices, members, parameters: K, M and P.
+        vertices, members, parameters: K, M and P; of a combination of different networks, their sums.
+        parts: number of different networks; 0 for one.
         sampling: how to draw further members; ``None`` if the members are fixed.
     """
 
@@ -248,6 +262,7 @@ class Manifest(Record):
     vertices: int
     members: int
     parameters: int
+    parts: int = 0
     sampling: Sampling | None
     options: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -271,6 +286,8 @@ class Run:
         frozen: name to tensor, for parameters that were not trained.
         history: one mapping per epoch of training.
         sha256: of the manifest when the run was saved or loaded; empty before that.
+        parts: in a combination of different networks, a run for each, in the order of the members; then there are no
+            vertices, coefficients and buffers here.
     """
 
     manifest: Manifest
@@ -280,6 +297,27 @@ class Run:
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
     history: Sequence[Mapping[str, Any]] = ()
     sha256: str = ""
+    parts: Sequence[Run] = ()
+
+    @property
+    def networks(self) -> Sequence[Run]:
+        """A run for each different network: the parts, or this run."""
+        return self.parts or (self,)
+
+    def check_one_network(self, purpose: str) -> None:
+        """Refuse a combination of different networks.
+
+        Args:
+            purpose: what one network is needed for, such as "to average".
+
+        Raises:
+            UsageError: the weights of different networks have nothing in common.
+        """
+        if self.parts:
+            raise UsageError(
+                f"this run combines different networks ({self.manifest.architecture}), which have no weights in common "
+                f"{purpose}: name a run of one network"
+            )
 
     def save(self, path: str | Path) -> Path:
         """Write the run to ``path`` atomically, and point the link ``latest`` beside it to it.
@@ -290,21 +328,27 @@ class Run:
             DivergedError: a weight is not finite.
         """
         path = Path(path)
+        self._write(path)
+        _link_latest(path)
+        return path
+
+    def _write(self, path: Path) -> None:
         for name, tensor in self.vertices.items():
             if not torch.isfinite(tensor).all():
                 raise DivergedError(f"parameter {name!r} is not finite: train with a lower learning rate")
         members = {"coefficients": self.coefficients} | {f"buffer.{name}": b for name, b in self.buffers.items()}
         content = self.manifest.model_dump()
         with artefact.write(path, content) as folder:
-            save_tensors(self.vertices, folder / "vertices.safetensors")
-            save_tensors(members, folder / "members.safetensors")
+            for number, part in enumerate(self.parts):
+                part._write(folder / "parts" / str(number))
+            if not self.parts:
+                save_tensors(self.vertices, folder / "vertices.safetensors")
+                save_tensors(members, folder / "members.safetensors")
             if self.frozen:
                 save_tensors(self.frozen, folder / "frozen.safetensors")
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
             (folder / "history.jsonl").write_text(lines, encoding="utf-8")
         self.manifest.files, self.sha256 = content["files"], _manifest_sha256(path)
-        _link_latest(path)
-        return path
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
@@ -319,12 +363,14 @@ class Run:
         content = artefact.read(path, "run", formats=(FORMAT,))
         try:
             manifest = Manifest.model_validate(content)
-            members = load_tensors(path / "members.safetensors")
+            parts = [cls.load(path / "parts" / str(number)) for number in range(manifest.parts)]
+            members = {"coefficients": torch.empty(0, 0)} if parts else load_tensors(path / "members.safetensors")
             frozen = path / "frozen.safetensors"
             run = cls(
                 manifest=manifest,
-                vertices=load_tensors(path / "vertices.safetensors"),
+                vertices={} if parts else load_tensors(path / "vertices.safetensors"),
                 coefficients=members.pop("coefficients"),
+                parts=parts,
                 buffers={name.removeprefix("buffer."): tensor for name, tensor in members.items()},
                 frozen=load_tensors(frozen) if frozen.name in manifest.files else {},
                 history=[json.loads(line) for line in (path / "history.jsonl").read_text("utf-8").splitlines()],

@@ -113,7 +113,7 @@ def group_key(manifest: Manifest) -> str:
             "architecture": manifest.architecture,
             "members": manifest.members,
             "vertices": manifest.vertices,
-            "images": [images.shape, images.train_sha256, images.test_sha256],
+            "images": [images.shape, images.train_sha256, images.test_sha256, images.mean, images.std],
             "example_passes": manifest.cost.example_passes,
             "options": {name: value for name, value in given.items() if name not in _HOW | _STARTS},
             "starts": {

@@ -65,12 +65,13 @@ def code_sha256(architecture: str, network: nn.Module) -> str:
 
 def identity(ensemble: Ensemble) -> dict[str, Any]:
     """Return what an ensemble's predictions depend on beside run and images; overwrites its network's weights."""
+    firsts = {id(ensemble.run_of(member)): member for member in reversed(range(ensemble.members))}
     return {
         "format": FORMAT,
         "ensembler": __version__,
         "torch": torch.__version__,
         "device": ensemble.device.type,  # the last bits depend on it
-        "code": code_sha256(ensemble.run.manifest.architecture, ensemble.network(0)),
+        "code": [code_sha256(ensemble.run_of(m).manifest.architecture, ensemble.network(m)) for m in firsts.values()],
     }
 
 

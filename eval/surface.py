@@ -119,6 +119,8 @@ def measure_surface(
     if len(paths) not in (1, 3):
         raise UsageError(f"a surface takes one run or three, not {len(paths)}")
     runs = [Run.load(path) for path in paths]
+    for run in runs:
+        run.check_one_network("to span a plane")
     names = [path.resolve().name for path in paths]
     first = runs[0]
     labels: list[tuple[str, str, int | None]]

@@ -116,6 +116,12 @@ def batchnorm(num_classes: int) -> nn.Module:
     return WithBatchNorm(num_classes)
 
 
+def frozen(num_classes: int) -> nn.Module:
+    network = WithBatchNorm(num_classes)
+    network.body[0].requires_grad_(False)
+    return network
+
+
 def dataset(train: int = 30, classes: int = 3, size: int = 8) -> Dataset:
     """Noisy images whose brightest third gives the class; sorted by class, as folders are."""
     generator = torch.Generator().manual_seed(0)

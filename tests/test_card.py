@@ -79,12 +79,13 @@ def test_a_bundle_in_words(tmp_path):
     manifest["validation"] = {"examples": 99, "accuracy": 0.5, "nll": 0.7}
     text = card(manifest, "cd" * 32, "s3://bucket/b", "b")
     found = rows(text)
-    assert found["training cost"] == ["5,000 example passes (one image, forward and backward)"]
+    own = "5,000 example passes (one image, forward and backward)"
+    assert found["training cost"] == [f"{own}, and the unknown cost of weights.pt"]
     assert found["trained on"] == ["an H100"]
     assert found["agreement with PyTorch"] == ["within 0.0e+00 in any probability"]
     assert found["validation, as exported"] == ["99", "50.00", "0.7000", "not recorded", "not recorded"]
     assert "seed" not in found
-    assert "The training cost of weights.pt, from which training started." in text
+    assert "The training cost of weights.pt." in text
     assert "pip install 'ensembler[s3]'" in text
     assert "ensembler pull s3://bucket/b --out bundles/b" in text
     assert "model-index" not in front_matter(text)
@@ -111,7 +112,16 @@ def test_the_cost_of_what_a_run_was_started_from_is_said_to_be_unknown(tmp_path)
     bundle = manifest_of(make_bundle(tmp_path / "bundle")) | {"training_cost": cost.model_dump()}
     for manifest in (run, bundle):
         text = card(manifest, "ab" * 32, "file:///x/mine", "mine")
-        assert "The training cost of weights.pt, from which training started." in text
+        assert "The training cost of weights.pt." in text
+
+
+def test_a_cost_that_is_all_unknown_is_no_number(tmp_path):
+    cost = Cost(example_passes=None, forward_passes=0, seconds=None, peak_memory=None, device="unknown", entries={})
+    cost.entries["solution 1"] = CostEntry(seconds=None, device="unknown", origin="a.pt")
+    run = manifest_of(make_run(tmp_path / "run")) | {"cost": cost.model_dump()}
+    assert rows(card(run, "ab" * 32, "file:///x/mine", "mine"))["training cost"] == [
+        "unknown: trained elsewhere (a.pt)"
+    ]
 
 
 def test_an_artefact_that_says_nothing_has_one_too():

@@ -187,7 +187,7 @@ def test_weights_of_unknown_cost_are_said():
     report = comparison().model_copy(deep=True)
     report.runs[1].training_unknown = ["weights.safetensors"]
     text = markdown(report).replace("\\", "")
-    assert "2: deep-a started from weights.safetensors, whose own training cost is unknown and not counted" in text
+    assert "2: deep-a: the training cost of weights.safetensors is unknown and not counted" in text
     assert "+?" in markdown_rows(report, "clean")[1][2]
     assert "training cost: partly unknown" in " ".join(findings(report))
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from ensembler._lazy import exports
 
 if TYPE_CHECKING:
+    from ensembler.trainers.combining import combine
+    from ensembler.trainers.importing import import_checkpoints
     from ensembler.trainers.method import Members, Method
     from ensembler.trainers.methods.complex import Complex
     from ensembler.trainers.methods.curve import Curve
@@ -32,6 +34,8 @@ __all__ = [
     "Subspace",
     "Trainer",
     "collapse_run",
+    "combine",
+    "import_checkpoints",
     "train",
 ]
 
@@ -50,6 +54,8 @@ __getattr__, __dir__ = exports(
         "Subspace": "ensembler.trainers.methods.subspace:Subspace",
         "Trainer": "ensembler.trainers.trainer:Trainer",
         "collapse_run": "ensembler.trainers.training:collapse_run",
+        "combine": "ensembler.trainers.combining:combine",
+        "import_checkpoints": "ensembler.trainers.importing:import_checkpoints",
         "train": "ensembler.trainers.training:train",
     },
 )

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ensembler.errors import UsageError
 from ensembler.options import parameters
 from ensembler.storage import destination, place
-from ensembler.trainers.launch import Data, Launch
+from ensembler.trainers.launch import Data, Import, Launch
 from ensembler.trainers.method import Method, methods
 from ensembler.trainers.settings import Settings
 from ensembler.transfers import push_finished
@@ -44,10 +45,14 @@ def command_of(method: type[Method]) -> Callable[..., None]:
         *parameters(Launch, "Run"),
     ]
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    every = [context, *parameters(method, "Method"), *shared]
+    command.__doc__ = method.__doc__
+    return _with_parameters(command, [context, *parameters(method, "Method"), *shared])
+
+
+def _with_parameters(command: Callable[..., None], every: list[inspect.Parameter]) -> Callable[..., None]:
+    """Give a command these parameters, as Typer reads them."""
     command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
-    command.__doc__ = method.__doc__
     return command
 
 
@@ -75,6 +80,59 @@ def collapse(
     whole = Run.load(run or latest(Path("runs")))
     found = collapse_run(whole, whole.manifest.dataset.load(data), device)
     name = f"{found.manifest.method}-{label(found.manifest.architecture)}"
+    push_finished(save(found, folder or new_path(Path("runs"), name)), url)
+
+
+def _import(**given: Any) -> None:
+    """Make a run of checkpoints that were trained elsewhere: a deep ensemble, evaluated and served like any other."""
+    from ensembler.run import new_path
+    from ensembler.trainers.importing import import_checkpoints
+    from ensembler.trainers.launch import check_free, label, save
+    from ensembler.trainers.progress import progress
+
+    own, data = Import.typed(given), Data.typed(given)
+    if data.dataset is None:
+        raise UsageError("--dataset is required: the images that the checkpoints were trained on")
+    folder, url = destination(own.out, "runs")
+    check_free(folder or Path("runs", "new"))
+    dataset = data.load()
+    with progress() as on_event:
+        run = import_checkpoints(own.checkpoints, own.architecture, dataset, device=own.device, on_event=on_event)
+    push_finished(save(run, folder or new_path(Path("runs"), f"imported-{label(own.architecture)}")), url)
+
+
+app.command("import")(_with_parameters(_import, [*parameters(Import, "Run"), *parameters(Data, "Images")]))
+
+
+@app.command("combine")
+def combine_runs(
+    runs: Annotated[list[Path], typer.Argument(parser=place, help="Runs of one dataset; their networks may differ.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the dataset's files.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="PATH|URL", help="Folder of the new run, or a URL. (default: one in runs/)"),
+    ] = None,
+) -> None:
+    """Combine the members of several runs into one run; their costs are added up."""
+    from ensembler.run import Run, new_path
+    from ensembler.trainers.combining import combine
+    from ensembler.trainers.launch import check_free, label, save
+
+    folder, url = destination(out, "runs")
+    check_free(folder or Path("runs", "new"))
+    loaded: dict[str, Run] = {}
+    for path in runs:
+        if path.is_file():
+            raise UsageError(f"{path} is a file, not a run: make a run of checkpoints with ensembler import")
+        name = path.resolve().name
+        loaded[f"{name} ({len(loaded) + 1})" if name in loaded else name] = Run.load(path)
+    dataset = next(iter(loaded.values())).manifest.dataset.load(data)
+    found = combine(loaded, dataset, device)
+    given = sum(run.manifest.members for run in loaded.values())
+    if found.manifest.members < given:
+        typer.echo(f"{given - found.manifest.members} members have the weights of others: kept once", err=True)
+    name = f"combined-{label(found.manifest.architecture.replace(' ', ''))}"
     push_finished(save(found, folder or new_path(Path("runs"), name)), url)
 
 

@@ -18,6 +18,7 @@ from ensembler.trainers.settings import Settings
 from ensembler.transfers import push_finished
 
 if TYPE_CHECKING:
+    from ensembler.datasets import Dataset
     from ensembler.engine import Engine
     from ensembler.jobs import Job
     from ensembler.run import Run
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ensembler.trainers.spec import Spec
     from ensembler.trainers.training import Training
 
-__all__ = ["Data", "Launch", "check_free", "label", "launch", "save"]
+__all__ = ["Data", "Import", "Launch", "check_free", "label", "launch", "save"]
 
 
 class Data(Options):
@@ -50,6 +51,24 @@ class Data(Options):
     corrupt: Literal["refuse", "skip"] = option(
         "refuse", help="Images of a folder that cannot be read: stop, or leave them out and name them."
     )
+    normalisation: str | None = option(
+        None,
+        metavar="NAME|MEAN/STD",
+        help="Mean and std of the network's inputs: imagenet, half, none, bytes, or as in 0.5,0.5,0.5/0.2,0.2,0.2. "
+        "(default: those of the training images)",
+    )
+
+    def load(self) -> Dataset:
+        """Load them.
+
+        Raises:
+            DataError: they are missing. UsageError: an option out of range.
+        """
+        from ensembler import datasets
+        from ensembler.normalisation import normalised
+
+        asked = self.model_dump(include={"download", "image_size", "in_memory", "corrupt"})
+        return normalised(datasets.load(self.dataset or "digits", self.data, **asked), self.normalisation)
 
 
 class Launch(Options):
@@ -85,6 +104,15 @@ class Launch(Options):
     quiet: bool = option(False, flag="--quiet", panel="Progress", help="Print only the final result.")
     log: Path | None = option(None, panel="Progress", help="File to which each epoch adds a line of JSON.")
     tensorboard: Path | None = option(None, panel="Progress", help="Folder for TensorBoard's event files.")
+
+
+class Import(Options):
+    """Which checkpoints become a run, and where it goes."""
+
+    checkpoints: list[Path] = option(argument=True, help="Files of weights, one a member: .safetensors, .pt, .ckpt.")
+    architecture: str = option(flag="--arch", help="The network of all of them, named as in training.")
+    device: str | None = option(None, help="cpu, cuda, ... (default: CUDA where there is one)")
+    out: str | None = option(None, metavar="PATH|URL", help="Folder of the new run, or a URL. (default: one in runs/)")
 
 
 _WITH_RESUME = {"resume", "data", "engine", "address", "parallel_members", "checkpoint_every", "quiet", "log"}
@@ -251,7 +279,7 @@ def _make(shared: tuple[Training, bool, Any], emit: OnEvent, seed: int) -> Run:
 
 def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: Launch, group: Group) -> Training:
     """What a command's options ask for."""
-    from ensembler import datasets
+    from ensembler import normalisation
     from ensembler.run import Run
     from ensembler.trainers import recipes
     from ensembler.trainers.starts import load_starts
@@ -265,11 +293,13 @@ def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: 
         name = data.dataset or (start.dataset.name if start else "digits")
         found = recipes.find(own.recipe, kind, architecture, name)
         values |= {name: value for name, value in found.items() if name not in chosen}
+    if start and data.normalisation:
+        inherited = normalisation.text(start.dataset.mean, start.dataset.std)
+        if normalisation.text(*normalisation.parse(data.normalisation)) != inherited:
+            raise UsageError(f"the run that training starts from has --normalisation {inherited}: leave it out")
+    load = data.load
     if start and data.dataset is None and data.image_size is None:
         load = partial(start.dataset.load, data.data, download=data.download)
-    else:
-        asked = data.model_dump(include={"download", "image_size", "in_memory", "corrupt"})
-        load = partial(datasets.load, data.dataset or "digits", data.data, **asked)
     dataset = group.after_first(load)
     return Training.of(dataset, kind.typed(values), Settings.typed(values), starts, own.collapse is not None)
 

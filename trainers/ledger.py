@@ -97,13 +97,16 @@ class Ledger:
         return {"entries": entries, "history": self.history, "seconds": self.seconds}
 
     def cost(self) -> Cost:
-        """The sum of all entries."""
+        """The sum of all entries; unknown where everything was trained elsewhere."""
         entries = self.entries.values()
+        passes = sum(entry.example_passes for entry in entries)
+        elsewhere = [entry.origin for entry in entries if entry.origin]
+        timed = [entry for entry in entries if entry.seconds is not None]
         peaks = [entry.peak_memory for entry in entries if entry.peak_memory is not None]
         return Cost(
-            example_passes=sum(entry.example_passes for entry in entries),
+            example_passes=None if elsewhere and not passes else passes,
             forward_passes=sum(entry.forward_passes for entry in entries),
-            seconds=round(self.seconds, 3),
+            seconds=None if elsewhere and not timed else round(self.seconds, 3),
             peak_memory=max(peaks, default=None),
             device=self.device,
             entries=self.entries,

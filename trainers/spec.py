@@ -56,7 +56,7 @@ class Spec(Record):
             content[part] = {name: value for name, value in content[part].items() if name not in left_out}
         content["starts"] = list(self.starts.values())
         data = self.dataset
-        content["data"] = [data.shape, data.train_sha256, data.validation_sha256, data.test_sha256]
+        content["data"] = [data.shape, data.train_sha256, data.validation_sha256, data.test_sha256, data.mean, data.std]
         text = json.dumps(content, sort_keys=True)
         return self.model_copy(update={"fingerprint": hashlib.sha256(text.encode()).hexdigest()})
 

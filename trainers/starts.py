@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ensembler import artefact, pretrained
+from ensembler import artefact, checkpoints, matching
+from ensembler.checkpoints import Checkpoint
 from ensembler.errors import UsageError
-from ensembler.pretrained import Checkpoint
+from ensembler.pretrained import pretrained
 from ensembler.run import CostEntry, Run
 from ensembler.seeds import derive
 from ensembler.storage import local
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["Solution", "Start", "fresh", "identity", "inherit", "load_starts", "solution", "stack_buffers", "vertices"]
 
 Start = Run | Checkpoint
+
+FIRST = "solution 1"
+"""The cost entry of an independent run's first member."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,10 @@ def load_starts(method: Method, settings: Settings) -> dict[str, Start]:
         raise UsageError("--init and --weights both name a start: give one of them")
     starts: dict[str, Start] = {path: Run.load(local(path)) for path in method.runs}
     if settings.weights:
-        tensors = pretrained.pretrained(settings.architecture, settings.weights)
-        starts[settings.weights] = Checkpoint(f"{settings.architecture} {settings.weights}", tensors)
+        starts[settings.weights] = pretrained(settings.architecture, settings.weights)
     if settings.init:
         path = local(settings.init)
-        starts[settings.init] = Checkpoint(path.name, pretrained.read(path)) if path.is_file() else Run.load(path)
+        starts[settings.init] = checkpoints.read(path) if path.is_file() else Run.load(path)
     return starts
 
 
@@ -67,7 +70,7 @@ def fresh(trainer: Trainer, member: int = 0) -> Solution:
     """Freshly initialised weights of a member; those of a checkpoint, if there is one, in their places."""
     network = trainer.network(derive(trainer.settings.seed, "member", member))
     if isinstance(trainer.start, Checkpoint):
-        pretrained.fit(network, trainer.start.tensors)
+        matching.load(network, trainer.start)
     weights = FlatWeights(network)
     return Solution(weights.vector, weights.buffers())
 
@@ -95,11 +98,11 @@ def inherit(trainer: Trainer, run: Start, part: str) -> Solution:
     assert isinstance(run, Run)  # noqa: S101  methods join runs
     cost = run.manifest.cost
     # An independent member was trained alone; of any other, the whole run was needed.
-    whole = CostEntry.model_validate(cost.model_dump(exclude={"entries"}))
-    entry = cost.entries["solution 1"] if run.manifest.independent else whole
-    origin = ", ".join(cost.unknown) or None
-    trainer.ledger.entries[part] = entry.model_copy(update={"origin": origin})
-    trainer.ledger.before += cost.seconds if entry.seconds is None else entry.seconds
+    alone = next((e for name, e in cost.entries.items() if run.manifest.independent and name.endswith(FIRST)), None)
+    whole = cost.model_dump(exclude={"entries"}) | {"example_passes": cost.example_passes or 0}
+    entry = alone or CostEntry.model_validate(whole | {"origin": ", ".join(cost.unknown) or None})
+    trainer.ledger.entries[part] = entry.model_copy()
+    trainer.ledger.before += entry.seconds or 0.0
     rows = vertices(trainer, run)
     buffers = {name: rows[0].to(trainer.device) for name, rows in run.buffers.items()}
     return Solution(run.coefficients[0].to(rows) @ rows, buffers)
@@ -111,6 +114,7 @@ def vertices(trainer: Trainer, run: Run) -> Tensor:
     Raises:
         DataError, UsageError: it is of others.
     """
+    run.check_one_network("to start from")
     run.manifest.dataset.check(trainer.dataset)
     own, other = trainer.settings.architecture, run.manifest.architecture
     if other != own:

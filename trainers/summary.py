@@ -39,7 +39,7 @@ def lines(manifest: Manifest) -> list[str]:
                 f"{path['highest_test_error']:.4f}; ensemble of an end with t = 1/2: error "
                 f"{path['ensemble_error'][len(path['t']) // 2]:.4f}"
             )
-    result.append(f"cost: {cost.example_passes:,} example passes, {cost.seconds:.0f} s on {cost.device}")
+    result.append(f"cost: {_total(cost)}")
     return result
 
 
@@ -69,13 +69,26 @@ def _classes(record: DatasetRecord) -> str:
     return ", ".join(f"{name} ({count:,})" for name, count in pairs)
 
 
+def _total(cost: Cost) -> str:
+    """Describe a run's cost in short: what is unknown is named, not counted."""
+    elsewhere = ", ".join(cost.unknown)
+    if cost.example_passes is None:
+        return f"unknown, {elsewhere} {'was' if len(cost.unknown) == 1 else 'were'} trained elsewhere"
+    seconds = "" if cost.seconds is None else f", {cost.seconds:.0f} s"
+    known = f"{cost.example_passes:,} example passes{seconds} on {cost.device}"
+    return f"{known}, and the unknown cost of {elsewhere}" if elsewhere else known
+
+
 def _costs(cost: Cost | CostEntry) -> str:
+    """Describe a cost in words; what is unknown is not counted, and named."""
     unknown = cost.unknown if isinstance(cost, Cost) else [cost.origin] if cost.origin else []
-    texts = [f"{cost.example_passes:,} example passes", *(f"the unknown cost of {origin}" for origin in unknown)]
+    texts = [f"the unknown cost of {', '.join(unknown)}"] if unknown else []
+    if cost.example_passes or not unknown:
+        texts.insert(0, f"{cost.example_passes or 0:,} example passes")
     if cost.forward_passes:
         texts.append(f"{cost.forward_passes:,} forward passes")
     if cost.seconds is not None:
         texts.append(f"{cost.seconds:,.0f} s")
     if cost.peak_memory is not None:
         texts.append(f"{cost.peak_memory / 2**30:.2f} GiB at most")
-    return f"{', '.join(texts)} on {cost.device}"
+    return f"{', '.join(texts)}" + (f" on {cost.device}" if cost.example_passes or not unknown else "")

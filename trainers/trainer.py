@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import SyncBatchNorm
 from torch.optim import Optimizer
 
-from ensembler import architectures, pretrained, task
+from ensembler import architectures, matching, task
+from ensembler.checkpoints import Checkpoint
 from ensembler.datasets import Dataset
 from ensembler.device import (
     choose_device,
@@ -28,7 +29,6 @@ from ensembler.device import (
 from ensembler.engine import Engine, Local
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
-from ensembler.pretrained import Checkpoint
 from ensembler.run import CostEntry, DatasetRecord, Run
 from ensembler.seeds import derive
 from ensembler.side_by_side import turn
@@ -89,8 +89,10 @@ class Trainer:
         name = settings.init or settings.weights
         self.start = start = self.starts[name] if name else None
         network = self.network(settings.seed)
-        fresh_head = pretrained.fit(network, start.tensors) if isinstance(start, Checkpoint) else []
-        self.starts_solved = start is not None and not fresh_head
+        found = matching.load(network, start) if isinstance(start, Checkpoint) else None
+        self.starts_solved = start is not None and not (found and found.fresh)
+        if found and found.said:
+            self.say(found.said)
         self.weights = FlatWeights(network)
         if isinstance(start, Run):
             self.weights.load_frozen(start.frozen)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ensembler.engine import Engine, Local
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
+from ensembler.normalisation import describe
 from ensembler.run import DatasetRecord, Manifest, Run, versions
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.dry_pass import dry_pass
@@ -28,7 +30,7 @@ from ensembler.trainers.spec import Spec
 from ensembler.trainers.starts import Start, identity, load_starts, vertices
 from ensembler.trainers.trainer import Trainer
 
-__all__ = ["Training", "centroid", "collapse_run", "train"]
+__all__ = ["Training", "assemble", "centroid", "collapse_run", "measure", "train"]
 
 
 def train(
@@ -91,11 +93,14 @@ class Training:
         Raises:
             UsageError: options that do not go together. DataError: a start was trained on other data.
         """
-        runs = [start for start in starts.values() if isinstance(start, Run)]
-        for run in runs:
-            run.manifest.dataset.check(dataset)
-        _check_frozen(runs)
-        settings = settings.resolved(dataset, runs[0].manifest.architecture if runs else None)
+        runs = {name: start for name, start in starts.items() if isinstance(start, Run)}
+        for run in runs.values():
+            run.check_one_network("to start from")
+            dataset = run.manifest.dataset.adopt(dataset)
+        check_inputs(runs)
+        check_frozen(list(runs.values()))
+        first = next(iter(runs.values()), None)
+        settings = settings.resolved(dataset, first.manifest.architecture if first else None)
         return cls(dataset, method.resolved(settings), settings, starts, collapse)
 
     @cached_property
@@ -147,7 +152,7 @@ class Training:
         return assemble(self.spec, trainer, members, name, independent)
 
 
-def _check_frozen(runs: Sequence[Run]) -> None:
+def check_frozen(runs: Sequence[Run]) -> None:
     """Refuse runs of one architecture whose frozen weights differ: what joins them has one set only."""
     for run in runs[1:]:
         for name, tensor in run.frozen.items():
@@ -156,6 +161,21 @@ def _check_frozen(runs: Sequence[Run]) -> None:
                     f"the runs differ in {name}, which is frozen, so that no weights lie between them: train all of "
                     "them from one --init or from the same published --weights"
                 )
+
+
+def check_inputs(runs: Mapping[str, Run]) -> None:
+    """Refuse runs whose networks take differently normalised images.
+
+    Raises:
+        UsageError: two of them; the message names both.
+    """
+    for (first, one), (name, other) in pairwise(runs.items()):
+        ours, theirs = one.manifest.dataset, other.manifest.dataset
+        if (ours.mean, ours.std) != (theirs.mean, theirs.std):
+            raise UsageError(
+                f"{first} takes images normalised with {describe(ours.mean, ours.std)}, {name} with "
+                f"{describe(theirs.mean, theirs.std)}: their weights cannot be joined"
+            )
 
 
 def centroid(trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor]) -> Members:
@@ -175,12 +195,13 @@ def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
     Raises:
         DataError: ``dataset`` is not what the run was trained on.
     """
+    run.check_one_network("to average")
     manifest = run.manifest
     settings = Settings(**manifest.settings | {"init": None, "weights": None, "device": device})
-    trainer = Trainer(dataset, settings)
+    trainer = Trainer(manifest.dataset.adopt(dataset), settings)
     rows = vertices(trainer, run)
     trainer.ledger.entries.update({name: entry.model_copy() for name, entry in manifest.cost.entries.items()})
-    trainer.ledger.before, trainer.ledger.history = manifest.cost.seconds, [dict(line) for line in run.history]
+    trainer.ledger.before, trainer.ledger.history = manifest.cost.seconds or 0.0, [dict(line) for line in run.history]
     buffers = {name: own.to(trainer.device) for name, own in run.buffers.items()}
     spec = Spec(
         command=manifest.command or "",
@@ -225,13 +246,15 @@ def assemble(spec: Spec, trainer: Trainer, members: Members, name: str, independ
         history=trainer.ledger.history,
     )
 
-    def measure() -> dict[str, dict[str, float | None]]:
-        ensemble = Ensemble(run, trainer.device)
-        splits = {"validation": trainer.dataset.validation, "test": trainer.dataset.test}
-        return {split: _scores(ensemble, examples) for split, examples in splits.items()}
-
-    manifest.metrics = members.metrics | trainer.group.from_first(measure)
+    manifest.metrics = members.metrics | trainer.group.from_first(lambda: measure(run, trainer.dataset, trainer.device))
     return run
+
+
+def measure(run: Run, dataset: Dataset, device: torch.device | str | None) -> dict[str, dict[str, float | None]]:
+    """The run's scores on the held-out and the test data."""
+    ensemble = Ensemble(run, device)
+    splits = {"validation": dataset.validation, "test": dataset.test}
+    return {split: _scores(ensemble, examples) for split, examples in splits.items()}
 
 
 def _scores(ensemble: Ensemble, examples: Examples) -> dict[str, float | None]:

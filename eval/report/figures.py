@@ -11,7 +11,7 @@ from ensembler.eval.metrics.classification import BINS
 from ensembler.eval.metrics.comparison import Losses
 from ensembler.eval.metrics.selective import Reliability, RiskCoverage, reliability, risk_coverage
 from ensembler.eval.report.comparison_plots import plot_differences, plot_members
-from ensembler.eval.report.notation import compact, count_runs, label, representatives
+from ensembler.eval.report.notation import count_runs, label, representatives, training_passes
 from ensembler.eval.report.plots import (
     STYLES,
     plot_boxes,
@@ -20,7 +20,7 @@ from ensembler.eval.report.plots import (
     plot_reliability,
     plot_severity,
 )
-from ensembler.eval.report.schema import Report, ShiftReport
+from ensembler.eval.report.schema import Report, RunReport, ShiftReport
 
 __all__ = ["Picture", "figures"]
 
@@ -151,7 +151,7 @@ def _comparison(report: Report) -> dict[str, Picture]:
             "number",
             plot_members(
                 [_name(report, place) for place in drawn],
-                [f"{compact(report.runs[place].training_example_passes)} passes" for place in drawn],
+                [_passes(report.runs[place]) for place in drawn],
                 [curve.points for curve in comparison.curves],
             ),
             "Clean scores against the number of members: solid, the mean over random subsets, with a band from best "
@@ -159,6 +159,11 @@ def _comparison(report: Report) -> dict[str, Picture]:
             f"Curves of calibrated NLL and error of {count_runs(len(drawn))} against members.",
         )
     return pictures
+
+
+def _passes(run: RunReport) -> str:
+    unknown = run.training_example_passes is None
+    return "unknown training cost" if unknown else f"{training_passes(run)} passes"
 
 
 def _name(report: Report, number: int) -> str:

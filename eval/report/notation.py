@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ensembler.eval.metrics.comparison import Difference, Spread
-from ensembler.eval.report.schema import Group, Report
+from ensembler.eval.report.schema import Group, Report, RunReport
 
 __all__ = [
     "NOTHING",
@@ -18,6 +19,7 @@ __all__ = [
     "plain",
     "representatives",
     "spread_text",
+    "training_passes",
     "verdict",
 ]
 
@@ -85,12 +87,20 @@ def label(report: Report, number: int) -> str:
     return f"{number + 1}: {plain(report.runs[number].name)}"
 
 
-def compact(passes: int) -> str:
+def compact(passes: int | None) -> str:
     """Format a number of passes, such as 1.5M."""
+    if passes is None:
+        return "unknown"
     for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if passes >= size:
             return f"{passes / size:,.1f}{unit}"
     return str(passes)
+
+
+def training_passes(run: RunReport, write: Callable[[int | None], str] = compact) -> str:
+    """Format a run's training cost: ``+?`` where a part is unknown, "unknown" where all of it is."""
+    part = run.training_unknown and run.training_example_passes is not None
+    return write(run.training_example_passes) + ("+?" if part else "")
 
 
 def count_runs(count: int) -> str:

@@ -90,7 +90,8 @@ class RunReport(Record):
     """One run's cost and scores.
 
     ``sha256`` is of the run's manifest, which has the hash of each of its files. ``training_unknown``: files of weights
-    that training started from, whose own cost is unknown and not counted; ``training_peak_memory``: bytes.
+    that training started from, whose own cost is unknown and not counted; a cost is ``null`` where all of it is
+    unknown. ``training_peak_memory``: bytes.
     ``temperature``: fitted to the validation images. ``by_severity``, ``by_family`` and ``shifted`` are means over the
     headline corruptions; ``ood``: by set of images and detector.
     """
@@ -103,10 +104,10 @@ class RunReport(Record):
     members: int
     parameters: int
     seed: int
-    training_example_passes: int
+    training_example_passes: int | None
     training_forward_passes: int
     training_unknown: list[str]
-    training_seconds: float
+    training_seconds: float | None
     training_peak_memory: int | None
     training_device: str
     forward_passes_per_prediction: int

@@ -58,10 +58,11 @@ def _scores(scores: CellScores) -> str:
 
 def _cost(report: Report) -> str:
     passes = [run.training_example_passes for run in report.runs]
-    text = f"Training took {_extent(passes)} example passes; a prediction takes "
+    known = [number for number in passes if number is not None]
+    text = f"Training took {_extent(known) if known else 'an unknown number of'} example passes; a prediction takes "
     text += f"{_extent([run.forward_passes_per_prediction for run in report.runs])} forward passes."
     if any(run.training_unknown for run in report.runs):
-        text += " Some runs started from weights whose own training cost is unknown and not counted."
+        text += " Some weights were trained elsewhere: their training cost is unknown and not counted."
     if len(set(passes)) > 1:
         text += " The runs differ in training cost: read every difference together with it."
     return text
@@ -92,9 +93,10 @@ def _differences(report: Report, comparison: Comparison) -> list[str]:
 
 def _ratios(run: RunReport, baseline: RunReport) -> str:
     members = _ratio(run.forward_passes_per_prediction, baseline.forward_passes_per_prediction, "forward passes")
-    if run.training_unknown or baseline.training_unknown or not baseline.training_example_passes:
-        return f"{members} (training cost: partly unknown)"
-    return f"{_ratio(run.training_example_passes, baseline.training_example_passes, 'training passes')} and {members}"
+    ours, theirs = run.training_example_passes, baseline.training_example_passes
+    if run.training_unknown or baseline.training_unknown or not ours or not theirs:
+        return f"{members} (training cost: {'unknown' if ours is None or theirs is None else 'partly unknown'})"
+    return f"{_ratio(ours, theirs, 'training passes')} and {members}"
 
 
 def _ratio(one: int, other: int, what: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
-from ensembler.eval.report.notation import NOTHING, SCORES, compact, label, plain
+from ensembler.eval.report.notation import NOTHING, SCORES, label, plain, training_passes
 from ensembler.eval.report.schema import CellScores, Report, RunReport, ShiftReport
 
 __all__ = [
@@ -85,7 +85,7 @@ def score_column(name: str, of: Callable[[RunReport], CellScores | None], title:
 
 COST: tuple[Column, ...] = (
     ("M", lambda run: str(run.members)),
-    ("passes", lambda run: compact(run.training_example_passes) + ("+?" if run.training_unknown else "")),
+    ("passes", training_passes),
 )
 """The columns beside every run's scores."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ensembler.eval.metrics.ood import OodScores
 from ensembler.eval.report.comparison_tables import comparison_tables
-from ensembler.eval.report.notation import SCORES, Score, label, plain
+from ensembler.eval.report.notation import SCORES, Score, label, plain, training_passes
 from ensembler.eval.report.schema import Report, ShiftReport
 from ensembler.eval.report.table import (
     CLEAN,
@@ -68,8 +68,8 @@ def _costs(report: Report) -> Table:
         "prediction by M members takes M forward passes."
     ]
     notes += [
-        f"{label(report, number)} started from {', '.join(map(plain, run.training_unknown))}, whose own training cost "
-        "is unknown and not counted (+?)."
+        f"{label(report, number)}: the training cost of {', '.join(map(plain, run.training_unknown))} is unknown "
+        "and not counted (+?)."
         for number, run in enumerate(report.runs)
         if run.training_unknown
     ]
@@ -78,15 +78,16 @@ def _costs(report: Report) -> Table:
         ("network", lambda run: plain(run.architecture)),
         ("seed", lambda run: str(run.seed)),
         ("M", lambda run: str(run.forward_passes_per_prediction)),
-        (
-            "example passes",
-            lambda run: f"{run.training_example_passes:,}" + ("+?" if run.training_unknown else ""),
-        ),
+        ("example passes", lambda run: training_passes(run, _count)),
         ("forward only", lambda run: f"{run.training_forward_passes:,}"),
-        ("seconds", lambda run: f"{run.training_seconds:,.0f}"),
+        ("seconds", lambda run: _count(run.training_seconds)),
         ("on", lambda run: plain(run.training_device)),
     ]
     return by_run(report, "costs", "Training cost", columns, notes=notes, words=3)
+
+
+def _count(number: float | None) -> str:
+    return "unknown" if number is None else f"{number:,.0f}"
 
 
 def _clean(report: Report) -> Table:

@@ -127,6 +127,10 @@ def merge(models: Iterable[onnx.ModelProto]) -> onnx.ModelProto:
         if not outputs:
             merged.CopyFrom(model)
             del merged.graph.node[:], merged.graph.initializer[:], merged.graph.output[:]
+        held = {(function.domain, function.name) for function in merged.functions}
+        merged.functions.extend(f for f in model.functions if (f.domain, f.name) not in held)
+        known = {entry.domain for entry in merged.opset_import}
+        merged.opset_import.extend(entry for entry in model.opset_import if entry.domain not in known)
         graph = onnx.compose.add_prefix_graph(model.graph, merged_name(place, ""), rename_inputs=False)
         merged.graph.node.extend(graph.node)
         merged.graph.initializer.extend(graph.initializer)

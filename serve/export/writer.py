@@ -79,6 +79,8 @@ class Writer:
             UsageError: vertices of int8, or of a network whose graph does not hold its weights by name.
             ExportError: a member cannot be traced; it is named.
         """
+        if layout == "vertices":
+            self._ensemble.run.check_one_network("to make members of")
         if layout == "vertices" and self._precision == "int8":
             raise UsageError(
                 "8-bit scales belong to one member and cannot be combined: export int8 with --layout members"
@@ -90,7 +92,8 @@ class Writer:
             raise UsageError(
                 "this network's graph does not hold every weight by its name: export it with --layout members"
             )
-        fewer = len(self._ensemble.run.coefficients[0]) < self._ensemble.members
+        run = self._ensemble.run
+        fewer = not run.parts and run.coefficients.shape[1] < self._ensemble.members
         if layout == "vertices" or (layout is None and named and fewer and self._precision != "int8"):
             self._write_vertices(graph, template)
             layout, graphs = "vertices", [GRAPH]
@@ -99,14 +102,16 @@ class Writer:
         return Written(layout, graphs, opset(template), self._pixels, self._precision)
 
     def _write_members(self, template: onnx.ModelProto, named: bool) -> list[str]:
-        """Write a file for each member: the first one's graph with its weights, or, without names, its own graph."""
+        """Write a file for each member: its network's graph with its weights, or, without names, its own graph."""
         names = [f"member-{member:03d}.onnx" for member in range(self._ensemble.members)]
+        traced = self._ensemble.run_of(0)
         for member, name in enumerate(names):
-            graph = self._graph(member)
-            if named:
+            graph, run = self._graph(member), self._ensemble.run_of(member)
+            if run is traced and named:
                 replace_weights(template, _arrays(graph, template))
             elif member:
-                template = self._trace(graph, member)
+                template, traced = self._trace(graph, member), run
+                named = holds_weights(template, graph)
             save(self._converted(template), self._folder / name)
         return names
 
@@ -148,7 +153,8 @@ class Writer:
         save(without_weights(converted, names), self._folder / GRAPH)
 
     def _graph(self, member: int) -> Graph:
-        return Graph(self._ensemble.network(member), self._record, self._pixels == "float").eval()
+        record = self._ensemble.run_of(member).manifest.dataset
+        return Graph(self._ensemble.network(member), record, self._pixels == "float").eval()
 
     def _trace(self, graph: Graph, member: int) -> onnx.ModelProto:
         try:
