@@ -232,7 +232,7 @@ def test_a_setting_that_is_not_its_default_is_made_again():
     made = made_again(["train-deep-ensemble", "--members", 1, *sum(changes.items(), ())], "changed")
     default = {name: field.default for name, field in Settings.model_fields.items()}
     unchanged = {name for name, value in made.settings.items() if value == default[name]}
-    assert unchanged == {"init", "weights", "sync_batchnorm", "compile", "workers"}
+    assert unchanged == {"init", "weights", "sync_batchnorm", "compile", "eager", "workers"}
 
 
 def test_another_commands_run_is_refused():

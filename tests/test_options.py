@@ -172,7 +172,7 @@ def test_every_field_is_an_option_of_its_command(monkeypatch):
         (Settings, {"clip": -1}, "clip must be at least 0, not -1"),
         (Settings, {"workers": -1}, "workers must be at least 0, not -1"),
         (Settings, {"threads": 0}, "threads must be at least 1, not 0"),
-        (Settings, {"precision": "float8"}, "precision must be float32 or bfloat16 or float16, not 'float8'"),
+        (Settings, {"precision": "float8"}, "precision must be float32 or tf32 or bfloat16 or float16, not 'float8'"),
         (Settings, {"rate": 0.1}, "Settings has no option rate: it has architecture, init"),
     ],
 )
