@@ -87,7 +87,8 @@ class _Scorer:
         labels = test_set.labels
         if labels is None:
             self.entropies[test_set.name] = prediction.predictive_entropy
-            self.ood[test_set.name] = detector_scores(_detectors(self.clean), _detectors(prediction))
+            correct = self.losses.correct[0]
+            self.ood[test_set.name] = detector_scores(_detectors(self.clean), correct, _detectors(prediction))
         elif test_set.group == "validation":
             self.validation, self.temperature = prediction, fit_temperature(prediction.mean, labels)
         elif test_set.group == "clean":
@@ -168,4 +169,5 @@ def _members(prediction: Prediction, labels: Labels) -> list[SingleMember]:
 
 
 def _detectors(prediction: Prediction) -> dict[str, NDArray[np.float64] | None]:
-    return detectors(prediction.mean, None if prediction.size == 1 else prediction.expected_entropy)
+    spread = None if prediction.size == 1 else prediction.expected_entropy
+    return detectors(prediction.mean, spread, prediction.energy, prediction.max_logit)

@@ -87,7 +87,7 @@ def test_what_every_table_must_say_is_said():
         "not the official files, so not comparable with published figures",
         "Means are over: gaussian_noise, shot_noise",
         "which no other mean includes",
-        "not defined for one member",
+        "where there are two members or logits are known",
         "generated, seed 3",
         "not for that of the training seed",
         "Mean and sample standard deviation",
@@ -124,7 +124,7 @@ def test_csv_holds_every_score():
                         for name, value in scores.model_dump().items()
                     }
                 )
-                assert len(values) == 6
+                assert len(values) == 7
                 expected |= values
         expected[number, "validation", "", "", "temperature"] = run.temperature
         for name in ("example_passes", "forward_passes", "seconds", "peak_memory"):

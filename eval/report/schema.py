@@ -48,8 +48,12 @@ class CellScores(Record):
     adaptive_ece: float
     classwise_ece: float
     max_calibration_error: float
+    l2_calibration_error: float
+    smooth_ece: float
     aurc: float
+    augrc: float
     risk_at_80: float
+    coverage_at_5: float
     misclassification_auroc: float | None
     member_accuracy: float
     member_nll: float
