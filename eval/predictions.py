@@ -60,6 +60,12 @@ class Prediction:
     max_logit: NDArray[np.float32] | None = None
     members: NDArray[np.float32] | None = None
 
+    def part(self, indices: NDArray[np.int64]) -> Prediction:
+        """Return the prediction for some of the images."""
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in (*_EXAMPLES_AXIS, "members")}
+        axes = _EXAMPLES_AXIS | {"members": 1}
+        return Prediction(**{n: None if a is None else a.take(indices, axes[n]) for n, a in arrays.items()})
+
     @property
     def size(self) -> int:
         """M."""

@@ -29,6 +29,7 @@ from ensembler.eval.metrics.smooth import smooth_error
 
 __all__ = [
     "BINS",
+    "SUM_TOLERANCE",
     "Answers",
     "accuracy",
     "adaptive_ece",
@@ -46,7 +47,7 @@ BINS = 15
 
 Array = NDArray[np.float64]
 
-_SUM_TOLERANCE = 1e-3
+SUM_TOLERANCE = 1e-3
 
 
 def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
@@ -291,7 +292,7 @@ def _probabilities(probs: ArrayLike) -> Array:
     with np.errstate(invalid="ignore"):
         rows = p.sum(axis=1)
     # Comparisons with NaN are false, so a NaN is caught here too.
-    bad = np.flatnonzero(~((np.abs(rows - 1.0) <= _SUM_TOLERANCE) & (p >= 0.0).all(axis=1)))
+    bad = np.flatnonzero(~((np.abs(rows - 1.0) <= SUM_TOLERANCE) & (p >= 0.0).all(axis=1)))
     if len(bad):
         raise ShapeError(
             f"probs[{bad[0]}] is no distribution: its smallest entry is {p[bad[0]].min():g} and it sums to "

@@ -56,4 +56,6 @@ def _on_grid(places: Array, weights: Array) -> Array:
     scaled = np.clip(places, 0.0, 1.0) * _POINTS
     left = np.minimum(scaled.astype(np.int64), _POINTS - 1)
     part = scaled - left
-    return np.bincount(left, weights * (1 - part), _POINTS + 1) + np.bincount(left + 1, weights * part, _POINTS + 1)
+    shared = weights * (1 - part), weights * part
+    grid: Array = sum(np.bincount(left + n, one, _POINTS + 1) for n, one in enumerate(shared))
+    return grid

@@ -97,8 +97,10 @@ def label(report: Report, number: int) -> str:
     return f"{number + 1}: {plain(report.runs[number].name)}"
 
 
-def compact(passes: int) -> str:
-    """Format a number of passes, such as 1.5M."""
+def compact(passes: int | None) -> str:
+    """Format a number of passes, such as 1.5M; "?" if it is unknown."""
+    if passes is None:
+        return "?"
     for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if passes >= size:
             return f"{passes / size:,.1f}{unit}"

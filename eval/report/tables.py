@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ensembler.eval.report.comparison_tables import comparison_tables
-from ensembler.eval.report.notation import SCORES, Score, label, plain
+from ensembler.eval.report.notation import NOTHING, SCORES, Score, compact, label, plain
 from ensembler.eval.report.schema import Report, ShiftReport
 from ensembler.eval.report.table import (
     CLEAN,
@@ -46,7 +46,10 @@ _PERCENT = Score("%", 100, 2, "")
 
 def about(report: Report) -> list[str]:
     """Describe what all tables have in common: the images, the shift, the device."""
-    found = [f"{images_of(report)}; predicted on {plain(report.device)}; seed {report.seed}."]
+    where = "elsewhere" if report.device is None else f"on {plain(report.device)}"
+    found = [f"{images_of(report)}; predicted {where}; seed {report.seed}."]
+    if report.omitted:
+        found.append(f"Not scored, as not all have predictions for them: {', '.join(map(plain, report.omitted))}.")
     if report.shift is not None:
         found += [report.shift.note, f"Means are over: {', '.join(report.shift.headline) or 'no corruption'}."]
         if report.shift.not_covered:
@@ -80,20 +83,30 @@ def _costs(report: Report) -> Table:
         for number, run in enumerate(report.runs)
         if run.training_unknown
     ]
+    if any(run.training_example_passes is None for run in report.runs):
+        notes.append("elsewhere: predictions that were given; their training cost is unknown (?).")
+
+    def or_nothing(value: object, text: str = "{}") -> str:
+        return NOTHING if value is None else plain(text.format(value))
+
     columns: list[Column] = [
         ("method", lambda run: plain(run.method)),
-        ("network", lambda run: plain(run.architecture)),
-        ("seed", lambda run: str(run.seed)),
+        ("network", lambda run: or_nothing(run.architecture)),
+        ("seed", lambda run: or_nothing(run.seed)),
         ("M", lambda run: str(run.forward_passes_per_prediction)),
         (
             "example passes",
-            lambda run: f"{run.training_example_passes:,}" + ("+?" if run.training_unknown else ""),
+            lambda run: _passes(run.training_example_passes) + ("+?" if run.training_unknown else ""),
         ),
-        ("forward only", lambda run: f"{run.training_forward_passes:,}"),
-        ("seconds", lambda run: f"{run.training_seconds:,.0f}"),
-        ("on", lambda run: plain(run.training_device)),
+        ("forward only", lambda run: _passes(run.training_forward_passes)),
+        ("seconds", lambda run: or_nothing(run.training_seconds, "{:,.0f}")),
+        ("on", lambda run: or_nothing(run.training_device)),
     ]
     return by_run(report, "costs", "Training cost", columns, notes=notes, words=3)
+
+
+def _passes(count: int | None) -> str:
+    return compact(None) if count is None else f"{count:,}"
 
 
 def _clean(report: Report) -> Table:
@@ -115,11 +128,12 @@ def _calibration(report: Report) -> Table:
     for number, run in enumerate(report.runs):
         for title, of in sets:
             figures = (score_column(name, of)[1](run) for name in names)
-            rows.append((label(report, number), title, *figures, f"{run.temperature:.3f}"))
+            temperature = NOTHING if run.temperature is None else f"{run.temperature:.3f}"
+            rows.append((label(report, number), title, *figures, temperature))
     headings = ("run", "images", *(SCORES[name].title for name in names), "temperature")
-    notes = [
-        f"Temperatures were fitted on {report.validation_examples:,} validation images; above 1, they lower confidence."
-    ]
+    notes = ["Temperatures were fitted on validation images; above 1, they lower confidence."]
+    if any(run.temperature is None for run in report.runs):
+        notes.append(f"{NOTHING}: without validation predictions, none is fitted.")
     if shift is not None:
         notes.append(f"Shifted ({shift.source}): mean over {means_over(shift)}.")
     title = f"Calibration: {images_of(report)}"
