@@ -166,6 +166,11 @@ def _calibrate(
             f"ensembler push PATH {run} sends it there"
         )
     path = latest(Path("runs")) if run is None else Path(run)
+    if path.is_file():
+        raise UsageError(
+            f"{path} is no run, beside which a calibration is kept: ensembler eval fits a temperature to a file's "
+            "validation predictions"
+        )
     path = path.resolve() if path.is_symlink() else path  # latest may be another one soon
     check_writable(path, "a calibration lies in its run's folder: copy the run to where you may write")
     with watching(quiet, unit="images") as watch:

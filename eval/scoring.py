@@ -196,7 +196,7 @@ def _scores(prediction: Prediction, labels: Labels, temperature: float | None) -
         | {
             "calibrated_nll": calibrated,
             "member_accuracy": float((prediction.classes == labels).mean()),
-            "member_nll": float(-np.log(np.maximum(prediction.label_probabilities, FLOOR)).mean()),
+            "member_nll": float(_member_losses(prediction).mean()),
             "disagreement": None if disagreement is None else float(disagreement.mean()),
             "predictive_entropy": float(prediction.predictive_entropy.mean()),
             "expected_entropy": float(prediction.expected_entropy.mean(dtype=np.float64)),
@@ -207,11 +207,18 @@ def _scores(prediction: Prediction, labels: Labels, temperature: float | None) -
 
 def _members(prediction: Prediction, labels: Labels) -> list[SingleMember]:
     accuracies = (prediction.classes == labels).mean(axis=1)
-    losses = -np.log(np.maximum(prediction.label_probabilities, FLOOR)).mean(axis=1)
+    losses = _member_losses(prediction).mean(axis=1)
     return [
         SingleMember(accuracy=float(accuracy), nll=float(loss))
         for accuracy, loss in zip(accuracies, losses, strict=True)
     ]
+
+
+def _member_losses(prediction: Prediction) -> NDArray[np.float64]:
+    """Compute each member's ``-log p[label]`` (M, B), in nats."""
+    likely = prediction.label_probabilities.astype(np.float64, order="C")  # the order in memory is that of the sum
+    losses: NDArray[np.float64] = -np.log(np.maximum(likely, FLOOR))
+    return losses
 
 
 def _detectors(prediction: Prediction) -> dict[str, NDArray[np.float64] | None]:
