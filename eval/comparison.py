@@ -41,6 +41,7 @@ def compare(
     *,
     baseline: str | None = None,
     curves: bool = False,
+    groups: ArrayLike | None = None,
     seed: int = 0,
 ) -> Report:
     """Score predictions made elsewhere for the same images, and compare them.
@@ -50,6 +51,7 @@ def compare(
         labels: (N,) integers, classes from 0; unless they are among the named arrays.
         baseline: the name of the predictions that the others are compared with; the first by default.
         curves: whether to score predictions of several members with validation predictions against their number.
+        groups: (N,) the group of each image, text or integers, to score each; by default only by class.
         seed: of the bootstrap.
 
     Raises:
@@ -62,7 +64,7 @@ def compare(
         raise UsageError(f"the baseline {baseline!r} is none of {', '.join(map(repr, names))}")
     given = [Predictions.of(name, named_arrays(each, labels)) for name, each in predictions.items()]
     place = 0 if baseline is None else names.index(baseline)
-    return compare_runs(evaluate_given(given, seed=seed), baseline=place, curves=curves)
+    return compare_runs(evaluate_given(given, seed=seed, groups=groups), baseline=place, curves=curves)
 
 
 def compare_runs(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Report:

@@ -21,6 +21,7 @@ from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.eval.given import Predictions, beside, check_sets
+from ensembler.eval.group_file import checked_groups, read_groups
 from ensembler.eval.options import EvaluationOptions
 from ensembler.eval.prediction_cache import default_folder
 from ensembler.eval.prediction_files import is_predictions, write_set, writing
@@ -30,6 +31,7 @@ from ensembler.eval.scoring import ScoredRun, Subject, score
 from ensembler.eval.shift.ood import load_ood
 from ensembler.eval.shift.readers import load_shift
 from ensembler.eval.shift.test_set import Shift, TestSet, validation_set
+from ensembler.images import FileSplit
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
 from ensembler.task import Classification
@@ -61,6 +63,7 @@ def evaluate(
     labels: ArrayLike | None = None,
     *,
     name: str = "predictions",
+    groups: ArrayLike | None = None,
 ) -> Report:
     """Score predictions made elsewhere.
 
@@ -69,11 +72,12 @@ def evaluate(
             :mod:`ensembler.eval.given`, such as ``logits`` and ``validation_probabilities``, or an open ``.npz`` file.
         labels: (N,) integers, classes from 0; unless they are among the named arrays.
         name: in the report.
+        groups: (N,) the group of each image, text or integers, to score each; by default only by class.
 
     Raises:
         ShapeError: an array of an unknown name, the wrong shape or type, or that is no prediction.
     """
-    return evaluate_given([Predictions.of(name, named_arrays(predictions, labels))]).report
+    return evaluate_given([Predictions.of(name, named_arrays(predictions, labels))], groups=groups).report
 
 
 def named_arrays(predictions: ArrayLike | Mapping[str, ArrayLike], labels: ArrayLike | None) -> Mapping[str, ArrayLike]:
@@ -86,20 +90,29 @@ def named_arrays(predictions: ArrayLike | Mapping[str, ArrayLike], labels: Array
     return arrays | {"labels": labels}
 
 
-def evaluate_given(given: Sequence[Predictions], *, examples: int | None = None, seed: int = 0) -> Evaluation:
+def evaluate_given(
+    given: Sequence[Predictions],
+    *,
+    examples: int | None = None,
+    seed: int = 0,
+    groups: ArrayLike | None = None,
+) -> Evaluation:
     """Score predictions made elsewhere for the same test images, on the test sets that all of them have.
 
     Args:
         given: one or more.
         examples: number of test images; all by default.
         seed: of the choice of examples and of bootstrap intervals.
+        groups: (N,) the group of each image, text or integers.
 
     Raises:
         UsageError: predictions for other images, or too many examples.
+        ShapeError: not one group an image.
     """
     for one, other in combinations(given, 2):
         one.check_against(other.labels, other.classes or other.C, other.test_sha256, other.name)
     first = given[0]
+    names = None if groups is None else checked_groups(groups, len(first.labels))
     indices = None if examples is None else _choose(len(first.labels), examples, seed).numpy()
     every = {one.title: one for own in given for one in own.sets if one.group != "validation"}
     shared = [one for one in first.sets if one.title in every and all(own.find(one) for own in given)]
@@ -111,6 +124,8 @@ def evaluate_given(given: Sequence[Predictions], *, examples: int | None = None,
         [Subject(one.name, sha256=one.sha256) for one in given],
         beside(((one, ()) for one in sets), given, indices),
         shift,
+        classes=next((one.classes for one in given if one.classes), tuple(map(str, range(first.C)))),
+        groups=names if names is None or indices is None else names[indices],
     )
     labels = first.labels if indices is None else first.labels[indices]
     known = {one.test_sha256 for one in given}
@@ -165,7 +180,9 @@ def evaluate_paths(
     run_paths = [path for path in paths if path not in given]
     _check_options(options, run_paths, given)
     if given and not run_paths:
-        return evaluate_given(list(given.values()), examples=options.examples, seed=seed)
+        images = len(next(iter(given.values())).labels)
+        groups = None if options.group is None else read_groups(options.group, images)
+        return evaluate_given(list(given.values()), examples=options.examples, seed=seed, groups=groups)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     runs = [Run.load(path) for path in run_paths]
@@ -173,11 +190,15 @@ def evaluate_paths(
     for one in given.values():
         test_sha256, test_labels = dataset.test.sha256, dataset.test.labels.numpy()
         one.check_against(test_labels, dataset.classes, test_sha256, f"the test images of {dataset.title}")
+    files = dataset.test.files if isinstance(dataset.test, FileSplit) else None
+    groups = None if options.group is None else read_groups(options.group, len(dataset.test), files)
     indices = _choose(len(dataset.test), options.examples, seed)
     test = dataset.test.part(indices)
     shifted = None if options.shift is None else load_shift(options.shift, dataset, indices, options.data, seed)
-    files: dict[str, Any] = {"root": options.data, "download": options.download}
-    outside = [load_ood(name, test.shape, examples=options.examples, seed=seed, **files) for name in options.ood or ()]
+    sources: dict[str, Any] = {"root": options.data, "download": options.download}
+    outside = [
+        load_ood(name, test.shape, examples=options.examples, seed=seed, **sources) for name in options.ood or ()
+    ]
     folder = options.cache or default_folder()
     artefact.check_writable(folder, "choose another --cache")
     predictors = [Predictor(Ensemble(run, options.device, options.batch_size), folder) for run in runs]
@@ -204,7 +225,13 @@ def evaluate_paths(
             writer.add("classes", np.array(dataset.classes))
             writer.add("test_sha256", np.array(test.sha256))
             found = _saved(found, writer)
-        scored = score(subjects, beside(found, [given.get(path) for path in paths], indices.numpy()), shifted)
+        scored = score(
+            subjects,
+            beside(found, [given.get(path) for path in paths], indices.numpy()),
+            shifted,
+            classes=dataset.classes,
+            groups=None if groups is None else groups[indices.numpy()],
+        )
     report = Report(
         dataset=dataset.title,
         test_examples=len(test),

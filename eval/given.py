@@ -403,4 +403,6 @@ def _texts(arrays: Mapping[str, ArrayLike], name: str, count: int | None) -> tup
     found = np.atleast_1d(np.asarray(arrays[name]))
     if found.dtype.kind != "U" or found.shape != (count or 1,):
         raise ShapeError(f"{name} must be text, {count or 1} of it, found {found.dtype} {found.shape}")
+    if len(set(found.tolist())) < len(found):
+        raise ShapeError(f"{name} must all differ: give each class a name of its own")
     return tuple(found.tolist())

@@ -40,6 +40,9 @@ class EvaluationOptions(_Predicting):
         None, help="Out-of-distribution images: a dataset, folder:PATH, or noise:gaussian|uniform|constant. Repeatable."
     )
     examples: int | None = option(None, ge=1, help="Number of test images. (default: all)")
+    group: Path | None = option(
+        None, help="CSV file with the columns image and group, to score groups of test images. (default: by class)"
+    )
     save_predictions: Path | None = option(
         None, help="Also write the run's predictions to this .npz file, which eval and compare read as they do runs."
     )

@@ -13,6 +13,7 @@ from ensembler.calibration_maps import FLOOR, temper
 from ensembler.eval.given import GivenSet
 from ensembler.eval.metrics.classification import nll, scores
 from ensembler.eval.metrics.comparison import Losses
+from ensembler.eval.metrics.groups import Groups, Reduced, compare_groups, reduce_groups
 from ensembler.eval.metrics.ood import OodScores, detector_scores, detectors
 from ensembler.eval.metrics.recalibration import fit_temperature
 from ensembler.eval.predictions import Prediction
@@ -69,6 +70,9 @@ def score(
     subjects: Sequence[Subject],
     found: Iterable[tuple[TestSet | GivenSet, Sequence[Prediction | None]]],
     shift: Shift | None = None,
+    *,
+    classes: Sequence[str],
+    groups: NDArray[np.str_] | None = None,
 ) -> list[tuple[RunReport, ScoredRun]]:
     """Score runs.
 
@@ -77,8 +81,10 @@ def score(
         found: each test set with a prediction by each run, or ``None`` where a run is not scored on it: first the
             validation sets, then the clean set, then others.
         shift: the shift that the shifted sets are of.
+        classes: their names.
+        groups: (B,) the name of each test image's group.
     """
-    scorers = [_Scorer(subject) for subject in subjects]
+    scorers = [_Scorer(subject, classes, groups) for subject in subjects]
     headline = () if shift is None else shift.headline
     for test_set, each in found:
         for scorer, prediction in zip(scorers, each, strict=True):
@@ -92,6 +98,8 @@ class _Scorer:
     """The scores of one run so far; predictions that are not needed later are not kept."""
 
     subject: Subject
+    classes: Sequence[str]
+    groups: NDArray[np.str_] | None
     validation: Prediction | None = None
     validation_labels: Labels | None = None
     temperature: float | None = None
@@ -99,6 +107,8 @@ class _Scorer:
     losses: Losses = field(init=False)
     scores: CellScores = field(init=False)
     members: list[SingleMember] = field(init=False)
+    grouped: dict[str, Groups] = field(default_factory=dict)
+    test_sets: dict[str, Reduced] = field(default_factory=dict)
     cells: dict[str, dict[int, CellScores]] = field(default_factory=dict)
     headline: list[Losses] = field(default_factory=list)
     entropies: dict[str, NDArray[np.float64]] = field(default_factory=dict)
@@ -117,11 +127,18 @@ class _Scorer:
             self.clean, self.losses = prediction, Losses.of(prediction.mean, labels)
             self.scores, self.members = _scores(prediction, labels, self.temperature), _members(prediction, labels)
             self.entropies[test_set.name] = prediction.predictive_entropy
+            self.grouped["class"] = compare_groups(reduce_groups(self.losses, labels, self.classes))
+            if self.groups is not None:
+                names, places = np.unique(self.groups, return_inverse=True)
+                self.grouped["group"] = compare_groups(reduce_groups(self.losses, places, names.tolist()))
+            self.test_sets["clean"] = Reduced(self.losses)
         else:
             cells = self.cells.setdefault(test_set.name, {})
             cells[test_set.severity or 0] = _scores(prediction, labels, self.temperature)
+            losses = Losses.of(prediction.mean, labels)
+            self.test_sets[" ".join(filter(None, (test_set.name, str(test_set.severity or ""))))] = Reduced(losses)
             if headline:
-                self.headline.append(Losses.of(prediction.mean, labels))
+                self.headline.append(losses)
 
     def finish(self, headline: Sequence[str]) -> tuple[RunReport, ScoredRun]:
         shifted = Losses.over_cells(self.headline) if self.headline else None
@@ -155,6 +172,7 @@ class _Scorer:
             shifted=_mean(means) if means else None,
             cells=self.cells,
             ood=self.ood,
+            groups=self.grouped | ({"test set": compare_groups(self.test_sets)} if len(self.test_sets) > 1 else {}),
         )
 
 

@@ -119,7 +119,7 @@ def test_it_is_made_to_be_read(whole):
         "ensembler compare a b",
         "4.2 s",
         report.test_sha256,
-        report.validation_sha256,
+        report.runs[0].validation_sha256,
         evaluation().runs[0].manifest.dataset.train_sha256,
         "not the official files",
         "uniform noise (generated, seed 3)",
@@ -161,7 +161,7 @@ def test_names_of_any_kind_are_text(whole):
 )
 def test_parts_without_data_do_not_appear(runs, shift, ood, more):
     found = part(runs, shift=shift, ood=ood)
-    always = {"summary", "costs", "clean", "calibration", "members", "rejection", "terms", "made"}
+    always = {"summary", "costs", "clean", "calibration", "members", "rejection", "groups", "terms", "made"}
     result = Page(made(found, found.report))
     assert set(result.ids()) == always | more
     images = 2 + 3 * shift + ood
@@ -176,7 +176,7 @@ def test_too_many_runs_for_the_colours_are_shown_by_one_of_each_group():
     report.runs = [*report.runs, *report.runs]
     report.comparison.groups = [Group(runs=[*g.runs, *(n + 4 for n in g.runs)], seeds=[], scores={}) for g in groups]
     found = evaluation()
-    twice = type(found)(report, [*found.runs, *found.runs], found.labels, found.validation_labels)
+    twice = type(found)(report, [*found.runs, *found.runs], found.labels)
     pictures = figures(twice, report)
     assert "One run of each group of seeds is shown: 1, 2, 4." in pictures["boxes"].caption
     assert titles(pictures["reliability"].figure) == ["1: single", "2: deep-a", "4: simplex"]

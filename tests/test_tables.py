@@ -15,6 +15,7 @@ from rich.console import Console
 
 from ensembler.eval.comparison import compare_runs
 from ensembler.eval.metrics.comparison import Difference
+from ensembler.eval.metrics.groups import GROUPED
 from ensembler.eval.report.notation import NOTHING, SCORES, Score, compact, verdict
 from ensembler.eval.report.schema import CellScores, Report
 from ensembler.eval.report.sentences import findings
@@ -126,6 +127,16 @@ def test_csv_holds_every_score():
                 )
                 assert len(values) == 7
                 expected |= values
+        for by, grouped in run.groups.items():
+            for group, scores in grouped.groups.items():
+                expected[number, f"group {by}", group, "", "examples"] = scores.examples
+                expected[number, f"group {by}", group, "", "ece"] = scores.ece
+            each = [(group, name, getattr(s, name)) for group, s in grouped.groups.items() for name in GROUPED]
+            each += [("", f"worst {name}", one) for name, one in grouped.worst.items()]
+            each += [("", f"gap {name}", one) for name, one in grouped.gap.items()]
+            for group, name, one in each:
+                ends = {name: one.value, f"{name} low": one.low, f"{name} high": one.high}
+                expected |= {(number, f"group {by}", group, "", title): value for title, value in ends.items()}
         expected[number, "validation", "", "", "temperature"] = run.temperature
         for name in ("example_passes", "forward_passes", "seconds", "peak_memory"):
             expected[number, "cost", "", "", f"training_{name}"] = getattr(run, f"training_{name}")
@@ -166,7 +177,7 @@ def test_a_terminal_shows_every_figure_whole(width):
 
 def test_parts_without_data_have_no_table():
     sections = [table.section for table in report_tables(part().report)]
-    assert sections == ["costs", "clean", "calibration", "members", "rejection"]
+    assert sections == ["costs", "clean", "calibration", "members", "rejection", "groups", "groups"]
     assert "shift" not in rendered(part().report, 80)
     assert NOTHING in markdown_rows(part().report, "members")[0]
     only_validation = part(2, shift=True).report

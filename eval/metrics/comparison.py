@@ -92,6 +92,11 @@ class Losses:
         confidence = np.concatenate([cell.confidence for cell in found])
         return cls(error, nll, brier, confidence, np.concatenate([cell.correct for cell in found]))
 
+    def part(self, indices: NDArray[np.int64]) -> Losses:
+        """Return the losses of some of the examples."""
+        means = (getattr(self, name)[indices] for name in _MEANS)
+        return Losses(*means, self.confidence[:, indices], self.correct[:, indices])
+
     def scores(self) -> dict[str, float]:
         """Compute error, NLL, Brier score and ECE; the same as :mod:`ensembler.eval.metrics.classification`."""
         ones = np.ones((1, len(self.error)))

@@ -28,6 +28,7 @@ _SECTIONS = {
     "members": "Members",
     "shift": "Shift",
     "rejection": "Selective prediction",
+    "groups": "Groups",
     "ood": "Out of distribution",
     "comparison": "Comparison",
     "number": "Number of members",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ensembler.eval.report.comparison_tables import comparison_tables
+from ensembler.eval.report.group_tables import group_tables
 from ensembler.eval.report.notation import NOTHING, SCORES, Score, compact, label, plain
 from ensembler.eval.report.schema import Report, ShiftReport
 from ensembler.eval.report.table import (
@@ -64,6 +65,7 @@ def report_tables(report: Report) -> list[Table]:
         found += _severities(report, report.shift) if meant_shift(report) else []
         found += _families(report, report.shift)
     found.append(_selective(report))
+    found += group_tables(report)
     found += _ood(report)
     if report.comparison is not None:
         found += comparison_tables(report, report.comparison)
