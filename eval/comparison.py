@@ -58,11 +58,13 @@ def compare(
         ShapeError: an array of an unknown name, the wrong shape or type, or that is no prediction.
         UsageError: fewer than two, other labels, or no such baseline.
     """
-    names = list(predictions)
+    names = [str(name) for name in predictions]
     check_names(names)
-    if baseline is not None and baseline not in predictions:
+    if baseline is not None and baseline not in names:
         raise UsageError(f"the baseline {baseline!r} is none of {', '.join(map(repr, names))}")
-    given = [Predictions.of(name, named_arrays(each, labels)) for name, each in predictions.items()]
+    given = [
+        Predictions.of(name, named_arrays(each, labels)) for name, each in zip(names, predictions.values(), strict=True)
+    ]
     place = 0 if baseline is None else names.index(baseline)
     return compare_runs(evaluate_given(given, seed=seed, groups=groups), baseline=place, curves=curves)
 

@@ -263,7 +263,7 @@ def _checked(name: str, arrays: Mapping[str, ArrayLike]) -> Predictions:
                 f"unknown array {given!r}: give {', '.join(_VALUES[:3])}, the same as validation_... or "
                 "ood_..., shift/NAME/SEVERITY/... and ood/NAME/..., classes or test_sha256"
             )
-        by_set.setdefault(match["set"], {})[match["array"]] = np.asarray(array)
+        by_set.setdefault(match["set"], {})[match["array"]] = _array(given, array)
     clean = by_set.pop("")
     if "labels" not in clean:
         raise ShapeError("there are no 'labels': give the class of each image, (N,) integers")
@@ -284,6 +284,17 @@ def _checked(name: str, arrays: Mapping[str, ArrayLike]) -> Predictions:
     classes = _texts(arrays, "classes", shape[1])
     sha256 = _texts(arrays, "test_sha256", None)
     return Predictions(name, sets, classes, sha256[0] if sha256 else None)
+
+
+def _array(name: str, given: ArrayLike) -> NDArray[Any]:
+    try:
+        return np.asarray(given)
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # a tensor on a GPU or with a gradient, rows of other lengths
+        raise ShapeError(f"{name} is no array ({error}): give one of NumPy's, or a tensor.detach().cpu()") from error
 
 
 def _named(prefix: str, own: Mapping[str, Any], labels: Labels) -> GivenSet:
@@ -400,7 +411,7 @@ def _labels(prefix: str, labels: NDArray[Any], title: str, members: NDArray[Any]
 def _texts(arrays: Mapping[str, ArrayLike], name: str, count: int | None) -> tuple[str, ...] | None:
     if name not in arrays:
         return None
-    found = np.atleast_1d(np.asarray(arrays[name]))
+    found = np.atleast_1d(_array(name, arrays[name]))
     if found.dtype.kind != "U" or found.shape != (count or 1,):
         raise ShapeError(f"{name} must be text, {count or 1} of it, found {found.dtype} {found.shape}")
     if len(set(found.tolist())) < len(found):

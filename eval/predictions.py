@@ -62,9 +62,10 @@ class Prediction:
 
     def part(self, indices: NDArray[np.int64]) -> Prediction:
         """Return the prediction for some of the images."""
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in (*_EXAMPLES_AXIS, "members")}
         axes = _EXAMPLES_AXIS | {"members": 1}
-        return Prediction(**{n: None if a is None else a.take(indices, axes[n]) for n, a in arrays.items()})
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in axes}
+        taken: dict[str, Any] = {n: None if a is None else a.take(indices, axes[n]) for n, a in arrays.items()}
+        return Prediction(**taken)
 
     @property
     def size(self) -> int:

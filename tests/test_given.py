@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 from typer.testing import CliRunner
 
+from ensembler import load_dataset
 from ensembler.cli import app
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, EnsemblerError, ShapeError, UsageError
@@ -339,6 +342,7 @@ NAN = np.where(np.arange(3) == 1, np.nan, ONE)
         ({"energy": ONE}, r"energy must be 15 finite numbers, one an image, found float64 \(15, 3\)"),
         ({"energy": np.full(15, np.inf)}, "energy must be 15 finite numbers"),
         ({"probabilities": None, "logits": np.log(MEMBERS), "energy": LABELS}, "energy follows from the logits"),
+        ({"classes": np.array(["a", "a", "b"])}, "classes must all differ"),
         ({"classes": np.array(["a", "b"])}, r"classes must be text, 3 of it, found <U1 \(2,\)"),
         ({"classes": np.arange(3)}, "classes must be text"),
     ],
@@ -353,6 +357,13 @@ def test_arrays_that_are_no_predictions_are_refused(tmp_path, change: dict[str, 
     assert "a.npz: " in result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_what_is_no_array_is_refused() -> None:
+    for wrong in ([[0.5, 0.5], [1.0]], torch.tensor([[0.5, 0.5]], requires_grad=True)):
+        with pytest.raises(ShapeError, match=r"^predictions: probabilities is no array \(.*give one of NumPy's"):
+            evaluate(wrong, [0])
+    assert evaluate(torch.tensor([[0.75, 0.25]]), torch.tensor([0])).runs[0].clean.accuracy == 1
 
 
 def npy(array: np.ndarray, shape: tuple[int, ...] | None = None) -> bytes:
@@ -432,3 +443,58 @@ def test_paths_that_are_no_predictions_are_refused(tmp_path) -> None:
     assert "two runs are called b.npz" in result.stderr
     with pytest.raises(UsageError, match="the labels are given twice"):
         evaluate(ARRAYS, LABELS)
+
+
+# --- all of it ------------------------------------------------------------------------------------------------------
+
+
+def linear(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))
+
+
+def test_models_of_scikit_learn_and_a_deep_ensemble_in_one_report(tmp_path) -> None:
+    """A random forest's trees, a logistic regression and a run on the digits: files and arrays, the same numbers."""
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression
+
+    digits = load_dataset("digits")
+    (x, y), (x_validation, y_validation), (x_test, y_test) = (
+        (part.images[:, ::4, ::4, 0].flatten(1).numpy() / 255, part.labels.numpy())
+        for part in (digits.train, digits.validation, digits.test)
+    )
+    forest = RandomForestClassifier(5, random_state=0).fit(x, y)
+    logistic = LogisticRegression(max_iter=200).fit(x, y)
+    arrays = {
+        "forest.npz": {
+            "probabilities": np.stack([tree.predict_proba(x_test) for tree in forest.estimators_]),
+            "labels": y_test,
+            "validation_probabilities": np.stack([tree.predict_proba(x_validation) for tree in forest.estimators_]),
+            "validation_labels": y_validation,
+        },
+        "logistic.npz": {"logits": logistic.decision_function(x_test), "labels": y_test},
+    }
+    settings = Settings(architecture="tests.test_given:linear", epochs=1, device="cpu")
+    deep = train(digits, DeepEnsemble(members=2), settings).save(tmp_path / "deep")
+    files = [save(tmp_path / name, **one) for name, one in arrays.items()]
+    words = [
+        *files,
+        deep,
+        "--device",
+        "cpu",
+        "--json",
+        tmp_path / "report.json",
+        "--out",
+        tmp_path / "report",
+        "--quiet",
+    ]
+    result = command("compare", *words)
+    assert result.exit_code == 0, result.output
+    of_files = json.loads((tmp_path / "report.json").read_text())
+    of_arrays = json.loads(compare(arrays).model_dump_json())
+    assert [run["name"] for run in of_files["runs"]] == ["forest.npz", "logistic.npz", "deep"]
+    for one, other in zip(of_files["runs"], of_arrays["runs"], strict=False):
+        assert one | {"sha256": None} == other
+    assert of_files["comparison"]["differences"][0] == of_arrays["comparison"]["differences"][0]
+    assert of_files["comparison"]["differences"][1]["run"] == "deep"
+    assert of_files["runs"][0]["clean"]["error"] < 0.2
+    assert (tmp_path / "report" / "report.html").is_file()

@@ -94,8 +94,13 @@ class Losses:
 
     def part(self, indices: NDArray[np.int64]) -> Losses:
         """Return the losses of some of the examples."""
-        means = (getattr(self, name)[indices] for name in _MEANS)
-        return Losses(*means, self.confidence[:, indices], self.correct[:, indices])
+        return Losses(
+            error=self.error[indices],
+            nll=self.nll[indices],
+            brier=self.brier[indices],
+            confidence=self.confidence[:, indices],
+            correct=self.correct[:, indices],
+        )
 
     def scores(self) -> dict[str, float]:
         """Compute error, NLL, Brier score and ECE; the same as :mod:`ensembler.eval.metrics.classification`."""

@@ -56,6 +56,7 @@ def _on_grid(places: Array, weights: Array) -> Array:
     scaled = np.clip(places, 0.0, 1.0) * _POINTS
     left = np.minimum(scaled.astype(np.int64), _POINTS - 1)
     part = scaled - left
-    shared = weights * (1 - part), weights * part
-    grid: Array = sum(np.bincount(left + n, one, _POINTS + 1) for n, one in enumerate(shared))
+    grid = np.zeros(_POINTS + 1)
+    np.add.at(grid, left, weights * (1 - part))
+    np.add.at(grid, left + 1, weights * part)
     return grid

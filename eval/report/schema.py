@@ -98,8 +98,8 @@ class RunReport(Record):
     ``training_unknown``: files of weights that training started from, whose own cost is unknown and not counted;
     ``training_peak_memory``: bytes. ``temperature``: fitted to ``validation_examples`` images, whose hash is
     ``validation_sha256``; ``null`` without any. ``by_severity``, ``by_family`` and ``shifted`` are means over the
-    headline corruptions; ``ood``: by set of images and detector; ``groups``: by class, by test set where there are
-    several, and by the groups that were given.
+    headline corruptions; ``ood``: by set of images and detector; ``groups``: by ``class``, by ``test set`` where
+    there are several, and by the groups that were given, ``group``.
     """
 
     name: str
@@ -127,7 +127,7 @@ class RunReport(Record):
     shifted: CellScores | None
     cells: dict[str, dict[int, CellScores]]
     ood: dict[str, dict[str, OodScores | None]]
-    groups: dict[Literal["class", "test set", "group"], Groups]
+    groups: dict[str, Groups]
 
 
 class RunDifference(Record):
