@@ -31,7 +31,7 @@ from ensembler.eval.scoring import ScoredRun, Subject, score
 from ensembler.eval.shift.ood import load_ood
 from ensembler.eval.shift.readers import load_shift
 from ensembler.eval.shift.test_set import Shift, TestSet, validation_set
-from ensembler.images import FileSplit
+from ensembler.images import FileSplit, Images
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
 from ensembler.task import Classification
@@ -113,31 +113,32 @@ def evaluate_given(
         one.check_against(other.labels, other.classes or other.C, other.test_sha256, other.name)
     first = given[0]
     names = None if groups is None else checked_groups(groups, len(first.labels))
-    indices = None if examples is None else _choose(len(first.labels), examples, seed).numpy()
+    if examples is not None:
+        indices = _choose(len(first.labels), examples, seed).numpy()
+        given = [one.part(indices) for one in given]
+        first, names = given[0], None if names is None else names[indices]
     every = {one.title: one for own in given for one in own.sets if one.group != "validation"}
-    shared = [one for one in first.sets if one.title in every and all(own.find(one) for own in given)]
-    sets = [one.part(indices) for one in shared]
-    check_sets(given, {one: len(first.sets[whole].mean) for one, whole in zip(sets, shared, strict=True)})
+    sets = [one for one in first.sets if one.title in every and all(own.find(one) for own in given)]
+    check_sets(given, {one: len(first.sets[one].mean) for one in sets})
     cells = tuple(one for one in sets if one.group == "shift")
     shift = Shift("given", "given", _GIVEN, cells) if cells else None
     scored = score(
         [Subject(one.name, sha256=one.sha256) for one in given],
-        beside(((one, ()) for one in sets), given, indices),
+        beside(((one, ()) for one in sets), given),
         shift,
         classes=next((one.classes for one in given if one.classes), tuple(map(str, range(first.C)))),
-        groups=names if names is None or indices is None else names[indices],
+        groups=names,
     )
-    labels = first.labels if indices is None else first.labels[indices]
     known = {one.test_sha256 for one in given}
     report = Report(
         dataset="predictions made elsewhere",
-        test_examples=len(labels),
-        test_sha256=known.pop() if len(known) == 1 and indices is None else None,
-        omitted=sorted(every.keys() - {one.title for one in shared}),
+        test_examples=len(first.labels),
+        test_sha256=known.pop() if len(known) == 1 else None,
+        omitted=sorted(every.keys() - {one.title for one in sets}),
         shift=_describe(shift),
         ood=[
             OodReport(name=one.name, title=one.name, source="given", images=len(first.sets[one].mean))
-            for one in shared
+            for one in sets
             if one.group == "ood"
         ],
         runs=[report for report, _ in scored],
@@ -145,7 +146,7 @@ def evaluate_given(
         seed=seed,
         versions=versions(),
     )
-    return Evaluation(report, [run for _, run in scored], labels)
+    return Evaluation(report, [run for _, run in scored], first.labels)
 
 
 def evaluate_paths(
@@ -187,13 +188,11 @@ def evaluate_paths(
         torch.set_num_threads(options.threads)
     runs = [Run.load(path) for path in run_paths]
     dataset = _common_dataset(runs, run_paths, options)
-    for one in given.values():
-        test_sha256, test_labels = dataset.test.sha256, dataset.test.labels.numpy()
-        one.check_against(test_labels, dataset.classes, test_sha256, f"the test images of {dataset.title}")
     files = dataset.test.files if isinstance(dataset.test, FileSplit) else None
     groups = None if options.group is None else read_groups(options.group, len(dataset.test), files)
     indices = _choose(len(dataset.test), options.examples, seed)
     test = dataset.test.part(indices)
+    given = {path: _of_test_images(one, dataset, test, indices) for path, one in given.items()}
     shifted = None if options.shift is None else load_shift(options.shift, dataset, indices, options.data, seed)
     sources: dict[str, Any] = {"root": options.data, "download": options.download}
     outside = [
@@ -227,7 +226,7 @@ def evaluate_paths(
             found = _saved(found, writer)
         scored = score(
             subjects,
-            beside(found, [given.get(path) for path in paths], indices.numpy()),
+            beside(found, [given.get(path) for path in paths]),
             shifted,
             classes=dataset.classes,
             groups=None if groups is None else groups[indices.numpy()],
@@ -245,6 +244,15 @@ def evaluate_paths(
         versions=versions(),
     )
     return Evaluation(report, [run for _, run in scored], test.labels.numpy())
+
+
+def _of_test_images(one: Predictions, dataset: Dataset, test: Images, indices: Tensor) -> Predictions:
+    """Check that predictions are for a dataset's test images, or for those chosen of them, and return the latter."""
+    whole = len(one.labels) != len(test)
+    images = dataset.test if whole else test
+    title = f"the test images of {dataset.title}"
+    one.check_against(images.labels.numpy(), dataset.classes, images.sha256, title)
+    return one.part(indices.numpy()) if whole else one
 
 
 def _saved(

@@ -67,12 +67,6 @@ class GivenSet:
         """Its name in messages, and the beginning of its arrays' names: ``shift/fog/3``."""
         return title_of(self)
 
-    def part(self, indices: NDArray[np.int64] | None) -> GivenSet:
-        """Return the set of some of the test images; itself where it is of other images."""
-        if indices is None or not self.paired or self.labels is None:
-            return self
-        return replace(self, labels=self.labels[indices])
-
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
@@ -142,6 +136,16 @@ class Predictions:
         """The held-out images, if there are any."""
         return next((one for one in self.sets if one.group == "validation"), None)
 
+    def part(self, indices: NDArray[np.int64]) -> Predictions:
+        """Return the predictions for some of the test images; other sets stay as they are."""
+        sets = {
+            replace(one, labels=one.labels[indices]) if one.paired and one.labels is not None else one: (
+                prediction.part(indices) if one.paired else prediction
+            )
+            for one, prediction in self.sets.items()
+        }
+        return replace(self, sets=sets, test_sha256=None)
+
     def find(self, test_set: TestSet | GivenSet) -> GivenSet | None:
         """Find the set with a test set's name and severity."""
         return next((one for one in self.sets if one.title == title_of(test_set)), None)
@@ -179,7 +183,7 @@ def check_sets(given: Iterable[Predictions], test_sets: Mapping[Any, int]) -> li
 
     Args:
         given: the predictions.
-        test_sets: each test set's number of images; test images may be fewer than predictions.
+        test_sets: each test set's number of images.
 
     Returns:
         The names of the sets that some have beyond these.
@@ -195,7 +199,7 @@ def check_sets(given: Iterable[Predictions], test_sets: Mapping[Any, int]) -> li
                 raise UsageError(
                     f"{one.name} has no predictions for {title_of(test_set)}: add them, or leave that test set out"
                 )
-            if not own.paired and (count := len(one.sets[own].mean)) != images:
+            if (count := len(one.sets[own].mean)) != images:
                 raise UsageError(f"{one.name} has {count:,} predictions for {title_of(test_set)}, not {images:,}")
         known = {title_of(test_set) for test_set in test_sets} | {"validation"}
         more |= {own.title for own in one.sets} - known
@@ -205,14 +209,12 @@ def check_sets(given: Iterable[Predictions], test_sets: Mapping[Any, int]) -> li
 def beside(
     found: Iterable[tuple[TestSet | GivenSet, Sequence[Prediction]]],
     order: Sequence[Predictions | None],
-    indices: NDArray[np.int64] | None,
 ) -> Iterator[tuple[TestSet | GivenSet, list[Prediction | None]]]:
     """Put given predictions beside those of runs, for each test set; each has its own validation set, or none.
 
     Args:
         found: test sets, each with the runs' predictions.
         order: of all: given predictions, or ``None`` for a run.
-        indices: of the test images to use; all by default.
 
     Raises:
         UsageError: given predictions are for other images of a test set.
@@ -222,19 +224,19 @@ def beside(
             yield own, [one.sets[own] if number == place else None for number in range(len(order))]
     for test_set, each in found:
         made = iter(each)
-        yield test_set, [next(made) if one is None else _prediction(one, test_set, indices) for one in order]
+        yield test_set, [next(made) if one is None else _prediction(one, test_set) for one in order]
 
 
-def _prediction(one: Predictions, test_set: TestSet | GivenSet, indices: NDArray[np.int64] | None) -> Prediction | None:
+def _prediction(one: Predictions, test_set: TestSet | GivenSet) -> Prediction | None:
     own = one.find(test_set)
     if own is None or own.group == "validation":
         return None
     if own.labels is not None and test_set.labels is not None:
-        _check_labels(one.name, own.part(indices).labels, f"{title_of(test_set)} of others", test_set.labels)
-    return one.sets[own] if indices is None or not own.paired else one.sets[own].part(indices)
+        _check_labels(one.name, own.labels, f"{title_of(test_set)} of others", test_set.labels)
+    return one.sets[own]
 
 
-def _check_labels(name: str, labels: Any, other: str, expected: Labels) -> None:
+def _check_labels(name: str, labels: Labels, other: str, expected: Labels) -> None:
     if len(labels) != len(expected):
         raise UsageError(
             f"{name} has {len(labels):,} labels and {other} {len(expected):,}: give predictions for the same images, "

@@ -171,6 +171,12 @@ def test_files_and_a_run_in_one_report(run, tmp_path) -> None:
     assert {one.clean.accuracy * 9 % 1 for one in examples.runs} == {0.0}
     alone = evaluate_paths([file], examples=9, seed=5).report
     assert alone.runs[0].clean == examples.runs[0].clean
+    saved = tmp_path / "saved.npz"
+    evaluate_paths([run], device="cpu", examples=9, seed=5, save_predictions=saved)
+    twice = evaluate_paths([saved, run], device="cpu", examples=9, seed=5).report
+    assert twice.runs[0].clean == twice.runs[1].clean == examples.runs[1].clean
+    with pytest.raises(UsageError, match=r"9 labels and the test images .* 15|labels differ"):
+        evaluate_paths([saved, run], device="cpu", examples=8, seed=5)
 
 
 @pytest.mark.parametrize(
