@@ -162,8 +162,8 @@ class Predictions:
         if not isinstance(classes, int) and self.classes is not None and self.classes != tuple(classes):
             place = next(n for n, both in enumerate(zip(self.classes, classes, strict=True)) if both[0] != both[1])
             raise UsageError(
-                f"class {place} is {self.classes[place]!r} in {self.name} and {classes[place]!r} in {other}: bring the "
-                "classes into the same order"
+                f"class {place} is {self.classes[place]!r} in {self.name} and {classes[place]!r} in {other}: give the "
+                "classes the same names, in the same order"
             )
         _check_labels(self.name, self.labels, other, labels)
         if None not in (test_sha256, self.test_sha256) and test_sha256 != self.test_sha256:
@@ -260,7 +260,7 @@ def _checked(name: str, arrays: Mapping[str, ArrayLike]) -> Predictions:
         if given in _TEXTS:
             continue
         match = _NAME.fullmatch(given)
-        if match is None:
+        if match is None or not given.isprintable():
             raise ShapeError(
                 f"unknown array {given!r}: give {', '.join(_VALUES[:3])}, the same as validation_... or "
                 "ood_..., shift/NAME/SEVERITY/... and ood/NAME/..., classes or test_sha256"
@@ -296,7 +296,8 @@ def _array(name: str, given: ArrayLike) -> NDArray[Any]:
         ValueError,
         RuntimeError,
     ) as error:  # a tensor on a GPU or with a gradient, rows of other lengths
-        raise ShapeError(f"{name} is no array ({error}): give one of NumPy's, or a tensor.detach().cpu()") from error
+        reason = str(error).splitlines()[0]
+        raise ShapeError(f"{name} is no array ({reason}): give one of NumPy's, or a tensor.detach().cpu()") from error
 
 
 def _named(prefix: str, own: Mapping[str, Any], labels: Labels) -> GivenSet:

@@ -11,7 +11,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from ensembler.artefact import HELD
+from ensembler.artefact import HELD, hold, sweep
 from ensembler.errors import ArtefactError, DataError, UsageError
 from ensembler.eval.given import title_of
 from ensembler.eval.predictions import Prediction
@@ -75,16 +75,24 @@ def writing(path: Path) -> Iterator[Writer]:
         ArtefactError: the file cannot be written.
     """
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}{HELD}")
+    lock: int | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            yield Writer(archive)
+        sweep(path.parent)
+        with partial.open("wb") as file:
+            lock = hold(partial)
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+                yield Writer(archive)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         raise ArtefactError(f"cannot write {path}: {error.strerror or error}; no partial output was kept") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+        if lock is not None:
+            os.close(lock)
 
 
 class Writer:
@@ -132,7 +140,8 @@ def _read_npz(path: Path) -> Arrays:
                     _check_header(path, info, file)  # type: ignore[arg-type]
             return {info.filename.removesuffix(".npy"): _array(archive, info) for info in infos}
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"{path} is damaged or not of numpy.savez ({error}): write it again") from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{path} is damaged or not of numpy.savez ({reason}): write it again") from error
     except ImportError as error:  # of a compression that this Python was built without
         raise DataError(f"{path} cannot be unpacked here ({error}): write it with numpy.savez") from error
 
@@ -161,14 +170,14 @@ def _check_header(path: Path, info: zipfile.ZipInfo, file: BinaryIO) -> None:
     name = info.filename.removesuffix(".npy")
     version = npy.read_magic(file)
     if version not in ((1, 0), (2, 0)):
-        raise DataError(f"{path}: {name} is of NumPy's format {version}: write it with numpy.savez")
+        raise DataError(f"{path}: {name!r} is of NumPy's format {version}: write it with numpy.savez")
     read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, dtype = read_header(file)
     if dtype.kind not in "fiubU":
         what = "Python objects, which are never unpickled" if dtype.hasobject else f"of type {dtype}"
-        raise DataError(f"{path}: {name} is {what}: save numbers, or text of NumPy's type <U")
+        raise DataError(f"{path}: {name!r} is {what}: save numbers, or text of NumPy's type <U")
     if math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
-        raise DataError(f"{path}: {name} is cut short or too long for its shape {shape}: write it again")
+        raise DataError(f"{path}: {name!r} is cut short or too long for its shape {shape}: write it again")
 
 
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> NDArray[Any]:
@@ -185,16 +194,11 @@ def _read_csv(path: Path) -> Arrays:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, strict=True)
             headings = [heading.strip() for heading in next(rows, [])]
-            cells: list[list[str]] = []
-            for row in rows:
-                if row and len(row) != len(headings):
-                    raise DataError(f"{path}, line {rows.line_num}: {len(row)} values, not {len(headings)}")
-                cells += [row] if row else []
+            return _from_rows(path, headings, (row for row in rows if row))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text in UTF-8: save it as CSV in UTF-8") from error
     except csv.Error as error:
         raise DataError(f"{path} is no CSV ({error}): separate values by commas, one row an example") from error
-    return _from_columns(path, headings, dict(enumerate(zip(*cells, strict=True))))
 
 
 def _read_parquet(path: Path) -> Arrays:
@@ -205,14 +209,15 @@ def _read_parquet(path: Path) -> Arrays:
     try:
         file = parquet.ParquetFile(path)
         _check_size(path, file.metadata.num_rows * file.metadata.num_columns * 8)
-        table = file.read()
-        columns = {place: column.to_pylist() for place, column in enumerate(table.columns)}
+        headings = [str(name) for name in file.schema_arrow.names]
+        batches = (batch for batch in file.iter_batches(10_000) if batch.num_rows)
+        rows = (row for batch in batches for row in zip(*(c.to_pylist() for c in batch.columns), strict=True))
+        return _from_rows(path, headings, rows)
     except ArrowException as error:
         raise DataError(f"{path} is damaged or no Parquet ({str(error).splitlines()[0]}): write it again") from error
-    return _from_columns(path, [str(name) for name in table.column_names], columns)
 
 
-def _from_columns(path: Path, headings: Sequence[str], columns: Mapping[int, Sequence[Any]]) -> Arrays:
+def _from_rows(path: Path, headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> Arrays:
     """Make ``probabilities`` (N, C), ``labels`` and ``classes`` of a column for each class and one of labels."""
     found = [place for place, heading in enumerate(headings) if heading in _LABELS]
     classes = [heading for heading in headings if heading not in _LABELS]
@@ -223,21 +228,33 @@ def _from_columns(path: Path, headings: Sequence[str], columns: Mapping[int, Seq
         )
     if len(set(classes)) < len(classes):
         raise DataError(f"{path} has the column {next(c for c in classes if classes.count(c) > 1)!r} twice")
-    if not columns or not len(columns[0]):
+    labels, probabilities = [], []
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(headings):
+            raise DataError(f"{path}, row {number}: {len(row)} values, not {len(headings)}")
+        cells = list(row)
+        labels.append(cells.pop(found[0]))
+        probabilities.append(_numbers(path, number, cells, classes))
+    if not labels:
         raise DataError(f"{path} has no rows")
-    labels = _labels(path, columns[found[0]], classes)
-    probabilities = np.empty((len(labels), len(classes)))
-    for column, place in enumerate(place for place in range(len(headings)) if place != found[0]):
-        for row, cell in enumerate(columns[place]):
+    arrays = {"probabilities": np.stack(probabilities), "labels": _classes(path, labels, classes)}
+    return arrays | {"classes": np.array(classes)}
+
+
+def _numbers(path: Path, number: int, cells: Sequence[Any], classes: Sequence[str]) -> NDArray[np.float64]:
+    try:
+        return np.array([float(cell) for cell in cells])
+    except (TypeError, ValueError):
+        for cell, name in zip(cells, classes, strict=True):
             try:
-                probabilities[row, column] = float(cell)
+                float(cell)
             except (TypeError, ValueError) as error:
-                where = f"row {row + 1}, column {headings[place]!r}"
+                where = f"row {number}, column {name!r}"
                 raise DataError(f"{path}, {where}: {cell!r} is no number: give a probability in every cell") from error
-    return {"probabilities": probabilities, "labels": labels, "classes": np.array(classes)}
+        raise
 
 
-def _labels(path: Path, given: Sequence[Any], classes: Sequence[str]) -> NDArray[np.int64]:
+def _classes(path: Path, given: Sequence[Any], classes: Sequence[str]) -> NDArray[np.int64]:
     """Read labels that are the columns' names, or, where none of them is a name, numbers from 0."""
     texts = [str(label).strip() for label in given]
     numbered = [str(number) for number in range(len(classes))]

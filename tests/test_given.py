@@ -256,7 +256,7 @@ def test_a_table_is_one_member(tmp_path, text: str, labels: list[int]) -> None:
         ("label,labels,a\n1,1,1\n", "needs one column 'label'"),
         ("a,b,label\n", "has no rows"),
         ("a,a,label\n1,0,0\n", "has the column 'a' twice"),
-        ("a,b,label\n0.5,0.5\n", "line 2: 2 values, not 3"),
+        ("a,b,label\n0.5,0.5\n", "row 1: 2 values, not 3"),
         ("a,b,label\n0.5,half,0\n", "row 1, column 'b': 'half' is no number"),
         ("a,b,label\n0.5,,0\n", "row 1, column 'b': '' is no number"),
         ("a,b,label\n0.5,nan,0\n", "NaN or infinity for image 0"),
@@ -316,6 +316,7 @@ NAN = np.where(np.arange(3) == 1, np.nan, ONE)
         ({"probabilities": None}, "neither of probabilities and logits are there"),
         ({"logits": np.log(MEMBERS)}, "both of probabilities and logits are there"),
         ({"probs": ONE}, "unknown array 'probs': give probabilities, logits, labels"),
+        ({"shift/\x1b[31m/1/probabilities": MEMBERS}, r"unknown array 'shift/\\x1b\[31m/1/probabilities'"),
         ({"validation_probs": ONE}, "unknown array 'validation_probs'"),
         ({"probabilities": ONE[:, 0]}, r"found float64 \(15,\); of two classes, give both"),
         ({"probabilities": ONE[:9]}, r"is of 9 images, \(M, N, C\) = \(1, 9, 3\), but the labels, .* int64 \(15,\)"),
@@ -401,14 +402,16 @@ def test_bad_files_are_refused(tmp_path, monkeypatch) -> None:
     damaged = bytearray(whole)
     damaged[400] ^= 0xFF
     probabilities, labels = ("probabilities.npy", npy(MEMBERS)), ("labels.npy", npy(LABELS))
+    long = np.lib.format.magic(1, 0) + (60_000).to_bytes(2, "little") + b" " * 60_000
     cases = {
         "is damaged or not of numpy.savez": [b"", b"no zip at all", whole[:-30], bytes(damaged)],
-        "labels is Python objects, which are never unpickled": [
+        "'labels' is Python objects, which are never unpickled": [
             [probabilities, ("labels.npy", npy(np.array([Trap()], dtype=object)))]
         ],
-        "labels is of type datetime64": [
+        "'labels' is of type datetime64": [
             [probabilities, ("labels.npy", npy(np.array(["2026-01-01"], "datetime64[D]")))]
         ],
+        r"\(Header info length": [[labels, ("probabilities.npy", long)]],
         "holds 'labels' twice": [[probabilities, labels, labels]],
         "holds 'readme.txt', which is no array": [[probabilities, labels, ("readme.txt", b"hello")]],
         "is cut short or too long for its shape": [
@@ -423,8 +426,9 @@ def test_bad_files_are_refused(tmp_path, monkeypatch) -> None:
                 path.write_bytes(content)
             else:
                 archive(path, content)
-            with pytest.raises(DataError, match=f"{path}.*{message}"):
+            with pytest.raises(DataError, match=f"{path}.*{message}") as caught:
                 evaluate_paths([path])
+            assert "\n" not in str(caught.value)
     assert not (tmp_path / "sprung").exists()
     archive(tmp_path / "bomb.npz", [labels, ("probabilities.npy", npy(np.zeros(3 * 10**6)))], zipfile.ZIP_DEFLATED)
     assert (tmp_path / "bomb.npz").stat().st_size < 10**5
