@@ -285,3 +285,17 @@ def test_memory_does_not_grow_with_the_members(predictor):
         assert found.members is None
     ensemble = predictor.ensemble
     assert sum(array.nbytes for array in held) == 3000 * 4 * (len(ensemble.classes) + 1 + 2 * ensemble.members)
+
+
+def test_energy_and_max_logit_are_of_the_members_mean_logits(predictor):
+    images = TestSet("test", "test images", dataset().test, "clean")
+    ((_, (found,)),) = predictions([predictor], [images])
+    logits = predictor.ensemble.predict_outputs(dataset().test.images).double().mean(dim=0)
+    np.testing.assert_allclose(found.energy, -logits.logsumexp(dim=1), rtol=1e-5)
+    np.testing.assert_allclose(found.max_logit, -logits.amax(dim=1), rtol=1e-5)
+    members = predictor.ensemble.predict_outputs(dataset().test.images).softmax(dim=2)
+    np.testing.assert_array_equal(found.members, members)
+    some = found.part(np.array([3, 0]))
+    np.testing.assert_array_equal(some.energy, found.energy[[3, 0]])
+    np.testing.assert_array_equal(some.classes, found.classes[:, [3, 0]])
+    np.testing.assert_array_equal(some.members, found.members[:, [3, 0]])
