@@ -283,9 +283,18 @@ def _checked(name: str, arrays: Mapping[str, ArrayLike]) -> Predictions:
         if any(one.title == other.title for other in sets):
             raise ShapeError(f"there are two sets {one.title}: give each another name")
         sets[one] = prediction
+    _check_severities(sets)
     classes = _texts(arrays, "classes", shape[1])
     sha256 = _texts(arrays, "test_sha256", None)
     return Predictions(name, sets, classes, sha256[0] if sha256 else None)
+
+
+def _check_severities(sets: Iterable[GivenSet]) -> None:
+    """Refuse a set that has severities and also none: means over its severities would take it for one more."""
+    shifted = [one for one in sets if one.group == "shift"]
+    for one in shifted:
+        if one.severity is None and any(other.name == one.name and other.severity for other in shifted):
+            raise ShapeError(f"shift/{one.name} is there with severities and without: give one of them another name")
 
 
 def _array(name: str, given: ArrayLike) -> NDArray[Any]:

@@ -346,6 +346,10 @@ NAN = np.where(np.arange(3) == 1, np.nan, ONE)
         ({"shift/fog/one/probabilities": MEMBERS}, "a severity is 1 to 5, not 'one'"),
         ({"shift/fog/1/probabilities": MEMBERS[:, :9]}, "shift/fog/1/probabilities is of 9 images"),
         ({"shift/fog/1/probabilities": MEMBERS, "shift/fog/1/labels": LABELS}, "have the test images' labels"),
+        (
+            {"shift/fog/probabilities": MEMBERS, "shift/fog/3/probabilities": MEMBERS},
+            "shift/fog is there with severities and without",
+        ),
         ({"energy": ONE}, r"energy must be 15 finite numbers, one an image, found float64 \(15, 3\)"),
         ({"energy": np.full(15, np.inf)}, "energy must be 15 finite numbers"),
         ({"probabilities": None, "logits": np.log(MEMBERS), "energy": LABELS}, "energy follows from the logits"),
