@@ -205,7 +205,9 @@ def _read_parquet(path: Path) -> Arrays:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise UsageError(f"{path}: Parquet needs pyarrow: pip install pyarrow, or give a .npz or .csv") from error
+        raise UsageError(
+            f'{path}: Parquet needs pyarrow: pip install "ensembler[parquet]", or give a .npz or .csv'
+        ) from error
     try:
         file = parquet.ParquetFile(path)
         _check_size(path, file.metadata.num_rows * file.metadata.num_columns * 8)

@@ -287,7 +287,9 @@ def test_parquet_needs_a_package(tmp_path, monkeypatch) -> None:
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UsageError, match=r"Parquet needs pyarrow: pip install pyarrow, or give a \.npz or \.csv"):
+    with pytest.raises(
+        UsageError, match=r"Parquet needs pyarrow: pip install .ensembler\[parquet\]., or give a \.npz or \.csv"
+    ):
         evaluate_paths([tmp_path / "a.parquet"])
 
 
