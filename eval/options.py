@@ -44,6 +44,12 @@ class EvaluationOptions(_Predicting):
         "refuse", help="Images of an --ood folder that cannot be read: stop, or leave them out and count them."
     )
     examples: int | None = option(None, ge=1, help="Number of test images. (default: all)")
+    group: Path | None = option(
+        None, help="CSV file with the columns image and group, to score groups of test images. (default: by class)"
+    )
+    save_predictions: Path | None = option(
+        None, help="Also write the run's predictions to this .npz file, which eval and compare read as they do runs."
+    )
     threads: int | None = option(None, ge=1, panel="Prediction", help="CPU threads. (default: all)")
     seed: int = option(0, help="Random seed of generated images, the choice of examples, and bootstrap intervals.")
 

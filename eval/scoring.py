@@ -1,27 +1,47 @@
-"""Scoring of runs: a pure function of their predictions for test sets."""
+"""Scoring of runs, and of predictions made elsewhere: a pure function of predictions for test sets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensembler.calibration_maps import FLOOR, temper
+from ensembler.eval.given import GivenSet
 from ensembler.eval.metrics.classification import nll, scores
 from ensembler.eval.metrics.comparison import Losses
+from ensembler.eval.metrics.groups import Groups, Reduced, compare_groups, reduce_groups
 from ensembler.eval.metrics.ood import OodScores, detector_scores, detectors
 from ensembler.eval.metrics.recalibration import fit_temperature
 from ensembler.eval.predictions import Prediction
 from ensembler.eval.report.schema import CellScores, RunReport, SingleMember, mean_scores
 from ensembler.eval.shift.corruptions import FAMILIES, SEVERITIES
 from ensembler.eval.shift.test_set import Shift, TestSet
-from ensembler.run import Manifest, Run
+from ensembler.run import Manifest
 
-__all__ = ["ScoredRun", "score"]
+__all__ = ["ScoredRun", "Subject", "score"]
 
 Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored.
+
+    Attributes:
+        name: in reports.
+        manifest: of a run; ``None`` for predictions made elsewhere.
+        sha256: of the run's manifest, or of the file of predictions; ``None`` for arrays.
+        validation_sha256: of the validation images; ``None`` if unknown.
+    """
+
+    name: str
+    manifest: Manifest | None = None
+    sha256: str | None = None
+    validation_sha256: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +49,17 @@ class ScoredRun:
     """The data of one run for figures and comparisons.
 
     Attributes:
-        manifest: the run's.
-        validation, clean: its predictions, with every member's.
+        manifest: the run's; ``None`` for predictions made elsewhere.
+        validation, validation_labels: its prediction, with every member's, and the labels; ``None`` without any.
+        clean: its prediction of the clean test images, with every member's.
         losses: on the clean test images.
         shifted: on the shift's headline corruptions.
         entropies: predictive entropy (B,) in nats, of the clean test images and of each out-of-distribution set.
     """
 
-    manifest: Manifest
-    validation: Prediction
+    manifest: Manifest | None
+    validation: Prediction | None
+    validation_labels: Labels | None
     clean: Prediction
     losses: Losses
     shifted: Losses | None
@@ -45,24 +67,29 @@ class ScoredRun:
 
 
 def score(
-    runs: Sequence[Run],
-    names: Sequence[str],
-    found: Iterable[tuple[TestSet, Sequence[Prediction]]],
+    subjects: Sequence[Subject],
+    found: Iterable[tuple[TestSet | GivenSet, Sequence[Prediction | None]]],
     shift: Shift | None = None,
+    *,
+    classes: Sequence[str],
+    groups: NDArray[np.str_] | None = None,
 ) -> list[tuple[RunReport, ScoredRun]]:
     """Score runs.
 
     Args:
-        runs: the runs.
-        names: of the runs.
-        found: each test set with a prediction by each run: first the validation, then the clean set, then others.
+        subjects: the runs.
+        found: each test set with a prediction by each run, or ``None`` where a run is not scored on it: first the
+            validation sets, then the clean set, then others.
         shift: the shift that the shifted sets are of.
+        classes: their names.
+        groups: (B,) the name of each test image's group.
     """
-    scorers = [_Scorer(run, name) for run, name in zip(runs, names, strict=True)]
+    scorers = [_Scorer(subject, classes, groups) for subject in subjects]
     headline = () if shift is None else shift.headline
     for test_set, each in found:
         for scorer, prediction in zip(scorers, each, strict=True):
-            scorer.add(test_set, prediction, headline=test_set.name in headline)
+            if prediction is not None:
+                scorer.add(test_set, prediction, headline=test_set.name in headline)
     return [scorer.finish(headline) for scorer in scorers]
 
 
@@ -70,62 +97,73 @@ def score(
 class _Scorer:
     """The scores of one run so far; predictions that are not needed later are not kept."""
 
-    run: Run
-    name: str
-    validation: Prediction = field(init=False)
-    temperature: float = field(init=False)
+    subject: Subject
+    classes: Sequence[str]
+    groups: NDArray[np.str_] | None
+    validation: Prediction | None = None
+    validation_labels: Labels | None = None
+    temperature: float | None = None
     clean: Prediction = field(init=False)
     losses: Losses = field(init=False)
     scores: CellScores = field(init=False)
     members: list[SingleMember] = field(init=False)
+    grouped: dict[str, Groups] = field(default_factory=dict)
+    test_sets: dict[str, Reduced] = field(default_factory=dict)
     cells: dict[str, dict[int, CellScores]] = field(default_factory=dict)
     headline: list[Losses] = field(default_factory=list)
     entropies: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     ood: dict[str, dict[str, OodScores | None]] = field(default_factory=dict)
 
-    def add(self, test_set: TestSet, prediction: Prediction, *, headline: bool) -> None:
+    def add(self, test_set: TestSet | GivenSet, prediction: Prediction, *, headline: bool) -> None:
         labels = test_set.labels
         if labels is None:
             self.entropies[test_set.name] = prediction.predictive_entropy
-            self.ood[test_set.name] = detector_scores(_detectors(self.clean), _detectors(prediction))
+            correct = self.losses.correct[0]
+            self.ood[test_set.name] = detector_scores(_detectors(self.clean), correct, _detectors(prediction))
         elif test_set.group == "validation":
-            self.validation, self.temperature = prediction, fit_temperature(prediction.mean, labels)
+            self.validation, self.validation_labels = prediction, labels
+            self.temperature = fit_temperature(prediction.mean, labels)
         elif test_set.group == "clean":
             self.clean, self.losses = prediction, Losses.of(prediction.mean, labels)
             self.scores, self.members = _scores(prediction, labels, self.temperature), _members(prediction, labels)
             self.entropies[test_set.name] = prediction.predictive_entropy
+            self.grouped["class"] = compare_groups(reduce_groups(self.losses, labels, self.classes))
+            if self.groups is not None:
+                names, places = np.unique(self.groups, return_inverse=True)
+                self.grouped["group"] = compare_groups(reduce_groups(self.losses, places, names.tolist()))
+            self.test_sets["clean"] = Reduced(self.losses)
         else:
             cells = self.cells.setdefault(test_set.name, {})
             cells[test_set.severity or 0] = _scores(prediction, labels, self.temperature)
+            losses = Losses.of(prediction.mean, labels)
+            self.test_sets[" ".join(filter(None, (test_set.name, str(test_set.severity or ""))))] = Reduced(losses)
             if headline:
-                self.headline.append(Losses.of(prediction.mean, labels))
+                self.headline.append(losses)
 
     def finish(self, headline: Sequence[str]) -> tuple[RunReport, ScoredRun]:
         shifted = Losses.over_cells(self.headline) if self.headline else None
-        manifest = self.run.manifest
-        scored = ScoredRun(manifest, self.validation, self.clean, self.losses, shifted, self.entropies)
+        scored = ScoredRun(
+            manifest=self.subject.manifest,
+            validation=self.validation,
+            validation_labels=self.validation_labels,
+            clean=self.clean,
+            losses=self.losses,
+            shifted=shifted,
+            entropies=self.entropies,
+        )
         return self._report(headline), scored
 
     def _report(self, headline: Sequence[str]) -> RunReport:
-        manifest, cost = self.run.manifest, self.run.manifest.cost
         means = [self.cells[name] for name in headline]
         families = {family: [self.cells[n] for n in names if n in self.cells] for family, names in FAMILIES.items()}
         return RunReport(
-            name=self.name,
-            sha256=self.run.sha256,
-            method=manifest.method,
-            architecture=manifest.architecture,
-            vertices=manifest.vertices,
-            members=manifest.members,
-            parameters=manifest.parameters,
-            seed=manifest.seed,
-            training_example_passes=cost.example_passes,
-            training_forward_passes=cost.forward_passes,
-            training_unknown=cost.unknown,
-            training_seconds=cost.seconds,
-            training_peak_memory=cost.peak_memory,
-            training_device=cost.device,
-            forward_passes_per_prediction=manifest.members,
+            name=self.subject.name,
+            sha256=self.subject.sha256,
+            members=self.clean.size,
+            **_unknown() if self.subject.manifest is None else _made(self.subject.manifest),
+            forward_passes_per_prediction=self.clean.size,
+            validation_examples=None if self.validation_labels is None else len(self.validation_labels),
+            validation_sha256=self.subject.validation_sha256,
             temperature=self.temperature,
             clean=self.scores,
             single_members=self.members,
@@ -134,7 +172,33 @@ class _Scorer:
             shifted=_mean(means) if means else None,
             cells=self.cells,
             ood=self.ood,
+            groups=self.grouped | ({"test set": compare_groups(self.test_sets)} if len(self.test_sets) > 1 else {}),
         )
+
+
+def _made(manifest: Manifest) -> dict[str, Any]:
+    """Return how a run was made, and at what cost."""
+    cost = manifest.cost
+    return {
+        "method": manifest.method,
+        "architecture": manifest.architecture,
+        "vertices": manifest.vertices,
+        "parameters": manifest.parameters,
+        "seed": manifest.seed,
+        "training_example_passes": cost.example_passes,
+        "training_forward_passes": cost.forward_passes,
+        "training_unknown": cost.unknown,
+        "training_seconds": cost.seconds,
+        "training_peak_memory": cost.peak_memory,
+        "training_device": cost.device,
+    }
+
+
+def _unknown() -> dict[str, Any]:
+    """Return the same for predictions made elsewhere, of which nothing is known."""
+    fields = ("architecture", "vertices", "parameters", "seed")
+    costs = (f"training_{name}" for name in ("example_passes", "forward_passes", "seconds", "peak_memory", "device"))
+    return {"method": "elsewhere", "training_unknown": []} | dict.fromkeys([*fields, *costs])
 
 
 def _mean(cells: Sequence[dict[int, CellScores]]) -> CellScores:
@@ -142,14 +206,15 @@ def _mean(cells: Sequence[dict[int, CellScores]]) -> CellScores:
     return mean_scores([scores for levels in cells for scores in levels.values()])
 
 
-def _scores(prediction: Prediction, labels: Labels, temperature: float) -> CellScores:
+def _scores(prediction: Prediction, labels: Labels, temperature: float | None) -> CellScores:
     information, disagreement = prediction.mutual_information, prediction.disagreement
+    calibrated = None if temperature is None else nll(temper(prediction.mean, temperature), labels)
     return CellScores.model_validate(
         scores(prediction.mean, labels)
         | {
-            "calibrated_nll": nll(temper(prediction.mean, temperature), labels),
+            "calibrated_nll": calibrated,
             "member_accuracy": float((prediction.classes == labels).mean()),
-            "member_nll": float(-np.log(np.maximum(prediction.label_probabilities, FLOOR)).mean()),
+            "member_nll": float(_member_losses(prediction).mean()),
             "disagreement": None if disagreement is None else float(disagreement.mean()),
             "predictive_entropy": float(prediction.predictive_entropy.mean()),
             "expected_entropy": float(prediction.expected_entropy.mean(dtype=np.float64)),
@@ -160,12 +225,20 @@ def _scores(prediction: Prediction, labels: Labels, temperature: float) -> CellS
 
 def _members(prediction: Prediction, labels: Labels) -> list[SingleMember]:
     accuracies = (prediction.classes == labels).mean(axis=1)
-    losses = -np.log(np.maximum(prediction.label_probabilities, FLOOR)).mean(axis=1)
+    losses = _member_losses(prediction).mean(axis=1)
     return [
         SingleMember(accuracy=float(accuracy), nll=float(loss))
         for accuracy, loss in zip(accuracies, losses, strict=True)
     ]
 
 
+def _member_losses(prediction: Prediction) -> NDArray[np.float64]:
+    """Compute each member's ``-log p[label]`` (M, B), in nats."""
+    likely = prediction.label_probabilities.astype(np.float64, order="C")  # the order in memory is that of the sum
+    losses: NDArray[np.float64] = -np.log(np.maximum(likely, FLOOR))
+    return losses
+
+
 def _detectors(prediction: Prediction) -> dict[str, NDArray[np.float64] | None]:
-    return detectors(prediction.mean, None if prediction.size == 1 else prediction.expected_entropy)
+    spread = None if prediction.size == 1 else prediction.expected_entropy
+    return detectors(prediction.mean, spread, prediction.energy, prediction.max_logit)

@@ -16,8 +16,8 @@ from PIL import Image
 
 from ensembler.calibration_maps import FLOOR
 from ensembler.errors import ShapeError, UsageError
-from ensembler.eval import compare as grouping
-from ensembler.eval.compare import group_key
+from ensembler.eval import comparison as grouping
+from ensembler.eval.comparison import group_key
 from ensembler.eval.metrics import comparison
 from ensembler.eval.metrics import members as of_members
 from ensembler.eval.metrics.classification import brier, ece, nll, scores
@@ -336,7 +336,10 @@ def test_every_option_that_does_not_identify_a_method_is_left_out() -> None:
 def test_groups_hold_the_mean_and_the_spread() -> None:
     names = ("error", "nll", "calibrated_nll", "brier", "ece")
     losses, seeds, methods = (1.0, 5.0, 2.0, 4.5), (0, 0, 1, 2), ("fge", "snapshot", "fge", "fge")
-    scored = [SimpleNamespace(clean=SimpleNamespace(**dict.fromkeys(names, loss)), shifted=None) for loss in losses]
+    scored = [
+        SimpleNamespace(clean=SimpleNamespace(**dict.fromkeys(names, loss)), shifted=None, seed=seed)
+        for loss, seed in zip(losses, seeds, strict=True)
+    ]
     runs = [
         SimpleNamespace(manifest=manifest(seed=seed, method=method))
         for seed, method in zip(seeds, methods, strict=True)

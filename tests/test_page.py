@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from ensembler.eval.compare import compare
+from ensembler.eval.comparison import compare_runs
 from ensembler.eval.metrics.classification import accuracy, ece
 from ensembler.eval.metrics.comparison import Losses
 from ensembler.eval.report import figures as drawing
@@ -119,7 +119,7 @@ def test_it_is_made_to_be_read(whole):
         "ensembler compare a b",
         "4.2 s",
         report.test_sha256,
-        report.validation_sha256,
+        report.runs[0].validation_sha256,
         evaluation().runs[0].manifest.dataset.train_sha256,
         "not the official files",
         "uniform noise (generated, seed 3)",
@@ -131,7 +131,7 @@ def test_it_is_made_to_be_read(whole):
 
 
 def test_the_same_evaluation_gives_the_same_bytes(whole):
-    again = made(evaluation(), compare(evaluation(), curves=True), seconds=61.0, command=None)
+    again = made(evaluation(), compare_runs(evaluation(), curves=True), seconds=61.0, command=None)
     assert again != whole
     without = re.compile(rb"<dt>(command|took)</dt><dd>.*?</dd>\n")
     assert without.sub(b"", again) == without.sub(b"", whole)
@@ -145,7 +145,7 @@ def test_the_same_evaluation_gives_the_same_bytes(whole):
 
 def test_names_of_any_kind_are_text(whole):
     found = named(HOSTILE)
-    report = compare(found, curves=True)
+    report = compare_runs(found, curves=True)
     result = Page(made(found, report, command=f"ensembler compare {HOSTILE[2]}"))
     assert [tag for tag, _ in result.elements] == [tag for tag, _ in Page(whole).elements]
     text = "".join(result.text)
@@ -161,7 +161,7 @@ def test_names_of_any_kind_are_text(whole):
 )
 def test_parts_without_data_do_not_appear(runs, shift, ood, more):
     found = part(runs, shift=shift, ood=ood)
-    always = {"summary", "costs", "clean", "calibration", "members", "rejection", "terms", "made"}
+    always = {"summary", "costs", "clean", "calibration", "members", "rejection", "groups", "terms", "made"}
     result = Page(made(found, found.report))
     assert set(result.ids()) == always | more
     images = 2 + 3 * shift + ood
@@ -176,7 +176,7 @@ def test_too_many_runs_for_the_colours_are_shown_by_one_of_each_group():
     report.runs = [*report.runs, *report.runs]
     report.comparison.groups = [Group(runs=[*g.runs, *(n + 4 for n in g.runs)], seeds=[], scores={}) for g in groups]
     found = evaluation()
-    twice = type(found)(report, [*found.runs, *found.runs], found.labels, found.validation_labels)
+    twice = type(found)(report, [*found.runs, *found.runs], found.labels)
     pictures = figures(twice, report)
     assert "One run of each group of seeds is shown: 1, 2, 4." in pictures["boxes"].caption
     assert titles(pictures["reliability"].figure) == ["1: single", "2: deep-a", "4: simplex"]

@@ -92,6 +92,16 @@ class Losses:
         confidence = np.concatenate([cell.confidence for cell in found])
         return cls(error, nll, brier, confidence, np.concatenate([cell.correct for cell in found]))
 
+    def part(self, indices: NDArray[np.int64]) -> Losses:
+        """Return the losses of some of the examples."""
+        return Losses(
+            error=self.error[indices],
+            nll=self.nll[indices],
+            brier=self.brier[indices],
+            confidence=self.confidence[:, indices],
+            correct=self.correct[:, indices],
+        )
+
     def scores(self) -> dict[str, float]:
         """Compute error, NLL, Brier score and ECE; the same as :mod:`ensembler.eval.metrics.classification`."""
         ones = np.ones((1, len(self.error)))

@@ -61,6 +61,9 @@ def _cost(report: Report) -> str:
     known = [number for number in passes if number is not None]
     text = f"Training took {_extent(known) if known else 'an unknown number of'} example passes; a prediction takes "
     text += f"{_extent([run.forward_passes_per_prediction for run in report.runs])} forward passes."
+    given = [label(report, n) for n, run in enumerate(report.runs) if run.architecture is None]
+    if given:
+        text += f" The training cost is unknown of predictions made elsewhere: {', '.join(given)}."
     if any(run.training_unknown for run in report.runs):
         text += " Some weights were trained elsewhere: their training cost is unknown and not counted."
     if len(set(passes)) > 1:

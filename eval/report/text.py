@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
+from ensembler.eval.metrics.groups import GROUPED, Bounds
 from ensembler.eval.metrics.ood import OodScores
 from ensembler.eval.report.notation import plain
 from ensembler.eval.report.schema import CellScores, Report, RunReport
@@ -71,7 +72,9 @@ def markdown(report: Report) -> str:
         )
         parts += [f"## {_escape(table.title)}", body, *(_escape(note) for note in table.notes)]
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    parts.append(f"Made with {versions}. Test images {report.test_sha256}, validation {report.validation_sha256}.")
+    images = f"Test images {report.test_sha256}" if report.test_sha256 else "Test images unknown"
+    validation = dict.fromkeys(run.validation_sha256 for run in report.runs if run.validation_sha256)
+    parts.append(f"Made with {versions}. {images}{''.join(f', validation {sha256}' for sha256 in validation)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -83,8 +86,9 @@ def csv(report: Report) -> str:
     """Render every score of every run as CSV (RFC 4180), one per row; ``null`` is empty.
 
     ``set`` is ``cost``, ``validation`` (the temperature), ``clean``, ``member N`` (of clean images), ``shifted`` (the
-    mean over the headline cells), ``severity``, ``family``, ``cell``, or ``ood NAME``; ``corruption`` is the family or
-    corruption; an out-of-distribution score is ``detector measure``.
+    mean over the headline cells), ``severity``, ``family``, ``cell``, ``group class``, ``group test set``, ``group
+    group``, or ``ood NAME``; ``corruption`` is the family, corruption or group; an out-of-distribution score is
+    ``detector measure``.
     """
     content = io.StringIO(newline="")
     writer = rfc4180.writer(content)
@@ -121,8 +125,26 @@ def _values(report: Report, run: RunReport) -> Iterator[tuple[str | float | int 
     for place, member in enumerate(run.single_members, start=1):
         for name, value in member:
             yield f"member {place}", "dataset", None, None, name, value
+    yield from _groups(run)
     for images in report.ood:
         for detector, found in run.ood[images.name].items():
             for measure in OodScores.model_fields:
                 value = None if found is None else getattr(found, measure)
                 yield f"ood {images.name}", images.source, None, None, f"{detector} {measure}", value
+
+
+def _groups(run: RunReport) -> Iterator[tuple[str | float | int | None, ...]]:
+    for by, grouped in run.groups.items():
+        for group, scores in grouped.groups.items():
+            yield f"group {by}", "dataset", group, None, "examples", scores.examples
+            yield f"group {by}", "dataset", group, None, "ece", scores.ece
+            for name in GROUPED:
+                yield from _bounds(by, group, name, getattr(scores, name))
+        for name in GROUPED:
+            yield from _bounds(by, None, f"worst {name}", grouped.worst[name])
+            yield from _bounds(by, None, f"gap {name}", grouped.gap[name])
+
+
+def _bounds(by: str, group: str | None, name: str, found: Bounds) -> Iterator[tuple[str | float | int | None, ...]]:
+    for title, value in ((name, found.value), (f"{name} low", found.low), (f"{name} high", found.high)):
+        yield f"group {by}", "dataset", group, None, title, value
