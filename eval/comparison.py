@@ -31,7 +31,15 @@ __all__ = ["check_names", "compare", "compare_runs", "group_key"]
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
 _GROUPED = ("error", "nll", "calibrated_nll", "brier", "ece")
-_HOW = {"seed", "device", "threads", "workers", "compile"}  # options that do not identify the method
+_HOW = {
+    "seed",
+    "device",
+    "eager",
+    "memory_format",
+    "threads",
+    "workers",
+    "compile",
+}  # options that do not identify the method
 _STARTS = {"init", "first", "second", "modes"}  # options that name the runs or files that training starts from
 
 
