@@ -19,7 +19,7 @@ from _harness import arguments, report, spread, timed
 
 from ensembler import architectures, load_dataset
 from ensembler.ensemble import Ensemble
-from ensembler.eval.evaluation import evaluate
+from ensembler.eval.evaluation import evaluate_paths
 from ensembler.eval.options import EvaluationOptions
 from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, corrupt
 from ensembler.images import normalise
@@ -76,9 +76,9 @@ def main() -> None:
                             torch.softmax(network(inputs), dim=1).cpu()
 
         def whole(cache: str) -> None:
-            evaluate([path], EvaluationOptions(shift="corruptions", cache=Path(folder) / cache))
+            evaluate_paths([path], EvaluationOptions(shift="corruptions", cache=Path(folder) / cache))
 
-        evaluate([path], EvaluationOptions(cache=Path(folder) / "warm"))  # imports
+        evaluate_paths([path], EvaluationOptions(cache=Path(folder) / "warm"))  # imports
         ratios, forward = [], []
         for repeat in range(repeats):
             forward.append(timed(bare))

@@ -101,15 +101,15 @@ class Ensemble:
         self._weights.load_buffers({name: rows[member] for name, rows in self.run.buffers.items()})
         return self._network
 
-    def predict_members(self, x: Tensor | NDArray[np.generic]) -> Tensor:
-        """Predict each member's distribution; for a classifier, its probabilities.
+    def predict_outputs(self, x: Tensor | NDArray[np.generic]) -> Tensor:
+        """Predict each member's raw outputs; for a classifier, its logits.
 
         Args:
             x: stored examples: images (B, H, W, 3) uint8, or rows of features (B, F) float. For images also normalised
                 inputs (B, 3, H, W) float.
 
         Returns:
-            (M, B, C) float32 on the CPU, rows with sum 1.
+            (M, B, O) float32 on the CPU.
 
         Raises:
             ShapeError: ``x`` has another shape or type.
@@ -122,11 +122,21 @@ class Ensemble:
                 network = self.network(member)
                 for start in range(0, max(1, len(x)), self.batch_size):
                     part = slice(start, start + self.batch_size)
-                    predicted = self.task.distribution(network(self._prepare(x[part], stored)))
+                    outputs = network(self._prepare(x[part], stored))
                     if not start and not member:
-                        result = torch.empty(self.members, len(x), *predicted.shape[1:])
-                    result[member, part] = predicted
+                        result = torch.empty(self.members, len(x), *outputs.shape[1:])
+                    result[member, part] = outputs
         return result
+
+    def predict_members(self, x: Tensor | NDArray[np.generic]) -> Tensor:
+        """Predict each member's distribution; for a classifier, its probabilities.
+
+        Takes the same arguments as :meth:`predict_outputs`, and raises the same errors.
+
+        Returns:
+            (M, B, C) float32 on the CPU, rows with sum 1.
+        """
+        return self.task.distribution(self.predict_outputs(x))
 
     def predict_proba(self, x: Tensor | NDArray[np.generic]) -> Tensor:
         """Predict the ensemble's distribution; for classifiers, the mean (B, C) of the members' probabilities.

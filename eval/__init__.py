@@ -1,4 +1,4 @@
-"""Score runs: accuracy, likelihood, calibration, and how they hold under shift."""
+"""Score runs, and predictions made elsewhere: accuracy, likelihood, calibration, and how they hold under shift."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING
 from ensembler._lazy import exports
 
 if TYPE_CHECKING:
+    from ensembler.eval.comparison import compare
+    from ensembler.eval.evaluation import evaluate
     from ensembler.eval.metrics.classification import scores
     from ensembler.eval.shift.corruptions import corrupt
 
-__all__ = ["corrupt", "scores"]
+__all__ = ["compare", "corrupt", "evaluate", "scores"]
 
 __getattr__, __dir__ = exports(
     __name__,
-    {"corrupt": "ensembler.eval.shift.corruptions:corrupt", "scores": "ensembler.eval.metrics.classification:scores"},
+    {
+        "compare": "ensembler.eval.comparison:compare",
+        "corrupt": "ensembler.eval.shift.corruptions:corrupt",
+        "evaluate": "ensembler.eval.evaluation:evaluate",
+        "scores": "ensembler.eval.metrics.classification:scores",
+    },
 )

@@ -57,10 +57,13 @@ def _eval(
     options: EvaluationOptions,
     report: ReportOptions,
     runs: Annotated[
-        list[Path] | None, typer.Argument(parser=place, help="Runs to score. (default: the newest in runs/)")
+        list[Path] | None,
+        typer.Argument(
+            parser=place, help="Runs, and files of predictions (.npz, .csv, .parquet). (default: the newest in runs/)"
+        ),
     ] = None,
 ) -> None:
-    """Score runs side by side: accuracy, likelihood, calibration; clean, under shift and out of distribution."""
+    """Score runs or given predictions: accuracy, likelihood, calibration; clean, under shift, out of distribution."""
     from ensembler.run import latest
 
     _report("eval", runs or [latest(Path("runs"))], options, report)
@@ -70,7 +73,9 @@ def _eval(
 def _compare(
     options: EvaluationOptions,
     report: ReportOptions,
-    runs: Annotated[list[Path], typer.Argument(parser=place, help="Two or more runs of one dataset.")],
+    runs: Annotated[
+        list[Path], typer.Argument(parser=place, help="Two or more runs, or files of predictions, of one dataset.")
+    ],
     baseline: Annotated[
         Path | None,
         typer.Option(parser=place, help="Run that the others are compared with. (default: the first)"),
@@ -79,9 +84,9 @@ def _compare(
         bool, typer.Option("--curve", help="Score every run against its number of members, to choose M.")
     ] = False,
 ) -> None:
-    """Compare runs at their costs: differences with intervals, seeds grouped, deep-ensemble equivalents."""
+    """Compare runs or given predictions at their costs: differences with intervals, seeds grouped, equivalents."""
     from ensembler.errors import UsageError
-    from ensembler.eval.compare import check_names
+    from ensembler.eval.comparison import check_names
     from ensembler.eval.evaluation import distinct
 
     places = distinct(runs)
@@ -109,8 +114,8 @@ def _report(
     from ensembler.artefact import check_writable
     from ensembler.device import choose_device
     from ensembler.engine import choose
-    from ensembler.eval.compare import compare
-    from ensembler.eval.evaluation import evaluate
+    from ensembler.eval.comparison import compare_runs
+    from ensembler.eval.evaluation import evaluate_paths
     from ensembler.eval.report.figures import figures
     from ensembler.eval.report.page import page
     from ensembler.eval.report.plots import to_png
@@ -125,8 +130,8 @@ def _report(
         watching(report.quiet, unit="images") as watch,
         choose(report.engine, report.address, device, options.threads) as engine,
     ):
-        found = evaluate(runs, options, watch=watch, engine=engine)
-    result = found.report if comparison is None else compare(found, **comparison)
+        found = evaluate_paths(runs, options, watch=watch, engine=engine)
+    result = found.report if comparison is None else compare_runs(found, **comparison)
     drawn = figures(found, result)
     seconds = time.monotonic() - start
     files = {

@@ -1,15 +1,17 @@
-"""Evaluation of runs on the clean test set, under shift, and on out-of-distribution images."""
+"""Evaluation of runs and of predictions made elsewhere: on the test set, under shift, and out of distribution."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ensembler import artefact
@@ -18,11 +20,13 @@ from ensembler.device import keep_freed
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
+from ensembler.eval.given import Predictions, beside, check_sets
 from ensembler.eval.options import EvaluationOptions
 from ensembler.eval.prediction_cache import default_folder
-from ensembler.eval.predictions import Predictor, predictions
+from ensembler.eval.prediction_files import is_predictions, write_set, writing
+from ensembler.eval.predictions import Prediction, Predictor, predictions
 from ensembler.eval.report.schema import OodReport, Report, ShiftReport
-from ensembler.eval.scoring import ScoredRun, score
+from ensembler.eval.scoring import ScoredRun, Subject, score
 from ensembler.eval.shift.ood import load_ood
 from ensembler.eval.shift.readers import load_shift
 from ensembler.eval.shift.test_set import Shift, TestSet, validation_set
@@ -30,9 +34,11 @@ from ensembler.run import Run, versions
 from ensembler.seeds import generator
 from ensembler.task import Classification
 
-__all__ = ["Evaluation", "check_task", "distinct", "evaluate"]
+__all__ = ["Evaluation", "check_task", "distinct", "evaluate", "evaluate_given", "evaluate_paths"]
 
 Labels = NDArray[np.int64]
+
+_GIVEN = "Shifted predictions were made elsewhere: which images they are for is not checked."
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,45 +49,130 @@ class Evaluation:
         report: every score.
         runs: in the report's order.
         labels: (B,) of the test images.
-        validation_labels: of the validation images.
     """
 
     report: Report
     runs: list[ScoredRun]
     labels: Labels
-    validation_labels: Labels
 
 
 def evaluate(
+    predictions: ArrayLike | Mapping[str, ArrayLike],
+    labels: ArrayLike | None = None,
+    *,
+    name: str = "predictions",
+) -> Report:
+    """Score predictions made elsewhere.
+
+    Args:
+        predictions: probabilities (M, N, C) of M members, or (N, C) of one; or several arrays by their names in
+            :mod:`ensembler.eval.given`, such as ``logits`` and ``validation_probabilities``, or an open ``.npz`` file.
+        labels: (N,) integers, classes from 0; unless they are among the named arrays.
+        name: in the report.
+
+    Raises:
+        ShapeError: an array of an unknown name, the wrong shape or type, or that is no prediction.
+    """
+    return evaluate_given([Predictions.of(name, named_arrays(predictions, labels))]).report
+
+
+def named_arrays(predictions: ArrayLike | Mapping[str, ArrayLike], labels: ArrayLike | None) -> Mapping[str, ArrayLike]:
+    """Return predictions as arrays by name, with the labels; see :func:`evaluate`."""
+    arrays = dict(predictions) if isinstance(predictions, Mapping) else {"probabilities": predictions}
+    if labels is None:
+        return arrays
+    if "labels" in arrays:
+        raise UsageError("the labels are given twice: leave out the argument, or the named array")
+    return arrays | {"labels": labels}
+
+
+def evaluate_given(given: Sequence[Predictions], *, examples: int | None = None, seed: int = 0) -> Evaluation:
+    """Score predictions made elsewhere for the same test images, on the test sets that all of them have.
+
+    Args:
+        given: one or more.
+        examples: number of test images; all by default.
+        seed: of the choice of examples and of bootstrap intervals.
+
+    Raises:
+        UsageError: predictions for other images, or too many examples.
+    """
+    for one, other in combinations(given, 2):
+        one.check_against(other.labels, other.classes or other.C, other.test_sha256, other.name)
+    first = given[0]
+    indices = None if examples is None else _choose(len(first.labels), examples, seed).numpy()
+    every = {one.title: one for own in given for one in own.sets if one.group != "validation"}
+    shared = [one for one in first.sets if one.title in every and all(own.find(one) for own in given)]
+    sets = [one.part(indices) for one in shared]
+    check_sets(given, {one: len(first.sets[whole].mean) for one, whole in zip(sets, shared, strict=True)})
+    cells = tuple(one for one in sets if one.group == "shift")
+    shift = Shift("given", "given", _GIVEN, cells) if cells else None
+    scored = score(
+        [Subject(one.name, sha256=one.sha256) for one in given],
+        beside(((one, ()) for one in sets), given, indices),
+        shift,
+    )
+    labels = first.labels if indices is None else first.labels[indices]
+    known = {one.test_sha256 for one in given}
+    report = Report(
+        dataset="predictions made elsewhere",
+        test_examples=len(labels),
+        test_sha256=known.pop() if len(known) == 1 and indices is None else None,
+        omitted=sorted(every.keys() - {one.title for one in shared}),
+        shift=_describe(shift),
+        ood=[
+            OodReport(name=one.name, title=one.name, source="given", images=len(first.sets[one].mean))
+            for one in shared
+            if one.group == "ood"
+        ],
+        runs=[report for report, _ in scored],
+        device=None,
+        seed=seed,
+        versions=versions(),
+    )
+    return Evaluation(report, [run for _, run in scored], labels)
+
+
+def evaluate_paths(
     paths: Sequence[Path],
     options: EvaluationOptions | None = None,
     *,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
     engine: Engine | None = None,
 ) -> Evaluation:
-    """Score every run on the same test sets.
+    """Score runs, and files of predictions made elsewhere, on the same test sets.
 
     Each test set's images are made once for all runs, each member predicts each image once, and predictions are kept
     (:mod:`ensembler.eval.prediction_cache`).
 
     Args:
-        paths: the runs' folders, of one dataset; several paths of the same folder are one run.
+        paths: the runs' folders, of one dataset, and files of predictions for its test images; several paths of the
+            same folder are one run.
         options: the test sets, and how they are predicted; threads are set for the whole process.
         watch: called with a test set's title, how many images are done, and of how many.
         engine: predicts shifted and out-of-distribution sets; by default this process.
 
     Raises:
-        UsageError: no run, runs of different datasets, or unknown test sets.
-        DataError: the dataset is missing or not the one that the runs were trained on.
-        ArtefactError: predictions cannot be kept.
+        UsageError: no run, runs of different datasets, predictions for other images, or unknown test sets.
+        DataError: the dataset is missing or not the one that the runs were trained on, or a file cannot be read.
+        ShapeError: a file's arrays are no predictions.
+        ArtefactError: predictions cannot be kept or saved.
         EngineError: the engine failed.
     """
     options = options or EvaluationOptions()
     paths, seed = distinct(paths), options.seed
+    given = {path: Predictions.read(path) for path in paths if is_predictions(path)}
+    run_paths = [path for path in paths if path not in given]
+    _check_options(options, run_paths, given)
+    if given and not run_paths:
+        return evaluate_given(list(given.values()), examples=options.examples, seed=seed)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    runs = [Run.load(path) for path in paths]
-    dataset = _common_dataset(runs, paths, options)
+    runs = [Run.load(path) for path in run_paths]
+    dataset = _common_dataset(runs, run_paths, options)
+    for one in given.values():
+        test_sha256, test_labels = dataset.test.sha256, dataset.test.labels.numpy()
+        one.check_against(test_labels, dataset.classes, test_sha256, f"the test images of {dataset.title}")
     indices = _choose(len(dataset.test), options.examples, seed)
     test = dataset.test.part(indices)
     shifted = None if options.shift is None else load_shift(options.shift, dataset, indices, options.data, seed)
@@ -97,13 +188,28 @@ def evaluate(
         *(shifted.sets if shifted else ()),
         *outside,
     ]
-    scored = score(runs, [path.name for path in paths], predictions(predictors, test_sets, watch, engine), shifted)
+    test_sets = [replace(one, members=options.save_predictions is not None) for one in test_sets]
+    omitted = check_sets(given.values(), {one: len(one.examples) for one in test_sets if one.group != "validation"})
+    loaded = iter(runs)
+    subjects = [
+        Subject(path.name, sha256=given[path].sha256)
+        if path in given
+        else Subject(path.name, (run := next(loaded)).manifest, run.sha256, dataset.validation.sha256)
+        for path in paths
+    ]
+    found: Iterable[tuple[TestSet, list[Prediction]]] = predictions(predictors, test_sets, watch, engine)
+    with ExitStack() as stack:
+        if options.save_predictions is not None:
+            writer = stack.enter_context(writing(options.save_predictions))
+            writer.add("classes", np.array(dataset.classes))
+            writer.add("test_sha256", np.array(test.sha256))
+            found = _saved(found, writer)
+        scored = score(subjects, beside(found, [given.get(path) for path in paths], indices.numpy()), shifted)
     report = Report(
         dataset=dataset.title,
         test_examples=len(test),
         test_sha256=test.sha256,
-        validation_examples=len(dataset.validation),
-        validation_sha256=dataset.validation.sha256,
+        omitted=omitted,
         shift=_describe(shifted),
         ood=[OodReport(name=one.name, title=one.title, source=one.source, images=len(one.examples)) for one in outside],
         runs=[report for report, _ in scored],
@@ -111,7 +217,34 @@ def evaluate(
         seed=seed,
         versions=versions(),
     )
-    return Evaluation(report, [run for _, run in scored], test.labels.numpy(), dataset.validation.labels.numpy())
+    return Evaluation(report, [run for _, run in scored], test.labels.numpy())
+
+
+def _saved(
+    found: Iterable[tuple[TestSet, list[Prediction]]], writer: Any
+) -> Iterator[tuple[TestSet, list[Prediction]]]:
+    for test_set, each in found:
+        write_set(writer, test_set, each[0])
+        yield test_set, each
+
+
+def _check_options(options: EvaluationOptions, runs: Sequence[Path], given: Mapping[Path, Predictions]) -> None:
+    """Check options that need runs, or one run."""
+    if not runs and not given:
+        raise UsageError("no run to evaluate: name at least one")
+    if not runs and (options.shift is not None or options.ood):
+        raise UsageError(
+            "--shift and --ood predict images by a run, and only files of predictions are named: a file holds its own "
+            "test sets, under shift/ and ood/"
+        )
+    if options.save_predictions is not None:
+        if len(runs) != 1 or given:
+            raise UsageError("--save-predictions takes one run at a time: name it alone")
+        if options.save_predictions.suffix != ".npz":
+            raise UsageError(f"--save-predictions writes .npz files, not {options.save_predictions.name}: name one")
+        artefact.check_writable(options.save_predictions.parent, "choose another --save-predictions")
+        if options.save_predictions.is_dir():
+            raise UsageError(f"--save-predictions {options.save_predictions} is a folder: name a .npz file in it")
 
 
 def check_task(run: Run) -> None:
@@ -130,8 +263,6 @@ def distinct(paths: Sequence[Path]) -> list[Path]:
 
 
 def _common_dataset(runs: list[Run], paths: Sequence[Path], options: EvaluationOptions) -> Dataset:
-    if not runs:
-        raise UsageError("no run to evaluate: name at least one")
     first = runs[0].manifest.dataset
     for run, path in zip(runs, paths, strict=True):
         if run.manifest.dataset.test_sha256 != first.test_sha256:

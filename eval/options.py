@@ -40,6 +40,9 @@ class EvaluationOptions(_Predicting):
         None, help="Out-of-distribution images: a dataset, folder:PATH, or noise:gaussian|uniform|constant. Repeatable."
     )
     examples: int | None = option(None, ge=1, help="Number of test images. (default: all)")
+    save_predictions: Path | None = option(
+        None, help="Also write the run's predictions to this .npz file, which eval and compare read as they do runs."
+    )
     threads: int | None = option(None, ge=1, panel="Prediction", help="CPU threads. (default: all)")
     seed: int = option(0, help="Random seed of generated images, the choice of examples, and bootstrap intervals.")
 

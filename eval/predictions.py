@@ -30,10 +30,13 @@ from ensembler.jobs import Job
 from ensembler.run import Run
 from ensembler.uncertainty import disagreement_of_votes, entropy, expected_entropy
 
-__all__ = ["Prediction", "Predictor", "predictions"]
+__all__ = ["Prediction", "Predictor", "predictions", "reduce_logits", "reduce_members"]
 
 _CHUNK = 2**26  # bytes of images, and of members' probabilities, in memory at once
-_EXAMPLES_AXIS = {"mean": 0, "expected_entropy": 0, "classes": 1, "label_probabilities": 1}
+_EXAMPLES_AXIS = {
+    **{"mean": 0, "expected_entropy": 0, "classes": 1, "label_probabilities": 1},
+    **{"energy": 0, "max_logit": 0},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +48,7 @@ class Prediction:
         expected_entropy: (B,) float32, the mean of the members' own entropies, in nats.
         classes: (M, B) int32, each member's most probable class.
         label_probabilities: (M, B) float32, each member's probability of the label; (M, 0) without labels.
+        energy, max_logit: (B,) float32, see :func:`.metrics.ood.detectors`; ``None`` where the logits are unknown.
         members: (M, B, C) float32, mapped from disk; of test sets that keep them.
     """
 
@@ -52,7 +56,15 @@ class Prediction:
     expected_entropy: NDArray[np.float32]
     classes: NDArray[np.int32]
     label_probabilities: NDArray[np.float32]
+    energy: NDArray[np.float32] | None = None
+    max_logit: NDArray[np.float32] | None = None
     members: NDArray[np.float32] | None = None
+
+    def part(self, indices: NDArray[np.int64]) -> Prediction:
+        """Return the prediction for some of the images."""
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in (*_EXAMPLES_AXIS, "members")}
+        axes = _EXAMPLES_AXIS | {"members": 1}
+        return Prediction(**{n: None if a is None else a.take(indices, axes[n]) for n, a in arrays.items()})
 
     @property
     def size(self) -> int:
@@ -228,6 +240,27 @@ def _reduce(
     return [one.arrays() for one in reductions]
 
 
+def reduce_members(probabilities: NDArray[np.floating], labels: NDArray[np.int64]) -> Arrays:
+    """Reduce the members' probabilities (M, B, C) and labels, (B,) or (0,), to :class:`Prediction`'s arrays by name.
+
+    They keep the type of the probabilities.
+    """
+    return {
+        "mean": probabilities.mean(axis=0, dtype=np.float64).astype(probabilities.dtype),
+        "expected_entropy": expected_entropy(probabilities).astype(probabilities.dtype),
+        "classes": probabilities.argmax(axis=2).astype(np.int32),
+        "label_probabilities": probabilities[:, np.arange(len(labels)), labels],
+    }
+
+
+def reduce_logits(logits: NDArray[np.floating]) -> Arrays:
+    """Reduce the members' logits (M, B, C) to ``energy`` and ``max_logit``, (B,) each, of their type."""
+    mean = logits.mean(axis=0, dtype=np.float64)
+    largest = mean.max(axis=1)
+    energy = -largest - np.log(np.exp(mean - largest[:, None]).sum(axis=1))
+    return {"energy": energy.astype(logits.dtype), "max_logit": (-largest).astype(logits.dtype)}
+
+
 class _Reduction:
     """Reduction of the members' probabilities, batch by batch, to what scores need.
 
@@ -246,14 +279,13 @@ class _Reduction:
     def add(self, batch: Tensor) -> None:
         """Predict the next images."""
         ensemble = self.ensemble
-        size = max(batch[:1].numel(), 4 * ensemble.members * len(ensemble.classes))
+        size = max(batch[:1].numel(), 8 * ensemble.members * len(ensemble.classes))
         for images in torch.split(batch, max(1, _CHUNK // size)):
-            found = ensemble.predict_members(images).numpy()
+            outputs = ensemble.predict_outputs(images)
+            found = ensemble.task.distribution(outputs).numpy()
             labels = self._labels[self._done : self._done + len(images)]
-            self._parts["mean"].append(found.mean(axis=0, dtype=np.float64).astype(np.float32))
-            self._parts["expected_entropy"].append(expected_entropy(found).astype(np.float32))
-            self._parts["classes"].append(found.argmax(axis=2).astype(np.int32))
-            self._parts["label_probabilities"].append(found[:, np.arange(len(labels)), labels])
+            for name, array in (reduce_members(found, labels) | reduce_logits(outputs.numpy())).items():
+                self._parts[name].append(array)
             if self._file is not None:
                 self._file.write(self._done, found)
             self._done += len(images)

@@ -1,14 +1,16 @@
-"""Scoring of runs: a pure function of their predictions for test sets."""
+"""Scoring of runs, and of predictions made elsewhere: a pure function of predictions for test sets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensembler.calibration_maps import FLOOR, temper
+from ensembler.eval.given import GivenSet
 from ensembler.eval.metrics.classification import nll, scores
 from ensembler.eval.metrics.comparison import Losses
 from ensembler.eval.metrics.ood import OodScores, detector_scores, detectors
@@ -17,11 +19,28 @@ from ensembler.eval.predictions import Prediction
 from ensembler.eval.report.schema import CellScores, RunReport, SingleMember, mean_scores
 from ensembler.eval.shift.corruptions import FAMILIES, SEVERITIES
 from ensembler.eval.shift.test_set import Shift, TestSet
-from ensembler.run import Manifest, Run
+from ensembler.run import Manifest
 
-__all__ = ["ScoredRun", "score"]
+__all__ = ["ScoredRun", "Subject", "score"]
 
 Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored.
+
+    Attributes:
+        name: in reports.
+        manifest: of a run; ``None`` for predictions made elsewhere.
+        sha256: of the run's manifest, or of the file of predictions; ``None`` for arrays.
+        validation_sha256: of the validation images; ``None`` if unknown.
+    """
+
+    name: str
+    manifest: Manifest | None = None
+    sha256: str | None = None
+    validation_sha256: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +48,17 @@ class ScoredRun:
     """The data of one run for figures and comparisons.
 
     Attributes:
-        manifest: the run's.
-        validation, clean: its predictions, with every member's.
+        manifest: the run's; ``None`` for predictions made elsewhere.
+        validation, validation_labels: its prediction, with every member's, and the labels; ``None`` without any.
+        clean: its prediction of the clean test images, with every member's.
         losses: on the clean test images.
         shifted: on the shift's headline corruptions.
         entropies: predictive entropy (B,) in nats, of the clean test images and of each out-of-distribution set.
     """
 
-    manifest: Manifest
-    validation: Prediction
+    manifest: Manifest | None
+    validation: Prediction | None
+    validation_labels: Labels | None
     clean: Prediction
     losses: Losses
     shifted: Losses | None
@@ -45,24 +66,24 @@ class ScoredRun:
 
 
 def score(
-    runs: Sequence[Run],
-    names: Sequence[str],
-    found: Iterable[tuple[TestSet, Sequence[Prediction]]],
+    subjects: Sequence[Subject],
+    found: Iterable[tuple[TestSet | GivenSet, Sequence[Prediction | None]]],
     shift: Shift | None = None,
 ) -> list[tuple[RunReport, ScoredRun]]:
     """Score runs.
 
     Args:
-        runs: the runs.
-        names: of the runs.
-        found: each test set with a prediction by each run: first the validation, then the clean set, then others.
+        subjects: the runs.
+        found: each test set with a prediction by each run, or ``None`` where a run is not scored on it: first the
+            validation sets, then the clean set, then others.
         shift: the shift that the shifted sets are of.
     """
-    scorers = [_Scorer(run, name) for run, name in zip(runs, names, strict=True)]
+    scorers = [_Scorer(subject) for subject in subjects]
     headline = () if shift is None else shift.headline
     for test_set, each in found:
         for scorer, prediction in zip(scorers, each, strict=True):
-            scorer.add(test_set, prediction, headline=test_set.name in headline)
+            if prediction is not None:
+                scorer.add(test_set, prediction, headline=test_set.name in headline)
     return [scorer.finish(headline) for scorer in scorers]
 
 
@@ -70,10 +91,10 @@ def score(
 class _Scorer:
     """The scores of one run so far; predictions that are not needed later are not kept."""
 
-    run: Run
-    name: str
-    validation: Prediction = field(init=False)
-    temperature: float = field(init=False)
+    subject: Subject
+    validation: Prediction | None = None
+    validation_labels: Labels | None = None
+    temperature: float | None = None
     clean: Prediction = field(init=False)
     losses: Losses = field(init=False)
     scores: CellScores = field(init=False)
@@ -83,13 +104,15 @@ class _Scorer:
     entropies: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     ood: dict[str, dict[str, OodScores | None]] = field(default_factory=dict)
 
-    def add(self, test_set: TestSet, prediction: Prediction, *, headline: bool) -> None:
+    def add(self, test_set: TestSet | GivenSet, prediction: Prediction, *, headline: bool) -> None:
         labels = test_set.labels
         if labels is None:
             self.entropies[test_set.name] = prediction.predictive_entropy
-            self.ood[test_set.name] = detector_scores(_detectors(self.clean), _detectors(prediction))
+            correct = self.losses.correct[0]
+            self.ood[test_set.name] = detector_scores(_detectors(self.clean), correct, _detectors(prediction))
         elif test_set.group == "validation":
-            self.validation, self.temperature = prediction, fit_temperature(prediction.mean, labels)
+            self.validation, self.validation_labels = prediction, labels
+            self.temperature = fit_temperature(prediction.mean, labels)
         elif test_set.group == "clean":
             self.clean, self.losses = prediction, Losses.of(prediction.mean, labels)
             self.scores, self.members = _scores(prediction, labels, self.temperature), _members(prediction, labels)
@@ -102,30 +125,28 @@ class _Scorer:
 
     def finish(self, headline: Sequence[str]) -> tuple[RunReport, ScoredRun]:
         shifted = Losses.over_cells(self.headline) if self.headline else None
-        manifest = self.run.manifest
-        scored = ScoredRun(manifest, self.validation, self.clean, self.losses, shifted, self.entropies)
+        scored = ScoredRun(
+            manifest=self.subject.manifest,
+            validation=self.validation,
+            validation_labels=self.validation_labels,
+            clean=self.clean,
+            losses=self.losses,
+            shifted=shifted,
+            entropies=self.entropies,
+        )
         return self._report(headline), scored
 
     def _report(self, headline: Sequence[str]) -> RunReport:
-        manifest, cost = self.run.manifest, self.run.manifest.cost
         means = [self.cells[name] for name in headline]
         families = {family: [self.cells[n] for n in names if n in self.cells] for family, names in FAMILIES.items()}
         return RunReport(
-            name=self.name,
-            sha256=self.run.sha256,
-            method=manifest.method,
-            architecture=manifest.architecture,
-            vertices=manifest.vertices,
-            members=manifest.members,
-            parameters=manifest.parameters,
-            seed=manifest.seed,
-            training_example_passes=cost.example_passes,
-            training_forward_passes=cost.forward_passes,
-            training_unknown=cost.unknown,
-            training_seconds=cost.seconds,
-            training_peak_memory=cost.peak_memory,
-            training_device=cost.device,
-            forward_passes_per_prediction=manifest.members,
+            name=self.subject.name,
+            sha256=self.subject.sha256,
+            members=self.clean.size,
+            **_unknown() if self.subject.manifest is None else _made(self.subject.manifest),
+            forward_passes_per_prediction=self.clean.size,
+            validation_examples=None if self.validation_labels is None else len(self.validation_labels),
+            validation_sha256=self.subject.validation_sha256,
             temperature=self.temperature,
             clean=self.scores,
             single_members=self.members,
@@ -137,17 +158,43 @@ class _Scorer:
         )
 
 
+def _made(manifest: Manifest) -> dict[str, Any]:
+    """Return how a run was made, and at what cost."""
+    cost = manifest.cost
+    return {
+        "method": manifest.method,
+        "architecture": manifest.architecture,
+        "vertices": manifest.vertices,
+        "parameters": manifest.parameters,
+        "seed": manifest.seed,
+        "training_example_passes": cost.example_passes,
+        "training_forward_passes": cost.forward_passes,
+        "training_unknown": cost.unknown,
+        "training_seconds": cost.seconds,
+        "training_peak_memory": cost.peak_memory,
+        "training_device": cost.device,
+    }
+
+
+def _unknown() -> dict[str, Any]:
+    """Return the same for predictions made elsewhere, of which nothing is known."""
+    fields = ("architecture", "vertices", "parameters", "seed")
+    costs = (f"training_{name}" for name in ("example_passes", "forward_passes", "seconds", "peak_memory", "device"))
+    return {"method": "elsewhere", "training_unknown": []} | dict.fromkeys([*fields, *costs])
+
+
 def _mean(cells: Sequence[dict[int, CellScores]]) -> CellScores:
     """Compute the mean over corruptions and severities."""
     return mean_scores([scores for levels in cells for scores in levels.values()])
 
 
-def _scores(prediction: Prediction, labels: Labels, temperature: float) -> CellScores:
+def _scores(prediction: Prediction, labels: Labels, temperature: float | None) -> CellScores:
     information, disagreement = prediction.mutual_information, prediction.disagreement
+    calibrated = None if temperature is None else nll(temper(prediction.mean, temperature), labels)
     return CellScores.model_validate(
         scores(prediction.mean, labels)
         | {
-            "calibrated_nll": nll(temper(prediction.mean, temperature), labels),
+            "calibrated_nll": calibrated,
             "member_accuracy": float((prediction.classes == labels).mean()),
             "member_nll": float(-np.log(np.maximum(prediction.label_probabilities, FLOOR)).mean()),
             "disagreement": None if disagreement is None else float(disagreement.mean()),
@@ -168,4 +215,5 @@ def _members(prediction: Prediction, labels: Labels) -> list[SingleMember]:
 
 
 def _detectors(prediction: Prediction) -> dict[str, NDArray[np.float64] | None]:
-    return detectors(prediction.mean, None if prediction.size == 1 else prediction.expected_entropy)
+    spread = None if prediction.size == 1 else prediction.expected_entropy
+    return detectors(prediction.mean, spread, prediction.energy, prediction.max_logit)

@@ -21,7 +21,7 @@ def evaluate(
     **options: Any,
 ) -> Evaluation:
     watching = {} if watch is None else {"watch": watch}
-    return evaluation.evaluate(paths, EvaluationOptions(shift=shift, **options), engine=engine, **watching)
+    return evaluation.evaluate_paths(paths, EvaluationOptions(shift=shift, **options), engine=engine, **watching)
 
 
 def calibrate(path: Path, *, watch: Callable[..., None] | None = None, **options: Any) -> Any:

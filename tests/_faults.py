@@ -29,7 +29,7 @@ HEAVY = (  # but ONNX Runtime, which starts a thread that no fork would inherit
     "ensembler.trainers.trainer",
     "ensembler.trainers.summary",
     "ensembler.trainers.methods.simplex",
-    "ensembler.eval.compare",
+    "ensembler.eval.comparison",
     "ensembler.eval.report.page",
     "ensembler.eval.report.comparison_plots",
     "ensembler.eval.surface",

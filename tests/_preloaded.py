@@ -20,7 +20,7 @@ from pathlib import Path
 
 IMPORTS = (  # not ensembler.cli: a page's own command is added before that is imported
     "ensembler.eval.calibrate",
-    "ensembler.eval.compare",
+    "ensembler.eval.comparison",
     "ensembler.eval.shift.writer",
     "ensembler.eval.evaluation",
     "ensembler.eval.report.figures",

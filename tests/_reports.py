@@ -10,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 
-from ensembler.eval.compare import compare
+from ensembler.eval.comparison import compare_runs
 from ensembler.eval.evaluation import Evaluation
 from ensembler.eval.predictions import Prediction
 from ensembler.eval.report.schema import Report
@@ -47,7 +47,7 @@ def evaluation() -> Evaluation:
 @lru_cache(maxsize=1)
 def comparison() -> Report:
     """The same with the comparison in it."""
-    return compare(evaluation(), baseline=0, curves=True)
+    return compare_runs(evaluation(), baseline=0, curves=True)
 
 
 def part(runs: int = 1, *, shift: bool = False, ood: bool = False) -> Evaluation:

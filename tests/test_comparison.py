@@ -16,8 +16,8 @@ from PIL import Image
 
 from ensembler.calibration_maps import FLOOR
 from ensembler.errors import ShapeError, UsageError
-from ensembler.eval import compare as grouping
-from ensembler.eval.compare import group_key
+from ensembler.eval import comparison as grouping
+from ensembler.eval.comparison import group_key
 from ensembler.eval.metrics import comparison
 from ensembler.eval.metrics import members as of_members
 from ensembler.eval.metrics.classification import brier, ece, nll, scores

@@ -15,7 +15,7 @@ from ensembler.cli import app
 from ensembler.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
-from ensembler.eval.compare import compare
+from ensembler.eval.comparison import compare_runs
 from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
 from ensembler.run import Run
 from ensembler.task import Classification
@@ -115,7 +115,7 @@ def test_members_and_families(runs):
 
 def test_a_comparison_is_paired_and_knows_its_baseline(runs):
     found = evaluate(runs, "corruptions", device="cpu")
-    report = compare(found, baseline=1, curves=True)
+    report = compare_runs(found, baseline=1, curves=True)
     simplex, single = report.runs
     (difference,) = report.comparison.differences
     assert (report.comparison.baseline, difference.run) == ("single", "simplex")
@@ -129,7 +129,7 @@ def test_a_comparison_is_paired_and_knows_its_baseline(runs):
     assert sorted(curve.order) == [0, 1, 2, 3]
     assert curve.points[-1].nll.mean == pytest.approx(simplex.clean.nll)
     assert report.comparison.equivalents == {}
-    assert compare(found).comparison.curves == []
+    assert compare_runs(found).comparison.curves == []
 
 
 def test_deep_ensembles_give_the_equivalents_and_seeds_are_grouped(runs, tmp_path):
@@ -137,7 +137,7 @@ def test_deep_ensembles_give_the_equivalents_and_seeds_are_grouped(runs, tmp_pat
     for seed in (0, 1):
         run = train(dataset(), DeepEnsemble(members=3), Settings(**SETTINGS | {"seed": seed}))
         paths.append(run.save(tmp_path / "runs" / f"deep{seed}"))
-    comparison = compare(evaluate(paths, device="cpu")).comparison
+    comparison = compare_runs(evaluate(paths, device="cpu")).comparison
     assert {found.reference for found in comparison.equivalents.values()} == {"deep0"}
     assert [group.runs for group in comparison.groups] == [[0], [1, 2]]
     assert comparison.groups[1].scores["nll"].n == 2
@@ -158,7 +158,7 @@ def test_the_equivalent_is_read_off_a_deep_ensemble_of_the_same_network(runs, tm
         runs[1],
         deep("smaller", 2),
     ]
-    comparison = compare(evaluate(paths, device="cpu")).comparison
+    comparison = compare_runs(evaluate(paths, device="cpu")).comparison
     references = {name: found.reference for name, found in comparison.equivalents.items()}
     assert references == {
         "simplex": "same",
@@ -171,7 +171,7 @@ def test_the_equivalent_is_read_off_a_deep_ensemble_of_the_same_network(runs, tm
     assert [curve.run for curve in comparison.curves] == ["same", "other-network"]
 
     found = evaluate([*paths[:1], paths[2]], device="cpu")
-    assert set(compare(found).comparison.equivalents) == {"other-network"}  # for the simplex there is none
+    assert set(compare_runs(found).comparison.equivalents) == {"other-network"}  # for the simplex there is none
 
 
 def test_a_folder_under_two_names_is_one_run(runs, tmp_path):
@@ -196,10 +196,10 @@ def test_a_folder_under_two_names_is_one_run(runs, tmp_path):
 
 def test_what_cannot_be_compared_is_refused(runs, tmp_path):
     with pytest.raises(UsageError, match="at least two runs"):
-        compare(evaluate(runs[:1], device="cpu"))
+        compare_runs(evaluate(runs[:1], device="cpu"))
     shutil.copytree(runs[1], tmp_path / "other" / "simplex")
     with pytest.raises(UsageError, match="two runs are called simplex: rename"):
-        compare(evaluate([runs[0], tmp_path / "other" / "simplex"], device="cpu"))
+        compare_runs(evaluate([runs[0], tmp_path / "other" / "simplex"], device="cpu"))
 
 
 def test_what_cannot_be_evaluated_is_refused(runs, monkeypatch):

@@ -23,13 +23,17 @@ from ensembler.eval.metrics.classification import (
     brier,
     classwise_ece,
     ece,
+    l2_calibration_error,
     max_calibration_error,
     nll,
     scores,
+    smooth_ece,
 )
 from ensembler.eval.metrics.recalibration import TEMPERATURES, fit_temperature
 from ensembler.eval.metrics.selective import (
+    augrc,
     aurc,
+    coverage_at_risk,
     misclassification_auroc,
     reliability,
     risk_at_coverage,
@@ -197,8 +201,12 @@ def test_scores_equal_loops_on_odd_inputs(prediction: tuple[Floats, Labels], bin
         "adaptive_ece": adaptive_ece,
         "classwise_ece": classwise_ece,
         "max_calibration_error": max_calibration_error,
+        "l2_calibration_error": l2_calibration_error,
+        "smooth_ece": smooth_ece,
         "aurc": lambda *both: aurc(risks(*answers(*both))),
+        "augrc": lambda *both: augrc(risks(*answers(*both))),
         "risk_at_80": lambda *both: risk_at_coverage(risks(*answers(*both)), 0.8),
+        "coverage_at_5": lambda *both: coverage_at_risk(risks(*answers(*both)), 0.05),
         "misclassification_auroc": lambda *both: misclassification_auroc(*answers(*both)),
     }
     assert found == {name: score(*prediction) for name, score in alone.items()}
@@ -375,13 +383,14 @@ def test_labels_of_two_values_among_more_classes() -> None:
 def test_one_class_is_perfect() -> None:
     found = scores(np.ones((5, 1)), np.zeros(5, int))
     assert found.pop("misclassification_auroc") is None
-    assert found.pop("accuracy") == 1
+    assert (found.pop("accuracy"), found.pop("coverage_at_5")) == (1, 1)
     assert found == pytest.approx(dict.fromkeys(found, 0))
 
 
 def test_one_example() -> None:
     expected = {"accuracy": 0.0, "error": 1.0, "nll": -math.log(0.3), "brier": 0.7**2 * 2, "ece": 0.7}
     expected |= {"adaptive_ece": 0.7, "classwise_ece": 0.7, "max_calibration_error": 0.7, "aurc": 1, "risk_at_80": 1}
+    expected |= {"l2_calibration_error": 0, "smooth_ece": 0.7, "augrc": 1, "coverage_at_5": 0}
     assert scores([[0.7, 0.3]], [1]) == pytest.approx(expected | {"misclassification_auroc": None})
 
 

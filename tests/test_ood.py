@@ -44,7 +44,7 @@ def slow_fpr(inside, outside) -> float:
 
 
 def check_against_pairs(inside, outside) -> None:
-    found = ood_scores(np.array(inside), np.array(outside))
+    found = ood_scores(np.array(inside), np.ones(len(inside), bool), np.array(outside))
     assert found.auroc == pytest.approx(slow_auroc(inside, outside), abs=1e-12)
     assert found.aupr_out == pytest.approx(slow_average_precision(outside, inside), abs=1e-12)
     turned = [-value for value in inside], [-value for value in outside]
@@ -71,18 +71,19 @@ def test_false_positives_are_images_in_distribution() -> None:
     # 19 of the 20 images out of it lie at 10 or above: there the threshold flags 3 of the 10 in it.
     inside = np.array([0, 1, 2, 3, 4, 5, 6, 11, 12, 13.0])
     outside = np.array([0.5, *range(10, 29)])
-    assert ood_scores(inside, outside).fpr_at_95 == 0.3
+    assert ood_scores(inside, inside < 99, outside).fpr_at_95 == 0.3
     # 18 of 20 are not enough: the threshold falls to 0.5.
     outside[1] = 0.75
-    assert ood_scores(inside, outside).fpr_at_95 == 0.9
+    assert ood_scores(inside, inside < 99, outside).fpr_at_95 == 0.9
 
 
 def test_a_perfect_detector_and_a_blind_one() -> None:
-    perfect = ood_scores(np.zeros(5), np.ones(3))
+    perfect = ood_scores(np.zeros(5), np.arange(5) < 5, np.ones(3))
     assert perfect.model_dump() == {
-        "auroc": 1, "aupr_out": 1, "aupr_in": 1, "fpr_at_95": 0, "examples_in": 5, "examples_out": 3
+        "auroc": 1, "aupr_out": 1, "aupr_in": 1, "fpr_at_95": 0, "scod_aurc": pytest.approx((1/6 + 2/7 + 3/8) / 16),
+        "examples_in": 5, "examples_out": 3
     }  # fmt: skip
-    blind = ood_scores(np.ones(5), np.ones(3))
+    blind = ood_scores(np.ones(5), np.arange(5) < 5, np.ones(3))
     assert (blind.auroc, blind.aupr_out, blind.aupr_in, blind.fpr_at_95) == (0.5, 3 / 8, 5 / 8, 1)
 
 
@@ -98,9 +99,9 @@ def test_a_perfect_detector_and_a_blind_one() -> None:
 )
 def test_bad_values_are_refused(bad, message: str) -> None:
     with pytest.raises(ShapeError, match=f"uncertainty_in .*{message}"):
-        ood_scores(np.array(bad), np.ones(2))
+        ood_scores(np.array(bad), np.ones(len(bad), bool), np.ones(2))
     with pytest.raises(ShapeError, match="uncertainty_out"):
-        ood_scores(np.ones(2), np.array(bad))
+        ood_scores(np.ones(2), np.ones(2, bool), np.array(bad))
 
 
 # --- detectors ------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def test_detectors_are_the_uncertainty_modules() -> None:
 
 def test_one_member_has_no_mutual_information() -> None:
     sure, unsure = np.array([[1.0, 0.0], [0.9, 0.1]]), np.array([[0.5, 0.5]])
-    found = detector_scores(detectors(sure, None), detectors(unsure, None))
+    found = detector_scores(detectors(sure, None), np.array([True, False]), detectors(unsure, None))
     assert found["mutual_information"] is None
     assert found["predictive_entropy"].auroc == found["one_minus_max"].auroc == 1
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from ensembler.eval.compare import compare
+from ensembler.eval.comparison import compare_runs
 from ensembler.eval.metrics.classification import accuracy, ece
 from ensembler.eval.metrics.comparison import Losses
 from ensembler.eval.report import figures as drawing
@@ -131,7 +131,7 @@ def test_it_is_made_to_be_read(whole):
 
 
 def test_the_same_evaluation_gives_the_same_bytes(whole):
-    again = made(evaluation(), compare(evaluation(), curves=True), seconds=61.0, command=None)
+    again = made(evaluation(), compare_runs(evaluation(), curves=True), seconds=61.0, command=None)
     assert again != whole
     without = re.compile(rb"<dt>(command|took)</dt><dd>.*?</dd>\n")
     assert without.sub(b"", again) == without.sub(b"", whole)
@@ -145,7 +145,7 @@ def test_the_same_evaluation_gives_the_same_bytes(whole):
 
 def test_names_of_any_kind_are_text(whole):
     found = named(HOSTILE)
-    report = compare(found, curves=True)
+    report = compare_runs(found, curves=True)
     result = Page(made(found, report, command=f"ensembler compare {HOSTILE[2]}"))
     assert [tag for tag, _ in result.elements] == [tag for tag, _ in Page(whole).elements]
     text = "".join(result.text)

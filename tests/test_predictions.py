@@ -93,7 +93,7 @@ def test_what_scores_need_is_that_of_all_members_at_once(predictor, size, monkey
 def test_nothing_is_predicted_twice(predictor, monkeypatch):
     images, told = counted(), []
     (first,) = get(predictor, images, watch=lambda *progress: told.append(progress))
-    monkeypatch.setattr(Ensemble, "predict_members", None)
+    monkeypatch.setattr(Ensemble, "predict_outputs", None)
     (again,) = get(predictor, images)
     assert images.examples.made == 1
     assert told == [("test images", done, 15) for done in (0, 4, 8, 12, 15)]
@@ -223,8 +223,8 @@ def test_runs_that_have_seen_a_set_are_not_shown_it(predictor, monkeypatch):
     images = counted()
     get(predictor, images)
     seen = []
-    predict = Ensemble.predict_members
-    monkeypatch.setattr(Ensemble, "predict_members", lambda self, x: seen.append(len(x)) or predict(self, x))
+    predict = Ensemble.predict_outputs
+    monkeypatch.setattr(Ensemble, "predict_outputs", lambda self, x: seen.append(len(x)) or predict(self, x))
     ((_, found),) = predictions([predictor, other_run(predictor)], [images])
     assert sum(seen) == len(images.examples)
     assert found[0].mean.tobytes() == found[1].mean.tobytes()
@@ -268,8 +268,8 @@ def test_calibrate_and_eval_share_the_validation_prediction(run, tmp_path, monke
     monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset())
     calibrate(run, device="cpu", cache=tmp_path / "one")
     evaluate([run], device="cpu", cache=tmp_path / "two")
-    seen, predict = [], Ensemble.predict_members
-    monkeypatch.setattr(Ensemble, "predict_members", lambda self, x: seen.append(len(x)) or predict(self, x))
+    seen, predict = [], Ensemble.predict_outputs
+    monkeypatch.setattr(Ensemble, "predict_outputs", lambda self, x: seen.append(len(x)) or predict(self, x))
     evaluate([run], device="cpu", cache=tmp_path / "one")
     assert seen == [15]  # the test images alone
     calibrate(run, device="cpu", cache=tmp_path / "two")

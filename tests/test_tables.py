@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from rich.console import Console
 
-from ensembler.eval.compare import compare
+from ensembler.eval.comparison import compare_runs
 from ensembler.eval.metrics.comparison import Difference
 from ensembler.eval.report.notation import NOTHING, SCORES, Score, compact, verdict
 from ensembler.eval.report.schema import CellScores, Report
@@ -87,7 +87,7 @@ def test_what_every_table_must_say_is_said():
         "not the official files, so not comparable with published figures",
         "Means are over: gaussian_noise, shot_noise",
         "which no other mean includes",
-        "not defined for one member",
+        "where there are two members or logits are known",
         "generated, seed 3",
         "not for that of the training seed",
         "Mean and sample standard deviation",
@@ -124,7 +124,7 @@ def test_csv_holds_every_score():
                         for name, value in scores.model_dump().items()
                     }
                 )
-                assert len(values) == 6
+                assert len(values) == 7
                 expected |= values
         expected[number, "validation", "", "", "temperature"] = run.temperature
         for name in ("example_passes", "forward_passes", "seconds", "peak_memory"):
@@ -140,7 +140,7 @@ def test_csv_holds_every_score():
 
 def test_names_of_any_kind_stand_whole():
     found = named(HOSTILE)
-    report = compare(found)
+    report = compare_runs(found)
     rows = csv.DictReader(io.StringIO(as_csv(report), newline=""))
     assert list(dict.fromkeys(row["run"] for row in rows)) == HOSTILE
     _, rows = markdown_tables(markdown(report))["Training cost"]
@@ -152,7 +152,7 @@ def test_names_of_any_kind_stand_whole():
 
 @pytest.mark.parametrize("width", [80, 100, 120])
 def test_a_terminal_shows_every_figure_whole(width):
-    report = compare(named([f"rather-a-long-name-for-a-run-with-seed-{n}" for n in range(4)]), curves=True)
+    report = compare_runs(named([f"rather-a-long-name-for-a-run-with-seed-{n}" for n in range(4)]), curves=True)
     for run in report.runs:
         run.clean.nll = run.shifted.nll = 12.3456  # as long as figures get
     lines = rendered(report, width).splitlines()

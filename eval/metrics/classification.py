@@ -17,26 +17,37 @@ from numpy.typing import ArrayLike, NDArray
 
 from ensembler.calibration_maps import FLOOR, bin_indices
 from ensembler.errors import ShapeError, UsageError
-from ensembler.eval.metrics.selective import aurc, misclassification_auroc, risk_at_coverage, risks
+from ensembler.eval.metrics.selective import (
+    augrc,
+    aurc,
+    coverage_at_risk,
+    misclassification_auroc,
+    risk_at_coverage,
+    risks,
+)
+from ensembler.eval.metrics.smooth import smooth_error
 
 __all__ = [
     "BINS",
+    "SUM_TOLERANCE",
     "Answers",
     "accuracy",
     "adaptive_ece",
     "brier",
     "classwise_ece",
     "ece",
+    "l2_calibration_error",
     "max_calibration_error",
     "nll",
     "scores",
+    "smooth_ece",
 ]
 
 BINS = 15
 
 Array = NDArray[np.float64]
 
-_SUM_TOLERANCE = 1e-3
+SUM_TOLERANCE = 1e-3
 
 
 def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
@@ -101,10 +112,38 @@ def classwise_ece(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> floa
     return Answers(probs, labels).classwise_ece(bins)
 
 
+def l2_calibration_error(probs: ArrayLike, labels: ArrayLike, bins: int = BINS, *, debiased: bool = True) -> float:
+    """Compute the root mean squared calibration error of the top class over ``ece``'s bins.
+
+    ``sqrt(sum_b n_b / B * ((accuracy_b - confidence_b)**2 - accuracy_b (1 - accuracy_b) / (n_b - 1)))``, the debiased
+    estimator of Kumar et al. 2019 (https://arxiv.org/abs/1909.10155, sec. 5): the subtracted term is what the
+    sampling of a bin's labels adds to its squared gap. As in their code, a bin of one example counts 0, and a negative
+    sum is 0. In [0, 1].
+
+    Args:
+        probs: (B, C) probabilities.
+        labels: (B,) classes.
+        bins: number of bins, at least 1.
+        debiased: whether to subtract that term; without it, the plug-in estimator of torchmetrics' ``norm="l2"``, too
+            high on few examples.
+
+    Raises:
+        ShapeError: probabilities or labels of the wrong shape or range.
+        UsageError: fewer than one bin.
+    """
+    return Answers(probs, labels).l2_calibration_error(bins, debiased=debiased)
+
+
+def smooth_ece(probs: ArrayLike, labels: ArrayLike) -> float:
+    """Compute the smooth calibration error of the top class, smECE; see :func:`.smooth.smooth_error`."""
+    return Answers(probs, labels).smooth_ece()
+
+
 def scores(probs: ArrayLike, labels: ArrayLike) -> dict[str, float | None]:
     """Compute every score of probabilities (B, C) and labels (B,), by name; binned ones with 15 bins.
 
-    ``error`` is 1 - accuracy, ``risk_at_80`` the risk at a coverage of 0.8; see :mod:`ensembler.eval.metrics.selective`
+    ``error`` is 1 - accuracy, ``risk_at_80`` the risk at a coverage of 0.8, ``coverage_at_5`` the coverage at a risk of
+    0.05, ``l2_calibration_error`` the debiased one; see :mod:`ensembler.eval.metrics.selective`
     for those of the confidence. Only ``misclassification_auroc`` may be ``None``.
 
     Raises:
@@ -121,8 +160,12 @@ def scores(probs: ArrayLike, labels: ArrayLike) -> dict[str, float | None]:
         "adaptive_ece": answers.adaptive_ece(),
         "classwise_ece": answers.classwise_ece(),
         "max_calibration_error": answers.max_calibration_error(),
+        "l2_calibration_error": answers.l2_calibration_error(),
+        "smooth_ece": answers.smooth_ece(),
         "aurc": aurc(risk),
+        "augrc": augrc(risk),
         "risk_at_80": risk_at_coverage(risk, 0.8),
+        "coverage_at_5": coverage_at_risk(risk, 0.05),
         "misclassification_auroc": misclassification_auroc(answers.confidence, answers.correct),
     }
 
@@ -198,6 +241,19 @@ class Answers:
         places = bin_indices(self.p, bins) + bins * np.arange(self.p.shape[1])
         return _gap(places.ravel(), self.misses.ravel()) / self.p.size
 
+    def l2_calibration_error(self, bins: int = BINS, *, debiased: bool = True) -> float:
+        places = bin_indices(self.confidence, bins)
+        count = np.bincount(places, minlength=bins)
+        used = count > 1 if debiased else count > 0
+        n = count[used]
+        gaps = np.bincount(places, weights=self.correct - self.confidence, minlength=bins)[used] / n
+        accuracy = np.bincount(places, weights=self.correct, minlength=bins)[used] / n
+        noise = accuracy * (1 - accuracy) / (n - 1) if debiased else 0.0
+        return float(np.sqrt(max(0.0, (n * (gaps**2 - noise)).sum() / len(self.y))))
+
+    def smooth_ece(self) -> float:
+        return smooth_error(self.confidence, self.correct)
+
     def _for_netcal(self) -> tuple[Array, NDArray[np.int64]]:
         # Given probabilities (B, C), netcal treats two or fewer distinct labels as a binary problem: it then fails for
         # C > 2, scores class 1 and not the top class for C = 2, and calls a perfect single class miscalibrated. "Is the
@@ -236,7 +292,7 @@ def _probabilities(probs: ArrayLike) -> Array:
     with np.errstate(invalid="ignore"):
         rows = p.sum(axis=1)
     # Comparisons with NaN are false, so a NaN is caught here too.
-    bad = np.flatnonzero(~((np.abs(rows - 1.0) <= _SUM_TOLERANCE) & (p >= 0.0).all(axis=1)))
+    bad = np.flatnonzero(~((np.abs(rows - 1.0) <= SUM_TOLERANCE) & (p >= 0.0).all(axis=1)))
     if len(bad):
         raise ShapeError(
             f"probs[{bad[0]}] is no distribution: its smallest entry is {p[bad[0]].min():g} and it sums to "

@@ -18,12 +18,16 @@ from ensembler.errors import ShapeError, UsageError
 __all__ = [
     "Reliability",
     "RiskCoverage",
+    "augrc",
     "aurc",
+    "checked",
+    "coverage_at_risk",
     "misclassification_auroc",
     "reliability",
     "risk_at_coverage",
     "risk_coverage",
     "risks",
+    "risks_of_losses",
 ]
 
 Array = NDArray[np.float64]
@@ -69,7 +73,7 @@ def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Re
         ShapeError: not one confidence and one answer an example.
         UsageError: fewer than one bin.
     """
-    confidence, correct = _checked(confidence, correct)
+    confidence, correct = checked(confidence, correct)
     places = bin_indices(confidence, bins)
     count = np.bincount(places, minlength=bins)
 
@@ -87,13 +91,18 @@ def risks(confidence: ArrayLike, correct: ArrayLike) -> Array:
     Raises:
         ShapeError: not one confidence and one answer an example.
     """
-    confidence, correct = _checked(confidence, correct)
+    confidence, correct = checked(confidence, correct)
+    return risks_of_losses(confidence, (~correct).astype(np.float64))
+
+
+def risks_of_losses(confidence: Array, losses: Array) -> Array:
+    """Compute the mean loss (B,) of the k most confident examples, k = 1 to B, from each example's loss (B,)."""
     order = np.argsort(-confidence)
-    errors = np.concatenate([[0], np.cumsum(~correct[order])])
+    total = np.concatenate([[0.0], np.cumsum(losses[order])])
     ends = np.concatenate([[0], np.flatnonzero(np.diff(confidence[order], append=-math.inf)) + 1])
-    # The first j of m tied examples with e errors hold e * j / m errors in expectation: a straight line.
+    # The first j of m tied examples with a loss of e in all have e * j / m in expectation: a straight line.
     kept = np.arange(1, len(order) + 1)
-    found: Array = np.interp(kept, ends, errors[ends]) / kept
+    found: Array = np.interp(kept, ends, total[ends]) / kept
     return found
 
 
@@ -120,6 +129,28 @@ def aurc(risk: Array) -> float:
     return float(risk.mean())
 
 
+def augrc(risk: Array) -> float:
+    """Compute the area under the generalized risk-coverage curve from :func:`risks` (B,).
+
+    The mean over k of the share of *all* examples that are among the k most confident and wrong, ``k / B * risk_k``
+    (Traub et al. 2024, https://arxiv.org/abs/2407.01032); in [0, 1], lower is better. Unlike AURC, it does not weigh
+    the errors of the most confident few by large factors; at chance, it is half the error rate.
+    """
+    return float((risk * np.arange(1, len(risk) + 1)).mean() / len(risk))
+
+
+def coverage_at_risk(risk: Array, most: float) -> float:
+    """Find the largest coverage at which the error rate, of :func:`risks` (B,), is at most ``most``; 0 if none is.
+
+    Raises:
+        UsageError: a risk outside [0, 1].
+    """
+    if not 0 <= most <= 1:
+        raise UsageError(f"a risk must lie in [0, 1], not {most}")
+    allowed = np.flatnonzero(risk <= most + 1e-12)  # 0.05 of 20 examples may be 0.05000000000000001
+    return float(allowed[-1] + 1) / len(risk) if len(allowed) else 0.0
+
+
 def risk_at_coverage(risk: Array, coverage: float) -> float:
     """Look up the error rate of the ``ceil(coverage * B)`` most confident examples in :func:`risks` (B,).
 
@@ -143,11 +174,16 @@ def misclassification_auroc(confidence: ArrayLike, correct: ArrayLike) -> float 
     """
     from sklearn.metrics import roc_auc_score
 
-    confidence, correct = _checked(confidence, correct)
+    confidence, correct = checked(confidence, correct)
     return float(roc_auc_score(correct, confidence)) if 0 < correct.mean() < 1 else None
 
 
-def _checked(confidence: ArrayLike, correct: ArrayLike) -> tuple[Array, NDArray[np.bool_]]:
+def checked(confidence: ArrayLike, correct: ArrayLike) -> tuple[Array, NDArray[np.bool_]]:
+    """Return confidence (B,) float64 and correct (B,) bool.
+
+    Raises:
+        ShapeError: not one finite confidence and one answer an example.
+    """
     values, right = np.asarray(confidence, dtype=np.float64), np.asarray(correct)
     if values.ndim != 1 or not len(values) or right.shape != values.shape or not np.isfinite(values).all():
         raise ShapeError(

@@ -55,8 +55,20 @@ SCORES: dict[str, Score] = {
     "max_calibration_error": Score(
         "max. calibration error %", 100, 2, "the largest gap of ECE's bins, however few images a bin has"
     ),
+    "l2_calibration_error": Score(
+        "l2 calibration error %", 100, 2, "root mean square of ECE's gaps, without what the sampling of labels adds"
+    ),
+    "smooth_ece": Score(
+        "smooth ECE %", 100, 2, "calibration error without bins, of gaps smoothed by a kernel as wide as the error"
+    ),
     "aurc": Score("AURC %", 100, 3, "error among the k most confident images, averaged over all k"),
+    "augrc": Score(
+        "AUGRC %", 100, 3, "share of all images that are wrong and among the k most confident, averaged over all k"
+    ),
     "risk_at_80": Score("risk at 80 %", 100, 2, "error in % among the most confident 80 % of the images"),
+    "coverage_at_5": Score(
+        "coverage at 5 %", 100, 2, "largest share of images, the most confident, with at most 5 % errors among them"
+    ),
     "misclassification_auroc": Score(
         "AUROC of errors %",
         100,
@@ -72,7 +84,7 @@ SCORES: dict[str, Score] = {
         "mutual information", 1, 4, "predictive minus expected entropy: how much the members differ"
     ),
 }
-"""Every score of ``CellScores``; lower is better, except for the accuracies and the AUROC."""
+"""Every score of ``CellScores``; lower is better, except for the accuracies, the AUROC and the coverage."""
 
 
 def plain(text: str) -> str:
@@ -85,8 +97,10 @@ def label(report: Report, number: int) -> str:
     return f"{number + 1}: {plain(report.runs[number].name)}"
 
 
-def compact(passes: int) -> str:
-    """Format a number of passes, such as 1.5M."""
+def compact(passes: int | None) -> str:
+    """Format a number of passes, such as 1.5M; "?" if it is unknown."""
+    if passes is None:
+        return "?"
     for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
         if passes >= size:
             return f"{passes / size:,.1f}{unit}"

@@ -6,7 +6,7 @@ The same evaluation gives the same bytes, except for the duration and the comman
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from importlib import resources
 from string import Template
@@ -123,20 +123,26 @@ def _figure(picture: Picture) -> str:
 
 
 def _made(found: Evaluation, report: Report, seconds: float, command: str | None) -> str:
-    images = found.runs[0].manifest.dataset
+    manifests = {n: run.manifest for n, run in enumerate(found.runs, 1) if run.manifest is not None}
+    validation = {n: run.validation_examples for n, run in enumerate(report.runs, 1) if run.validation_examples}
+    trained = dict.fromkeys(manifest.dataset.train_sha256 for manifest in manifests.values())
+    hashes = dict.fromkeys(run.validation_sha256 for run in report.runs if run.validation_sha256)
     facts = {
         "command": f"<code>{escape(plain(command))}</code>" if command else "",
         "took": f"{seconds:,.1f} s",
-        "predicted on": escape(plain(report.device)),
+        "predicted on": escape(plain(report.device or "elsewhere")),
         "seed": str(report.seed),
-        "images": escape(
-            f"{plain(report.dataset)}: {report.test_examples:,} test images to score, "
-            f"{report.validation_examples:,} validation images to fit temperatures and choose members on"
+        "images": escape(f"{plain(report.dataset)}: {report.test_examples:,} test images to score"),
+        "validation images": escape(
+            "; ".join(f"{n}: {count:,}" for n, count in validation.items())
+            + (" to fit temperatures and choose members on" if validation else "")
         ),
-        "test sha256": f"<code>{escape(report.test_sha256)}</code>",
-        "validation sha256": f"<code>{escape(report.validation_sha256)}</code>",
-        "training sha256": f"<code>{escape(images.train_sha256)}</code>",
-        "runs' sha256": "<br>".join(f"{n}: <code>{escape(run.sha256)}</code>" for n, run in enumerate(report.runs, 1)),
+        "test sha256": _codes(filter(None, [report.test_sha256])),
+        "validation sha256": _codes(hashes),
+        "training sha256": _codes(trained),
+        "runs' sha256": "<br>".join(
+            f"{n}: <code>{escape(run.sha256)}</code>" for n, run in enumerate(report.runs, 1) if run.sha256
+        ),
         "shift": " ".join(map(escape, about(report)[1:])),
         "generated": escape(_generated(report)),
         "out of distribution": escape(
@@ -146,9 +152,13 @@ def _made(found: Evaluation, report: Report, seconds: float, command: str | None
         if report.comparison is None
         else f"{report.comparison.resamples:,} resamples of the test images, seed {report.seed}",
         "versions": escape(", ".join(f"{name} {version}" for name, version in report.versions.items())),
-        "runs made": escape("; ".join(f"{n}: {plain(run.manifest.created)}" for n, run in enumerate(found.runs, 1))),
+        "runs made": escape("; ".join(f"{n}: {plain(manifest.created)}" for n, manifest in manifests.items())),
     }
     return _definitions({term: meaning for term, meaning in facts.items() if meaning})
+
+
+def _codes(hashes: Iterable[str]) -> str:
+    return "<br>".join(f"<code>{escape(one)}</code>" for one in hashes)
 
 
 def _generated(report: Report) -> str:

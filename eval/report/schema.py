@@ -36,20 +36,24 @@ class CellScores(Record):
 
     Entropies and NLLs are in nats. ``calibrated_nll`` is the NLL after the run's temperature, fitted on the validation
     images. ``member_accuracy`` and ``member_nll`` are means over single members. ``null``: not defined for one member,
-    or if all answers are right or all wrong.
+    if all answers are right or all wrong, or without validation images.
     """
 
     accuracy: float
     error: float
     nll: float
-    calibrated_nll: float
+    calibrated_nll: float | None
     brier: float
     ece: float
     adaptive_ece: float
     classwise_ece: float
     max_calibration_error: float
+    l2_calibration_error: float
+    smooth_ece: float
     aurc: float
+    augrc: float
     risk_at_80: float
+    coverage_at_5: float
     misclassification_auroc: float | None
     member_accuracy: float
     member_nll: float
@@ -70,7 +74,7 @@ class ShiftReport(Record):
     """A shift; means are over ``headline``."""
 
     name: str
-    source: Literal["official", "generated"]
+    source: Literal["official", "generated", "given"]
     note: str
     corruptions: list[str]
     headline: list[str]
@@ -82,35 +86,38 @@ class OodReport(Record):
 
     name: str
     title: str
-    source: Literal["dataset", "folder", "official", "generated"]
+    source: Literal["dataset", "folder", "official", "generated", "given"]
     images: int
 
 
 class RunReport(Record):
-    """One run's cost and scores.
+    """The cost and scores of one run, or of predictions made elsewhere, of which what is unknown is ``null``.
 
-    ``sha256`` is of the run's manifest, which has the hash of each of its files. ``training_unknown``: files of weights
-    that training started from, whose own cost is unknown and not counted; ``training_peak_memory``: bytes.
-    ``temperature``: fitted to the validation images. ``by_severity``, ``by_family`` and ``shifted`` are means over the
+    ``sha256`` is of the run's manifest, which has the hash of each of its files, or of the file of predictions.
+    ``training_unknown``: files of weights that training started from, whose own cost is unknown and not counted;
+    ``training_peak_memory``: bytes. ``temperature``: fitted to ``validation_examples`` images, whose hash is
+    ``validation_sha256``; ``null`` without any. ``by_severity``, ``by_family`` and ``shifted`` are means over the
     headline corruptions; ``ood``: by set of images and detector.
     """
 
     name: str
-    sha256: str
+    sha256: str | None
     method: str
-    architecture: str
-    vertices: int
+    architecture: str | None
+    vertices: int | None
     members: int
-    parameters: int
-    seed: int
-    training_example_passes: int
-    training_forward_passes: int
+    parameters: int | None
+    seed: int | None
+    training_example_passes: int | None
+    training_forward_passes: int | None
     training_unknown: list[str]
-    training_seconds: float
+    training_seconds: float | None
     training_peak_memory: int | None
-    training_device: str
+    training_device: str | None
     forward_passes_per_prediction: int
-    temperature: float
+    validation_examples: int | None
+    validation_sha256: str | None
+    temperature: float | None
     clean: CellScores
     single_members: list[SingleMember]
     by_severity: dict[int, CellScores]
@@ -136,7 +143,7 @@ class Group(Record):
     """
 
     runs: list[int]
-    seeds: list[int]
+    seeds: list[int | None]
     scores: dict[str, Spread]
 
 
@@ -175,19 +182,22 @@ class Comparison(Record):
 
 
 class Report(Record):
-    """A whole evaluation."""
+    """A whole evaluation.
+
+    ``test_sha256``: of the test images and labels; ``null`` if only their predictions are known. ``omitted``: test sets
+    that were not scored, since not all predictions that were given have them.
+    """
 
     format: Literal[1] = 1
     dataset: str
     test_examples: int
-    test_sha256: str
-    validation_examples: int
-    validation_sha256: str
+    test_sha256: str | None
+    omitted: list[str]
     shift: ShiftReport | None
     ood: list[OodReport]
     runs: list[RunReport]
     comparison: Comparison | None = None
-    device: str
+    device: str | None
     seed: int
     versions: dict[str, str]
 

@@ -57,9 +57,12 @@ def _scores(scores: CellScores) -> str:
 
 
 def _cost(report: Report) -> str:
-    passes = [run.training_example_passes for run in report.runs]
-    text = f"Training took {_extent(passes)} example passes; a prediction takes "
-    text += f"{_extent([run.forward_passes_per_prediction for run in report.runs])} forward passes."
+    passes = [run.training_example_passes for run in report.runs if run.training_example_passes is not None]
+    text = f"Training took {_extent(passes)} example passes; a" if passes else "A"
+    text += f" prediction takes {_extent([run.forward_passes_per_prediction for run in report.runs])} forward passes."
+    if len(passes) < len(report.runs):
+        given = [label(report, n) for n, run in enumerate(report.runs) if run.training_example_passes is None]
+        text += f" The training cost is unknown of predictions made elsewhere: {', '.join(given)}."
     if any(run.training_unknown for run in report.runs):
         text += " Some runs started from weights whose own training cost is unknown and not counted."
     if len(set(passes)) > 1:
@@ -92,9 +95,12 @@ def _differences(report: Report, comparison: Comparison) -> list[str]:
 
 def _ratios(run: RunReport, baseline: RunReport) -> str:
     members = _ratio(run.forward_passes_per_prediction, baseline.forward_passes_per_prediction, "forward passes")
-    if run.training_unknown or baseline.training_unknown or not baseline.training_example_passes:
+    passes, others = run.training_example_passes, baseline.training_example_passes
+    if passes is None or others is None:
+        return f"{members} (training cost: unknown)"
+    if run.training_unknown or baseline.training_unknown or not others:
         return f"{members} (training cost: partly unknown)"
-    return f"{_ratio(run.training_example_passes, baseline.training_example_passes, 'training passes')} and {members}"
+    return f"{_ratio(passes, others, 'training passes')} and {members}"
 
 
 def _ratio(one: int, other: int, what: str) -> str:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ensembler.eval.metrics.ood import OodScores
 from ensembler.eval.report.comparison_tables import comparison_tables
-from ensembler.eval.report.notation import SCORES, Score, label, plain
+from ensembler.eval.report.notation import NOTHING, SCORES, Score, compact, label, plain
 from ensembler.eval.report.schema import Report, ShiftReport
 from ensembler.eval.report.table import (
     CLEAN,
@@ -31,15 +30,26 @@ _DETECTORS = {
     "predictive_entropy": "entropy",
     "mutual_information": "mutual inf.",
     "one_minus_max": "1 - max p",
+    "energy": "energy",
+    "max_logit": "max logit",
 }
 
-_OOD = {"auroc": "AUROC", "fpr_at_95": "FPR@95", "aupr_out": "AUPR out", "aupr_in": "AUPR in"}
+_OOD = {
+    "auroc": "AUROC",
+    "fpr_at_95": "FPR@95",
+    "aupr_out": "AUPR out",
+    "aupr_in": "AUPR in",
+    "scod_aurc": "SCOD AURC",
+}
 _PERCENT = Score("%", 100, 2, "")
 
 
 def about(report: Report) -> list[str]:
     """Describe what all tables have in common: the images, the shift, the device."""
-    found = [f"{images_of(report)}; predicted on {plain(report.device)}; seed {report.seed}."]
+    where = "elsewhere" if report.device is None else f"on {plain(report.device)}"
+    found = [f"{images_of(report)}; predicted {where}; seed {report.seed}."]
+    if report.omitted:
+        found.append(f"Not scored, as not all have predictions for them: {', '.join(map(plain, report.omitted))}.")
     if report.shift is not None:
         found += [report.shift.note, f"Means are over: {', '.join(report.shift.headline) or 'no corruption'}."]
         if report.shift.not_covered:
@@ -73,20 +83,30 @@ def _costs(report: Report) -> Table:
         for number, run in enumerate(report.runs)
         if run.training_unknown
     ]
+    if any(run.training_example_passes is None for run in report.runs):
+        notes.append("elsewhere: predictions that were given; their training cost is unknown (?).")
+
+    def or_nothing(value: object, text: str = "{}") -> str:
+        return NOTHING if value is None else plain(text.format(value))
+
     columns: list[Column] = [
         ("method", lambda run: plain(run.method)),
-        ("network", lambda run: plain(run.architecture)),
-        ("seed", lambda run: str(run.seed)),
+        ("network", lambda run: or_nothing(run.architecture)),
+        ("seed", lambda run: or_nothing(run.seed)),
         ("M", lambda run: str(run.forward_passes_per_prediction)),
         (
             "example passes",
-            lambda run: f"{run.training_example_passes:,}" + ("+?" if run.training_unknown else ""),
+            lambda run: _passes(run.training_example_passes) + ("+?" if run.training_unknown else ""),
         ),
-        ("forward only", lambda run: f"{run.training_forward_passes:,}"),
-        ("seconds", lambda run: f"{run.training_seconds:,.0f}"),
-        ("on", lambda run: plain(run.training_device)),
+        ("forward only", lambda run: _passes(run.training_forward_passes)),
+        ("seconds", lambda run: or_nothing(run.training_seconds, "{:,.0f}")),
+        ("on", lambda run: or_nothing(run.training_device)),
     ]
     return by_run(report, "costs", "Training cost", columns, notes=notes, words=3)
+
+
+def _passes(count: int | None) -> str:
+    return compact(None) if count is None else f"{count:,}"
 
 
 def _clean(report: Report) -> Table:
@@ -97,7 +117,10 @@ def _clean(report: Report) -> Table:
 
 
 def _calibration(report: Report) -> Table:
-    names = ("ece", "adaptive_ece", "classwise_ece", "max_calibration_error", "nll", "calibrated_nll")
+    names = (
+        *("ece", "adaptive_ece", "classwise_ece", "max_calibration_error", "l2_calibration_error", "smooth_ece"),
+        *("nll", "calibrated_nll"),
+    )
     sets = [("clean", CLEAN)]
     if (shift := meant_shift(report)) is not None:
         sets.append(("shifted", SHIFTED))
@@ -105,11 +128,12 @@ def _calibration(report: Report) -> Table:
     for number, run in enumerate(report.runs):
         for title, of in sets:
             figures = (score_column(name, of)[1](run) for name in names)
-            rows.append((label(report, number), title, *figures, f"{run.temperature:.3f}"))
+            temperature = NOTHING if run.temperature is None else f"{run.temperature:.3f}"
+            rows.append((label(report, number), title, *figures, temperature))
     headings = ("run", "images", *(SCORES[name].title for name in names), "temperature")
-    notes = [
-        f"Temperatures were fitted on {report.validation_examples:,} validation images; above 1, they lower confidence."
-    ]
+    notes = ["Temperatures were fitted on validation images; above 1, they lower confidence."]
+    if any(run.temperature is None for run in report.runs):
+        notes.append(f"{NOTHING}: without validation predictions, none is fitted.")
     if shift is not None:
         notes.append(f"Shifted ({shift.source}): mean over {means_over(shift)}.")
     title = f"Calibration: {images_of(report)}"
@@ -178,7 +202,7 @@ def _families(report: Report, shift: ShiftReport) -> Iterator[Table]:
 
 
 def _selective(report: Report) -> Table:
-    names = ("aurc", "risk_at_80", "misclassification_auroc")
+    names = ("aurc", "augrc", "risk_at_80", "coverage_at_5", "misclassification_auroc")
     columns = [*COST, *(score_column(name, CLEAN) for name in names)]
     if (shift := meant_shift(report)) is not None:
         columns += [score_column(name, SHIFTED, f"shifted {SCORES[name].title}") for name in names]
@@ -189,34 +213,28 @@ def _selective(report: Report) -> Table:
 
 def _ood(report: Report) -> Iterator[Table]:
     for images in report.ood:
-        for measures in (("auroc", "fpr_at_95"), ("aupr_out", "aupr_in")):
-            columns = list(COST)
-            for measure in measures:
-                for detector, heading in _DETECTORS.items():
-                    columns.append(
-                        (
-                            f"{_OOD[measure]} {heading}",
-                            lambda run, m=measure, d=detector, n=images.name: _ood_figure(run.ood[n][d], m),  # type: ignore[misc]
-                        )
-                    )
-            kinds = " and ".join(_OOD[measure] for measure in measures)
-            title = f"{plain(images.title)}: {kinds}, %"
-            counts = (
-                f"Detection of {images.images:,} images ({images.source}) among {report.test_examples:,} clean test "
-                "images by predictive entropy, mutual information, and 1 minus the largest probability."
+        rows = tuple(
+            (
+                label(report, number),
+                heading,
+                *(write(run) for _, write in COST),
+                *(_PERCENT.write(getattr(scores, measure)) for measure in _OOD),
             )
-            if "fpr_at_95" in measures:
-                notes = [
-                    f"{counts} FPR@95: share of clean images flagged at 95 % recall of the others; lower is better."
-                ]
-            else:
-                notes = [f"{counts} AUPR out: the positive class is out of distribution; AUPR in: in distribution."]
-            detail = "auroc" not in measures
-            yield by_run(report, "ood", title, columns, notes=[*notes, *one_member_note(report)], detail=detail)
-
-
-def _ood_figure(scores: OodScores | None, measure: str) -> str:
-    return _PERCENT.write(None if scores is None else getattr(scores, measure))
+            for number, run in enumerate(report.runs)
+            for detector, heading in _DETECTORS.items()
+            if (scores := run.ood[images.name][detector]) is not None
+        )
+        notes = [
+            f"Detection of {images.images:,} images ({images.source}) among {report.test_examples:,} clean test images "
+            "by predictive entropy, mutual information, 1 minus the largest probability, and energy and largest of the "
+            "members' mean logits, where there are two members or logits are known.",
+            "FPR@95: share of clean images flagged at 95 % recall of the others. AUPR out: the positive class is out "
+            "of distribution; AUPR in: in distribution. SCOD AURC: AURC with both kinds of images, where answering one "
+            "out of distribution and a wrong answer cost 0.5 each. FPR@95 and SCOD AURC: lower is better.",
+        ]
+        headings = ("run", "detector", *(heading for heading, _ in COST), *_OOD.values())
+        title = f"{plain(images.title)}: out-of-distribution detection, %"
+        yield Table("ood", title, headings, rows, 2, tuple(notes))
 
 
 def _cells(report: Report, shift: ShiftReport, number: int) -> Table:

@@ -71,7 +71,9 @@ def markdown(report: Report) -> str:
         )
         parts += [f"## {_escape(table.title)}", body, *(_escape(note) for note in table.notes)]
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    parts.append(f"Made with {versions}. Test images {report.test_sha256}, validation {report.validation_sha256}.")
+    images = f"Test images {report.test_sha256}" if report.test_sha256 else "Test images unknown"
+    validation = dict.fromkeys(run.validation_sha256 for run in report.runs if run.validation_sha256)
+    parts.append(f"Made with {versions}. {images}{''.join(f', validation {sha256}' for sha256 in validation)}.")
     return "\n\n".join(parts) + "\n"
 
 

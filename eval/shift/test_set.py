@@ -5,14 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ensembler.eval.shift.corruptions import HEADLINE, VALIDATION
+from ensembler.eval.shift.corruptions import HEADLINE, SEVERITIES, VALIDATION
 from ensembler.images import Images, Split
+
+if TYPE_CHECKING:
+    from ensembler.eval.given import GivenSet
 
 __all__ = ["Shift", "Shifted", "Source", "TestSet", "validation_set"]
 
@@ -77,6 +80,7 @@ class TestSet:
             ``"ood"``.
         severity: of a shifted set, 1 to 5.
         source: of the images.
+        members: whether to keep every member's probabilities, whatever the group.
     """
 
     __test__: ClassVar[bool] = False  # not a test case for pytest
@@ -87,6 +91,7 @@ class TestSet:
     group: Literal["validation", "clean", "shift", "ood"]
     severity: int | None = None
     source: Source = "dataset"
+    members: bool = False
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -95,8 +100,8 @@ class TestSet:
 
     @property
     def keeps_members(self) -> bool:
-        """Whether every member's probabilities are kept: they are needed to choose members."""
-        return self.group in ("validation", "clean")
+        """Whether every member's probabilities are kept: they are needed to choose members, and to save them."""
+        return self.members or self.group in ("validation", "clean")
 
     def batches(self) -> Iterator[Tensor]:
         """Yield the images in order, (B, H, W, 3) uint8, in batches of limited memory."""
@@ -110,15 +115,15 @@ class Shift:
 
     Attributes:
         name: as the user gave it.
-        source: ``"official"`` files, or ``"generated"`` here.
+        source: ``"official"`` files, ``"generated"`` here, or ``"given"`` as predictions.
         note: a sentence to print with every number.
         sets: one per corruption and severity.
     """
 
     name: str
-    source: Literal["official", "generated"]
+    source: Literal["official", "generated", "given"]
     note: str
-    sets: tuple[TestSet, ...]
+    sets: tuple[TestSet, ...] | tuple[GivenSet, ...]
 
     @property
     def corruptions(self) -> tuple[str, ...]:
@@ -127,8 +132,9 @@ class Shift:
 
     @property
     def headline(self) -> tuple[str, ...]:
-        """Those of the protocol's 15 that it covers, over which means are taken."""
-        return tuple(name for name in HEADLINE if name in self.corruptions)
+        """Those of the protocol's 15 that it covers at every severity, over which means are taken."""
+        cells = {(one.name, one.severity) for one in self.sets}
+        return tuple(name for name in HEADLINE if all((name, severity) in cells for severity in SEVERITIES))
 
     @property
     def not_covered(self) -> tuple[str, ...]:

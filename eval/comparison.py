@@ -1,14 +1,16 @@
-"""Comparison of runs: differences with intervals, seeds grouped, and deep-ensemble equivalents."""
+"""Comparison of runs, and of predictions made elsewhere: differences with intervals, seeds grouped, equivalents."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ensembler.errors import UsageError
-from ensembler.eval.evaluation import Evaluation
+from ensembler.eval.evaluation import Evaluation, evaluate_given, named_arrays
+from ensembler.eval.given import Predictions
 from ensembler.eval.metrics.comparison import Difference, Losses, differences, resample, spread
 from ensembler.eval.metrics.members import curve, deep_ensemble_equivalent, recommended_members
 from ensembler.eval.report.schema import (
@@ -24,7 +26,7 @@ from ensembler.eval.scoring import ScoredRun
 from ensembler.ordering import greedy_order
 from ensembler.run import Manifest
 
-__all__ = ["check_names", "compare", "group_key"]
+__all__ = ["check_names", "compare", "compare_runs", "group_key"]
 
 RESAMPLES, CONFIDENCE = 2000, 0.95
 
@@ -33,7 +35,37 @@ _HOW = {"seed", "device", "threads", "workers", "compile"}  # options that do no
 _STARTS = {"init", "first", "second", "modes"}  # options that name the runs or files that training starts from
 
 
-def compare(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Report:
+def compare(
+    predictions: Mapping[str, ArrayLike | Mapping[str, ArrayLike]],
+    labels: ArrayLike | None = None,
+    *,
+    baseline: str | None = None,
+    curves: bool = False,
+    seed: int = 0,
+) -> Report:
+    """Score predictions made elsewhere for the same images, and compare them.
+
+    Args:
+        predictions: two or more by name, each as of :func:`ensembler.eval.evaluate`: probabilities, or named arrays.
+        labels: (N,) integers, classes from 0; unless they are among the named arrays.
+        baseline: the name of the predictions that the others are compared with; the first by default.
+        curves: whether to score predictions of several members with validation predictions against their number.
+        seed: of the bootstrap.
+
+    Raises:
+        ShapeError: an array of an unknown name, the wrong shape or type, or that is no prediction.
+        UsageError: fewer than two, other labels, or no such baseline.
+    """
+    names = list(predictions)
+    check_names(names)
+    if baseline is not None and baseline not in predictions:
+        raise UsageError(f"the baseline {baseline!r} is none of {', '.join(map(repr, names))}")
+    given = [Predictions.of(name, named_arrays(each, labels)) for name, each in predictions.items()]
+    place = 0 if baseline is None else names.index(baseline)
+    return compare_runs(evaluate_given(given, seed=seed), baseline=place, curves=curves)
+
+
+def compare_runs(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Report:
     """Return the evaluation's report with a comparison.
 
     Args:
@@ -52,7 +84,7 @@ def compare(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Re
         raise UsageError(f"the baseline is one of the {len(runs)} runs, not number {baseline + 1}")
     references = [_reference(run, runs) for run in runs]
     drawn = [n for n, run in enumerate(runs) if (curves and run.clean.size > 1) or n in references]
-    measured = {number: _curve(found, number) for number in drawn}
+    measured = {number: curve for number in drawn if (curve := _curve(found, number)) is not None}
     comparison = Comparison(
         baseline=names[baseline],
         confidence=CONFIDENCE,
@@ -62,7 +94,7 @@ def compare(found: Evaluation, *, baseline: int = 0, curves: bool = False) -> Re
         equivalents={
             names[number]: _equivalent(report, number, measured[reference])
             for number, reference in enumerate(references)
-            if reference is not None
+            if reference is not None and reference in measured
         },
         curves=list(measured.values()),
     )
@@ -130,12 +162,13 @@ def _groups(report: Report, runs: Sequence[ScoredRun]) -> list[Group]:
     """Group runs that differ only in their seed, in the order of each group's first run."""
     places: dict[str, list[int]] = {}
     for place, run in enumerate(runs):
-        places.setdefault(group_key(run.manifest), []).append(place)
+        key = f"predictions {place}" if run.manifest is None else group_key(run.manifest)
+        places.setdefault(key, []).append(place)
     scores = [_grouped(run.clean, run.shifted) for run in report.runs]
     return [
         Group(
             runs=chosen,
-            seeds=[runs[place].manifest.seed for place in chosen],
+            seeds=[report.runs[place].seed for place in chosen],
             scores={name: spread([scores[place][name] for place in chosen]) for name in scores[chosen[0]]},
         )
         for chosen in places.values()
@@ -144,7 +177,8 @@ def _groups(report: Report, runs: Sequence[ScoredRun]) -> list[Group]:
 
 def _grouped(clean: CellScores, shifted: CellScores | None) -> dict[str, float]:
     scores = {name: getattr(clean, name) for name in _GROUPED}
-    return scores | ({f"shifted_{name}": getattr(shifted, name) for name in _GROUPED} if shifted else {})
+    scores |= {f"shifted_{name}": getattr(shifted, name) for name in _GROUPED} if shifted else {}
+    return {name: value for name, value in scores.items() if value is not None}
 
 
 # --- numbers of members ---------------------------------------------------------------------------------------------
@@ -152,10 +186,13 @@ def _grouped(clean: CellScores, shifted: CellScores | None) -> dict[str, float]:
 
 def _reference(run: ScoredRun, runs: Sequence[ScoredRun]) -> int | None:
     """Find the largest ensemble of independent members of the same network; all runs have the same training data."""
+    if run.manifest is None:
+        return None
     deep = [
         number
         for number, other in enumerate(runs)
-        if other.manifest.independent
+        if other.manifest is not None
+        and other.manifest.independent
         and other.clean.size > 1
         and other.manifest.architecture == run.manifest.architecture
     ]
@@ -166,16 +203,20 @@ def _equivalent(report: Report, number: int, deep: MemberCurve) -> RunEquivalent
     run = report.runs[number]
     # The reference's own loss is on its curve; computed otherwise, it would differ by rounding.
     loss = deep.points[-1].calibrated_nll.mean if run.name == deep.run else run.clean.calibrated_nll
+    assert loss is not None  # noqa: S101  a run has validation images
     return RunEquivalent(reference=deep.run, **deep_ensemble_equivalent(deep.points, loss).model_dump())
 
 
-def _curve(found: Evaluation, number: int) -> MemberCurve:
+def _curve(found: Evaluation, number: int) -> MemberCurve | None:
+    """Score a run against its number of members; ``None`` without a validation prediction, which orders them."""
     run = found.runs[number]
+    if run.validation is None or run.validation_labels is None:
+        return None
     test, validation = np.asarray(run.clean.members), np.asarray(run.validation.members)
     order = greedy_order(run.validation.label_probabilities)
     return MemberCurve(
         run=found.report.runs[number].name,
         order=order,
         recommended=recommended_members(run.validation.label_probabilities, order),
-        points=curve(test, found.labels, validation, found.validation_labels, order=order, seed=found.report.seed),
+        points=curve(test, found.labels, validation, run.validation_labels, order=order, seed=found.report.seed),
     )
