@@ -5,45 +5,37 @@
 ``cifar10``          CIFAR-10 and CIFAR-100 (torchvision's archives, MD5-checked before anything is read)
 ``cifar100``
 ``fashion-mnist``    torchvision's download, or a folder of its IDX files, gzipped or not; padded to 32 x 32 RGB
-``folder:PATH``      a folder of images by class, with ``train/`` and ``test/``, or split here
+``folder:PATH``      a folder of images by class, with or without splits of its own; :mod:`ensembler.folders`
 ===================  ===========================================================================================
 
-The validation split is a seeded, stratified part of the training images, the same in every run, and is never trained
-on. The split of a folder does not depend on where the folder is.
+The validation split is a seeded, stratified part of the training images, the same in every run, or a folder's ``val/``;
+it is never trained on. The split of a folder does not depend on where the folder is.
 """
 
 from __future__ import annotations
 
-import gzip
-import math
 import os
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ensembler.decoding import MEND_OR_SKIP, read_image, unreadable
 from ensembler.errors import DataError, UsageError
-from ensembler.images import (
-    AUGMENTATIONS,
-    MEMORY_LIMIT,
-    FileSplit,
-    Images,
-    Split,
-    normalise,
-    read_image,
-    read_images,
-    unreadable,
-)
+from ensembler.folders import Layout, describe, place, read_layout
+from ensembler.images import AUGMENTATIONS, MEMORY_LIMIT, FileSplit, Images, Split, normalise, read_images
+from ensembler.published import cifar, digits, fashion_mnist
 from ensembler.seeds import generator
+from ensembler.splits import content_sha256, hold_out, repeated, repeated_files
 
 __all__ = [
     "AUGMENTATIONS",
     "CORRUPT",
-    "IMAGE_SUFFIXES",
     "NAMES",
     "Dataset",
     "Split",
@@ -54,9 +46,11 @@ __all__ = [
 
 NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder:PATH")
 CORRUPT = ("refuse", "skip")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 _SPLIT_SEED = 20260101
 _SAMPLE = 2048  # files from which a channel's mean and variance are computed
+_TEST = 0.2  # share of a folder's images that are held out for testing where it has no test/
+_DARK = 64  # of 255: where no training image has a brighter pixel, something is wrong with their scale
+_SHOWN = 5  # names of classes in a note
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +66,9 @@ class Dataset:
             other examples (:mod:`ensembler.examples`).
         mean: (3,) of the training images, pixels in [0, 1]; for images in files, of a seeded sample of 2,048.
         std: (3,), the standard deviation of the same pixels.
-        skipped: the files of a folder that were left out, relative to it.
+        skipped: the files of a folder that cannot be read and were left out, relative to it.
+        files_sha256: hash of the bytes of a folder's files, in order, where the images are in memory; else empty.
+        notes: what a user should know of a folder before training: what was taken, what was left out and why.
         task: what the targets are; see :func:`ensembler.task.find`.
     """
 
@@ -86,6 +82,8 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     skipped: tuple[str, ...] = ()
+    files_sha256: str = ""
+    notes: tuple[str, ...] = ()
     task: str = "classification"
 
     @property
@@ -112,7 +110,7 @@ def load(
 
     Args:
         name: one of :data:`NAMES`.
-        root: the folder of the files; by default :func:`default_root`.
+        root: the folder of the files; by default :func:`default_root`. For ``folder:PATH``, where that folder is now.
         download: download missing files.
         image_size: resize every image to this many pixels per side, ignoring proportions; by default no resize.
         validation: share of the training images held out, in (0, 1).
@@ -134,27 +132,25 @@ def load(
         raise UsageError(f"the image size must be at least 1 pixel, not {image_size}")
     if corrupt not in CORRUPT:
         raise UsageError(f"corrupt must be one of {', '.join(CORRUPT)}, not {corrupt!r}")
-    root = root or default_root()
-    skipped: tuple[str, ...] = ()
     if name.startswith("folder:"):
-        folder = Path(name.removeprefix("folder:")).expanduser().resolve()
-        name = f"folder:{folder}"
-        title, classes, augmentation, train, test, skipped = _folder(folder, image_size, in_memory, corrupt, without)
-    elif name in NAMES and (in_memory is False or corrupt == "skip"):
+        folder = place(Path(name.removeprefix("folder:")).expanduser().resolve(), root)
+        return _Folder(folder, image_size, in_memory, corrupt == "skip", frozenset(without)).load(validation)
+    root = root or default_root()
+    if name in NAMES and (in_memory is False or corrupt == "skip"):
         raise UsageError(f"{name} is always in memory and whole: only folder:PATH can be read from files or skip any")
     elif name == "digits":
-        title, classes, augmentation, train, test = _digits()
+        title, classes, augmentation, train, test = digits()
     elif name in ("cifar10", "cifar100"):
-        title, classes, augmentation, train, test = _cifar(name, root, download)
+        title, classes, augmentation, train, test = cifar(name, root, download)
     elif name == "fashion-mnist":
-        title, classes, augmentation, train, test = _fashion_mnist(root, download)
+        title, classes, augmentation, train, test = fashion_mnist(root, download)
     else:
         raise UsageError(f"unknown dataset {name!r}: use one of {', '.join(NAMES)}")
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
     train, held_out = _split(train, validation, title)
-    mean, std = _moments(train)
-    return Dataset(name, title, classes, augmentation, train, held_out, test, mean, std, skipped)
+    mean, std = _moments(_histogram(train))
+    return Dataset(name, title, classes, augmentation, train, held_out, test, mean, std)
 
 
 def default_root() -> Path:
@@ -162,156 +158,168 @@ def default_root() -> Path:
     return Path(os.environ.get("ENSEMBLER_DATA") or Path.home() / ".cache" / "ensembler" / "data")
 
 
-_Parts = tuple[str, tuple[str, ...], str, Images, Images]
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The files of a split, and their images: decoded, or the files themselves."""
 
+    files: FileSplit
+    images: Images
 
-def _digits() -> _Parts:
-    from sklearn.datasets import load_digits
+    def hold_out(self, share: float, title: str, spare: int = 0) -> tuple[_Part, _Part]:
+        rest, held = hold_out(self.files.labels.numpy(), share, title, spare)
+        return self._part(rest), self._part(held)
 
-    data = load_digits()
-    pixels = torch.from_numpy(data.images).float()[:, None] * (255 / 16)
-    pixels = torch.nn.functional.interpolate(pixels, size=(32, 32), mode="bilinear", align_corners=False)
-    images = pixels.round_().to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous()
-    everything = Split(images, torch.from_numpy(data.target).long())
-    train, test = _split(everything, 0.2, "digits")
-    return "digits (scikit-learn, 32 x 32)", tuple("0123456789"), "crop", train, test
+    def _part(self, index: NDArray[np.int64]) -> _Part:
+        return _Part(self.files.part(index), self.images.part(index))
 
-
-def _cifar(name: str, root: Path, download: bool) -> _Parts:
-    from torchvision import datasets
-
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    title = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}[name]
-    try:
-        # torchvision checks every file's MD5 before unpickling it, so only the published archives are read.
-        parts = [kind(root, train=train, download=download) for train in (True, False)]
-    except RuntimeError as error:
-        raise DataError(
-            f"{title} is not in {root}, or its files are not the published ones: "
-            "add --download, or point --data at the folder that holds them"
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot download {title} to {root}: {error}") from error
-    train, test = (Split(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts)
-    return title, tuple(parts[0].classes), "crop-flip", train, test
-
-
-def _fashion_mnist(root: Path, download: bool) -> _Parts:
-    from torchvision import datasets
-
-    folders = [root, root / "FashionMNIST" / "raw"]
-    folder = next((folder for folder in folders if _idx_file(folder, "train-images-idx3-ubyte")), None)
-    if folder is None:
-        if not download:
-            raise DataError(
-                f"Fashion-MNIST is not in {root}: add --download, or point --data at the folder of its IDX files"
-            )
-        try:
-            datasets.FashionMNIST(root, download=True)
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"cannot download Fashion-MNIST to {root}: {error}") from error
-        folder = folders[1]
-    train, test = (_idx_split(folder, part) for part in ("train", "t10k"))
-    return "Fashion-MNIST", tuple(datasets.FashionMNIST.classes), "crop-flip", train, test
-
-
-def _idx_split(folder: Path, part: str) -> Split:
-    images = _read_idx(folder, f"{part}-images-idx3-ubyte", 3)
-    labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", 1)
-    if len(images) != len(labels):
-        raise DataError(f"{folder}: {len(images)} {part} images but {len(labels)} labels: the files do not match")
-    pad = [max(0, 32 - side) for side in images.shape[1:]]
-    padded = np.pad(images, [(0, 0), *((p // 2, p - p // 2) for p in pad)])
-    return Split(torch.from_numpy(padded)[..., None].repeat(1, 1, 1, 3), torch.from_numpy(labels).long())
-
-
-def _idx_file(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-
-
-def _read_idx(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
-    """Read one IDX file of unsigned bytes (LeCun et al., the MNIST page)."""
-    path = _idx_file(folder, name)
-    if path is None:
-        raise DataError(f"{folder} has no {name} or {name}.gz: the dataset is incomplete")
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise DataError(f"cannot read {path}: {error}: download it again") from error
-    header = 4 + 4 * dimensions
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) < header:
-        raise DataError(f"{path} is not an IDX file of {dimensions}-dimensional bytes: download it again")
-    shape = np.frombuffer(content, dtype=">u4", count=dimensions, offset=4).astype(int)
-    if len(content) - header != math.prod(shape):
-        raise DataError(f"{path} is truncated: its header announces {math.prod(shape)} bytes: download it again")
-    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape).copy()
-
-
-def _folder(
-    folder: Path, image_size: int | None, in_memory: bool | None, corrupt: str, without: Collection[str]
-) -> tuple[str, tuple[str, ...], str, Images, Images, tuple[str, ...]]:
-    if not folder.is_dir():
-        raise DataError(f"no folder of images at {folder}")
-    is_split = (folder / "train").is_dir() and (folder / "test").is_dir()
-    parts = [folder / "train", folder / "test"] if is_split else [folder]
-    classes = _class_names(parts[0])
-    if unknown := sorted(set(_class_names(parts[-1])) - set(classes)):
-        raise DataError(f"{parts[-1]} has the class {unknown[0]!r}, which is not in {parts[0]}")
-    shape = (image_size, image_size) if image_size else None
-    file_splits: list[FileSplit] = []
-    skipped: list[str] = []
-    for part in parts:
-        files, labels, unreadable_files = _list(folder, part, classes, corrupt == "skip", set(without))
-        shape = shape or read_image(folder / files[0]).shape[:2]
-        file_splits.append(FileSplit(folder, tuple(files), torch.tensor(labels), shape))
-        skipped += unreadable_files
-    size = sum(split.decoded_bytes for split in file_splits)
-    splits: list[Images] = [*file_splits]
-    if in_memory or (in_memory is None and size <= MEMORY_LIMIT):
-        # Without an image size, all training images must have the same one, to which test images are resized.
-        splits = [
-            Split(read_images(split.paths, split.shape, exact=not image_size and split is file_splits[0]), split.labels)
-            for split in file_splits
+    def repeats(self, train: _Part) -> list[tuple[str, str]]:
+        """Return the images that are also training images: the names of both."""
+        if isinstance(self.images, Split) and isinstance(train.images, Split):
+            pairs = repeated(self.images.images.numpy(), train.images.images.numpy())
+            return [(self.files.files[one], train.files.files[other]) for one, other in pairs]
+        found = repeated_files(self.files.paths, train.files.paths)
+        return [
+            (str(one.relative_to(self.files.folder)), str(other.relative_to(train.files.folder)))
+            for one, other in found
         ]
-    elif image_size is None:
-        raise UsageError(
-            f"the images in {folder} would take {size / 2**30:.1f} GiB in memory: to read them from files when needed, "
-            f"give the size to resize them to, such as the first one's: --image-size {min(file_splits[0].shape)}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Folder:
+    """A folder of images, and how it is read; see :func:`load`."""
+
+    folder: Path
+    image_size: int | None
+    in_memory: bool | None
+    skip: bool
+    without: frozenset[str]
+
+    def load(self, share: float) -> Dataset:
+        layout = read_layout(self.folder)
+        files, skipped = self._readable(layout)
+        parts = self._read(files)
+        title = str(self.folder)
+        train, test = parts["train"], parts.get("test")
+        if test is None:
+            train, test = train.hold_out(_TEST, title, spare="validation" not in parts)
+        validation = parts.get("validation")
+        if validation is None:
+            train, validation = train.hold_out(share, title)
+        counts = _histogram(train.images)
+        mean, std = _moments(counts)
+        every = [path for split in files.values() for path in split.paths]
+        held = isinstance(train.images, Split)
+        return Dataset(
+            name=f"folder:{self.folder}",
+            title=f"images of {self.folder.name}",
+            classes=layout.classes,
+            augmentation="crop-flip" if held else "resized-crop-flip",
+            train=train.images,
+            validation=validation.images,
+            test=test.images,
+            mean=mean,
+            std=std,
+            skipped=skipped,
+            files_sha256=content_sha256(every) if held else "",
+            notes=tuple(_notes(layout, train, validation, test, skipped, int(counts.any(0).nonzero().max()))),
         )
-    train, test = splits if is_split else _split(splits[0], 0.2, str(folder))
-    augmentation = "crop-flip" if isinstance(train, Split) else "resized-crop-flip"
-    return f"images of {folder.name}", classes, augmentation, train, test, tuple(skipped)
+
+    def _readable(self, layout: Layout) -> tuple[dict[str, FileSplit], tuple[str, ...]]:
+        """Return each split's files, and those that cannot be read and are left out."""
+        shape = (self.image_size or 0, self.image_size or 0)
+        found: dict[str, FileSplit] = {}
+        skipped: list[str] = []
+        for role, part in layout.parts.items():
+            bad = self.without.intersection(part.files)
+            if self.skip:
+                paths = [self.folder / file for file in part.files if file not in bad]
+                bad |= {path.relative_to(self.folder).as_posix() for path in unreadable(paths)}
+            labels = torch.tensor(part.labels)
+            good = torch.tensor([file not in bad for file in part.files])
+            for label in set(part.labels).difference(labels[good].tolist()):
+                where = self.folder / part.name / layout.classes[label]
+                raise DataError(
+                    f"none of the {part.labels.count(label)} images in {where} can be read: repair or remove them"
+                )
+            split = FileSplit(self.folder, tuple(part.files), labels, shape)
+            found[role] = split.part(good)
+            skipped += [file for file in part.files if file in bad]
+        if self.image_size is None:
+            shape = read_image(found["train"].paths[0], mend=MEND_OR_SKIP).shape[:2]
+            found = {role: replace(split, shape=shape) for role, split in found.items()}
+        return found, tuple(skipped)
+
+    def _read(self, files: dict[str, FileSplit]) -> dict[str, _Part]:
+        size = sum(split.decoded_bytes for split in files.values())
+        if self.in_memory or (self.in_memory is None and size <= MEMORY_LIMIT):
+            # Without an image size, all training images must have the same one, to which the others are resized.
+            return {
+                role: _Part(
+                    split, Split(self._pixels(split, exact=not self.image_size and role == "train"), split.labels)
+                )
+                for role, split in files.items()
+            }
+        if self.image_size is None:
+            raise UsageError(
+                f"the images in {self.folder} would take {size / 2**30:.1f} GiB in memory: to read them from files "
+                f"when needed, give the size to resize them to, such as the first one's: --image-size "
+                f"{min(files['train'].shape)}"
+            )
+        return {role: _Part(split, split) for role, split in files.items()}
+
+    @staticmethod
+    def _pixels(split: FileSplit, exact: bool) -> Tensor:
+        return read_images(split.paths, split.shape, exact=exact, mend=MEND_OR_SKIP)
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
-    classes = tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
-    if len(classes) < 2:
-        raise DataError(f"{folder} must hold one folder of images for each class, at least two; found {len(classes)}")
-    return classes
+def _notes(
+    layout: Layout, train: _Part, validation: _Part, test: _Part, skipped: Sequence[str], brightest: int
+) -> Iterator[str]:
+    """Yield what a user should know of a folder before training, each in one line."""
+    held = {"validation": validation.files, "test": test.files}
+    sizes = {"train": len(train.files), **{role: len(split) for role, split in held.items()}}
+    counts = ", ".join(f"{size:,} {_USES[role]}{_source(layout, role)}" for role, size in sizes.items())
+    line = f"{layout.folder}: {sum(sizes.values()):,} images of {len(layout.classes)} classes, {counts}"
+    yield line + (f"; left out: {describe(layout.left_out)}" if layout.left_out else "")
+    if skipped:
+        yield f"{len(skipped)} images cannot be read and are left out: {', '.join(skipped)}"
+    missing = {
+        role: [name for label, name in enumerate(layout.classes) if label not in set(split.labels.tolist())]
+        for role, split in held.items()
+    }
+    said = [f"{len(names)} in the {role} images ({_some(names)})" for role, names in missing.items() if names]
+    if said:
+        yield f"classes without an image: {', '.join(said)}"
+    for role, part in (("validation", validation), ("test", test)):
+        if pairs := part.repeats(train):
+            yield (
+                f"{len(pairs):,} of {sizes[role]:,} {role} images are training images, too (such as {pairs[0][0]}, "
+                f"which is {pairs[0][1]}): scores on them are too good"
+            )
+    if brightest < _DARK:
+        yield (
+            f"no training image has a pixel brighter than {brightest} of 255: if the files hold fewer bits than their "
+            "format, scale them to its whole range"
+        )
 
 
-def _list(
-    folder: Path, part: Path, classes: tuple[str, ...], check: bool, without: set[str]
-) -> tuple[list[str], list[int], list[str]]:
-    """List a part's image files (relative to the folder), their labels, and the files that are left out."""
-    files: list[str] = []
-    labels: list[int] = []
-    skipped: list[str] = []
-    for label, name in enumerate(classes):
-        if not (part / name).is_dir():
-            continue
-        paths = sorted(path for path in (part / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not paths:
-            raise DataError(f"{part / name} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        names = [path.relative_to(folder).as_posix() for path in paths]
-        bad = without | {path.relative_to(folder).as_posix() for path in (unreadable(paths) if check else ())}
-        good = [file for file in names if file not in bad]
-        if not good:
-            raise DataError(f"none of the {len(paths)} images in {part / name} can be read: repair or remove them")
-        files += good
-        labels += [label] * len(good)
-        skipped += [file for file in names if file in bad]
-    return files, labels, skipped
+_USES = {"train": "to train on", "validation": "for validation", "test": "for testing"}
+
+
+def _source(layout: Layout, role: str) -> str:
+    """Return where a split of a folder with splits comes from, in brackets."""
+    own = layout.parts.get(role)
+    if not layout.train.name:
+        return ""
+    if own is not None:
+        return f" ({own.name}/)"
+    if role == "validation":
+        return f" (held out of {layout.train.name}/)"
+    return f" (a fifth of {layout.train.name}/, as there is no test/)"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
 
 
 def _resized(split: Images, size: int) -> Images:
@@ -328,26 +336,24 @@ def _resized(split: Images, size: int) -> Images:
 
 def _split(split: Images, share: float, title: str) -> tuple[Images, Images]:
     """Hold out a seeded, stratified ``share``; return the rest and the share."""
-    from sklearn.model_selection import train_test_split
-
-    try:
-        rest, held_out = train_test_split(
-            np.arange(len(split)), test_size=share, random_state=_SPLIT_SEED, stratify=split.labels.numpy()
-        )
-    except ValueError as error:
-        raise DataError(f"{title}: too few images to hold out a share of {share:g} of each class: {error}") from error
-    return split.part(np.sort(rest)), split.part(np.sort(held_out))
+    rest, held_out = hold_out(split.labels.numpy(), share, title)
+    return split.part(rest), split.part(held_out)
 
 
-def _moments(split: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Compute the mean and standard deviation of each channel, from exact histograms of the byte values."""
+def _histogram(split: Images) -> Tensor:
+    """Count the byte values of each channel, (3, 256)."""
     if isinstance(split, FileSplit):
         split = split.part(torch.randperm(len(split), generator=generator(_SPLIT_SEED, "moments"))[:_SAMPLE])
-    values = torch.arange(256, dtype=torch.float64) / 255
     counts = torch.zeros(3, 256, dtype=torch.float64)
     for batch in split.batches(256):
         pixels = batch.images.reshape(-1, 3).T.int()
         counts += torch.stack([torch.bincount(channel, minlength=256) for channel in pixels])
+    return counts
+
+
+def _moments(counts: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Compute the mean and standard deviation of each channel from its counts (3, 256) of byte values."""
+    values = torch.arange(256, dtype=torch.float64) / 255
     total = counts[0].sum()
     mean = counts @ values / total
     variance = counts @ values.square() / total - mean.square()

@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ensembler.decoding import MEND, read_image
 from ensembler.errors import DataError, ShapeError
 from ensembler.examples import Cut, Epoch, InMemory, stream
 
@@ -36,7 +36,6 @@ __all__ = [
     "normaliser",
     "read_image",
     "read_images",
-    "unreadable",
 ]
 
 AUGMENTATIONS = ("crop-flip", "crop", "resized-crop-flip", "none")
@@ -307,6 +306,7 @@ def read_images(
     *,
     exact: bool = False,
     threads: int | None = None,
+    mend: str = MEND,
 ) -> Tensor:
     """Decode image files in several threads.
 
@@ -317,6 +317,7 @@ def read_images(
             resizes only the crop.
         exact: refuse images that are not of ``shape`` instead of resizing them; it must be the first image's.
         threads: number of threads; by default a few more than CPUs.
+        mend: the last clause of the message about a file that cannot be read.
 
     Returns:
         (N, H, W, 3) uint8.
@@ -328,7 +329,7 @@ def read_images(
     whole = exact or augmentation == "resized-crop-flip"
 
     def read(i: int) -> None:
-        image = read_image(files[i], None if whole else shape)
+        image = read_image(files[i], None if whole else shape, mend)
         if exact and image.shape[:2] != shape:
             raise DataError(
                 f"{files[i]} is {image.shape[1]} x {image.shape[0]} pixels but {files[0]} is "
@@ -343,41 +344,6 @@ def read_images(
             pass
     found = torch.from_numpy(images)
     return found if whole or choices is None else augment(found, augmentation, choices)
-
-
-def read_image(path: Path, shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """Decode one image file to (H, W, 3), and resize it to ``shape`` if given.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-            if shape is not None and image.size != shape[::-1]:
-                image = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
-            return np.array(image)
-    except Exception as error:  # any exception: the file is untrusted
-        raise DataError(
-            f"cannot read the image {path}: {error}: repair or remove it, or skip all unreadable images "
-            "(--corrupt skip)"
-        ) from error
-
-
-def unreadable(files: Sequence[Path]) -> list[Path]:
-    """Return the files that cannot be decoded, by decoding all of them in several threads."""
-
-    def fails(path: Path) -> bool:
-        try:
-            read_image(path)
-        except DataError:
-            return True
-        return False
-
-    with ThreadPoolExecutor() as pool:
-        return [path for path, failed in zip(files, pool.map(fails, files), strict=True) if failed]
 
 
 def _resized_crop_flip(image: Tensor, seed: int, shape: tuple[int, int]) -> Tensor:

@@ -99,12 +99,18 @@ class _Reader(Dataset[Any]):
         self._shape, self._augmentation, self._threads = shape, augmentation, threads
 
     def __getitem__(self, key: _Key) -> tuple[Tensor, Tensor] | DataError:
+        from ensembler.decoding import MEND_OR_SKIP
         from ensembler.images import read_images
 
         files, labels, choices = key
         try:
             images = read_images(
-                files, self._shape, self._augmentation, torch.from_numpy(choices), threads=self._threads
+                files,
+                self._shape,
+                self._augmentation,
+                torch.from_numpy(choices),
+                threads=self._threads,
+                mend=MEND_OR_SKIP,
             )
         except DataError as error:
             return error  # the loader would turn a raised error into a traceback

@@ -273,7 +273,7 @@ def test_a_corrupt_file_is_refused_by_name_when_it_is_met(tmp_path):
     dataset = datasets.load(f"folder:{make_folder(tmp_path)}", image_size=8, in_memory=False)
     bad = truncate(dataset.test.paths[5])
     assert len(dataset.test[:5]) == 5
-    with pytest.raises(DataError, match=rf"cannot read the image {bad}: .* \(--corrupt skip\)"):
+    with pytest.raises(DataError, match=rf"cannot read the image {bad}: .*: repair it, or put the original back$"):
         _ = dataset.test[:6]
 
 

@@ -47,8 +47,9 @@ def document(manifest: BundleManifest, token: bool) -> Schema:
         JSON: f"Predict images of {height} x {width} pixels, sent as JSON.",
         BINARY: "Predict the images of a `.npy` file of whole numbers from 0 to 255, (batch, "
         f"{height}, {width}, {channels}), or of raw bytes whose shape `X-Shape` gives.",
-        IMAGE: "Predict a PNG or JPEG file, or several as a form. They are decoded as in training: to RGB, by a "
-        f"bilinear resize to {height} x {width}; grey becomes RGB, transparency, CMYK and 16-bit grey are refused.",
+        IMAGE: "Predict an image file (PNG, JPEG, WebP, GIF, BMP, TIFF, PPM or AVIF), or several as a form. They are "
+        "decoded as in training: turned as their EXIF data say, transparent parts on white, 16 bits brought to 8, and "
+        f"resized bilinearly to {height} x {width}.",
     }
     answer = Answer.model_json_schema(ref_template="#/components/schemas/{model}")
     error = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}

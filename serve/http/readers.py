@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ensembler.decoding import decode, formats
 from ensembler.errors import ShapeError
 from ensembler.serve.runtime.images import kind_of, shown
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from starlette.requests import Request
 
 __all__ = [
@@ -36,7 +36,6 @@ MAX_PIXELS = 25_000_000
 _FORM = 'send {"images": [...]}'
 _NPY = "send what numpy.save writes of a uint8 array (batch, H, W, 3), or raw bytes and their X-Shape"
 _NPY_HEADER = 10_000  # bytes; numpy's own limit
-_MODES = {"1", "L", "P", "RGB", "RGBA", "LA", "PA"}  # of Pillow: 8 bits a channel, grey, palette or RGB
 
 
 class MediaTypeError(ShapeError):
@@ -120,9 +119,7 @@ def _pixels(content: memoryview, shape: tuple[int, ...], dtype: np.dtype[Any]) -
 
 
 def image_from_file(body: bytes, image_shape: Sequence[int], max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Decode a PNG or JPEG to (H, W, 3) as training decodes its files: to RGB, resized bilinearly.
-
-    Grey images and palettes become RGB. An opaque alpha channel is dropped. As in training, EXIF rotation is ignored.
+    """Decode an image file to (H, W, 3), as training does (:func:`ensembler.decoding.decode`).
 
     Args:
         body: the file's content.
@@ -130,33 +127,21 @@ def image_from_file(body: bytes, image_shape: Sequence[int], max_pixels: int = M
         max_pixels: the most that are decoded, by the file's header.
 
     Raises:
-        MediaTypeError: neither PNG nor JPEG.
-        ShapeError: it cannot be decoded, has too many or transparent pixels, CMYK, or more than 8 bits a channel.
+        MediaTypeError: a format that is not read.
+        ShapeError: it cannot be decoded, has too many pixels, or pixels whose meaning the file does not say.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(body), formats=("PNG", "JPEG")) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ShapeError(
-                    f"an image of {width} x {height} pixels is more than {max_pixels} pixels: send a smaller one"
-                )
-            if image.mode not in _MODES:
-                raise ShapeError(f"an image of mode {image.mode}: send grey or RGB, 8 bits a channel")
-            _check_opaque(image)
-            rgb = image.convert("RGB")
-            if rgb.size != (image_shape[1], image_shape[0]):
-                rgb = rgb.resize((image_shape[1], image_shape[0]), Image.Resampling.BILINEAR)
-            return np.array(rgb)
+        return decode(io.BytesIO(body), (image_shape[0], image_shape[1]), max_pixels)
     except (ShapeError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise MediaTypeError("the image is neither PNG nor JPEG: send one of these") from error
+        raise MediaTypeError(f"the image is of no format that is read: send {' or '.join(formats())}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ShapeError(f"an image of more than {max_pixels} pixels: send a smaller one") from error
     except Exception as error:  # of any class: the file is untrusted
-        raise ShapeError("the image cannot be decoded: send a whole PNG or JPEG file") from error
+        raise ShapeError("the image cannot be decoded: send a whole image file") from error
 
 
 async def files_of(request: Request, most: int) -> list[bytes]:
@@ -176,14 +161,6 @@ async def files_of(request: Request, most: int) -> list[bytes]:
     if not files:
         raise ShapeError("the form holds no file: send at least one image")
     return files
-
-
-def _check_opaque(image: Image) -> None:
-    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        return
-    low, _ = image.convert("RGBA").getchannel("A").getextrema()
-    if low != 255:
-        raise ShapeError("an image with transparent pixels, whose colour is undefined: send it on a background")
 
 
 def _size(shape: Sequence[int]) -> str:

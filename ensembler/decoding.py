@@ -1,0 +1,184 @@
+"""Image files to pixels, by one function wherever files are read: training, evaluation, prediction, the service.
+
+========================  ==========================================================================================
+8 bits, 1 bit, palettes   as they are; grey becomes three equal channels
+16-bit grey               divided by 257: 65,535 is white
+floats                    from 0 to 1, times 255; other ranges are refused
+32-bit integers, LAB      refused: the file does not say what is white
+transparent pixels        on white
+CMYK, YCbCr               Pillow's conversion to RGB; colour profiles are ignored
+EXIF orientation          applied
+animations, pages         the first
+========================  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensembler.errors import DataError, ShapeError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["MEND", "MEND_OR_SKIP", "decode", "formats", "read_image", "suffixes", "unreadable"]
+
+_SUFFIXES = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",),
+}
+_BYTES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"}  # modes of Pillow without alpha, 8 bits a channel
+_ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
+_SAVE = "save it with 8 or 16 bits a channel"
+
+
+MEND = "repair it, or put the original back"
+"""What to do about an image that cannot be read and that is part of a run."""
+
+MEND_OR_SKIP = "repair or remove it, or leave out all images that cannot be read (--corrupt skip)"
+"""The same where images are chosen."""
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Return the formats that are read, by Pillow's names; WebP and AVIF only where Pillow was built with them."""
+    from PIL import features
+
+    missing = {kind.upper() for kind in ("webp", "avif") if kind not in features.modules or not features.check(kind)}
+    return tuple(kind for kind in _SUFFIXES if kind not in missing)
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Return the suffixes of the files that are taken from a folder, in small letters."""
+    return frozenset(suffix for kind in formats() for suffix in _SUFFIXES[kind])
+
+
+def decode(
+    file: Path | IO[bytes], shape: tuple[int, int] | None = None, max_pixels: int | None = None
+) -> NDArray[np.uint8]:
+    """Decode an image to (H, W, 3) as the table at the top says.
+
+    Args:
+        file: a path, or the content as a file object; its format is found from its content.
+        shape: (H, W) to which it is resized, bilinearly and ignoring proportions; by default its own.
+        max_pixels: the most that are decoded, by the file's header; by default Pillow's limit.
+
+    Raises:
+        ShapeError: too many pixels, or pixels whose meaning the file does not say.
+        PIL.UnidentifiedImageError: not one of :func:`formats`.
+        Exception: of any class where the file is damaged.
+    """
+    from PIL import Image
+
+    with Image.open(file, formats=formats()) as opened:
+        width, height = opened.size
+        if max_pixels is not None and width * height > max_pixels:
+            raise ShapeError(
+                f"an image of {width} x {height} pixels is more than {max_pixels} pixels: use a smaller one"
+            )
+        opened.load()
+        image = _upright(_rgb(opened), opened)
+    if shape is not None and image.size != shape[::-1]:
+        image = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
+    return np.array(image)
+
+
+def read_image(path: Path, shape: tuple[int, int] | None = None, mend: str = MEND) -> NDArray[np.uint8]:
+    """Decode one image file to (H, W, 3) by :func:`decode`, resized to ``shape`` if given.
+
+    Raises:
+        DataError: it cannot be read; ``mend`` is the last clause of the message.
+    """
+    from PIL import UnidentifiedImageError
+
+    try:
+        return decode(path, shape)
+    except UnidentifiedImageError as error:
+        reason = f"it is not of a format that is read ({', '.join(formats())})"
+        raise DataError(f"cannot read the image {path}: {reason}: {mend}") from error
+    except Exception as error:  # any exception: the file is untrusted
+        raise DataError(f"cannot read the image {path}: {error}: {mend}") from error
+
+
+def unreadable(files: Sequence[Path]) -> list[Path]:
+    """Return the files that cannot be decoded, by decoding all of them in several threads."""
+
+    def fails(path: Path) -> bool:
+        try:
+            read_image(path)
+        except DataError:
+            return True
+        return False
+
+    with ThreadPoolExecutor() as pool:
+        return [path for path, failed in zip(files, pool.map(fails, files), strict=True) if failed]
+
+
+def _rgb(image: Image) -> Image:
+    from PIL.Image import fromarray
+
+    mode = image.mode
+    if mode in _ALPHA or (mode in _BYTES and "transparency" in image.info):
+        return _on_white(image.convert("LA") if mode == "La" else image)
+    if mode in _BYTES:
+        return image.convert("RGB")
+    if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.int64)
+        grey = (values + 128) // 257
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+    elif mode == "F":
+        grey = _from_floats(np.asarray(image))
+    else:
+        raise ShapeError(f"pixels of mode {mode}, which do not say what is white: {_SAVE}")
+    return fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _from_floats(values: NDArray[Any]) -> NDArray[Any]:
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 1):  # NaN is refused, too
+        raise ShapeError(f"floats from {low:g} to {high:g} (mode F), not from 0 to 1: {_SAVE}")
+    return np.rint(values * 255)
+
+
+def _on_white(image: Image) -> Image:
+    from PIL.Image import fromarray
+
+    rgba = np.asarray(image.convert("RGBA")).astype(np.uint32)
+    colour, alpha = rgba[..., :3], rgba[..., 3:]
+    return fromarray(((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8))
+
+
+def _upright(image: Image, opened: Image) -> Image:
+    """Turn an image as the EXIF data of the file say; damaged EXIF data say nothing."""
+    from PIL import ExifTags
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    try:
+        turn = turns.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # of any class: the data are untrusted
+        return image
+    return image if turn is None else image.transpose(turn)
