@@ -18,7 +18,7 @@ import per_image
 import torch
 from _harness import report
 
-from ensembler.datasets import IMAGE_SUFFIXES
+from ensembler.decoding import suffixes
 from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, corrupt
 from ensembler.images import read_images
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--corruptions", default=",".join(AVAILABLE))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    files = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in suffixes())
     images = read_images(files[:: max(1, len(files) // options.count)][: options.count], (32, 32))
     clean = images.numpy().astype(np.int16)
     figures: dict[str, float] = {}

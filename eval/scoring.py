@@ -100,6 +100,7 @@ class _Scorer:
     scores: CellScores = field(init=False)
     members: list[SingleMember] = field(init=False)
     cells: dict[str, dict[int, CellScores]] = field(default_factory=dict)
+    others: dict[str, CellScores] = field(default_factory=dict)
     headline: list[Losses] = field(default_factory=list)
     entropies: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     ood: dict[str, dict[str, OodScores | None]] = field(default_factory=dict)
@@ -113,6 +114,8 @@ class _Scorer:
         elif test_set.group == "validation":
             self.validation, self.validation_labels = prediction, labels
             self.temperature = fit_temperature(prediction.mean, labels)
+        elif test_set.group == "other":
+            self.others[test_set.name] = _scores(prediction, labels, self.temperature)
         elif test_set.group == "clean":
             self.clean, self.losses = prediction, Losses.of(prediction.mean, labels)
             self.scores, self.members = _scores(prediction, labels, self.temperature), _members(prediction, labels)
@@ -154,6 +157,7 @@ class _Scorer:
             by_family={family: _mean(levels) for family, levels in families.items() if levels},
             shifted=_mean(means) if means else None,
             cells=self.cells,
+            others=self.others,
             ood=self.ood,
         )
 
