@@ -2,8 +2,8 @@
 
 The reference is ``per_image.py``, which follows the authors' script one image at a time; both draw with three seeds.
 
-Figures: ``change.<corruption>.<severity>``, in levels of 255, and ``ratio.<corruption>``, ours over the reference's mean
-over severities.
+Figures: ``change.<corruption>.<severity>``, in levels of 255, and ``ratio.<corruption>``, ours over the reference's
+mean over severities.
 
     python benchmarks/corruption_changes.py FOLDER_OF_IMAGES
 """
