@@ -112,9 +112,8 @@ def glass_blur(image: Bytes, c: tuple[float, int, int], rng: Generator) -> Level
         for h in range(height - reach, reach, -1):
             for w in range(width - reach, reach, -1):
                 down, right = steps[h][w]
-                kept = pixels[h, w].copy()
-                pixels[h, w] = pixels[h + down, w + right]
-                pixels[h + down, w + right] = kept
+                # The script's swap. Both sides are views, so that the partner is copied, and then to itself.
+                pixels[h, w], pixels[h + down, w + right] = pixels[h + down, w + right], pixels[h, w]
     return smooth(pixels, sigma)
 
 
@@ -129,7 +128,7 @@ def motion(levels: NDArray[Any], radius: int, sigma: float, degrees: float) -> L
     total = np.zeros(levels.shape)
     for weight, y, x in zip(weights / weights.sum(), down + reach, right + reach, strict=True):
         total += weight * padded[y : y + height, x : x + width]
-    return total + 0.5  # which truncation then rounds
+    return total
 
 
 def motion_blur(image: Bytes, c: tuple[int, float], rng: Generator) -> Levels:
@@ -162,9 +161,9 @@ def snow(image: Bytes, c: tuple[float, float, float, float, int, float, float], 
 
 @cache
 def photographs(scale: float) -> list[Levels]:
-    """Sampled bilinearly without smoothing first, as OpenCV does."""
+    """The script's first five: its third is its second; sampled bilinearly without smoothing first, as by OpenCV."""
     found = []
-    for number in range(1, 6):
+    for number in (1, 2, 2, 3, 4):
         file = resources.files("torch_uncertainty_assets.frost") / f"frost{number}.jpg"
         pixels = np.asarray(Image.open(io.BytesIO(file.read_bytes()))).astype(np.float64)
         sizes = [round(size * scale) for size in pixels.shape[:2]]

@@ -17,16 +17,26 @@ app = typer.Typer(
 )
 
 _Data = Annotated[Path | None, typer.Option(help="Folder of datasets. (default: $ENSEMBLER_DATA, or a cache folder)")]
+_Published = Literal[
+    "cifar10c",
+    "cifar100c",
+    "cinic10",
+    "imagenet-c-noise",
+    "imagenet-c-blur",
+    "imagenet-c-weather",
+    "imagenet-c-digital",
+    "imagenet-c-extra",
+]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the final result.")]
 
 
 @app.command("download")
 def download(
-    name: Annotated[Literal["cifar10c", "cifar100c"], typer.Argument(help="The official set.")],
+    name: Annotated[_Published, typer.Argument(help="The test set, or a part of it.")],
     data: _Data = None,
     quiet: _Quiet = False,
 ) -> None:
-    """Download CIFAR-10-C or CIFAR-100-C (2.9 GB), check its MD5 and unpack it; resumes an interrupted download."""
+    """Download a published test set (0.7 to 23 GB), check its MD5 and unpack it; resumes an interrupted download."""
     from ensembler.datasets import default_root
     from ensembler.eval.shift.download import ARCHIVES, download
 
@@ -36,7 +46,8 @@ def download(
     except KeyboardInterrupt:
         typer.echo("the partial download was kept: run the same command again to resume", err=True)
         raise
-    typer.echo(f"{folder}: to use it, ensembler eval --shift {name}" + (f" --data {data}" if data else ""))
+    use = name if ARCHIVES[name].files else ARCHIVES[name].within or ARCHIVES[name].folder
+    typer.echo(f"{folder}: to use it, ensembler eval --shift {use}" + (f" --data {data}" if data else ""))
 
 
 @app.command("corrupt")

@@ -26,10 +26,10 @@ from ensembler.eval.options import EvaluationOptions
 from ensembler.eval.prediction_cache import default_folder
 from ensembler.eval.prediction_files import is_predictions, write_set, writing
 from ensembler.eval.predictions import Prediction, Predictor, predictions
-from ensembler.eval.report.schema import OodReport, Report, ShiftReport
+from ensembler.eval.report.schema import OodReport, OtherReport, Report, ShiftReport
 from ensembler.eval.scoring import ScoredRun, Subject, score
 from ensembler.eval.shift.ood import load_ood
-from ensembler.eval.shift.readers import load_shift
+from ensembler.eval.shift.readers import load_shifts
 from ensembler.eval.shift.test_set import Shift, TestSet, validation_set
 from ensembler.images import FileSplit, Images
 from ensembler.run import Run, versions
@@ -136,6 +136,7 @@ def evaluate_given(
         test_sha256=known.pop() if len(known) == 1 else None,
         omitted=sorted(every.keys() - {one.title for one in sets}),
         shift=_describe(shift),
+        others=[],
         ood=[
             OodReport(name=one.name, title=one.name, source="given", images=len(first.sets[one].mean))
             for one in sets
@@ -193,7 +194,10 @@ def evaluate_paths(
     indices = _choose(len(dataset.test), options.examples, seed)
     test = dataset.test.part(indices)
     given = {path: _of_test_images(one, dataset, test, indices) for path, one in given.items()}
-    shifted = None if options.shift is None else load_shift(options.shift, dataset, indices, options.data, seed)
+    shifts = load_shifts(options.shift or (), dataset, indices, options.data, seed)
+    shifted = next((one for one in shifts if one.corruptions), None)
+    if options.save_predictions is not None and (named := [shift.name for shift in shifts if shift.others]):
+        raise UsageError(f"--save-predictions saves no other test sets: leave out --shift {named[0]}")
     sources: dict[str, Any] = {"root": options.data, "download": options.download, "corrupt": options.corrupt}
     outside = [
         load_ood(name, test.shape, examples=options.examples, seed=seed, **sources) for name in options.ood or ()
@@ -202,14 +206,12 @@ def evaluate_paths(
     artefact.check_writable(folder, "choose another --cache")
     predictors = [Predictor(Ensemble(run, options.device, options.batch_size), folder) for run in runs]
     configure(predictors[0].ensemble.device)
-    test_sets = [
-        validation_set(dataset.validation),
-        TestSet("clean", "clean", test, "clean"),
-        *(shifted.sets if shifted else ()),
-        *outside,
-    ]
+    shifted_sets = [one for shift in shifts for one in shift.sets if isinstance(one, TestSet)]
+    test_sets = [validation_set(dataset.validation), TestSet("clean", "clean", test, "clean"), *shifted_sets, *outside]
     test_sets = [replace(one, members=options.save_predictions is not None) for one in test_sets]
-    omitted = check_sets(given.values(), {one: len(one.examples) for one in test_sets if one.group != "validation"})
+    omitted = check_sets(
+        given.values(), {one: len(one.examples) for one in test_sets if one.group not in ("validation", "other")}
+    )
     loaded = iter(runs)
     subjects = [
         Subject(path.name, sha256=given[path].sha256)
@@ -237,6 +239,7 @@ def evaluate_paths(
         test_sha256=test.sha256,
         omitted=omitted,
         shift=_describe(shifted),
+        others=_describe_others(shifts),
         ood=[OodReport(name=one.name, title=one.title, source=one.source, images=len(one.examples)) for one in outside],
         runs=[report for report, _ in scored],
         device=str(predictors[0].ensemble.device),
@@ -318,6 +321,21 @@ def _choose(available: int, examples: int | None, seed: int) -> Tensor:
     if examples > available:
         raise UsageError(f"the test set has {available} images: cannot evaluate on {examples}")
     return torch.randperm(available, generator=generator(seed, "examples"))[:examples].sort().values
+
+
+def _describe_others(shifts: Sequence[Shift]) -> list[OtherReport]:
+    return [
+        OtherReport(
+            name=one.name,
+            source=one.source,
+            images=len(one.examples),
+            classes=None if one.classes is None else list(one.classes),
+            note=shift.note,
+        )
+        for shift in shifts
+        for one in shift.others
+        if isinstance(one, TestSet)
+    ]
 
 
 def _describe(shift: Shift | None) -> ShiftReport | None:

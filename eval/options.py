@@ -32,10 +32,10 @@ class _Predicting(Options):
 class EvaluationOptions(_Predicting):
     """The test sets of an evaluation, and how they are predicted."""
 
-    shift: str | None = option(
+    shift: list[str] | None = option(
         None,
-        help="Shifted test images: cifar10c or cifar100c (official files where they exist, else generated), or "
-        "corruptions (generated). (default: none)",
+        help="Other test images of the same classes: cifar10c or cifar100c (official files where they exist, else "
+        "generated), corruptions (generated), a folder or its name in --data, or hf:NAME. Repeatable.",
     )
     ood: list[str] | None = option(
         None, help="Out-of-distribution images: a dataset, folder:PATH, or noise:gaussian|uniform|constant. Repeatable."

@@ -108,6 +108,8 @@ class Predictor:
     def entry(self, test_set: TestSet) -> Entry:
         """Return the cache entry of a test set."""
         what = self._identity | {"images": test_set.examples.sha256}
+        if test_set.classes is not None:
+            what["classes"] = test_set.classes
         return Entry.of(self.folder, self.ensemble.run.sha256, what)
 
     def kept(self, test_set: TestSet) -> Prediction | None:
@@ -188,7 +190,8 @@ def _predict(
         for one in predictors:
             file = None
             if test_set.keeps_members:
-                shape = (one.ensemble.members, len(test_set.examples), len(one.ensemble.classes))
+                count = len(one.ensemble.classes if test_set.classes is None else test_set.classes)
+                shape = (one.ensemble.members, len(test_set.examples), count)
                 file = stack.enter_context(MembersFile(one.entry(test_set), shape))
             reductions.append(_Reduction(one.ensemble, test_set, file))
         seen = 0
@@ -273,6 +276,7 @@ class _Reduction:
 
     def __init__(self, ensemble: Ensemble, test_set: TestSet, file: MembersFile | None = None) -> None:
         self.ensemble, self._file, self._done = ensemble, file, 0
+        self._classes = None if test_set.classes is None else list(test_set.classes)
         labels = test_set.labels
         self._labels = np.empty(0, dtype=np.int64) if labels is None else labels
         self._parts: dict[str, list[NDArray[Any]]] = {name: [] for name in _EXAMPLES_AXIS}
@@ -283,6 +287,8 @@ class _Reduction:
         size = max(batch[:1].numel(), 8 * ensemble.members * len(ensemble.classes))
         for images in torch.split(batch, max(1, _CHUNK // size)):
             outputs = ensemble.predict_outputs(images)
+            if self._classes is not None:
+                outputs = outputs[..., self._classes]
             found = ensemble.task.distribution(outputs).numpy()
             labels = self._labels[self._done : self._done + len(images)]
             for name, array in (reduce_members(found, labels) | reduce_logits(outputs.numpy())).items():

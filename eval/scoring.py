@@ -110,6 +110,7 @@ class _Scorer:
     grouped: dict[str, Groups] = field(default_factory=dict)
     test_sets: dict[str, Reduced] = field(default_factory=dict)
     cells: dict[str, dict[int, CellScores]] = field(default_factory=dict)
+    others: dict[str, CellScores] = field(default_factory=dict)
     headline: list[Losses] = field(default_factory=list)
     entropies: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     ood: dict[str, dict[str, OodScores | None]] = field(default_factory=dict)
@@ -123,6 +124,8 @@ class _Scorer:
         elif test_set.group == "validation":
             self.validation, self.validation_labels = prediction, labels
             self.temperature = fit_temperature(prediction.mean, labels)
+        elif test_set.group == "other":
+            self.others[test_set.name] = _scores(prediction, labels, self.temperature)
         elif test_set.group == "clean":
             self.clean, self.losses = prediction, Losses.of(prediction.mean, labels)
             self.scores, self.members = _scores(prediction, labels, self.temperature), _members(prediction, labels)
@@ -171,6 +174,7 @@ class _Scorer:
             by_family={family: _mean(levels) for family, levels in families.items() if levels},
             shifted=_mean(means) if means else None,
             cells=self.cells,
+            others=self.others,
             ood=self.ood,
             groups=self.grouped | ({"test set": compare_groups(self.test_sets)} if len(self.test_sets) > 1 else {}),
         )

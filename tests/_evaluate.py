@@ -21,7 +21,9 @@ def evaluate(
     **options: Any,
 ) -> Evaluation:
     watching = {} if watch is None else {"watch": watch}
-    return evaluation.evaluate_paths(paths, EvaluationOptions(shift=shift, **options), engine=engine, **watching)
+    return evaluation.evaluate_paths(
+        paths, EvaluationOptions(shift=None if shift is None else [shift], **options), engine=engine, **watching
+    )
 
 
 def calibrate(path: Path, *, watch: Callable[..., None] | None = None, **options: Any) -> Any:

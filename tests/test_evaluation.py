@@ -206,7 +206,7 @@ def test_what_cannot_be_compared_is_refused(runs, tmp_path):
 def test_what_cannot_be_evaluated_is_refused(runs, monkeypatch):
     with pytest.raises(UsageError, match="no run to evaluate"):
         evaluate([])
-    with pytest.raises(UsageError, match="unknown shift 'imagenet-c': use cifar10c"):
+    with pytest.raises(UsageError, match="--shift imagenet-c is none of cifar10c"):
         evaluate(runs, "imagenet-c", device="cpu")
     for wrong in (0, -5):
         with pytest.raises(UsageError, match="batch_size must be at least 1"):

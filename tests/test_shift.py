@@ -114,7 +114,9 @@ def test_the_official_files_serve_their_own_dataset_lock(tmp_path, made):
     ):
         for root in (tmp_path, made)[: 1 if (name, which) == ("cifar100c", "cifar100") else 2]:
             assert load_shift(name, dataset(name=which), EVERYTHING, root).source == source, (name, which)
-    with pytest.raises(UsageError, match="unknown shift 'imagenet-c': use cifar10c, cifar100c, corruptions"):
+    with pytest.raises(
+        UsageError, match="--shift imagenet-c is none of cifar10c, cifar100c, corruptions, no folder here, and no"
+    ):
         load_shift("imagenet-c", dataset(), EVERYTHING, tmp_path)
 
 

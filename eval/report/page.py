@@ -27,6 +27,7 @@ _SECTIONS = {
     "calibration": "Calibration",
     "members": "Members",
     "shift": "Shift",
+    "others": "Other test sets",
     "rejection": "Selective prediction",
     "groups": "Groups",
     "ood": "Out of distribution",

@@ -22,6 +22,7 @@ __all__ = [
     "Group",
     "MemberCurve",
     "OodReport",
+    "OtherReport",
     "Report",
     "RunDifference",
     "RunEquivalent",
@@ -75,11 +76,21 @@ class ShiftReport(Record):
     """A shift; means are over ``headline``."""
 
     name: str
-    source: Literal["official", "generated", "given"]
+    source: Literal["official", "folder", "generated", "given"]
     note: str
     corruptions: list[str]
     headline: list[str]
     not_covered: list[str]
+
+
+class OtherReport(Record):
+    """Another test set of the same classes. ``classes``: the outputs that are scored; ``null``: all."""
+
+    name: str
+    source: Literal["dataset", "folder", "hub", "official", "generated"]
+    images: int
+    classes: list[int] | None
+    note: str
 
 
 class OodReport(Record):
@@ -87,7 +98,7 @@ class OodReport(Record):
 
     name: str
     title: str
-    source: Literal["dataset", "folder", "official", "generated", "given"]
+    source: Literal["dataset", "folder", "hub", "official", "generated", "given"]
     images: int
 
 
@@ -98,8 +109,9 @@ class RunReport(Record):
     ``training_unknown``: files of weights that training started from, whose own cost is unknown and not counted; a cost
     is ``null`` where all of it is unknown. ``training_peak_memory``: bytes. ``temperature``: fitted to
     ``validation_examples`` images, whose hash is ``validation_sha256``; ``null`` without any. ``by_severity``,
-    ``by_family`` and ``shifted`` are means over the headline corruptions; ``ood``: by set of images and detector;
-    ``groups``: by ``class``, by ``test set`` where there are several, and by the groups that were given, ``group``.
+    ``by_family`` and ``shifted`` are means over the headline corruptions; ``others``: by test set; ``ood``: by set of
+    images and detector; ``groups``: by ``class``, by ``test set`` where there are several, and by the groups that were
+    given, ``group``.
     """
 
     name: str
@@ -126,6 +138,7 @@ class RunReport(Record):
     by_family: dict[str, CellScores]
     shifted: CellScores | None
     cells: dict[str, dict[int, CellScores]]
+    others: dict[str, CellScores]
     ood: dict[str, dict[str, OodScores | None]]
     groups: dict[str, Groups]
 
@@ -197,6 +210,7 @@ class Report(Record):
     test_sha256: str | None
     omitted: list[str]
     shift: ShiftReport | None
+    others: list[OtherReport]
     ood: list[OodReport]
     runs: list[RunReport]
     comparison: Comparison | None = None

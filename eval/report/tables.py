@@ -64,6 +64,7 @@ def report_tables(report: Report) -> list[Table]:
     if report.shift is not None:
         found += _severities(report, report.shift) if meant_shift(report) else []
         found += _families(report, report.shift)
+    found += _others(report)
     found.append(_selective(report))
     found += group_tables(report)
     found += _ood(report)
@@ -198,6 +199,15 @@ def _families(report: Report, shift: ShiftReport) -> Iterator[Table]:
             notes=[f"Means over corruptions and severities. {'; '.join(notes)}."],
             detail=name != "error",
         )
+
+
+def _others(report: Report) -> Iterator[Table]:
+    names = ("error", "nll", "calibrated_nll", "brier", "ece", "aurc")
+    for one in report.others:
+        columns = [*COST, score_column("error", CLEAN, f"clean {SCORES['error'].title}")]
+        columns += [score_column(name, lambda run, of=one.name: run.others.get(of)) for name in names]  # type: ignore[misc]
+        notes = [note for note in (plain(one.note),) if note]
+        yield by_run(report, "others", f"{plain(one.name)}: {one.images:,} images ({one.source})", columns, notes=notes)
 
 
 def _selective(report: Report) -> Table:

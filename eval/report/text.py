@@ -86,9 +86,9 @@ def csv(report: Report) -> str:
     """Render every score of every run as CSV (RFC 4180), one per row; ``null`` is empty.
 
     ``set`` is ``cost``, ``validation`` (the temperature), ``clean``, ``member N`` (of clean images), ``shifted`` (the
-    mean over the headline cells), ``severity``, ``family``, ``cell``, ``group class``, ``group test set``, ``group
-    group``, or ``ood NAME``; ``corruption`` is the family, corruption or group; an out-of-distribution score is
-    ``detector measure``.
+    mean over the headline cells), ``severity``, ``family``, ``cell``, ``other NAME``, ``group class``, ``group test
+    set``, ``group group``, or ``ood NAME``; ``corruption`` is the family, corruption or group; an out-of-distribution
+    score is ``detector measure``.
     """
     content = io.StringIO(newline="")
     writer = rfc4180.writer(content)
@@ -119,6 +119,9 @@ def _values(report: Report, run: RunReport) -> Iterator[tuple[str | float | int 
         sets += [
             ("cell", source, name, level, one) for name, levels in run.cells.items() for level, one in levels.items()
         ]
+    for other in report.others:
+        if other.name in run.others:
+            sets.append((f"other {other.name}", other.source, None, None, run.others[other.name]))
     for *where, scores in sets:
         for name, value in scores:
             yield *where, name, value

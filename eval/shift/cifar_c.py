@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,8 +31,10 @@ _GROWING = {
 _STEP_BACK = 0.95  # of the change at the severity before, below which the severities are out of order
 
 
-def official_shift(name: str, title: str, test: Images, indices: Tensor, path: Path) -> Shift:
-    """Read the official files for some of the test images.
+def official_shift(
+    name: str, title: str, test: Images, indices: Tensor, path: Path, source: Literal["official", "folder"] = "official"
+) -> Shift:
+    """Read the official files, or others in their layout, for some of the test images.
 
     Args:
         name: as the user gave it.
@@ -39,6 +42,7 @@ def official_shift(name: str, title: str, test: Images, indices: Tensor, path: P
         test: all test images.
         indices: (N,) those to use.
         path: the folder of the files.
+        source: whether they are the official ones.
 
     Raises:
         DataError: there is no corruption, or a file is damaged or of other images.
@@ -55,13 +59,14 @@ def official_shift(name: str, title: str, test: Images, indices: Tensor, path: P
             Rows(clean, indices, corruption, severity, folder),
             "shift",
             severity,
-            "official",
+            source,
         )
         for corruption in folder.corruptions
         for severity in SEVERITIES
     )
     count = len(folder.corruptions)
-    return Shift(name, "official", f"Shift: the official {title} files, {count} corruptions at 5 severities.", sets)
+    files = f"the official {title} files" if source == "official" else f"the files of {title}"
+    return Shift(name, source, f"Shift: {files}, {count} corruptions at 5 severities.", sets)
 
 
 def check_official(folder: StoredFolder) -> None:

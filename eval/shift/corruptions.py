@@ -142,10 +142,10 @@ _TABLE = {
 
 _SMALLEST = 4  # pixels a side
 _LARGE = 64  # pixels of the smaller side above which the constants are those of ImageNet-C
-_CHUNK = {"cpu": 2**19, "cuda": 2**25}  # bytes processed at once: what fits a core's cache, or fills a GPU
+_CHUNK = {"cpu": 2**18, "cuda": 2**25}  # bytes processed at once: what fits a core's cache, or fills a GPU
 # Larger chunks where the number of steps does not depend on the number of images.
-_LARGER = {"glass_blur": 2, "motion_blur": 32, "snow": 64} | dict.fromkeys(
-    ("frost", "fog", "contrast", "elastic_transform", "pixelate", "jpeg_compression", "spatter"), 2
+_LARGER = {"motion_blur": 64, "snow": 128} | dict.fromkeys(
+    ("frost", "fog", "contrast", "pixelate", "jpeg_compression"), 2
 )
 
 

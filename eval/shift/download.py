@@ -1,4 +1,4 @@
-"""Download of the official CIFAR-10-C and CIFAR-100-C archives (Hendrycks & Dietterich 2019) from Zenodo.
+"""Download of published test sets: CIFAR-10-C, CIFAR-100-C, ImageNet-C (Hendrycks & Dietterich 2019) and CINIC-10.
 
 An interrupted transfer is resumed, the MD5 is checked before unpacking, and the folder appears only when complete.
 """
@@ -13,11 +13,12 @@ import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import httpx
 
 from ensembler import __version__
+from ensembler.decoding import suffixes
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.shift.corruptions import HEADLINE, VALIDATION
 from ensembler.eval.shift.generated import RECORD
@@ -36,14 +37,19 @@ _PASSING = {408, 425, 429, 500, 502, 503, 504}  # temporary statuses
 
 @dataclass(frozen=True)
 class Archive:
-    """A published tar of one folder.
+    """A published archive that becomes one folder.
 
     Attributes:
-        folder: the folder's name; the tar is ``FOLDER.tar``.
-        record: its path below the host.
+        folder: the folder's name; the archive is ``FOLDER.tar``, or with another suffix.
+        record: the page of it, below the host.
         size: in bytes.
         md5: hexadecimal, as published.
-        files: the required files of the folder.
+        files: the required files of the folder, which lie in a folder of its name in the archive; empty: all images
+            of the archive, under their own paths.
+        within: the folder's parent in the folder of datasets.
+        suffix: of the archive.
+        host: its URL.
+        place: the archive's path below the host, where it is not Zenodo's.
     """
 
     folder: str
@@ -51,16 +57,49 @@ class Archive:
     size: int
     md5: str
     files: tuple[str, ...] = (LABELS, *(f"{name}.npy" for name in HEADLINE + VALIDATION))
+    within: str = ""
+    suffix: str = ".tar"
+    host: str = HOST
+    place: str = ""
+
+    @property
+    def file(self) -> str:
+        """The archive's name."""
+        return f"{self.folder}{self.suffix}"
 
     @property
     def path(self) -> str:
-        """The path of the tar, below the host."""
-        return f"{self.record}/files/{self.folder}.tar?download=1"
+        """The path of the archive, below the host."""
+        return self.place or f"{self.record}/files/{self.file}?download=1"
+
+    @property
+    def page(self) -> str:
+        """The URL of its page."""
+        return f"{self.host}/{self.record}"
+
+
+def _imagenet_c(part: str, size: int, md5: str) -> Archive:
+    return Archive(part, "records/2235448", size, md5, files=(), within="imagenet-c")
 
 
 ARCHIVES = {
     "cifar10c": Archive("CIFAR-10-C", "records/2535967", 2_918_471_680, "56bf5dcef84df0e2308c6dcbcbbd8499"),
     "cifar100c": Archive("CIFAR-100-C", "records/3555552", 2_918_473_216, "11f0ed0f1191edbf9fa23466ae6021d3"),
+    "cinic10": Archive(
+        "CINIC-10",
+        "handle/10283/3192",
+        687_544_992,
+        "6ee4d0c996905fe93221de577967a372",
+        files=(),
+        suffix=".tar.gz",
+        host="https://datashare.ed.ac.uk",
+        place="bitstream/handle/10283/3192/CINIC-10.tar.gz",
+    ),
+    "imagenet-c-noise": _imagenet_c("noise", 22_565_673_785, "e80562d7f6c3f8834afb1ecf27252745"),
+    "imagenet-c-blur": _imagenet_c("blur", 7_112_704_951, "2d8e81fdd8e07fef67b9334fa635e45c"),
+    "imagenet-c-weather": _imagenet_c("weather", 12_797_438_995, "33ffea4db4d93fe4a428c40a6ce0c25d"),
+    "imagenet-c-digital": _imagenet_c("digital", 7_757_510_705, "89157860d7b10d5797849337ca2e5c03"),
+    "imagenet-c-extra": _imagenet_c("extra", 15_789_490_144, "d492dfba5fc162d8ec2c3cd8ee672984"),
 }
 
 
@@ -72,19 +111,19 @@ def download(
     archive: Archive,
     root: Path,
     *,
-    base: str = HOST,
+    base: str | None = None,
     waits: Sequence[float] = _WAITS,
     watch: Watcher = lambda label, done, total: None,
 ) -> Path:
     """Fetch, check and unpack an archive; an existing folder is left as it is.
 
-    Until then, fetched bytes are in ``FOLDER.tar.partial``, from which an interrupted download resumes. A
-    ``FOLDER.tar`` that was fetched by hand is checked, unpacked and kept.
+    Until then, fetched bytes are in ``FOLDER.tar.partial``, from which an interrupted download resumes. An
+    archive that was fetched by hand is checked, unpacked and kept.
 
     Args:
         archive: one of :data:`ARCHIVES`.
         root: the folder to unpack into.
-        base: the host's URL.
+        base: the host's URL; by default the archive's.
         waits: seconds before each further attempt; after any progress, the first is immediate.
         watch: called with the current step, how many bytes are done, and of how many.
 
@@ -95,7 +134,8 @@ def download(
         UsageError: another process is fetching it, or the folder has generated images.
         DataError: the network or the disk failed, or the archive is not the published one.
     """
-    folder, partial, own = (root / f"{archive.folder}{suffix}" for suffix in ("", ".tar.partial", ".tar"))
+    root = root / archive.within
+    folder, own, partial = (root / name for name in (archive.folder, archive.file, f"{archive.file}.partial"))
     if _is_there(archive, folder):
         return folder
     try:
@@ -106,7 +146,7 @@ def download(
             tar = own if own.is_file() else partial
             _check_space(archive, root, archive.size - _size(tar))
             if tar == partial:
-                _fetch(archive, partial, base, waits, watch)
+                _fetch(archive, partial, base or archive.host, waits, watch)
             _check_md5(archive, tar, watch)
             _unpack(archive, tar, folder, watch)
             partial.unlink(missing_ok=True)
@@ -197,7 +237,7 @@ def _check_status(archive: Archive, response: httpx.Response) -> None:
         raise _Cut(answer)
     if response.is_error:
         raise DataError(
-            f"cannot fetch {response.url}: {answer}: fetch {archive.folder}.tar by hand from {HOST}/{archive.record} "
+            f"cannot fetch {response.url}: {answer}: fetch {archive.file} by hand from {archive.page} "
             "into the same folder, and run the command again"
         )
 
@@ -213,8 +253,8 @@ def _first_byte(archive: Archive, response: httpx.Response, url: str, have: int)
     if size != archive.size or first not in (0, have):
         offered = "something of unknown size" if size is None else f"{size:,} bytes"
         raise DataError(
-            f"{url} offers {offered}, not the {archive.size:,} bytes of {archive.folder}.tar: is a proxy or a sign-in "
-            f"page between? Try again later, or fetch it by hand from {HOST}/{archive.record} into the same folder"
+            f"{url} offers {offered}, not the {archive.size:,} bytes of {archive.file}: is a proxy or a sign-in "
+            f"page between? Try again later, or fetch it by hand from {archive.page} into the same folder"
         )
     return first
 
@@ -228,7 +268,7 @@ def _check_md5(archive: Archive, tar: Path, watch: Watcher) -> None:
             watch(f"checking {archive.folder}", done, archive.size)
     if digest.hexdigest() == archive.md5:
         return
-    mend = f"remove it, and fetch it again from {HOST}/{archive.record}"
+    mend = f"remove it, and fetch it again from {archive.page}"
     if tar.suffix == ".partial":
         tar.unlink()
         mend = "it was removed: run the command again to fetch it anew"
@@ -239,29 +279,46 @@ def _check_md5(archive: Archive, tar: Path, watch: Watcher) -> None:
 
 
 def _unpack(archive: Archive, tar: Path, folder: Path, watch: Watcher) -> None:
-    """Unpack the expected files under fixed names: no path in the archive is followed."""
+    """Unpack the expected files under fixed names, or images under their own: nothing is written elsewhere."""
     hidden = folder.with_name(f".partial-{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed
-    names = {f"{archive.folder}/{name}": name for name in (*archive.files, "README.txt")}
     try:
         hidden.mkdir()
-        with tarfile.open(tar, "r:") as opened:
+        with tarfile.open(tar, "r:*") as opened:
             for member in opened:
-                name = names.get(member.name.removeprefix("./"))
+                name = _unpacked_name(archive, member.name)
                 source = opened.extractfile(member) if name and member.isreg() else None
                 if name is None or source is None:
                     continue
+                (hidden / name).parent.mkdir(parents=True, exist_ok=True)
                 with source, (hidden / name).open("wb") as file:
                     while chunk := source.read(_CHUNK):
                         file.write(chunk)
-                        watch(f"unpacking {archive.folder}", member.offset_data + source.tell(), archive.size)
-                    file.flush()
-                    os.fsync(file.fileno())
+                        done = min(member.offset_data + source.tell(), archive.size)
+                        watch(f"unpacking {archive.folder}", done, archive.size)
+                    if archive.files:
+                        file.flush()
+                        os.fsync(file.fileno())
         missing = [name for name in archive.files if not (hidden / name).is_file()]
+        if not archive.files and not any(hidden.iterdir()):
+            raise DataError(f"{tar} has no image: it is not the published archive")
         if missing:
             raise DataError(f"{tar} has no {archive.folder}/{missing[0]}: it is not the published archive")
+        if not archive.files and hasattr(os, "sync"):
+            os.sync()  # once: hundreds of thousands of small files
         hidden.rename(folder)
     except tarfile.TarError as error:
         raise DataError(f"cannot unpack {tar}: {error}: remove it, and run the command again") from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _unpacked_name(archive: Archive, name: str) -> str | None:
+    """Return the path in the folder of a file of the archive; ``None`` to leave it out."""
+    name = name.removeprefix("./")
+    if archive.files:
+        inside = name.removeprefix(f"{archive.folder}/")
+        return inside if inside != name and inside in (*archive.files, "README.txt") else None
+    path = PurePosixPath(name)
+    is_inside = not path.is_absolute() and ".." not in path.parts and "\\" not in name and ":" not in name
+    return name if is_inside and path.suffix.lower() in suffixes() else None

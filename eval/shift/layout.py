@@ -24,9 +24,29 @@ from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES
 from ensembler.eval.shift.test_set import Shifted
 from ensembler.images import Images
 
-__all__ = ["LABELS", "Rows", "StoredFolder", "lock"]
+__all__ = ["LABELS", "Rows", "StoredFolder", "lock", "map_array"]
 
 LABELS = "labels.npy"
+
+
+def map_array(path: Path, remedy: str) -> np.memmap[Any, Any]:
+    """Map an ``.npy`` file into memory.
+
+    Args:
+        path: the file.
+        remedy: the last clause of every error message.
+
+    Raises:
+        DataError: it is missing or damaged, or a pickle.
+    """
+    try:
+        rows = np.lib.format.open_memmap(path, mode="r")  # refuses objects, and so every pickle
+        longer = path.stat().st_size - rows.offset - rows.nbytes
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"cannot read {path}: {error}: {remedy}") from error
+    if longer:
+        raise DataError(f"{path} is {longer} bytes longer than its header says: {remedy}")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -63,7 +83,7 @@ class StoredFolder:
         Raises:
             DataError: the file is damaged, or its shape or type is wrong.
         """
-        rows, remedy = self._map(self.file(corruption)), self.remedy
+        rows, remedy = map_array(self.file(corruption), self.remedy), self.remedy
         if rows.shape == self.shape and rows.dtype == np.uint8 and rows.flags.c_contiguous:
             return rows
         if rows.ndim == 4 and rows.shape[1:3] != self.test.shape:
@@ -93,7 +113,7 @@ class StoredFolder:
             DataError: they differ, or the file is damaged.
         """
         path, expected = self.path / LABELS, np.tile(self.test.labels.numpy(), len(SEVERITIES))
-        labels = self._map(path)
+        labels = map_array(path, self.remedy)
         if labels.shape != expected.shape:
             raise DataError(f"{path} holds {labels.shape} labels, not {expected.shape}: {self.remedy}")
         wrong = np.flatnonzero(labels != expected)
@@ -102,16 +122,6 @@ class StoredFolder:
                 f"{path} is not the test set's labels five times: row {wrong[0]} is {labels[wrong[0]]}, not "
                 f"{expected[wrong[0]]}: {self.remedy}"
             )
-
-    def _map(self, path: Path) -> np.memmap[Any, Any]:
-        try:
-            rows = np.lib.format.open_memmap(path, mode="r")  # refuses objects, and so every pickle
-            longer = path.stat().st_size - rows.offset - rows.nbytes
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"cannot read {path}: {error}: {self.remedy}") from error
-        if longer:
-            raise DataError(f"{path} is {longer} bytes longer than its header says: {self.remedy}")
-        return rows
 
 
 @dataclass(frozen=True, eq=False)

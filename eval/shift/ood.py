@@ -16,7 +16,7 @@ from ensembler.folders import describe, find_images, split_folder
 from ensembler.images import FileSplit, Split
 from ensembler.seeds import derive, generator
 
-__all__ = ["NOISES", "load_ood", "noise_images"]
+__all__ = ["NOISES", "load_ood", "noise_images", "resized"]
 
 NOISES = ("gaussian", "uniform", "constant")
 
@@ -67,7 +67,7 @@ def load_ood(
         return _test_set(f"folder:{folder}", title, chosen.images, "folder")
     dataset = datasets.load(name, root, download=download)
     images = dataset.test[_some(len(dataset.test), examples, seed)].images
-    return _test_set(dataset.name, f"{dataset.title}, test images", _resized(images, shape), "dataset")
+    return _test_set(dataset.name, f"{dataset.title}, test images", resized(images, shape), "dataset")
 
 
 def noise_images(kind: str, count: int, shape: tuple[int, int], seed: int = 0) -> Tensor:
@@ -125,7 +125,8 @@ def _some(available: int, examples: int | None, seed: int) -> Tensor:
     return torch.randperm(available, generator=generator(seed, "ood"))[:examples].sort().values
 
 
-def _resized(images: Tensor, shape: tuple[int, int]) -> Tensor:
+def resized(images: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Resize (N, H, W, 3) uint8 to ``shape`` bilinearly, whatever the proportions."""
     from torchvision.transforms.v2.functional import resize
 
     if tuple(images.shape[1:3]) == shape:

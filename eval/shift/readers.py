@@ -1,48 +1,83 @@
-"""The values of ``--shift`` and their readers: official files where they exist, else corruptions generated here.
+"""The values of ``--shift`` and their readers, found by what lies in a folder.
 
-A reader is one file of this package, with a function that returns a :class:`~ensembler.eval.shift.test_set.Shift`.
+A reader is one file of this package whose function makes :class:`~ensembler.eval.shift.test_set.TestSet` records.
 Generated images are never presented as official ones: the authors used no seed, so nobody can make the same files
 again, and figures on generated images are not comparable with published ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ensembler.datasets import Dataset, default_root
-from ensembler.errors import UsageError
+from ensembler.errors import DataError, UsageError
 from ensembler.eval.shift.cifar_c import LABELS, official_shift
+from ensembler.eval.shift.cifar_new import read_cifar101, read_cifar102
+from ensembler.eval.shift.classes import Matched
+from ensembler.eval.shift.corruptions import AVAILABLE
+from ensembler.eval.shift.folder import read_folder
 from ensembler.eval.shift.generated import generated_shift, read_record
-from ensembler.eval.shift.test_set import Shift
+from ensembler.eval.shift.hub import PREFIX, read_hub
+from ensembler.eval.shift.ood import resized
+from ensembler.eval.shift.test_set import Shift, Source, TestSet
+from ensembler.images import Split
+from ensembler.seeds import generator
 
-__all__ = ["SHIFTS", "load_shift"]
+__all__ = ["SHIFTS", "load_shift", "load_shifts"]
 
 SHIFTS = ("cifar10c", "cifar100c", "corruptions")
 _OFFICIAL = {"cifar10c": ("cifar10", "CIFAR-10-C"), "cifar100c": ("cifar100", "CIFAR-100-C")}  # dataset, folder
 
 
+def load_shifts(
+    names: Sequence[str], dataset: Dataset, indices: Tensor, root: Path | None = None, seed: int = 0
+) -> list[Shift]:
+    """Load several test sets, of which one may have corruptions; see :func:`load_shift`.
+
+    Raises:
+        UsageError: two have corruptions, or two test sets have the same name.
+    """
+    found = [load_shift(name, dataset, indices, root, seed) for name in dict.fromkeys(names)]
+    corrupted = [one.name for one in found if one.corruptions]
+    if len(corrupted) > 1:
+        raise UsageError(f"--shift {' and '.join(corrupted)} each have corruptions: evaluate one of them at a time")
+    titles = Counter(one.name for shift in found for one in shift.others)
+    if twice := [title for title, count in titles.items() if count > 1]:
+        raise UsageError(f"--shift names two test sets that are called {twice[0]}: evaluate one of them at a time")
+    return found
+
+
 def load_shift(name: str, dataset: Dataset, indices: Tensor, root: Path | None = None, seed: int = 0) -> Shift:
-    """Load a shift of a dataset's test images.
+    """Load shifted versions of a dataset's test images, or other test sets of its classes.
 
     Args:
-        name: one of :data:`SHIFTS`. ``"cifar10c"`` and ``"cifar100c"`` are the official files for the datasets
-            ``"cifar10"`` and ``"cifar100"`` where they exist, else generated, as for any other dataset;
-            ``"corruptions"`` is always generated.
-        dataset: whose test images.
-        indices: (N,) the test images to use.
+        name: one of :data:`SHIFTS`; the path of a folder, or its name in ``root``; or ``hf:NAME``. ``"cifar10c"`` and
+            ``"cifar100c"`` are the official files for the datasets ``"cifar10"`` and ``"cifar100"`` where they exist,
+            else generated, as for any other dataset; ``"corruptions"`` is always generated.
+        dataset: whose test images and classes.
+        indices: (N,) the test images to use; of other test sets, as many are drawn with the seed, where there are more.
         root: the folder of ``CIFAR-10-C/``, or that folder itself; by default the folder of datasets. Files that
             ``ensembler data corrupt`` generated from the same images with the same seed are read.
-        seed: of generated corruptions.
+        seed: of generated corruptions, and of the choice of images.
 
     Raises:
         UsageError: an unknown shift.
-        DataError: the files exist, but are damaged or of other images.
+        DataError: the files exist, but are damaged or of other images or classes.
     """
+    if name.startswith(PREFIX):
+        return _other(
+            name,
+            [(name, *read_hub(name, dataset.classes, dataset.test.shape, _chooser(indices, dataset, seed)))],
+            "hub",
+        )
     if name not in SHIFTS:
-        raise UsageError(f"unknown shift {name!r}: use {', '.join(SHIFTS)}")
+        return _found(name, _place(name, root or default_root()), dataset, indices, seed)
     official_for, title = _OFFICIAL.get(name, ("", ""))
     for folder, may_be_official in _folders(title, dataset.name == official_for, root or default_root()):
         record = read_record(folder)
@@ -58,3 +93,72 @@ def _folders(title: str, official: bool, root: Path) -> Iterator[tuple[Path, boo
     if official:
         yield root / title, True
     yield root, official
+
+
+def _place(name: str, root: Path) -> Path:
+    """Return the folder of a path, or of a name in the folder of datasets, in any case of letters."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if root.is_dir() and path.name == name:
+        for found in sorted(root.iterdir()):
+            if found.name.lower() == name.lower() and found.is_dir():
+                return found.resolve()
+    raise UsageError(
+        f"--shift {name} is none of {', '.join(SHIFTS)}, no folder here, and no folder in {root}: name one of these, a "
+        "path, or hf:NAME"
+    )
+
+
+def _found(name: str, folder: Path, dataset: Dataset, indices: Tensor, seed: int) -> Shift:
+    """Read a folder by what lies in it."""
+    if (folder / LABELS).is_file():
+        return _corrupted(name, folder, dataset, indices)
+    arrays = [one for one in AVAILABLE if (folder / f"{one}.npy").is_file()]
+    if arrays:
+        raise DataError(f"{folder} has {arrays[0]}.npy but no {LABELS}: fetch or generate it again")
+    for read in (read_cifar101, read_cifar102):
+        if (new := read(folder, dataset.classes)) is not None:
+            parts, matched = new
+            choose, shape = _chooser(indices, dataset, seed), dataset.test.shape
+            chosen = {title: part[choose(len(part))] for title, part in parts.items()}
+            fitted = {title: Split(resized(part.images, shape), part.labels) for title, part in chosen.items()}
+            return _other(name, [(title, part, matched) for title, part in fitted.items()], "folder")
+    sets, matched = read_folder(folder, dataset.classes, dataset.test.shape, _chooser(indices, dataset, seed))
+    shift = Shift(name, "folder", "", sets)
+    count = len(shift.corruptions)
+    about = [f"Shift: images of {folder.name}, {count} corruptions at 5 severities."] if count else []
+    return Shift(name, "folder", " ".join(filter(None, [*about, matched.note])), sets)
+
+
+def _corrupted(name: str, folder: Path, dataset: Dataset, indices: Tensor) -> Shift:
+    """Read a folder in CIFAR-10-C's layout."""
+    record = read_record(folder)
+    if record is None:
+        official = (dataset.name, folder.name) in _OFFICIAL.values()
+        source: Literal["official", "folder"] = "official" if official else "folder"
+        return official_shift(name, folder.name, dataset.test, indices, folder, source)
+    if record.test_sha256 != dataset.test.sha256:
+        raise DataError(
+            f"{folder} was generated from other images ({record.title}) than {dataset.title}: generate it again"
+        )
+    return generated_shift(name, dataset.test, indices, record.seed, folder)
+
+
+def _other(name: str, parts: Sequence[tuple[str, Split, Matched]], source: Source) -> Shift:
+    sets = tuple(
+        TestSet(title, title, images, "other", source=source, classes=matched.outputs)
+        for title, images, matched in parts
+    )
+    return Shift(name, "folder", parts[0][2].note, sets)
+
+
+def _chooser(indices: Tensor, dataset: Dataset, seed: int) -> Callable[[int], Tensor]:
+    """Return a function that chooses images: all, or as many as are chosen of the test images."""
+
+    def choose(available: int) -> Tensor:
+        if len(indices) == len(dataset.test) or len(indices) >= available:
+            return torch.arange(available)
+        return torch.randperm(available, generator=generator(seed, "examples"))[: len(indices)].sort().values
+
+    return choose

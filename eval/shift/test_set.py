@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Shift", "Shifted", "Source", "TestSet", "validation_set"]
 
-Source = Literal["dataset", "folder", "official", "generated"]
+Source = Literal["dataset", "folder", "hub", "official", "generated"]
 
 _BATCH = 2**26  # bytes of images in a batch
 
@@ -76,10 +76,12 @@ class TestSet:
         name: of a shifted set, the corruption; else unique in an evaluation.
         title: its name in progress and reports.
         examples: the images and labels; out of distribution, the labels are meaningless.
-        group: ``"validation"`` (fits temperatures, chooses members), ``"clean"`` (the test split), ``"shift"`` or
-            ``"ood"``.
+        group: ``"validation"`` (fits temperatures, chooses members), ``"clean"`` (the test split), ``"shift"`` (a
+            corruption at a severity), ``"other"`` (other images of the same classes) or ``"ood"``.
         severity: of a shifted set, 1 to 5.
         source: of the images.
+        classes: the network's outputs that are scored, ascending, which the labels count; ``None``: all. The logits
+            of the others are left out before the softmax.
         members: whether to keep every member's probabilities, whatever the group.
     """
 
@@ -88,9 +90,10 @@ class TestSet:
     name: str
     title: str
     examples: Images | Shifted
-    group: Literal["validation", "clean", "shift", "ood"]
+    group: Literal["validation", "clean", "shift", "other", "ood"]
     severity: int | None = None
     source: Source = "dataset"
+    classes: tuple[int, ...] | None = None
     members: bool = False
 
     @property
@@ -111,24 +114,29 @@ class TestSet:
 
 @dataclass(frozen=True, eq=False)
 class Shift:
-    """Shifted versions of one test set.
+    """Shifted versions of one test set, or other images of its classes.
 
     Attributes:
         name: as the user gave it.
-        source: ``"official"`` files, ``"generated"`` here, or ``"given"`` as predictions.
+        source: ``"official"`` files, another ``"folder"``, ``"generated"`` here, or ``"given"`` as predictions.
         note: a sentence to print with every number.
-        sets: one per corruption and severity.
+        sets: one per corruption and severity, and others.
     """
 
     name: str
-    source: Literal["official", "generated", "given"]
+    source: Literal["official", "folder", "generated", "given"]
     note: str
     sets: tuple[TestSet, ...] | tuple[GivenSet, ...]
 
     @property
     def corruptions(self) -> tuple[str, ...]:
         """The corruptions that it covers."""
-        return tuple(dict.fromkeys(one.name for one in self.sets))
+        return tuple(dict.fromkeys(one.name for one in self.sets if one.group == "shift"))
+
+    @property
+    def others(self) -> tuple[TestSet | GivenSet, ...]:
+        """The sets that are no corruptions."""
+        return tuple(one for one in self.sets if one.group == "other")
 
     @property
     def headline(self) -> tuple[str, ...]:

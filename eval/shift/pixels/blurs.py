@@ -75,48 +75,47 @@ def defocus_blur(images: Tensor, level: tuple[float, float], keys: Tensor) -> Te
 # --- glass ----------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=16)
-def _waves(height: int, width: int, reach: int) -> tuple[Tensor, list[int]]:
-    """Order the pixels to swap in waves, within which no two swaps touch a common pixel.
-
-    The script goes through the rows from the last, in each from the right, and swaps with a pixel at most ``reach``
-    away. Swaps 2 * reach columns or rows apart touch no common pixel, so rows that far apart are processed together.
-
-    Returns:
-        (S,) int64 places ``row * width + column``, and the waves' sizes.
-    """
-    rows = np.arange(height - reach, reach, -1)[:, None]
-    columns = np.arange(width - reach, reach, -1)[None]
-    wave = (width - columns) + 2 * reach * (height - rows)
-    order = np.argsort(wave, axis=None, kind="stable")
-    sizes = np.unique(wave, return_counts=True)[1]
-    return torch.from_numpy((rows * width + columns).ravel()[order]), sizes.tolist()
-
-
 def glass_blur(images: Tensor, level: tuple[float, int, int], keys: Tensor) -> Tensor:
-    """Filter with a Gaussian, swap pixels with others up to ``reach`` away, ``rounds`` times, and filter again.
+    """Filter with a Gaussian, copy to every pixel one up to ``reach`` away, ``rounds`` times, and filter again.
 
-    A pixel's partner is 1 to ``reach`` rows above, up to ``reach - 1`` below or in its row, and likewise in columns.
-    The script assigns array views, so that its pixels are copied where they should swap; here they swap.
+    The source of a pixel is ``reach`` rows above to ``reach - 1`` below, and likewise in columns. The authors' script
+    means to swap the two, but assigns NumPy views, of which one is overwritten before it is read: the pixel becomes
+    its partner, and the partner stays. CIFAR-10-C and ImageNet-C were made so, and so are these images.
     """
     sigma, reach, rounds = level
     N, H, W, _ = images.shape
     taps = gaussian_taps(sigma)
     colours = images.new_zeros(N, H, W, 4)  # a pixel is one int32
     colours[..., :3] = to_bytes(separable(images, [(taps, taps)], nearest))
-    pixels = colours.view(torch.int32).view(-1)
-    places, sizes = _waves(H, W, reach)
-    count = len(places)
-    pairs = torch.empty(count, 2, N, dtype=torch.int64, device=images.device)
-    pairs[:, 0] = places.to(images.device)[:, None] + torch.arange(N, device=images.device) * (H * W)
-    steps = below(keys, 2 * reach, 2 * rounds * count).sub_(reach).view(N, rounds, 2, count)
-    for number in range(rounds):
-        pairs[:, 1] = (steps[:, number, 0] * W).add_(steps[:, number, 1]).T
-        pairs[:, 1] += pairs[:, 0]
-        for pair in torch.split(pairs, sizes):  # (swaps, 2, N)
-            drawn = pixels.index_select(0, pair.view(-1)).view(pair.shape)
-            pixels.scatter_(0, pair.view(-1), drawn.flip(1).view(-1))
+    pixels = colours.view(torch.int32).view(N, H * W)
+    inside = torch.zeros(H, W, dtype=torch.bool, device=images.device)  # the pixels that are copied to
+    inside[reach + 1 : H - reach + 1, reach + 1 : W - reach + 1] = True
+    steps = below(keys, 2 * reach, 2 * rounds * H * W).sub_(reach).view(N, rounds, 2, H * W)
+    for down, right in (steps[:, number].unbind(1) for number in range(rounds)):
+        pixels = pixels.gather(1, _sources((down * W).add_(right).mul_(inside.view(-1)), inside.view(-1)))
+    colours = pixels.view(torch.uint8).view(N, H, W, 4)
     return to_bytes(separable(colours[..., :3], [(taps, taps)], nearest))
+
+
+def _sources(steps: Tensor, inside: Tensor) -> Tensor:
+    """Return the pixel whose colour each pixel gets in one round of glass_blur, (N, P) int64.
+
+    The script goes through the pixels from the last to the first, so a partner further on that is inside was already
+    copied to. Such partners are followed, twice as far each time, to one that was not.
+
+    Args:
+        steps: (N, P) int32, how many places further on each pixel's partner is.
+        inside: (P,) whether a pixel is copied to at all; where not, its step is 0.
+    """
+    count = len(inside)
+    partners = torch.arange(count, device=steps.device) + steps
+    if not (steps > 0).any():
+        return partners
+    # A pixel that was already copied to is its own number, and one as it was before the round that plus the count.
+    follow = partners + count * ~((steps > 0) & inside[partners])
+    while (copied := follow < count).any():
+        follow = torch.where(copied, follow.gather(1, follow.clamp(max=count - 1)), follow)
+    return follow - count
 
 
 # --- motion ---------------------------------------------------------------------------------------------------------
@@ -157,7 +156,7 @@ def motion_kernels(radius: int, sigma: float, angle: float) -> tuple[tuple[Kerne
 
 
 def smear(images: Tensor, radius: int, sigma: float, angle: float, keys: Tensor) -> Tensor:
-    """Motion-blur uint8 (N, H, W, C) at a random angle within 45 degrees of ``angle``, to the nearest byte.
+    """Motion-blur uint8 (N, H, W, C) at a random angle within 45 degrees of ``angle``, truncated to bytes.
 
     Images with the same kernel are processed together; sums are of integers.
     """
@@ -172,7 +171,7 @@ def smear(images: Tensor, radius: int, sigma: float, angle: float, keys: Tensor)
             down, right, _ = zip(*places, strict=True)
             above, left = -min(down), -min(right)
             here = pad(group, (above, max(down)), (left, max(right)), nearest).flatten(2).to(torch.int32)
-            total = torch.full((len(group), H, W * C), _ONE // 2, dtype=torch.int32, device=images.device)
+            total = torch.zeros(len(group), H, W * C, dtype=torch.int32, device=images.device)
             for y, x, share in places:
                 corner = (above + y) * here.stride(1) + (left + x) * C
                 total.add_(here.as_strided(total.shape, here.stride(), corner), alpha=share)

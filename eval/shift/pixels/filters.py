@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
+    "Border",
     "Taps",
     "between",
     "gaussian_taps",
@@ -104,25 +105,29 @@ def separable(images: Tensor, filters: Sequence[tuple[Taps, Taps]], border: Bord
     """Apply a sum of separable filters to (N, H, W, C), each given as (vertical, horizontal) taps; float32."""
     N, H, W, C = images.shape
     r = max(len(taps) for pair in filters for taps in pair) - 1
-    wide = pad(images, (0, 0), (r, r), border, torch.float32)
-    rows = torch.tensor([border(row - r, H) for row in range(H + 2 * r)], device=images.device)
-    total = images.new_zeros(N, H * W * C, dtype=torch.float32)
+    wide = pad(images, (0, 0), (r, r), border, torch.float32).flatten(2)
+    tall, rows = wide.new_empty(N, H + 2 * r, W * C), range(r, r + H)
+    parts = []
     for vertical, horizontal in filters:
-        across = _convolve(wide.flatten(2), horizontal, r, C)
-        total += _convolve(across.index_select(1, rows).flatten(1), vertical, r, W * C)
-    return total.view(images.shape)
+        _convolve(wide, horizontal, r, C, tall[:, r : r + H])
+        for row in (*range(r), *range(r + H, H + 2 * r)):
+            tall[:, row] = tall[:, rows[border(row - r, H)]]
+        parts.append(_convolve(tall.flatten(1), vertical, r, W * C, wide.new_empty(N, H * W * C)))
+    for part in parts[1:]:
+        parts[0] += part
+    return parts[0].view(images.shape)
 
 
-def _convolve(padded: Tensor, taps: Taps, r: int, step: int) -> Tensor:
-    """Filter the last axis, which holds r places of ``step`` numbers beyond either end; (..., L + 2 * r * step)."""
-    length = padded.shape[-1] - 2 * r * step
+def _convolve(padded: Tensor, taps: Taps, r: int, step: int, out: Tensor) -> Tensor:
+    """Filter the last axis into ``out``; it has r places of ``step`` numbers beyond either end of (..., L)."""
 
     def shifted(k: int) -> Tensor:
-        return padded.narrow(-1, (r + k) * step, length)
+        return padded.narrow(-1, (r + k) * step, out.shape[-1])
 
-    out = shifted(0) * taps[0]
+    torch.mul(shifted(0), taps[0], out=out)
+    pair = torch.empty_like(out)  # once: fresh memory costs more than the sum
     for k, weight in enumerate(taps[1:], start=1):
-        out += (shifted(-k) + shifted(k)).mul_(weight)
+        out += torch.add(shifted(-k), shifted(k), out=pair).mul_(weight)
     return out
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensembler.eval.shift.pixels.filters import between, planes, to_bytes
+from ensembler.eval.shift.pixels.filters import between, to_bytes
 from ensembler.eval.shift.pixels.noise import branch, uniforms
 
 __all__ = ["elastic_transform"]
@@ -27,7 +27,8 @@ def elastic_transform(images: Tensor, level: tuple[float, float, float], keys: T
     columns = torch.arange(W, device=images.device, dtype=torch.float32)
     a = _affine(H, W, jitter, keys).to(torch.float32)[:, :, :, None, None]
     down, right = (a[:, axis, 0] * columns + a[:, axis, 1] * rows + a[:, axis, 2] for axis in (1, 0))
-    levels = _bilinear(planes(images).transpose(0, 1), _mirrored(down, H), _mirrored(right, W))
+    levels = images.permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    levels = _bilinear(levels, _mirrored(down, H), _mirrored(right, W))
     if alpha > 0:
         noise = uniforms(branch(keys, 1), 2 * H * W).view(2 * N, H, W).to(torch.float64)
         noise = torch.matmul(_smoothing(H, sigma).to(noise.device), noise)
@@ -82,7 +83,7 @@ def _smoothing(size: int, sigma: float) -> Tensor:
 def _mirrored(places: Tensor, size: int) -> Tensor:
     """Fold positions into 0 to size - 1, mirrored about the centres of the border's pixels."""
     period = 2.0 * (size - 1)
-    places = places - (places / period).floor_().mul_(period)
+    places = places - (places * (1 / period)).floor_().mul_(period)
     return torch.minimum(places, period - places).clamp_(0, size - 1)
 
 
@@ -90,21 +91,21 @@ def _repeated(places: Tensor, size: int) -> Tensor:
     """Fold positions into 0 to size - 1, mirrored about the border, so that its pixels are repeated."""
     period = 2.0 * size
     places = places + 0.5
-    places -= (places / period).floor_().mul_(period)
+    places -= (places * (1 / period)).floor_().mul_(period)
     return torch.minimum(places, period - places).sub_(0.5).clamp_(0, size - 1)
 
 
 def _bilinear(levels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Interpolate ``levels`` (3, N, H, W) at positions (N, H, W) inside the image."""
+    """Interpolate ``levels`` (3, N, H, W) at positions (N, H, W) inside the image; overwrites the positions."""
     _, N, H, W = levels.shape
-    top, left = rows.floor().flatten(), columns.floor().flatten()
-    down, right = rows.flatten() - top, columns.flatten() - left
-    corner = (top * W + left).to(torch.int32)
-    corner.view(N, -1).add_(torch.arange(0, N * H * W, H * W, dtype=torch.int32, device=levels.device)[:, None])
-    beside = (left < W - 1).to(torch.int32).add_(corner)
-    below, across = ((top < H - 1).to(torch.int32).mul_(W).add_(place) for place in (corner, beside))
-    found = torch.empty(levels.shape, device=levels.device)
-    for plane, out in zip(levels, found, strict=True):
-        a, b, c, d = (plane.flatten().index_select(0, place) for place in (corner, beside, below, across))
-        out.copy_(between(between(a, b, right), between(c, d, right), down).view(N, H, W))
+    top, left = rows.floor().clamp_(max=H - 2), columns.floor().clamp_(max=W - 2)
+    down, right = rows.sub_(top).flatten(), columns.sub_(left).flatten()
+    corner = top.mul_(W).add_(left).to(torch.int32)
+    corner += torch.arange(0, N * H * W, H * W, dtype=torch.int32, device=levels.device)[:, None, None]
+    found = torch.empty_like(levels)
+    a, c, b, d = found.new_empty(4, N * H * W)
+    for plane, out in zip(levels.flatten(1), found.flatten(1), strict=True):
+        for aside, pixels in ((0, a), (1, b), (W, c), (W + 1, d)):
+            torch.index_select(plane[aside:], 0, corner.flatten(), out=pixels)
+        out.copy_(between(between(a, b, right), between(c, d, right), down))
     return found

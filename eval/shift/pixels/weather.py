@@ -53,7 +53,10 @@ def _zoomed(layer: Tensor, factor: float) -> Tensor:
 
 # --- frost ----------------------------------------------------------------------------------------------------------
 
-_PHOTOGRAPHS = 5
+_PHOTOGRAPHS = 4
+_DRAWN = (0, 1, 1, 2, 3)
+"""The photographs that the authors' script draws from, each as often as any. Its third file has the pixels of its
+second, and it never draws its last, which is the fifth of ours."""
 
 
 @lru_cache(maxsize=8)
@@ -63,7 +66,7 @@ def _photographs(height: int, width: int, shrink: int, device: torch.device) -> 
     They are sampled bilinearly without being smoothed first, as OpenCV does.
 
     Returns:
-        All their bytes one after another, and of each the first byte, the height and the width, (5, 3) int64.
+        All their bytes one after another, and of each the first byte, the height and the width, (4, 3) int64.
     """
     folder = resources.files("torch_uncertainty_assets.frost")
     parts, shapes, begin = [], [], 0
@@ -90,14 +93,15 @@ def _sampled(photograph: NDArray[np.float64], size: int, axis: int) -> NDArray[n
 
 
 def frost(images: Tensor, level: tuple[float, float, int], keys: Tensor) -> Tensor:
-    """Compute ``a * x + b * frost`` with a random part of one of five photographs of frost.
+    """Compute ``a * x + b * frost`` with a random part of one of the authors' photographs of frost.
 
-    The script has six photographs, of which it never takes the last, and shrinks them to a fifth for 32 x 32 pixels.
+    They are drawn with the weights of the script, 1, 2, 1 and 1, and shrunk to a fifth for 32 x 32 pixels.
     """
     image_share, frost_share, shrink = level
     H, W = images.shape[1:3]
     photographs, shapes = _photographs(H, W, shrink, images.device)
-    begin, height, width = shapes.index_select(0, below(keys, _PHOTOGRAPHS, 1).flatten()).unbind(1)
+    drawn = below(keys, len(_DRAWN), 1).flatten()
+    begin, height, width = shapes.index_select(0, torch.tensor(_DRAWN, device=keys.device)[drawn]).unbind(1)
     free = torch.stack((height - H, width - W), 1)
     top, left = below(branch(keys, 1), free, 2).unbind(1)
     rows = (top[:, None] + torch.arange(H, device=images.device)) * width[:, None] + left[:, None]
