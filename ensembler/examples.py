@@ -101,7 +101,8 @@ class Examples(Protocol):
         Args:
             x: to check.
             shape: of one stored example.
-            mean, std: of the dataset's normalisation.
+            mean: of the dataset's normalisation.
+            std: likewise.
 
         Raises:
             ShapeError: neither.
