@@ -45,6 +45,7 @@ __all__ = [
     "from_torchvision",
     "preresnet",
     "strided_pointwise",
+    "takes_one_channel",
     "to_channels_last",
     "vgg16",
 ]
@@ -87,6 +88,8 @@ def build(name: str, classes: int, seed: int = 0, memory_format: MemoryFormat = 
             raise UsageError(f"unknown architecture {name!r}: use {known} or package.module:factory")
     _check_weights(name, network)
     tie(network)
+    if takes_one_channel(network):
+        network.register_forward_pre_hook(_one_channel)
     if memory_format == "contiguous":
         network.register_forward_pre_hook(_contiguous)
         return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
@@ -96,6 +99,12 @@ def build(name: str, classes: int, seed: int = 0, memory_format: MemoryFormat = 
 def to_channels_last(network: nn.Module) -> nn.Module:
     """Return the network, its convolutions' weights in channels-last memory."""
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def takes_one_channel(network: nn.Module) -> bool:
+    """Return whether the network's first layer of weights is a convolution of one channel, as of MNIST's networks."""
+    first = next((layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)), None)
+    return isinstance(first, nn.Conv2d) and first.in_channels == 1
 
 
 def strided_pointwise(network: nn.Module) -> str | None:
@@ -109,6 +118,12 @@ def strided_pointwise(network: nn.Module) -> str | None:
         if strided and layer.in_channels % 16:
             return name or type(layer).__name__
     return None
+
+
+def _one_channel(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Give a network of one channel the mean of an image's three, which are equal where the image is grey."""
+    x, *others = inputs
+    return (x.mean(dim=1, keepdim=True) if x.dim() == 4 and x.shape[1] == 3 else x, *others)
 
 
 def _contiguous(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -101,6 +101,10 @@ def grey(num_classes):
     return nn.Sequential(body(1), nn.Linear(4, num_classes))
 
 
+def five_channels(num_classes):
+    return nn.Sequential(body(5), nn.Linear(4, num_classes))
+
+
 def other_size(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, num_classes))
 

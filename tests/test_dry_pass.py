@@ -14,6 +14,7 @@ from torch import nn
 from ensembler.architectures import build, strided_pointwise
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
+from ensembler.images import normalise
 from ensembler.run import Run
 from ensembler.trainers import FGE, DeepEnsemble, Settings, Simplex, train
 from ensembler.trainers.dry_pass import dry_pass
@@ -51,8 +52,8 @@ def tried(name, data=None, **settings):
         ("classes", "returns numbers of type int64 in training mode, expected float32: return the logits"),
         ("probabilities", "returns probabilities in training mode, expected logits: leave out the softmax"),
         ("probabilities_at_last", "returns probabilities, expected logits: leave out the softmax"),
-        ("grey", "in its layer '0.0', Conv2d(1, 4, kernel_size=(3, 3)"),
-        ("grey", "give its first layer 3 input channels"),
+        ("five_channels", "in its layer '0.0', Conv2d(5, 4, kernel_size=(3, 3)"),
+        ("five_channels", "give its first layer 3 input channels"),
         ("other_size", "it may be made for another size: give that by --image-size, or build it for 8 x 8"),
         ("large_kernel", "in its layer '0', Conv2d(3, 4, kernel_size=(11, 11)"),
         ("double", "has weights of type float64 ('body.0.weight'), expected float32: return network.float()"),
@@ -165,6 +166,25 @@ def test_the_chosen_memory_format_holds_in_evaluation(tmp_path):
     assert Ensemble.load(path).predict_proba(floats).shape == (2, 3)
     bare = run.manifest.model_copy(update={"settings": {}})  # of a run that was made elsewhere
     assert torch.equal(Ensemble(replace(run, manifest=bare)).predict_proba(images), expected)
+
+
+def test_a_network_of_one_channel_is_given_one(tmp_path):
+    """The mean of the three, which is what each is where images are grey; in training, evaluation and serving."""
+    from ensembler.serve import Runtime, export_run
+
+    said = []
+    run = make(DeepEnsemble(members=2), architecture="tests._odd_networks:grey", said=said)
+    assert "tests._odd_networks:grey takes one channel: it is given the mean of an image's three" in said
+    path, images = run.save(tmp_path / "run"), dataset().test.images
+    ensemble = Ensemble.load(path)
+    found = ensemble.predict_members(images)
+    network, record = ensemble.network(1), run.manifest.dataset
+    inputs = normalise(images, record.mean, record.std).mean(dim=1, keepdim=True)
+    with torch.no_grad():
+        assert torch.equal(found[1], network(inputs).softmax(1))
+    export_run(path, tmp_path / "bundle", use_data=False)
+    served = Runtime.load(tmp_path / "bundle").predict_members(images.numpy())
+    assert abs(torch.as_tensor(served) - found).max() < 1e-5
 
 
 def test_torchvisions_auxiliary_heads_are_left_out_and_that_is_said(monkeypatch):

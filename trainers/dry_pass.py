@@ -43,6 +43,8 @@ def dry_pass(dataset: Dataset, settings: Settings, say: Callable[[str], None], p
         say(f"{name} is built without its auxiliary heads: its main output is trained")
     trial = _Trial.of(dataset, settings, processes)
     with restored_generators():
+        if own and trial.x.dim() == 4 and architectures.takes_one_channel(trial.build(asked or "contiguous")):
+            say(f"{name} takes one channel: it is given the mean of an image's three")
         if asked:
             trial.examine(trial.build(asked), asked)
             return asked
@@ -86,7 +88,7 @@ class _Trial:
         (examples,) = train.part(torch.arange(count) * (len(train) // count)).batches(count)
         x = train.inputs(dataset.mean, dataset.std, device)(examples.data.to(device))
         checks = NetworkChecks(settings.architecture, meaning, meaning.outputs(len(dataset.classes)))
-        return cls(checks, x, examples.labels.to(device), getattr(torch, settings.precision))
+        return cls(checks, x, examples.labels.to(device), settings.dtype)
 
     def build(self, memory_format: MemoryFormat) -> nn.Module:
         """Build a network of the trial's own.
