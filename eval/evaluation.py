@@ -189,7 +189,7 @@ def evaluate_paths(
     test_sets = [
         validation_set(dataset.validation),
         TestSet("clean", "clean", test, "clean"),
-        *(one for shift in shifts for one in shift.sets),
+        *(one for shift in shifts for one in shift.sets if isinstance(one, TestSet)),
         *outside,
     ]
     test_sets = [replace(one, members=options.save_predictions is not None) for one in test_sets]

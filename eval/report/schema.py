@@ -13,6 +13,7 @@ import numpy as np
 from ensembler.eval.metrics.comparison import Difference, Spread
 from ensembler.eval.metrics.members import CurvePoint, Equivalent
 from ensembler.eval.metrics.ood import OodScores
+from ensembler.eval.shift.test_set import Source
 from ensembler.record import Record
 
 __all__ = [
@@ -86,7 +87,7 @@ class OtherReport(Record):
     """Another test set of the same classes. ``classes``: the outputs that are scored; ``null``: all."""
 
     name: str
-    source: Literal["folder", "hub"]
+    source: Source
     images: int
     classes: list[int] | None
     note: str
@@ -97,7 +98,7 @@ class OodReport(Record):
 
     name: str
     title: str
-    source: Literal["dataset", "folder", "official", "generated", "given"]
+    source: Source | Literal["given"]
     images: int
 
 

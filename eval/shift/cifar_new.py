@@ -40,8 +40,8 @@ def read_cifar101(folder: Path, ours: Sequence[str]) -> tuple[dict[str, Split], 
         for version, count in _CIFAR101.items():
             data, labels = (place / f"cifar10.1_{version}_{kind}.npy" for kind in ("data", "labels"))
             if data.exists() or labels.exists():
-                arrays = (np.array(map_array(path, _REMEDY)) for path in (data, labels))
-                found.setdefault(f"CIFAR-10.1 {version}", _split(place, data.name, *arrays, count))
+                images, classes = (np.array(map_array(path, _REMEDY)) for path in (data, labels))
+                found.setdefault(f"CIFAR-10.1 {version}", _split(place, data.name, images, classes, count))
     return _matched(found, ours, folder)
 
 

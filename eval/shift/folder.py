@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def read_folder(
             examples = FileSplit(folder, names, labels, shape).part(choose(len(files)))
             name, severity = cells.get(place, (place.as_posix() if len(known) > 1 else folder.name, None))
             title = name if severity is None else f"{name} {severity}"
-            group = "other" if severity is None else "shift"
+            group: Literal["other", "shift"] = "other" if severity is None else "shift"
             found.append(TestSet(name, title, examples, group, severity, "folder", classes=matched.outputs))
     return tuple(found), matched
 
