@@ -14,6 +14,7 @@ from ensembler.eval.metrics.comparison import Difference, Spread
 from ensembler.eval.metrics.groups import Groups
 from ensembler.eval.metrics.members import CurvePoint, Equivalent
 from ensembler.eval.metrics.ood import OodScores
+from ensembler.eval.shift.test_set import Source
 from ensembler.record import Record
 
 __all__ = [
@@ -87,7 +88,7 @@ class OtherReport(Record):
     """Another test set of the same classes. ``classes``: the outputs that are scored; ``null``: all."""
 
     name: str
-    source: Literal["dataset", "folder", "hub", "official", "generated"]
+    source: Source
     images: int
     classes: list[int] | None
     note: str
@@ -98,7 +99,7 @@ class OodReport(Record):
 
     name: str
     title: str
-    source: Literal["dataset", "folder", "hub", "official", "generated", "given"]
+    source: Source | Literal["given"]
     images: int
 
 
