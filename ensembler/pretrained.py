@@ -78,7 +78,8 @@ def _timm(name: str, weights: str) -> dict[str, Tensor]:
         import timm  # type: ignore[import-not-found]
 
         origin = timm.get_pretrained_cfg(name)
-        url = f"https://huggingface.co/{origin.hf_hub_id}" if origin.hf_hub_id else origin.url
+        hub = getattr(origin, "hf_hub_id", None)
+        url = f"https://huggingface.co/{hub}" if hub else getattr(origin, "url", name)
         raise ArtefactError(
             f"cannot fetch {url} ({_reason(error)}): "
             "fetch it on a machine with a network, and copy that machine's cache (HF_HOME, TORCH_HOME) here"

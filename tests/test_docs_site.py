@@ -29,7 +29,7 @@ def test_the_reference_of_the_command_line_is_current():
         "| `--mode` | `full`, `exact`, `confidence` | `full` |",
         "| `--port` | whole number from 1 to 65535 | `3000` |",
         "| `--token` | text | `$ENSEMBLER_TOKEN` |",
-        "| `RUNS...` | path, several | required | Two or more runs of one dataset. |",
+        "| `RUNS...` | path, several | required | Two or more runs, or files of predictions, of one dataset. |",
         "ensembler predict BUNDLE|URL IMAGES... [OPTIONS]",
     ):
         assert said in page, said

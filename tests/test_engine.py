@@ -417,7 +417,7 @@ def test_seeds_that_were_computed_otherwise_are_skipped_and_others_refused(tmp_p
         assert result.stderr.splitlines() == [f"many-s{seed} already exists, skipped" for seed in (0, 1)]
     for changes in (
         *(["--lr", 0.01], ["--high", 0.04], ["--epochs", 2], ["--collapse", "centroid"], ["--augmentation", "none"]),
-        *(["--arch", "tests._small:network"], ["--image-size", 6]),
+        ["--arch", "tests._small:network"],
     ):
         result = call(*command, *changes)
         assert result.exit_code == 1

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from starlette.responses import JSONResponse
 
-from ensembler.errors import EnsemblerError
+from ensembler.errors import ArtefactError, EnsemblerError
 from ensembler.serve.http.batcher import OverloadError
 from ensembler.serve.http.metrics import Requests
 from ensembler.serve.http.routes import JSON, KINDS, PAGE, PROBES, PUBLIC
@@ -132,7 +132,8 @@ class Gate:
 def refusal(error: EnsemblerError) -> JSONResponse:
     """Return the response to an error that was raised on purpose."""
     headers = {"Retry-After": str(error.retry_after)} if isinstance(error, OverloadError) else None
-    return JSONResponse({"error": str(error)}, status_code=getattr(error, "status", 400), headers=headers)
+    fault = 500 if isinstance(error, ArtefactError) else 400  # the bundle's, or the request's
+    return JSONResponse({"error": str(error)}, status_code=getattr(error, "status", fault), headers=headers)
 
 
 class _RefusedError(EnsemblerError):

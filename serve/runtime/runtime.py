@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ensembler import artefact, calibration
 from ensembler.calibration import Calibration
-from ensembler.errors import UsageError
+from ensembler.errors import ArtefactError, UsageError
 from ensembler.machine import available_cpus, resident_memory
 from ensembler.serve.runtime import early_exit
 from ensembler.serve.runtime.early_exit import LEVEL, Mode
@@ -136,7 +136,7 @@ class Runtime:
             ShapeError: other images.
         """
         checked = self._check(images)
-        return self._members.ask(checked, self.strategy(len(checked)))
+        return self._ask(checked, 0, self.members)
 
     def predict(
         self, images: object, mode: Mode = "full", *, members: int | None = None, level: float = LEVEL
@@ -174,7 +174,10 @@ class Runtime:
         strategy = self.strategy(len(images))
         if strategy == "merged" and (first, last) != (0, self.members):
             strategy = "sessions"
-        return self._members.ask(images, strategy, first, last)
+        found = self._members.ask(images, strategy, first, last)
+        if not np.isfinite(found).all():  # no fault of the images, whose values are bounded
+            raise ArtefactError("a member of this bundle answers with no number (NaN): train and export it again")
+        return found
 
     def _until_settled(
         self, images: NDArray[np.generic], mode: Mode, members: int, level: float
