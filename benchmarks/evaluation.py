@@ -76,7 +76,7 @@ def main() -> None:
                             torch.softmax(network(inputs), dim=1).cpu()
 
         def whole(cache: str) -> None:
-            evaluate_paths([path], EvaluationOptions(shift="corruptions", cache=Path(folder) / cache))
+            evaluate_paths([path], EvaluationOptions(shift=["corruptions"], cache=Path(folder) / cache))
 
         evaluate_paths([path], EvaluationOptions(cache=Path(folder) / "warm"))  # imports
         ratios, forward = [], []
