@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ensembler import artefact
 from ensembler.datasets import Dataset
-from ensembler.device import configure
+from ensembler.device import configure, limit_threads
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
@@ -185,8 +185,7 @@ def evaluate_paths(
         images = len(next(iter(given.values())).labels)
         groups = None if options.group is None else read_groups(options.group, images)
         return evaluate_given(list(given.values()), examples=options.examples, seed=seed, groups=groups)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    limit_threads(options.threads)
     runs = [Run.load(path) for path in run_paths]
     dataset = _common_dataset(runs, run_paths, options)
     files = dataset.test.files if isinstance(dataset.test, FileSplit) else None

@@ -12,6 +12,7 @@ from ensembler import Ensemble, Run
 from ensembler.errors import CorruptError, UsageError
 from ensembler.normalisation import normalised
 from ensembler.serve.export.bundle import export_run
+from ensembler.serve.runtime.manifest import read_bundle
 from ensembler.serve.runtime.runtime import Runtime
 from ensembler.serve.runtime.verify import verify_bundle
 from ensembler.trainers import FGE, DeepEnsemble, Simplex, collapse_run, combine
@@ -144,6 +145,13 @@ def test_different_networks_are_exported_and_served(deep, other, tmp_path, tune)
     verify_bundle(bundle)
     found = Runtime.load(bundle).predict_members(IMAGES.numpy())
     np.testing.assert_allclose(found, members(run).numpy(), atol=1e-5)
+
+
+def test_what_float32_rounds_is_measured_by_each_members_own_network(deep, tmp_path):
+    rounded = make(DeepEnsemble(members=1), architecture="tests._networks:rounded")
+    path = together(deep=deep, rounded=rounded).save(tmp_path / "run")
+    bundle = export_run(path, tmp_path / "bundle", use_data=False)
+    assert read_bundle(bundle).tolerance > 1e-4
 
 
 def test_a_file_and_a_run_are_told_apart(deep, tmp_path):

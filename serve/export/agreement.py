@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensembler import architectures
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ExportError
 from ensembler.images import normalise
@@ -136,14 +136,12 @@ def _rounding(ensemble: Ensemble, member: int, images: NDArray[np.uint8], expect
     Logits of 1e5, as small networks give for images unlike the few that they were trained on, are rounded to steps that
     change whole probabilities: no two programs agree on them.
     """
-    manifest = ensemble.run.manifest
-    record = manifest.dataset
-    twin = architectures.build(manifest.architecture, ensemble.task.outputs(len(record.classes)))
-    twin.load_state_dict(ensemble.network(member).state_dict())
+    record = ensemble.run_of(member).manifest.dataset
     inputs = normalise(torch.from_numpy(images), record.mean, record.std)
     try:
+        twin = copy.deepcopy(ensemble.network(member)).cpu().double()
         with torch.inference_mode():
-            exact = twin.eval().double()(inputs.double()).softmax(dim=-1).numpy()
+            exact = twin(inputs.double()).softmax(dim=-1).numpy()
     except RuntimeError:  # a type of its own somewhere inside
         return 0.0
     rounding = float(np.abs(exact - expected).max())
