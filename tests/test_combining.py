@@ -147,9 +147,10 @@ def test_different_networks_are_exported_and_served(deep, other, tmp_path, tune)
     np.testing.assert_allclose(found, members(run).numpy(), atol=1e-5)
 
 
-def test_what_float32_rounds_is_measured_by_each_members_own_network(deep, tmp_path):
-    rounded = make(DeepEnsemble(members=1), architecture="tests._networks:rounded")
-    path = together(deep=deep, rounded=rounded).save(tmp_path / "run")
+def test_what_float32_rounds_is_measured_by_each_members_own_network(tmp_path):
+    data = dataset(size=32)
+    one, other = (make(DeepEnsemble(members=1), data, architecture=a) for a in ("cnn", "tests._networks:rounded"))
+    path = combine({"one": one, "other": other}, data).save(tmp_path / "run")
     bundle = export_run(path, tmp_path / "bundle", use_data=False)
     assert read_bundle(bundle).tolerance > 1e-4
 
