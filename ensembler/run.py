@@ -205,6 +205,8 @@ class CostEntry(Record):
             up to its end. ``None`` if unknown.
         device: the device's name.
         origin: the pretrained weights, whose own cost is unknown and not counted; ``None`` for a part that was trained.
+        ids: of the trainings whose cost this is, ``FINGERPRINT/PART`` each. A run that starts from another holds what
+            that one cost, under the same ids.
     """
 
     example_passes: int = 0
@@ -213,6 +215,7 @@ class CostEntry(Record):
     peak_memory: int | None = None
     device: str
     origin: str | None = None
+    ids: list[str] = Field(default_factory=list)
 
 
 class Cost(Record):

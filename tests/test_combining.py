@@ -65,8 +65,18 @@ def test_two_deep_ensembles_are_one(deep):
     assert torch.equal(run.coefficients, torch.eye(4))
 
 
+def equally_long(one, other):
+    """The other run, as if each of its parts had taken to the millisecond what the same part of the one took."""
+    entries = {
+        name: entry.model_copy(update={"seconds": one.manifest.cost.entries[name].seconds})
+        for name, entry in other.manifest.cost.entries.items()
+    }
+    cost = other.manifest.cost.model_copy(update={"entries": entries, "seconds": one.manifest.cost.seconds})
+    return replace(other, manifest=other.manifest.model_copy(update={"cost": cost}))
+
+
 def test_costs_are_added_and_shared_ones_count_once(tmp_path):
-    """An FGE run that starts from a run holds its cost, to the millisecond."""
+    """An FGE run that starts from a run holds what that one cost; another training of equal length is another."""
     single = make(DeepEnsemble(members=1))
     fge = make(FGE(members=2, cycle=1), init=str(single.save(tmp_path / "single")))
     cost = together(single=single, fge=fge).manifest.cost
@@ -78,8 +88,13 @@ def test_costs_are_added_and_shared_ones_count_once(tmp_path):
         "single, solution 1",
         *(f"fge, {n}" for n in fge.manifest.cost.entries if n != "solution 1"),
     }
-    apart = together(a=single, b=make(DeepEnsemble(members=1), seed=5)).manifest.cost
+    apart = together(a=single, b=equally_long(single, make(DeepEnsemble(members=1), seed=5))).manifest.cost
     assert apart.example_passes == 2 * single.manifest.cost.example_passes
+    deep = make(DeepEnsemble(members=2))
+    whole = make(FGE(members=2, cycle=1), init=str(fge.save(tmp_path / "fge")))  # from all that the FGE run cost
+    for runs in ({"fge": fge, "whole": whole, "deep": deep}, {"whole": whole, "deep": deep, "fge": fge}):
+        cost = together(**runs).manifest.cost
+        assert cost.example_passes == sum(run.manifest.cost.example_passes for run in (whole, deep)), list(runs)
 
 
 def test_equal_members_are_kept_once(deep):

@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 
 import torch
 
@@ -204,19 +203,18 @@ def _stack(group: Sequence[Run]) -> Run:
 
 
 def _cost(runs: Mapping[str, Run]) -> Cost:
-    """Add up the costs; parts that are equal to the millisecond are one training, and count once."""
+    """Add up the costs; a training that several runs hold counts once."""
     costs = [run.manifest.cost for run in runs.values()]
     entries: dict[str, CostEntry] = {}
-    once: set[tuple[Any, ...]] = set()
-    shared = []
+    shared: list[CostEntry] = []
+    counted: set[str] = set()
     for name, run in runs.items():
-        whole = {_key(other) for other in costs if other is not run.manifest.cost}
         for part, entry in run.manifest.cost.entries.items():
-            if entry.seconds and _key(entry) in once | whole:
+            if entry.ids and counted.issuperset(entry.ids):
                 shared.append(entry)
             else:
                 entries[f"{name}, {part}"] = entry
-        once |= {_key(entry) for entry in run.manifest.cost.entries.values() if entry.seconds}
+            counted.update(entry.ids)
     passes = [cost.example_passes for cost in costs if cost.example_passes is not None]
     seconds = [cost.seconds for cost in costs if cost.seconds is not None]
     peaks = [cost.peak_memory for cost in costs if cost.peak_memory is not None]
@@ -228,7 +226,3 @@ def _cost(runs: Mapping[str, Run]) -> Cost:
         device=", ".join(dict.fromkeys(cost.device for cost in costs if cost.device != "unknown")) or "unknown",
         entries=entries,
     )
-
-
-def _key(cost: Cost | CostEntry) -> tuple[Any, ...]:
-    return cost.example_passes, cost.forward_passes, cost.seconds, cost.device

@@ -43,6 +43,7 @@ class Ledger:
     def entry(self, name: str, device: torch.device) -> Iterator[CostEntry]:
         """The entry of that name; the block's time and memory are added to it."""
         entry = self.entries.setdefault(name, CostEntry(device=self.device))
+        entry.ids = []  # what goes on, of a run that this one starts from, is no longer that run's own
         start = own_time()
         forget_peak(device)
         try:
@@ -115,7 +116,7 @@ class Ledger:
     def _merge(self, record: Mapping[str, Any]) -> None:
         for name, content in record["entries"].items():
             new = CostEntry.model_validate(content)
-            old = self.entries.setdefault(name, CostEntry(device=new.device))
+            old = self.entries.setdefault(name, CostEntry(device=new.device, ids=new.ids))
             old.example_passes += new.example_passes
             old.forward_passes += new.forward_passes
             old.seconds = None if new.seconds is None else round((old.seconds or 0.0) + new.seconds, 3)

@@ -100,7 +100,8 @@ def inherit(trainer: Trainer, run: Start, part: str) -> Solution:
     # An independent member was trained alone; of any other, the whole run was needed.
     alone = next((e for name, e in cost.entries.items() if run.manifest.independent and name.endswith(FIRST)), None)
     whole = cost.model_dump(exclude={"entries"}) | {"example_passes": cost.example_passes or 0}
-    entry = alone or CostEntry.model_validate(whole | {"origin": ", ".join(cost.unknown) or None})
+    ids = [each for entry in cost.entries.values() for each in entry.ids]
+    entry = alone or CostEntry.model_validate(whole | {"origin": ", ".join(cost.unknown) or None, "ids": ids})
     trainer.ledger.entries[part] = entry.model_copy()
     trainer.ledger.before += entry.seconds or 0.0
     rows = vertices(trainer, run)

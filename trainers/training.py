@@ -217,6 +217,9 @@ def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
 
 def assemble(spec: Spec, trainer: Trainer, members: Members, name: str, independent: bool) -> Run:
     """The run, measured on the held-out and the test data."""
+    cost = trainer.ledger.cost()
+    for part, entry in cost.entries.items():
+        entry.ids = entry.ids or [f"{spec.fingerprint}/{part}"]
     manifest = Manifest(
         method=name,
         command=spec.command,
@@ -232,7 +235,7 @@ def assemble(spec: Spec, trainer: Trainer, members: Members, name: str, independ
         options=spec.options | ({"collapse": "centroid"} if spec.collapse else {}),
         settings=spec.settings,
         fingerprint=spec.fingerprint,
-        cost=trainer.ledger.cost(),
+        cost=cost,
         metrics={},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions(),
