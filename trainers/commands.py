@@ -23,6 +23,11 @@ __all__ = ["app", "command_of"]
 app = typer.Typer()
 
 _Run = Annotated[Path | None, typer.Argument(parser=place, help="Any run. (default: the newest in runs/)")]
+_Data = Annotated[Path | None, typer.Option(help="Folder of the dataset's files, if it has moved.")]
+_Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")]
+_Out = Annotated[
+    str | None, typer.Option(metavar="PATH|URL", help="Folder of the new run, or a URL. (default: one in runs/)")
+]
 
 
 def command_of(method: type[Method]) -> Callable[..., None]:
@@ -63,12 +68,9 @@ for _method in methods():
 @app.command("collapse")
 def collapse(
     run: _Run = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the dataset's files, if it has moved.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
-    out: Annotated[
-        str | None,
-        typer.Option(metavar="PATH|URL", help="Folder of the new run, or a URL. (default: one in runs/)"),
-    ] = None,
+    data: _Data = None,
+    device: _Device = None,
+    out: _Out = None,
 ) -> None:
     """Average a run's vertices into one network: SWA of snapshots (Izmailov et al. 2018)."""
     from ensembler.run import Run, latest, new_path
@@ -107,12 +109,9 @@ app.command("import")(_with_parameters(_import, [*parameters(Import, "Run"), *pa
 @app.command("combine")
 def combine_runs(
     runs: Annotated[list[Path], typer.Argument(parser=place, help="Runs of one dataset; their networks may differ.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the dataset's files.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")] = None,
-    out: Annotated[
-        str | None,
-        typer.Option(metavar="PATH|URL", help="Folder of the new run, or a URL. (default: one in runs/)"),
-    ] = None,
+    data: _Data = None,
+    device: _Device = None,
+    out: _Out = None,
 ) -> None:
     """Combine the members of several runs into one run; their costs are added up."""
     from ensembler.run import Run, new_path

@@ -19,6 +19,8 @@ from ensembler.trainers.settings import Settings
 
 __all__ = ["dry_pass"]
 
+_OTHERWISE = "it does not compute the same in channels-last"
+
 
 def dry_pass(dataset: Dataset, settings: Settings, say: Callable[[str], None], processes: int = 1) -> MemoryFormat:
     """Try a network on two training images: in training mode with gradients, then in evaluation mode.
@@ -43,31 +45,31 @@ def dry_pass(dataset: Dataset, settings: Settings, say: Callable[[str], None], p
         say(f"{name} is built without its auxiliary heads: its main output is trained")
     trial = _Trial.of(dataset, settings, processes)
     with restored_generators():
-        if own and trial.x.dim() == 4 and architectures.takes_one_channel(trial.build(asked or "contiguous")):
-            say(f"{name} takes one channel: it is given the mean of an image's three")
-        if asked:
-            trial.examine(trial.build(asked), asked)
-            return asked
-        try:
-            network = trial.build("channels-last")
-            layer = architectures.strided_pointwise(network) if trial.x.device.type == "cpu" else None
-            if layer is None:
-                trial.examine(network, "channels-last")
-                return "channels-last"
-            said = (
-                f"{name} is trained in contiguous memory: with channels-last, PyTorch's backward pass of its layer "
-                f"{layer!r} on a CPU writes outside of its memory; --memory-format says otherwise"
-            )
-        except UsageError as fault:
-            cause = (
-                "view() in its forward needs it, reshape() would not"
-                if "view size" in str(fault)
-                else ("it does not compute the same in channels-last")
-            )
-            said = f"{name} is trained in contiguous memory: {cause}; --memory-format says otherwise"
-        trial.examine(trial.build("contiguous"), "contiguous")  # raises what is the network's own fault
-        say(said)
-        return "contiguous"
+        network, memory_format = _fitting(trial, asked, say)
+    if trial.x.dim() == 4 and architectures.takes_one_channel(network):
+        say(f"{name} takes one channel: it is given the mean of an image's three")
+    return memory_format
+
+
+def _fitting(trial: _Trial, asked: MemoryFormat | None, say: Callable[[str], None]) -> tuple[nn.Module, MemoryFormat]:
+    """Return an examined network, in the memory format that is asked for, or else in the faster one that it can."""
+    name = trial.checks.name
+    if asked:
+        return trial.examined(trial.build(asked), asked), asked
+    try:
+        network = trial.build("channels-last")
+        layer = architectures.strided_pointwise(network) if trial.x.device.type == "cpu" else None
+        if layer is None:
+            return trial.examined(network, "channels-last"), "channels-last"
+        cause = (
+            f"with channels-last, PyTorch's backward pass of its layer {layer!r} on a CPU writes outside of its memory"
+        )
+    except UsageError as fault:
+        viewed = "view size" in str(fault)
+        cause = "view() in its forward needs it, reshape() would not" if viewed else _OTHERWISE
+    network = trial.examined(trial.build("contiguous"), "contiguous")  # raises what is the network's own fault
+    say(f"{name} is trained in contiguous memory: {cause}; --memory-format says otherwise")
+    return network, "contiguous"
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ class _Trial:
             raise UsageError(f"{self.checks.name} cannot be moved to {self.x.device}: {reason(error)}") from error
         return network
 
-    def examine(self, network: nn.Module, memory_format: MemoryFormat) -> None:
-        """Run every check.
+    def examined(self, network: nn.Module, memory_format: MemoryFormat) -> nn.Module:
+        """Run every check; return the network.
 
         Raises:
             UsageError: one fails.
@@ -116,6 +118,7 @@ class _Trial:
             outputs = self.checks.run(network, x, " in training mode")
         self._backward(network, outputs.float())
         self.checks.answers(network, x, memory_format)
+        return network
 
     def _backward(self, network: nn.Module, outputs: Tensor) -> None:
         name = self.checks.name
