@@ -31,7 +31,7 @@ test-lowest:  ## the test suite with the oldest libraries that pyproject.toml al
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=.ci/lowest.txt EXTRAS=dev,gcs,s3,tensorboard
 
 gpu:  ## what a machine with a GPU must show, in 8 minutes, with the python that is there; writes gpu.json
-	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py --json gpu.json
+	PYTHONPATH=$(CURDIR) $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py --json gpu.json
 
 lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .

@@ -133,8 +133,8 @@ def plain(architecture: str, batch: int, precision: str) -> int:
     return per_second(run, batch)
 
 
-def own(architecture: str, batch: int, precision: str, eager: bool, members: int = 1) -> int:
-    """The package's own training, less its first epoch (capture, choice of algorithms) and what comes after it."""
+def own(architecture: str, batch: int, precision: str, steps: int, eager: bool = False, members: int = 1) -> int:
+    """The package's own training in epochs of so many steps, less the first (capture, choice of algorithms)."""
     ends: list[tuple[str, float]] = []
 
     def note(event: Any) -> None:
@@ -145,10 +145,10 @@ def own(architecture: str, batch: int, precision: str, eager: bool, members: int
         architecture=architecture, batch_size=batch, precision=precision, eager=eager, epochs=5, lr=1e-3
     )
     engine = SideBySide(members) if members > 1 else None
-    train(dataset(IMAGES), DeepEnsemble(members=members), settings, on_event=note, engine=engine)
+    train(dataset(steps * batch), DeepEnsemble(members=members), settings, on_event=note, engine=engine)
     first = dict(reversed(ends))
     later = [when for _, when in ends if when > max(first.values())]
-    return round(len(later) * IMAGES / (later[-1] - max(first.values())))
+    return round(len(later) * steps * batch / (later[-1] - max(first.values())))
 
 
 @contextmanager
@@ -226,14 +226,17 @@ def main() -> None:
     if "train" in parts:
         for architecture, batch, precision in GRID:
             name = f"images a second, {architecture}, {batch}, {precision}"
-            report.attempt(f"{name}, plain", partial(plain, architecture, batch, precision))
-            report.attempt(f"{name}, eager", partial(own, architecture, batch, precision, eager=True))
-            report.attempt(f"{name}, captured", partial(own, architecture, batch, precision, eager=False))
+            alone = report.attempt(f"{name}, plain", partial(plain, architecture, batch, precision))
+            steps = max(1, round(SECONDS / 3 * (alone or batch) / batch))  # an epoch of a second in a plain loop
+            for eager in (True, False):
+                measure = partial(own, architecture, batch, precision, steps, eager)
+                report.attempt(f"{name}, {'eager' if eager else 'captured'}", measure)
     if "together" in parts:
         for members in (2, 4, 8) if CUDA else (2,):
             architecture, batch, precision = GRID[0]
             name = f"images a second, {architecture}, {batch}, {precision}, {members} side by side"
-            report.attempt(name, partial(own, architecture, batch, precision, eager=False, members=members))
+            measure = partial(own, architecture, batch, precision, 300 if CUDA else 2, members=members)
+            report.attempt(name, measure)
     if "score" in parts:
         for members in (1, 10):
             for name, times in (("clean", 1), ("95 cells", 95)):
