@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 from ensembler.cli import app
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.run import Run
-from ensembler.trainers.events import EpochEnd, Message
+from ensembler.trainers.events import EpochEnd, Message, Progress
 from ensembler.trainers.loop import Epoch
 from ensembler.trainers.progress import progress
 
@@ -48,11 +50,29 @@ def test_a_terminal_gets_bars(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     with progress() as on_event:
-        report(on_event, 1, 4)
-    error = capsys.readouterr().err
-    assert "4/4" in error
+        on_event(Message("kept [back]", result=True))
+        for done in (10, 20):
+            on_event(Progress("vertex 2", done, 120))
+        report(on_event, 1)
+        for number in (2, 3):
+            time.sleep(0.11)  # it is drawn ten times a second
+            on_event(epoch("vertex 2", number, 4))
+        report(on_event, 4)
+    out, error = capsys.readouterr()
+    assert out == "kept [back]\n"
     assert "found [this]" in error
-    assert "loss 1.500, accuracy 0.250" in error
+    assert "2/4, loss 1.500, accuracy 0.250" in error  # beside the bar
+    assert re.search(r"[\d,]+ images/s", error)
+    assert "vertex 2: 4 epochs, loss 1.500, accuracy 0.250\n" in error
+
+
+def test_a_long_epoch_has_a_line_a_minute(capsys, monkeypatch):
+    clock = iter([0.0, 59.0, 61.0, 61.0, 90.0])
+    monkeypatch.setattr("ensembler.trainers.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with progress() as on_event:
+        for done in (1000, 2000, 3000):
+            on_event(Progress("vertex 2", done, 4000))
+    assert capsys.readouterr().err.splitlines() == ["vertex 2: 2,000 of 4,000 images"]
 
 
 def test_quiet_shows_nothing(capsys):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ensembler.trainers.loop import Epoch
 
-__all__ = ["EpochEnd", "Event", "Message", "OnEvent", "named"]
+__all__ = ["EpochEnd", "Event", "Message", "OnEvent", "Progress", "named"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,23 @@ class EpochEnd:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Of a part's ``total`` examples, those of all its epochs or measurements, ``done`` are through."""
+
+    part: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Message:
-    """What a method finds on its way, in one line."""
+    """What is found on the way, in one line; or, if it is a ``result``, in several, for standard output."""
 
     text: str
+    result: bool = False
 
 
-Event = EpochEnd | Message
+Event = EpochEnd | Progress | Message
 OnEvent = Callable[[Event], None]
 
 
@@ -43,9 +53,9 @@ def named(prefix: str, on_event: OnEvent) -> OnEvent:
     """A function that passes events on, with ``prefix`` before the names of their parts and their texts."""
 
     def emit(event: Event) -> None:
-        if isinstance(event, EpochEnd):
-            on_event(replace(event, part=prefix + event.part))
+        if isinstance(event, Message):
+            on_event(replace(event, text=prefix + event.text))
         else:
-            on_event(Message(prefix + event.text))
+            on_event(replace(event, part=prefix + event.part))
 
     return emit

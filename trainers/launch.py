@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
@@ -162,8 +162,8 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
             names = {seed: f"-s{seed}" * several for seed in range(first, first + own.seeds)}
             paths = {seed: path.with_name(path.name + name) for seed, name in names.items()}
             urls = {seed: url + name for seed, name in names.items()} if url else {}
-            runs = _Runs(training, paths, urls, own.checkpoint_every, group)
-            runs.make(engine, on_event)
+            runs = _Runs(training, paths, urls, own.checkpoint_every, group, on_event)
+            runs.make(engine)
         for seed, one in runs.saved.items() if group.first else ():
             push_finished(one, urls.get(seed), own.quiet)
 
@@ -178,6 +178,7 @@ class _Runs:
         urls: where each is to be pushed to, if anywhere.
         every: seconds between two checkpoints.
         group: the processes that train together.
+        on_event: told of what is found, and of each run.
     """
 
     training: Training
@@ -185,6 +186,7 @@ class _Runs:
     urls: Mapping[int, str]
     every: float
     group: Group
+    on_event: OnEvent
     saved: dict[int, Path] = field(default_factory=dict)
     unfinished: dict[int, UnfinishedRun] = field(default_factory=dict)
 
@@ -192,7 +194,7 @@ class _Runs:
     def several(self) -> bool:
         return len(self.paths) > 1
 
-    def make(self, engine: Engine, on_event: OnEvent) -> None:
+    def make(self, engine: Engine) -> None:
         """Make those that are missing, and save each as soon as it is finished."""
         from ensembler import jobs
         from ensembler.engine import Local
@@ -208,12 +210,12 @@ class _Runs:
         }
         missing = len(self.unfinished)
         for note in self.training.dataset.notes if missing else ():
-            on_event(Message(note))
+            self.on_event(Message(note))
         here = (dict(self.unfinished), inner, self.group) if outer.here else None
         todo = [jobs.Job(f"seed {seed}", _make, {"seed": seed}) for seed in self.paths]
         shared = self.training, self.several, here
         try:
-            with closing(jobs.run(todo, shared, outer, self, on_event)) as results:
+            with closing(jobs.run(todo, shared, outer, self, self.on_event)) as results:
                 for _ in results:
                     pass
         except BaseException:
@@ -231,6 +233,7 @@ class _Runs:
             UsageError: another run does.
         """
         from ensembler.run import Run
+        from ensembler.trainers.events import Message
 
         seed = job.arguments["seed"]
         path = self.paths[seed]
@@ -240,28 +243,37 @@ class _Runs:
             raise UsageError(
                 f"{path} already exists, made with other options or of other data: choose another --out, or remove it"
             )
-        typer.echo(f"{path} already exists, skipped", err=True)
+        self.on_event(Message(f"{path} already exists, skipped"))
         self.saved[seed] = path
         return path
 
     def save(self, job: Job, result: Run) -> None:
         """Save a run, and remove what was kept while it was made."""
+        from ensembler.trainers.events import Message
+
         seed = job.arguments["seed"]
-        self.saved[seed] = self.group.from_first(partial(save, result, self.paths[seed]))
+
+        def say(text: str) -> None:
+            self.on_event(Message(text, result=True))
+
+        self.saved[seed] = self.group.from_first(partial(save, result, self.paths[seed], say))
         self.unfinished.pop(seed).remove()
 
     def _spec(self, seed: int) -> Spec:
         return self.training.with_seed(seed).spec.model_copy(update={"url": self.urls.get(seed)})
 
     def _say_how_to_resume(self, any_saved: bool) -> None:
+        from ensembler.trainers.events import Message
+
         kept = [one.folder for one in self.unfinished.values() if one.folder.is_dir()]
         if self.several and (kept or any_saved):
             seed, path = next(iter(self.paths.items()))
             again = path.with_name(path.name.removesuffix(f"-s{seed}"))
-            typer.echo(f"to resume: the same command with --out {again}", err=True)
+            self.on_event(Message(f"to resume: the same command with --out {again}"))
             return
         for folder in kept:
-            typer.echo(f"to resume: ensembler {self.training.spec.command} --resume {folder.with_suffix('')}", err=True)
+            command = f"ensembler {self.training.spec.command} --resume {folder.with_suffix('')}"
+            self.on_event(Message(f"to resume: {command}"))
 
 
 def _make(shared: tuple[Training, bool, Any], emit: OnEvent, seed: int) -> Run:
@@ -369,14 +381,12 @@ def check_free(path: Path, resumed: bool = False, restarted: bool = False) -> No
     check_writable(path.parent)
 
 
-def save(run: Run, path: Path) -> Path:
-    """Save a run, or beside ``path`` if another process took that name meanwhile, and print what it is.
+def save(run: Run, path: Path, say: Callable[[str], None] = typer.echo) -> Path:
+    """Save a run, or beside ``path`` if another process took that name meanwhile, and say what it is.
 
     Returns:
         Where it lies.
     """
-    from rich.console import Console
-
     from ensembler.run import new_path
     from ensembler.trainers.summary import lines
 
@@ -385,8 +395,7 @@ def save(run: Run, path: Path) -> Path:
     except UsageError:  # what was trained is not thrown away
         typer.echo(f"{path} was taken while this run was trained: it is saved beside it", err=True)
         path = run.save(new_path(path.parent, path.name))
-    text = "\n".join([*lines(run.manifest), f"run: {path}"])
-    Console(highlight=False, markup=False).print(text, soft_wrap=True)
+    say("\n".join([*lines(run.manifest), f"run: {path}"]))
     return path
 
 

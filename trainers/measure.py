@@ -84,12 +84,15 @@ def points(
     starts = _starts(coefficients, buffers, solved)
 
     def measure() -> list[Point]:
-        result = []
+        result = list[Point]()
+        each = len(train) + len(unseen)
         for row, start in zip(coefficients, starts, strict=True):
+            trainer.show("measurements", len(result) * each, len(starts) * each)
             own = carried.member_buffers(trainer.weights, vertices, row[None], train, trainer.record, [start])
             trainer.weights.load_buffers({name: rows[0] for name, rows in own.items()})
             loss = trainer.task.nll(_predict(trainer, train), train.labels.cpu())
             result.append(Point(loss, _predict(trainer, unseen), unseen.labels.cpu(), trainer.task))
+        trainer.show("measurements", len(starts) * each, len(starts) * each)
         return result
 
     with trainer.ledger.entry("measurements", trainer.device) as entry:
@@ -136,30 +139,29 @@ def describe(
     ``buffers`` and ``solved`` as of :func:`member_buffers`.
 
     Returns:
-        ``name``, ``log_volume``, ``edge_lengths``; the mean ``train_loss`` and ``held_out_nll`` of the ``vertices``,
-        the ``centroid`` and the points ``inside``, in nats; the mean pairwise ``disagreement`` among the vertices and
-        among the points inside.
+        ``name``, ``log_volume``, ``edge_lengths``; and, unless the settings say not to measure, the mean ``train_loss``
+        and ``held_out_nll`` of the ``vertices``, the ``centroid`` and the points ``inside``, in nats, and the mean
+        pairwise ``disagreement`` among the vertices and among the points inside.
     """
-    K = len(simplex)
-    coefficients = torch.cat([torch.eye(K), torch.full((1, K), 1 / K), inside(K)])
-    measured = points(trainer, simplex, coefficients, buffers, trainer.dataset.validation, solved=solved)
-    groups = {"vertices": measured[:K], "centroid": measured[K : K + 1], "inside": measured[K + 1 :]}
     lengths = edge_lengths(simplex).tolist()
-    result: dict[str, Any] = {
-        "name": name,
-        "log_volume": log_volume(simplex).item(),
-        "edge_lengths": lengths,
-        "train_loss": {group: _mean([point.train_loss for point in own]) for group, own in groups.items()},
-        "held_out_nll": {group: _mean([point.nll for point in own]) for group, own in groups.items()},
-        "disagreement": {group: _disagreement(groups[group]) for group in ("vertices", "inside")},
-    }
-    texts = [
-        f"{group} loss {result['train_loss'][group]:.4f}, held-out NLL {result['held_out_nll'][group]:.4f}"
-        + (f", disagreement {result['disagreement'][group]:.4f}" if group in result["disagreement"] else "")
-        for group in groups
-    ]
-    size = f"log volume {result['log_volume']:.2f}, edge lengths {min(lengths):.2f} to {max(lengths):.2f}"
-    trainer.say(f"{name}: {size}; {'; '.join(texts)}")
+    result: dict[str, Any] = {"name": name, "log_volume": log_volume(simplex).item(), "edge_lengths": lengths}
+    texts = [f"log volume {result['log_volume']:.2f}, edge lengths {min(lengths):.2f} to {max(lengths):.2f}"]
+    if trainer.settings.measure == "all":
+        K = len(simplex)
+        coefficients = torch.cat([torch.eye(K), torch.full((1, K), 1 / K), inside(K)])
+        measured = points(trainer, simplex, coefficients, buffers, trainer.dataset.validation, solved=solved)
+        groups = {"vertices": measured[:K], "centroid": measured[K : K + 1], "inside": measured[K + 1 :]}
+        result |= {
+            "train_loss": {group: _mean([point.train_loss for point in own]) for group, own in groups.items()},
+            "held_out_nll": {group: _mean([point.nll for point in own]) for group, own in groups.items()},
+            "disagreement": {group: _disagreement(groups[group]) for group in ("vertices", "inside")},
+        }
+        texts += [
+            f"{group} loss {result['train_loss'][group]:.4f}, held-out NLL {result['held_out_nll'][group]:.4f}"
+            + (f", disagreement {result['disagreement'][group]:.4f}" if group in result["disagreement"] else "")
+            for group in groups
+        ]
+    trainer.say(f"{name}: {'; '.join(texts)}")
     return result
 
 

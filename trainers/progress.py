@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ensembler.errors import ArtefactError, UsageError
-from ensembler.trainers.events import EpochEnd, Event, Message, OnEvent
+from ensembler.trainers.events import EpochEnd, Event, Message, OnEvent, Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = ["progress"]
 
+_MINUTE = 60.0  # seconds between two lines within an epoch
+
 
 @contextmanager
 def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | None = None) -> Iterator[OnEvent]:
-    """Yield a function that handles events.
+    """Yield a function that handles events; results are printed at the end, when no bar is there any more.
 
     Args:
-        quiet: print nothing.
+        quiet: print nothing but the results.
         log: a file to which each epoch appends a JSON object on one line.
         tensorboard: a folder for event files.
 
@@ -40,8 +42,9 @@ def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | N
     """
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console, results = Console(stderr=True), list[str]()
     with ExitStack() as stack:
+        stack.callback(lambda: [typer.echo(text) for text in results])
         watchers: list[OnEvent] = []
         if log:
             watchers.append(stack.enter_context(_json_lines(log)))
@@ -51,6 +54,9 @@ def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | N
             watchers.append(stack.enter_context(_bars(console)) if console.is_terminal else _lines())
 
         def on_event(event: Event) -> None:
+            if isinstance(event, Message) and event.result:
+                results.append(event.text)
+                return
             for watch in watchers:
                 watch(event)
 
@@ -58,20 +64,25 @@ def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | N
 
 
 def _lines() -> OnEvent:
-    """Return a handler that prints a line per epoch, with its part's time left."""
-    end = time.monotonic()  # of the last part, when the next one starts
+    """Return a handler that prints a line per epoch, with its part's time left, and in a long epoch one a minute."""
+    end = printed = time.monotonic()  # end: of the last part, when the next one starts
     starts: dict[str, tuple[float, int]] = {}
 
     def watch(event: Event) -> None:
-        nonlocal end
+        nonlocal end, printed
         if isinstance(event, Message):
             typer.echo(event.text, err=True)
+            return
+        if isinstance(event, Progress):
+            if time.monotonic() - printed > _MINUTE:
+                printed = time.monotonic()
+                typer.echo(f"{event.part}: {event.done:,} of {event.total:,} images", err=True)
             return
         part, epoch, epochs = event.part, event.epoch, event.epochs
         start, before = starts.setdefault(part, (end, epoch.number - 1))
         if epoch.number <= before:  # the part was restarted
             start, before = starts[part] = (end, epoch.number - 1)
-        now = time.monotonic()
+        now = printed = time.monotonic()
         seconds = round((now - start) / (epoch.number - before) * (epochs - epoch.number))
         if epoch.number == epochs:
             end = now
@@ -83,28 +94,50 @@ def _lines() -> OnEvent:
 
 @contextmanager
 def _bars(console: Console) -> Iterator[OnEvent]:
-    """Yield a handler that shows a bar per part with its time left, and messages above the bars."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """Yield a handler that shows a bar per part that is under way; above the bars, a line per finished part."""
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+    from rich.table import Column
+    from rich.text import Text
 
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs, {task.fields[state]}"),
-        TimeRemainingColumn(),
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:,.0f} images/s" if task.speed else "")
+
+    def text(name: str) -> TextColumn:
+        return TextColumn(f"{{{name}}}", markup=False, table_column=Column(no_wrap=True))
+
+    bars = Bars(
+        text("task.description"),
+        BarColumn(bar_width=12),
+        text("task.fields[state]"),
+        Speed(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         console=console,
+        transient=True,
     )
     tasks: dict[str, TaskID] = {}
 
+    def say(line: str) -> None:
+        console.print(line, markup=False, highlight=False)
+
     def watch(event: Event) -> None:
         if isinstance(event, Message):
-            console.print(event.text, markup=False, highlight=False, soft_wrap=True)
+            say(event.text)
             return
         if event.part not in tasks:
-            tasks[event.part] = bar.add_task(event.part, total=event.epochs, state="")
-        bar.update(tasks[event.part], completed=event.epoch.number, state=_state(event))
+            tasks[event.part] = bars.add_task(event.part, total=None, state="")
+        if isinstance(event, Progress):
+            bars.update(tasks[event.part], completed=event.done, total=event.total)
+            ended = event.done == event.total
+        else:
+            bars.update(tasks[event.part], state=f"{event.epoch.number}/{event.epochs}, {_state(event)}")
+            if ended := event.epoch.number == event.epochs:
+                say(f"{event.part}: {event.epochs} epoch{'s' * (event.epochs > 1)}, {_state(event)}")
+        if ended:
+            bars.remove_task(tasks.pop(event.part))
 
-    with bar:
+    with bars:
         yield watch
 
 
@@ -116,7 +149,7 @@ def _json_lines(path: Path) -> Iterator[OnEvent]:
         file = path.open("a", encoding="utf-8", buffering=1)  # flushed after every line, for tail -f
 
     def watch(event: Event) -> None:
-        if isinstance(event, Message):
+        if not isinstance(event, EpochEnd):
             return
         record = event.record() | {"epochs": event.epochs}
         with _writing(path):
@@ -139,7 +172,7 @@ def _tensorboard(folder: Path) -> Iterator[OnEvent]:
         writer = SummaryWriter(str(folder))
 
     def watch(event: Event) -> None:
-        if isinstance(event, Message):
+        if not isinstance(event, EpochEnd):
             return
         record = event.record()
         with _writing(folder):

@@ -72,6 +72,11 @@ class Settings(Options):
         computing=True,
         help="Memory format of images and convolutions. (default: channels-last where the network can)",
     )
+    measure: Literal["all", "none"] = option(
+        "all",
+        computing=True,
+        help="Whether a simplex's vertices and inside and a curve's points are measured, which takes forward passes.",
+    )
     seed: int = option(0, help="Random seed.")
     device: str | None = option(None, computing=True, help="cpu, cuda, ... (default: CUDA where there is one)")
     threads: int | None = option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +36,7 @@ from ensembler.side_by_side import turn
 from ensembler.trainers.batches import Batches
 from ensembler.trainers.capture import CudaGraph
 from ensembler.trainers.distributed import ALONE, Group
-from ensembler.trainers.events import EpochEnd, Message, OnEvent
+from ensembler.trainers.events import EpochEnd, Message, OnEvent, Progress
 from ensembler.trainers.ledger import Ledger
 from ensembler.trainers.loop import Epoch, Fitted, Plan, TrainState, fit
 from ensembler.trainers.resume import Store
@@ -78,7 +79,7 @@ class Trainer:
     group: Group = ALONE
 
     def __post_init__(self) -> None:
-        settings = self.settings
+        settings, self._shown = self.settings, 0.0
         limit_threads(settings.threads)
         self.device = choose_device(settings.device)
         settings.check_device(self.device.type)
@@ -136,6 +137,12 @@ class Trainer:
         """Report what was found, in one line."""
         self.on_event(Message(text))
 
+    def show(self, part: str, done: int, total: int) -> None:
+        """Report progress, in examples; at most twice a second, but always the end."""
+        if done == total or time.monotonic() - self._shown > 0.5:
+            self._shown = time.monotonic()
+            self.on_event(Progress(part, done, total))
+
     def steps(self, epochs: float) -> int:
         """Steps in so many epochs, at least 1."""
         return max(1, round(epochs * self.batches("").per_epoch))
@@ -183,7 +190,11 @@ class Trainer:
             turn()
             seed_generators(derive(settings.seed, "dropout", part, group.rank, iteration))
 
+        each = len(self.train_examples) / batches.per_epoch
+
         def after_step(iteration: int, state: Callable[[], TrainState]) -> None:
+            if iteration < plan.iterations:  # then the epoch's end is told
+                self.show(part, round(iteration * each), round(plan.iterations * each))
             if store and (iteration == plan.iterations or store.due):
                 store.save_state(name, state(), ledger.record())
 

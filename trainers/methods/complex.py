@@ -113,13 +113,14 @@ class Complex(Method):
         )
         coefficients = sample_coefficients(sampling, len(vertices), self.members, seed)
         named = {f"simplex {i + 1}": vertices[simplex] for i, simplex in enumerate(simplexes)}
-        metrics = {
+        metrics: dict[str, Any] = {
             "simplexes": [
                 describe(trainer, simplex, buffers, name, {0: solved[i]})
                 for i, (name, simplex) in enumerate(named.items())
-            ],
-            "paths": self._paths(trainer, vertices, buffers, solved),
+            ]
         }
+        if trainer.settings.measure == "all":
+            metrics["paths"] = self._paths(trainer, vertices, buffers, solved)
         members = member_buffers(trainer, vertices, coefficients, buffers, solved)
         return Members(vertices, coefficients, members, sampling, metrics)
 

@@ -7,7 +7,7 @@ sampled weights, as in the paper's code.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ensembler.errors import UsageError
 from ensembler.options import option
@@ -87,10 +87,12 @@ class Curve(Method):
         fitted = trainer.fit("curve", vertices, ends[0].buffers, plan)
         t, first, second = torch.linspace(0, 1, self.points), ends[0].buffers, ends[1].buffers
         straight, solved = {0: first, 1: second}, {0: first, K - 1: second}
-        path = {
-            "line": path_scores(trainer, line, CURVES["chain"](t, 2), first, t, self.examples, straight),
-            "curve": path_scores(trainer, vertices, basis(t, K), fitted.buffers, t, self.examples, solved),
-        }
+        metrics: dict[str, Any] = {}
+        if trainer.settings.measure == "all":
+            metrics["path"] = {
+                "line": path_scores(trainer, line, CURVES["chain"](t, 2), first, t, self.examples, straight),
+                "curve": path_scores(trainer, vertices, basis(t, K), fitted.buffers, t, self.examples, solved),
+            }
         coefficients = basis(torch.linspace(0, 1, self.members), K)
         buffers = member_buffers(trainer, vertices, coefficients, fitted.buffers, solved)
-        return Members(vertices, coefficients, buffers, metrics={"path": path})
+        return Members(vertices, coefficients, buffers, metrics=metrics)

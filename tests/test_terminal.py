@@ -1,0 +1,33 @@
+"""What is on the screen of a real terminal when a command has ended."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pty", reason="there are no pseudo-terminals")
+
+from tests._terminal import screen
+
+TRAIN = ["--arch", "tests._small:network", "--image-size", "8", "--epochs", "1", "--device", "cpu"]
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def ensembler(*arguments, columns, cwd=ROOT):
+    return screen([sys.executable, "-m", "ensembler", *map(str, arguments)], columns, cwd)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_every_seeds_result_stands_at_the_end(columns, tmp_path):
+    given = "--vertices", 2, "--seeds", 2, *TRAIN, "--out", tmp_path / "run"
+    found = ensembler("train-simplex", *given, columns=columns)
+    results = [line for line in found if line.startswith(("test:", "cost:", "run:"))]
+    assert [line.partition(":")[0] for line in results] == ["test", "cost", "run"] * 2
+    assert found[-1].startswith("run:") or found[-2].startswith("run:")  # a long path takes two lines
+    parts = [line.partition(":")[0] for line in found if " epoch, loss" in line]
+    assert parts == [f"seed {seed}, {part}" for seed in (0, 1) for part in ("solution 1", "vertex 2")]
+    assert not any("━" in line for line in found)  # no bar is left
