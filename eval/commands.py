@@ -143,8 +143,9 @@ def _report(
     }
     folder = report.out or new_folder(Path("reports"), name)
     write_files(folder, files, report.json_file)
-    Console(highlight=False).print(tables(result))
-    print_lines(f"took {time.monotonic() - start:.0f} s; report: {folder} ({', '.join(files)})")
+    console = Console(highlight=False)
+    console.print(tables(result, console.width, report.full))
+    print_lines(f"took {time.monotonic() - start:.0f} s; report: {folder}/report.html")
 
 
 @_command("calibrate", CalibrationOptions)

@@ -32,6 +32,7 @@ RESAMPLES, CONFIDENCE = 2000, 0.95
 
 _GROUPED = ("error", "nll", "calibrated_nll", "brier", "ece")
 _HOW = {
+    "measure",
     "seed",
     "device",
     "eager",

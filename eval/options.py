@@ -65,6 +65,7 @@ class ReportOptions(Options):
     address: str | None = option(
         None, panel="Prediction", help="Address of a Ray cluster. (default: RAY_ADDRESS, or a new local Ray)"
     )
+    full: bool = option(False, flag="--full", help="Print every table; otherwise, some are on the report's page only.")
     quiet: bool = option(False, flag="--quiet", help="Print only the final result.")
 
 

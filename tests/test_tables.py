@@ -28,9 +28,9 @@ DIFFERENCES = "differences from 1: single in error and NLL"
 HOSTILE = ["[red]a[/red]", "a|b`c*_#<b>&$x", 'quote " comma, line\nnext', "=1+1"]
 
 
-def rendered(report: Report, width: int) -> str:
+def rendered(report: Report, width: int, full: bool = True) -> str:
     console = Console(width=width, file=io.StringIO(), color_system=None, highlight=False)
-    console.print(tables(report))
+    console.print(tables(report, width, full))
     return console.file.getvalue()
 
 
@@ -170,9 +170,15 @@ def test_a_terminal_shows_every_figure_whole(width):
     assert max(map(len, lines)) <= width
     words = set(" ".join(lines).split())
     for table in report_tables(report):
-        if not table.detail:
-            cells = {part for row in table.rows for cell in row[table.words :] for part in cell.split()}
-            assert cells <= words, table.title
+        cells = {part for row in table.rows for cell in row[table.words :] for part in cell.split()}
+        assert cells <= words, table.title
+
+
+def test_the_terminal_has_the_findings_first_and_long_tables_only_if_asked():
+    short, full = rendered(comparison(), 80, full=False), rendered(comparison(), 80)
+    assert short.index("In short") < short.index("Clean: ") < short.index("--full")
+    assert "Training cost" in full and "Training cost" not in short
+    assert "every cell" in full and "every cell" not in short
 
 
 def test_parts_without_data_have_no_table():

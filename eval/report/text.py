@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv as rfc4180
 import io
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ensembler.eval.metrics.groups import GROUPED, Bounds
 from ensembler.eval.metrics.ood import OodScores
-from ensembler.eval.report.notation import plain
+from ensembler.eval.report.notation import label, plain
 from ensembler.eval.report.schema import CellScores, Report, RunReport
 from ensembler.eval.report.sentences import findings
-from ensembler.eval.report.tables import about, report_tables
+from ensembler.eval.report.tables import Table, about, report_tables
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -23,39 +23,81 @@ _COLUMNS = (
     *("set", "source", "corruption", "severity", "score", "value"),
 )
 
+_LONG = ("costs", "groups")  # sections that the terminal shows only if asked
+_GAP = 2  # blanks between two columns of the terminal
+
 __all__ = ["csv", "markdown", "tables"]
 
 
-def tables(report: Report) -> RenderableType:
-    """Render the main tables for a terminal of at least 80 columns."""
-    from rich import box
+def tables(report: Report, width: int = 80, full: bool = False) -> RenderableType:
+    """Render the findings and the main tables for a terminal; runs by their number and method.
+
+    Args:
+        report: the report.
+        width: of the terminal, in columns.
+        full: whether every table is shown.
+    """
     from rich.console import Group as Lines
     from rich.padding import Padding
+    from rich.text import Text
+
+    short = _short_labels(report)
+    parts: list[RenderableType] = [Text(line) for line in about(report)]
+    parts += [Text(short(label(report, number)) + f": {plain(run.name)}") for number, run in enumerate(report.runs)]
+    parts += [Text(), Text("In short", style="bold"), *(Text(short(line)) for line in findings(report))]
+    said: set[str] = set()
+    for table in report_tables(report):
+        if not full and (table.detail or table.section in _LONG):
+            continue
+        parts += [Text(), Text(short(table.title), style="bold"), *_grids(table, short, width)]
+        notes = [note for note in table.notes if note not in said]
+        parts += [Padding(Text(short(note), style="dim"), (0, 0, 0, 2)) for note in notes]
+        said |= set(table.notes)
+    if not full:
+        parts += [Text(), Text("More tables: --full, and the report's page.", style="dim")]
+    return Lines(*parts)
+
+
+def _grids(table: Table, short: Callable[[str], str], width: int) -> Iterator[RenderableType]:
+    """Render a table in as many parts as it needs for the width: no word is broken, and no figure is cut."""
+    from rich import box
     from rich.table import Table as Grid
     from rich.text import Text
 
-    parts: list[RenderableType] = [Text(line) for line in about(report)]
-    said: set[str] = set()
-    for table in report_tables(report):
-        if table.detail:
-            continue
+    columns = [[short(cell) for cell in column] for column in zip(table.columns, *table.rows, strict=True)]
+    names, figures = columns[: table.words], columns[table.words :]
+    room = width - sum(max(map(len, column)) + _GAP for column in names)
+    needed = [max(len(word) for cell in column for word in cell.split() or [""]) + _GAP for column in figures]
+    for part in _parts(figures, needed, room):
         grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
-        for place, heading in enumerate(table.columns):
-            widest = max(len(part) for row in table.rows for part in row[place].split() or [""])
-            if place < table.words:
-                # Without room, names are cut, except in the first table.
-                overflow: Literal["fold", "ellipsis"] = "fold" if place or table.section == "costs" else "ellipsis"
-                grid.add_column(Text(heading), overflow=overflow, min_width=min(widest, 8))
-            else:  # figures are never broken
-                grid.add_column(Text(heading), justify="right", overflow="fold", min_width=widest)
-        for row in table.rows:
-            grid.add_row(
-                Text(row[0].replace(": ", ":", 1)), *map(Text, row[1:])
-            )  # one word, so that no line breaks in it
-        parts += [Text(), Text(table.title, style="bold"), grid]
-        parts += [Padding(Text(note, style="dim"), (0, 0, 0, 2)) for note in table.notes if note not in said]
-        said |= set(table.notes)
-    return Lines(*parts)
+        for heading, *_ in names:
+            grid.add_column(Text(heading), no_wrap=True)
+        for heading, *cells in part:
+            least = max(len(word) for cell in [heading, *cells] for word in cell.split() or [""])
+            grid.add_column(Text(heading), justify="right", min_width=least)
+        for row in zip(*(cells for _, *cells in [*names, *part]), strict=True):
+            grid.add_row(*map(Text, row))
+        yield grid
+
+
+def _parts(columns: Sequence[list[str]], needed: Sequence[int], room: int) -> Iterator[list[list[str]]]:
+    """Split columns among tables, so that the widths that those of each need fit into the room; at least one each."""
+    part: list[list[str]] = []
+    left = room
+    for column, width in zip(columns, needed, strict=True):
+        if part and width > left:
+            yield part
+            part, left = [], room
+        part.append(column)
+        left -= width
+    yield part
+
+
+def _short_labels(report: Report) -> Callable[[str], str]:
+    """Return a function that writes runs in a text by their number and method alone."""
+    labels = {label(report, number): f"{number + 1} {plain(run.method)}" for number, run in enumerate(report.runs)}
+    pattern = re.compile(r"(?<!\d)(" + "|".join(map(re.escape, sorted(labels, key=len, reverse=True))) + ")")
+    return lambda text: pattern.sub(lambda found: labels[found[0]], text)
 
 
 def markdown(report: Report) -> str:
