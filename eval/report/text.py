@@ -67,29 +67,36 @@ def _grids(table: Table, short: Callable[[str], str], width: int) -> Iterator[Re
     columns = [[short(cell) for cell in column] for column in zip(table.columns, *table.rows, strict=True)]
     names, figures = columns[: table.words], columns[table.words :]
     room = width - sum(max(map(len, column)) + _GAP for column in names)
-    needed = [max(len(word) for cell in column for word in cell.split() or [""]) + _GAP for column in figures]
-    for part in _parts(figures, needed, room):
+    for part in _parts(figures, room):
         grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
         for heading, *_ in names:
             grid.add_column(Text(heading), no_wrap=True)
-        for heading, *cells in part:
-            least = max(len(word) for cell in [heading, *cells] for word in cell.split() or [""])
-            grid.add_column(Text(heading), justify="right", min_width=least)
+        left = room - sum(_least(column) + _GAP for column in part)
+        for column in part:  # a heading is on one line where there is room
+            more = max(map(len, column)) - _least(column)
+            own = _least(column) + (more if more <= left else 0)
+            left -= own - _least(column)
+            grid.add_column(Text(column[0]), justify="right", width=own)
         for row in zip(*(cells for _, *cells in [*names, *part]), strict=True):
             grid.add_row(*map(Text, row))
         yield grid
 
 
-def _parts(columns: Sequence[list[str]], needed: Sequence[int], room: int) -> Iterator[list[list[str]]]:
-    """Split columns among tables, so that the widths that those of each need fit into the room; at least one each."""
+def _least(column: Sequence[str]) -> int:
+    """Return the length of the longest word."""
+    return max(len(word) for cell in column for word in cell.split() or [""])
+
+
+def _parts(columns: Sequence[list[str]], room: int) -> Iterator[list[list[str]]]:
+    """Split columns among tables, so that those of each fit into the room; at least one each."""
     part: list[list[str]] = []
     left = room
-    for column, width in zip(columns, needed, strict=True):
-        if part and width > left:
+    for column in columns:
+        if part and _least(column) + _GAP > left:
             yield part
             part, left = [], room
         part.append(column)
-        left -= width
+        left -= _least(column) + _GAP
     yield part
 
 
