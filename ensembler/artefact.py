@@ -41,6 +41,11 @@ HELD = ".held"
 
 _STALE = 3600.0  # seconds without a change, after which a writer may be dead
 
+_INSTEAD = {
+    "run": ": make a bundle of it with ensembler export {}",
+    "bundle": ": give the run that it was exported from",
+}
+
 
 def sha256(path: Path) -> str:
     """Compute the hexadecimal SHA-256 of a file."""
@@ -173,7 +178,9 @@ def appear(path: Path) -> Iterator[Path]:
     except OSError as error:
         if path.exists():  # another process created it meanwhile
             raise UsageError(f"{path} already exists: choose another path, or remove it first") from error
-        raise ArtefactError(f"cannot write {path}: {error.strerror or error}; no partial output was kept") from error
+        raise ArtefactError(
+            f"cannot write {path}: {error.strerror or error}: make room, or choose another"
+        ) from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -227,7 +234,8 @@ def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
     except OSError as error:
         raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
     if manifest.get("kind") != kind:
-        raise ArtefactError(f"{path} is a {manifest.get('kind')}, not a {kind}")
+        found = manifest.get("kind")
+        raise ArtefactError(f"{path} is a {found}, not a {kind}{_INSTEAD.get(found, '').format(path)}")
     if manifest.get("format") not in formats:
         known = ", ".join(map(str, formats))
         raise ArtefactError(

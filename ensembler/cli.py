@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -73,7 +73,7 @@ def _errors_on_one_line() -> Iterator[None]:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as error:
-        typer.echo("interrupted; no partial output was kept", err=True)
+        typer.echo("interrupted", err=True)
         raise typer.Exit(143 if isinstance(error, _Terminate) else 130) from None
     finally:
         if is_main:
@@ -100,7 +100,7 @@ def _wrap(command: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command: adds ``--config``, fetches runs and bundles from URLs, prints errors on one line."""
     signature = inspect.signature(command, eval_str=True)
     option = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config)
-    parameters = [*map(_as_parsed, signature.parameters.values()), option]
+    parameters = [_as_shown(_as_parsed(parameter)) for parameter in [*signature.parameters.values(), option]]
 
     @functools.wraps(command)
     def run(config: None, **parameters: Any) -> None:
@@ -121,6 +121,18 @@ def _as_parsed(parameter: inspect.Parameter) -> inspect.Parameter:
     if not any(getattr(info, "parser", None) for info in infos):
         return parameter
     return parameter.replace(annotation=Annotated[_without_path(kind), *infos])
+
+
+def _as_shown(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return a parameter whose ``--help`` shows choices that break between words, and no type of a switch."""
+    kind, *infos = get_args(parameter.annotation) or (None,)
+    kinds = [each for each in (kind, *get_args(kind)) if each is not NoneType]
+    choices = next((get_args(each) for each in kinds if get_origin(each) is Literal), ())
+    shown = " | ".join(map(str, choices)) if choices else "" if bool in kinds else None
+    for info in infos if shown is not None else ():
+        if getattr(info, "metavar", shown) is None:
+            info.metavar = shown
+    return parameter
 
 
 def _without_path(kind: Any) -> Any:

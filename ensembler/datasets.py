@@ -148,7 +148,9 @@ def load(
     elif name == "fashion-mnist":
         title, classes, augmentation, train, test = fashion_mnist(root, download)
     else:
-        raise UsageError(f"unknown dataset {name!r}: use one of {', '.join(NAMES)}")
+        path = Path(name).expanduser()
+        advice = f"for the folder, give folder:{path}" if path.is_dir() else f"use one of {', '.join(NAMES)}"
+        raise UsageError(f"unknown dataset {name!r}: {advice}")
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
     train, held_out = _split(train, validation, title)

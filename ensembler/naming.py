@@ -28,6 +28,10 @@ def import_object(name: str, kind: str) -> Any:
         UsageError: it cannot be imported.
     """
     module, _, attribute = name.partition(":")
+    if module.endswith(".py"):
+        dotted = module.removesuffix(".py").strip("./").replace("/", ".")
+        advice = f"give the {kind} as module:name, from the file's folder: {dotted}:{attribute or 'NAME'}"
+        raise UsageError(f"{name!r} names a file: {advice}")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:

@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_nothing(run, tmp_path, largest):
     command = [sys.executable, "-c", CRAMPED, run, tmp_path / "new", str(largest)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "cannot write" in result.stdout
-    assert "no partial output was kept" in result.stdout
+    assert "make room, or choose another place" in result.stdout
     assert not (tmp_path / "new").exists()
     assert leftovers(tmp_path) == []
 

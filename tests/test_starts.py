@@ -10,7 +10,7 @@ import torch
 from ensembler.architectures import build
 from ensembler.errors import ShapeError, UsageError
 from ensembler.trainers import FGE, DeepEnsemble, Simplex
-from tests._training import make, passes
+from tests._training import call, make, passes
 
 
 def weights_of(path: Path, classes: int, architecture: str = "tests._small:network") -> tuple[str, dict]:
@@ -56,3 +56,10 @@ def test_two_answers_to_what_to_start_from_are_refused(tmp_path):
     path, _ = weights_of(tmp_path / "mine.pt", classes=3)
     with pytest.raises(UsageError, match="--init and --weights both name a start: give one of them"):
         make(Simplex(), init=path, weights="DEFAULT")
+
+
+def test_a_start_of_another_network_is_refused(tmp_path):
+    make(DeepEnsemble(members=1)).save(tmp_path / "run")
+    result = call("train-fge", "--init", tmp_path / "run", "--arch", "vgg16")
+    assert result.exit_code == 1
+    assert "the run that training starts from is of --arch tests._small:network: leave out --arch" in result.stderr

@@ -650,7 +650,7 @@ def test_every_command_takes_a_url_where_it_takes_a_run_or_bundle(trained, tmp_p
     for command in ("show", "eval"):
         assert call(command, "--config", "all.yaml").exit_code == 0
     refused(call("calibrate", run), "a calibration is kept with its run: ensembler pull", "ensembler push")
-    refused(call("show", bundle), "is a bundle, not a run")
+    refused(call("show", bundle), "is a bundle, not a run: give the run that it was exported from")
     refused(call("train-fge", "--out", run), "holds another run or bundle")
     assert call("predict", "http://127.0.0.1:9", tmp_path / "images" / "top" / "0.png").exit_code == 1  # a service's
 

@@ -31,3 +31,9 @@ def test_every_seeds_result_stands_at_the_end(columns, tmp_path):
     parts = [line.partition(":")[0] for line in found if " epoch, loss" in line]
     assert parts == [f"seed {seed}, {part}" for seed in (0, 1) for part in ("solution 1", "vertex 2")]
     assert not any("━" in line for line in found)  # no bar is left
+
+
+def test_help_breaks_no_choice_and_names_no_type_of_a_switch():
+    lines = ensembler("train-fge", "--help", columns=80)
+    assert "float32 | tf32" in " ".join(lines)
+    assert not any("<bool>" in line for line in lines if "--help" not in line)

@@ -300,6 +300,8 @@ def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: 
     data, values = Data.typed(given), {name: _written(value) for name, value in given.items()}
     starts = load_starts(kind.typed(values), Settings.typed(values))
     start = next((found.manifest for found in starts.values() if isinstance(found, Run)), None)
+    if start and "architecture" in chosen and values["architecture"] != start.architecture:
+        raise UsageError(f"the run that training starts from is of --arch {start.architecture}: leave out --arch")
     if own.recipe:
         architecture = start.architecture if start else values["architecture"]
         name = data.dataset or (start.dataset.name if start else "digits")
