@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ensembler.decoding import MEND, read_image
 from ensembler.errors import DataError
-from ensembler.examples import Cut, Epoch, InMemory, stream
+from ensembler.examples import Cut, Epoch, InMemory, hash_tensors, stream
 from ensembler.inputs import check_images
 from ensembler.machine import available_cpus
 
@@ -111,10 +111,7 @@ class Split(_Images):
     @cached_property
     def sha256(self) -> str:
         """Hash of the pixels and labels, which identifies the split whatever its origin."""
-        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        digest.update(self.images.contiguous().numpy().data)
-        digest.update(self.labels.contiguous().numpy().data)
-        return digest.hexdigest()
+        return hash_tensors(self.images, self.labels)
 
     def part(self, index: Any) -> Split:
         """Return the images at ``index``."""
@@ -300,7 +297,7 @@ def read_images(
     augmentation: str = "none",
     choices: Tensor | None = None,
     *,
-    exact: bool = False,
+    like: Path | None = None,
     threads: int | None = None,
     mend: str = MEND,
 ) -> Tensor:
@@ -311,7 +308,7 @@ def read_images(
         shape: (H, W) to which every image is resized, bilinearly and ignoring proportions.
         augmentation, choices: see :func:`augment`. ``"resized-crop-flip"`` crops the image at its original size, and
             resizes only the crop.
-        exact: refuse images that are not of ``shape`` instead of resizing them; it must be the first image's.
+        like: a file of ``shape``; images of another shape are refused, with its name, instead of being resized.
         threads: number of threads; by default a few more than CPUs.
         mend: the last clause of the message about a file that cannot be read.
 
@@ -322,13 +319,13 @@ def read_images(
         DataError: an image cannot be read, or has another shape; the message names it.
     """
     images = np.empty((len(files), *shape, 3), np.uint8)  # in inference mode, other threads could not fill a tensor
-    whole = exact or augmentation == "resized-crop-flip"
+    whole = like is not None or augmentation == "resized-crop-flip"
 
     def read(i: int) -> None:
         image = read_image(files[i], None if whole else shape, mend)
-        if exact and image.shape[:2] != shape:
+        if like is not None and image.shape[:2] != shape:
             raise DataError(
-                f"{files[i]} is {image.shape[1]} x {image.shape[0]} pixels but {files[0]} is "
+                f"{files[i]} is {image.shape[1]} x {image.shape[0]} pixels but {like} is "
                 f"{shape[1]} x {shape[0]}: add --image-size to resize all to one size"
             )
         if augmentation == "resized-crop-flip" and choices is not None:
