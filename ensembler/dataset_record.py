@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -12,7 +13,6 @@ from ensembler import datasets
 from ensembler.datasets import Dataset
 from ensembler.decoded import DecodedSplit
 from ensembler.errors import DataError, UsageError
-from ensembler.examples import Examples
 from ensembler.images import FileSplit
 from ensembler.record import Record
 
@@ -107,8 +107,8 @@ class DatasetRecord(Record):
             known=datasets.Known((height, width), tuple(self.mean), tuple(self.std), self.same_size),
         )
         if isinstance(dataset.train, DecodedSplit):
-            check = partial(self._check_split, "training", title=dataset.title)
-            dataset = replace(dataset, train=dataset.train.checked(check))
+            verify = partial(self._check_split, "training", title=dataset.title)
+            dataset = replace(dataset, train=dataset.train.verified(verify))
         return self.adopt(dataset)
 
     def adopt(self, dataset: Dataset) -> Dataset:
@@ -133,14 +133,14 @@ class DatasetRecord(Record):
         for name, split in _splits(dataset):
             self._check_split(name, split, dataset.title)
 
-    def _seems_same(self, name: str, split: Examples) -> bool:
+    def _seems_same(self, name: str, split: Any) -> bool:
         expected = self._sha256(name)
         if isinstance(split, DecodedSplit) and name == "training" and not split.is_decoded:
             known = split.recorded_sha256
             return known == expected if known else split.source.sha256 == self.train_files
         return not expected or split.sha256 == expected
 
-    def _check_split(self, name: str, split: Examples, title: str) -> None:
+    def _check_split(self, name: str, split: Any, title: str) -> None:
         expected = self._sha256(name)
         if not expected or split.sha256 == expected:
             return
@@ -158,5 +158,5 @@ class DatasetRecord(Record):
         return {"training": self.train_sha256, "validation": self.validation_sha256, "test": self.test_sha256}[name]
 
 
-def _splits(dataset: Dataset) -> list[tuple[str, Examples]]:
+def _splits(dataset: Dataset) -> list[tuple[str, Any]]:
     return [("training", dataset.train), ("validation", dataset.validation), ("test", dataset.test)]

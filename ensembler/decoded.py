@@ -26,7 +26,7 @@ class DecodedSplit(Split):
         source: the files.
         role: ``"train"``, ``"validation"`` or ``"test"``, as the cache lists it.
         like: a file whose size all of them must have; by default they are resized.
-        check: called with this split when its images are first used; it raises where they are not the expected ones.
+        verify: called with this split when its images are first used; it raises where they are not the expected ones.
     """
 
     def __init__(
@@ -34,16 +34,16 @@ class DecodedSplit(Split):
         source: FileSplit,
         role: str,
         like: Path | None = None,
-        check: Callable[[DecodedSplit], None] = lambda split: None,
+        verify: Callable[[DecodedSplit], None] = lambda split: None,
     ) -> None:
-        for name, value in {"source": source, "role": role, "like": like, "check": check}.items():
+        for name, value in {"source": source, "role": role, "like": like, "verify": verify}.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "labels", source.labels)
 
     source: FileSplit
     role: str
     like: Path | None
-    check: Callable[[DecodedSplit], None]
+    verify: Callable[[DecodedSplit], None]
 
     def __reduce__(self) -> tuple[type[Split], tuple[Tensor, Tensor]]:
         """Another process, maybe of another machine, is sent the images themselves."""
@@ -62,7 +62,7 @@ class DecodedSplit(Split):
             DataError: one cannot be read, or they are not the expected ones.
         """
         images, _ = self._decoded
-        self.check(self)
+        self.verify(self)
         return images
 
     @property
@@ -86,9 +86,9 @@ class DecodedSplit(Split):
         texts = recorded(self.source.folder, self.source.files, self._what)
         return None if texts is None else texts.get("sha256")
 
-    def checked(self, check: Callable[[DecodedSplit], None]) -> DecodedSplit:
+    def verified(self, verify: Callable[[DecodedSplit], None]) -> DecodedSplit:
         """Return the same images, checked when they are first used."""
-        return DecodedSplit(self.source, self.role, self.like, check)
+        return DecodedSplit(self.source, self.role, self.like, verify)
 
     @property
     def _what(self) -> dict[str, Any]:

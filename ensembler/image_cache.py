@@ -240,11 +240,11 @@ def _save(path: Path, tensor: Tensor, metadata: dict[str, str], limit: int) -> N
     lock = None
     try:
         if needed > limit:
-            raise OSError(f"they need {needed / _GIB:.2f} GiB, and {LIMIT} is {limit / _GIB:g}")
+            raise OSError(f"they need {needed / 1e6:,.1f} MB, and {LIMIT} allows {limit / 1e6:,.1f} MB")
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
         if (free := shutil.disk_usage(path.parent).free) < 2 * needed:
-            raise OSError(f"they need {needed / _GIB:.2f} GiB, more than half of the {free / _GIB:.2f} GiB left there")
+            raise OSError(f"they need {needed / 1e6:,.1f} MB, more than half of the {free / 1e6:,.1f} MB left there")
         _make_room(path.parent, limit - needed)
         partial.touch(mode=0o600, exist_ok=False)
         lock = hold(partial)
