@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensembler.decoded import DecodedSplit
-from ensembler.decoding import MEND_OR_SKIP, read_image, unreadable
+from ensembler.decoded import DecodedSplit, find_unreadable
+from ensembler.decoding import MEND_OR_SKIP, read_image
 from ensembler.errors import DataError, UsageError
 from ensembler.folder_notes import Notes, describe_folder
 from ensembler.folders import Layout, place, read_layout
@@ -232,7 +232,7 @@ class _Folder:
         for role, part in layout.parts.items():
             bad = self.without.intersection(part.files)
             if self.skip:
-                bad |= self._unreadable([file for file in part.files if file not in bad])
+                bad |= find_unreadable(self.folder, [file for file in part.files if file not in bad])
             labels = torch.tensor(part.labels)
             good = torch.tensor([file not in bad for file in part.files])
             for label in set(part.labels).difference(labels[good].tolist()):
@@ -244,19 +244,9 @@ class _Folder:
             found[role] = split.part(good)
             skipped += [file for file in part.files if file in bad]
         if shape == (0, 0):
-            shape = read_image(found["train"].paths[0], mend=MEND_OR_SKIP).shape[:2]
+            shape = read_image(self.folder / found["train"].files[0], mend=MEND_OR_SKIP).shape[:2]
             found = {role: replace(split, shape=shape) for role, split in found.items()}
         return found, tuple(skipped)
-
-    def _unreadable(self, files: Sequence[str]) -> set[str]:
-        """Return the files that cannot be decoded, found out once."""
-
-        def find() -> tuple[Tensor, dict[str, str]]:
-            bad = {*unreadable([self.folder / file for file in files])}
-            return torch.tensor([self.folder / file in bad for file in files]), {}
-
-        bad, _ = kept(self.folder, files, {"of": "which are unreadable"}, find)
-        return {file for file, is_bad in zip(files, bad.tolist(), strict=True) if is_bad}
 
     def _held_out(self, found: dict[str, FileSplit], share: float) -> dict[str, FileSplit]:
         """Return the three splits, of which those that the folder lacks are held out of its training images."""
@@ -273,7 +263,7 @@ class _Folder:
     def _like(self, train: FileSplit) -> Path | None:
         """Return the file whose size all training images must have, if any; the others are resized to it."""
         same_size = self.known.same_size if self.known else self.image_size is None
-        return train.paths[0] if same_size else None
+        return self.folder / train.files[0] if same_size else None
 
     def _fits(self, found: dict[str, FileSplit]) -> bool:
         """Return whether the images are held in memory."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ensembler.decoding import MEND_OR_SKIP
+from ensembler.decoding import MEND_OR_SKIP, unreadable
 from ensembler.image_cache import kept, recorded
 from ensembler.images import FileSplit, Split, read_images
 from ensembler.splits import content_sha256
 
-__all__ = ["DecodedSplit"]
+__all__ = ["DecodedSplit", "find_unreadable"]
 
 
 class DecodedSplit(Split):
@@ -102,3 +103,16 @@ class DecodedSplit(Split):
         paths = self.source.paths
         images = read_images(paths, self.shape, like=self.like, mend=MEND_OR_SKIP)
         return images, {"files_sha256": content_sha256(paths)}
+
+
+def find_unreadable(folder: Path, files: Sequence[str]) -> set[str]:
+    """Return which of the files cannot be decoded: all are decoded once, and later those that could not be again."""
+
+    def find() -> tuple[Tensor, dict[str, str]]:
+        bad = {*unreadable([folder / file for file in files])}
+        return torch.tensor([folder / file in bad for file in files]), {}
+
+    found, _ = kept(folder, files, {"of": "which files are unreadable"}, find)
+    suspects = [file for file, failed in zip(files, found.tolist(), strict=True) if failed]
+    bad = {*unreadable([folder / file for file in suspects])}  # a disk's error may have passed
+    return {file for file in suspects if folder / file in bad}

@@ -30,6 +30,7 @@ from ensembler import decoding
 from ensembler.artefact import HELD, hold, sweep
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.examples import hash_tensors
+from ensembler.folders import stat_files
 from ensembler.machine import user_cache
 
 __all__ = ["LIMIT", "Listed", "clear", "default_folder", "kept", "listed", "maximum", "recorded"]
@@ -179,10 +180,8 @@ def _place() -> Path | None:
 def _name(folder: Path, files: Sequence[str], what: Mapping[str, Any]) -> str | None:
     """Return the file's name of an entry; ``None`` if an image is not there, which whoever decodes it will say."""
     digest = hashlib.sha256(json.dumps([FORMAT, str(folder), *_decoder(), what], sort_keys=True).encode())
-    root = str(folder)
     try:
-        for file in files:
-            stat = os.stat(f"{root}{os.sep}{file}")  # noqa: PTH116  three times as fast as a Path of it
+        for file, stat in stat_files(folder, files):
             line = f"{file}\0{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n"
             digest.update(line.encode(errors="surrogateescape"))
     except OSError:

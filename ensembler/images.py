@@ -23,6 +23,7 @@ from torch import Tensor
 from ensembler.decoding import MEND, read_image
 from ensembler.errors import DataError
 from ensembler.examples import Cut, Epoch, InMemory, hash_tensors, stream
+from ensembler.folders import stat_files
 from ensembler.inputs import check_images
 from ensembler.machine import available_cpus
 
@@ -159,18 +160,22 @@ class FileSplit(_Images):
         Raises:
             DataError: one cannot be read, or together they need more than :data:`MEMORY_LIMIT`.
         """
-        return self.load(index)
-
-    def load(self, index: Any, mend: str = MEND) -> Split:
-        """Decode the images at ``index``; ``mend`` ends the message about one that cannot be read."""
         part = self.part(index)
-        if part.decoded_bytes > MEMORY_LIMIT:
+        part.check_memory()
+        return part._decode()
+
+    def check_memory(self) -> None:
+        """Check that all images fit into memory.
+
+        Raises:
+            DataError: they need more than :data:`MEMORY_LIMIT`.
+        """
+        if self.decoded_bytes > MEMORY_LIMIT:
             raise DataError(
-                f"{len(part)} images of {self.shape[1]} x {self.shape[0]} pixels take "
-                f"{part.decoded_bytes / 2**30:.1f} GiB, and the limit is {MEMORY_LIMIT / 2**30:g} GiB: "
+                f"{len(self)} images of {self.shape[1]} x {self.shape[0]} pixels take "
+                f"{self.decoded_bytes / 2**30:.1f} GiB, and the limit is {MEMORY_LIMIT / 2**30:g} GiB: "
                 "use fewer (--examples)"
             )
-        return part._decode(mend)
 
     def to(self, device: torch.device | str) -> FileSplit:
         """Return the split itself: its batches go to the device as they are read."""
@@ -193,11 +198,11 @@ class FileSplit(_Images):
         It does not change if an image is replaced by another of the same size in bytes.
         """
         digest = hashlib.sha256(repr(self.shape).encode())
-        for file, path in zip(self.files, self.paths, strict=True):
-            try:
-                digest.update(f"{file}\0{path.stat().st_size}\n".encode(errors="surrogateescape"))
-            except OSError as error:
-                raise DataError(f"cannot read the image {path}: {error}") from error
+        try:
+            for file, stat in stat_files(self.folder, self.files):
+                digest.update(f"{file}\0{stat.st_size}\n".encode(errors="surrogateescape"))
+        except OSError as error:
+            raise DataError(f"cannot read the image {error.filename}: {error}") from error
         digest.update(self.labels.numpy().data)
         return digest.hexdigest()
 
@@ -228,8 +233,8 @@ class FileSplit(_Images):
             for images, labels in batches:
                 yield Split(images, labels)
 
-    def _decode(self, mend: str = MEND) -> Split:
-        return Split(read_images(self.paths, self.shape, mend=mend), self.labels)
+    def _decode(self) -> Split:
+        return Split(read_images(self.paths, self.shape), self.labels)
 
 
 Images = Split | FileSplit
