@@ -103,7 +103,7 @@ def main() -> None:
             found[f"train, {which}"] = measured | {
                 "beyond": measured["seconds"] - (Run.load(path).manifest.cost.seconds or 0.0)
             }
-        shutil.rmtree(folder / "cache")
+        shutil.rmtree(folder / "cache", ignore_errors=True)
         for which in ("first", "second"):
             where = [
                 "--device",
