@@ -15,29 +15,32 @@ it is never trained on. The split of a folder does not depend on where the folde
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ensembler.decoding import MEND_OR_SKIP, read_image, unreadable
+from ensembler.decoded import DecodedSplit, find_unreadable
+from ensembler.decoding import MEND_OR_SKIP, read_image
 from ensembler.errors import DataError, UsageError
-from ensembler.folders import Layout, describe, place, read_layout
-from ensembler.images import AUGMENTATIONS, MEMORY_LIMIT, FileSplit, Images, Split, normalise, read_images
+from ensembler.folder_notes import Notes, describe_folder
+from ensembler.folders import Layout, place, read_layout
+from ensembler.image_cache import kept
+from ensembler.images import AUGMENTATIONS, MEMORY_LIMIT, FileSplit, Images, Split, normalise
 from ensembler.published import cifar, digits, fashion_mnist
 from ensembler.seeds import generator
-from ensembler.splits import content_sha256, hold_out, repeated, repeated_files
+from ensembler.splits import hold_out
 
 __all__ = [
     "AUGMENTATIONS",
     "CORRUPT",
     "NAMES",
     "Dataset",
+    "Known",
     "Split",
     "default_root",
     "load",
@@ -50,8 +53,6 @@ CORRUPT = ("refuse", "skip")
 _SPLIT_SEED = 20260101
 _SAMPLE = 2048  # files from which a channel's mean and variance are computed
 _TEST = 0.2  # share of a folder's images that are held out for testing where it has no test/
-_DARK = 64  # of 255: where no training image has a brighter pixel, something is wrong with their scale
-_SHOWN = 5  # names of classes in a note
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +69,8 @@ class Dataset:
         mean: (3,) of the training images, pixels in [0, 1]; for images in files, of a seeded sample of 2,048.
         std: (3,), the standard deviation of the same pixels.
         skipped: the files of a folder that cannot be read and were left out, relative to it.
-        files_sha256: hash of the bytes of a folder's files, in order, where the images are in memory; else empty.
-        notes: what a user should know of a folder before training: what was taken, what was left out and why.
+        notes: what a user should know of a folder before training: what was taken, what was left out and why. They are
+            found at their first use.
         task: what the targets are; see :func:`ensembler.task.find`.
     """
 
@@ -83,8 +84,7 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     skipped: tuple[str, ...] = ()
-    files_sha256: str = ""
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
     task: str = "classification"
 
     @property
@@ -106,8 +106,11 @@ def load(
     in_memory: bool | None = None,
     corrupt: str = "refuse",
     without: Collection[str] = (),
+    known: Known | None = None,
 ) -> Dataset:
     """Load a dataset by name.
+
+    A folder's images that are held in memory are decoded once, and kept (:mod:`ensembler.image_cache`).
 
     Args:
         name: one of :data:`NAMES`.
@@ -122,6 +125,7 @@ def load(
             if they are held in memory, else during training or evaluation. ``"skip"`` leaves them out and names them;
             it decodes every image once here.
         without: files of a folder to leave out without reading them, relative to it.
+        known: what a run knows of these images: then each split is decoded when its images are first used, not here.
 
     Raises:
         UsageError: the name is unknown, or an option is out of range.
@@ -135,7 +139,7 @@ def load(
         raise UsageError(f"corrupt must be one of {', '.join(CORRUPT)}, not {corrupt!r}")
     if name.startswith("folder:"):
         folder = place(Path(name.removeprefix("folder:")).expanduser().resolve(), root)
-        return _Folder(folder, image_size, in_memory, corrupt == "skip", frozenset(without)).load(validation)
+        return _Folder(folder, image_size, in_memory, corrupt == "skip", frozenset(without), known).load(validation)
     root = root or default_root()
     train: Images
     test: Images
@@ -154,7 +158,7 @@ def load(
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
     train, held_out = _split(train, validation, title)
-    mean, std = moments(train)
+    mean, std = (known.mean, known.std) if known else moments(train)
     return Dataset(name, title, classes, augmentation, train, held_out, test, mean, std)
 
 
@@ -163,30 +167,20 @@ def default_root() -> Path:
     return Path(os.environ.get("ENSEMBLER_DATA") or Path.home() / ".cache" / "ensembler" / "data")
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """The files of a split, and their images: decoded, or the files themselves."""
+@dataclass(frozen=True)
+class Known:
+    """What a run knows of its images, so that none is decoded to find it out again.
 
-    files: FileSplit
-    images: Images
+    Attributes:
+        shape: (H, W).
+        mean, std: (3,), of :class:`Dataset`.
+        same_size: whether the training images have this shape in their files, too, as no image size was given.
+    """
 
-    def hold_out(self, share: float, title: str, spare: int = 0) -> tuple[_Part, _Part]:
-        rest, held = hold_out(self.files.labels.numpy(), share, title, spare)
-        return self._part(rest), self._part(held)
-
-    def _part(self, index: NDArray[np.int64]) -> _Part:
-        return _Part(self.files.part(index), self.images.part(index))
-
-    def repeats(self, train: _Part) -> list[tuple[str, str]]:
-        """Return the images that are also training images: the names of both."""
-        if isinstance(self.images, Split) and isinstance(train.images, Split):
-            pairs = repeated(self.images.images.numpy(), train.images.images.numpy())
-            return [(self.files.files[one], train.files.files[other]) for one, other in pairs]
-        found = repeated_files(self.files.paths, train.files.paths)
-        return [
-            (str(one.relative_to(self.files.folder)), str(other.relative_to(train.files.folder)))
-            for one, other in found
-        ]
+    shape: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    same_size: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,47 +192,49 @@ class _Folder:
     in_memory: bool | None
     skip: bool
     without: frozenset[str]
+    known: Known | None
 
     def load(self, share: float) -> Dataset:
         layout = read_layout(self.folder)
-        files, skipped = self._readable(layout)
-        parts = self._read(files)
-        title = str(self.folder)
-        train, test = parts["train"], parts.get("test")
-        if test is None:
-            train, test = train.hold_out(_TEST, title, spare="validation" not in parts)
-        validation = parts.get("validation")
-        if validation is None:
-            train, validation = train.hold_out(share, title)
-        counts = _histogram(train.images)
-        mean, std = _moments(counts)
-        every = [path for split in files.values() for path in split.paths]
-        held = isinstance(train.images, Split)
+        found, skipped = self._readable(layout)
+        files, like = self._held_out(found, share), self._like(found["train"])
+        decoded = self._fits(found)
+        parts: dict[str, Images] = {}
+        for role, split in files.items():
+            own = role == "train" or role not in found  # of the training folder
+            parts[role] = DecodedSplit(split, role, like if own else None) if decoded else split
+        train = parts["train"]
+        if self.known is None:
+            counts = _histogram(train)
+            mean, std = _moments(counts)
+            for part in parts.values():
+                _ = part.images if isinstance(part, DecodedSplit) else None  # what cannot be read is said now
+        else:
+            mean, std, counts = self.known.mean, self.known.std, None
+        brightest = partial(_brightest, train, counts)
         return Dataset(
             name=f"folder:{self.folder}",
             title=f"images of {self.folder.name}",
             classes=layout.classes,
-            augmentation="crop-flip" if held else "resized-crop-flip",
-            train=train.images,
-            validation=validation.images,
-            test=test.images,
+            augmentation="crop-flip" if decoded else "resized-crop-flip",
+            train=train,
+            validation=parts["validation"],
+            test=parts["test"],
             mean=mean,
             std=std,
             skipped=skipped,
-            files_sha256=content_sha256(every) if held else "",
-            notes=tuple(_notes(layout, train, validation, test, skipped, int(counts.any(0).nonzero().max()))),
+            notes=Notes(partial(describe_folder, layout, files, parts, skipped, brightest)),
         )
 
     def _readable(self, layout: Layout) -> tuple[dict[str, FileSplit], tuple[str, ...]]:
         """Return each split's files, and those that cannot be read and are left out."""
-        shape = (self.image_size or 0, self.image_size or 0)
+        shape = self.known.shape if self.known else (self.image_size or 0, self.image_size or 0)
         found: dict[str, FileSplit] = {}
         skipped: list[str] = []
         for role, part in layout.parts.items():
             bad = self.without.intersection(part.files)
             if self.skip:
-                paths = [self.folder / file for file in part.files if file not in bad]
-                bad |= {path.relative_to(self.folder).as_posix() for path in unreadable(paths)}
+                bad |= find_unreadable(self.folder, [file for file in part.files if file not in bad])
             labels = torch.tensor(part.labels)
             good = torch.tensor([file not in bad for file in part.files])
             for label in set(part.labels).difference(labels[good].tolist()):
@@ -249,82 +245,40 @@ class _Folder:
             split = FileSplit(self.folder, tuple(part.files), labels, shape)
             found[role] = split.part(good)
             skipped += [file for file in part.files if file in bad]
-        if self.image_size is None:
-            shape = read_image(found["train"].paths[0], mend=MEND_OR_SKIP).shape[:2]
+        if shape == (0, 0):
+            shape = read_image(self.folder / found["train"].files[0], mend=MEND_OR_SKIP).shape[:2]
             found = {role: replace(split, shape=shape) for role, split in found.items()}
         return found, tuple(skipped)
 
-    def _read(self, files: dict[str, FileSplit]) -> dict[str, _Part]:
-        size = sum(split.decoded_bytes for split in files.values())
+    def _held_out(self, found: dict[str, FileSplit], share: float) -> dict[str, FileSplit]:
+        """Return the three splits, of which those that the folder lacks are held out of its training images."""
+        title, train = str(self.folder), found["train"]
+        test, validation = found.get("test"), found.get("validation")
+        if test is None:
+            rest, held = hold_out(train.labels.numpy(), _TEST, title, spare=validation is None)
+            train, test = train.part(rest), train.part(held)
+        if validation is None:
+            rest, held = hold_out(train.labels.numpy(), share, title)
+            train, validation = train.part(rest), train.part(held)
+        return {"train": train, "validation": validation, "test": test}
+
+    def _like(self, train: FileSplit) -> Path | None:
+        """Return the file whose size all training images must have, if any; the others are resized to it."""
+        same_size = self.known.same_size if self.known else self.image_size is None
+        return self.folder / train.files[0] if same_size else None
+
+    def _fits(self, found: dict[str, FileSplit]) -> bool:
+        """Return whether the images are held in memory."""
+        size = sum(split.decoded_bytes for split in found.values())
         if self.in_memory or (self.in_memory is None and size <= MEMORY_LIMIT):
-            # Without an image size, all training images must have the same one, to which the others are resized.
-            return {
-                role: _Part(
-                    split, Split(self._pixels(split, exact=not self.image_size and role == "train"), split.labels)
-                )
-                for role, split in files.items()
-            }
-        if self.image_size is None:
+            return True
+        if self.image_size is None and self.known is None:
             raise UsageError(
                 f"the images in {self.folder} would take {size / 2**30:.1f} GiB in memory: to read them from files "
                 f"when needed, give the size to resize them to, such as the first one's: --image-size "
-                f"{min(files['train'].shape)}"
+                f"{min(found['train'].shape)}"
             )
-        return {role: _Part(split, split) for role, split in files.items()}
-
-    @staticmethod
-    def _pixels(split: FileSplit, exact: bool) -> Tensor:
-        return read_images(split.paths, split.shape, exact=exact, mend=MEND_OR_SKIP)
-
-
-def _notes(
-    layout: Layout, train: _Part, validation: _Part, test: _Part, skipped: Sequence[str], brightest: int
-) -> Iterator[str]:
-    """Yield what a user should know of a folder before training, each in one line."""
-    held = {"validation": validation.files, "test": test.files}
-    sizes = {"train": len(train.files), **{role: len(split) for role, split in held.items()}}
-    counts = ", ".join(f"{size:,} {_USES[role]}{_source(layout, role)}" for role, size in sizes.items())
-    line = f"{layout.folder}: {sum(sizes.values()):,} images of {len(layout.classes)} classes, {counts}"
-    yield line + (f"; left out: {describe(layout.left_out)}" if layout.left_out else "")
-    if skipped:
-        yield f"{len(skipped)} images cannot be read and are left out: {', '.join(skipped)}"
-    missing = {
-        role: [name for label, name in enumerate(layout.classes) if label not in set(split.labels.tolist())]
-        for role, split in held.items()
-    }
-    said = [f"{len(names)} in the {role} images ({_some(names)})" for role, names in missing.items() if names]
-    if said:
-        yield f"classes without an image: {', '.join(said)}"
-    for role, part in (("validation", validation), ("test", test)):
-        if pairs := part.repeats(train):
-            yield (
-                f"{len(pairs):,} of {sizes[role]:,} {role} images are training images, too (such as {pairs[0][0]}, "
-                f"which is {pairs[0][1]}): scores on them are too good"
-            )
-    if brightest < _DARK:
-        yield (
-            f"no training image has a pixel brighter than {brightest} of 255: if the files hold fewer bits than their "
-            "format, scale them to its whole range"
-        )
-
-
-_USES = {"train": "to train on", "validation": "for validation", "test": "for testing"}
-
-
-def _source(layout: Layout, role: str) -> str:
-    """Return where a split of a folder with splits comes from, in brackets."""
-    own = layout.parts.get(role)
-    if not layout.train.name:
-        return ""
-    if own is not None:
-        return f" ({own.name}/)"
-    if role == "validation":
-        return f" (held out of {layout.train.name}/)"
-    return f" (a fifth of {layout.train.name}/, as there is no test/)"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
+        return False
 
 
 def _resized(split: Images, size: int) -> Images:
@@ -350,10 +304,22 @@ def moments(split: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return _moments(_histogram(split))
 
 
+def _brightest(train: Images, counts: Tensor | None = None) -> int:
+    """Return the greatest byte value, of a sample where the images are in files."""
+    return int((_histogram(train) if counts is None else counts).any(0).nonzero().max())
+
+
 def _histogram(split: Images) -> Tensor:
-    """Count the byte values of each channel, (3, 256)."""
-    if isinstance(split, FileSplit):
-        split = split.part(torch.randperm(len(split), generator=generator(_SPLIT_SEED, "moments"))[:_SAMPLE])
+    """Count the byte values of each channel, (3, 256) float64; of images in files, those of a sample, and only once."""
+    if not isinstance(split, FileSplit):
+        return _count(split)
+    sample = split.part(torch.randperm(len(split), generator=generator(_SPLIT_SEED, "moments"))[:_SAMPLE])
+    what = {"of": "histogram of a sample", "shape": sample.shape}
+    counts, _ = kept(sample.folder, sample.files, what, lambda: (_count(sample), {}))
+    return counts
+
+
+def _count(split: Images) -> Tensor:
     counts = torch.zeros(3, 256, dtype=torch.float64)
     for batch in split.batches(256):
         pixels = batch.images.reshape(-1, 3).T.int()

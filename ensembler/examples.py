@@ -19,7 +19,7 @@ from ensembler.device import upload
 from ensembler.errors import ShapeError, UsageError
 from ensembler.naming import import_object
 
-__all__ = ["Arrays", "Examples", "InMemory", "find", "stream"]
+__all__ = ["Arrays", "Examples", "InMemory", "find", "hash_tensors", "stream"]
 
 Inputs = Callable[[Tensor], Tensor]
 Epoch = tuple[Tensor, Tensor]
@@ -145,10 +145,7 @@ class Arrays:
     @cached_property
     def sha256(self) -> str:
         """Hash of the shape, features and targets."""
-        digest = hashlib.sha256(repr(tuple(self.data.shape)).encode())
-        for tensor in (self.data, self.labels):
-            digest.update(tensor.contiguous().cpu().numpy().data)
-        return digest.hexdigest()
+        return hash_tensors(self.data, self.labels)
 
     def to(self, device: torch.device | str) -> Arrays:
         """Return the same rows on another device."""
@@ -203,6 +200,14 @@ def stream(
     for order, choices in epochs:
         for index, chosen in cut(upload(order, device), upload(choices, device)):
             yield examples.augmented(index, augmentation, chosen)
+
+
+def hash_tensors(first: Tensor, *others: Tensor) -> str:
+    """Return the hexadecimal SHA-256 of the first tensor's shape and of all tensors' content."""
+    digest = hashlib.sha256(repr(tuple(first.shape)).encode())
+    for tensor in (first, *others):
+        digest.update(tensor.contiguous().cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def find(kind: str) -> type[Examples]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ensembler.decoding import suffixes
 from ensembler.errors import DataError
 
-__all__ = ["Layout", "Part", "describe", "find_images", "place", "read_layout", "split_folder"]
+__all__ = ["Layout", "Part", "describe", "find_images", "place", "read_layout", "split_folder", "stat_files"]
 
 _SYSTEM = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"}
 _SYSTEM |= {"system volume information"}
@@ -99,6 +99,17 @@ def find_images(folder: Path) -> tuple[list[Path], LeftOut]:
             else:
                 found.append(_readable(path))
     return sorted(found), {reason: names for reason, names in left_out.items() if names}
+
+
+def stat_files(folder: Path, files: Iterable[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield each file's name, relative to the folder, with its size and times.
+
+    Raises:
+        OSError: one is not there.
+    """
+    root = str(folder)
+    for file in files:
+        yield file, os.stat(f"{root}{os.sep}{file}")  # noqa: PTH116  three times as fast as a Path
 
 
 def describe(left_out: Mapping[str, list[str]]) -> str:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ensembler.decoding import MEND, read_image
 from ensembler.errors import DataError
-from ensembler.examples import Cut, Epoch, InMemory, stream
+from ensembler.examples import Cut, Epoch, InMemory, hash_tensors, stream
+from ensembler.folders import stat_files
 from ensembler.inputs import check_images
 from ensembler.machine import available_cpus
 
@@ -111,10 +112,7 @@ class Split(_Images):
     @cached_property
     def sha256(self) -> str:
         """Hash of the pixels and labels, which identifies the split whatever its origin."""
-        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        digest.update(self.images.contiguous().numpy().data)
-        digest.update(self.labels.contiguous().numpy().data)
-        return digest.hexdigest()
+        return hash_tensors(self.images, self.labels)
 
     def part(self, index: Any) -> Split:
         """Return the images at ``index``."""
@@ -162,18 +160,22 @@ class FileSplit(_Images):
         Raises:
             DataError: one cannot be read, or together they need more than :data:`MEMORY_LIMIT`.
         """
-        return self.load(index)
-
-    def load(self, index: Any, mend: str = MEND) -> Split:
-        """Decode the images at ``index``; ``mend`` ends the message about one that cannot be read."""
         part = self.part(index)
-        if part.decoded_bytes > MEMORY_LIMIT:
+        part.check_memory()
+        return part._decode()
+
+    def check_memory(self) -> None:
+        """Check that all images fit into memory.
+
+        Raises:
+            DataError: they need more than :data:`MEMORY_LIMIT`.
+        """
+        if self.decoded_bytes > MEMORY_LIMIT:
             raise DataError(
-                f"{len(part)} images of {self.shape[1]} x {self.shape[0]} pixels take "
-                f"{part.decoded_bytes / 2**30:.1f} GiB, and the limit is {MEMORY_LIMIT / 2**30:g} GiB: "
+                f"{len(self)} images of {self.shape[1]} x {self.shape[0]} pixels take "
+                f"{self.decoded_bytes / 2**30:.1f} GiB, and the limit is {MEMORY_LIMIT / 2**30:g} GiB: "
                 "use fewer (--examples)"
             )
-        return part._decode(mend)
 
     def to(self, device: torch.device | str) -> FileSplit:
         """Return the split itself: its batches go to the device as they are read."""
@@ -196,11 +198,11 @@ class FileSplit(_Images):
         It does not change if an image is replaced by another of the same size in bytes.
         """
         digest = hashlib.sha256(repr(self.shape).encode())
-        for file, path in zip(self.files, self.paths, strict=True):
-            try:
-                digest.update(f"{file}\0{path.stat().st_size}\n".encode(errors="surrogateescape"))
-            except OSError as error:
-                raise DataError(f"cannot read the image {path}: {error}") from error
+        try:
+            for file, stat in stat_files(self.folder, self.files):
+                digest.update(f"{file}\0{stat.st_size}\n".encode(errors="surrogateescape"))
+        except OSError as error:
+            raise DataError(f"cannot read the image {error.filename}: {error}") from error
         digest.update(self.labels.numpy().data)
         return digest.hexdigest()
 
@@ -231,8 +233,8 @@ class FileSplit(_Images):
             for images, labels in batches:
                 yield Split(images, labels)
 
-    def _decode(self, mend: str = MEND) -> Split:
-        return Split(read_images(self.paths, self.shape, mend=mend), self.labels)
+    def _decode(self) -> Split:
+        return Split(read_images(self.paths, self.shape), self.labels)
 
 
 Images = Split | FileSplit
@@ -300,7 +302,7 @@ def read_images(
     augmentation: str = "none",
     choices: Tensor | None = None,
     *,
-    exact: bool = False,
+    like: Path | None = None,
     threads: int | None = None,
     mend: str = MEND,
 ) -> Tensor:
@@ -311,7 +313,7 @@ def read_images(
         shape: (H, W) to which every image is resized, bilinearly and ignoring proportions.
         augmentation, choices: see :func:`augment`. ``"resized-crop-flip"`` crops the image at its original size, and
             resizes only the crop.
-        exact: refuse images that are not of ``shape`` instead of resizing them; it must be the first image's.
+        like: a file of ``shape``; images of another shape are refused, with its name, instead of being resized.
         threads: number of threads; by default a few more than CPUs.
         mend: the last clause of the message about a file that cannot be read.
 
@@ -322,13 +324,13 @@ def read_images(
         DataError: an image cannot be read, or has another shape; the message names it.
     """
     images = np.empty((len(files), *shape, 3), np.uint8)  # in inference mode, other threads could not fill a tensor
-    whole = exact or augmentation == "resized-crop-flip"
+    whole = like is not None or augmentation == "resized-crop-flip"
 
     def read(i: int) -> None:
         image = read_image(files[i], None if whole else shape, mend)
-        if exact and image.shape[:2] != shape:
+        if like is not None and image.shape[:2] != shape:
             raise DataError(
-                f"{files[i]} is {image.shape[1]} x {image.shape[0]} pixels but {files[0]} is "
+                f"{files[i]} is {image.shape[1]} x {image.shape[0]} pixels but {like} is "
                 f"{shape[1]} x {shape[0]}: add --image-size to resize all to one size"
             )
         if augmentation == "resized-crop-flip" and choices is not None:

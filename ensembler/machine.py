@@ -1,4 +1,4 @@
-"""What this process may use of the machine: CPUs, a GPU, memory. Standard library only."""
+"""What this process may use of the machine: CPUs, a GPU, memory, a cache on disk. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["available_cpus", "has_gpu", "resident_memory"]
+from ensembler.errors import ArtefactError
+
+__all__ = ["available_cpus", "has_gpu", "resident_memory", "user_cache"]
 
 
 def available_cpus(root: Path = Path("/")) -> int:
@@ -41,6 +43,18 @@ def has_gpu() -> bool:
         return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
     except (OSError, AttributeError):
         return False
+
+
+def user_cache() -> Path:
+    """Return the folder of what can be made again: ``$XDG_CACHE_HOME/ensembler``, or ``~/.cache/ensembler``.
+
+    Raises:
+        ArtefactError: this user has no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ensembler"
+    except RuntimeError as error:
+        raise ArtefactError("this user has no home for a cache: set XDG_CACHE_HOME to a folder") from error
 
 
 def _limits(root: Path) -> Iterator[float]:

@@ -22,7 +22,7 @@ import json
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,10 +34,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ensembler import artefact, datasets
-from ensembler.datasets import Dataset
-from ensembler.errors import ArtefactError, CorruptError, DataError, DivergedError, UsageError
-from ensembler.images import FileSplit
+from ensembler import artefact
+from ensembler.dataset_record import DatasetRecord
+from ensembler.errors import ArtefactError, CorruptError, DivergedError, UsageError
 from ensembler.record import Record
 
 __all__ = [
@@ -59,122 +58,6 @@ _PACKAGES = (
     *("ensembler", "torch", "torchvision", "numpy", "pillow", "scikit-learn", "netcal"),
     *("onnx", "onnxruntime-gpu", "onnxruntime", "bentoml"),
 )
-
-
-class DatasetRecord(Record):
-    """The identity of a dataset, its normalisation and its augmentation.
-
-    Attributes:
-        kind: of data; see :func:`ensembler.examples.find`.
-        shape: of one stored example; for images, [H, W, 3].
-        lazy: whether images were read from files when needed.
-        skipped: the files of a folder that cannot be read and were left out.
-        files_sha256: hash of the bytes of a folder's files, where the images were in memory; else empty.
-    """
-
-    name: str
-    title: str
-    kind: str = "images"
-    classes: list[str]
-    shape: list[int]
-    mean: list[float]
-    std: list[float]
-    augmentation: str
-    train_examples: int
-    class_counts: list[int] = Field(default_factory=list)
-    train_sha256: str
-    validation_sha256: str = ""
-    test_sha256: str
-    files_sha256: str = ""
-    lazy: bool = False
-    skipped: list[str] = Field(default_factory=list)
-
-    @classmethod
-    def of(cls, dataset: Dataset, augmentation: str | None = None) -> DatasetRecord:
-        """Make the record of a dataset with the given augmentation, or by default the dataset's.
-
-        Raises:
-            UsageError: the augmentation is unknown.
-        """
-        augmentation, known = augmentation or dataset.augmentation, dataset.train.augmentations
-        if augmentation not in known:
-            raise UsageError(f"unknown augmentation {augmentation!r}: use one of {', '.join(known)}")
-        return cls(
-            name=dataset.name,
-            title=dataset.title,
-            kind=dataset.train.kind,
-            classes=list(dataset.classes),
-            shape=list(dataset.train.example_shape),
-            mean=list(dataset.mean),
-            std=list(dataset.std),
-            augmentation=augmentation,
-            train_examples=len(dataset.train),
-            class_counts=list(dataset.class_counts.values()),
-            train_sha256=dataset.train.sha256,
-            validation_sha256=dataset.validation.sha256,
-            test_sha256=dataset.test.sha256,
-            files_sha256=dataset.files_sha256,
-            lazy=isinstance(dataset.train, FileSplit),
-            skipped=list(dataset.skipped),
-        )
-
-    def load(self, root: Path | None = None, *, download: bool = False) -> Dataset:
-        """Load the same images, normalised alike; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
-
-        A folder that has moved is read at ``root``, or at its own name in ``root``.
-
-        Raises:
-            DataError: the images are missing or have changed, or the data are not images.
-        """
-        if self.kind != "images":
-            raise DataError(f"{self.title} cannot be loaded by name: pass the dataset from Python")
-        height, width = self.shape[:2]
-        size = height if height == width else None
-        dataset = datasets.load(
-            self.name,
-            root,
-            download=download,
-            image_size=size,
-            in_memory=not self.lazy,
-            without=self.skipped,
-        )
-        return self.adopt(dataset)
-
-    def adopt(self, dataset: Dataset) -> Dataset:
-        """Return a dataset with the record's normalisation, which the run's networks were trained with.
-
-        Raises:
-            DataError: the training or test examples are not the record's.
-        """
-        self.check(dataset)
-        return replace(dataset, mean=tuple(self.mean), std=tuple(self.std))
-
-    def check(self, dataset: Dataset) -> None:
-        """Refuse a dataset that differs from the record.
-
-        Raises:
-            DataError: the training, validation or test examples differ, so the test split might not be held out.
-        """
-        changed = [
-            part
-            for part, expected, found in (
-                ("training", self.train_sha256, dataset.train),
-                ("validation", self.validation_sha256, dataset.validation),
-                ("test", self.test_sha256, dataset.test),
-            )
-            if expected and expected != found.sha256
-        ]
-        if not changed:
-            return
-        if self.files_sha256 and self.files_sha256 == dataset.files_sha256:
-            raise DataError(
-                f"the {changed[0]} images of {dataset.name} differ from the run's although their files are the same: "
-                "install the versions of Pillow and scikit-learn that ensembler show names, or train again"
-            )
-        raise DataError(
-            f"{dataset.title} has changed since the run was trained (its {changed[0]} images differ): "
-            "point --data at the original files, or train again"
-        )
 
 
 class Sampling(Record):

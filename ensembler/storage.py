@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 from ensembler import artefact
 from ensembler.artefact import MANIFEST, SEAL
 from ensembler.errors import ArtefactError, CorruptError, UsageError
+from ensembler.machine import user_cache
 from ensembler.progress import Watcher
 from ensembler.stores import NAME, HubRepository, Store, is_url, mismatch, name_of, open_store, silent
 
@@ -63,7 +63,7 @@ def place(text: str | Path) -> Path:
 
 def default_folder() -> Path:
     """Return the cache of downloads: ``$XDG_CACHE_HOME/ensembler/artefacts`` or ``~/.cache/...``; safe to remove."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ensembler" / "artefacts"
+    return user_cache() / "artefacts"
 
 
 def local(location: str | Path, watch: Watcher = silent) -> Path:

@@ -1,4 +1,4 @@
-"""The commands of ``ensembler data``: the official corrupted test sets, and ones generated here in their layout.
+"""The commands of ``ensembler data``: corrupted test sets, official or generated here, and the cache of decoded images.
 
 Annotations are evaluated here, not postponed: Typer reads them.
 """
@@ -13,7 +13,9 @@ from ensembler.progress import watching
 __all__ = ["app"]
 
 app = typer.Typer(
-    name="data", no_args_is_help=True, help="Corrupted test sets: download the official ones, or generate some."
+    name="data",
+    no_args_is_help=True,
+    help="Corrupted test sets: download the official ones, or generate some. Decoded images: list them.",
 )
 
 _Data = Annotated[Path | None, typer.Option(help="Folder of datasets. (default: $ENSEMBLER_DATA, or a cache folder)")]
@@ -83,3 +85,28 @@ def corrupt(
         typer.echo("complete files were kept: run the same command again to resume", err=True)
         raise
     typer.echo(f"{out}: generated {len(made)} corruptions of {len(images.test)} images, marked as generated")
+
+
+@app.command("cache")
+def cache(
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove all of them; they are decoded again when needed.")
+    ] = False,
+) -> None:
+    """List the decoded images of folders that are kept, the last used first; or remove them."""
+    from datetime import datetime
+
+    from ensembler import image_cache
+
+    folder, entries = image_cache.default_folder(), image_cache.listed()
+    if clear:
+        removed, size = image_cache.clear()
+        used = f"; {len(entries) - removed} are used by other processes and stay" if removed < len(entries) else ""
+        typer.echo(f"{folder}: removed {removed} of {len(entries)} files, {size / 1e6:,.1f} MB{used}")
+        return
+    for entry in entries:
+        used = f"{datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}"
+        typer.echo(f"{used}  {entry.bytes / 1e6:>9,.1f} MB  {entry.images:>9,} images  {entry.what}")
+    size, limit = sum(entry.bytes for entry in entries), image_cache.maximum()
+    most = f"{limit / 2**30:g} GiB, {image_cache.LIMIT}"
+    typer.echo(f"{folder}: {len(entries)} files, {size / 1e6:,.1f} MB (at most {most}), by the time of their last use")

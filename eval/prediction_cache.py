@@ -29,6 +29,7 @@ from ensembler import __version__
 from ensembler.artefact import HELD, hold, replace_file, sha256, sweep
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
+from ensembler.machine import user_cache
 
 __all__ = ["PREDICTING", "Arrays", "Entry", "MembersFile", "code_sha256", "default_folder", "identity"]
 
@@ -45,7 +46,7 @@ Arrays = dict[str, NDArray[Any]]
 
 def default_folder() -> Path:
     """Return the default folder: ``$XDG_CACHE_HOME/ensembler/predictions``, or ``~/.cache/ensembler/predictions``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ensembler" / "predictions"
+    return user_cache() / "predictions"
 
 
 def code_sha256(architecture: str, network: nn.Module) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ensembler import datasets
-from ensembler.decoding import MEND_OR_SKIP, suffixes, unreadable
+from ensembler.decoded import DecodedSplit, find_unreadable
+from ensembler.decoding import suffixes
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.shift.test_set import Source, TestSet
 from ensembler.folders import describe, find_images, split_folder
@@ -62,9 +63,10 @@ def load_ood(
         folder = Path(name.removeprefix("folder:")).expanduser().resolve()
         files, skipped = _folder(folder, corrupt == "skip")
         split = FileSplit(folder, files, torch.zeros(len(files), dtype=torch.int64), shape)
-        chosen = split.load(_some(len(split), examples, seed), MEND_OR_SKIP)
+        chosen = split.part(_some(len(split), examples, seed))
+        chosen.check_memory()
         title = f"images of {folder.name}" + f" ({skipped} unreadable left out)" * (skipped > 0)
-        return _test_set(f"folder:{folder}", title, chosen.images, "folder")
+        return _test_set(f"folder:{folder}", title, DecodedSplit(chosen, "out-of-distribution").images, "folder")
     dataset = datasets.load(name, root, download=download)
     images = dataset.test[_some(len(dataset.test), examples, seed)].images
     return _test_set(dataset.name, f"{dataset.title}, test images", resized(images, shape), "dataset")
@@ -112,10 +114,11 @@ def _folder(folder: Path, skip: bool) -> tuple[tuple[str, ...], int]:
     if not paths:
         held = f"; it holds {describe(left_out)}" if left_out else ""
         raise DataError(f"{part} holds no image that is read ({', '.join(sorted(suffixes()))}){held}")
-    bad = set(unreadable(paths)) if skip else set()
+    files = [path.relative_to(folder).as_posix() for path in paths]
+    bad = find_unreadable(folder, files) if skip else set()
     if len(bad) == len(paths):
         raise DataError(f"none of the {len(paths)} images in {part} can be read: repair or remove them")
-    return tuple(path.relative_to(folder).as_posix() for path in paths if path not in bad), len(bad)
+    return tuple(file for file in files if file not in bad), len(bad)
 
 
 def _some(available: int, examples: int | None, seed: int) -> Tensor:

@@ -1,0 +1,162 @@
+"""What a run records of its dataset, and how it finds the same images again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from ensembler import datasets
+from ensembler.datasets import Dataset
+from ensembler.decoded import DecodedSplit
+from ensembler.errors import DataError, UsageError
+from ensembler.images import FileSplit
+from ensembler.record import Record
+
+__all__ = ["DatasetRecord"]
+
+
+class DatasetRecord(Record):
+    """The identity of a dataset, its normalisation and its augmentation.
+
+    Attributes:
+        kind: of data; see :func:`ensembler.examples.find`.
+        shape: of one stored example; for images, [H, W, 3].
+        lazy: whether images were read from files when needed.
+        skipped: the files of a folder that cannot be read and were left out.
+        files_sha256: hash of the bytes of each split's files, by its name, where a folder's images were in memory.
+        train_files: hash of the names and sizes of the training files, likewise; else empty.
+        same_size: whether a folder's training images had to have this shape, as no image size was given.
+    """
+
+    name: str
+    title: str
+    kind: str = "images"
+    classes: list[str]
+    shape: list[int]
+    mean: list[float]
+    std: list[float]
+    augmentation: str
+    train_examples: int
+    class_counts: list[int] = Field(default_factory=list)
+    train_sha256: str
+    validation_sha256: str = ""
+    test_sha256: str
+    files_sha256: dict[str, str] = Field(default_factory=dict)
+    train_files: str = ""
+    same_size: bool = False
+    lazy: bool = False
+    skipped: list[str] = Field(default_factory=list)
+
+    @classmethod
+    def of(cls, dataset: Dataset, augmentation: str | None = None) -> DatasetRecord:
+        """Make the record of a dataset with the given augmentation, or by default the dataset's.
+
+        Raises:
+            UsageError: the augmentation is unknown.
+        """
+        augmentation, known = augmentation or dataset.augmentation, dataset.train.augmentations
+        if augmentation not in known:
+            raise UsageError(f"unknown augmentation {augmentation!r}: use one of {', '.join(known)}")
+        train = dataset.train
+        decoded = {name: split for name, split in _splits(dataset) if isinstance(split, DecodedSplit)}
+        return cls(
+            name=dataset.name,
+            title=dataset.title,
+            kind=dataset.train.kind,
+            classes=list(dataset.classes),
+            shape=list(dataset.train.example_shape),
+            mean=list(dataset.mean),
+            std=list(dataset.std),
+            augmentation=augmentation,
+            train_examples=len(dataset.train),
+            class_counts=list(dataset.class_counts.values()),
+            train_sha256=dataset.train.sha256,
+            validation_sha256=dataset.validation.sha256,
+            test_sha256=dataset.test.sha256,
+            files_sha256={name: split.files_sha256 for name, split in decoded.items()},
+            train_files=train.source.sha256 if isinstance(train, DecodedSplit) else "",
+            same_size=isinstance(train, DecodedSplit) and train.like is not None,
+            lazy=isinstance(dataset.train, FileSplit),
+            skipped=list(dataset.skipped),
+        )
+
+    def load(self, root: Path | None = None, *, download: bool = False) -> Dataset:
+        """Load the same images, normalised alike; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
+
+        A folder that has moved is read at ``root``, or at its own name in ``root``. Its training images are neither
+        read nor decoded, and are checked when they are first used.
+
+        Raises:
+            DataError: the images are missing or have changed, or the data are not images.
+        """
+        if self.kind != "images":
+            raise DataError(f"{self.title} cannot be loaded by name: pass the dataset from Python")
+        height, width = self.shape[:2]
+        size = height if height == width else None
+        dataset = datasets.load(
+            self.name,
+            root,
+            download=download,
+            image_size=size,
+            in_memory=not self.lazy,
+            without=self.skipped,
+            known=datasets.Known((height, width), tuple(self.mean), tuple(self.std), self.same_size),
+        )
+        if isinstance(dataset.train, DecodedSplit):
+            verify = partial(self._check_split, "training", title=dataset.title)
+            dataset = replace(dataset, train=dataset.train.verified(verify))
+        return self.adopt(dataset)
+
+    def adopt(self, dataset: Dataset) -> Dataset:
+        """Return a dataset with the record's normalisation, which the run's networks were trained with.
+
+        Raises:
+            DataError: the training or test examples are not the record's.
+        """
+        self.check(dataset)
+        return replace(dataset, mean=tuple(self.mean), std=tuple(self.std))
+
+    def check(self, dataset: Dataset) -> None:
+        """Refuse a dataset that differs from the record.
+
+        A folder's training images that are not yet decoded are known by the cache, or else by their names and sizes.
+
+        Raises:
+            DataError: the training, validation or test examples differ, so the test split might not be held out.
+        """
+        if all(self._seems_same(name, split) for name, split in _splits(dataset)):
+            return
+        for name, split in _splits(dataset):
+            self._check_split(name, split, dataset.title)
+
+    def _seems_same(self, name: str, split: Any) -> bool:
+        expected = self._sha256(name)
+        if isinstance(split, DecodedSplit) and name == "training" and not split.is_decoded:
+            known = split.recorded_sha256
+            return known == expected if known else split.source.sha256 == self.train_files
+        return not expected or split.sha256 == expected
+
+    def _check_split(self, name: str, split: Any, title: str) -> None:
+        expected = self._sha256(name)
+        if not expected or split.sha256 == expected:
+            return
+        if isinstance(split, DecodedSplit) and self.files_sha256.get(name) == split.files_sha256:
+            raise DataError(
+                f"the {name} images of {title} differ from the run's although their files are the same: "
+                "install the versions of Pillow and scikit-learn that ensembler show names, or train again"
+            )
+        raise DataError(
+            f"{title} has changed since the run was trained (its {name} images differ): "
+            "point --data at the original files, or train again"
+        )
+
+    def _sha256(self, name: str) -> str:
+        return {"training": self.train_sha256, "validation": self.validation_sha256, "test": self.test_sha256}[name]
+
+
+def _splits(dataset: Dataset) -> list[tuple[str, Any]]:
+    return [("training", dataset.train), ("validation", dataset.validation), ("test", dataset.test)]

@@ -1,0 +1,107 @@
+"""What a user should know of a folder of images before training, in lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from ensembler.folders import Layout, describe
+from ensembler.images import FileSplit, Images, Split
+from ensembler.splits import repeated, repeated_files
+
+__all__ = ["Notes", "describe_folder"]
+
+_DARK = 64  # of 255: where no training image has a brighter pixel, something is wrong with their scale
+_SHOWN = 5  # names of classes in a note
+
+
+class Notes(Sequence[str]):
+    """Lines that are found at their first use, as they take comparing all images."""
+
+    def __init__(self, find: Callable[[], Iterator[str]]) -> None:
+        self._find = find
+
+    @cached_property
+    def _lines(self) -> tuple[str, ...]:
+        return tuple(self._find())
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._lines[index]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, (self._lines,)
+
+
+def describe_folder(
+    layout: Layout,
+    files: Mapping[str, FileSplit],
+    parts: Mapping[str, Images],
+    skipped: Sequence[str],
+    brightest: Callable[[], int],
+) -> Iterator[str]:
+    """Yield what a user should know of a folder before training, each in one line.
+
+    Args:
+        layout: the folder's.
+        files: those of each split.
+        parts: the splits.
+        skipped: files that cannot be read.
+        brightest: returns the greatest byte value of the training images.
+    """
+    held = {role: split for role, split in files.items() if role != "train"}
+    counts = ", ".join(f"{len(split):,} {_USES[role]}{_source(layout, role)}" for role, split in files.items())
+    total = sum(map(len, files.values()))
+    line = f"{layout.folder}: {total:,} images of {len(layout.classes)} classes, {counts}"
+    yield line + (f"; left out: {describe(layout.left_out)}" if layout.left_out else "")
+    if skipped:
+        yield f"{len(skipped)} images cannot be read and are left out: {', '.join(skipped)}"
+    missing = {
+        role: [name for label, name in enumerate(layout.classes) if label not in set(split.labels.tolist())]
+        for role, split in held.items()
+    }
+    said = [f"{len(names)} in the {role} images ({_some(names)})" for role, names in missing.items() if names]
+    if said:
+        yield f"classes without an image: {', '.join(said)}"
+    for role, split in held.items():
+        if pairs := _repeats(split, parts[role], files["train"], parts["train"]):
+            yield (
+                f"{len(pairs):,} of {len(split):,} {role} images are training images, too (such as {pairs[0][0]}, "
+                f"which is {pairs[0][1]}): scores on them are too good"
+            )
+    if (most := brightest()) < _DARK:
+        yield (
+            f"no training image has a pixel brighter than {most} of 255: if the files hold fewer bits than their "
+            "format, scale them to its whole range"
+        )
+
+
+def _repeats(files: FileSplit, part: Images, train_files: FileSplit, train: Images) -> list[tuple[str, str]]:
+    """Return the images that are also training images: the names of both."""
+    if isinstance(part, Split) and isinstance(train, Split):
+        pairs = repeated(part.images.numpy(), train.images.numpy())
+        return [(files.files[one], train_files.files[other]) for one, other in pairs]
+    found = repeated_files(files.paths, train_files.paths)
+    return [(str(one.relative_to(files.folder)), str(other.relative_to(files.folder))) for one, other in found]
+
+
+_USES = {"train": "to train on", "validation": "for validation", "test": "for testing"}
+
+
+def _source(layout: Layout, role: str) -> str:
+    """Return where a split of a folder with splits comes from, in brackets."""
+    own = layout.parts.get(role)
+    if not layout.train.name:
+        return ""
+    if own is not None:
+        return f" ({own.name}/)"
+    if role == "validation":
+        return f" (held out of {layout.train.name}/)"
+    return f" (a fifth of {layout.train.name}/, as there is no test/)"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
