@@ -198,12 +198,11 @@ class Ensemble:
     def _drawn(self, scale: float, members: int, seed: int, train: Examples | None) -> Ensemble:
         """Return an ensemble of members drawn from the run's Gaussians, with the buffers of their own members."""
         run, weights = self.run, self._parts[0].weights
-        gaussians = gaussian.flatten(weights, run.gaussians)
-        vertices = gaussian.draw(gaussians, scale, members, seed)
-        places = [m % len(gaussians) % len(run.coefficients) for m in range(members)]
+        drawn = replace(run, vertices=gaussian.draw(run.gaussians, scale, members, seed))
+        S = len(next(iter(run.gaussians.values())))
+        places = [m % S % len(run.coefficients) for m in range(members)]
         starts: list[Start] = [({name: rows[place] for name, rows in run.buffers.items()}, False) for place in places]
-        own = replace(run, vertices=weights.unflatten(vertices.cpu()))
-        return self._moved(own, vertices, torch.eye(members), starts, train)
+        return self._moved(drawn, weights.flatten(drawn.vertices), torch.eye(members), starts, train)
 
     def _moved(
         self, run: Run, vertices: Tensor, coefficients: Tensor, starts: Sequence[Start], train: Examples | None

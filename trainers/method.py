@@ -36,7 +36,8 @@ class Members:
         buffers: the members' buffers, name to (M, ...).
         sampling: how further members can be drawn, if they can.
         metrics: what the method measured, in JSON values.
-        gaussians: (S, K + 2, P), where the members are drawn from Gaussians (:mod:`ensembler.gaussian`).
+        gaussians: parameter name to (S, K + 2, ...), where the members are drawn from Gaussians
+            (:mod:`ensembler.gaussian`).
     """
 
     vertices: Tensor
@@ -44,7 +45,7 @@ class Members:
     buffers: Mapping[str, Tensor]
     sampling: Sampling | Gaussians | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    gaussians: Tensor | None = None
+    gaussians: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Method(Options):

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ensembler import datasets, gaussian
+from ensembler import datasets
 from ensembler.datasets import Dataset
 from ensembler.engine import Engine, Local
 from ensembler.ensemble import Ensemble
@@ -180,17 +180,17 @@ def check_inputs(runs: Mapping[str, Run]) -> None:
 
 
 def centroid(
-    trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor], gaussians: Tensor | None = None
+    trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor], gaussians: Mapping[str, Tensor]
 ) -> Members:
     """The average of vertices (K, P) as one network: SWA of snapshots (Izmailov et al. 2018).
 
-    Of members that are drawn from Gaussians (S, K + 2, P), it is the average of their means instead: SWA of all
-    iterates. BatchNorm statistics are recomputed for it (sec. 3.2), unless it is the one vertex that there is; all
-    other buffers are the first member's.
+    Where members are drawn from Gaussians, it is the average of their means instead: SWA of all iterates. BatchNorm
+    statistics are recomputed for it (sec. 3.2), unless it is the one vertex that there is; all other buffers are the
+    first member's.
     """
-    points = vertices if gaussians is None else gaussians[:, 0]
-    one, first = points.mean(dim=0, keepdim=True), {name: rows[0] for name, rows in buffers.items()}
-    solved = {0: first} if gaussians is None and len(vertices) == 1 else {}
+    means = trainer.weights.flatten({name: rows[:, 0] for name, rows in gaussians.items()}) if gaussians else vertices
+    one, first = means.mean(dim=0, keepdim=True), {name: rows[0] for name, rows in buffers.items()}
+    solved = {0: first} if len(vertices) == 1 and not gaussians else {}
     return Members(one, torch.ones(1, 1), member_buffers(trainer, one, torch.ones(1, 1), first, solved))
 
 
@@ -205,7 +205,6 @@ def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
     settings = Settings(**manifest.settings | {"init": None, "weights": None, "device": device})
     trainer = Trainer(manifest.dataset.adopt(dataset), settings)
     rows = vertices(trainer, run)
-    gaussians = gaussian.flatten(trainer.weights, run.gaussians) if run.gaussians else None
     trainer.ledger.entries.update({name: entry.model_copy() for name, entry in manifest.cost.entries.items()})
     trainer.ledger.before, trainer.ledger.history = manifest.cost.seconds or 0.0, [dict(line) for line in run.history]
     buffers = {name: own.to(trainer.device) for name, own in run.buffers.items()}
@@ -218,7 +217,9 @@ def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
         starts={"run": run.sha256},
         collapse=True,
     ).fingerprinted(set())
-    return assemble(spec, trainer, centroid(trainer, rows, buffers, gaussians), f"{manifest.method}-centroid", False)
+    return assemble(
+        spec, trainer, centroid(trainer, rows, buffers, run.gaussians), f"{manifest.method}-centroid", False
+    )
 
 
 def assemble(spec: Spec, trainer: Trainer, members: Members, name: str, independent: bool) -> Run:
@@ -252,7 +253,7 @@ def assemble(spec: Spec, trainer: Trainer, members: Members, name: str, independ
         coefficients=members.coefficients.cpu(),
         buffers=members.buffers,
         frozen={key: tensor.cpu() for key, tensor in trainer.weights.frozen().items()},
-        gaussians={} if members.gaussians is None else gaussian.unflatten(trainer.weights, members.gaussians.cpu()),
+        gaussians={key: tensor.cpu() for key, tensor in members.gaussians.items()},
         history=trainer.ledger.history,
     )
 

@@ -108,8 +108,10 @@ class SWAG(Method):
         names = ["swag"] if S == 1 else [f"swag {number + 1}" for number in range(S)]
         jobs = {name: {"name": name, "number": number} for number, name in enumerate(names)}
         made = each(trainer, partial(fit_gaussian, options=self), jobs)
-        gaussians = torch.stack([tensors["gaussian"] for tensors, _ in made])
-        vertices = gaussian.draw(gaussians, self.scale, self.members, trainer.settings.seed)
+        each_own = [trainer.weights.unflatten(tensors["gaussian"]) for tensors, _ in made]
+        gaussians = {name: torch.stack([own[name] for own in each_own]) for name in each_own[0]}
+        drawn = gaussian.draw(gaussians, self.scale, self.members, trainer.settings.seed)
+        vertices = trainer.weights.flatten(drawn)
         return Members(
             vertices,
             torch.eye(self.members),
