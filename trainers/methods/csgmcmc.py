@@ -4,14 +4,14 @@ The rate is that of a snapshot ensemble; in the last part of each cycle, noise m
 
     p(theta) ~ exp(-N / T * (mean loss + decay / 2 * |theta|^2))
 
-of N training examples at temperature T (1 is Bayes'; weight decay is the Gaussian prior). A step at the rate lr with
-momentum m adds to every weight's gradient Gaussian noise of variance
+of N training examples at temperature T (1 is Bayes'; weight decay is the Gaussian prior). Without momentum, a step at
+the rate lr adds noise of variance 2 lr T / N to every weight (SGLD, with the paper's step size lr / N). With momentum m
+it is SGHMC, with the noise in the velocity; see :func:`langevin`. Each cycle begins without velocity: SGD's is the rate
+times a buffer, and the buffer's noise at the end of a cycle, times the rate at the beginning of the next, would be the
+end of the network.
 
-    2 (1 - m) T / (N lr)
-
-so that without momentum the weights get noise of variance 2 lr T / N (SGLD, with the paper's step size lr / N); with
-momentum it is SGHMC in the form of the authors' code. Vertices: the samples, at equal distances in the noisy part, the
-last at the cycle's end. Coefficients: the identity.
+Vertices: the samples, at equal distances in the noisy part, the last at the cycle's end. Coefficients: the identity.
+Clipping, which is on by default, changes the posterior where it acts: it bounds the loss's gradient, not the noise.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class CyclicalSGMCMC(Method):
         return self.model_copy(update={"cycle": self.cycle or settings.epochs / self.cycles})
 
     def train(self, trainer: Trainer) -> Members:
-        """Train one network through the cycles, and collect the samples at the end of each."""
+        """Train one network through the cycles, each a part of the cost, and collect the samples at their ends."""
         import torch
 
-        from ensembler.trainers.loop import Plan
-        from ensembler.trainers.schedules import cosine, repeated
+        from ensembler.trainers.loop import Plan, Snapshot
+        from ensembler.trainers.schedules import cosine
         from ensembler.trainers.starts import fresh, solution, stack_buffers
 
         settings, length = trainer.settings, trainer.steps(self.cycle or 1)
@@ -88,27 +88,30 @@ class CyclicalSGMCMC(Method):
                 f"{self.samples_per_cycle} samples: raise --cycle or lower --exploration"
             )
         begin = solution(trainer) if trainer.starts_solved else fresh(trainer)
-        rate = cosine(settings.lr, length)
-        noise = langevin(rate, quiet, self.temperature, settings.momentum, len(trainer.train_examples))
-        offsets = [
-            quiet + (length - quiet) * sample // self.samples_per_cycle
-            for sample in range(1, self.samples_per_cycle + 1)
-        ]
+        rate, count = cosine(settings.lr, length), self.samples_per_cycle
         plan = Plan(
-            repeated(rate, length),
-            length * self.cycles,
-            noise=repeated(noise, length),
-            collect={cycle * length + offset for cycle in range(self.cycles) for offset in offsets},
+            rate,
+            length,
+            noise=langevin(rate, quiet, self.temperature, settings.momentum, len(trainer.train_examples)),
+            collect={quiet + (length - quiet) * (sample + 1) // count for sample in range(count)},
         )
-        fitted = trainer.fit("csgmcmc", begin.vector[None].clone(), begin.buffers, plan)
-        vertices = torch.cat([snapshot.vertices for snapshot in fitted.snapshots])
-        return Members(vertices, torch.eye(self.members), stack_buffers(fitted.snapshots))
+        vertices, buffers, samples = begin.vector[None].clone(), begin.buffers, list[Snapshot]()
+        for cycle in range(self.cycles):
+            fitted = trainer.fit(f"cycle {cycle + 1}", vertices, buffers, plan)
+            vertices, buffers = fitted.vertices, fitted.buffers
+            samples += fitted.snapshots
+        rows = torch.cat([sample.vertices for sample in samples])
+        return Members(rows, torch.eye(self.members), stack_buffers(samples))
 
 
 def langevin(rate: Schedule, quiet: int, temperature: float, momentum: float, examples: int) -> Schedule:
-    """The standard deviation of the gradients' noise in one cycle: ``sqrt(2 (1 - momentum) T / (N rate))``.
+    """The standard deviation of the gradients' noise in one cycle, 0 in its first ``quiet`` iterations.
 
-    It is 0 in the first ``quiet`` iterations.
+    At a constant rate its square is ``2 (1 - m) T / (N rate)``. SGD's velocity is the rate times its buffer, which a
+    falling rate shrinks beyond the friction m. For the velocity to keep the variance that it has in equilibrium,
+    ``2 rate T / (N (1 + m))``, the square is
+
+        2 T / (N rate) * (1 - m^2 rate / previous rate) / (1 + m).
 
     Args:
         rate: the learning rate in the cycle.
@@ -117,5 +120,12 @@ def langevin(rate: Schedule, quiet: int, temperature: float, momentum: float, ex
         momentum: m, of the optimiser.
         examples: N, training examples, over which the loss is a mean.
     """
-    factor = 2 * (1 - momentum) * temperature / examples
-    return lambda iteration: math.sqrt(factor / rate(iteration)) if iteration > quiet else 0.0
+    factor = 2 * temperature / examples / (1 + momentum)
+
+    def noise(iteration: int) -> float:
+        if iteration <= quiet:
+            return 0.0
+        now, before = rate(iteration), rate(max(1, iteration - 1))
+        return math.sqrt(factor / now * (1 - momentum**2 * now / before))
+
+    return noise
