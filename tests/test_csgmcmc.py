@@ -143,6 +143,11 @@ def test_the_noise_at_the_end_of_a_cycle_does_not_ruin_the_next():
     assert norms.max() < 2 * norms[0]
 
 
+def test_a_cycle_may_end_within_an_epoch():
+    run = make(CyclicalSGMCMC(members=4, samples_per_cycle=2, cycle=1.5, exploration=0.3))
+    assert passes(run) == {"cycle 1": 30 + 16, "cycle 2": 30 + 16}
+
+
 def test_batchnorm_statistics_are_those_that_a_sample_was_trained_with():
     run = make(CyclicalSGMCMC(members=2, samples_per_cycle=1), architecture="tests._small:batchnorm")
     assert "members" not in run.manifest.cost.entries

@@ -246,7 +246,8 @@ class _Feed:
         def rows(draw: Draw, name: str, count: int) -> Tensor:
             return draw(np.random.default_rng(derive(seed, name, part, epoch)), count)
 
-        iterations = range(epoch * steps + 1, (epoch + 1) * steps + 1)
+        # The last epoch may be longer than the plan, which need not be defined beyond its end.
+        iterations = [min(epoch * steps + n + 1, plan.iterations) for n in range(steps)]
         rates = torch.tensor([plan.schedule(iteration) for iteration in iterations])
         points = torch.ones(steps * plan.samples, 1)
         if plan.draw:
