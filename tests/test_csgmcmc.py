@@ -94,8 +94,8 @@ def test_samples_have_the_covariance_of_a_gaussian_posterior(momentum):
     data = gaussian_examples(N)
     data = replace(data, train=replace(data.train, data=torch.zeros_like(data.train.data)))  # no noise of batches
     settings = Settings(
-        **{"architecture": "tests.test_swag:quadratic", "augmentation": "none", "device": "cpu", "batch_size": 64},
-        **{"momentum": momentum, "lr": 0.5 * (1 - momentum), "weight_decay": decay, "clip": 0.0, "epochs": 1600},
+        **{"architecture": "tests.test_swag:quadratic", "augmentation": "none", "device": "cpu", "batch_size": 8},
+        **{"momentum": momentum, "lr": 0.5 * (1 - momentum), "weight_decay": decay, "clip": 0.0, "epochs": 200},
     )
     method = CyclicalSGMCMC(members=4, samples_per_cycle=1, exploration=0.6, temperature=temperature)
     samples = flat(train(data, method, settings)).double().view(4 * PAIRS, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -235,6 +236,14 @@ def test_members_are_drawn_again_with_a_seed(network, tmp_path):
     if network == "batchnorm":
         with pytest.raises(UsageError, match="unknown dataset 'small'"):
             ensemble.sample(3)
+
+
+def test_what_is_not_recomputed_a_drawn_member_has_from_its_own_gaussian():
+    run = make(METHOD.model_copy(update={"swags": 2}), epochs=4, architecture="tests._small:counting")
+    assert run.buffers["0.seen"].tolist() == [120.0] * 5
+    run = replace(run, buffers={**run.buffers, "0.seen": torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0])})
+    drawn = Ensemble(run, "cpu").sample(4, seed=5, train=dataset().train)
+    assert drawn.run.buffers["0.seen"].tolist() == [1.0, 2.0, 1.0, 2.0]
 
 
 def test_each_drawn_member_has_batchnorm_statistics_of_its_own_weights():
