@@ -55,7 +55,7 @@ class CyclicalSGMCMC(Method):
     )
     exploration: float = option(0.8, ge=0, lt=1, help="beta, share of a cycle before the noise and the samples.")
     temperature: float = option(
-        1.0, ge=0, help="T of the posterior; 1 is Bayes', 0 is without noise, and the authors' code takes 1/N."
+        0.1, ge=0, help="T of the posterior; 1 is Bayes', 0 is without noise, and the authors' code takes 1/N."
     )
 
     @property
