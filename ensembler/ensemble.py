@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -13,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ensembler import examples, task
+from ensembler import examples, gaussian, task
 from ensembler.batchnorm import has_batchnorm
 from ensembler.buffers import Start, member_buffers
 from ensembler.device import choose_device, limit_threads
 from ensembler.errors import ShapeError, UsageError
 from ensembler.examples import Examples
 from ensembler.network_checks import NetworkChecks
-from ensembler.run import Run, Sampling
+from ensembler.run import Gaussians, Run, Sampling
 from ensembler.seeds import derive, generator
 from ensembler.subspace import dirichlet
 from ensembler.task import Task
@@ -153,7 +154,9 @@ class Ensemble:
         return uncertainty(self.predict_members(x).numpy())
 
     def sample(self, members: int, seed: int = 0, train: Examples | None = None) -> Ensemble:
-        """Draw an ensemble of new members from the same simplexes.
+        """Draw an ensemble of new members from the same simplexes or Gaussians.
+
+        With the run's own seed, the members drawn from Gaussians are the run's.
 
         Args:
             members: M >= 1.
@@ -167,6 +170,8 @@ class Ensemble:
         sampling = self.run.manifest.sampling
         if sampling is None:
             raise UsageError(f"the members of a run by {self.run.manifest.method} are fixed: nothing to sample from")
+        if isinstance(sampling, Gaussians):
+            return self._drawn(sampling.scale, members, seed, train)
         return self.at(sample_coefficients(sampling, self.run.coefficients.shape[1], members, seed), train)
 
     def at(self, coefficients: Tensor, train: Examples | None = None) -> Ensemble:
@@ -188,13 +193,31 @@ class Ensemble:
         if coefficients.dim() != 2 or not len(coefficients) or coefficients.shape[1] != count:
             shape = tuple(coefficients.shape)
             raise ShapeError(f"expected coefficients (M, {count}) with M >= 1, found {shape}")
-        record, (part,) = self.run.manifest.dataset, self._parts
-        starts = self._starts(coefficients)
+        return self._moved(self.run, self._parts[0].vertices, coefficients, self._starts(coefficients), train)
+
+    def _drawn(self, scale: float, members: int, seed: int, train: Examples | None) -> Ensemble:
+        """Return an ensemble of members drawn from the run's Gaussians, with the buffers of their own members."""
+        run, weights = self.run, self._parts[0].weights
+        drawn = replace(run, vertices=gaussian.draw(run.gaussians, scale, members, seed))
+        S = len(next(iter(run.gaussians.values())))
+        places = [m % S % len(run.coefficients) for m in range(members)]
+        starts: list[Start] = [({name: rows[place] for name, rows in run.buffers.items()}, False) for place in places]
+        return self._moved(drawn, weights.flatten(drawn.vertices), torch.eye(members), starts, train)
+
+    def _moved(
+        self, run: Run, vertices: Tensor, coefficients: Tensor, starts: Sequence[Start], train: Examples | None
+    ) -> Ensemble:
+        """Return an ensemble of other members of the same network; arguments as of :func:`member_buffers`.
+
+        ``run`` holds the vertices.
+        """
+        record, (part,) = run.manifest.dataset, self._parts
         if train is None and not all(own for _, own in starts) and has_batchnorm(part.weights.module):
             train = record.load().train
-        buffers = member_buffers(part.weights, part.vertices, coefficients, train, record, starts)
-        manifest = self.run.manifest.model_copy(update={"members": len(coefficients), "files": {}})
-        moved = replace(self.run, manifest=manifest, coefficients=coefficients, buffers=buffers)
+        buffers = member_buffers(part.weights, vertices, coefficients, train, record, starts)
+        sizes = {"vertices": len(vertices), "members": len(coefficients), "files": {}}
+        manifest = run.manifest.model_copy(update=sizes)
+        moved = replace(run, manifest=manifest, coefficients=coefficients, buffers=buffers)
         return Ensemble(moved, self.device, self.batch_size)
 
     def _starts(self, coefficients: Tensor) -> list[Start]:

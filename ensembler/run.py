@@ -10,6 +10,9 @@ A run is a folder (see :mod:`ensembler.artefact` for how it is written and verif
     ``coefficients`` (M, K) and each buffer as ``buffer.NAME``, with a leading M axis.
 ``frozen.safetensors``
     parameters that were not trained, if any.
+``gaussians.safetensors``
+    what members are drawn from, if from Gaussians: each parameter under its own name, with leading axes S and K + 2
+    (see :mod:`ensembler.gaussian`).
 ``history.jsonl``
     one JSON object per epoch of training.
 ``parts/0``, ``parts/1``, ...
@@ -25,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +47,7 @@ __all__ = [
     "Cost",
     "CostEntry",
     "DatasetRecord",
+    "Gaussians",
     "Manifest",
     "Run",
     "Sampling",
@@ -74,6 +79,16 @@ class Sampling(Record):
     concentration: float
     corners: bool = False
     weights: list[float] | None = None
+
+
+class Gaussians(Record):
+    """How to draw further members: from the run's Gaussians over weights, in turn (:mod:`ensembler.gaussian`).
+
+    Attributes:
+        scale: factor of the covariance.
+    """
+
+    scale: float
 
 
 class CostEntry(Record):
@@ -149,7 +164,7 @@ class Manifest(Record):
     members: int
     parameters: int
     parts: int = 0
-    sampling: Sampling | None
+    sampling: Sampling | Gaussians | None
     options: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     fingerprint: str = ""
@@ -170,6 +185,7 @@ class Run:
         coefficients: (M, K).
         buffers: buffer name to (M, ...).
         frozen: name to tensor, for parameters that were not trained.
+        gaussians: parameter name to (S, K + 2, ...), where members are drawn from Gaussians; else empty.
         history: one mapping per epoch of training.
         sha256: of the manifest when the run was saved or loaded; empty before that.
         parts: in a combination of different networks, a run for each, in the order of the members; then there are no
@@ -181,6 +197,7 @@ class Run:
     coefficients: Tensor
     buffers: Mapping[str, Tensor]
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
+    gaussians: Mapping[str, Tensor] = field(default_factory=dict)
     history: Sequence[Mapping[str, Any]] = ()
     sha256: str = ""
     parts: Sequence[Run] = ()
@@ -219,7 +236,7 @@ class Run:
         return path
 
     def _write(self, path: Path) -> None:
-        for name, tensor in self.vertices.items():
+        for name, tensor in chain(self.vertices.items(), self.gaussians.items()):
             if not torch.isfinite(tensor).all():
                 raise DivergedError(f"parameter {name!r} is not finite: train with a lower learning rate")
         members = {"coefficients": self.coefficients} | {f"buffer.{name}": b for name, b in self.buffers.items()}
@@ -232,6 +249,8 @@ class Run:
                 save_tensors(members, folder / "members.safetensors")
             if self.frozen:
                 save_tensors(self.frozen, folder / "frozen.safetensors")
+            if self.gaussians:
+                save_tensors(self.gaussians, folder / "gaussians.safetensors")
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
             (folder / "history.jsonl").write_text(lines, encoding="utf-8")
         self.manifest.files, self.sha256 = content["files"], _manifest_sha256(path)
@@ -251,14 +270,17 @@ class Run:
             manifest = Manifest.model_validate(content)
             parts = [cls.load(path / "parts" / str(number)) for number in range(manifest.parts)]
             members = {"coefficients": torch.empty(0, 0)} if parts else load_tensors(path / "members.safetensors")
-            frozen = path / "frozen.safetensors"
+            optional = {
+                name: load_tensors(path / f"{name}.safetensors") if f"{name}.safetensors" in manifest.files else {}
+                for name in ("frozen", "gaussians")
+            }
             run = cls(
                 manifest=manifest,
                 vertices={} if parts else load_tensors(path / "vertices.safetensors"),
                 coefficients=members.pop("coefficients"),
                 parts=parts,
                 buffers={name.removeprefix("buffer."): tensor for name, tensor in members.items()},
-                frozen=load_tensors(frozen) if frozen.name in manifest.files else {},
+                **optional,
                 history=[json.loads(line) for line in (path / "history.jsonl").read_text("utf-8").splitlines()],
                 sha256=sha256,
             )

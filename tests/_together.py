@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from ensembler.errors import DataError, EnsemblerError
 from ensembler.run import Run, save_tensors
-from ensembler.trainers import FGE, Curve, DeepEnsemble, Method, Settings, Simplex, Subspace
+from ensembler.trainers import FGE, SWAG, Curve, CyclicalSGMCMC, DeepEnsemble, Method, Settings, Simplex, Subspace
 from ensembler.trainers.distributed import ALONE, Group, join_group
 from tests._interrupt import make
 from tests._small import SETTINGS, dataset
@@ -39,6 +39,8 @@ def methods(ends: list[str]) -> dict[str, tuple[Method, Settings]]:
         "three points a step": (Simplex(vertices=2, vertex_epochs=5, samples_per_step=3), settings(epochs=5)),
         "auto": (Simplex(vertices=2, vertex_epochs=1, regularisation="auto"), settings(epochs=5)),
         "snapshots": (FGE(members=2, cycle=2), settings()),
+        "swag": (SWAG(members=2, start=0.5), settings(epochs=5)),
+        "cyclical sg-mcmc": (CyclicalSGMCMC(members=4, samples_per_cycle=2), settings(epochs=5)),
         "subspace": (Subspace(vertices=3), settings()),
         "curve": (Curve(first=ends[0], second=ends[1], bends=2, points=3), settings()),
         "resumed": (simplex, settings(epochs=4)),

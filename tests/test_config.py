@@ -176,6 +176,8 @@ COMMANDS = [
     ["train-deep-ensemble", "--members", 2, "--augmentation", "none"],
     ["train-fge", "--members", 2, "--cycle", 0.5, "--collapse", "centroid"],
     ["train-snapshots", "--members", 2, "--batch-size", 50],
+    ["train-swag", "--members", 3, "--start", 0.5, "--collect-every", 0.25, "--swags", 2],
+    ["train-csgmcmc", "--members", 4, "--samples-per-cycle", 2],
     ["train-simplex", "--vertices", 2, "--members", 3, "--no-corners", "--regularisation", "auto"],
     ["train-simplex", "--vertices", 2, "--simplexes", 2, "--recipe", "fast", "--vertex-epochs", 0.5],
     ["train-subspace", "--vertices", 2, "--beta", 0.5],

@@ -12,7 +12,20 @@ import torch
 
 from ensembler import Ensemble
 from ensembler.side_by_side import SideBySide
-from ensembler.trainers import FGE, DeepEnsemble, Method, Settings, Simplex, Snapshots, Subspace, capture, loop, train
+from ensembler.trainers import (
+    FGE,
+    SWAG,
+    CyclicalSGMCMC,
+    DeepEnsemble,
+    Method,
+    Settings,
+    Simplex,
+    Snapshots,
+    Subspace,
+    capture,
+    loop,
+    train,
+)
 from tests._small import SETTINGS, dataset
 from tests._training import flat
 
@@ -25,6 +38,8 @@ METHODS: dict[str, Method] = {
     "single": DeepEnsemble(members=1),
     "FGE": FGE(members=2, cycle=1, start=0.5),
     "snapshots": Snapshots(members=2),
+    "SWAG": SWAG(members=2, start=0.5),
+    "cSG-MCMC": CyclicalSGMCMC(members=4, samples_per_cycle=2, exploration=0.5),
     "volume": Simplex(vertices=3, vertex_epochs=3),
     "function": Simplex(vertices=3, vertex_epochs=3, regulariser="function", samples_per_step=2),
     "joint subspace": Subspace(vertices=3),
@@ -96,7 +111,7 @@ def test_what_a_gpu_trains_a_cpu_predicts_alike(tmp_path: Path):
     assert (on_gpu - on_cpu).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("method", ["FGE", "volume"])
+@pytest.mark.parametrize("method", ["FGE", "SWAG", "cSG-MCMC", "volume"])
 def test_a_training_resumes_on_the_gpu(method, tmp_path, monkeypatch):
     from ensembler.trainers.resume import UnfinishedRun
     from ensembler.trainers.training import Training

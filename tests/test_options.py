@@ -10,7 +10,19 @@ import pytest
 from ensembler.errors import UsageError
 from ensembler.options import option
 from ensembler.run import Run
-from ensembler.trainers import FGE, Complex, Curve, DeepEnsemble, Method, Settings, Simplex, Snapshots, Subspace
+from ensembler.trainers import (
+    FGE,
+    SWAG,
+    Complex,
+    Curve,
+    CyclicalSGMCMC,
+    DeepEnsemble,
+    Method,
+    Settings,
+    Simplex,
+    Snapshots,
+    Subspace,
+)
 from ensembler.trainers.launch import Launch
 from ensembler.trainers.method import methods
 from tests._small import SETTINGS
@@ -22,6 +34,8 @@ SMALL: dict[type[Method], dict[str, Any]] = {
     DeepEnsemble: {"members": 1},
     FGE: {"members": 1, "cycle": 1},
     Snapshots: {"members": 2},
+    SWAG: {"members": 2, "start": 0.5, "collect_every": 0.5},
+    CyclicalSGMCMC: {"members": 2, "samples_per_cycle": 1},
     Simplex: {"vertices": 2},
     Subspace: {"vertices": 2},
     Curve: {"points": 3},

@@ -8,10 +8,11 @@ import pytest
 
 from ensembler.errors import UsageError
 from ensembler.run import Run
-from ensembler.trainers import FGE, Curve, Settings, Simplex, Snapshots, Subspace
+from ensembler.trainers import FGE, SWAG, Curve, CyclicalSGMCMC, Settings, Simplex, Snapshots, Subspace
 from ensembler.trainers.method import methods
+from ensembler.trainers.methods.csgmcmc import langevin
 from ensembler.trainers.recipes import find
-from ensembler.trainers.schedules import piecewise
+from ensembler.trainers.schedules import constant, piecewise
 from tests._training import call, call_with_method
 
 
@@ -52,6 +53,15 @@ def test_a_recipe_holds_valid_options_of_its_method(method):
             {"epochs": 600, "lr": 0.015, "schedule": "piecewise", "weight_decay": 5e-4, "bends": 1},
         ),
         ((Curve, "preresnet164", "cifar10"), {"epochs": 200, "lr": 0.03, "weight_decay": 3e-4}),
+        ((SWAG, "vgg16", "cifar100"), {"epochs": 160, "start": 1.0, "swa_epochs": 140, "swa_lr": 0.01, "lr": 0.05}),
+        ((SWAG, "preresnet164", "cifar100"), {"swa_lr": 0.05, "lr": 0.1, "weight_decay": 3e-4}),
+        ((SWAG, "preresnet164", "cifar10"), {"swa_lr": 0.01, "members": 30}),
+        ((SWAG, "vgg16bn", "cifar10"), {"swa_lr": 0.01, "members": 100}),
+        (
+            (CyclicalSGMCMC, "vgg16bn", "cifar10"),
+            {"lr": 0.5, "cycle": 50, "samples_per_cycle": 3, "batch_size": 64, "momentum": 0.0, "weight_decay": 5e-4},
+        ),
+        ((CyclicalSGMCMC, "preresnet164", "cifar100"), {"lr": 0.5, "weight_decay": 3e-4, "members": 12}),
         ((Snapshots, "wrn28x10", "cifar10"), {"lr": 0.2, "cycle": 40, "batch_size": 64, "momentum": 0.0}),
         (
             (Simplex, "vgg16", "cifar10"),
@@ -79,6 +89,16 @@ def test_one_budget_of_fge_is_one_budget():
             options = recipe.options
             end = options["start"] * options["epochs"] + options["cycle"] * (options["members"] - 0.5)
             assert options["epochs"] - options["cycle"] < end <= options["epochs"]
+
+
+def test_the_noise_of_cyclical_sgld_is_the_published_one():
+    """Theirs enters the loss as ``sum(w * n) / batches``, n of variance 2 / lr: so does ours, at T = N / batches^2."""
+    N, lr = 45_000, 0.01
+    options = find("paper", CyclicalSGMCMC, "wrn28x10", "cifar10")
+    batches = -(-N // options["batch_size"])
+    own = langevin(constant(lr), 0, options["temperature"], options["momentum"], N)(1)
+    assert own == pytest.approx((2 / lr) ** 0.5 / batches, rel=1e-3)
+    assert options["exploration"] * options["cycle"] == pytest.approx(50 - 3)  # noise in the last 3 epochs
 
 
 def test_what_was_not_published_is_refused_with_what_was():

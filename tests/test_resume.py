@@ -19,7 +19,20 @@ import torch
 from ensembler.engine import Local
 from ensembler.errors import EngineError, UsageError
 from ensembler.run import Run
-from ensembler.trainers import FGE, Complex, Curve, DeepEnsemble, Settings, Simplex, Snapshots, Subspace, Trainer, train
+from ensembler.trainers import (
+    FGE,
+    SWAG,
+    Complex,
+    Curve,
+    CyclicalSGMCMC,
+    DeepEnsemble,
+    Settings,
+    Simplex,
+    Snapshots,
+    Subspace,
+    Trainer,
+    train,
+)
 from ensembler.trainers.ledger import Ledger
 from ensembler.trainers.spec import SPEC
 from tests._interrupt import after, make
@@ -47,6 +60,9 @@ METHODS = {
     "deep ensemble": lambda ends: DeepEnsemble(members=2),
     "fge": lambda ends: FGE(members=3, cycle=1, start=0.5),
     "snapshots": lambda ends: Snapshots(members=3),
+    "swag": lambda ends: SWAG(members=3, start=0.5, collect_every=0.25, rank=3),
+    "multi-swag": lambda ends: SWAG(members=3, start=0.4, collect_every=0.5, rank=0, swags=2),
+    "cyclical sg-mcmc": lambda ends: CyclicalSGMCMC(members=4, samples_per_cycle=2, exploration=0.4),
     "simplex": lambda ends: Simplex(vertices=3, vertex_epochs=2, samples_per_step=2),
     "auto": lambda ends: Simplex(vertices=2, vertex_epochs=1, regularisation="auto"),
     "function": lambda ends: Simplex(vertices=2, vertex_epochs=2, regulariser="function"),
@@ -72,7 +88,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def assert_the_same(one: Run, other: Run) -> None:
-    for kind in ("vertices", "buffers"):
+    for kind in ("vertices", "buffers", "gaussians"):
         left, right = getattr(one, kind), getattr(other, kind)
         assert left.keys() == right.keys()
         assert all(torch.equal(tensor, right[name]) for name, tensor in left.items())

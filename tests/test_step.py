@@ -15,8 +15,10 @@ from ensembler.architectures import build
 from ensembler.subspace import dirichlet
 from ensembler.trainers import (
     FGE,
+    SWAG,
     Complex,
     Curve,
+    CyclicalSGMCMC,
     DeepEnsemble,
     Method,
     Settings,
@@ -55,6 +57,8 @@ CASES: dict[str, Callable[[list[str]], Method]] = {
     "single": lambda ends: DeepEnsemble(members=1),
     "FGE": lambda ends: FGE(members=2, cycle=1, start=0.5),
     "snapshots": lambda ends: Snapshots(members=2),
+    "SWAG": lambda ends: SWAG(members=2, start=0.5, swa_epochs=2, collect_every=0.5),
+    "cSG-MCMC": lambda ends: CyclicalSGMCMC(members=4, samples_per_cycle=2, cycle=2, exploration=0.5),
     "volume": lambda ends: Simplex(vertices=4, vertex_epochs=1),
     "function": lambda ends: Simplex(vertices=3, vertex_epochs=1, regulariser="function", samples_per_step=2),
     "joint subspace": lambda ends: Subspace(vertices=3),

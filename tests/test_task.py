@@ -18,7 +18,19 @@ from ensembler.datasets import Dataset
 from ensembler.errors import DataError, ShapeError, UsageError
 from ensembler.examples import Arrays, Examples, stream
 from ensembler.task import Classification, Task
-from ensembler.trainers import FGE, Curve, DeepEnsemble, Settings, Simplex, Snapshots, Subspace, collapse_run, train
+from ensembler.trainers import (
+    FGE,
+    SWAG,
+    Curve,
+    CyclicalSGMCMC,
+    DeepEnsemble,
+    Settings,
+    Simplex,
+    Snapshots,
+    Subspace,
+    collapse_run,
+    train,
+)
 from tests._interrupt import after, make
 from tests.test_cli import call
 from tests.test_resume import assert_the_same
@@ -172,6 +184,8 @@ METHODS = {
     "auto": Simplex(vertices=2, vertex_epochs=1, members=3, regularisation="auto"),
     "fge": FGE(members=2, cycle=1, high=0.05, low=0.005),
     "snapshots": Snapshots(members=2),
+    "swag": SWAG(members=3, start=0.5, collect_every=0.5),
+    "cyclical sg-mcmc": CyclicalSGMCMC(members=4, samples_per_cycle=2, temperature=0.01),
     "subspace": Subspace(vertices=2, members=3),
 }
 

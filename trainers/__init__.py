@@ -11,20 +11,24 @@ if TYPE_CHECKING:
     from ensembler.trainers.importing import import_checkpoints
     from ensembler.trainers.method import Members, Method
     from ensembler.trainers.methods.complex import Complex
+    from ensembler.trainers.methods.csgmcmc import CyclicalSGMCMC
     from ensembler.trainers.methods.curve import Curve
     from ensembler.trainers.methods.deep_ensemble import DeepEnsemble
     from ensembler.trainers.methods.fge import FGE
     from ensembler.trainers.methods.simplex import Simplex
     from ensembler.trainers.methods.snapshots import Snapshots
     from ensembler.trainers.methods.subspace import Subspace
+    from ensembler.trainers.methods.swag import SWAG
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
     from ensembler.trainers.training import collapse_run, train
 
 __all__ = [
     "FGE",
+    "SWAG",
     "Complex",
     "Curve",
+    "CyclicalSGMCMC",
     "DeepEnsemble",
     "Members",
     "Method",
@@ -43,8 +47,10 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         "FGE": "ensembler.trainers.methods.fge:FGE",
+        "SWAG": "ensembler.trainers.methods.swag:SWAG",
         "Complex": "ensembler.trainers.methods.complex:Complex",
         "Curve": "ensembler.trainers.methods.curve:Curve",
+        "CyclicalSGMCMC": "ensembler.trainers.methods.csgmcmc:CyclicalSGMCMC",
         "DeepEnsemble": "ensembler.trainers.methods.deep_ensemble:DeepEnsemble",
         "Members": "ensembler.trainers.method:Members",
         "Method": "ensembler.trainers.method:Method",

@@ -72,7 +72,7 @@ def collapse(
     device: _Device = None,
     out: _Out = None,
 ) -> None:
-    """Average a run's vertices into one network: SWA of snapshots (Izmailov et al. 2018)."""
+    """Average a run's vertices, or its Gaussians' means, into one network: SWA (Izmailov et al. 2018)."""
     from ensembler.run import Run, latest, new_path
     from ensembler.trainers.launch import check_free, label, save
     from ensembler.trainers.training import collapse_run

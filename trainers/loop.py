@@ -47,6 +47,8 @@ Regulariser = Callable[[Tensor, Tensor | None], None]
 """Adds its gradient to the trainable vertices' (T, P), in place; also takes the row drawn for the step."""
 Penalty = Callable[[Tensor, Tensor], Tensor]
 """Computes a scalar term of the loss from the outputs (B, O) at a point and at another one."""
+Gather = Callable[[list["Snapshot"], "Snapshot", int], list["Snapshot"]]
+"""Returns what is kept of the snapshots so far and a new one, taken after the given iteration. Changes no tensor."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,10 @@ class Plan:
             distribution and the term is symmetric, this is half of the whole gradient in expectation.
         decay_sampled: whether the optimiser's weight decay acts on the sampled weights ``c @ V`` instead of the
             vertices.
+        noise: function from the iteration to the standard deviation of Gaussian noise, which is added to every
+            trainable weight's gradient after clipping (Langevin dynamics). By default there is none.
         collect: iterations after which to take a snapshot.
+        gather: what is kept of the snapshots; by default all of them.
     """
 
     schedule: Schedule
@@ -80,7 +85,9 @@ class Plan:
     regulariser_draw: Draw | None = None
     penalty: Penalty | None = None
     decay_sampled: bool = False
+    noise: Schedule | None = None
     collect: Container[int] = ()
+    gather: Gather = lambda kept, new, iteration: [*kept, new]
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,8 @@ def fit(
                 examples += batch.size
                 iteration += 1
                 if iteration in plan.collect:
-                    snapshots.append(Snapshot(vertices[list(plan.trainable)].clone(), weights.buffers()))
+                    new = Snapshot(vertices[list(plan.trainable)].clone(), weights.buffers())
+                    snapshots = plan.gather(snapshots, new, iteration)
                 if n == end - 1:
                     on_epoch(step.epoch(epoch + 1, plan.schedule(iteration), examples))
                     examples = 0
@@ -220,13 +228,15 @@ def fit(
 class _Feed:
     """The rates and random numbers of an epoch's N steps of S points, copied to the device together.
 
-    ``rates`` (N,); ``points`` and ``others`` (N, S, D); ``draws`` of the regulariser (N, ...), or ``None``.
+    ``rates`` (N,); ``points`` and ``others`` (N, S, D); ``draws`` of the regulariser (N, ...), or ``None``; ``noises``
+    (N,), standard deviations, or ``None``.
     """
 
     rates: Tensor
     points: Tensor
     others: Tensor
     draws: Tensor | None
+    noises: Tensor | None
 
     @classmethod
     def of(cls, plan: Plan, stream: tuple[int, str], epoch: int, steps: int, device: torch.device) -> _Feed:
@@ -236,23 +246,23 @@ class _Feed:
         def rows(draw: Draw, name: str, count: int) -> Tensor:
             return draw(np.random.default_rng(derive(seed, name, part, epoch)), count)
 
-        rates = [plan.schedule(epoch * steps + n + 1) for n in range(steps)]
+        # The last epoch may be longer than the plan, which need not be defined beyond its end.
+        iterations = [min(epoch * steps + n + 1, plan.iterations) for n in range(steps)]
+        rates = torch.tensor([plan.schedule(iteration) for iteration in iterations])
         points = torch.ones(steps * plan.samples, 1)
         if plan.draw:
             points = rows(plan.draw, "points", steps * plan.samples)
         others = rows(plan.draw, "other points", len(points)) if plan.draw and plan.penalty else points
         draws = rows(plan.regulariser_draw, "regulariser", steps) if plan.regulariser_draw else None
+        noises = torch.tensor([plan.noise(iteration) for iteration in iterations]) if plan.noise else None
         points, others = (each.view(steps, plan.samples, -1) for each in (points, others))
-        return cls(
-            upload(torch.tensor(rates), device),
-            upload(points, device),
-            upload(others, device),
-            None if draws is None else upload(draws, device),
-        )
+        draws, noises = (None if each is None else upload(each, device) for each in (draws, noises))
+        return cls(upload(rates, device), upload(points, device), upload(others, device), draws, noises)
 
-    def at(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def at(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return the rows of step ``n`` of the epoch."""
-        return self.rates[n], self.points[n], self.others[n], None if self.draws is None else self.draws[n]
+        draw, noise = (None if each is None else each[n] for each in (self.draws, self.noises))
+        return self.rates[n], self.points[n], self.others[n], draw, noise
 
 
 @dataclass(eq=False)
@@ -287,7 +297,15 @@ class _Step:
                 self.decay, group["weight_decay"] = group.get("weight_decay", 0.0), 0.0
 
     def __call__(
-        self, size: int, x: Tensor, y: Tensor, rate: Tensor, points: Tensor, others: Tensor, draw: Tensor | None
+        self,
+        size: int,
+        x: Tensor,
+        y: Tensor,
+        rate: Tensor,
+        points: Tensor,
+        others: Tensor,
+        draw: Tensor | None,
+        noise: Tensor | None,
     ) -> None:
         """Update the trainable vertices.
 
@@ -299,6 +317,7 @@ class _Step:
             points: (S, D), the rows of the points' coefficients.
             others: (S, D), the rows of the points that the penalty compares with.
             draw: the regulariser's row.
+            noise: the standard deviation of the gradients' noise, a scalar.
         """
         self.rate.copy_(rate)
         self.gradients.zero_()
@@ -319,6 +338,8 @@ class _Step:
             self._decay(points, size)
         if self.plan.regulariser:
             self.plan.regulariser(self.gradients, draw)
+        if noise is not None:  # the same in all processes, whose generators differ
+            self.gradients.add_(self.group.broadcast_(torch.randn_like(self.gradients)).mul_(noise))
         self.scaler.step(self.optimiser)
         self.scaler.update()
 

@@ -19,7 +19,7 @@ from ensembler.trainers.recipes import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ensembler.run import Sampling
+    from ensembler.run import Gaussians, Sampling
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
 
@@ -36,13 +36,16 @@ class Members:
         buffers: the members' buffers, name to (M, ...).
         sampling: how further members can be drawn, if they can.
         metrics: what the method measured, in JSON values.
+        gaussians: parameter name to (S, K + 2, ...), where the members are drawn from Gaussians
+            (:mod:`ensembler.gaussian`).
     """
 
     vertices: Tensor
     coefficients: Tensor
     buffers: Mapping[str, Tensor]
-    sampling: Sampling | None = None
+    sampling: Sampling | Gaussians | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    gaussians: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Method(Options):

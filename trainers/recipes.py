@@ -24,7 +24,7 @@ from ensembler.errors import UsageError
 if TYPE_CHECKING:
     from ensembler.trainers.method import Method
 
-__all__ = ["ASHUKHA_2020", "GARIPOV_2018", "SGD", "SOLUTIONS", "Recipe", "find"]
+__all__ = ["ASHUKHA_2020", "GARIPOV_2018", "MADDOX_2019", "SGD", "SOLUTIONS", "Recipe", "find"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Recipe:
 
 GARIPOV_2018 = "Garipov et al. 2018, arXiv 1802.10026"
 ASHUKHA_2020 = "Ashukha et al. 2020, arXiv 2002.06470"
+MADDOX_2019 = "Maddox et al. 2019, arXiv 1902.02476"
 
 SGD: dict[str, Any] = {"batch_size": 128, "momentum": 0.9, "clip": 0.0, "augmentation": "crop-flip"}
 

@@ -148,7 +148,8 @@ class Training:
             )
         members, name, independent = method.train(trainer), method.name, method.independent
         if self.collapse:
-            members, name, independent = centroid(trainer, members.vertices, members.buffers), f"{name}-centroid", False
+            members = centroid(trainer, members.vertices, members.buffers, members.gaussians)
+            name, independent = f"{name}-centroid", False
         return assemble(self.spec, trainer, members, name, independent)
 
 
@@ -178,14 +179,18 @@ def check_inputs(runs: Mapping[str, Run]) -> None:
             )
 
 
-def centroid(trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor]) -> Members:
+def centroid(
+    trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor], gaussians: Mapping[str, Tensor]
+) -> Members:
     """The average of vertices (K, P) as one network: SWA of snapshots (Izmailov et al. 2018).
 
-    BatchNorm statistics are recomputed for it (sec. 3.2), unless it is the one vertex that there is; all other buffers
-    are the first member's.
+    Where members are drawn from Gaussians, it is the average of their means instead: SWA of all iterates. BatchNorm
+    statistics are recomputed for it (sec. 3.2), unless it is the one vertex that there is; all other buffers are the
+    first member's.
     """
-    one, first = vertices.mean(dim=0, keepdim=True), {name: rows[0] for name, rows in buffers.items()}
-    solved = {0: first} if len(vertices) == 1 else {}
+    means = trainer.weights.flatten({name: rows[:, 0] for name, rows in gaussians.items()}) if gaussians else vertices
+    one, first = means.mean(dim=0, keepdim=True), {name: rows[0] for name, rows in buffers.items()}
+    solved = {0: first} if len(vertices) == 1 and not gaussians else {}
     return Members(one, torch.ones(1, 1), member_buffers(trainer, one, torch.ones(1, 1), first, solved))
 
 
@@ -212,7 +217,9 @@ def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
         starts={"run": run.sha256},
         collapse=True,
     ).fingerprinted(set())
-    return assemble(spec, trainer, centroid(trainer, rows, buffers), f"{manifest.method}-centroid", False)
+    return assemble(
+        spec, trainer, centroid(trainer, rows, buffers, run.gaussians), f"{manifest.method}-centroid", False
+    )
 
 
 def assemble(spec: Spec, trainer: Trainer, members: Members, name: str, independent: bool) -> Run:
@@ -246,6 +253,7 @@ def assemble(spec: Spec, trainer: Trainer, members: Members, name: str, independ
         coefficients=members.coefficients.cpu(),
         buffers=members.buffers,
         frozen={key: tensor.cpu() for key, tensor in trainer.weights.frozen().items()},
+        gaussians={key: tensor.cpu() for key, tensor in members.gaussians.items()},
         history=trainer.ledger.history,
     )
 

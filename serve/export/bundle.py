@@ -25,7 +25,7 @@ from ensembler.datasets import NAMES, Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, DataError, ExportError, UsageError
 from ensembler.machine import available_cpus
-from ensembler.run import DatasetRecord, Sampling, versions
+from ensembler.run import DatasetRecord, Gaussians, Sampling, versions
 from ensembler.serve.export.agreement import check_merged, compare, patches
 from ensembler.serve.export.precision import calibration_lost
 from ensembler.serve.export.validation import Judgement, judge, some
@@ -178,8 +178,9 @@ def _dataset(record: DatasetRecord, root: Path | None, say: Say) -> Dataset | No
         return None
 
 
-def _sampling(drawn: Sampling | None) -> Simplexes | None:
-    return None if drawn is None else Simplexes(**drawn.model_dump(include=set(Simplexes.model_fields)))
+def _sampling(drawn: Sampling | Gaussians | None) -> Simplexes | None:
+    """How the server draws further members: points of simplexes, not of Gaussians, which leave the vertices' span."""
+    return Simplexes(**drawn.model_dump(include=set(Simplexes.model_fields))) if isinstance(drawn, Sampling) else None
 
 
 def _open(folder: Path, written: Written, record: DatasetRecord, order: list[int], *, merged: bool = False) -> Members:

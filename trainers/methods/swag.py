@@ -1,0 +1,205 @@
+"""SWAG: a Gaussian fitted to the iterates of SGD at a constant rate (Maddox et al. 2019, algorithm 1); MultiSWAG.
+
+One network is trained as usual for the share ``start`` of one solution's budget, then at the constant rate ``swa_lr``,
+where the weights are collected every ``collect_every`` epochs. Of the iterates theta_1 to theta_n are kept
+
+    mean   theta_SWA, their mean
+    diag   their variance in each coordinate, mean((theta_i - theta_SWA)^2)
+    D      of each of the last K iterates, theta_i - mean(theta_1 ... theta_i)
+
+and each member is a draw (:mod:`ensembler.gaussian`)
+
+    theta_SWA + sqrt(scale) * (diag^(1/2) z1 + D z2 / sqrt(K - 1)),    z1, z2 standard normal.
+
+Vertices: the drawn members. Coefficients: the identity, because the diagonal part leaves the span of the iterates. The
+Gaussian is kept beside them, so that more members can be drawn, and its mean is what ``collapse`` gives: SWA.
+MultiSWAG (Wilson & Izmailov 2020) draws from several independent Gaussians in turn.
+
+The scale is that of the authors' code, a factor of the covariance; equation 1 of the paper is ``scale = 1/2``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Self
+
+from ensembler.errors import UsageError
+from ensembler.options import option
+from ensembler.trainers.method import Members, Method
+from ensembler.trainers.recipes import ASHUKHA_2020, MADDOX_2019, SOLUTIONS, Recipe
+from ensembler.trainers.schedules import after, constant
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ensembler.trainers.loop import Gather, Snapshot
+    from ensembler.trainers.settings import Settings
+    from ensembler.trainers.trainer import Trainer
+    from ensembler.trainers.work import Made
+
+__all__ = ["SWAG", "moments"]
+
+# wjmaddox/swa_gaussian, experiments/train/README.md: 300 epochs, the last 140 of them for the iterates. Its rate falls
+# to swa_lr within the first 160, that of a solution here falls further before it rises to swa_lr.
+_SWAG = {"epochs": 160, "start": 1.0, "swa_epochs": 140.0, "members": 30}
+_10, _100 = ("cifar10",), ("cifar100",)
+
+
+class SWAG(Method):
+    """Fit a Gaussian to the iterates of SGD and draw members from it (SWAG, Maddox et al. 2019), or from several."""
+
+    command = "train-swag"
+    has_jobs = True
+    fast = {"epochs": 10, "members": 5, "start": 0.6, "swa_lr": 0.02}
+    published = (
+        Recipe("vgg16", SOLUTIONS["vgg16"] | _SWAG | {"swa_lr": 0.01}, MADDOX_2019),
+        Recipe("preresnet164", SOLUTIONS["preresnet164"] | _SWAG | {"swa_lr": 0.01}, MADDOX_2019, _10),
+        Recipe("preresnet164", SOLUTIONS["preresnet164"] | _SWAG | {"swa_lr": 0.05}, MADDOX_2019, _100),
+        Recipe("wrn28x10", SOLUTIONS["wrn28x10"] | _SWAG | {"swa_lr": 0.05}, MADDOX_2019, _100),
+        # SamsungLabs/pytorch-ensembles, train/train_swag.sh.
+        Recipe("vgg16bn", SOLUTIONS["vgg16"] | _SWAG | {"swa_lr": 0.01, "members": 100}, ASHUKHA_2020),
+        Recipe("wrn28x10", SOLUTIONS["wrn28x10"] | _SWAG | {"swa_lr": 0.01, "members": 100}, ASHUKHA_2020, _10),
+    )
+
+    members: int = option(10, ge=1, help="M, members drawn, from the Gaussians in turn.")
+    rank: int = option(20, ge=0, help="K, last iterates in the low-rank part, 2 or more; 0 for the diagonal alone.")
+    scale: float = option(0.5, ge=0, help="Factor of the covariance; 0.5 is the paper's, 0 draws the mean (SWA).")
+    start: float = option(0.75, gt=0, le=1, help="Share of one solution's budget before iterates are collected.")
+    swa_epochs: float | None = option(
+        None, gt=0, help="Epochs in which iterates are collected. (default: what --start leaves of --epochs)"
+    )
+    swa_lr: float = option(0.02, gt=0, help="Constant learning rate while iterates are collected.")
+    collect_every: float = option(1.0, gt=0, help="c, epochs between two iterates.")
+    swags: int = option(1, ge=1, help="S, independent Gaussians; several are MultiSWAG.")
+
+    @property
+    def name(self) -> str:
+        """``multi-swag`` where there are several Gaussians."""
+        return "swag" if self.swags == 1 else "multi-swag"
+
+    def resolved(self, settings: Settings) -> Self:
+        """By default, a Gaussian costs what one network does."""
+        if self.rank == 1:
+            raise UsageError("--rank must be 0, for the diagonal alone, or at least 2: one iterate has no covariance")
+        if self.members < self.swags:
+            raise UsageError(f"{self.members} members are too few for {self.swags} Gaussians: each needs one")
+        if not self.scale and self.members > self.swags:
+            raise UsageError(f"--scale 0 draws the mean of a Gaussian each time: give --members {self.swags}")
+        if self.swa_epochs is None and self.start == 1:
+            raise UsageError("--start 1 leaves no epochs in which to collect iterates: give --swa-epochs")
+        return self.model_copy(update={"swa_epochs": self.swa_epochs or (1 - self.start) * settings.epochs})
+
+    def train(self, trainer: Trainer) -> Members:
+        """Fit the Gaussians, each around a solution of its own, and draw the members from them.
+
+        ``metrics["gaussians"]`` holds the number of iterates, K, and the root mean square distance of an iterate from
+        their mean, for each.
+        """
+        import torch
+
+        from ensembler import gaussian
+        from ensembler.run import Gaussians
+        from ensembler.trainers.work import each
+
+        S = self.swags
+        if S > 1 and trainer.starts_solved:
+            raise UsageError("several Gaussians need independent solutions: leave out --init")
+        collection(trainer, self)
+        names = ["swag"] if S == 1 else [f"swag {number + 1}" for number in range(S)]
+        jobs = {name: {"name": name, "number": number} for number, name in enumerate(names)}
+        made = each(trainer, partial(fit_gaussian, options=self), jobs)
+        each_own = [trainer.weights.unflatten(tensors["gaussian"]) for tensors, _ in made]
+        gaussians = {name: torch.stack([own[name] for own in each_own]) for name in each_own[0]}
+        drawn = gaussian.draw(gaussians, self.scale, self.members, trainer.settings.seed)
+        vertices = trainer.weights.flatten(drawn)
+        return Members(
+            vertices,
+            torch.eye(self.members),
+            buffers_of_members(trainer, [tensors for tensors, _ in made], vertices),
+            Gaussians(scale=self.scale),
+            {"gaussians": [facts for _, facts in made]},
+            gaussians,
+        )
+
+
+def fit_gaussian(trainer: Trainer, options: SWAG, number: int, name: str) -> Made:
+    """A job: one ``gaussian`` (K + 2, P), the buffers at the end of its training, ``last.NAME``, and its numbers."""
+    import torch
+
+    from ensembler.trainers.loop import Plan
+    from ensembler.trainers.starts import fresh, solution
+
+    schedule, begin = constant(options.swa_lr), 0
+    if trainer.starts_solved:
+        begin_at = solution(trainer, number)
+    else:
+        begin_at, budget = fresh(trainer, number), trainer.steps(trainer.settings.epochs)
+        begin = max(1, round(options.start * budget))
+        schedule = after(begin, trainer.schedule(budget), schedule)
+    iterates, every = collection(trainer, options)
+    # What comes after the last iterate would change nothing.
+    collect = range(begin + every, begin + iterates * every + 1, every)
+    plan = Plan(schedule, collect[-1], collect=collect, gather=moments(options.rank, collect))
+    fitted = trainer.fit(name, begin_at.vector[None].clone(), begin_at.buffers, plan)
+    mean, squares, *deviations = (snapshot.vertices[0] for snapshot in fitted.snapshots)
+    found = torch.stack([mean, (squares / iterates).sqrt(), *deviations])
+    facts = {"name": name, "iterates": iterates, "rank": len(deviations), "distance": found[1].norm().item()}
+    trainer.say("{name}: {iterates} iterates, rank {rank}, {distance:.4g} from their mean".format(**facts))
+    return {"gaussian": found} | {f"last.{key}": own for key, own in fitted.buffers.items()}, facts
+
+
+def collection(trainer: Trainer, options: SWAG) -> tuple[int, int]:
+    """The number of iterates, and the steps between two of them.
+
+    Raises:
+        UsageError: fewer than two iterates.
+    """
+    epochs, every = options.swa_epochs or 0, trainer.steps(options.collect_every)
+    iterates = trainer.steps(epochs) // every
+    if iterates < 2:
+        raise UsageError(
+            f"SWAG needs at least 2 iterates, and {epochs:g} epochs with one every {options.collect_every:g} give "
+            f"{iterates}: raise --swa-epochs or lower --collect-every"
+        )
+    return iterates, every
+
+
+def moments(rank: int, collect: range) -> Gather:
+    """Keep of the iterates at ``collect`` their mean, the sum of their squared deviations from it, and the last of D.
+
+    Each iterate updates the first two (Welford 1962): the mean of squares minus the squared mean, which the authors'
+    code takes, loses the variance of a weight in the rounding of its square.
+
+    Returns:
+        For :attr:`Plan.gather`: 2 + min(rank, n) snapshots, of (1, P) each.
+    """
+    from ensembler.trainers.loop import Snapshot
+
+    def gather(kept: list[Snapshot], new: Snapshot, iteration: int) -> list[Snapshot]:
+        import torch
+
+        n, x = collect.index(iteration) + 1, new.vertices
+        mean, squares = (kept[0].vertices, kept[1].vertices) if kept else (x, torch.zeros_like(x))
+        before = x - mean
+        mean = mean + before / n
+        deviation = x - mean
+        last = [*kept[2:], Snapshot(deviation, {})][-rank:] if rank else []
+        return [Snapshot(mean, {}), Snapshot(squares + before * deviation, {}), *last]
+
+    return gather
+
+
+def buffers_of_members(trainer: Trainer, made: list[dict[str, Tensor]], vertices: Tensor) -> dict[str, Tensor]:
+    """Compute the buffers (M, ...) of members: of each, from those of its own Gaussian's training."""
+    import torch
+
+    from ensembler.trainers.measure import member_buffers
+
+    found: dict[str, Tensor] = {}
+    for number, tensors in enumerate(made):
+        carried = {name.removeprefix("last."): own for name, own in tensors.items() if name.startswith("last.")}
+        members = torch.arange(number, len(vertices), len(made))
+        own = member_buffers(trainer, vertices, torch.eye(len(vertices))[members], carried)
+        for name, rows in own.items():
+            found.setdefault(name, rows.new_empty(len(vertices), *rows.shape[1:]))[members] = rows
+    return found
