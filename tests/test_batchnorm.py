@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from ensembler.architectures import build
-from ensembler.batchnorm import has_batchnorm, recompute
+from ensembler.batchnorm import Counters, has_batchnorm, recompute
 from ensembler.ensemble import Ensemble
 from ensembler.trainers import Simplex
 from tests._small import dataset
@@ -71,3 +71,40 @@ def test_sampled_members_are_those_of_a_fresh_ensemble_and_draw_nothing():
     assert found[0].run.buffers["0.seen"].tolist()[:2] == [solution, last], "the vertices are the run's members"
     assert set(found[0].run.buffers["0.seen"].tolist()) == {solution, last}, "carried from the nearest member"
     assert torch.equal(found[0].predict_members(x), found[1].predict_members(x))
+
+
+class Reading(nn.Module):
+    """Takes one of its BatchNorm layers twice, and reads how often it did so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.once, self.cumulative = nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3, momentum=None)
+        self.seen: list[int] = []
+
+    def forward(self, x):
+        x = self.twice(self.cumulative(x))
+        self.seen.append(int(self.twice.num_batches_tracked))
+        return self.once(self.twice(x)) * self.twice.num_batches_tracked
+
+
+def test_counters_counted_at_once_are_those_counted_layer_by_layer():
+    """Also those that the network reads on its way, and those that decide a momentum."""
+    network = Reading().train()
+    expected, counters = copy.deepcopy(network), Counters(network)
+    for inputs in torch.randn(3, 5, 3, generator=torch.Generator().manual_seed(0)):
+        with counters():
+            found = network(inputs)
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, expected(inputs))
+        torch.testing.assert_close(network.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert network.seen == expected.seen == [1, 3, 5]
+    assert all(type(buffer) is torch.Tensor for buffer in network.buffers())
+
+
+def test_a_pass_that_fails_leaves_the_counters_in_their_places():
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(4, 1))
+    counter = network[0].num_batches_tracked
+    with pytest.raises(RuntimeError), Counters(network)():
+        network(torch.randn(5, 3))
+    assert network[0].num_batches_tracked is counter
+    assert counter == 0
