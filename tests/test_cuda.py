@@ -115,3 +115,19 @@ def test_a_training_resumes_on_the_gpu(method, tmp_path, monkeypatch):
         whole.make(store=unfinished.store)
     found = flat(whole.make(store=unfinished.store))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_corruptions_have_the_bytes_that_a_cpu_makes():
+    from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, corrupt
+
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(96, 3, 5, 5, generator=generator) * 255
+    smooth = torch.nn.functional.interpolate(points, size=(32, 32), mode="bicubic").clamp(0, 255)
+    images = smooth.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    different = [
+        (name, severity)
+        for name in AVAILABLE
+        for severity in SEVERITIES
+        if not torch.equal(corrupt(images.cuda(), name, severity).cpu(), corrupt(images, name, severity))
+    ]
+    assert not different
