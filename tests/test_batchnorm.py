@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from torch.optim.swa_utils import update_bn
 
 from ensembler.architectures import build
 from ensembler.batchnorm import Counters, has_batchnorm, recompute
+from ensembler.buffers import member_buffers
 from ensembler.ensemble import Ensemble
 from ensembler.trainers import Simplex
+from tests._host import on_meta
 from tests._small import dataset
-from tests._training import make
+from tests._training import make, trainer
 
 
 def batches(count: int = 3, size: int = 5) -> list[torch.Tensor]:
@@ -108,3 +111,21 @@ def test_a_pass_that_fails_leaves_the_counters_in_their_places():
         network(torch.randn(5, 3))
     assert network[0].num_batches_tracked is counter
     assert counter == 0
+
+
+def test_no_batch_of_the_statistics_waits_for_the_host():
+    """On "meta": nothing is read, and what is uploaded is so once a member, however many batches there are."""
+
+    def needs_of(examples: int) -> Counter[str]:
+        with on_meta() as needs:
+            own = trainer(dataset(train=examples), architecture="tests._small:noisy", device="meta")
+            vertices, start = own.weights.vector[None].clone(), (own.weights.buffers(), False)
+            train = own.train_examples
+            needs.places.clear()
+            found = member_buffers(own.weights, vertices, torch.ones(2, 1), train, own.record, [start] * 2)
+        assert {rows.device.type for rows in found.values()} == {"meta"}, "they stay where the network is"
+        return needs.places
+
+    few, many = needs_of(128), needs_of(7 * 128)
+    assert few == many
+    assert not [place for place in few if "is read" in place], few

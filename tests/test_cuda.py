@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ensembler import Ensemble
+from ensembler import Ensemble, batchnorm, capture
 from ensembler.side_by_side import SideBySide
-from ensembler.trainers import FGE, DeepEnsemble, Method, Settings, Simplex, Snapshots, Subspace, capture, loop, train
+from ensembler.trainers import FGE, DeepEnsemble, Method, Settings, Simplex, Snapshots, Subspace, loop, train
 from tests._small import SETTINGS, dataset
 from tests._training import flat
 
@@ -131,3 +131,38 @@ def test_corruptions_have_the_bytes_that_a_cpu_makes():
         if not torch.equal(corrupt(images.cuda(), name, severity).cpu(), corrupt(images, name, severity))
     ]
     assert not different
+
+
+@pytest.mark.parametrize("network", ["batchnorm", "layernorm", "reads_a_value"])
+def test_predictions_that_are_captured_are_the_eager_ones(network, monkeypatch):
+    """Asked again and again, with a smaller last batch; what cannot be captured predicts as it is."""
+    run = train(dataset(train=32), DeepEnsemble(members=2), settings(architecture=f"tests._small:{network}"))
+    x = dataset().test.images
+    ensemble, eager = (Ensemble(run, "cuda", batch_size=8) for _ in range(2))
+    found = [ensemble.predict_outputs(images) for images in (x, x, x[:5], x, x.flip(0))]
+    monkeypatch.setattr(Ensemble, "_captures", False)
+    for images, outputs in zip((x, x, x[:5], x, x.flip(0)), found, strict=True):
+        assert (eager.predict_outputs(images) - outputs).abs().max() <= 1e-5 * outputs.abs().max()
+
+
+def test_statistics_of_new_members_wait_for_nothing(monkeypatch):
+    """Beyond what is uploaded once at the beginning of a member."""
+    run = train(dataset(train=32), Simplex(vertices=2, members=2), settings())
+    ensemble, recompute = Ensemble(run, "cuda"), batchnorm.recompute
+
+    def checked(*given: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            recompute(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(batchnorm, "recompute", checked)
+    for train_split in (dataset().train, dataset().train.to("cuda")):
+        ensemble.sample(4, seed=3, train=train_split)
+
+
+def test_a_step_that_gathers_gradients_is_that_of_the_cpu():
+    """A GPU gathers them at once, a CPU adds them one by one."""
+    found = [flat(train(dataset(train=32), DeepEnsemble(members=1), settings(device=name))) for name in ("cuda", "cpu")]
+    assert (found[0] - found[1]).abs().max() <= 1e-3 * found[1].abs().max()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ensembler.architectures import build
 from ensembler.batchnorm import layers as batchnorm_layers
+from ensembler.capture import WARM_UP, Graph
 from ensembler.subspace import dirichlet
 from ensembler.trainers import (
     FGE,
@@ -27,7 +28,6 @@ from ensembler.trainers import (
     Trainer,
     loop,
 )
-from ensembler.trainers.capture import WARM_UP, Graph
 from ensembler.trainers.events import Message
 from ensembler.trainers.loop import Plan
 from ensembler.trainers.method import methods

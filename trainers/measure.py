@@ -107,6 +107,8 @@ def member_buffers(
 ) -> dict[str, Tensor]:
     """Compute the buffers (M, ...) of members by the rule of :mod:`ensembler.buffers`, and count the forward passes.
 
+    They are on the CPU, as a run's are.
+
     Args:
         trainer: provides the network and the training examples.
         vertices: (K, P).
@@ -118,9 +120,12 @@ def member_buffers(
     train, starts = trainer.train_examples, _starts(coefficients, buffers, solved)
     with trainer.ledger.entry("members", trainer.device) as entry:
         entry.forward_passes += _recomputed(trainer, starts) * min(len(train), BATCHNORM_EXAMPLES)
-        return trainer.group.from_first(
-            lambda: carried.member_buffers(trainer.weights, vertices, coefficients, train, trainer.record, starts)
-        )
+
+        def compute() -> dict[str, Tensor]:
+            own = carried.member_buffers(trainer.weights, vertices, coefficients, train, trainer.record, starts)
+            return {name: rows.cpu() for name, rows in own.items()}
+
+        return trainer.group.from_first(compute)
 
 
 def inside(vertices: int) -> Tensor:

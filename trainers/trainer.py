@@ -15,6 +15,7 @@ from torch.nn import SyncBatchNorm
 from torch.optim import Optimizer
 
 from ensembler import architectures, matching, task
+from ensembler.capture import CudaGraph
 from ensembler.checkpoints import Checkpoint
 from ensembler.datasets import Dataset
 from ensembler.device import (
@@ -33,7 +34,6 @@ from ensembler.run import CostEntry, DatasetRecord, Run
 from ensembler.seeds import derive
 from ensembler.side_by_side import turn
 from ensembler.trainers.batches import Batches
-from ensembler.trainers.capture import CudaGraph
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.events import EpochEnd, Message, OnEvent
 from ensembler.trainers.ledger import Ledger
