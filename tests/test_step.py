@@ -120,6 +120,32 @@ def test_captured_steps_are_the_training_bit_for_bit(case, network, ends, on_gra
     assert all(torch.equal(rows, eager.buffers[name]) for name, rows in found.buffers.items())
 
 
+def test_a_compiled_network_is_captured_for_each_size_of_a_batch(on_graphs, monkeypatch):
+    """20 images are two batches of 8 and one of 4. Of each size, three steps are computed, which also compile it."""
+    compiled, sizes, compile_ = [], [], torch.nn.Module.compile
+
+    def compiling(module: torch.nn.Module, **options: Any) -> None:
+        def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+            sizes.extend(len(each) for each in inputs if isinstance(each, Tensor) and each.shape[1:] == (3, 8, 8))
+            assert not any(isinstance(each, torch.SymInt | int) for each in inputs), "a size that is not fixed"
+            return graph.forward
+
+        compiled.append(options)
+        compile_(module, backend=backend, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiling)
+    found = []
+    for own in ({"eager": True}, {"compile": True, "eager": True}, {"compile": True}):
+        before = on_graphs()
+        data = trainer(dataset(train=20), {}, architecture="tests._small:batchnorm", epochs=6, **own)
+        found.append(DeepEnsemble(members=1).train(data).vertices)
+    assert compiled == [{"dynamic": False}] * 2
+    assert sizes == [8, 4] * 2
+    assert on_graphs() - before == 18 - 2 * WARM_UP
+    assert torch.equal(found[2], found[1])
+    torch.testing.assert_close(found[1], found[0])
+
+
 def train_loop(
     make: Callable[[list[Tensor]], torch.optim.Optimizer],
     precision: torch.dtype,

@@ -99,7 +99,8 @@ class Trainer:
         together = settings.sync_batchnorm and self.group.size > 1
         self._synchronised = _synchronised(self.weights) if together else None
         if settings.compile:
-            (self._synchronised or self.weights).module.compile()
+            # For each size of a batch by itself: sizes are few, and a graph is captured of each.
+            (self._synchronised or self.weights).module.compile(dynamic=False)
         self.ledger = Ledger(f"{self.group.size} x " * (self.group.size > 1) + device_name(self.device))
         if isinstance(start, Checkpoint):
             self.ledger.entries["checkpoint"] = CostEntry(seconds=None, device="unknown", origin=start.origin)
