@@ -23,6 +23,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ensembler import batchnorm
 from ensembler.batchnorm import has_batchnorm, keeping_modes
+from ensembler.device import upload
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
 from ensembler.run import DatasetRecord
@@ -64,7 +65,7 @@ def member_buffers(
         starts: M, see :data:`Start`.
 
     Returns:
-        Buffer name to (M, ...), on the CPU; empty for a network without buffers.
+        Buffer name to (M, ...), on the network's device; empty for a network without buffers.
 
     Raises:
         UsageError: BatchNorm statistics are to be recomputed, and ``train`` is ``None``.
@@ -82,7 +83,7 @@ def member_buffers(
                 if train is None:
                     raise UsageError("new members of a network with BatchNorm need its training images")
                 batchnorm.recompute(weights.module, _inputs(train, record, vertices.device))
-        rows.append({name: buffer.cpu() for name, buffer in weights.buffers().items()})
+        rows.append(weights.buffers())
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}
 
 
@@ -125,10 +126,14 @@ def _spectral_norms(network: nn.Module) -> list[tuple[list[str], Callable[[], ob
 
 
 def _inputs(train: Examples, record: DatasetRecord, device: torch.device) -> Iterator[Tensor]:
-    """Yield training inputs in batches of nearly equal size, because all batches have equal weight."""
+    """Return training inputs in batches of nearly equal size, because all batches have equal weight.
+
+    What is drawn goes to the device once, so that no batch waits for the host.
+    """
     stream = generator(0, "batchnorm augmentation")
-    prepare = train.inputs(record.mean, record.std, device)
-    for index in torch.arange(len(train)).tensor_split(-(-len(train) // _BATCHNORM_BATCH)):
-        choices = train.draw(record.augmentation, len(index), stream)
-        batch = train.augmented(index.to(train.labels.device), record.augmentation, choices.to(train.labels.device))
-        yield prepare(batch.data.to(device))
+    prepare, home = train.inputs(record.mean, record.std, device), train.labels.device
+    order, batches = torch.arange(len(train)), -(-len(train) // _BATCHNORM_BATCH)
+    drawn = [train.draw(record.augmentation, len(index), stream) for index in order.tensor_split(batches)]
+    choices = upload(torch.cat(drawn), home).tensor_split(batches)
+    pairs = zip(upload(order, home).tensor_split(batches), choices, strict=True)
+    return (prepare(upload(train.augmented(i, record.augmentation, own).data, device)) for i, own in pairs)

@@ -143,8 +143,8 @@ class Room:
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a CPU tensor to the device; to a GPU asynchronously, from pinned memory."""
-    if device.type == "cuda":
+    """Copy a tensor to the device; from the CPU to a GPU asynchronously, from pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ensembler import examples, gaussian, task
 from ensembler.batchnorm import has_batchnorm
 from ensembler.buffers import Start, member_buffers
+from ensembler.capture import Captured, CudaGraph, on_stream
 from ensembler.device import choose_device, limit_threads
 from ensembler.errors import ShapeError, UsageError
 from ensembler.examples import Examples
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
     from ensembler.uncertainty import Uncertainty
 
 __all__ = ["Ensemble", "sample_coefficients"]
+
+# Numbers in a batch, 341 images of CIFAR's size, below which a forward pass takes longer to launch than to compute.
+_CAPTURED = 2**20
+_GRAPHS = 8  # shapes of batches that have one; each holds memory
 
 
 class Ensemble:
@@ -118,17 +124,23 @@ class Ensemble:
         record = self.run.manifest.dataset
         stored = self._kind.check(x, record.shape, record.mean, record.std)
         x, result = x.to(self.device), torch.empty(0)  # once for all members
-        with torch.inference_mode():
+        captured = self._captures and x[: self.batch_size].numel() <= _CAPTURED
+        with torch.inference_mode(), on_stream(self.device) if captured else nullcontext():
             for member in range(self.members):
-                network = self.network(member)
-                prepare = self._places[member][0].inputs if stored else Tensor.float
+                self.network(member)
+                predict = self._places[member][0].outputs
                 for start in range(0, max(1, len(x)), self.batch_size):
                     part = slice(start, start + self.batch_size)
-                    outputs = network(prepare(x[part]))
+                    outputs = predict(x[part], stored, captured)
                     if not start and not member:
                         result = torch.empty(self.members, len(x), *outputs.shape[1:], device=self.device)
                     result[member, part] = outputs
-        return result.cpu()
+            return result.cpu()
+
+    @property
+    def _captures(self) -> bool:
+        """Whether the forward pass of a small batch is captured as a CUDA graph: on a GPU, outside autocast."""
+        return self.device.type == "cuda" and not torch.is_autocast_enabled("cuda")
 
     def predict_members(self, x: Tensor | NDArray[np.generic]) -> Tensor:
         """Predict each member's distribution; for a classifier, its probabilities.
@@ -214,7 +226,8 @@ class Ensemble:
         record, (part,) = run.manifest.dataset, self._parts
         if train is None and not all(own for _, own in starts) and has_batchnorm(part.weights.module):
             train = record.load().train
-        buffers = member_buffers(part.weights, vertices, coefficients, train, record, starts)
+        found = member_buffers(part.weights, vertices, coefficients, train, record, starts)
+        buffers = {name: rows.cpu() for name, rows in found.items()}
         sizes = {"vertices": len(vertices), "members": len(coefficients), "files": {}}
         manifest = run.manifest.model_copy(update=sizes)
         moved = replace(run, manifest=manifest, coefficients=coefficients, buffers=buffers)
@@ -248,12 +261,45 @@ class _Part:
         self.weights.load_frozen(run.frozen)
         self.vertices = self.weights.flatten(run.vertices)
         self._coefficients = run.coefficients.to(device)
+        self._buffers = {name: rows.to(device) for name, rows in run.buffers.items()}
+        self._forget([])
 
     def network(self, row: int) -> nn.Module:
         """Return the network with one member's weights and buffers."""
         torch.mv(self.vertices.T, self._coefficients[row], out=self.weights.vector)
-        self.weights.load_buffers({name: rows[row] for name, rows in self.run.buffers.items()})
+        self.weights.load_buffers({name: rows[row] for name, rows in self._buffers.items()})
         return self.weights.module
+
+    def outputs(self, x: Tensor, stored: bool, captured: bool) -> Tensor:
+        """Compute the outputs (B, O) of the network as it is, valid until the next call.
+
+        Args:
+            x: stored examples, or inputs of the network.
+            stored: which of them.
+            captured: whether a CUDA graph may be captured and replayed for this shape.
+        """
+        modes = [module.training for module in self.weights.module.modules()]
+        if modes != self._modes:  # a graph has those of its capture
+            self._forget(modes)
+        key = stored, x.shape, x.dtype, x.stride()
+        if not captured or (key not in self._outputs and len(self._outputs) == _GRAPHS):
+            return self._forward(x, stored)
+        self._graphs(stored, x)
+        return self._outputs[key]
+
+    def _forget(self, modes: list[bool]) -> None:
+        """Begin without graphs, for a network in these modes."""
+        self._modes, self._outputs = modes, dict[object, Tensor]()
+        # A network that cannot be captured predicts as it is.
+        self._graphs = Captured(self._store, lambda reason: None, CudaGraph)
+
+    def _store(self, stored: int, x: Tensor) -> None:
+        """Leave the outputs where :meth:`outputs` finds them; a graph leaves them at the same address every time."""
+        self._outputs[stored, x.shape, x.dtype, x.stride()] = self._forward(x, bool(stored))
+
+    def _forward(self, x: Tensor, stored: bool) -> Tensor:
+        outputs: Tensor = self.weights.module(self.inputs(x) if stored else x.float())
+        return outputs
 
     def _build(self, kind: Task, outputs: int, device: torch.device) -> nn.Module:
         """Build the network in evaluation mode and in the run's memory format, or in the one that it can.

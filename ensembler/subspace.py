@@ -127,7 +127,8 @@ class AffineHull:
         self._origin, self._rest = vertices[0], vertices[1:]
         if len(self._rest):
             log_lengths, cosines = _edge_geometry(vertices)
-            self._lengths = log_lengths.exp().to(vertices.device)
+            lengths = log_lengths.exp().to(vertices.device)
+            self._scale = torch.where(lengths > 0, 1 / lengths, 0.0)
             self._inverse = torch.linalg.pinv(cosines, hermitian=True).to(vertices.device)
 
     def residual(self, point: Tensor, out: Tensor | None = None) -> Tensor:
@@ -142,8 +143,7 @@ class AffineHull:
             return residual
         # The edges E = rest - origin are never formed: E @ e = rest @ e - origin . e.
         projections = (self._rest @ residual - self._origin.dot(residual)).double()
-        scale = torch.where(self._lengths > 0, 1 / self._lengths, 0.0)
-        weights = (scale * (self._inverse @ (scale * projections))).to(residual.dtype)
+        weights = (self._scale * (self._inverse @ (self._scale * projections))).to(residual.dtype)
         return residual.addmv_(self._rest.T, weights, alpha=-1).addcmul_(self._origin, weights.sum())
 
 

@@ -48,17 +48,20 @@ class FlatWeights:
 
     Args:
         module: any module; it works as before and keeps its parameter objects.
+        gather: whether ``backward`` makes gradients of its own, which :meth:`gather` adds to ``grad`` all at once. By
+            default on a GPU, where adding each by itself is a launch for every parameter; on a CPU, ``backward`` adds
+            to ``grad`` itself, which needs no memory beside it.
 
     Attributes:
         vector: (P,) the parameters.
-        grad: (P,) their gradients, accumulated by ``backward``; zero it between steps.
+        grad: (P,) their gradients, accumulated by ``backward`` and :meth:`gather`; zero it between steps.
 
     Raises:
         UsageError: there is no trainable parameter, there are several types or devices, or the network's state dict
             holds more than tensors.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, gather: bool | None = None) -> None:
         self.module = module
         _check_state(module)
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -80,11 +83,26 @@ class FlatWeights:
             view = slot.view(self.vector)
             view.copy_(parameter.detach())
             parameter.data = view
-            parameter.grad = slot.view(self.grad)
+        self._parameters = list(trainable.values())
+        self._gradients = [slot.view(self.grad) for slot in self._slots]
+        self._gathers = device.type != "cpu" if gather is None else gather
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = None if self._gathers else gradient
 
     def __len__(self) -> int:
         """The number of parameters P."""
         return self.vector.numel()
+
+    def gather(self) -> None:
+        """Add what ``backward`` computed to ``grad``, in one operation; call it after every ``backward``."""
+        if not self._gathers:
+            return
+        pairs = zip(self._gradients, self._parameters, strict=True)
+        found = [(own, parameter.grad) for own, parameter in pairs if parameter.grad is not None]
+        if found:
+            torch._foreach_add_([own for own, _ in found], [gradient for _, gradient in found])
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def slices(self, least_dimensions: int = 0) -> dict[str, slice]:
         """Return the position in a vector of each parameter with at least ``least_dimensions`` dimensions, by name."""

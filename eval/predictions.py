@@ -126,7 +126,8 @@ def predictions(
 ) -> Iterator[tuple[TestSet, list[Prediction]]]:
     """Yield every ensemble's prediction for each test set in turn; those that are not kept are made, and kept.
 
-    A set's images are made once, one batch ahead, and each member predicts each image once.
+    A set's images are made once, one batch ahead, on the device of the networks, and each member predicts each image
+    once.
 
     Args:
         predictors: the ensembles.
@@ -167,7 +168,7 @@ def _kept_or_images(
     for number, test_set in enumerate(test_sets):
         kept = [one.kept(test_set) for one in predictors]
         if None in kept:
-            for batch in test_set.batches():
+            for batch in test_set.batches(predictors[kept.index(None)].ensemble.device):
                 yield number, kept, batch
         else:
             yield number, kept, None
@@ -238,7 +239,7 @@ def _reduce(
     reductions = [_Reduction(Ensemble(*runs[place]), test_sets[number]) for place in missing]
     for one in reductions:
         configure(one.ensemble.device)
-    for batch in test_sets[number].batches():
+    for batch in test_sets[number].batches(reductions[0].ensemble.device):
         for one in reductions:
             one.add(batch)
     return [one.arrays() for one in reductions]

@@ -101,17 +101,20 @@ class Recorder(TorchDispatchMode):
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # of memory that is written to: itself, and what it held
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is aten._local_scalar_dense.default:
+        if func in (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default, aten.equal.default):
             raise RuntimeError(f"{_place()} reads a value: no graph can hold that")
         kwargs = kwargs or {}
+        if _is_view(func):  # in inference mode, one that may copy (to, reshape) comes here whole
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if parts is NotImplemented else parts
         for tensor in _written(func, args, kwargs):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self.before:
                 whole = torch.empty(0, dtype=torch.uint8).set_(storage)
                 self.before[storage.data_ptr()] = whole, whole.clone()
         result = func(*args, **kwargs)
-        if not _is_view(func):
-            self.calls.append((func, args, kwargs, result))
+        self.calls.append((func, args, kwargs, result))
         return result
 
     @torch.no_grad()

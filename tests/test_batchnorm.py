@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from ensembler.architectures import build
-from ensembler.batchnorm import has_batchnorm, recompute
+from ensembler.batchnorm import Counters, has_batchnorm, recompute
+from ensembler.buffers import member_buffers
 from ensembler.ensemble import Ensemble
 from ensembler.trainers import Simplex
+from tests._host import on_meta
 from tests._small import dataset
-from tests._training import make
+from tests._training import make, trainer
 
 
 def batches(count: int = 3, size: int = 5) -> list[torch.Tensor]:
@@ -71,3 +74,58 @@ def test_sampled_members_are_those_of_a_fresh_ensemble_and_draw_nothing():
     assert found[0].run.buffers["0.seen"].tolist()[:2] == [solution, last], "the vertices are the run's members"
     assert set(found[0].run.buffers["0.seen"].tolist()) == {solution, last}, "carried from the nearest member"
     assert torch.equal(found[0].predict_members(x), found[1].predict_members(x))
+
+
+class Reading(nn.Module):
+    """Takes one of its BatchNorm layers twice, and reads how often it did so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.once, self.cumulative = nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3, momentum=None)
+        self.seen: list[int] = []
+
+    def forward(self, x):
+        x = self.twice(self.cumulative(x))
+        self.seen.append(int(self.twice.num_batches_tracked))
+        return self.once(self.twice(x)) * self.twice.num_batches_tracked
+
+
+def test_counters_counted_at_once_are_those_counted_layer_by_layer():
+    """Also those that the network reads on its way, and those that decide a momentum."""
+    network = Reading().train()
+    expected, counters = copy.deepcopy(network), Counters(network)
+    for inputs in torch.randn(3, 5, 3, generator=torch.Generator().manual_seed(0)):
+        with counters():
+            found = network(inputs)
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, expected(inputs))
+        torch.testing.assert_close(network.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert network.seen == expected.seen == [1, 3, 5]
+    assert all(type(buffer) is torch.Tensor for buffer in network.buffers())
+
+
+def test_a_pass_that_fails_leaves_the_counters_in_their_places():
+    network = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(4, 1))
+    counter = network[0].num_batches_tracked
+    with pytest.raises(RuntimeError), Counters(network)():
+        network(torch.randn(5, 3))
+    assert network[0].num_batches_tracked is counter
+    assert counter == 0
+
+
+def test_no_batch_of_the_statistics_waits_for_the_host():
+    """On "meta": nothing is read, and what is uploaded is so once a member, however many batches there are."""
+
+    def needs_of(examples: int) -> Counter[str]:
+        with on_meta() as needs:
+            own = trainer(dataset(train=examples), architecture="tests._small:noisy", device="meta")
+            vertices, start = own.weights.vector[None].clone(), (own.weights.buffers(), False)
+            train = own.train_examples
+            needs.places.clear()
+            found = member_buffers(own.weights, vertices, torch.ones(2, 1), train, own.record, [start] * 2)
+        assert {rows.device.type for rows in found.values()} == {"meta"}, "they stay where the network is"
+        return needs.places
+
+    few, many = needs_of(128), needs_of(7 * 128)
+    assert few == many
+    assert not [place for place in few if "is read" in place], few

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ensembler import Ensemble
+from ensembler import Ensemble, batchnorm, capture
 from ensembler.side_by_side import SideBySide
 from ensembler.trainers import (
     FGE,
@@ -22,7 +22,6 @@ from ensembler.trainers import (
     Simplex,
     Snapshots,
     Subspace,
-    capture,
     loop,
     train,
 )
@@ -130,3 +129,54 @@ def test_a_training_resumes_on_the_gpu(method, tmp_path, monkeypatch):
         whole.make(store=unfinished.store)
     found = flat(whole.make(store=unfinished.store))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_corruptions_have_the_bytes_that_a_cpu_makes():
+    from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, corrupt
+
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(96, 3, 5, 5, generator=generator) * 255
+    smooth = torch.nn.functional.interpolate(points, size=(32, 32), mode="bicubic").clamp(0, 255)
+    images = smooth.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    different = [
+        (name, severity)
+        for name in AVAILABLE
+        for severity in SEVERITIES
+        if not torch.equal(corrupt(images.cuda(), name, severity).cpu(), corrupt(images, name, severity))
+    ]
+    assert not different
+
+
+@pytest.mark.parametrize("network", ["batchnorm", "layernorm", "reads_a_value"])
+def test_predictions_that_are_captured_are_the_eager_ones(network, monkeypatch):
+    """Asked again and again, with a smaller last batch; what cannot be captured predicts as it is."""
+    run = train(dataset(train=32), DeepEnsemble(members=2), settings(architecture=f"tests._small:{network}"))
+    x = dataset().test.images
+    ensemble, eager = (Ensemble(run, "cuda", batch_size=8) for _ in range(2))
+    found = [ensemble.predict_outputs(images) for images in (x, x, x[:5], x, x.flip(0))]
+    monkeypatch.setattr(Ensemble, "_captures", False)
+    for images, outputs in zip((x, x, x[:5], x, x.flip(0)), found, strict=True):
+        assert (eager.predict_outputs(images) - outputs).abs().max() <= 1e-5 * outputs.abs().max()
+
+
+def test_statistics_of_new_members_wait_for_nothing(monkeypatch):
+    """Beyond what is uploaded once at the beginning of a member."""
+    run = train(dataset(train=32), Simplex(vertices=2, members=2), settings())
+    ensemble, recompute = Ensemble(run, "cuda"), batchnorm.recompute
+
+    def checked(*given: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            recompute(*given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(batchnorm, "recompute", checked)
+    for train_split in (dataset().train, dataset().train.to("cuda")):
+        ensemble.sample(4, seed=3, train=train_split)
+
+
+def test_a_step_that_gathers_gradients_is_that_of_the_cpu():
+    """A GPU gathers them at once, a CPU adds them one by one."""
+    found = [flat(train(dataset(train=32), DeepEnsemble(members=1), settings(device=name))) for name in ("cuda", "cpu")]
+    assert (found[0] - found[1]).abs().max() <= 1e-3 * found[1].abs().max()

@@ -14,6 +14,7 @@ from ensembler.device import choose_device
 from ensembler.errors import ShapeError, UsageError
 from ensembler.run import Run
 from ensembler.trainers import DeepEnsemble, Simplex
+from tests._host import CpuGraph
 from tests._runs import make_run
 from tests._small import dataset
 from tests._training import make
@@ -93,6 +94,66 @@ def test_pixels_that_would_be_answered_wrongly_are_refused(tmp_path, wrong, mend
     for predict in (ensemble.predict_members, ensemble.predict_proba, ensemble.uncertainty):
         with pytest.raises(ShapeError, match=mend):
             predict(wrong)
+
+
+@pytest.fixture
+def on_graphs(monkeypatch):
+    """Has predictions captured by a CUDA graph's rules; how many forward passes were replayed since."""
+    monkeypatch.setattr(Ensemble, "_captures", True)
+    monkeypatch.setattr("ensembler.ensemble.CudaGraph", CpuGraph)
+    before = CpuGraph.replays
+    return lambda: CpuGraph.replays - before
+
+
+@pytest.mark.parametrize("network", ["batchnorm", "layernorm", "channels_last"])
+def test_captured_predictions_are_the_eager_ones_bit_for_bit(network, on_graphs, monkeypatch):
+    """Every member's, with other images each time, in batches of two sizes and as images and as normalised inputs."""
+    run = make(DeepEnsemble(members=3), architecture=f"tests._small:{network}")
+    record, x = run.manifest.dataset, dataset().test.images
+    inputs = normalise(x, tuple(record.mean), tuple(record.std))
+    asked = [x, x.flip(0), inputs, x[:3], x.flip(1), inputs]
+    ensemble = Ensemble(run, "cpu", batch_size=6)
+    found = [ensemble.predict_outputs(each) for each in asked]
+    # 15 are two batches of 6 and one of 3: of a shape, all but the first three passes are replayed.
+    assert on_graphs() == (3 * 2 * 3 - 3) + (3 * 4 - 3) + (3 * 2 * 2 - 3) + (3 * 2 - 3)
+    monkeypatch.setattr(Ensemble, "_captures", False)
+    eager = Ensemble(run, "cpu", batch_size=6)
+    assert all(torch.equal(eager.predict_outputs(x), one) for x, one in zip(asked, found, strict=True))
+    assert not torch.equal(found[0], found[1])
+
+
+def test_what_is_not_captured_is_predicted_as_it_is(on_graphs, monkeypatch):
+    """Networks that read a value, large batches, and more shapes than have a graph."""
+    x = dataset().test.images
+    reading = Ensemble(make(DeepEnsemble(members=2), architecture="tests._small:reads_a_value"), "cpu")
+    first = [reading.predict_outputs(x) for _ in range(4)]
+    run = make(DeepEnsemble(members=2))
+    many = Ensemble(run, "cpu")
+    shapes = [many.predict_outputs(x[:count]) for count in range(1, 12)]
+    assert not on_graphs()
+    monkeypatch.setattr("ensembler.ensemble._CAPTURED", x.numel() - 1)
+    large = [Ensemble(run, "cpu").predict_outputs(x) for _ in range(4)]
+    assert not on_graphs()
+    shapes += [many.predict_outputs(x[:11]) for _ in range(4)]
+    assert not on_graphs(), "the ninth shape and later ones"
+    monkeypatch.setattr(Ensemble, "_captures", False)
+    assert all(torch.equal(one, reading.predict_outputs(x)) for one in first)
+    assert all(torch.equal(one, many.predict_outputs(x[: one.shape[1]])) for one in [*shapes, *large])
+
+
+def test_a_layer_that_is_switched_to_training_is_not_predicted_from_an_old_graph(on_graphs):
+    """As dropout that stays on for predictions."""
+    ensemble = Ensemble(make(DeepEnsemble(members=1), architecture="tests._small:dropout"), "cpu")
+    x = dataset().test.images
+    still = [ensemble.predict_outputs(x) for _ in range(5)]
+    assert on_graphs()
+    assert torch.equal(still[0], still[4])
+    ensemble.network(0)[1].train()
+    moving = [ensemble.predict_outputs(x) for _ in range(5)]
+    assert not torch.equal(moving[0], still[0])
+    assert not torch.equal(moving[3], moving[4])
+    ensemble.network(0)[1].eval()
+    assert torch.equal(ensemble.predict_outputs(x), still[0])
 
 
 def test_uncertainty_of_a_batch(tmp_path):

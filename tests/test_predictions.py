@@ -74,6 +74,17 @@ def get(predictor, *test_sets, watch=lambda label, done, total: None):
     return [found[0] for _, found in predictions([predictor], test_sets, watch)]
 
 
+def test_images_go_to_the_networks_device_once_for_all_runs(predictor, monkeypatch):
+    asked, batches = [], TestSet.batches
+    monkeypatch.setattr(TestSet, "batches", lambda self, device: asked.append(device) or batches(self, device))
+    both = [predictor, other_run(predictor)]
+    ((_, found),) = predictions(both, [counted()])
+    assert np.array_equal(found[0].mean, found[1].mean)
+    assert asked == [torch.device("cpu")]
+    on_meta = list(batches(counted(), torch.device("meta")))
+    assert {batch.device.type for batch in on_meta} == {"meta"}
+
+
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_what_scores_need_is_that_of_all_members_at_once(predictor, size, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK", 5 * 3 * 64)

@@ -395,6 +395,38 @@ def test_images_in_their_files(tmp_path, images):
     assert stored(load_shift("corruptions", lazy, indices, tmp_path / "1")) == SOME_IN_ORDER
 
 
+META = torch.device("meta")  # stands in for a GPU: shapes, and no data
+
+
+def test_corruptions_are_made_where_the_networks_are_and_the_clean_images_go_there_once(tmp_path, monkeypatch):
+    made, ups = [], []
+
+    def spy(images, corruption, severity, *, indices, seed):
+        made.append((corruption, severity, images.device, len(images), indices.tolist()))
+        return images
+
+    monkeypatch.setattr(generated_module, "fingerprint", lambda *given: "alike everywhere")
+    monkeypatch.setattr(generated_module, "corrupt", spy)
+    monkeypatch.setattr(Split, "to", lambda self, device, to=Split.to: ups.append(device) or to(self, device))
+    shift = load_shift("corruptions", dataset(), EVERYTHING[:5], tmp_path)
+    batches = [batch for one in shift.sets for batch in one.batches(META)]
+    assert {batch.device for batch in batches} == {META}
+    assert made == [(name, severity, META, 5, [0, 1, 2, 3, 4]) for name in AVAILABLE for severity in SEVERITIES]
+    assert ups == [META]
+    monkeypatch.setattr(generated_module, "_UPLOADED", 0)
+    again = next(load_shift("corruptions", dataset(), EVERYTHING[:5], tmp_path).sets[0].batches(META))
+    assert again.device == META
+    assert ups == [META], "too many to stay there: they go batch by batch"
+
+
+def test_a_device_that_makes_other_bytes_makes_none(tmp_path, monkeypatch):
+    examples = cell(load_shift("corruptions", dataset(), EVERYTHING[:5], tmp_path), "contrast", 3)
+    expected = everything(examples)
+    own = generated_module.fingerprint
+    monkeypatch.setattr(generated_module, "fingerprint", lambda *given: "other" if META in given else own(*given))
+    assert torch.equal(examples.images(slice(None), META), expected)
+
+
 # --- ensembler data corrupt -------------------------------------------------------------------------------------------
 
 

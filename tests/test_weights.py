@@ -76,6 +76,34 @@ def test_a_tied_parameter_lies_in_the_vector_once_and_stays_tied():
     torch.testing.assert_close(module.first.weight.grad, reference.first.weight.grad)
 
 
+class Parting(nn.Module):
+    """A layer of which each pass leaves one of two out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)])
+
+    def forward(self, x):
+        return self.layers[len(x) % 2](x)
+
+
+@pytest.mark.parametrize("make", [Tied, Parting, lambda: build("tests._small:channels_last", 3)])
+def test_gradients_that_are_gathered_at_once_are_those_that_are_added_one_by_one(make):
+    """To the bit, over several passes, also where a pass does not reach a parameter; nothing is left behind."""
+    torch.manual_seed(0)
+    module = make()
+    one_by_one, at_once = FlatWeights(copy.deepcopy(module), gather=False), FlatWeights(module, gather=True)
+    for count in (4, 6, 5):
+        x, y = torch.randn(count, 3, 8, 8), torch.randint(3, (count,))
+        x = x.flatten(1)[:, :6] if isinstance(module, Tied | Parting) else x
+        for weights in (one_by_one, at_once):
+            gradients_of(weights.module, x, y)
+            weights.gather()
+        assert at_once.grad.any()
+        assert torch.equal(at_once.grad, one_by_one.grad)
+        assert all(parameter.grad is None for parameter in at_once.module.parameters())
+
+
 def test_frozen_parameters_and_buffers_stay_outside_the_vector():
     module = build("resnet20", 10)
     module[0].weight.requires_grad_(False)

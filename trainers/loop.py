@@ -7,7 +7,7 @@ optimiser does the rest. A single network is the case ``K = 1``, ``c = [1]``.
 Everything random in a step (the batch, the coefficients, the regulariser's draws) is drawn for a whole epoch and copied
 to the device at once. It depends only on the seed, the part of the training and the epoch. So no step waits for the
 host, a checkpoint needs no generator's state, and on a GPU the step is captured once and replayed
-(:mod:`ensembler.trainers.capture`).
+(:mod:`ensembler.capture`).
 
 Processes that train together (:mod:`ensembler.trainers.distributed`) do the same steps, each on its share of every
 batch; their gradients are summed once per step, and everything else is the same in each process.
@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ensembler.batchnorm import Counters
+from ensembler.capture import Captured, Graph, on_stream
 from ensembler.device import upload
 from ensembler.errors import DivergedError
 from ensembler.seeds import derive
 from ensembler.task import Task
 from ensembler.trainers.batches import Batches
-from ensembler.trainers.capture import Captured, Graph, on_stream
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.schedules import Schedule
 from ensembler.weights import FlatWeights
@@ -282,17 +284,16 @@ class _Step:
     group: Group
     trainable: Tensor = field(init=False)
     decay: float = field(init=False, default=0.0)
-    rate: Tensor = field(init=False)
     totals: Tensor = field(init=False)
+    counters: Counters = field(init=False)
 
     def __post_init__(self) -> None:
         device = self.vertices.device
         self.trainable = torch.tensor(list(self.plan.trainable), device=device)
-        self.rate, self.totals = torch.zeros((), device=device), torch.zeros(2, device=device)
+        self.totals, self.counters = torch.zeros(2, device=device), Counters(self.weights.module)
         for vertex, gradient in zip(self.moving, self.gradients, strict=True):
             vertex.grad = gradient
         for group in self.optimiser.param_groups:
-            group["lr"] = self.rate
             if self.plan.decay_sampled:
                 self.decay, group["weight_decay"] = group.get("weight_decay", 0.0), 0.0
 
@@ -319,14 +320,15 @@ class _Step:
             draw: the regulariser's row.
             noise: the standard deviation of the gradients' noise, a scalar.
         """
-        self.rate.copy_(rate)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
         self.gradients.zero_()
         if self.plan.coefficients:
             points, others = self.plan.coefficients(points), self.plan.coefficients(others)
         sizes = self.group.shares(size, len(points))
-        sums = torch.zeros_like(self.totals)
-        for c, other, inputs, labels in zip(points, others, torch.split(x, sizes), torch.split(y, sizes), strict=False):
-            sums += self._accumulate(c, other, inputs, labels, size)
+        shares = zip(points, others, torch.split(x, sizes), torch.split(y, sizes), strict=False)
+        with self.counters():
+            sums = reduce(torch.add, [self._accumulate(*share, size) for share in shares])
         if len(self.moving) == 1:
             self.group.sum_(self.weights.grad)
         self.group.sum_(sums)  # at every step, so that a checkpoint has the sums of all processes
@@ -375,6 +377,7 @@ class _Step:
         if len(self.moving) == 1 and self.plan.draw:
             objective = objective * c[self.plan.trainable[0]]
         self.scaler.scale(objective).backward()  # type: ignore[no-untyped-call]
+        self.weights.gather()
         with torch.no_grad():
             return torch.stack([loss, self.task.metrics(outputs, y).sum()])
 
@@ -422,8 +425,6 @@ class _Step:
         self.weights.load_buffers(state.buffers)
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state.optimiser, "param_groups": groups})
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate  # load_state_dict replaces it by a copy
         self.totals.copy_(state.totals)
         if state.scaler:
             self.scaler.load_state_dict(state.scaler)

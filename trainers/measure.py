@@ -110,6 +110,8 @@ def member_buffers(
 ) -> dict[str, Tensor]:
     """Compute the buffers (M, ...) of members by the rule of :mod:`ensembler.buffers`, and count the forward passes.
 
+    They are on the CPU, as a run's are.
+
     Args:
         trainer: provides the network and the training examples.
         vertices: (K, P).
@@ -121,9 +123,12 @@ def member_buffers(
     train, starts = trainer.train_examples, _starts(coefficients, buffers, solved)
     with trainer.ledger.entry("members", trainer.device) as entry:
         entry.forward_passes += _recomputed(trainer, starts) * min(len(train), BATCHNORM_EXAMPLES)
-        return trainer.group.from_first(
-            lambda: carried.member_buffers(trainer.weights, vertices, coefficients, train, trainer.record, starts)
-        )
+
+        def compute() -> dict[str, Tensor]:
+            own = carried.member_buffers(trainer.weights, vertices, coefficients, train, trainer.record, starts)
+            return {name: rows.cpu() for name, rows in own.items()}
+
+        return trainer.group.from_first(compute)
 
 
 def inside(vertices: int) -> Tensor:
@@ -214,7 +219,8 @@ def _predict(trainer: Trainer, examples: Examples) -> Tensor:
     prepare = examples.inputs(trainer.record.mean, trainer.record.std, trainer.device)
     with torch.inference_mode():
         parts = examples.batches(trainer.settings.batch_size or 1)
-        outputs = [trainer.weights.module(prepare(part.data.to(trainer.device))) for part in parts]
+        call = trainer.weights.module._call_impl  # not compiled: that takes longer than so few batches
+        outputs = [call(prepare(part.data.to(trainer.device))) for part in parts]  # type: ignore[no-untyped-call]
     return trainer.task.distribution(torch.cat(outputs)).cpu()
 
 

@@ -33,11 +33,11 @@ def volume_regulariser(others: Tensor, vertex: Tensor, strength: float, scratch:
         scratch: (P,) overwritten: the network's own weight vector is free between two steps.
     """
     hull = AffineHull(others)
-    softening = _SOFTENING * others.mean(dim=0).norm()
+    softening = (_SOFTENING * others.mean(dim=0).norm()) ** 2
 
     def add(gradients: Tensor, drawn: Tensor | None = None) -> None:
         residual = hull.residual(vertex, out=scratch)
-        gradients[0].addcmul_(residual, strength / (residual.dot(residual) + softening**2), value=-1)
+        gradients[0].addcmul_(residual, strength / (residual.dot(residual) + softening), value=-1)
 
     return add
 

@@ -16,6 +16,7 @@ from torch.nn import SyncBatchNorm
 from torch.optim import Optimizer
 
 from ensembler import architectures, matching, task
+from ensembler.capture import CudaGraph
 from ensembler.checkpoints import Checkpoint
 from ensembler.datasets import Dataset
 from ensembler.device import (
@@ -34,7 +35,6 @@ from ensembler.run import CostEntry, DatasetRecord, Run
 from ensembler.seeds import derive
 from ensembler.side_by_side import turn
 from ensembler.trainers.batches import Batches
-from ensembler.trainers.capture import CudaGraph
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.events import EpochEnd, Message, OnEvent, Progress
 from ensembler.trainers.ledger import Ledger
@@ -100,7 +100,8 @@ class Trainer:
         together = settings.sync_batchnorm and self.group.size > 1
         self._synchronised = _synchronised(self.weights) if together else None
         if settings.compile:
-            (self._synchronised or self.weights).module.compile()
+            # For each size of a batch by itself: sizes are few, and a graph is captured of each.
+            (self._synchronised or self.weights).module.compile(dynamic=False)
         self.ledger = Ledger(f"{self.group.size} x " * (self.group.size > 1) + device_name(self.device))
         if isinstance(start, Checkpoint):
             self.ledger.entries["checkpoint"] = CostEntry(seconds=None, device="unknown", origin=start.origin)

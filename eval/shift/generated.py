@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,8 @@ __all__ = [
 
 RECORD = "generated.json"
 
+_UPLOADED = 2**28  # bytes of clean images that stay on a GPU for all corruptions; more go there batch by batch
+
 _REMEDY = "remove the folder, and make it again with ensembler data corrupt"
 
 
@@ -43,17 +45,40 @@ class Corrupted(Shifted):
 
     seed: int
 
-    def images(self, part: slice) -> Tensor:
-        """Return some of the images, (B, H, W, 3) uint8."""
-        clean = self.clean[part].images
-        return corrupt(clean, self.corruption, self.severity, indices=self.indices[part], seed=self.seed)
+    def images(self, part: slice, device: torch.device | None = None) -> Tensor:
+        """Return some of the images, (B, H, W, 3) uint8.
+
+        They are made on ``device`` if it gives the bytes that a CPU does, as every GPU should; else on the CPU.
+        """
+        clean = self.clean
+        if device is not None and device.type != "cpu" and self._made_alike(device):
+            clean = _uploaded(clean, device) if _bytes(clean) <= _UPLOADED else clean
+        else:
+            device = None
+        images = clean[part].images.to(device)
+        return corrupt(images, self.corruption, self.severity, indices=self.indices[part], seed=self.seed)
 
     @cached_property
     def sha256(self) -> str:
         """Hash of the clean images and of the effect of the corruption on a fixed batch; no image is made for it."""
-        made = fingerprint(self.corruption, self.severity, self.seed, self.shape)
-        what = (self.corruption, self.severity, self.seed, made, self.clean.sha256, self.indices.tolist())
+        what = (self.corruption, self.severity, self.seed, self._effect, self.clean.sha256, self.indices.tolist())
         return hashlib.sha256(repr(what).encode()).hexdigest()
+
+    @cached_property
+    def _effect(self) -> str:
+        return fingerprint(self.corruption, self.severity, self.seed, self.shape)
+
+    def _made_alike(self, device: torch.device) -> bool:
+        return fingerprint(self.corruption, self.severity, self.seed, self.shape, device) == self._effect
+
+
+@lru_cache(maxsize=1)
+def _uploaded(clean: Images, device: torch.device) -> Images:
+    return clean.to(device)
+
+
+def _bytes(clean: Images) -> int:
+    return 3 * clean.shape[0] * clean.shape[1] * len(clean)
 
 
 def generated_shift(name: str, test: Images, indices: Tensor, seed: int = 0, path: Path | None = None) -> Shift:

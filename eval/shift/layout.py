@@ -136,8 +136,8 @@ class Rows(Shifted):
     folder: StoredFolder
     same_as: Shifted | None = None
 
-    def images(self, part: slice) -> Tensor:
-        """Return some of the images, (B, H, W, 3) uint8."""
+    def images(self, part: slice, device: torch.device | None = None) -> Tensor:
+        """Return some of the images, (B, H, W, 3) uint8, on the CPU."""
         places = (self.severity - 1) * len(self.folder.test) + self.indices[part].numpy()
         return torch.from_numpy(self.folder.rows(self.corruption)[places])
 

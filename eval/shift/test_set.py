@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -40,8 +41,8 @@ class Shifted(ABC):
     severity: int
 
     @abstractmethod
-    def images(self, part: slice) -> Tensor:
-        """Return some of the images, (B, H, W, 3) uint8."""
+    def images(self, part: slice, device: torch.device | None = None) -> Tensor:
+        """Return some of the images, (B, H, W, 3) uint8; those that are computed are so on ``device``."""
 
     @property
     @abstractmethod
@@ -61,11 +62,11 @@ class Shifted(ABC):
     def __len__(self) -> int:
         return len(self.clean)
 
-    def batches(self, size: int) -> Iterator[Split]:
-        """Yield the images in order, at most ``size`` at a time."""
+    def batches(self, size: int, device: torch.device | None = None) -> Iterator[Split]:
+        """Yield the images in order, at most ``size`` at a time; those that are computed are so on ``device``."""
         for start in range(0, len(self), size):
             part = slice(start, start + size)
-            yield Split(self.images(part), self.labels[part])
+            yield Split(self.images(part, device), self.labels[part])
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,10 +107,12 @@ class TestSet:
         """Whether every member's probabilities are kept: they are needed to choose members, and to save them."""
         return self.members or self.group in ("validation", "clean")
 
-    def batches(self) -> Iterator[Tensor]:
-        """Yield the images in order, (B, H, W, 3) uint8, in batches of limited memory."""
+    def batches(self, device: torch.device | None = None) -> Iterator[Tensor]:
+        """Yield the images in order, (B, H, W, 3) uint8 on ``device``, in batches of limited memory."""
         height, width = self.examples.shape
-        return (part.images for part in self.examples.batches(max(1, _BATCH // (3 * height * width))))
+        size, examples = max(1, _BATCH // (3 * height * width)), self.examples
+        parts = examples.batches(size, device) if isinstance(examples, Shifted) else examples.batches(size)
+        return (part.images.to(device) for part in parts)
 
 
 @dataclass(frozen=True, eq=False)

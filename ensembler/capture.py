@@ -1,4 +1,4 @@
-"""Record a training step once as a CUDA graph, and replay it: no kernel of it is launched from Python again.
+"""Record a training step or a forward pass as a CUDA graph, and replay it: no kernel is launched from Python again.
 
 A step of a small network is hundreds of kernels, and launching them takes the host longer than computing them takes
 the GPU. As the step of :mod:`ensembler.trainers.loop` reads and writes only tensors whose addresses stay the same, one
@@ -20,7 +20,7 @@ from torch import Tensor
 __all__ = ["Captured", "CudaGraph", "Graph", "on_stream"]
 
 Step = Callable[..., None]
-"""Called as ``step(size, *tensors)``; does all its work on the device."""
+"""Called as ``step(constant, *tensors)``; does all its work on the device."""
 
 WARM_UP = 3  # steps before the capture: the optimiser makes its state in the first, cuDNN chooses its algorithms
 
@@ -73,18 +73,18 @@ class Captured:
         self._recorded: dict[object, tuple[list[Tensor | None], Graph]] = {}
         self._eager = False
 
-    def __call__(self, size: int, *tensors: Tensor | None) -> None:
+    def __call__(self, constant: int, *tensors: Tensor | None) -> None:
         """Do a step.
 
         Args:
-            size: examples in the batch, a constant of the recording.
+            constant: what the recording keeps, such as the number of examples in the batch.
             tensors: what differs from step to step, on the device; ``None`` where the step takes nothing.
         """
-        shape = size, *(tensor is not None and (tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors)
+        shape = constant, *(tensor is not None and (tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors)
         warm = self._done[shape] >= WARM_UP
-        if shape not in self._recorded and (self._eager or not warm or not self._record(shape, size, tensors)):
+        if shape not in self._recorded and (self._eager or not warm or not self._record(shape, constant, tensors)):
             self._done[shape] += 1
-            self._step(size, *tensors)
+            self._step(constant, *tensors)
             return
         inputs, graph = self._recorded[shape]
         for own, given in zip(inputs, tensors, strict=True):
@@ -92,12 +92,12 @@ class Captured:
                 own.copy_(given)
         graph.replay()
 
-    def _record(self, shape: object, size: int, tensors: tuple[Tensor | None, ...]) -> bool:
+    def _record(self, shape: object, constant: int, tensors: tuple[Tensor | None, ...]) -> bool:
         inputs = [None if tensor is None else tensor.clone() for tensor in tensors]
         graph, before = self._graph(), (random.getstate(), np.random.get_state())
         try:
             with graph.capture():
-                self._step(size, *inputs)
+                self._step(constant, *inputs)
             if not _undrawn(*before):
                 raise RuntimeError("the network draws from NumPy's or Python's generator, which a graph cannot")
         except RuntimeError as error:  # as CUDA's own are, and those of PyTorch where a value is read
