@@ -36,7 +36,7 @@ class Board:
     losses: dict[str, float] = field(default_factory=dict)
     status: str = ""
 
-    def on_run(self, name: str, run: Run, *, trained: bool) -> None:
+    def on_run(self, name: str, run: Run, how: str) -> None:
         """A run is there."""
         scores = run.manifest.metrics["test"]
         self.losses[name] = scores["nll"]
@@ -44,21 +44,14 @@ class Board:
             self.live.update(self.table())
         elif not self.quiet:
             done = sum(node in self.losses for node in self.plan.nodes)
-            done_of = f"{done} of {len(self.plan.nodes)} runs"
-            how = "trained" if trained else "taken"
-            typer.echo(f"{done_of}: {name} {how}, test NLL {scores['nll']:.4f}", err=True)
+            count = f"{done} of {len(self.plan.nodes)} runs"
+            typer.echo(f"{count}: {name} {how}, test NLL {scores['nll']:.4f}", err=True)
 
     def on_event(self, event: Event) -> None:
-        """A training reports."""
-        if isinstance(event, EpochEnd):
+        """A training reports an epoch; what a method finds on its way is in its run."""
+        if isinstance(event, EpochEnd) and self.live:
             self.status = f"{event.part}: epoch {event.epoch.number} of {event.epochs}, loss {event.epoch.loss:.3f}"
-            if self.live:
-                self.live.update(self.table())
-        elif not self.quiet:
-            if self.live:
-                self.live.console.print(event.text, markup=False, highlight=False)
-            else:
-                typer.echo(event.text, err=True)
+            self.live.update(self.table())
 
     def table(self) -> Table:
         """Methods by budgets: the mean test NLL of the seeds that are there, and how many there are."""

@@ -56,7 +56,7 @@ def measure_speed(plan: Plan, dataset: Dataset, settings: Settings) -> Speed:
 
     train(_WARM)  # the first call compiles, captures and allocates
     steps = _WARM
-    while (seconds := train(steps)) < _SECONDS / 2:
+    while (seconds := train(steps)) < _SECONDS:
         steps *= 2
     examples = Budget(1, 0, 0, trainer.batches("").sizes()).passes(steps)
     module, prepare = trainer.weights.module, trainer.train_examples.inputs(dataset.mean, dataset.std, trainer.device)
@@ -64,8 +64,7 @@ def measure_speed(plan: Plan, dataset: Dataset, settings: Settings) -> Speed:
     module.eval()
     seen, start = 0, time.monotonic()
     with torch.inference_mode():
-        while time.monotonic() - start < _SECONDS / 2 or not seen:
+        while time.monotonic() - start < _SECONDS or not seen:
             module(prepare(batch.data.to(trainer.device))).cpu()
             seen += len(batch)
     return Speed(examples / seconds, seen / (time.monotonic() - start), trainer.ledger.device)
-

@@ -28,6 +28,7 @@ from typing import Any, Literal, get_origin
 
 from ensembler.errors import UsageError
 from ensembler.options import Options, option
+from ensembler.trainers.budget import one_network
 from ensembler.trainers.launch import Data
 from ensembler.trainers.method import Method, methods
 from ensembler.trainers.settings import Settings
@@ -80,8 +81,8 @@ class Published(Options):
     source: str = option(help="The paper, and its table.")
     dataset: str = option(help="As --dataset.")
     architecture: str = option(flag="arch", help="As --arch.")
-    score: str = option(help="error, nll, calibrated_nll or ece; error and ECE in percent.")
-    values: dict[str, dict[str, float]] = option(help="A figure of each method, by the budget.")
+    score: Literal["error", "nll", "calibrated_nll", "ece"] = option(help="Error and ECE are in percent.")
+    values: dict[str, dict[float, float]] = option(help="A figure of each method, by the budget.")
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def study_of(content: Mapping[str, Any], typed: Mapping[str, Any], name: str = "
     chosen = fields | typed
     dataset, architecture = data.dataset or "digits", settings.architecture
     if grid.recipe:
-        base = _published(known_methods()["single"][0], dataset, architecture)
+        base = _published(type(one_network()), dataset, architecture)
         if not base:
             raise UsageError(
                 f"{name}: no recipe was published for {architecture} on {dataset}: give the options instead of recipe"

@@ -7,10 +7,10 @@ that it is the one needed, there or in another folder. Trainings that start from
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ensembler import artefact
 from ensembler.datasets import Dataset
@@ -28,10 +28,8 @@ from ensembler.trainers.training import Training
 __all__ = ["Maker", "OnRun", "index"]
 
 
-class OnRun(Protocol):
-    """Told of every run that is there: its name, its scores, and whether it was trained now."""
-
-    def __call__(self, name: str, run: Run, *, trained: bool) -> None: ...
+OnRun = Callable[[str, Run, str], None]
+"""Told of every run that is there: its name, the run, and whether it was trained, combined or taken."""
 
 
 @dataclass(eq=False)
@@ -103,7 +101,7 @@ class Maker:
 
     def _keep(self, run: Run, path: Path) -> Path:
         run.save(path)
-        self.on_run(path.name, run, trained=True)
+        self.on_run(path.name, run, "trained")
         return path
 
     def _found(self, name: str, fingerprint: str) -> Path | None:
@@ -123,7 +121,7 @@ class Maker:
                 f"{path} is not the run that the study needs there: what it starts from was trained again, or the "
                 "package has other defaults now: remove it, and the study makes it anew"
             )
-        self.on_run(name, run, trained=False)
+        self.on_run(name, run, "taken")
         return path
 
     def _cell(self, cell: Cell) -> Path:
@@ -134,7 +132,8 @@ class Maker:
         found = self._found(cell.name, combination(runs).fingerprint)
         if found is None:
             run = combine(runs, self.dataset, self.computing.get("device"))
-            found = self._keep(run, self.folder / cell.name)
+            found = run.save(self.folder / cell.name)
+            self.on_run(cell.name, run, "combined")
         return found
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ensembler.trainers.method import Method
 
-__all__ = ["LEAST", "Budget", "Piece"]
+__all__ = ["LEAST", "Budget", "Piece", "one_network"]
 
 LEAST = 0.98
 """The share of a budget that a method must spend to be compared at it."""
@@ -89,11 +89,16 @@ class Budget:
 
     def network(self, member: int = 0) -> Piece:
         """One network of cost B, which all methods share."""
-        from ensembler.trainers.methods.deep_ensemble import DeepEnsemble
-
-        return Piece(DeepEnsemble(members=1), self.one, self.epochs, member, shared=True)
+        return Piece(one_network(), self.one, self.epochs, member, shared=True)
 
     def independent(self, method: Method, steps: int, epochs: float | None = None) -> list[Piece]:
         """floor(b) independent runs of a method, of so many steps each."""
         length = self.in_epochs(steps) if epochs is None else epochs
         return [Piece(method, self.passes(steps), length, member) for member in range(self.whole)]
+
+
+def one_network() -> Method:
+    """The method that trains a single network: what a budget is measured in, and what others start from."""
+    from ensembler.trainers.methods.deep_ensemble import DeepEnsemble
+
+    return DeepEnsemble(members=1)

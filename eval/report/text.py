@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv as rfc4180
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ensembler.eval.metrics.groups import GROUPED, Bounds
@@ -13,6 +13,7 @@ from ensembler.eval.metrics.ood import OodScores
 from ensembler.eval.report.notation import plain
 from ensembler.eval.report.schema import CellScores, Report, RunReport
 from ensembler.eval.report.sentences import findings
+from ensembler.eval.report.table import Table
 from ensembler.eval.report.tables import about, report_tables
 
 if TYPE_CHECKING:
@@ -23,15 +24,12 @@ _COLUMNS = (
     *("set", "source", "corruption", "severity", "score", "value"),
 )
 
-__all__ = ["csv", "markdown", "tables"]
+__all__ = ["csv", "escape", "markdown", "markdown_table", "tables", "terminal_table"]
 
 
 def tables(report: Report) -> RenderableType:
     """Render the main tables for a terminal of at least 80 columns."""
-    from rich import box
     from rich.console import Group as Lines
-    from rich.padding import Padding
-    from rich.table import Table as Grid
     from rich.text import Text
 
     parts: list[RenderableType] = [Text(line) for line in about(report)]
@@ -39,38 +37,44 @@ def tables(report: Report) -> RenderableType:
     for table in report_tables(report):
         if table.detail:
             continue
-        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
-        for place, heading in enumerate(table.columns):
-            widest = max(len(part) for row in table.rows for part in row[place].split() or [""])
-            if place < table.words:
-                # Without room, names are cut, except in the first table.
-                overflow: Literal["fold", "ellipsis"] = "fold" if place or table.section == "costs" else "ellipsis"
-                grid.add_column(Text(heading), overflow=overflow, min_width=min(widest, 8))
-            else:  # figures are never broken
-                grid.add_column(Text(heading), justify="right", overflow="fold", min_width=widest)
-        for row in table.rows:
-            grid.add_row(
-                Text(row[0].replace(": ", ":", 1)), *map(Text, row[1:])
-            )  # one word, so that no line breaks in it
-        parts += [Text(), Text(table.title, style="bold"), grid]
-        parts += [Padding(Text(note, style="dim"), (0, 0, 0, 2)) for note in table.notes if note not in said]
+        parts += [Text(), *terminal_table(table, [note for note in table.notes if note not in said])]
         said |= set(table.notes)
     return Lines(*parts)
 
 
+def terminal_table(table: Table, notes: Sequence[str]) -> list[RenderableType]:
+    """Render a table, its title and notes for a terminal."""
+    from rich import box
+    from rich.padding import Padding
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
+    for place, heading in enumerate(table.columns):
+        widest = max(len(part) for row in table.rows for part in row[place].split() or [""])
+        if place < table.words:
+            # Without room, names are cut, except in the first table.
+            overflow: Literal["fold", "ellipsis"] = "fold" if place or table.section == "costs" else "ellipsis"
+            grid.add_column(Text(heading), overflow=overflow, min_width=min(widest, 8))
+        else:  # figures are never broken
+            grid.add_column(Text(heading), justify="right", overflow="fold", min_width=widest)
+    for row in table.rows:
+        grid.add_row(Text(row[0].replace(": ", ":", 1)), *map(Text, row[1:]))  # one word, so that no line breaks in it
+    return [
+        Text(table.title, style="bold"),
+        grid,
+        *(Padding(Text(note, style="dim"), (0, 0, 0, 2)) for note in notes),
+    ]
+
+
 def markdown(report: Report) -> str:
     """Render the main tables and their notes as GitHub Markdown."""
-    parts = [f"# {_escape(plain(report.dataset))}: {len(report.runs)} run{'s' * (len(report.runs) > 1)}"]
-    parts.append("\n".join(f"- {_escape(line)}" for line in [*about(report), *findings(report)]))
+    parts = [f"# {escape(plain(report.dataset))}: {len(report.runs)} run{'s' * (len(report.runs) > 1)}"]
+    parts.append("\n".join(f"- {escape(line)}" for line in [*about(report), *findings(report)]))
     for table in report_tables(report):
         if table.detail:
             continue
-        ruler = ["---" if place < table.words else "---:" for place in range(len(table.columns))]
-        lines = [table.columns, ruler, *table.rows]
-        body = "\n".join(
-            f"| {' | '.join(cell if line is ruler else _escape(cell) for cell in line)} |" for line in lines
-        )
-        parts += [f"## {_escape(table.title)}", body, *(_escape(note) for note in table.notes)]
+        parts += markdown_table(table)
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     images = f"Test images {report.test_sha256}" if report.test_sha256 else "Test images unknown"
     validation = dict.fromkeys(run.validation_sha256 for run in report.runs if run.validation_sha256)
@@ -78,7 +82,16 @@ def markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _escape(text: str) -> str:
+def markdown_table(table: Table) -> list[str]:
+    """Render a table under its title, and its notes, as paragraphs of GitHub Markdown."""
+    ruler = ["---" if place < table.words else "---:" for place in range(len(table.columns))]
+    lines = [table.columns, ruler, *table.rows]
+    body = "\n".join(f"| {' | '.join(cell if line is ruler else escape(cell) for cell in line)} |" for line in lines)
+    return [f"## {escape(table.title)}", body, *(escape(note) for note in table.notes)]
+
+
+def escape(text: str) -> str:
+    """Escape text for Markdown."""
     return re.sub(r"[\\`*\[\]<>|#~$&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)  # a_b needs no escape
 
 
