@@ -22,6 +22,7 @@ from ensembler.eval.options import EvaluationOptions
 from ensembler.eval.outputs import print_lines, write_files
 from ensembler.eval.shift.ood import load_ood
 from ensembler.eval.shift.readers import load_shifts
+from ensembler.eval.shift.test_set import TestSet
 from ensembler.progress import watching
 from ensembler.study.analysis import analyse
 from ensembler.study.board import showing
@@ -121,7 +122,7 @@ def _images(dataset: Dataset, tests: EvaluationOptions) -> int:
     sources: dict[str, Any] = {"root": tests.data, "download": tests.download, "corrupt": tests.corrupt}
     height, width = dataset.test.example_shape[:2]
     outside = [load_ood(name, (height, width), examples=tests.examples, **sources) for name in tests.ood or ()]
-    shifted = [len(one.examples) for shift in shifts for one in shift.sets]
+    shifted = [len(one.examples) for shift in shifts for one in shift.sets if isinstance(one, TestSet)]
     return len(dataset.validation) + count + sum(shifted) + sum(len(one.examples) for one in outside)
 
 

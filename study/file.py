@@ -165,7 +165,7 @@ def study_of(content: Mapping[str, Any], typed: Mapping[str, Any], name: str = "
         _record(name, kind, {key: value for key, value in fields.items() if key in kind.model_fields}, typed)
         for kind in (Grid, Data, Settings)
     )
-    chosen = fields | typed
+    chosen = fields.keys() | typed.keys()
     dataset, architecture = data.dataset or "digits", settings.architecture
     if grid.recipe:
         base = _published(type(one_network()), dataset, architecture)
@@ -253,7 +253,7 @@ def _entry(
     paths = kind.marked("path")
     given = _fields(place, table, [kind, Settings], _SHARED | paths)
     published = _published(kind, recipe, settings.architecture) if recipe else {}
-    own = published | dict(options) | given
+    own = dict(published) | dict(options) | given
     try:
         made = kind.written(_unplaced(kind) | {key: value for key, value in own.items() if key in kind.model_fields})
         changed = {key: value for key, value in own.items() if key in Settings.model_fields and key not in _SHARED}

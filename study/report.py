@@ -153,7 +153,7 @@ def planned(plan: Plan, speed: Speed, images: int) -> RenderableType:
     training, predicting = plan.passes / speed.training, members * images / speed.prediction
     parts.append(
         Text(
-            f"{len(plan.nodes)} runs of {len(plan.seeds)} seeds: {compact(plan.passes)} example passes "
+            f"{len(plan.nodes)} runs, seeds {plan.seeds[0]} to {plan.seeds[-1]}: {compact(plan.passes)} example passes "
             f"({plan.passes / plan.one:.1f} B), {compact(members * images)} forward passes of evaluation"
         )
     )
