@@ -21,7 +21,13 @@ from ensembler.cli import COMMANDS, app
 __all__ = ["commands", "reference"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
-TITLES = {"trainers": "Make runs", "eval": "Score runs", "serve": "Ship runs", "": "Move runs and bundles"}
+TITLES = {
+    "trainers": "Make runs",
+    "eval": "Score runs",
+    "study": "Compare methods",
+    "serve": "Ship runs",
+    "": "Move runs and bundles",
+}
 
 
 class Row(NamedTuple):

@@ -34,7 +34,7 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0+source"
 
-# In a source tree, trainers/, eval/ and serve/ are next to this folder instead of inside it.
+# In a source tree, trainers/, eval/, study/ and serve/ are next to this folder instead of inside it.
 _here = Path(__file__).parent
 if not (_here / "trainers").is_dir() and (_here.parent / "trainers").is_dir():
     __path__.append(str(_here.parent))

@@ -178,9 +178,7 @@ def appear(path: Path) -> Iterator[Path]:
     except OSError as error:
         if path.exists():  # another process created it meanwhile
             raise UsageError(f"{path} already exists: choose another path, or remove it first") from error
-        raise ArtefactError(
-            f"cannot write {path}: {error.strerror or error}: make room, or choose another"
-        ) from error
+        raise ArtefactError(f"cannot write {path}: {error.strerror or error}: make room, or choose another") from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)

@@ -27,7 +27,7 @@ from ensembler.transfers import fetch_urls
 
 __all__ = ["app", "main"]
 
-COMMANDS = ("trainers.commands", "eval.commands", "serve.commands", "commands")
+COMMANDS = ("trainers.commands", "eval.commands", "study.commands", "serve.commands", "commands")
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -69,6 +70,17 @@ class Options(BaseModel):
         return own
 
     @classmethod
+    def written(cls, values: Mapping[str, Any]) -> Self:
+        """The record of what a file holds, by field name: a number is not written as text, nor a switch as a number.
+
+        Raises:
+            UsageError: a value of another type, out of its range, or an unknown name; the message names the option.
+        """
+        own = cls.__new__(cls)
+        _fill(own, values, {name: flag.lstrip("-") for name, flag in cls.flags().items()}, strict=True)
+        return own
+
+    @classmethod
     def flags(cls) -> dict[str, str]:
         """Each field's option as it is typed."""
         return {name: _flags(name, field)[0].partition("/")[0] for name, field in cls.model_fields.items()}
@@ -79,9 +91,13 @@ class Options(BaseModel):
         return {name for name, field in cls.model_fields.items() if _extra(field)[mark]}
 
 
-def _fill(record: Options, values: Mapping[str, Any], flags: Mapping[str, str]) -> None:
+def _fill(record: Options, values: Mapping[str, Any], flags: Mapping[str, str], strict: bool = False) -> None:
     try:
-        record.__pydantic_validator__.validate_python(dict(values), self_instance=record)
+        if strict:  # as JSON, in which a path is text and a whole number also a float
+            text = json.dumps(values, default=str)
+            record.__pydantic_validator__.validate_json(text, strict=True, self_instance=record)
+        else:
+            record.__pydantic_validator__.validate_python(dict(values), self_instance=record)
     except ValidationError as error:
         raise UsageError(_explained(error.errors()[0], type(record), flags)) from None
 

@@ -87,9 +87,7 @@ def writing(path: Path) -> Iterator[Writer]:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise ArtefactError(
-            f"cannot write {path}: {error.strerror or error}: make room, or choose another"
-        ) from error
+        raise ArtefactError(f"cannot write {path}: {error.strerror or error}: make room, or choose another") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from ensembler.examples import Examples
 from ensembler.seeds import generator
 from ensembler.trainers.distributed import ALONE, Group
 
-__all__ = ["Batch", "Batches"]
+__all__ = ["Batch", "Batches", "batch_sizes"]
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,7 @@ class Batches:
 
     def sizes(self) -> list[int]:
         """Compute the number of examples in each batch of an epoch."""
-        return self._split(len(self.examples))
-
-    def _split(self, count: int) -> list[int]:
-        """Compute the sizes of the batches of an epoch's last ``count`` examples."""
-        full, rest = divmod(count, self.size)
-        sizes = [self.size] * full
-        if full and rest == 1:
-            sizes[-1] += 1
-        elif rest:
-            sizes.append(rest)
-        return sizes
+        return batch_sizes(len(self.examples), self.size)
 
     def begin(self, step: int = 0) -> Generator[Batch, None, None]:
         """Yield batches without end, starting after ``step`` of them. Closing the generator ends worker processes."""
@@ -108,6 +98,17 @@ class Batches:
 
     def _cut(self, order: Tensor, choices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Split an epoch into batches, and yield this process's share of each."""
-        sizes = self._split(len(order))
+        sizes = batch_sizes(len(order), self.size)
         for index, chosen in zip(torch.split(order, sizes), torch.split(choices, sizes), strict=True):
             yield index[self.group.share], chosen[self.group.share]
+
+
+def batch_sizes(count: int, size: int) -> list[int]:
+    """Compute the number of examples in each batch of an epoch's last ``count`` examples."""
+    full, rest = divmod(count, size)
+    sizes = [size] * full
+    if full and rest == 1:
+        sizes[-1] += 1
+    elif rest:
+        sizes.append(rest)
+    return sizes

@@ -19,7 +19,7 @@ from ensembler.run import Cost, CostEntry, Run, versions
 from ensembler.trainers.spec import Spec
 from ensembler.trainers.training import measure
 
-__all__ = ["combine"]
+__all__ = ["combination", "combine"]
 
 
 def combine(runs: Mapping[str, Run], dataset: Dataset | None = None, device: str | None = None) -> Run:
@@ -50,18 +50,7 @@ def combine(runs: Mapping[str, Run], dataset: Dataset | None = None, device: str
     first, architectures = manifests[0], list(dict.fromkeys(part.manifest.architecture for part in stacked))
     methods = dict.fromkeys(manifest.method for manifest in manifests)
     independent = all(manifest.independent for manifest in manifests)
-    spec = Spec(
-        command="combine",
-        options={"runs": list(runs)},
-        settings={
-            name: value
-            for name, value in first.settings.items()
-            if all(name in manifest.settings and manifest.settings[name] == value for manifest in manifests)
-        },
-        dataset=first.dataset,
-        task=first.task,
-        starts={name: run.sha256 for name, run in runs.items()},
-    ).fingerprinted({"runs"})
+    spec = combination(runs)
     manifest = first.model_copy(
         update={
             "method": "deep-ensemble" if independent else " + ".join(methods),
@@ -89,6 +78,24 @@ def combine(runs: Mapping[str, Run], dataset: Dataset | None = None, device: str
         run = Run(manifest, {}, torch.empty(0, 0), {}, history=history, parts=stacked)
     manifest.metrics = measure(run, first.dataset.load() if dataset is None else first.dataset.adopt(dataset), device)
     return run
+
+
+def combination(runs: Mapping[str, Run]) -> Spec:
+    """What decides a combination, with its fingerprint: the runs, in their order."""
+    manifests = [run.manifest for run in runs.values()]
+    first = manifests[0]
+    return Spec(
+        command="combine",
+        options={"runs": list(runs)},
+        settings={
+            name: value
+            for name, value in first.settings.items()
+            if all(name in manifest.settings and manifest.settings[name] == value for manifest in manifests)
+        },
+        dataset=first.dataset,
+        task=first.task,
+        starts={name: run.sha256 for name, run in runs.items()},
+    ).fingerprinted({"runs"})
 
 
 def _check(runs: Mapping[str, Run]) -> None:

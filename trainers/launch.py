@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import closing
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,13 +17,10 @@ from ensembler.transfers import push_finished
 
 if TYPE_CHECKING:
     from ensembler.datasets import Dataset
-    from ensembler.engine import Engine
-    from ensembler.jobs import Job
     from ensembler.run import Run
     from ensembler.trainers.distributed import Group
-    from ensembler.trainers.events import OnEvent
     from ensembler.trainers.method import Method
-    from ensembler.trainers.resume import UnfinishedRun
+    from ensembler.trainers.runs import Runs
     from ensembler.trainers.spec import Spec
     from ensembler.trainers.training import Training
 
@@ -133,7 +128,9 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
     """
     from ensembler.engine import choose
     from ensembler.trainers.distributed import join_group, under_torchrun
+    from ensembler.trainers.events import Message
     from ensembler.trainers.progress import progress
+    from ensembler.trainers.runs import Runs
     from ensembler.trainers.spec import Spec, unfinished
 
     own = Launch.typed(given)
@@ -151,142 +148,43 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
         path = own.resume or folder or _unnamed(f"{kind.command.removeprefix('train-')}-{label(given['architecture'])}")
         if not several:
             group.from_first(partial(check_free, path, resumed=own.resume is not None, restarted=under_torchrun()))
-        with progress(own.quiet, own.log, own.tensorboard) if group.first else progress(quiet=True) as on_event:
-            if own.resume:
-                spec = group.from_first(partial(Spec.read, unfinished(path)))
-                training, url = _resumed(spec, kind, given, chosen, own, group), spec.url
-            else:
-                training = _given(kind, given, chosen, own, group)
-            training = training.tried(on_event, group.size)
-            first = training.settings.seed
-            names = {seed: f"-s{seed}" * several for seed in range(first, first + own.seeds)}
-            paths = {seed: path.with_name(path.name + name) for seed, name in names.items()}
-            urls = {seed: url + name for seed, name in names.items()} if url else {}
-            runs = _Runs(training, paths, urls, own.checkpoint_every, group, on_event)
-            runs.make(engine)
-        for seed, one in runs.saved.items() if group.first else ():
-            push_finished(one, urls.get(seed), own.quiet)
-
-
-@dataclass(eq=False)
-class _Runs:
-    """The runs of a command, one a seed; as a store of jobs, a job is done where its run lies.
-
-    Args:
-        training: of the first seed.
-        paths: where each run is to be, by its seed.
-        urls: where each is to be pushed to, if anywhere.
-        every: seconds between two checkpoints.
-        group: the processes that train together.
-        on_event: told of what is found, and of each run.
-    """
-
-    training: Training
-    paths: Mapping[int, Path]
-    urls: Mapping[int, str]
-    every: float
-    group: Group
-    on_event: OnEvent
-    saved: dict[int, Path] = field(default_factory=dict)
-    unfinished: dict[int, UnfinishedRun] = field(default_factory=dict)
-
-    @property
-    def several(self) -> bool:
-        return len(self.paths) > 1
-
-    def make(self, engine: Engine) -> None:
-        """Make those that are missing, and save each as soon as it is finished."""
-        from ensembler import jobs
-        from ensembler.engine import Local
-        from ensembler.trainers.events import Message
-        from ensembler.trainers.resume import UnfinishedRun
-
-        whole = self.several or not self.training.method.has_jobs
-        outer, inner = (engine, Local()) if whole else (Local(), engine)
-        self.unfinished = {
-            seed: UnfinishedRun(path, self._spec(seed), self.every, writer=self.group.first)
-            for seed, path in self.paths.items()
-            if not path.exists()
-        }
-        missing = len(self.unfinished)
-        for note in self.training.dataset.notes if missing else ():
-            self.on_event(Message(note))
-        here = (dict(self.unfinished), inner, self.group) if outer.here else None
-        todo = [jobs.Job(f"seed {seed}", _make, {"seed": seed}) for seed in self.paths]
-        shared = self.training, self.several, here
+        runs = None
         try:
-            with closing(jobs.run(todo, shared, outer, self, self.on_event)) as results:
-                for _ in results:
-                    pass
+            with progress(own.quiet, own.log, own.tensorboard) if group.first else progress(quiet=True) as on_event:
+                if own.resume:
+                    spec = group.from_first(partial(Spec.read, unfinished(path)))
+                    training, url = _resumed(spec, kind, given, chosen, own, group), spec.url
+                else:
+                    training = _given(kind, given, chosen, own, group)
+                training = training.tried(on_event, group.size)
+                first = training.settings.seed
+                names = {f"seed {seed}": f"-s{seed}" * several for seed in range(first, first + own.seeds)}
+                runs = Runs(
+                    {name: training.with_seed(first + number) for number, name in enumerate(names)},
+                    {name: path.with_name(path.name + suffix) for name, suffix in names.items()},
+                    partial(save, say=lambda text: on_event(Message(text, result=True))),
+                    urls={name: url + suffix for name, suffix in names.items()} if url else {},
+                    every=own.checkpoint_every,
+                    group=group,
+                )
+                runs.make(engine, on_event)
         except BaseException:
-            if self.group.first:
-                self._say_how_to_resume(any_saved=len(self.unfinished) < missing)
+            if runs and group.first:
+                _say_how_to_resume(runs, kind.command)
             raise
-        finally:
-            for one in self.unfinished.values():
-                one.close()
-
-    def load(self, job: Job) -> Path | None:
-        """Where the run of a seed lies, if it already exists.
-
-        Raises:
-            UsageError: another run does.
-        """
-        from ensembler.run import Run
-        from ensembler.trainers.events import Message
-
-        seed = job.arguments["seed"]
-        path = self.paths[seed]
-        if seed in self.unfinished:
-            return None
-        if Run.load(path).manifest.fingerprint != self._spec(seed).fingerprint:
-            raise UsageError(
-                f"{path} already exists, made with other options or of other data: choose another --out, or remove it"
-            )
-        self.on_event(Message(f"{path} already exists, skipped"))
-        self.saved[seed] = path
-        return path
-
-    def save(self, job: Job, result: Run) -> None:
-        """Save a run, and remove what was kept while it was made."""
-        from ensembler.trainers.events import Message
-
-        seed = job.arguments["seed"]
-
-        def say(text: str) -> None:
-            self.on_event(Message(text, result=True))
-
-        self.saved[seed] = self.group.from_first(partial(save, result, self.paths[seed], say))
-        self.unfinished.pop(seed).remove()
-
-    def _spec(self, seed: int) -> Spec:
-        return self.training.with_seed(seed).spec.model_copy(update={"url": self.urls.get(seed)})
-
-    def _say_how_to_resume(self, any_saved: bool) -> None:
-        from ensembler.trainers.events import Message
-
-        kept = [one.folder for one in self.unfinished.values() if one.folder.is_dir()]
-        if self.several and (kept or any_saved):
-            seed, path = next(iter(self.paths.items()))
-            again = path.with_name(path.name.removesuffix(f"-s{seed}"))
-            self.on_event(Message(f"to resume: the same command with --out {again}"))
-            return
-        for folder in kept:
-            command = f"ensembler {self.training.spec.command} --resume {folder.with_suffix('')}"
-            self.on_event(Message(f"to resume: {command}"))
+        for name, one in (runs.found | runs.saved).items() if group.first else ():
+            push_finished(one, runs.urls.get(name), own.quiet)
 
 
-def _make(shared: tuple[Training, bool, Any], emit: OnEvent, seed: int) -> Run:
-    """A job: the run of one seed, with its store, engine and group where it is made in the command's own process."""
-    from ensembler.trainers.distributed import ALONE
-    from ensembler.trainers.events import named
-
-    training, several, here = shared
-    unfinished, engine, group = here or (dict[int, Any](), None, ALONE)
-    store = unfinished[seed].store if seed in unfinished else None
-    on_event = named(f"seed {seed}, ", emit) if several else emit
-    made: Run = training.with_seed(seed).make(on_event, store, engine, group)
-    return made
+def _say_how_to_resume(runs: Runs, command: str) -> None:
+    """Say how to resume what was interrupted, if anything is kept of it."""
+    if runs.several and (runs.kept or runs.saved):
+        name, path = next(iter(runs.paths.items()))
+        again = path.with_name(path.name.removesuffix(f"-s{runs.trainings[name].settings.seed}"))
+        typer.echo(f"to resume: the same command with --out {again}", err=True)
+        return
+    for folder in runs.kept:
+        typer.echo(f"to resume: ensembler {command} --resume {folder.with_suffix('')}", err=True)
 
 
 def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: Launch, group: Group) -> Training:

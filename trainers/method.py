@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from ensembler.errors import UsageError
 from ensembler.options import Options
 from ensembler.trainers.recipes import Recipe
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ensembler.run import Gaussians, Sampling
+    from ensembler.trainers.budget import Budget, Piece
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
 
@@ -57,6 +59,7 @@ class Method(Options):
         has_jobs: whether :meth:`train` gives the engine independent jobs; otherwise, the whole run is one job.
         published: the recipes of papers; see :mod:`ensembler.trainers.recipes`.
         fast: a short run's options, by field name.
+        compared: the options of each entry that a study has of it by default, by field name.
     """
 
     command: ClassVar[str]
@@ -64,6 +67,7 @@ class Method(Options):
     has_jobs: ClassVar[bool] = False
     published: ClassVar[tuple[Recipe, ...]] = ()
     fast: ClassVar[Mapping[str, Any]] = {}
+    compared: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     @property
     def name(self) -> str:
@@ -83,6 +87,16 @@ class Method(Options):
     def resolved(self, settings: Settings) -> Self:
         """The same with everything filled in that depends on the settings."""
         return self
+
+    def at_budget(self, budget: Budget) -> list[Piece] | str:
+        """The runs that a budget buys, whose members are combined; or why none fits it.
+
+        The first line of an overriding docstring states the rule, for the report of a study.
+
+        Raises:
+            UsageError: the method has no rule, or options whose cost is not known before training.
+        """
+        raise UsageError(f"{self.command} has no rule for a budget of passes: leave {self.name} out of the study")
 
     @abstractmethod
     def train(self, trainer: Trainer) -> Members:

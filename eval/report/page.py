@@ -6,7 +6,7 @@ The same evaluation gives the same bytes, except for the duration and the comman
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
 from string import Template
@@ -19,7 +19,7 @@ from ensembler.eval.report.schema import Report
 from ensembler.eval.report.sentences import compared, findings
 from ensembler.eval.report.tables import Table, about, report_tables
 
-__all__ = ["page"]
+__all__ = ["bullets", "definitions", "document", "html_figure", "html_table", "page"]
 
 _SECTIONS = {
     "costs": "Costs",
@@ -59,20 +59,39 @@ def page(
         if (body := "\n".join(_section(key, [one for one in tables if one.section == key], pictures)))
     }
     titles = {"summary": "Summary", **_SECTIONS, "terms": "Terms", "made": "How this was made"}
-    summary = "<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in findings(report)) + "\n</ul>"
-    terms = _definitions({score.title.removesuffix(" %"): escape(score.meaning) for score in SCORES.values()})
-    bodies = {"summary": summary, **sections, "terms": terms, "made": _made(found, report, seconds, command)}
+    terms = definitions({score.title.removesuffix(" %"): escape(score.meaning) for score in SCORES.values()})
+    bodies = {
+        "summary": bullets(findings(report)),
+        **sections,
+        "terms": terms,
+        "made": _made(found, report, seconds, command),
+    }
     title = f"{'Comparison' if report.comparison else 'Evaluation'} of {count_runs(len(report.runs))} on "
+    return document(
+        title + plain(report.dataset), compared(report), {key: (titles[key], body) for key, body in bodies.items()}
+    )
+
+
+def document(title: str, introduction: Iterable[str], sections: Mapping[str, tuple[str, str]]) -> bytes:
+    """Render a page, in UTF-8.
+
+    Args:
+        title: of the page.
+        introduction: its first paragraphs.
+        sections: each one's heading and its body as HTML, by its anchor, in order.
+    """
     template = resources.files("ensembler.eval.report").joinpath("page.html").read_text(encoding="utf-8")
     return (
         Template(template)
         .substitute(
-            title=escape(title + plain(report.dataset)),
-            introduction="\n".join(f"<p>{escape(line)}</p>" for line in compared(report)),
-            contents="\n".join(f'<li><a href="#{key}">{escape(titles[key])}</a></li>' for key in bodies),
+            title=escape(title),
+            introduction="\n".join(f"<p>{escape(line)}</p>" for line in introduction),
+            contents="\n".join(
+                f'<li><a href="#{key}">{escape(heading)}</a></li>' for key, (heading, _) in sections.items()
+            ),
             sections="\n".join(
-                f'<section id="{key}">\n<h2>{escape(titles[key])}</h2>\n{body}\n</section>'
-                for key, body in bodies.items()
+                f'<section id="{key}">\n<h2>{escape(heading)}</h2>\n{body}\n</section>'
+                for key, (heading, body) in sections.items()
             ),
         )
         .encode()
@@ -82,17 +101,23 @@ def page(
 def _section(key: str, tables: list[Table], pictures: Mapping[str, Picture]) -> Iterator[str]:
     said: set[str] = set()
     for table in tables:
-        text = _table(table, [note for note in table.notes if note not in said])
+        text = html_table(table, [note for note in table.notes if note not in said])
         said |= set(table.notes)
         yield f"<details>\n<summary>{escape(table.title)}</summary>\n{text}\n</details>" if key == _FOLDED else text
     for picture in pictures.values():
         if picture.section == key:
-            yield _figure(picture)
+            yield html_figure(picture)
     if key == _FOLDED and tables:
         yield '<p class="note">Folded here and omitted in print; report.csv has them all.</p>'
 
 
-def _table(table: Table, notes: list[str]) -> str:
+def bullets(lines: Iterable[str]) -> str:
+    """Render sentences as a list."""
+    return "<ul>\n" + "\n".join(f"<li>{escape(line)}</li>" for line in lines) + "\n</ul>"
+
+
+def html_table(table: Table, notes: Sequence[str]) -> str:
+    """Render a table, with its notes below it."""
     kinds = ["" if place < table.words else ' class="figure"' for place in range(len(table.columns))]
     head = "".join(
         f'<th scope="col"{kind}>{_heading(heading)}</th>' for heading, kind in zip(table.columns, kinds, strict=True)
@@ -115,7 +140,8 @@ def _heading(text: str) -> str:
     return escape(text).replace(" %", "&nbsp;%")
 
 
-def _figure(picture: Picture) -> str:
+def html_figure(picture: Picture) -> str:
+    """Render a picture, embedded as SVG, with its caption."""
     width = round(96 * picture.figure.get_figwidth())
     source = f"data:image/svg+xml;base64,{b64encode(to_svg(picture.figure)).decode()}"
     return (
@@ -156,7 +182,7 @@ def _made(found: Evaluation, report: Report, seconds: float, command: str | None
         "versions": escape(", ".join(f"{name} {version}" for name, version in report.versions.items())),
         "runs made": escape("; ".join(f"{n}: {plain(manifest.created)}" for n, manifest in manifests.items())),
     }
-    return _definitions({term: meaning for term, meaning in facts.items() if meaning})
+    return definitions({term: meaning for term, meaning in facts.items() if meaning})
 
 
 def _codes(hashes: Iterable[str]) -> str:
@@ -170,6 +196,6 @@ def _generated(report: Report) -> str:
     return ", ".join(made) or "nothing"
 
 
-def _definitions(facts: Mapping[str, str]) -> str:
+def definitions(facts: Mapping[str, str]) -> str:
     """Render a list of terms, whose meanings are HTML already."""
     return "<dl>\n" + "\n".join(f"<dt>{escape(term)}</dt><dd>{text}</dd>" for term, text in facts.items()) + "\n</dl>"

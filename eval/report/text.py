@@ -13,7 +13,8 @@ from ensembler.eval.metrics.ood import OodScores
 from ensembler.eval.report.notation import label, plain
 from ensembler.eval.report.schema import CellScores, Report, RunReport
 from ensembler.eval.report.sentences import findings
-from ensembler.eval.report.tables import Table, about, report_tables
+from ensembler.eval.report.table import Table
+from ensembler.eval.report.tables import about, report_tables
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,7 +27,7 @@ _COLUMNS = (
 _LONG = ("costs", "groups")  # sections that the terminal shows only if asked
 _GAP = 2  # blanks between two columns of the terminal
 
-__all__ = ["csv", "markdown", "tables"]
+__all__ = ["csv", "escape", "markdown", "markdown_table", "tables", "terminal_table"]
 
 
 def tables(report: Report, width: int = 80, full: bool = False) -> RenderableType:
@@ -38,7 +39,6 @@ def tables(report: Report, width: int = 80, full: bool = False) -> RenderableTyp
         full: whether every table is shown.
     """
     from rich.console import Group as Lines
-    from rich.padding import Padding
     from rich.text import Text
 
     short = _short_labels(report)
@@ -49,13 +49,25 @@ def tables(report: Report, width: int = 80, full: bool = False) -> RenderableTyp
     for table in report_tables(report):
         if not full and (table.detail or table.section in _LONG):
             continue
-        parts += [Text(), Text(short(table.title), style="bold"), *_grids(table, short, width)]
-        notes = [note for note in table.notes if note not in said]
-        parts += [Padding(Text(short(note), style="dim"), (0, 0, 0, 2)) for note in notes]
+        parts += [Text(), *terminal_table(table, [note for note in table.notes if note not in said], width, short)]
         said |= set(table.notes)
     if not full:
         parts += [Text(), Text("More tables: --full, and the report's page.", style="dim")]
     return Lines(*parts)
+
+
+def terminal_table(
+    table: Table, notes: Sequence[str], width: int = 80, short: Callable[[str], str] = str
+) -> list[RenderableType]:
+    """Render a table, its title and notes for a terminal; ``short`` writes the runs in a text in short."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    return [
+        Text(short(table.title), style="bold"),
+        *_grids(table, short, width),
+        *(Padding(Text(short(note), style="dim"), (0, 0, 0, 2)) for note in notes),
+    ]
 
 
 def _grids(table: Table, short: Callable[[str], str], width: int) -> Iterator[RenderableType]:
@@ -109,17 +121,12 @@ def _short_labels(report: Report) -> Callable[[str], str]:
 
 def markdown(report: Report) -> str:
     """Render the main tables and their notes as GitHub Markdown."""
-    parts = [f"# {_escape(plain(report.dataset))}: {len(report.runs)} run{'s' * (len(report.runs) > 1)}"]
-    parts.append("\n".join(f"- {_escape(line)}" for line in [*about(report), *findings(report)]))
+    parts = [f"# {escape(plain(report.dataset))}: {len(report.runs)} run{'s' * (len(report.runs) > 1)}"]
+    parts.append("\n".join(f"- {escape(line)}" for line in [*about(report), *findings(report)]))
     for table in report_tables(report):
         if table.detail:
             continue
-        ruler = ["---" if place < table.words else "---:" for place in range(len(table.columns))]
-        lines = [table.columns, ruler, *table.rows]
-        body = "\n".join(
-            f"| {' | '.join(cell if line is ruler else _escape(cell) for cell in line)} |" for line in lines
-        )
-        parts += [f"## {_escape(table.title)}", body, *(_escape(note) for note in table.notes)]
+        parts += markdown_table(table)
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     images = f"Test images {report.test_sha256}" if report.test_sha256 else "Test images unknown"
     validation = dict.fromkeys(run.validation_sha256 for run in report.runs if run.validation_sha256)
@@ -127,7 +134,16 @@ def markdown(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _escape(text: str) -> str:
+def markdown_table(table: Table) -> list[str]:
+    """Render a table under its title, and its notes, as paragraphs of GitHub Markdown."""
+    ruler = ["---" if place < table.words else "---:" for place in range(len(table.columns))]
+    lines = [table.columns, ruler, *table.rows]
+    body = "\n".join(f"| {' | '.join(cell if line is ruler else escape(cell) for cell in line)} |" for line in lines)
+    return [f"## {escape(table.title)}", body, *(escape(note) for note in table.notes)]
+
+
+def escape(text: str) -> str:
+    """Escape text for Markdown."""
     return re.sub(r"[\\`*\[\]<>|#~$&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)  # a_b needs no escape
 
 

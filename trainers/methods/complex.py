@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from ensembler.trainers.budget import Budget, Piece
     from ensembler.trainers.measure import Solved
     from ensembler.trainers.trainer import Trainer
 
@@ -57,6 +58,18 @@ class Complex(Method):
     def runs(self) -> list[str]:
         """The modes."""
         return self.modes
+
+    def at_budget(self, budget: Budget) -> list[Piece] | str:
+        """floor(b) - 1 networks of B each, two at least, and connectors for the rest; paths are not measured."""
+        from ensembler.trainers.budget import Piece
+
+        count = max(2, budget.whole - 1)
+        steps = budget.steps((budget.total - count * budget.one) // self.connectors)
+        if steps < 1:
+            return "two networks leave nothing for a connector"
+        modes = {"modes": [budget.network(member) for member in range(count)]}
+        options = self.model_copy(update={"points": 3, "examples": 64})
+        return [Piece(options, self.connectors * budget.passes(steps), budget.in_epochs(steps), starts=modes)]
 
     def train(self, trainer: Trainer) -> Members:
         """Join the first members of two or more runs.

@@ -15,6 +15,7 @@ from ensembler.trainers.method import Members, Method
 from ensembler.trainers.recipes import GARIPOV_2018, SOLUTIONS, Recipe
 
 if TYPE_CHECKING:
+    from ensembler.trainers.budget import Budget, Piece
     from ensembler.trainers.trainer import Trainer
 
 __all__ = ["Curve"]
@@ -56,6 +57,17 @@ class Curve(Method):
     def runs(self) -> list[str]:
         """The two ends."""
         return [self.first, self.second]
+
+    def at_budget(self, budget: Budget) -> list[Piece] | str:
+        """Two networks of B each, and the curve between them for the rest; the path itself is not measured."""
+        from ensembler.trainers.budget import Piece
+
+        steps = budget.steps(budget.total - 2 * budget.one)
+        if steps < 1:
+            return "two networks leave nothing for the curve"
+        ends = {"first": budget.network(0), "second": budget.network(1)}
+        options = self.model_copy(update={"points": 3, "examples": 64})
+        return [Piece(options, budget.passes(steps), budget.in_epochs(steps), starts=ends)]
 
     def train(self, trainer: Trainer) -> Members:
         """Connect the first members of two runs.

@@ -12,6 +12,7 @@ from ensembler.trainers.method import Members, Method
 from ensembler.trainers.recipes import ASHUKHA_2020, GARIPOV_2018, SOLUTIONS, Recipe
 
 if TYPE_CHECKING:
+    from ensembler.trainers.budget import Budget, Piece
     from ensembler.trainers.trainer import Trainer
     from ensembler.trainers.work import Made
 
@@ -25,6 +26,7 @@ class DeepEnsemble(Method):
     starts_fresh = True
     has_jobs = True
     fast = {"epochs": 10, "members": 3}
+    compared = ({"members": 1}, {})
     published = (
         *(Recipe(name, options, GARIPOV_2018) for name, options in SOLUTIONS.items()),
         Recipe("vgg16bn", SOLUTIONS["vgg16"] | {"epochs": 400}, ASHUKHA_2020),
@@ -41,6 +43,18 @@ class DeepEnsemble(Method):
     def independent(self) -> bool:
         """Always."""
         return True
+
+    def at_budget(self, budget: Budget) -> list[Piece] | str:
+        """floor(b) networks of B each; a single network, the control, is trained for b x B."""
+        from ensembler.trainers.budget import Piece
+
+        alone = self.model_copy(update={"members": 1})
+        count = 1 if self.members == 1 else budget.whole
+        if self.members > 1 and count == 1:
+            return "a budget below 2 holds one network only"
+        steps = budget.steps(budget.total if self.members == 1 else budget.one)
+        passes, epochs = budget.passes(steps), budget.in_epochs(steps)
+        return [Piece(alone, passes, epochs, member) for member in range(count)]
 
     def train(self, trainer: Trainer) -> Members:
         """Train each member from its own weights and on its own order of the data."""

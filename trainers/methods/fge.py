@@ -16,6 +16,7 @@ from ensembler.trainers.recipes import ASHUKHA_2020, GARIPOV_2018, SOLUTIONS, Re
 from ensembler.trainers.schedules import Schedule, after
 
 if TYPE_CHECKING:
+    from ensembler.trainers.budget import Budget, Piece
     from ensembler.trainers.trainer import Trainer
 
 __all__ = ["FGE", "cyclic", "cyclic_middles"]
@@ -45,6 +46,21 @@ class FGE(Method):
     high: float = option(5e-2, gt=0, help="alpha_1, highest learning rate of a cycle.")
     low: float = option(5e-4, gt=0, help="alpha_2, lowest learning rate of a cycle.")
     start: float = option(0.8, gt=0, le=1, help="Share of one solution's budget before the cycles.")
+
+    def at_budget(self, budget: Budget) -> list[Piece] | str:
+        """floor(b) independent runs: cycles of c epochs fill what --start leaves of each, two at least (sec. 5.3)."""
+        steps = budget.steps(budget.total // budget.whole)
+        share = self.start if self.start < 1 else 0.8
+        length = min(round(self.cycle * len(budget.sizes)), int((1 - share) * steps / 1.5))
+        if length < 2:
+            return f"{steps:,} steps are too few for two cycles in the last {1 - share:.0%} of them"
+        members = int(((1 - share) * steps - length // 2) / length) + 1
+        begin = steps - length // 2 - length * (members - 1)
+        options = {"members": members, "cycle": budget.in_epochs(length)}
+        if self.start < 1:
+            fitting = self.model_copy(update=options | {"start": begin / steps})
+            return budget.independent(fitting, steps)
+        return budget.independent(self.model_copy(update=options), steps, budget.in_epochs(begin))
 
     def train(self, trainer: Trainer) -> Members:
         """Train one network, from fresh weights or a start, and collect M snapshots of it."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ensembler.trainers.budget import Budget, Piece
     from ensembler.trainers.loop import Fitted
     from ensembler.trainers.measure import Solved
     from ensembler.trainers.settings import Settings
@@ -59,6 +60,7 @@ class Simplex(Method):
     command = "train-simplex"
     has_jobs = True
     fast = {"epochs": 10, "vertices": 3, "vertex_epochs": 3}  # in 2, a vertex was worse than the solution
+    compared = ({}, {"simplexes": 2})
     published = (
         Recipe("vgg16", _SPRO | {"vertex_epochs": 10}, BENTON_2021, ("cifar10",)),
         Recipe("vgg16", _SPRO | {"vertex_epochs": 20}, BENTON_2021, ("cifar100",)),
@@ -104,6 +106,28 @@ class Simplex(Method):
         if self.members < self.simplexes:
             raise UsageError(f"{self.members} members are too few for {self.simplexes} simplexes: each needs one")
         return self.model_copy(update={"vertex_epochs": self.vertex_epochs or settings.epochs / 4})
+
+    def at_budget(self, budget: Budget) -> list[Piece] | str:
+        """One network of B, and vertices for the rest; of several simplexes (ESPRO), as many as fit."""
+        from ensembler.trainers.budget import Piece
+
+        if self.regularisation == "auto":
+            raise UsageError("--regularisation auto takes an unknown number of passes: give a study its lambda")
+        added, count = self.vertices - 1, 1
+        if self.simplexes > 1:
+            least = budget.one + added * (self.vertex_epochs or budget.epochs / 4) * sum(budget.sizes)
+            count = int(budget.total / least + 1e-9)
+            if count < 2:
+                return f"two simplexes of {self.vertices} vertices take {2 * least / budget.one:.2g} budgets"
+        steps = budget.steps((budget.total - count * budget.one) // (count * added))
+        if steps < 1:
+            return "one network leaves nothing for a vertex"
+        members = {"members": max(1, self.members // count), "simplexes": 1}
+        options = self.model_copy(update={"vertex_epochs": budget.in_epochs(steps), **members})
+        return [
+            Piece(options, added * budget.passes(steps), budget.epochs, member, {"init": budget.network(member)})
+            for member in range(count)
+        ]
 
     def train(self, trainer: Trainer) -> Members:
         """Grow the simplexes, each around a solution of its own, and draw the members from them.

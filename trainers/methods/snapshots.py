@@ -15,6 +15,7 @@ from ensembler.trainers.method import Members, Method
 from ensembler.trainers.recipes import ASHUKHA_2020, SGD, SOLUTIONS, Recipe
 
 if TYPE_CHECKING:
+    from ensembler.trainers.budget import Budget, Piece
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
 
@@ -49,6 +50,20 @@ class Snapshots(Method):
     def resolved(self, settings: Settings) -> Self:
         """By default, the whole ensemble costs what one network does."""
         return self.model_copy(update={"cycle": self.cycle or settings.epochs / self.members})
+
+    def at_budget(self, budget: Budget) -> list[Piece] | str:
+        """One run of b x B, in cycles of --cycle epochs where given, else of B / M: M snapshots a budget."""
+        from ensembler.trainers.budget import LEAST, Piece
+
+        steps = budget.steps(budget.total)
+        wanted = steps / (self.cycle * len(budget.sizes)) if self.cycle else budget.networks * self.members
+        for count in range(min(steps, max(1, round(wanted))), 0, -1):
+            length = steps // count
+            if budget.passes(length * count) >= LEAST * budget.total:
+                options = {"members": count, "cycle": budget.in_epochs(length)}
+                epochs = budget.in_epochs(length * count)
+                return [Piece(self.model_copy(update=options), budget.passes(length * count), epochs)]
+        return f"its {steps:,} steps are too coarse"
 
     def train(self, trainer: Trainer) -> Members:
         """Train one network through M cosine cycles, and collect it at the end of each."""

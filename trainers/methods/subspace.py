@@ -22,6 +22,7 @@ from ensembler.trainers.recipes import SGD, Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ensembler.trainers.budget import Budget, Piece
     from ensembler.trainers.loop import Regulariser
     from ensembler.trainers.trainer import Trainer
     from ensembler.weights import FlatWeights
@@ -57,6 +58,10 @@ class Subspace(Method):
     corners: bool = option(
         True, flag="--corners/--no-corners", help="Whether the first members are the vertices themselves."
     )
+
+    def at_budget(self, budget: Budget) -> list[Piece] | str:
+        """floor(b) independent subspaces, each at the cost of one network."""
+        return budget.independent(self, budget.steps(budget.total // budget.whole))
 
     def train(self, trainer: Trainer) -> Members:
         """Train all vertices together."""

@@ -1,0 +1,62 @@
+"""Figures of a study: its Pareto fronts."""
+
+from __future__ import annotations
+
+from ensembler.eval.report.figures import Picture
+from ensembler.eval.report.plots import add_legend, new_figure, style
+from ensembler.study.schema import CellReport, StudyReport
+from ensembler.study.sentences import pareto
+
+__all__ = ["figures"]
+
+_COSTS = {
+    "passes": ("training", "example passes of training, in B"),
+    "members": ("serving", "forward passes a prediction"),
+}
+
+
+def figures(report: StudyReport) -> dict[str, Picture]:
+    """Draw NLL against the cost of training and of serving, by the names of their files."""
+    return {f"pareto-{name}": _picture(report, cost, title) for cost, (name, title) in _COSTS.items()}
+
+
+def _picture(report: StudyReport, cost: str, title: str) -> Picture:
+    figure = new_figure(9, 5)
+    axes = figure.subplots()
+    unit = report.one if cost == "passes" else 1
+
+    def at(cell: CellReport) -> float:
+        return float(getattr(cell, cost) / unit)
+
+    for number, method in enumerate(dict.fromkeys(cell.method for cell in report.cells)):
+        cells = sorted((cell for cell in report.cells if cell.method == method), key=lambda one: one.budget)
+        colour, marker = style(number)
+        found = [cell.scores["nll"] for cell in cells]
+        values = [one.mean for one in found]
+        # A percentile interval need not hold the mean itself.
+        below = [max(0.0, one.mean - one.low) for one in found]
+        above = [max(0.0, one.high - one.mean) for one in found]
+        axes.errorbar(
+            [at(cell) for cell in cells],
+            values,
+            yerr=[below, above],
+            color=colour,
+            marker=marker,
+            capsize=3,
+            lw=0.8,
+            ls="--" if number >= 7 else "-",
+            label=method,
+        )
+    front = pareto(report.cells, cost)
+    axes.plot([at(cell) for cell in front], [cell.scores["nll"].mean for cell in front], color="black", lw=2, alpha=0.4)
+    axes.set(xlabel=title, ylabel="NLL (nats)")
+    axes.grid(alpha=0.3)
+    add_legend(figure)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    named = ", ".join(f"{cell.method} at {cell.budget:g}" for cell in front)
+    caption = (
+        f"NLL against {title}, with {report.confidence:.0%} intervals; lines join a method's budgets. Grey: the Pareto "
+        f"front, which nothing beats in both: {named}."
+    )
+    return Picture("pareto", figure, caption, f"NLL of every method and budget against {title}.")

@@ -1,0 +1,98 @@
+"""A study's report, as it is written as JSON. It has no times: the same runs give the same bytes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ensembler.record import Record
+
+__all__ = ["CellReport", "Estimate", "LeftOutReport", "PublishedFigure", "StudyReport"]
+
+
+class Estimate(Record):
+    """A mean over seeds with its interval, from resampled seeds and images."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class CellReport(Record):
+    """A method at a budget, over its seeds.
+
+    Attributes:
+        method: its label.
+        budget: in multiples of B, as asked for.
+        members: M, forward passes a prediction.
+        passes: example passes that it took; a training that members share counts once.
+        forward_passes: of its training, for BatchNorm statistics and measurements.
+        scores: by name; those that were not measured are missing.
+        behind: its NLL minus that of the best method at this budget, and of the best of all; ``null`` of itself.
+        needed: members whose validation NLL is not significantly worse than that of all, mean over the seeds.
+        equivalent: networks of a deep ensemble of the same calibrated NLL, mean over the seeds, and how to say it.
+    """
+
+    method: str
+    budget: float
+    seeds: list[int]
+    members: int
+    passes: int
+    forward_passes: int
+    scores: dict[str, Estimate]
+    behind: Estimate | None = None
+    behind_all: Estimate | None = None
+    shift_behind: Estimate | None = None
+    needed: float | None
+    equivalent: str | None
+
+
+class LeftOutReport(Record):
+    """A method that is not compared at a budget, and why."""
+
+    method: str
+    budget: float
+    why: str
+
+
+class PublishedFigure(Record):
+    """A published figure, and ours; in the unit of the tables."""
+
+    source: str
+    score: str
+    method: str
+    budget: float
+    published: float
+    ours: float | None
+
+
+class StudyReport(Record):
+    """A whole study.
+
+    Attributes:
+        one: B, example passes of one network.
+        epochs: of that network.
+        rules: how each method spends a budget.
+        trained: example passes of all trainings, of which cells share some.
+        cells: by budget, each from the lowest NLL up.
+    """
+
+    kind: Literal["study"] = "study"
+    format: Literal[1] = 1
+    dataset: str
+    architecture: str
+    epochs: float
+    one: int
+    seeds: list[int]
+    rules: dict[str, str]
+    trained: int
+    test_examples: int
+    test_sha256: str | None
+    shift: str | None
+    ood: list[str]
+    confidence: float
+    resamples: int
+    cells: list[CellReport]
+    left_out: list[LeftOutReport]
+    published: list[PublishedFigure]
+    device: str | None
+    versions: dict[str, str]

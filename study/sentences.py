@@ -1,0 +1,150 @@
+"""The answer of a study in sentences, which claim no more than the intervals support."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ensembler.eval.report.notation import SCORES, Score, compact
+from ensembler.study.schema import CellReport, Estimate, StudyReport
+
+__all__ = ["NAMES", "answers", "compared", "pareto", "recommendations", "within"]
+
+NAMES: dict[str, Score] = {
+    **{name: SCORES[name] for name in ("error", "nll", "calibrated_nll", "ece")},
+    "shifted_nll": SCORES["nll"]._replace(title="shifted NLL", meaning="NLL, mean over corruptions and severities"),
+    "shifted_ece": SCORES["ece"]._replace(title="shifted ECE %", meaning="ECE, mean over corruptions and severities"),
+    "ood_auroc": Score(
+        "OOD AUROC %",
+        100,
+        2,
+        "probability that an out-of-distribution image has a higher predictive entropy than a test image; mean over "
+        "the sets",
+    ),
+}
+"""The scores of a study's tables; lower is better, except for the AUROC."""
+
+_FEW_SEEDS = 5
+
+
+def compared(report: StudyReport) -> list[str]:
+    """Describe what was compared, a sentence each."""
+    methods = dict.fromkeys(cell.method for cell in report.cells)
+    budgets = ", ".join(f"{budget:g}" for budget in _budgets(report))
+    found = [
+        f"{len(methods)} methods at budgets of {budgets} times B on {report.dataset} with {report.architecture}; B is "
+        f"one network of {report.epochs:g} epochs, {compact(report.one)} example passes. Nothing exceeds its budget. "
+        f"Trained in all: {compact(report.trained)} example passes; what methods share is trained once and counted in "
+        "each.",
+        f"Scores are means over {_seeds(report)} on {report.test_examples:,} test images, with "
+        f"{report.confidence:.0%} intervals over {'seeds and images' if len(report.seeds) > 1 else 'images'}.",
+    ]
+    if len(report.seeds) == 1:
+        found.append("One seed says nothing of the next: the intervals hold for these networks only.")
+    elif len(report.seeds) < _FEW_SEEDS:
+        found.append(f"Intervals from {len(report.seeds)} seeds are too narrow: add seeds before you rely on them.")
+    if report.shift:
+        found.append(report.shift)
+    return found
+
+
+def answers(report: StudyReport) -> list[str]:
+    """The best method of each budget, and what is not told apart from it; a sentence each."""
+    return [_answer(report, budget) for budget in _budgets(report)]
+
+
+def _answer(report: StudyReport, budget: float) -> str:
+    cells = [cell for cell in report.cells if cell.budget == budget]
+    best = next(cell for cell in cells if cell.behind is None)
+    others = [cell for cell in cells if cell is not best]
+    text = (
+        f"At {_at(budget)}, {best.method}: NLL {within('nll', best.scores['nll'])}, error "
+        f"{SCORES['error'].write(best.scores['error'].mean)} %, {_forward(best)}"
+    )
+    if not others:
+        return f"{text}; nothing else was compared at this budget."
+    alike = [cell for cell in others if not _worse(cell.behind)]
+    if not alike:
+        return f"{text}; everything else is worse, its interval without 0."
+    listed = ", ".join(f"{cell.method} ({SCORES['nll'].write(cell.scores['nll'].mean)})" for cell in alike)
+    rest = "" if len(alike) < len(others) else "nothing else is told apart from it: "
+    return f"{text}; {rest or 'not told apart from it: '}{listed}."
+
+
+def recommendations(report: StudyReport) -> dict[str, str]:
+    """What to take, by what the user cares for."""
+    best = next(cell for cell in report.cells if cell.behind_all is None)
+    alike = [cell for cell in report.cells if not _worse(cell.behind_all)]
+    train = min(alike, key=lambda cell: (cell.passes, cell.members, cell.scores["nll"].mean))
+    serve = min(alike, key=lambda cell: (cell.members, cell.passes, cell.scores["nll"].mean))
+    return {
+        "Cheapest to train": _recommended(report, train, best, f"{_cost(report, train)}, {_forward(train)}"),
+        "Cheapest to serve": _recommended(report, serve, best, f"{_forward(serve)}, {_cost(report, serve)}"),
+        "Best under shift": _shifted(report),
+    }
+
+
+def _recommended(report: StudyReport, chosen: CellReport, best: CellReport, cost: str) -> str:
+    text = f"{_named(chosen)}: NLL {within('nll', chosen.scores['nll'])}, {cost}"
+    if chosen is best:
+        return f"{text}; it has the lowest NLL of all, and everything that costs less is worse."
+    return f"{text}; not told apart from the lowest NLL of all, {_named(best)} ({_value(best, 'nll')})."
+
+
+def _shifted(report: StudyReport) -> str:
+    if "shifted_nll" not in report.cells[0].scores:
+        return "not measured: name shifted test images with --shift."
+    best = next(cell for cell in report.cells if cell.shift_behind is None)
+    alike = [cell for cell in report.cells if cell is not best and not _worse(cell.shift_behind)]
+    text = (
+        f"{_named(best)}: shifted NLL {within('shifted_nll', best.scores['shifted_nll'])}, {_cost(report, best)}, "
+        f"{_forward(best)}"
+    )
+    listed = ", ".join(f"{_named(cell)} ({_value(cell, 'shifted_nll')})" for cell in alike)
+    return f"{text}; not told apart from it: {listed}." if listed else f"{text}; everything else is worse."
+
+
+def pareto(cells: Sequence[CellReport], cost: str) -> list[CellReport]:
+    """The cells that no other beats in both a cost, ``passes`` or ``members``, and NLL; from the cheapest up."""
+    front: list[CellReport] = []
+    for cell in sorted(cells, key=lambda one: (getattr(one, cost), one.scores["nll"].mean)):
+        if not front or cell.scores["nll"].mean < front[-1].scores["nll"].mean:
+            front.append(cell)
+    return front
+
+
+def within(name: str, found: Estimate) -> str:
+    """A mean with its interval, such as "0.3560 (0.3510 to 0.3610)"."""
+    score = NAMES[name]
+    return f"{score.write(found.mean)} ({score.write(found.low)} to {score.write(found.high)})"
+
+
+def _value(cell: CellReport, name: str) -> str:
+    return NAMES[name].write(cell.scores[name].mean)
+
+
+def _worse(behind: Estimate | None) -> bool:
+    return behind is not None and behind.low > 0
+
+
+def _budgets(report: StudyReport) -> list[float]:
+    return list(dict.fromkeys(cell.budget for cell in report.cells))
+
+
+def _at(budget: float) -> str:
+    return f"{budget:g} budget{'s' * (budget != 1)}"
+
+
+def _named(cell: CellReport) -> str:
+    return f"{cell.method} at {_at(cell.budget)}"
+
+
+def _cost(report: StudyReport, cell: CellReport) -> str:
+    return f"{compact(cell.passes)} example passes to train ({cell.passes / report.one:.2f} B)"
+
+
+def _forward(cell: CellReport) -> str:
+    return f"{cell.members} forward pass{'es' * (cell.members > 1)} a prediction"
+
+
+def _seeds(report: StudyReport) -> str:
+    return "1 seed" if len(report.seeds) == 1 else f"{len(report.seeds)} seeds"

@@ -1,0 +1,480 @@
+"""``ensembler study``: budgets, sharing, resuming, statistics, and what is said."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from ensembler.engine import Local
+from ensembler.errors import CorruptError, UsageError
+from ensembler.eval.metrics import comparison
+from ensembler.eval.metrics.comparison import Losses
+from ensembler.run import Run
+from ensembler.study import statistics
+from ensembler.study.file import known_methods, study_of
+from ensembler.study.plan import plan
+from ensembler.study.run import Maker, index
+from ensembler.study.schema import CellReport, Estimate, StudyReport
+from ensembler.study.sentences import answers, compared, pareto, recommendations
+from ensembler.study.statistics import Scored, auroc, difference, draw_seeds, estimate, scored
+from ensembler.trainers.budget import Budget
+from tests import _tally
+from tests._small import dataset
+from tests.test_cli import ROOT, call
+
+SMALL = {"arch": "tests._tally:tallying", "budget": 4, "batch-size": 4, "budgets": [1, 2, 3], "seeds": 1}
+METHODS = {name: {} for name in known_methods()} | {"simplexes": {"vertices": 3}}
+
+
+def planned(**changes):
+    study = study_of(SMALL | {"methods": METHODS} | changes, {})
+    return study, plan(study, dataset(120))
+
+
+def made(found, folder, **options):
+    """Each cell's run, and the examples that each training really saw."""
+    counted = {}
+    _tally.seen.clear()
+
+    def on_run(name, run, how):
+        counted[name] = (how, sum(_tally.seen))
+        _tally.seen.clear()
+
+    maker = Maker(found, dataset(120), folder, Local(), {"device": "cpu"}, options.get("elsewhere", {}), on_run)
+    return maker.make(), counted
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_takes_its_budget_and_no_more(tmp_path):
+    _, found = planned()
+    places, counted = made(found, tmp_path)
+    assert {name: node.passes for name, node in found.nodes.items()} == {
+        name: seen for name, (how, seen) in counted.items() if how == "trained"
+    }
+    for cell in found.cells:
+        total = cell.budget * 4 * 120
+        taken = sum(counted[name][1] for name in cell.needs)
+        assert 0.98 * total <= taken <= total
+        assert Run.load(places[cell.name]).manifest.cost.example_passes == taken  # what is shared counts in each
+    assert {cell.label for cell in found.cells} == set(METHODS)
+    assert found.passes == sum(seen for how, seen in counted.values() if how == "trained")
+
+
+def test_what_fits_no_budget_is_left_out_with_a_reason():
+    _, found = planned(budgets=[1, 1.5])
+    reasons = {(one.label, one.budget): one.why for one in found.left_out}
+    assert reasons["deep-ensemble", 1] == "a budget below 2 holds one network only"
+    assert reasons["simplex", 1] == "one network leaves nothing for a vertex"
+    assert reasons["simplexes", 1.5] == "two simplexes of 3 vertices take 3 budgets"
+    assert {cell.label for cell in found.cells if cell.budget == 1.5} == {
+        "single",
+        "fge",
+        "simplex",
+        "snapshots",
+        "subspace",
+    }
+    with pytest.raises(UsageError, match=r"no method fits a budget \(deep-ensemble at 1: a budget below 2 holds one"):
+        planned(methods={"deep-ensemble": {}}, budgets=[1])
+
+
+def test_a_method_without_a_rule_is_refused(monkeypatch):
+    kind, _ = known_methods()["fge"]
+    monkeypatch.delattr(kind, "at_budget")
+    with pytest.raises(UsageError, match="train-fge has no rule for a budget of passes: leave fge out of the study"):
+        planned()
+
+
+def test_a_cost_that_is_unknown_before_training_is_refused():
+    with pytest.raises(UsageError, match="auto takes an unknown number of passes"):
+        planned(methods={"simplex": {"regularisation": "auto"}})
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [4, 4, 1], [7]])
+def test_steps_are_the_most_that_passes_allow(sizes):
+    budget = Budget(1, 1, 1, sizes)
+    for passes in range(40):
+        steps = budget.steps(passes)
+        stream = np.cumsum(sizes * 20)
+        assert steps == (stream <= passes).sum()
+        assert budget.passes(steps) == ([0, *stream])[steps]
+
+
+# --- sharing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_network_is_trained_once_and_shared():
+    _, found = planned(seeds=2)
+    (base,) = next(cell for cell in found.cells if (cell.label, cell.budget, cell.seed) == ("single", 1, 1)).needs
+    users = {(cell.label, cell.budget) for cell in found.cells if base in cell.needs}
+    shared = {"single", "deep-ensemble", "simplex", "simplexes", "curve-bezier", "complex"}
+    assert {label for label, _ in users} == shared
+    assert ("single", 2) not in users  # the control is trained from fresh weights
+    assert found.passes < sum(cell.passes for cell in found.cells)
+    seeds = {name: node.settings.seed for name, node in found.nodes.items()}
+    assert {cell.seed for cell in found.cells if base in cell.needs} == {1}
+    assert set(seeds.values()) == {0, 1, 1000, 1001, 2000, 2001}
+
+
+def test_another_seed_budget_or_method_keeps_the_runs_that_there_are():
+    _, few = planned(methods={"single": {}, "fge": {}}, budgets=[1])
+    _, many = planned(seeds=2)
+    assert set(few.nodes) < set(many.nodes)
+    _, other = planned(methods={"single": {}, "fge": {}}, budgets=[1], lr=0.05)
+    assert not set(few.nodes) & set(other.nodes)
+    _, own = planned(methods={"single": {}, "fge": {"batch-size": 2}}, budgets=[1])
+    assert len(set(few.nodes) & set(own.nodes)) == 1  # the network that all share keeps the study's settings
+    assert all(0.98 * 480 <= cell.passes <= 480 for cell in own.cells)
+
+
+def test_runs_that_exist_are_taken_wherever_they_are(tmp_path):
+    changes = {"methods": {"single": {}, "simplex": {"vertices": 2}, "deep-ensemble": {}}, "budgets": [2]}
+    _, found = planned(**changes)
+    first, _ = made(found, tmp_path / "a")
+    again, counted = made(found, tmp_path / "a")
+    assert first == again
+    assert set(counted.values()) == {("taken", 0)}
+    elsewhere, counted = made(found, tmp_path / "b", elsewhere=index([tmp_path / "a"]))
+    assert elsewhere == first
+    assert set(counted.values()) == {("taken", 0)}
+
+
+def test_what_started_from_a_run_that_was_trained_again_is_not_taken(tmp_path):
+    _, found = planned(methods={"simplex": {"vertices": 2}}, budgets=[2])
+    made(found, tmp_path)
+    base = next(name for name, node in found.nodes.items() if not node.starts)
+    manifest = tmp_path / base / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("20", "21"))
+    with pytest.raises(CorruptError, match=f"{base}/manifest.json has changed since it was written"):
+        made(found, tmp_path)
+    shutil.rmtree(tmp_path / base)
+    time.sleep(1.1)  # a run's manifest says in which second it was made
+    with pytest.raises(UsageError, match="what it starts from was trained again"):
+        made(found, tmp_path)
+
+
+def test_a_run_of_other_data_is_not_taken(tmp_path):
+    _, found = planned(methods={"single": {}}, budgets=[1])
+    (name,) = found.nodes
+    _, other = planned(methods={"single": {}}, budgets=[1], lr=0.05)
+    made(other, tmp_path)
+    (tmp_path / next(iter(other.nodes))).rename(tmp_path / name)
+    with pytest.raises(UsageError, match="is not the run that the study needs there"):
+        made(found, tmp_path)
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+class OfRun:
+    """What :func:`scored` reads of a run."""
+
+    def __init__(self, probs, labels, entropies):
+        self.losses, self.shifted, self.clean, self.entropies = Losses.of(probs, labels), None, self, entropies
+        self.mean = probs
+
+
+def test_intervals_resample_seeds_then_images(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 60)
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 40)
+    probs = [rng.dirichlet(np.ones(3), 40) for _ in range(3)]
+    runs = [scored(OfRun(p, labels, {"clean": rng.random(40)}), labels, 1.0) for p in probs]
+    seeds = draw_seeds(3)
+    found = {name: estimate([run[name] for run in runs], seeds) for name in ("nll", "error", "calibrated_nll")}
+    weights = np.concatenate(list(comparison._resamples(40, 60, 0)))
+    nll = [-np.log(p[np.arange(40), labels]) for p in probs]
+    drawn = []
+    for chosen, counts in zip(seeds, weights, strict=True):  # one by one, as the definition has it
+        images = np.repeat(np.arange(40), counts.astype(int))
+        drawn.append(np.mean([nll[seed][images].mean() for seed in chosen]))
+    assert found["nll"].mean == pytest.approx(np.mean(nll))
+    assert (found["nll"].low, found["nll"].high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+    assert found["calibrated_nll"].mean == pytest.approx(found["nll"].mean)  # a temperature of 1 changes nothing
+    wrong = [(p.argmax(axis=1) != labels).mean() for p in probs]
+    assert found["error"].mean == pytest.approx(np.mean(wrong))
+
+
+def test_seeds_widen_an_interval():
+    narrow = [Scored(value, np.full(1000, value)) for value in (1.0, 1.0, 1.0)]
+    wide = [Scored(value, np.full(1000, value)) for value in (0.0, 1.0, 2.0)]
+    seeds = draw_seeds(3)
+    assert (estimate(narrow, seeds).low, estimate(narrow, seeds).high) == (1.0, 1.0)
+    assert estimate(wide, seeds).low < 0.5
+    assert estimate(wide, seeds).high > 1.5
+
+
+def test_differences_are_paired():
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(2, 1000))
+    a = [{"nll": Scored(1.0, 1 + row)} for row in common]
+    b = [{"nll": Scored(0.9, 0.9 + row)} for row in common]
+    found = difference(a, b, "nll", draw_seeds(2))
+    assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_auroc_of_resamples_is_that_of_the_drawn_images(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 7)
+    rng = np.random.default_rng(1)
+    inside, outside = rng.integers(0, 5, 30) / 5, rng.integers(1, 6, 20) / 5  # with ties
+    labels = np.repeat([0, 1], [30, 20])
+    found = auroc(inside, outside)
+    assert found.value == pytest.approx(roc_auc_score(labels, np.concatenate([inside, outside])))
+    again = np.random.default_rng(statistics.derive(0, "out of distribution"))
+    weights = [statistics._counts(again, 7, size) for size in (30, 20)]
+    for row, value in enumerate(found.drawn):
+        counts = np.concatenate([weights[0][row], weights[1][row]])
+        expected = roc_auc_score(labels, np.concatenate([inside, outside]), sample_weight=counts)
+        assert value == pytest.approx(expected)
+
+
+# --- sentences ------------------------------------------------------------------------------------------------------
+
+
+def cell(method, budget, members, nll, behind=None, behind_all=None, shifted=None, shift_behind=None):
+    def around(mean, width=0.01):
+        return None if mean is None else Estimate(mean=mean, low=mean - width, high=mean + width)
+
+    scores = {"error": around(0.1), "nll": around(nll), "ece": around(0.02)}
+    return CellReport(
+        method=method,
+        budget=budget,
+        seeds=[0, 1],
+        members=members,
+        passes=round(1000 * budget),
+        forward_passes=0,
+        scores=scores | ({} if shifted is None else {"shifted_nll": around(shifted)}),
+        behind=around(behind),
+        behind_all=around(behind_all),
+        shift_behind=around(shift_behind),
+        needed=1.0,
+        equivalent="1.5",
+    )
+
+
+def report(*cells, seeds=(0, 1)):
+    return StudyReport(
+        dataset="digits",
+        architecture="cnn",
+        epochs=4,
+        one=1000,
+        seeds=list(seeds),
+        rules={},
+        trained=5000,
+        test_examples=360,
+        test_sha256=None,
+        shift=None,
+        ood=[],
+        confidence=0.95,
+        resamples=1000,
+        cells=list(cells),
+        left_out=[],
+        published=[],
+        device="cpu",
+        versions={},
+    )
+
+
+def test_the_answer_names_the_best_and_what_is_not_told_apart():
+    found = report(
+        cell("one", 1, 1, 0.5, None, 0.2),
+        cell("a", 2, 10, 0.30, None, None),
+        cell("b", 2, 2, 0.305, 0.005, 0.005),
+        cell("c", 2, 5, 0.4, 0.1, 0.1),
+    )
+    assert answers(found) == [
+        "At 1 budget, one: NLL 0.5000 (0.4900 to 0.5100), error 10.00 %, 1 forward pass a prediction; nothing else was "
+        "compared at this budget.",
+        "At 2 budgets, a: NLL 0.3000 (0.2900 to 0.3100), error 10.00 %, 10 forward passes a prediction; not told apart "
+        "from it: b (0.3050).",
+    ]
+    said = recommendations(found)
+    assert said["Cheapest to train"].startswith("b at 2 budgets: NLL 0.3050")
+    assert said["Cheapest to serve"].startswith("b at 2 budgets: NLL 0.3050 (0.2950 to 0.3150), 2 forward passes")
+    assert said["Cheapest to serve"].endswith("not told apart from the lowest NLL of all, a at 2 budgets (0.3000).")
+    assert said["Best under shift"] == "not measured: name shifted test images with --shift."
+    assert "Intervals from 2 seeds are too narrow: add seeds before you rely on them." in compared(found)
+
+
+def test_where_everything_else_is_worse_it_is_said():
+    found = report(
+        cell("a", 1, 1, 0.3, None, None, 0.9, 0.1),
+        cell("b", 1, 4, 0.5, 0.2, 0.2, 0.8, None),
+        seeds=(0,),
+    )
+    assert answers(found)[0].endswith("; everything else is worse, its interval without 0.")
+    said = recommendations(found)
+    assert said["Cheapest to train"].endswith("it has the lowest NLL of all, and everything that costs less is worse.")
+    assert said["Best under shift"].startswith("b at 1 budget: shifted NLL 0.8000")
+    assert said["Best under shift"].endswith("everything else is worse.")
+    assert "One seed says nothing of the next: the intervals hold for these networks only." in compared(found)
+
+
+def test_the_pareto_front_is_what_nothing_beats():
+    cells = [cell("a", 1, 1, 0.5), cell("b", 1, 3, 0.4), cell("c", 2, 2, 0.45), cell("d", 3, 9, 0.3)]
+    assert [one.method for one in pareto(cells, "passes")] == ["b", "d"]
+    assert [one.method for one in pareto(cells, "members")] == ["a", "c", "b", "d"]
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bugdet = 4", "there is no option 'bugdet': did you mean budget or budgets?"),
+        ("budget = true", "budget: Input should be a valid number"),
+        ("budget = 0", "budget must be positive, not 0"),
+        ('seeds = "3"', "seeds: Input should be a valid integer"),
+        ("budgets = [1, 1]", "budgets are each given once, not as in '1,1'"),
+        ('budgets = [1, "two"]', "budgets must be positive numbers such as 1,2,3, not '1,two'"),
+        ("budgets = []", "budgets must be positive numbers"),
+        ("epochs = 4", "epochs is not an option of a study: the plan decides it"),
+        ("lr = nan", "lr must be finite"),
+        ("batch-size = 4\nbatch_size = 4", "batch_size is given twice"),
+        ("methods = 3", "methods: Input should be a valid string"),
+        ('methods = ["fgee"]', "methods.fgee: there is no method 'fgee': there are complex, curve-bezier, single"),
+        ("[methods.fge]\ncycles = 2", "methods.fge: there is no option 'cycles': did you mean cycle"),
+        ("[methods.fge]\ncycle = -2", "methods.fge: cycle must be positive, not -2"),
+        ("[methods.fge]\nseed = 2", "methods.fge: seed is not an option of a study: the plan decides it"),
+        ('[methods.fge]\nlr = "high"', "methods.fge: lr: Input should be a valid number"),
+        ("[methods]\nfge = 2", "methods.fge must hold options, not 2: write [methods.fge]"),
+        ("[methods.mine]\ncycle = 2", "methods.mine: there is no method 'mine'"),
+        ("[methods.curve-bezier]\nfirst = 'runs/a'", "methods.curve-bezier: first is not an option of a study"),
+        ("[published]\nscore = 'nll'", "published must be a list of tables: write [[published]]"),
+        ("[[published]]\nscore = 'nll'", "published 1: source is required"),
+        (
+            "[[published]]\nsource='a'\ndataset='b'\narch='c'\nscore='accuracy'\n[published.values]\n",
+            "published 1: score must be error or nll or calibrated_nll or ece, not 'accuracy'",
+        ),
+        ("recipe = 'paper'", "no recipe was published for cnn on digits: give the options instead of recipe"),
+        ("budget = ", "is not TOML"),
+    ],
+)
+def test_a_file_is_refused_in_one_sentence(tmp_path, text, said):
+    file = tmp_path / "study.toml"
+    file.write_text(text)
+    result = call("study", file, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert str(file) in lines[0] or "budgets are each" in lines[0] or "budgets must be" in lines[0]
+    assert said in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_evaluated_is_refused_before_training(tmp_path):
+    common = ("study", "--budget", 1, "--budgets", 1, "--methods", "single", "--out", tmp_path / "out")
+    for wrong, said in (
+        (("--ood", "nothing"), "nothing"),
+        (("--shift", "nothing"), "nothing"),
+        (("--examples", 1000), "the test set has 360 images: cannot evaluate on 1,000"),
+    ):
+        result = call(*common, *wrong)
+        assert result.exit_code == 1
+        assert said in result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_takes_precedence_over_the_file():
+    content = {"budget": 4, "budgets": [1, 2], "lr": 0.05, "methods": {"fge": {"cycle": 1}, "single": {}}}
+    study = study_of(content, {"budgets": "1", "methods": "fge", "seeds": 5})
+    assert (study.grid.multiples, study.grid.seeds, study.settings.lr, study.settings.epochs) == ([1], 5, 0.05, 4)
+    assert [(entry.label, entry.method.cycle) for entry in study.entries] == [("fge", 1)]
+
+
+def test_a_recipe_gives_each_method_what_was_published():
+    study = study_of({"recipe": "paper", "arch": "vgg16", "dataset": "cifar100", "methods": {"fge": {}}}, {})
+    assert (study.settings.epochs, study.settings.lr, study.settings.schedule) == (200, 0.05, "piecewise")
+    assert (study.entries[0].method.cycle, study.entries[0].method.low, study.entries[0].settings) == (2, 5e-4, {})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_studies_that_are_shipped_can_be_read(path):
+    from ensembler.study.file import read
+
+    study = study_of(read(path), {}, str(path))
+    assert study.entries
+    assert study.grid.multiples
+    if "published" in path.read_text():
+        labels = {entry.label for entry in study.entries}
+        assert study.published
+        assert all(set(one.values) <= labels for one in study.published)
+
+
+# --- the whole way --------------------------------------------------------------------------------------------------
+
+WHOLE = ["study", "--arch", "tests._small:noisy", "--batch-size", "4", "--budget", "2", "--budgets", "1,2"]
+WHOLE += ["--seeds", "1", "--methods", "single,deep-ensemble,fge", "--ood", "noise:uniform", "--examples", "15"]
+WHOLE += ["--device", "cpu", "--threads", "1", "--checkpoint-every", "0.05", "--runs", "nowhere"]
+REPORT = ("report.html", "report.md", "report.json", "pareto-training.png", "pareto-serving.png")
+
+
+def contents(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in REPORT]
+
+
+def killed(folder: Path, *command, runs: int, seconds: float) -> None:
+    """Start a study and kill it, so many seconds after so many of its runs are begun: Python starts in peace."""
+    started = [sys.executable, "-m", "ensembler", *map(str, command), "--out", str(folder)]
+    with subprocess.Popen(started, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(list((folder / "runs").glob("*-s*"))) < runs:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+    assert not (folder / "report.json").exists()
+
+
+def finished(folder: Path, *command) -> list[str]:
+    """Run a study to its end, and return the runs that were trained for it."""
+    result = call(*command, "--out", folder)
+    assert result.exit_code == 0, result.output
+    return [line.split(": ")[1].split()[0] for line in result.stderr.splitlines() if " trained," in line]
+
+
+def test_killed_and_resumed_it_says_the_same_and_a_seed_more_trains_its_own_runs_only(tmp_path, images):
+    every = finished(tmp_path / "whole", *WHOLE, *images)
+    killed(tmp_path / "killed", *WHOLE, *images, runs=2, seconds=0.05)
+    assert set(finished(tmp_path / "killed", *WHOLE, *images)) < set(every)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    found = json.loads((tmp_path / "whole" / "report.json").read_bytes())
+    assert {cell["method"] for cell in found["cells"]} == {"single", "deep-ensemble", "fge"}
+    assert set(found["cells"][0]["scores"]) == {"error", "nll", "ece", "calibrated_nll", "ood_auroc"}
+    more = finished(tmp_path / "killed", *WHOLE, *images, "--seeds", 2)
+    assert len(more) == len(every)
+    assert {name.split("-s")[1].split("-")[0] for name in more} == {"1", "1001"}
+
+
+@pytest.mark.long
+def test_digits_killed_at_three_random_moments(tmp_path):
+    command = ("study", "--dataset", "digits", "--budget", 4, "--budgets", "1,2", "--seeds", 2, "--device", "cpu")
+    command += ("--threads", 1, "--checkpoint-every", 0.5, "--runs", "nowhere")
+    every = finished(tmp_path / "whole", *command)
+    rng = random.Random(0)
+    for runs in (1, 7, 15):
+        killed(tmp_path / "killed", *command, runs=runs, seconds=4 * rng.random())
+    assert set(finished(tmp_path / "killed", *command)) < set(every)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    more = finished(tmp_path / "killed", *command[:8], 3, *command[9:])
+    assert {name.split("-s")[1].split("-")[0] for name in more} == {"2", "1002"}
+
+
+def test_a_dry_run_trains_nothing(tmp_path, images):
+    result = call(*WHOLE, *images, "--out", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "left out: deep-ensemble at 1: a budget below 2 holds one network only" in result.stdout
+    assert "runs, seeds 0 to 0:" in result.stdout
+    assert "hours, one run at a time, on cpu" in result.stdout.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
