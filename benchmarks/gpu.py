@@ -142,7 +142,7 @@ def own(architecture: str, batch: int, precision: str, steps: int, eager: bool =
             ends.append((event.part, time.perf_counter()))
 
     settings = Settings(
-        architecture=architecture, batch_size=batch, precision=precision, eager=eager, epochs=5, lr=1e-3
+        architecture=architecture, batch_size=batch, precision=precision, eager=eager, epochs=3, lr=1e-3
     )
     engine = SideBySide(members) if members > 1 else None
     train(dataset(steps * batch), DeepEnsemble(members=members), settings, on_event=note, engine=engine)

@@ -25,6 +25,7 @@ from ensembler.trainers.method import Members, Method
 from ensembler.trainers.recipes import ASHUKHA_2020, SOLUTIONS, Recipe
 
 if TYPE_CHECKING:
+    from ensembler.trainers.budget import Budget, Piece
     from ensembler.trainers.schedules import Schedule
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
@@ -71,6 +72,20 @@ class CyclicalSGMCMC(Method):
                 "--members a multiple of --samples-per-cycle"
             )
         return self.model_copy(update={"cycle": self.cycle or settings.epochs / self.cycles})
+
+    def at_budget(self, budget: Budget) -> list[Piece] | str:
+        """One run of b x B, in cycles of --cycle epochs where given, else as many a budget as M and its samples give."""
+        from ensembler.trainers.budget import LEAST, Piece
+
+        wanted = budget.total / (self.cycle * sum(budget.sizes)) if self.cycle else budget.networks * self.cycles
+        for count in range(max(1, round(wanted)), 0, -1):
+            length = budget.steps(budget.total // count)
+            noisy = length - round(self.exploration * length)
+            if noisy >= self.samples_per_cycle and count * budget.passes(length) >= LEAST * budget.total:
+                options = {"members": count * self.samples_per_cycle, "cycle": budget.in_epochs(length)}
+                epochs = budget.in_epochs(count * length)
+                return [Piece(self.model_copy(update=options), count * budget.passes(length), epochs)]
+        return f"{budget.steps(budget.total):,} steps are too few for a cycle with its samples"
 
     def train(self, trainer: Trainer) -> Members:
         """Train one network through the cycles, each a part of the cost, and collect the samples at their ends."""

@@ -32,6 +32,7 @@ from ensembler.trainers.schedules import after, constant
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ensembler.trainers.budget import Budget, Piece
     from ensembler.trainers.loop import Gather, Snapshot
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
@@ -88,6 +89,23 @@ class SWAG(Method):
         if self.swa_epochs is None and self.start == 1:
             raise UsageError("--start 1 leaves no epochs in which to collect iterates: give --swa-epochs")
         return self.model_copy(update={"swa_epochs": self.swa_epochs or (1 - self.start) * settings.epochs})
+
+    def at_budget(self, budget: Budget) -> list[Piece] | str:
+        """floor(b) independent Gaussians (MultiSWAG), which share M; iterates fill what --start leaves of each."""
+        steps = budget.steps(budget.total // budget.whole)
+        left = int((1 - (self.start if self.start < 1 else 0.75)) * steps)
+        every = min(round(self.collect_every * len(budget.sizes)), left // 2)
+        if every < 1:
+            return f"{steps:,} steps are too few for two iterates"
+        iterates = left // every
+        options = {
+            "members": max(1, self.members // budget.whole),
+            "start": 1 - iterates * every / steps,
+            "swa_epochs": budget.in_epochs(iterates * every),
+            "collect_every": budget.in_epochs(every),
+            "swags": 1,
+        }
+        return budget.independent(self.model_copy(update=options), steps)
 
     def train(self, trainer: Trainer) -> Members:
         """Fit the Gaussians, each around a solution of its own, and draw the members from them.
