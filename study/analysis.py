@@ -24,7 +24,7 @@ from ensembler.study.plan import Cell, Plan
 from ensembler.study.schema import CellReport, Estimate, LeftOutReport, PublishedFigure, StudyReport
 from ensembler.study.statistics import CONFIDENCE, RESAMPLES, Scored, difference, draw_seeds, estimate, scored
 
-__all__ = ["analyse"]
+__all__ = ["analyse", "equivalents_said"]
 
 Key = tuple[float, str]  # of a cell's group: budget and label
 
@@ -150,7 +150,7 @@ def _equivalents(found: Evaluation, runs: Mapping[Key, Sequence[int]]) -> dict[K
             for number, points, reference in zip(numbers, curves, references, strict=True)
             if points is not None
         ]
-        result[key] = _said(each)
+        result[key] = equivalents_said(each)
     return result
 
 
@@ -178,7 +178,7 @@ def _equivalent(found: Evaluation, number: int, points: Sequence[CurvePoint], re
     return deep_ensemble_equivalent(points, loss)
 
 
-def _said(each: Sequence[Equivalent]) -> str:
+def equivalents_said(each: Sequence[Equivalent]) -> str:
     """The mean over seeds, or the bound that it lies beyond."""
     known = [one.members for one in each if one.members is not None]
     if len(known) < len(each):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ensembler.eval.report.figures import Picture
-from ensembler.eval.report.plots import add_legend, new_figure, style
+from ensembler.eval.report.plots import STYLES, add_legend, new_figure, style
 from ensembler.study.schema import CellReport, StudyReport
 from ensembler.study.sentences import pareto
 
@@ -13,6 +13,9 @@ _COSTS = {
     "passes": ("training", "example passes of training, in B"),
     "members": ("serving", "forward passes a prediction"),
 }
+
+
+_ASIDE = 0.006  # of the axis: methods of equal cost would hide one another
 
 
 def figures(report: StudyReport) -> dict[str, Picture]:
@@ -28,7 +31,10 @@ def _picture(report: StudyReport, cost: str, title: str) -> Picture:
     def at(cell: CellReport) -> float:
         return float(getattr(cell, cost) / unit)
 
-    for number, method in enumerate(dict.fromkeys(cell.method for cell in report.cells)):
+    methods = list(dict.fromkeys(cell.method for cell in report.cells))
+    reach = max(map(at, report.cells)) - min(map(at, report.cells)) or 1.0
+    for number, method in enumerate(methods):
+        aside = _ASIDE * reach * (number - (len(methods) - 1) / 2)
         cells = sorted((cell for cell in report.cells if cell.method == method), key=lambda one: one.budget)
         colour, marker = style(number)
         found = [cell.scores["nll"] for cell in cells]
@@ -37,14 +43,14 @@ def _picture(report: StudyReport, cost: str, title: str) -> Picture:
         below = [max(0.0, one.mean - one.low) for one in found]
         above = [max(0.0, one.high - one.mean) for one in found]
         axes.errorbar(
-            [at(cell) for cell in cells],
+            [at(cell) + aside for cell in cells],
             values,
             yerr=[below, above],
             color=colour,
             marker=marker,
             capsize=3,
             lw=0.8,
-            ls="--" if number >= 7 else "-",
+            ls="--" if number >= len(STYLES) else "-",
             label=method,
         )
     front = pareto(report.cells, cost)
@@ -56,7 +62,7 @@ def _picture(report: StudyReport, cost: str, title: str) -> Picture:
     figure.set_layout_engine("none")
     named = ", ".join(f"{cell.method} at {cell.budget:g}" for cell in front)
     caption = (
-        f"NLL against {title}, with {report.confidence:.0%} intervals; lines join a method's budgets. Grey: the Pareto "
-        f"front, which nothing beats in both: {named}."
+        f"NLL against {title}, with {report.confidence:.0%} intervals; lines join a method's budgets, and "
+        f"methods stand a little aside of one another. Grey: the Pareto front, which nothing beats in both: {named}."
     )
     return Picture("pareto", figure, caption, f"NLL of every method and budget against {title}.")

@@ -18,6 +18,7 @@ it changes of the shared ones, and ``[[published]]`` the figures of a paper::
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,9 @@ __all__ = ["DECIDED", "Entry", "Grid", "Published", "Study", "known_methods", "r
 
 DECIDED = {"init", "weights", "epochs"}  # settings that the plan decides
 _SHARED = DECIDED | {"architecture", "seed"} | Settings.marked("computing")  # settings that all methods have in common
+
+
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 
 
 class Grid(Options):
@@ -153,18 +157,24 @@ def study_of(content: Mapping[str, Any], typed: Mapping[str, Any], name: str = "
     Raises:
         UsageError: an unknown key, or a value of another type or out of its range; the message says where.
     """
-    tables = {key: content[key] for key in ("methods", "published") if isinstance(content.get(key), list | dict)}
-    if isinstance(content.get("methods"), list):
-        tables["methods"] = {str(each): {} for each in content["methods"]}
+    tables = {key: value for key, value in content.items() if key == "published" or isinstance(value, dict)}
+    if unknown := tables.keys() - {"methods", "published"}:
+        raise UsageError(f"{name}: there is no table [{min(unknown)}]: there are [methods.NAME] and [[published]]")
     values = {key: value for key, value in content.items() if key not in tables}
     fields = _fields(name, values, [Grid, Data, Settings], DECIDED)
-    budgets = fields.get("budgets", "")
-    if isinstance(budgets, list | int | float):
-        fields["budgets"] = ",".join(map(str, budgets if isinstance(budgets, list) else [budgets]))
+    for key in ("budgets", "methods"):
+        if isinstance(fields.get(key), list):
+            fields[key] = ",".join(map(str, fields[key]))
+    if isinstance(fields.get("budgets"), int | float):
+        fields["budgets"] = str(fields["budgets"])
     grid, data, settings = (
         _record(name, kind, {key: value for key, value in fields.items() if key in kind.model_fields}, typed)
         for kind in (Grid, Data, Settings)
     )
+    try:
+        grid.multiples  # noqa: B018  refused before anything is loaded
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from error
     chosen = fields.keys() | typed.keys()
     dataset, architecture = data.dataset or "digits", settings.architecture
     if grid.recipe:
@@ -182,7 +192,9 @@ def study_of(content: Mapping[str, Any], typed: Mapping[str, Any], name: str = "
         data,
         settings,
         list(_entries(name, tables.get("methods", {}), grid, settings, dataset)),
-        _figures(name, tables.get("published", []), dataset, architecture),
+        _figures(
+            name, tables.get("published", []), {*tables.get("methods", {}), *known_methods()}, dataset, architecture
+        ),
     )
 
 
@@ -226,11 +238,13 @@ def _fields(place: str, values: Mapping[str, Any], kinds: list[type[Options]], w
 def _entries(name: str, tables: Mapping[str, Any], grid: Grid, settings: Settings, dataset: str) -> Iterator[Entry]:
     """The methods of a study: those that were asked for, of the file, or all."""
     known = known_methods()
-    asked = grid.methods.split(",") if grid.methods else list(tables) or list(known)
+    asked = list(tables) or list(known) if grid.methods is None else grid.methods.split(",")
     if len(set(asked)) < len(asked):
-        raise UsageError(f"methods are each named once, not as in {grid.methods!r}")
+        raise UsageError(f"{name}: methods are each named once, not as in {grid.methods!r}")
     for label in asked:
         place = f"{name}, methods.{label}"
+        if not _LABEL.fullmatch(label):  # it is part of a folder's name
+            raise UsageError(f"{name}: a method's name has letters, digits, - and _, 40 at most, not {label!r}")
         table = tables.get(label, {})
         if not isinstance(table, dict):
             raise UsageError(f"{place} must hold options, not {table!r}: write [methods.{label}]")
@@ -251,7 +265,7 @@ def _entry(
 ) -> Entry:
     kind, options = method
     paths = kind.marked("path")
-    given = _fields(place, table, [kind, Settings], _SHARED | paths)
+    given = _fields(place, table, [kind, Settings], _SHARED | paths | kind.by_budget)
     published = _published(kind, recipe, settings.architecture) if recipe else {}
     own = dict(published) | dict(options) | given
     try:
@@ -260,6 +274,10 @@ def _entry(
         Settings.written(changed)
     except UsageError as error:
         raise UsageError(f"{place}: {error}") from error
+    if label in known_methods() and made.name != label:
+        raise UsageError(
+            f"{place}: these options make it {made.name}: give the table another name, and method = {label!r}"
+        )
     return Entry(label, made, {key: value for key, value in changed.items() if value != getattr(settings, key)})
 
 
@@ -279,7 +297,8 @@ def _published(kind: type[Method], dataset: str, architecture: str) -> Mapping[s
     )
 
 
-def _figures(name: str, tables: Any, dataset: str, architecture: str) -> list[Published]:
+def _figures(name: str, tables: Any, labels: set[str], dataset: str, architecture: str) -> list[Published]:
+    """The published figures for a dataset and a network."""
     if not isinstance(tables, list):
         raise UsageError(f"{name}: published must be a list of tables: write [[published]]")
     found = []
@@ -291,4 +310,6 @@ def _figures(name: str, tables: Any, dataset: str, architecture: str) -> list[Pu
             found.append(Published.written(_fields(place, table, [Published], set())))
         except UsageError as error:
             raise error if str(error).startswith(place) else UsageError(f"{place}: {error}") from error
+        if unknown := found[-1].values.keys() - labels:
+            raise UsageError(f"{place}: no method is called {min(unknown)!r}: there are {', '.join(sorted(labels))}")
     return [one for one in found if (one.dataset, one.architecture) == (dataset, architecture)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ensembler.eval.report.notation import SCORES, Score, compact
+from ensembler.eval.report.notation import SCORES, Score, compact, plain
 from ensembler.study.schema import CellReport, Estimate, StudyReport
 
 __all__ = ["NAMES", "answers", "compared", "pareto", "recommendations", "within"]
@@ -31,10 +31,10 @@ def compared(report: StudyReport) -> list[str]:
     methods = dict.fromkeys(cell.method for cell in report.cells)
     budgets = ", ".join(f"{budget:g}" for budget in _budgets(report))
     found = [
-        f"{len(methods)} methods at budgets of {budgets} times B on {report.dataset} with {report.architecture}; B is "
-        f"one network of {report.epochs:g} epochs, {compact(report.one)} example passes. Nothing exceeds its budget. "
-        f"Trained in all: {compact(report.trained)} example passes; what methods share is trained once and counted in "
-        "each.",
+        f"{len(methods)} methods at budgets of {budgets} times B on {plain(report.dataset)} with "
+        f"{plain(report.architecture)}; B is one network of {report.epochs:g} epochs, {compact(report.one)} example "
+        f"passes. Nothing exceeds its budget. Trained in all: {compact(report.trained)} example passes; what methods "
+        "share is trained once and counted in each.",
         f"Scores are means over {_seeds(report)} on {report.test_examples:,} test images, with "
         f"{report.confidence:.0%} intervals over {'seeds and images' if len(report.seeds) > 1 else 'images'}.",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import random
 import shutil
@@ -13,26 +15,34 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
+from rich.live import Live
 from sklearn.metrics import roc_auc_score
 
 from ensembler.engine import Local
 from ensembler.errors import CorruptError, UsageError
 from ensembler.eval.metrics import comparison
 from ensembler.eval.metrics.comparison import Losses
+from ensembler.eval.metrics.members import Equivalent
 from ensembler.run import Run
+from ensembler.side_by_side import SideBySide
 from ensembler.study import statistics
+from ensembler.study.analysis import equivalents_said
+from ensembler.study.board import Board
 from ensembler.study.file import known_methods, study_of
 from ensembler.study.plan import plan
 from ensembler.study.run import Maker, index
 from ensembler.study.schema import CellReport, Estimate, StudyReport
 from ensembler.study.sentences import answers, compared, pareto, recommendations
 from ensembler.study.statistics import Scored, auroc, difference, draw_seeds, estimate, scored
+from ensembler.trainers import DeepEnsemble, train
 from ensembler.trainers.budget import Budget
 from tests import _tally
 from tests._small import dataset
 from tests.test_cli import ROOT, call
 
-SMALL = {"arch": "tests._tally:tallying", "budget": 4, "batch-size": 4, "budgets": [1, 2, 3], "seeds": 1}
+SMALL = {"arch": "tests._tally:tallying", "budget": 4, "batch-size": 8, "budgets": [1, 2, 3], "seeds": 1}
 METHODS = {name: {} for name in known_methods()} | {"simplexes": {"vertices": 3}}
 
 
@@ -50,8 +60,8 @@ def made(found, folder, **options):
         counted[name] = (how, sum(_tally.seen))
         _tally.seen.clear()
 
-    maker = Maker(found, dataset(120), folder, Local(), {"device": "cpu"}, options.get("elsewhere", {}), on_run)
-    return maker.make(), counted
+    engine, elsewhere = options.get("engine", Local()), options.get("elsewhere", {})
+    return Maker(found, dataset(120), folder, engine, {"device": "cpu"}, elsewhere, on_run).make(), counted
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
@@ -94,6 +104,12 @@ def test_a_method_without_a_rule_is_refused(monkeypatch):
     monkeypatch.delattr(kind, "at_budget")
     with pytest.raises(UsageError, match="train-fge has no rule for a budget of passes: leave fge out of the study"):
         planned()
+
+
+def test_a_vertex_gets_the_epochs_that_are_asked_for():
+    _, found = planned(methods={"simplex": {"vertices": 3, "vertex-epochs": 3}}, budgets=[2, 2.5])
+    assert [one.why for one in found.left_out] == ["what a network leaves is less than 3 epochs for each vertex"]
+    assert {cell.budget for cell in found.cells} == {2.5}
 
 
 def test_a_cost_that_is_unknown_before_training_is_refused():
@@ -148,6 +164,25 @@ def test_runs_that_exist_are_taken_wherever_they_are(tmp_path):
     elsewhere, counted = made(found, tmp_path / "b", elsewhere=index([tmp_path / "a"]))
     assert elsewhere == first
     assert set(counted.values()) == {("taken", 0)}
+
+
+def test_runs_side_by_side_are_those_one_after_another(tmp_path):
+    _, found = planned(methods={"single": {}, "simplex": {"vertices": 2}}, budgets=[1, 2])
+    alone, _ = made(found, tmp_path / "alone")
+    together, _ = made(found, tmp_path / "together", engine=SideBySide(2))
+    assert alone.keys() == together.keys()
+    for name, path in alone.items():
+        one, other = Run.load(path).vertices, Run.load(together[name]).vertices
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_of_a_training_command_is_taken(tmp_path):
+    study, found = planned(methods={"single": {}}, budgets=[1])
+    run = train(dataset(120), DeepEnsemble(members=1), study.settings.model_copy(update={"device": "cpu"}))
+    run.save(tmp_path / "mine")
+    places, counted = made(found, tmp_path / "runs", elsewhere=index([tmp_path]))
+    assert list(counted.values()) == [("taken", 0)]
+    assert list(places.values()) == [tmp_path / "mine"]
 
 
 def test_what_started_from_a_run_that_was_trained_again_is_not_taken(tmp_path):
@@ -237,6 +272,16 @@ def test_auroc_of_resamples_is_that_of_the_drawn_images(monkeypatch):
         counts = np.concatenate([weights[0][row], weights[1][row]])
         expected = roc_auc_score(labels, np.concatenate([inside, outside]), sample_weight=counts)
         assert value == pytest.approx(expected)
+
+
+def test_an_equivalent_beyond_the_reference_is_a_bound():
+    def equivalent(members, below_one=False):
+        return Equivalent(members=members, low=None, high=None, largest=3, below_one=below_one)
+
+    assert equivalents_said([equivalent(1.5), equivalent(2.5)]) == "2.0"
+    assert equivalents_said([equivalent(None), equivalent(None)]) == "> 3"
+    assert equivalents_said([equivalent(2.0), equivalent(None)]) == "> 2.5"
+    assert equivalents_said([equivalent(1.0, True), equivalent(1.0, True)]) == "< 1"
 
 
 # --- sentences ------------------------------------------------------------------------------------------------------
@@ -343,15 +388,29 @@ def test_the_pareto_front_is_what_nothing_beats():
         ("epochs = 4", "epochs is not an option of a study: the plan decides it"),
         ("lr = nan", "lr must be finite"),
         ("batch-size = 4\nbatch_size = 4", "batch_size is given twice"),
+        ("[method.fge]\ncycle = 2", "there is no table [method]: there are [methods.NAME] and [[published]]"),
+        ("published = 3", "published must be a list of tables: write [[published]]"),
         ("methods = 3", "methods: Input should be a valid string"),
         ('methods = ["fgee"]', "methods.fgee: there is no method 'fgee': there are complex, curve-bezier, single"),
         ("[methods.fge]\ncycles = 2", "methods.fge: there is no option 'cycles': did you mean cycle"),
         ("[methods.fge]\ncycle = -2", "methods.fge: cycle must be positive, not -2"),
         ("[methods.fge]\nseed = 2", "methods.fge: seed is not an option of a study: the plan decides it"),
         ('[methods.fge]\nlr = "high"', "methods.fge: lr: Input should be a valid number"),
+        ("[methods.fge]\nmembers = 7", "methods.fge: members is not an option of a study: the plan decides it"),
+        ('[methods.curve-bezier]\ncurve = "chain"', "these options make it curve-chain: give the table another name"),
+        ("methods = []", "a method's name has letters, digits, - and _, 40 at most, not ''"),
+        (
+            "[[published]]\nsource='a'\ndataset='b'\narch='c'\nscore='nll'\n[published.values]\nfgee = {1 = 2.0}",
+            "published 1: no method is called 'fgee': there are complex",
+        ),
         ("[methods]\nfge = 2", "methods.fge must hold options, not 2: write [methods.fge]"),
         ("[methods.mine]\ncycle = 2", "methods.mine: there is no method 'mine'"),
         ("[methods.curve-bezier]\nfirst = 'runs/a'", "methods.curve-bezier: first is not an option of a study"),
+        (
+            '[methods."../fge"]\nmethod = "fge"',
+            "a method's name has letters, digits, - and _, 40 at most, not '../fge'",
+        ),
+        ('methods = ["fge", "fge"]', "methods are each named once"),
         ("[published]\nscore = 'nll'", "published must be a list of tables: write [[published]]"),
         ("[[published]]\nscore = 'nll'", "published 1: source is required"),
         (
@@ -370,7 +429,7 @@ def test_a_file_is_refused_in_one_sentence(tmp_path, text, said):
     lines = result.stderr.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
-    assert str(file) in lines[0] or "budgets are each" in lines[0] or "budgets must be" in lines[0]
+    assert str(file) in lines[0]
     assert said in lines[0]
     assert not (tmp_path / "out").exists()
 
@@ -414,10 +473,30 @@ def test_the_studies_that_are_shipped_can_be_read(path):
         assert all(set(one.values) <= labels for one in study.published)
 
 
+def test_the_board_fills_as_runs_are_there(tmp_path):
+    _, found = planned(methods={"single": {}, "deep-ensemble": {}}, budgets=[1, 2], seeds=2)
+    board = Board(found)
+    base = next(cell for cell in found.cells if (cell.label, cell.budget, cell.seed) == ("single", 1, 0))
+    places, _ = made(plan_of_one(found, base), tmp_path)
+    run = Run.load(places[base.name])
+    board.live = Live(console=Console(file=io.StringIO()))
+    board.on_run(base.name, run, "trained")
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(board.table())
+    nll = run.manifest.metrics["test"]["nll"]
+    assert f"{nll:.3f} 1/2" in shown.getvalue()
+    assert "0/2" in shown.getvalue()
+    assert "–" in shown.getvalue()  # one network is no deep ensemble
+
+
+def plan_of_one(found, cell):
+    return dataclasses.replace(found, cells=[cell])
+
+
 # --- the whole way --------------------------------------------------------------------------------------------------
 
 WHOLE = ["study", "--arch", "tests._small:noisy", "--batch-size", "4", "--budget", "2", "--budgets", "1,2"]
-WHOLE += ["--seeds", "1", "--methods", "single,deep-ensemble,fge", "--ood", "noise:uniform", "--examples", "15"]
+WHOLE += ["--seeds", "1", "--methods", "single,deep-ensemble,fge", "--ood", "noise:uniform"]
 WHOLE += ["--device", "cpu", "--threads", "1", "--checkpoint-every", "0.05", "--runs", "nowhere"]
 REPORT = ("report.html", "report.md", "report.json", "pareto-training.png", "pareto-serving.png")
 
@@ -427,14 +506,13 @@ def contents(folder: Path) -> list[bytes]:
 
 
 def killed(folder: Path, *command, runs: int, seconds: float) -> None:
-    """Start a study and kill it, so many seconds after so many of its runs are begun: Python starts in peace."""
+    """Start a study and kill it, so many seconds after so many of its runs are there: Python starts in peace."""
     started = [sys.executable, "-m", "ensembler", *map(str, command), "--out", str(folder)]
     with subprocess.Popen(started, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and len(list((folder / "runs").glob("*-s*"))) < runs:
+        while process.poll() is None and len(list(folder.glob("runs/[!.]*-s*-*/manifest.json"))) < runs:
             time.sleep(0.01)
         time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
-    assert not (folder / "report.json").exists()
 
 
 def finished(folder: Path, *command) -> list[str]:
@@ -446,12 +524,17 @@ def finished(folder: Path, *command) -> list[str]:
 
 def test_killed_and_resumed_it_says_the_same_and_a_seed_more_trains_its_own_runs_only(tmp_path, images):
     every = finished(tmp_path / "whole", *WHOLE, *images)
-    killed(tmp_path / "killed", *WHOLE, *images, runs=2, seconds=0.05)
+    killed(tmp_path / "killed", *WHOLE, *images, runs=1, seconds=0.05)
     assert set(finished(tmp_path / "killed", *WHOLE, *images)) < set(every)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     found = json.loads((tmp_path / "whole" / "report.json").read_bytes())
     assert {cell["method"] for cell in found["cells"]} == {"single", "deep-ensemble", "fge"}
     assert set(found["cells"][0]["scores"]) == {"error", "nll", "ece", "calibrated_nll", "ood_auroc"}
+    names = {cell["method"]: cell["scores"]["nll"]["mean"] for cell in found["cells"] if cell["budget"] == 2}
+    folders = {path.name.split("-b2")[0]: path for path in (tmp_path / "whole" / "runs").glob("*-b2-s0-*")}
+    measured = {name: Run.load(path).manifest.metrics["test"]["nll"] for name, path in folders.items()}
+    assert measured.keys() == {"deep-ensemble", "fge"}
+    assert all(names[name] == pytest.approx(nll, rel=1e-5) for name, nll in measured.items())
     more = finished(tmp_path / "killed", *WHOLE, *images, "--seeds", 2)
     assert len(more) == len(every)
     assert {name.split("-s")[1].split("-")[0] for name in more} == {"1", "1001"}

@@ -60,6 +60,7 @@ class Method(Options):
         published: the recipes of papers; see :mod:`ensembler.trainers.recipes`.
         fast: a short run's options, by field name.
         compared: the options of each entry that a study has of it by default, by field name.
+        by_budget: the options that :meth:`at_budget` decides.
     """
 
     command: ClassVar[str]
@@ -68,6 +69,7 @@ class Method(Options):
     published: ClassVar[tuple[Recipe, ...]] = ()
     fast: ClassVar[Mapping[str, Any]] = {}
     compared: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    by_budget: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def name(self) -> str:

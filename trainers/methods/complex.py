@@ -36,6 +36,7 @@ class Complex(Method):
 
     command = "train-complex"
     fast = {"epochs": 5, "points": 11}
+    by_budget = frozenset({"points", "examples"})
     # One sample a step here; in g-benton/loss-surface-simplexes there are 5, which are summed.
     published = (Recipe("vgg16", BASE | {"epochs": 25, "lr": 0.05, "regularisation": 1e-7}, BENTON_2021),)
 

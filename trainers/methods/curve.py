@@ -33,6 +33,7 @@ class Curve(Method):
 
     command = "train-curve"
     fast = {"epochs": 5, "points": 21}
+    by_budget = frozenset({"points", "examples"})
     published = tuple(
         Recipe(name, SOLUTIONS[name] | {"curve": "bezier", "bends": 1, "points": 61} | options, GARIPOV_2018)
         for name, options in _CURVES.items()

@@ -27,6 +27,7 @@ class DeepEnsemble(Method):
     has_jobs = True
     fast = {"epochs": 10, "members": 3}
     compared = ({"members": 1}, {})
+    by_budget = frozenset({"members"})
     published = (
         *(Recipe(name, options, GARIPOV_2018) for name, options in SOLUTIONS.items()),
         Recipe("vgg16bn", SOLUTIONS["vgg16"] | {"epochs": 400}, ASHUKHA_2020),

@@ -35,6 +35,7 @@ class FGE(Method):
 
     command = "train-fge"
     fast = {"epochs": 10, "members": 3}
+    by_budget = frozenset({"members"})
     published = (
         *(Recipe(name, SOLUTIONS[name] | options, GARIPOV_2018) for name, options in _CYCLES.items()),
         # SamsungLabs/pytorch-ensembles starts from a solution that is trained out in 160 epochs.
@@ -48,7 +49,7 @@ class FGE(Method):
     start: float = option(0.8, gt=0, le=1, help="Share of one solution's budget before the cycles.")
 
     def at_budget(self, budget: Budget) -> list[Piece] | str:
-        """floor(b) independent runs: cycles of c epochs fill what --start leaves of each, two at least (sec. 5.3)."""
+        """floor(b) independent runs: as many cycles as fit after --start of each, shorter ones where two do not fit."""
         steps = budget.steps(budget.total // budget.whole)
         share = self.start if self.start < 1 else 0.8
         length = min(round(self.cycle * len(budget.sizes)), int((1 - share) * steps / 1.5))

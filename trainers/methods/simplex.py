@@ -61,6 +61,7 @@ class Simplex(Method):
     has_jobs = True
     fast = {"epochs": 10, "vertices": 3, "vertex_epochs": 3}  # in 2, a vertex was worse than the solution
     compared = ({}, {"simplexes": 2})
+    by_budget = frozenset({"simplexes"})
     published = (
         Recipe("vgg16", _SPRO | {"vertex_epochs": 10}, BENTON_2021, ("cifar10",)),
         Recipe("vgg16", _SPRO | {"vertex_epochs": 20}, BENTON_2021, ("cifar100",)),
@@ -108,7 +109,7 @@ class Simplex(Method):
         return self.model_copy(update={"vertex_epochs": self.vertex_epochs or settings.epochs / 4})
 
     def at_budget(self, budget: Budget) -> list[Piece] | str:
-        """One network of B, and vertices for the rest; of several simplexes (ESPRO), as many as fit."""
+        """One network of B, and the rest for its vertices, --vertex-epochs each at least; of ESPRO, all that fit."""
         from ensembler.trainers.budget import Piece
 
         if self.regularisation == "auto":
@@ -122,6 +123,8 @@ class Simplex(Method):
         steps = budget.steps((budget.total - count * budget.one) // (count * added))
         if steps < 1:
             return "one network leaves nothing for a vertex"
+        if self.vertex_epochs and steps < int(self.vertex_epochs * len(budget.sizes)):
+            return f"what a network leaves is less than {self.vertex_epochs:g} epochs for each vertex"
         members = {"members": max(1, self.members // count), "simplexes": 1}
         options = self.model_copy(update={"vertex_epochs": budget.in_epochs(steps), **members})
         return [
