@@ -7,6 +7,9 @@ under bfloat16 autocast. On a CPU both keep the memory they free, as training do
 ``floats_per_parameter.K<k>`` is what such a step of ``vgg16`` holds in memory at the most, over its number of
 parameters: every tensor alive is counted, less the activations and temporaries that the plain step holds too.
 
+``operations.<arch>.<precision>.<method>`` is how many operations on tensors a step takes, but for views: on a GPU each
+is a launch. Gradients are gathered as on a GPU; a batch is given, of four images. ``plain`` is the plain step, clipped.
+
     python benchmarks/train_step.py [--quick] [--json FILE]
 """
 
@@ -15,6 +18,8 @@ from __future__ import annotations
 import statistics
 import weakref
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,11 +29,12 @@ from torch.utils._pytree import tree_leaves
 
 from ensembler import architectures
 from ensembler.device import keep_freed
-from ensembler.subspace import dirichlet
+from ensembler.subspace import bezier, dirichlet
 from ensembler.task import Classification
 from ensembler.trainers.batches import Batch
 from ensembler.trainers.loop import Plan, fit
-from ensembler.trainers.regularisers import volume_regulariser
+from ensembler.trainers.methods.subspace import cosine_regulariser
+from ensembler.trainers.regularisers import Volumes, hellinger_repulsion, volume_regulariser
 from ensembler.trainers.schedules import constant
 from ensembler.weights import FlatWeights
 
@@ -73,6 +79,20 @@ class Live(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations on tensors, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = [found.alias_info for found in func._schema.returns]
+        view = any(alias is not None and not alias.is_write for alias in returned)
+        self.count += func.namespace == "aten" and not view
+        return func(*args, **(kwargs or {}))
 
 
 def sgd(parameters: Iterable[torch.Tensor]) -> torch.optim.SGD:
@@ -129,6 +149,85 @@ def peak_floats(make: Callable[[], Callable[[], None]]) -> float:
     return live.peak / 4
 
 
+def plans(weights: FlatWeights) -> dict[str, tuple[torch.Tensor, Plan]]:
+    """Vertices and a plan of each method, as its file makes them."""
+    rate, task = constant(RATE), Classification()
+
+    def near(K: int) -> torch.Tensor:
+        return weights.vector + 0.01 * torch.randn(K, len(weights))
+
+    four, three, common = near(4), near(3), near(3)
+    volumes = Volumes(common, [[0, 2], [1, 2]])
+    volume = volume_regulariser(four[:-1], four[-1], 1e-2, weights.vector)
+    drawn = {
+        "volume": (four, {"trainable": [3], "draw": lambda rng, n: dirichlet(n, 4, rng), "regulariser": volume}),
+        "function": (
+            near(3),
+            {"trainable": [2], "draw": lambda rng, n: dirichlet(n, 3, rng), "penalty": hellinger_repulsion(task, 1e-2)},
+        ),
+        "joint subspace": (
+            three,
+            {
+                "trainable": range(3),
+                "draw": lambda rng, n: dirichlet(n, 3, rng),
+                "regulariser": cosine_regulariser(three, 1.0, weights),
+                "regulariser_draw": lambda rng, n: torch.from_numpy(rng.random((n, 3)).argsort(axis=1)[:, :2]),
+            },
+        ),
+        "curve": (
+            near(3),
+            {
+                "trainable": [1],
+                "draw": lambda rng, n: bezier(torch.from_numpy(rng.random(n)).float(), 3),
+                "decay_sampled": True,
+            },
+        ),
+        "complex": (
+            common,
+            {
+                "trainable": [2],
+                "draw": lambda rng, n: torch.cat([torch.rand(n, 1), dirichlet(n, 2, rng)], dim=1),
+                "coefficients": volumes.coefficients,
+                "regulariser": volumes.regulariser(1e-2, weights.vector),
+            },
+        ),
+    }
+    found = {name: (vertices, Plan(rate, 1, **options)) for name, (vertices, options) in drawn.items()}  # type: ignore[arg-type]
+    return {"single, FGE, SSE": (near(1), Plan(rate, 1)), **found}
+
+
+def operations(arch: str, dtype: torch.dtype) -> dict[str, int]:
+    """Operations a step of each method, and of a plain loop."""
+    batch = OneBatch(torch.device("cpu"), size=4)
+    batch.per_epoch = 100
+    network, weights = architectures.build(arch, 10).train(), FlatWeights(architectures.build(arch, 10), gather=True)
+    optimiser, task = sgd(network.parameters()), Classification()
+
+    def plain(steps: int) -> None:
+        for _ in range(steps):
+            optimiser.zero_grad()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                logits = network(batch.x)
+            torch.nn.functional.cross_entropy(logits.float(), batch.y).backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimiser.step()
+
+    def own(vertices: torch.Tensor, plan: Plan, steps: int) -> None:
+        plan = replace(plan, iterations=steps)
+        fit(weights, task, vertices, weights.buffers(), batch, sgd, plan, clip=1.0, precision=dtype)  # type: ignore[arg-type]
+
+    def each(run: Callable[[int], None]) -> int:
+        counts = []
+        for steps in (1, 2, 3):  # the first makes the optimiser's state
+            with Operations() as found:
+                run(steps)
+            counts.append(found.count)
+        return counts[2] - counts[1]
+
+    methods = {name: each(partial(own, *given)) for name, given in plans(weights).items()}
+    return {"plain": each(plain), **methods}
+
+
 def main() -> None:
     options = arguments(__doc__)
     batch = OneBatch(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -158,6 +257,11 @@ def main() -> None:
         floats = (peak_floats(lambda K=K: simplex_steps("vgg16", K, small)) - beyond) / P  # type: ignore[misc]
         figures[f"floats_per_parameter.K{K}"] = floats
         print(f"vgg16     K={K}: {floats:.3f} floats a parameter; K + 3 = {K + 3}")
+    for arch in ("cnn", "resnet20") if options.quick else ("cnn", "resnet20", "vgg16", "preresnet164"):
+        for dtype in (torch.float32, torch.bfloat16):
+            kind, counts = str(dtype).removeprefix("torch."), operations(arch, dtype)
+            figures |= {f"operations.{arch}.{kind}.{name}": count for name, count in counts.items()}
+            print(f"{arch}, {kind}: operations a step: {', '.join(f'{name} {n}' for name, n in counts.items())}")
     report(figures, repeats, options.json)
 
 

@@ -34,7 +34,7 @@ __all__ = ["BATCHNORM_EXAMPLES", "Start", "member_buffers", "recomputed"]
 
 BATCHNORM_EXAMPLES = 8192  # enough for a channel's mean and variance; all images could cost more than the training
 
-_BATCHNORM_BATCH = 128
+_BATCHNORM_BATCH = 128  # on any device: it decides by which means and variances the layers before are normalised
 _POWER_ITERATIONS = 15  # as torch's own when it makes the vectors
 
 Start = tuple[Mapping[str, Tensor], bool]

@@ -290,8 +290,7 @@ class _Part:
     def _forget(self, modes: list[bool]) -> None:
         """Begin without graphs, for a network in these modes."""
         self._modes, self._outputs = modes, dict[object, Tensor]()
-        # A network that cannot be captured predicts as it is.
-        self._graphs = Captured(self._store, lambda reason: None, CudaGraph)
+        self._graphs = Captured(self._store, _unsaid, CudaGraph)
 
     def _store(self, stored: int, x: Tensor) -> None:
         """Leave the outputs where :meth:`outputs` finds them; a graph leaves them at the same address every time."""
@@ -311,6 +310,10 @@ class _Part:
         pixels = torch.randint(0, 256, (2, *record.shape), dtype=torch.uint8, generator=generator(0, "probe"))
         x = self.inputs(pixels.to(device)) if record.kind in ("images", "arrays") else None
         return checks.built(manifest.settings.get("memory_format"), x, device)
+
+
+def _unsaid(reason: str) -> None:
+    """Say nothing: what cannot be captured gives the same predictions."""
 
 
 def sample_coefficients(sampling: Sampling, vertices: int, members: int, seed: int) -> Tensor:

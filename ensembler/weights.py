@@ -40,7 +40,7 @@ class _Slot:
 
 
 class FlatWeights:
-    """A module's trainable parameters as views of ``vector`` and their gradients as views of ``grad``.
+    """A module's trainable parameters as views of ``vector``, and their gradients in ``grad``.
 
     Tied parameters occur once in the vector. Frozen parameters (``requires_grad=False``) and buffers are not in it: see
     :meth:`frozen` and :meth:`buffers`. A channels-last parameter stays channels-last: the vector holds elements in
@@ -48,13 +48,13 @@ class FlatWeights:
 
     Args:
         module: any module; it works as before and keeps its parameter objects.
-        gather: whether ``backward`` makes gradients of its own, which :meth:`gather` adds to ``grad`` all at once. By
-            default on a GPU, where adding each by itself is a launch for every parameter; on a CPU, ``backward`` adds
-            to ``grad`` itself, which needs no memory beside it.
+        gather: whether :meth:`backward` computes all gradients before it adds them to ``grad``, in one operation. By
+            default on a GPU, where adding each by itself is a launch for every parameter; on a CPU, each is added as
+            it is computed, which needs no memory beside ``grad``.
 
     Attributes:
         vector: (P,) the parameters.
-        grad: (P,) their gradients, accumulated by ``backward`` and :meth:`gather`; zero it between steps.
+        grad: (P,) their gradients, accumulated by :meth:`backward`; zero it between steps.
 
     Raises:
         UsageError: there is no trainable parameter, there are several types or devices, or the network's state dict
@@ -93,16 +93,18 @@ class FlatWeights:
         """The number of parameters P."""
         return self.vector.numel()
 
-    def gather(self) -> None:
-        """Add what ``backward`` computed to ``grad``, in one operation; call it after every ``backward``."""
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar to ``grad``."""
         if not self._gathers:
+            loss.backward()  # type: ignore[no-untyped-call]
             return
+        self._forget_gradients()  # of a pass that failed
+        loss.backward()  # type: ignore[no-untyped-call]
         pairs = zip(self._gradients, self._parameters, strict=True)
         found = [(own, parameter.grad) for own, parameter in pairs if parameter.grad is not None]
         if found:
             torch._foreach_add_([own for own, _ in found], [gradient for _, gradient in found])
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._forget_gradients()
 
     def slices(self, least_dimensions: int = 0) -> dict[str, slice]:
         """Return the position in a vector of each parameter with at least ``least_dimensions`` dimensions, by name."""
@@ -167,6 +169,10 @@ class FlatWeights:
             if name not in tensors or tensors[name].shape != parameter.shape:
                 raise ShapeError(f"frozen parameter {name!r} is missing or of another shape")
             parameter.copy_(tensors[name])
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def _persistent_buffers(self) -> dict[str, Tensor]:
         names = self.module.state_dict(keep_vars=True)

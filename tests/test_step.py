@@ -218,6 +218,24 @@ def test_what_cannot_be_captured_is_trained_as_it_is_and_said_once(network, why,
     assert torch.equal(found.vertices, eager.vertices)
 
 
+def test_a_backward_pass_that_fails_in_a_capture_leaves_no_gradient_behind():
+    """The step is done again as it is: gradients of the failed one would count twice."""
+
+    def train_reading(graph: Callable[[], Graph] | None) -> tuple[Tensor, list[str]]:
+        torch.manual_seed(0)
+        module, said = small_batchnorm(3), []
+        module.body[0].bias.register_hook(lambda gradient: gradient * (gradient.sum().item() < 1e9))
+        weights = FlatWeights(module, gather=graph is not None)
+        plan = Plan(constant(0.1), 6)
+        options = {"graph": graph, "say": said.append}
+        fitted = fit(weights, weights.vector[None].clone(), random_batches(1), plan, OPTIMISERS["SGD"], **options)
+        return fitted.vertices, said
+
+    (found, said), (expected, _) = train_reading(CpuGraph), train_reading(None)
+    assert len(said) == 1
+    assert torch.equal(found, expected)
+
+
 def operations(steps: Callable[[int], Any]) -> int:
     """How many operations a step takes, of those that ``steps(n)`` does beside what it does once."""
 

@@ -376,8 +376,7 @@ class _Step:
             objective = objective + self.plan.penalty(outputs, other_outputs) * (len(y) / size)
         if len(self.moving) == 1 and self.plan.draw:
             objective = objective * c[self.plan.trainable[0]]
-        self.scaler.scale(objective).backward()  # type: ignore[no-untyped-call]
-        self.weights.gather()
+        self.weights.backward(self.scaler.scale(objective))
         with torch.no_grad():
             return torch.stack([loss, self.task.metrics(outputs, y).sum()])
 

@@ -74,7 +74,7 @@ class CyclicalSGMCMC(Method):
         return self.model_copy(update={"cycle": self.cycle or settings.epochs / self.cycles})
 
     def at_budget(self, budget: Budget) -> list[Piece] | str:
-        """One run of b x B, in cycles of --cycle epochs where given, else as many a budget as M and its samples give."""
+        """One run of b x B, in cycles of --cycle epochs where given, else as many a budget as M gives."""
         from ensembler.trainers.budget import LEAST, Piece
 
         wanted = budget.total / (self.cycle * sum(budget.sizes)) if self.cycle else budget.networks * self.cycles
