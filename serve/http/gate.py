@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 from ensembler.errors import ArtefactError, EnsemblerError
 from ensembler.serve.http.batcher import OverloadError
 from ensembler.serve.http.metrics import Requests
-from ensembler.serve.http.routes import JSON, KINDS, PAGE, PROBES, PUBLIC
+from ensembler.serve.http.routes import JSON, KINDS, METRICS, PAGE, PROBES, PUBLIC
 from ensembler.serve.http.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ _SENTENCES = {
     405: "this route does not take this method: GET /docs.json says which it takes",
     500: "the server failed on this request: its log says why",
 }
-_NOT_LOGGED = (*PROBES, "/metrics")
+_LOGGED = 200  # characters of a path
+_NOT_LOGGED = (*PROBES, METRICS)
 
 _logger = logging.getLogger("ensembler.serve")
 _access = logging.getLogger("ensembler.access")
@@ -192,6 +193,8 @@ class _Outgoing:
         if path not in _NOT_LOGGED and _access.isEnabledFor(logging.INFO):
             client = scope.get("client") or ("-", "-")
             seconds = monotonic() - scope["ensembler.arrived"]
+            if len(path) > _LOGGED:
+                path = f"{path[:_LOGGED]}..."
             _access.info("%s:%s %s %r %d %.2f ms", *client[:2], scope["method"], path, status, 1000 * seconds)
 
 
