@@ -35,6 +35,7 @@ class Settings(Record):
     decode_ms: PositiveInt = Field(5_000, description="how long image files may take to decode, a megapixel at a time")
     deadline_ms: PositiveInt = Field(30_000, description="how long a request may take by default")
     body_ms: PositiveInt = Field(30_000, description="how long a body may take to arrive")
+    body_rate: PositiveInt = Field(16 * 2**10, description="the fewest bytes a second of a body, over five seconds")
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> Self:
