@@ -1,9 +1,9 @@
 """The server's front: it accepts connections, drops those without a request, and answers health checks.
 
 It is a thread of the server's parent process, which does nothing else, so no flood delays its answers. A connection
-whose first head has arrived is passed to the worker with the fewest, as an open socket: nothing is copied, and the front
-is not in the path of requests. It looks at the head without reading it (``MSG_PEEK``). Workers tell it over a Unix socket
-when they are ready, and why they cannot be (:mod:`ensembler.serve.http.intake`).
+whose first head has arrived is passed to the worker with the fewest, as an open socket: nothing is copied, and the
+front is not in the path of requests. It looks at the head without reading it (``MSG_PEEK``). Workers tell it over a
+Unix socket when they are ready, and why they cannot be (:mod:`ensembler.serve.http.intake`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -101,10 +102,23 @@ class Front:
         self._channels.bind(str(folder / CHANNEL))
         self._channels.listen(128)
         self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="ensembler-front", daemon=True)
 
     def start(self) -> None:
         """Start the thread, which ends with the process."""
-        threading.Thread(target=self._run, name="ensembler-front", daemon=True).start()
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread and close all sockets."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        for waiting in list(self._waiting.values()):
+            self._forget(waiting.peer).close()
+        for open_one in (self._public, self._channels, *(worker.channel for worker in self._workers)):
+            if open_one is not None:
+                self._loop.remove_reader(open_one)
+                open_one.close()
+        self._loop.close()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -169,7 +183,7 @@ class Front:
         return peer
 
     def _drop_oldest(self, count: int) -> None:
-        for waiting in list(self._waiting.values())[:count]:
+        for waiting in list(islice(self._waiting.values(), count)):
             self._forget(waiting.peer).close()
 
     def _sweep(self) -> None:

@@ -1,9 +1,9 @@
 """ASGI middleware that every request passes before anything looks at its body.
 
-It checks, in this order: the token (401), the body's type (415), its size (413), how long it takes to arrive (408), how
-many bytes of bodies are held already, in all and of its address (503), and how many requests are handled already (503).
-A request whose caller disconnects is cancelled (499). Every error is ``{"error": "one sentence"}``, also those of unknown
-routes (404, 405) and unexpected ones (500). Each response is counted and logged.
+It checks, in this order: the token (401), the body's type (415), its size (413), how long it takes to arrive (408),
+how many bytes of bodies are held already, in all and of its address (503), and how many requests are handled
+already (503). A request whose caller disconnects is cancelled (499). Every error is ``{"error": "one sentence"}``,
+also those of unknown routes (404, 405) and unexpected ones (500). Each response is counted and logged.
 """
 
 from __future__ import annotations

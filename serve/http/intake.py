@@ -135,6 +135,7 @@ async def _intake(app: Starlette, channel: _Channel, graceful: int) -> AsyncIter
         server.should_exit = True
         await serving
         telling.cancel()
+        channel.socket.close()
 
 
 class _Server(uvicorn.Server):
