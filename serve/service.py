@@ -10,9 +10,17 @@ Start it with ``ensembler serve BUNDLE``, or from any folder::
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
+
+# BentoML sets it, and Prometheus would then count in memory-mapped files, which end the process on a full disk.
+os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
 import bentoml
 import numpy as np
@@ -20,6 +28,8 @@ from starlette.applications import Starlette
 
 from ensembler.errors import EnsemblerError
 from ensembler.serve.http.application import application
+from ensembler.serve.http.front import Front, listen, stop_this_process
+from ensembler.serve.http.intake import join_front
 from ensembler.serve.http.options import Options
 from ensembler.serve.http.routes import JSON
 from ensembler.serve.http.schemas import Answer
@@ -27,6 +37,24 @@ from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
 
 __all__ = ["PredictiveUncertainty"]
+
+_SHARED = "ENSEMBLER_SHARED"  # the folder of one server's processes
+_LISTEN = "ENSEMBLER_LISTEN"  # the public HOST:PORT; BentoML's own port is then for nobody
+
+_failures: list[str] = []
+
+
+def _fail(sentence: str) -> None:
+    """End the server, once."""
+    _failures.append(sentence)
+    if len(_failures) == 1:
+        stop_this_process(sentence)
+
+
+def _exit_as_failed() -> None:
+    if _failures:
+        sys.stdout.flush()
+        os._exit(1)  # BentoML ends with 0
 
 
 class Images(bentoml.IODescriptor):
@@ -44,13 +72,19 @@ class _Service(bentoml.Service):
 
     def to_asgi(self, is_main: bool = True) -> Starlette:
         logging.getLogger("ensembler").setLevel(logging.INFO)  # BentoML's root logger writes it
-        self.inner.application = application(Settings.read(), otherwise=super().to_asgi(is_main))
-        return self.inner.application
+        settings, shared = Settings.read(), os.environ.get(_SHARED)
+        folder = Path(shared) if shared else None
+        several = folder if settings.workers > 1 else None
+        app = self.inner.application = application(settings, otherwise=super().to_asgi(is_main), shared=several)
+        if folder is not None:
+            join_front(app, folder, 5 + (settings.body_ms + settings.deadline_ms) // 1000)
+        return app
 
 
 @bentoml.service(
     workers=Settings.read(os.environ | {"ENSEMBLER_BUNDLE": "."}).workers,  # read before there is a bundle
     logging={"access": {"enabled": False}},  # the application has its own
+    metrics={"enabled": False},  # likewise; BentoML's have a label for each path that anybody asks for
     service_class=_Service,
 )
 class PredictiveUncertainty:
@@ -66,6 +100,18 @@ class PredictiveUncertainty:
             read_bundle(Settings.read().bundle)
         except EnsemblerError as error:
             raise bentoml.exceptions.BentoMLException(str(error)) from error
+
+    @bentoml.on_deployment
+    @staticmethod
+    def with_front() -> None:
+        """Start the front in the parent of the workers, which BentoML starts with this environment."""
+        if os.name != "nt":
+            atexit.register(_exit_as_failed)  # runs last
+            folder = os.environ.setdefault(_SHARED, tempfile.mkdtemp(prefix="ensembler-serve-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            address = os.environ.get(_LISTEN)
+            host, _, port = (address or "").rpartition(":")
+            Front(Path(folder), listen(host, int(port)) if address else None, _fail).start()
 
     @bentoml.api(route=JSON, input_spec=Question, output_spec=Answer)
     async def predictive_uncertainty(self, images: np.ndarray, **options: Any) -> Answer:

@@ -7,10 +7,12 @@ A request passes :mod:`~ensembler.serve.http.gate`, is read by :mod:`~ensembler.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -20,16 +22,19 @@ from starlette.routing import Route
 from ensembler.errors import EnsemblerError
 from ensembler.serve.http import answers, openapi, page
 from ensembler.serve.http.gate import Gate, refusal
-from ensembler.serve.http.metrics import Requests
+from ensembler.serve.http.metrics import Exposition, Requests
 from ensembler.serve.http.predictor import Predictor
-from ensembler.serve.http.routes import EXAMPLES, KINDS, PAGE
+from ensembler.serve.http.routes import EXAMPLES, KINDS, METRICS, PAGE
 from ensembler.serve.http.settings import Settings
 
 __all__ = ["application"]
 
 
 def application(
-    settings: Settings, otherwise: Starlette | None = None, registry: CollectorRegistry | None = None
+    settings: Settings,
+    otherwise: Starlette | None = None,
+    registry: CollectorRegistry | None = None,
+    shared: Path | None = None,
 ) -> Starlette:
     """Return the application.
 
@@ -37,12 +42,16 @@ def application(
         settings: of the service.
         otherwise: answers requests to other routes, after the same checks; starts and stops with this application.
         registry: of the Prometheus metrics; a new one by default.
+        shared: folder that all workers of one server share; ``None`` where this is the only one.
     """
     registry = registry or CollectorRegistry()
+    exposition = Exposition(registry, shared)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         predictor = app.state.predictor = Predictor(settings, registry)
+        app.state.exposition = exposition
+        writing = asyncio.create_task(exposition.keep_written())
         try:
             predictor.warm_up()
             if otherwise is None:
@@ -51,6 +60,7 @@ def application(
                 async with otherwise.router.lifespan_context(otherwise):
                     yield
         finally:
+            writing.cancel()
             predictor.close()
 
     gate = Middleware(Gate, settings=settings, requests=Requests(registry))
@@ -88,6 +98,11 @@ async def _examples(request: Request) -> Response:
     return JSONResponse(page.examples(predictor.settings.bundle, predictor.runtime.manifest))
 
 
+async def _metrics(request: Request) -> Response:
+    text = await asyncio.to_thread(request.app.state.exposition.text)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
 async def _to_page(request: Request) -> Response:
     return RedirectResponse(PAGE)
 
@@ -105,6 +120,7 @@ _ROUTES = [
     *(Route(path, _predict, methods=["POST"]) for path in KINDS),
     Route("/metadata", _metadata),
     Route("/docs.json", _openapi),
+    Route(METRICS, _metrics),
     Route("/", _to_page),
     Route(PAGE, _page),
     Route(EXAMPLES, _examples),

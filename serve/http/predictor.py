@@ -17,10 +17,11 @@ from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ensembler.errors import ShapeError, UsageError
+from ensembler.errors import UsageError
 from ensembler.machine import available_cpus
 from ensembler.serve.http import answers, readers
 from ensembler.serve.http.batcher import Answered, Batcher, Columns
+from ensembler.serve.http.decoder import Decoder
 from ensembler.serve.http.metrics import STAGES, Metrics
 from ensembler.serve.http.options import Options
 from ensembler.serve.http.routes import BINARY, JSON
@@ -66,6 +67,7 @@ class Predictor:
         self._batcher = Batcher(
             self._predict, max_batch=settings.run_batch, max_queue=settings.max_queue, on_pass=self._on_pass
         )
+        self._decoder = Decoder(manifest.image_shape, settings.max_pixels, settings.decode_ms / 1000)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="ensembler-read")
 
     def warm_up(self) -> None:
@@ -79,6 +81,7 @@ class Predictor:
     def close(self) -> None:
         """Stop all threads."""
         self._batcher.close()
+        self._decoder.close()
         self._threads.shutdown()
         self.runtime.close()
         gc.unfreeze()
@@ -91,7 +94,7 @@ class Predictor:
         """
         arrived, received = (request.scope.get(f"ensembler.{name}", monotonic()) for name in ("arrived", "read"))
         deadline = arrived + _patience(request, self.settings.deadline_ms) / 1000
-        images, options = await self._read(request)
+        images, options = await self._read(request, deadline)
         array = answers.array_output(options) if _wants_npy(request) else None
         read = monotonic()
         answered = await self._submit(images, options, deadline)
@@ -114,7 +117,7 @@ class Predictor:
         columns = (await self._submit(checked, options, math.inf)).columns
         return answers.content(answers.with_outputs(columns, options, self.runtime), options, self.runtime)
 
-    async def _read(self, request: Request) -> Read:
+    async def _read(self, request: Request, deadline: float) -> Read:
         body, path = await request.body(), request.url.path
         if path == JSON:
             if request.query_params:
@@ -126,22 +129,11 @@ class Predictor:
             images = readers.images_from_npy(body) if shape is None else readers.images_from_raw(body, shape)
             return self._check(images, options)
         files = await readers.files_of(request, self.settings.max_batch)
-        return await self._call(True, self._decode, files, options)
+        return self._check(await self._decoder.decode(files, deadline), options)
 
     def _read_json(self, body: bytes) -> Read:
         images, fields = readers.fields_from_json(body)
         return self._check(images, Options.from_json(fields))
-
-    def _decode(self, files: list[bytes], options: Options) -> Read:
-        images = []
-        for number, file in enumerate(files, start=1):
-            try:
-                shape = self.runtime.manifest.image_shape
-                images.append(readers.image_from_file(file, shape, self.settings.max_pixels))
-            except ShapeError as error:
-                where = f"file {number} of {len(files)}: " if len(files) > 1 else ""
-                raise type(error)(f"{where}{error}") from error
-        return self._check(np.stack(images), options)
 
     def _check(self, images: object, options: Options) -> Read:
         checked = check_images(images, self.runtime.manifest.image_shape, self.settings.max_batch)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["BINARY", "EXAMPLES", "IMAGE", "JSON", "KINDS", "PAGE", "PROBES", "PUBLIC"]
+__all__ = ["BINARY", "EXAMPLES", "IMAGE", "JSON", "KINDS", "METRICS", "PAGE", "PROBES", "PUBLIC"]
 
 JSON = "/predictive-uncertainty"
 BINARY = "/predictive-uncertainty/binary"
 IMAGE = "/predictive-uncertainty/image"
 PAGE = "/ui"
 EXAMPLES = "/examples"
+METRICS = "/metrics"
 
 KINDS = {
     # The second and third are what curl and others call a body whose type nobody gave.
