@@ -17,6 +17,7 @@ from ensembler import examples, task
 from ensembler.batchnorm import has_batchnorm
 from ensembler.buffers import Start, member_buffers
 from ensembler.device import choose_device, limit_threads
+from ensembler.dropout import fix_masks
 from ensembler.errors import ShapeError, UsageError
 from ensembler.examples import Examples
 from ensembler.network_checks import NetworkChecks
@@ -221,7 +222,9 @@ class _Part:
         record = run.manifest.dataset
         self.run = run
         self.inputs = examples.find(record.kind).inputs(record.mean, record.std, device)
-        self.weights = FlatWeights(self._build(kind, outputs, device))
+        network = self._build(kind, outputs, device)
+        fix_masks(network, run.buffers)
+        self.weights = FlatWeights(network)
         self.weights.load_frozen(run.frozen)
         self.vertices = self.weights.flatten(run.vertices)
         self._coefficients = run.coefficients.to(device)

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ensembler.datasets import Split
+from ensembler.dropout import without_masks
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DivergedError, UsageError
 from ensembler.eval.options import SurfaceOptions
@@ -266,7 +267,7 @@ def _first_members(runs: Sequence[Run], paths: Sequence[Path]) -> Run:
         name: torch.stack([torch.tensordot(run.coefficients[0], run.vertices[name], 1) for run in runs])
         for name in shapes
     }
-    buffers = {name: torch.stack([run.buffers[name][0] for run in runs]) for name in first.buffers}
+    buffers = {name: torch.stack([run.buffers[name][0] for run in runs]) for name in without_masks(first.buffers)}
     manifest = first.manifest.model_copy(update={"vertices": 3, "members": 3})
     return replace(first, manifest=manifest, vertices=vertices, coefficients=torch.eye(3), buffers=buffers)
 

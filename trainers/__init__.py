@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ensembler.trainers.methods.curve import Curve
     from ensembler.trainers.methods.deep_ensemble import DeepEnsemble
     from ensembler.trainers.methods.fge import FGE
+    from ensembler.trainers.methods.mc_dropout import MCDropout
     from ensembler.trainers.methods.simplex import Simplex
     from ensembler.trainers.methods.snapshots import Snapshots
     from ensembler.trainers.methods.subspace import Subspace
@@ -26,6 +27,7 @@ __all__ = [
     "Complex",
     "Curve",
     "DeepEnsemble",
+    "MCDropout",
     "Members",
     "Method",
     "Settings",
@@ -46,6 +48,7 @@ __getattr__, __dir__ = exports(
         "Complex": "ensembler.trainers.methods.complex:Complex",
         "Curve": "ensembler.trainers.methods.curve:Curve",
         "DeepEnsemble": "ensembler.trainers.methods.deep_ensemble:DeepEnsemble",
+        "MCDropout": "ensembler.trainers.methods.mc_dropout:MCDropout",
         "Members": "ensembler.trainers.method:Members",
         "Method": "ensembler.trainers.method:Method",
         "Settings": "ensembler.trainers.settings:Settings",

@@ -17,7 +17,7 @@ from ensembler.options import Options
 from ensembler.trainers.recipes import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ensembler.run import Sampling
     from ensembler.trainers.settings import Settings
@@ -80,6 +80,18 @@ class Method(Options):
     def resolved(self, settings: Settings) -> Self:
         """The same with everything filled in that depends on the settings."""
         return self
+
+    def check(self, name: str, network: nn.Module, x: Tensor) -> None:
+        """Refuse a network that the method cannot use, before anything is trained.
+
+        Args:
+            name: the network's, for messages.
+            network: a copy of its own, in evaluation mode.
+            x: inputs (B, ...).
+
+        Raises:
+            UsageError: the message says why.
+        """
 
     @abstractmethod
     def train(self, trainer: Trainer) -> Members:
