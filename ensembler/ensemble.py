@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -101,12 +102,15 @@ class Ensemble:
         """Return the run of a member's network: one of the parts of a combination, else :attr:`run`."""
         return self._places[member][0].run
 
-    def predict_outputs(self, x: Tensor | NDArray[np.generic]) -> Tensor:
+    def predict_outputs(
+        self, x: Tensor | NDArray[np.generic], vary: Callable[[int, Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Predict each member's raw outputs; for a classifier, its logits.
 
         Args:
             x: stored examples: images (B, H, W, 3) uint8, or rows of features (B, F) float. For images also normalised
                 inputs (B, 3, H, W) float.
+            vary: from a member and ``x`` to what this member sees instead, of the same shape and type.
 
         Returns:
             (M, B, O) float32 on the CPU.
@@ -122,9 +126,10 @@ class Ensemble:
             for member in range(self.members):
                 network = self.network(member)
                 prepare = self._places[member][0].inputs if stored else Tensor.float
+                seen = x if vary is None else vary(member, x)
                 for start in range(0, max(1, len(x)), self.batch_size):
                     part = slice(start, start + self.batch_size)
-                    outputs = network(prepare(x[part]))
+                    outputs = network(prepare(seen[part]))
                     if not start and not member:
                         result = torch.empty(self.members, len(x), *outputs.shape[1:], device=self.device)
                     result[member, part] = outputs

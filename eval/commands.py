@@ -87,13 +87,14 @@ def _compare(
     """Compare runs or given predictions at their costs: differences with intervals, seeds grouped, equivalents."""
     from ensembler.errors import UsageError
     from ensembler.eval.comparison import check_names
-    from ensembler.eval.evaluation import distinct
+    from ensembler.eval.evaluation import distinct, rows
 
     places = distinct(runs)
-    check_names([path.name for path in places])
+    scored = rows(places, options)
+    check_names([name for name, _, _ in scored])
     if baseline is not None and baseline.resolve() not in places:
         raise UsageError(f"--baseline {baseline} is none of the runs: name it among them, too")
-    against = 0 if baseline is None else places.index(baseline.resolve())
+    against = 0 if baseline is None else [path for _, path, _ in scored].index(baseline.resolve())
     _report("compare", places, options, report, {"baseline": against, "curves": curve})
 
 
