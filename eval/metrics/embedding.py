@@ -1,4 +1,4 @@
-"""A map of members by their disagreement: how diverse they are in function space (Fort et al. 2019, arXiv 1912.02757)."""
+"""A map of members by their disagreement: their diversity in function space (Fort et al. 2019, arXiv 1912.02757)."""
 
 from __future__ import annotations
 

@@ -190,13 +190,13 @@ def plot_map(names: Sequence[str], points: Sequence[NDArray[np.float64]], shares
     axes = figure.subplots()
     for number, (label, own) in enumerate(zip(names, points, strict=True)):
         colour, marker = style(number)
-        axes.scatter(*own.T, s=70, color=colour, marker=marker, edgecolors="white", label=label, zorder=3, alpha=0.9)
+        axes.scatter(*own.T, s=70, color=colour, marker=marker, edgecolors="white", label=label, zorder=3, alpha=0.7)
         for member, place in enumerate(own if len(own) <= _NUMBERED else ()):
             axes.annotate(str(member), place, (5, 5), textcoords="offset points", fontsize="x-small", color=colour)
-    reach = 1.15 * max(np.abs(np.concatenate(points)).max(), 1e-9)
-    for axis, share in zip(("x", "y"), shares, strict=True):
-        axes.set(**{f"{axis}label": f"{share:.0%} of the squared distances", f"{axis}lim": (-reach, reach)})
-    axes.set_aspect("equal")
+    across, up = (f"{share:.0%} of the squared distances" for share in shares)
+    axes.set(xlabel=across, ylabel=up)
+    axes.margins(0.1)
+    axes.set_aspect("equal", adjustable="datalim")
     axes.grid(alpha=0.3)
     add_legend(figure)
     return figure
