@@ -112,8 +112,8 @@ def measure_simplexes(
     parts = options.grid - 1
     edges, triangles = _unique(simplexes, 2), _unique(simplexes, 3)
     faces = triangles[:FACES]
-    known = {((k, parts),): None for k in range(count)}
-    known |= {place: None for corners in (*edges, *faces) for place in _places(corners, parts)}
+    every = [(k,) for k in range(count)]
+    known = dict.fromkeys(place for corners in (*every, *edges, *faces) for place in _places(corners, parts))
     coefficients = torch.zeros(len(known), count)
     for row, place in zip(coefficients, known, strict=True):
         for vertex, share in place:
@@ -141,8 +141,11 @@ def measure_simplexes(
             for k, place in enumerate(places)
         ],
         shares=shares,
-        edges=[Edge(ends=ends, t=[share[1] / parts for share in lattice(parts, 2)], **values(ends)) for ends in edges],
-        faces=[Face(corners=own, points=barycentric, **values(own)) for own in faces],
+        edges=[
+            Edge(ends=(ends[0], ends[1]), t=[share[1] / parts for share in lattice(parts, 2)], **values(ends))
+            for ends in edges
+        ],
+        faces=[Face(corners=(own[0], own[1], own[2]), points=barycentric, **values(own)) for own in faces],
         faces_left_out=len(triangles) - len(faces),
         train_examples=len(measuring.train),
         test_examples=len(measuring.test),

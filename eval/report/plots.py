@@ -190,7 +190,17 @@ def plot_map(names: Sequence[str], points: Sequence[NDArray[np.float64]], shares
     axes = figure.subplots()
     for number, (label, own) in enumerate(zip(names, points, strict=True)):
         colour, marker = style(number)
-        axes.scatter(*own.T, s=70, color=colour, marker=marker, edgecolors="white", label=label, zorder=3, alpha=0.7)
+        axes.scatter(
+            own[:, 0],
+            own[:, 1],
+            s=70,
+            color=colour,
+            marker=marker,
+            edgecolors="white",
+            label=label,
+            zorder=3,
+            alpha=0.7,
+        )
         for member, place in enumerate(own if len(own) <= _NUMBERED else ()):
             axes.annotate(str(member), place, (5, 5), textcoords="offset points", fontsize="x-small", color=colour)
     across, up = (f"{share:.0%} of the squared distances" for share in shares)

@@ -26,12 +26,13 @@ _MEASURES = (("train_loss", "train loss (nats)", 1.0), ("test_error", "test erro
 
 def plot_simplexes(found: Simplexes) -> bytes:
     """Plot the projection of vertices, edges and faces on three dimensions, coloured by loss and by error."""
-    figure = new_figure(12, 6.4)
+    figure = new_figure(12, 5.6)
     places = np.array([vertex.place for vertex in found.vertices])
     reach = 1.05 * np.abs(places).max(axis=0)
     reach = np.maximum(reach, 0.35 * reach.max())
     for number, (measure, title, scale) in enumerate(_MEASURES):
         axes = figure.add_subplot(1, 2, number + 1, projection="3d")
+        axes.computed_zorder = False  # names would be hidden by faces
         norm = _norm(found, measure, scale)
         shade = ScalarMappable(norm, _MAP)
         for face in found.faces:
@@ -43,13 +44,17 @@ def plot_simplexes(found: Simplexes) -> bytes:
             rows = first + np.array(edge.t)[:, None] * (second - first)
             values = scale * np.array(getattr(edge, measure))
             colours = shade.to_rgba((values[1:] + values[:-1]) / 2)
-            axes.add_collection3d(Line3DCollection(np.stack([rows[:-1], rows[1:]], axis=1), colors=colours, lw=3))
-        colours = [scale * getattr(vertex, measure) for vertex in found.vertices]
-        axes.scatter(*places.T, c=colours, cmap=_MAP, norm=norm, s=60, edgecolors="black", depthshade=False)
+            axes.add_collection3d(
+                Line3DCollection(np.stack([rows[:-1], rows[1:]], axis=1), colors=colours, lw=3, zorder=2)
+            )
+        values = scale * np.array([getattr(vertex, measure) for vertex in found.vertices])
+        axes.scatter(*places.T, c=values, cmap=_MAP, norm=norm, s=60, edgecolors="black", depthshade=False, zorder=3)
         for k, place in enumerate(places):
-            axes.text(*(place + 0.06 * reach.max() * np.array([0, 0, 1])), f"w{k}", weight="bold", ha="center")
+            axes.text(
+                *(place + 0.06 * reach.max() * np.array([0, 0, 1])), f"w{k}", weight="bold", ha="center", zorder=4
+            )
         axes.set(xlim=(-reach[0], reach[0]), ylim=(-reach[1], reach[1]), zlim=(-reach[2], reach[2]))
-        axes.set_box_aspect(reach, zoom=0.95)
+        axes.set_box_aspect(reach.tolist(), zoom=1.1)
         axes.set_title(title, fontsize="medium")
         axes.tick_params(labelsize="x-small")
         axes.locator_params(nbins=5)
@@ -77,6 +82,7 @@ def plot_edges(found: Simplexes) -> bytes:
             )
         axes.set(xlabel="t", ylabel=title, xlim=(0, 1))
         axes.grid(alpha=0.3)
+    figure.axes[1].set_ylim(bottom=0)
     if min(min(edge.train_loss) for edge in found.edges) > 0:
         figure.axes[0].set_yscale("log")
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -126,7 +132,7 @@ def _norm(found: Simplexes, measure: str, scale: float) -> Normalize:
     values += [value for one in (*found.edges, *found.faces) for value in getattr(one, measure)]
     low, high = scale * min(values), scale * max(values)
     if high <= low:
-        high = low + 1e-9
+        high = low + 1
     if measure == "train_loss":
         return LogNorm(max(low, 1e-6), max(high, 2e-6))
     return Normalize(low, high)
