@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from ensembler.engine import Local
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.eval.comparison import compare_runs
@@ -138,3 +139,19 @@ def test_what_has_no_variations_is_refused(runs, tmp_path):
     np.savez(tmp_path / "given.npz", probabilities=np.full((3, 2), 0.5), labels=[0, 1, 0])
     with pytest.raises(UsageError, match="--views predicts images by a run, and only files of predictions are named"):
         evaluate([tmp_path / "given.npz"], views=[2])
+
+
+class Elsewhere(Local):
+    """An engine that is asked for predictions as one of other processes is."""
+
+    here = False
+
+
+def test_an_engine_predicts_the_same_variations(runs, tmp_path):
+    places, options = [runs / "one", runs / "three"], {"examples": 20, "ood": ["noise:uniform"], "device": "cpu"}
+    found = [
+        evaluate(places, views=[4, 0], engine=engine, cache=tmp_path / name, **options).report.runs
+        for name, engine in (("here", None), ("elsewhere", Elsewhere()))
+    ]
+    assert [run.ood for run in found[0]] == [run.ood for run in found[1]]
+    assert found[0][0].ood != found[0][1].ood
