@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -20,6 +20,7 @@ from ensembler.batchnorm import has_batchnorm
 from ensembler.buffers import Start, member_buffers
 from ensembler.capture import Captured, CudaGraph, on_stream
 from ensembler.device import choose_device, limit_threads
+from ensembler.dropout import fix_masks
 from ensembler.errors import ShapeError, UsageError
 from ensembler.examples import Examples
 from ensembler.network_checks import NetworkChecks
@@ -107,12 +108,15 @@ class Ensemble:
         """Return the run of a member's network: one of the parts of a combination, else :attr:`run`."""
         return self._places[member][0].run
 
-    def predict_outputs(self, x: Tensor | NDArray[np.generic]) -> Tensor:
+    def predict_outputs(
+        self, x: Tensor | NDArray[np.generic], vary: Callable[[int, Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Predict each member's raw outputs; for a classifier, its logits.
 
         Args:
             x: stored examples: images (B, H, W, 3) uint8, or rows of features (B, F) float. For images also normalised
                 inputs (B, 3, H, W) float.
+            vary: from a member and ``x`` to what this member sees instead, of the same shape and type.
 
         Returns:
             (M, B, O) float32 on the CPU.
@@ -129,9 +133,10 @@ class Ensemble:
             for member in range(self.members):
                 self.network(member)
                 predict = self._places[member][0].outputs
+                seen = x if vary is None else vary(member, x)
                 for start in range(0, max(1, len(x)), self.batch_size):
                     part = slice(start, start + self.batch_size)
-                    outputs = predict(x[part], stored, captured)
+                    outputs = predict(seen[part], stored, captured)
                     if not start and not member:
                         result = torch.empty(self.members, len(x), *outputs.shape[1:], device=self.device)
                     result[member, part] = outputs
@@ -257,7 +262,9 @@ class _Part:
         record = run.manifest.dataset
         self.run = run
         self.inputs = examples.find(record.kind).inputs(record.mean, record.std, device)
-        self.weights = FlatWeights(self._build(kind, outputs, device))
+        network = self._build(kind, outputs, device)
+        fix_masks(network, run.buffers)
+        self.weights = FlatWeights(network)
         self.weights.load_frozen(run.frozen)
         self.vertices = self.weights.flatten(run.vertices)
         self._coefficients = run.coefficients.to(device)

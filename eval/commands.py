@@ -87,13 +87,14 @@ def _compare(
     """Compare runs or given predictions at their costs: differences with intervals, seeds grouped, equivalents."""
     from ensembler.errors import UsageError
     from ensembler.eval.comparison import check_names
-    from ensembler.eval.evaluation import distinct
+    from ensembler.eval.evaluation import distinct, rows
 
     places = distinct(runs)
-    check_names([path.name for path in places])
+    scored = rows(places, options)
+    check_names([name for name, _, _ in scored])
     if baseline is not None and baseline.resolve() not in places:
         raise UsageError(f"--baseline {baseline} is none of the runs: name it among them, too")
-    against = 0 if baseline is None else places.index(baseline.resolve())
+    against = 0 if baseline is None else [path for _, path, _ in scored].index(baseline.resolve())
     _report("compare", places, options, report, {"baseline": against, "curves": curve})
 
 
@@ -192,6 +193,12 @@ def _surface(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the figures. (default: a new one in surfaces/)")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the numbers' JSON to this file.")] = None,
+    simplexes: Annotated[
+        bool,
+        typer.Option(
+            "--3d", help="Instead, one run's simplexes: in three dimensions, along edges, and over faces; no --margin."
+        ),
+    ] = False,
     quiet: _Quiet = False,
 ) -> None:
     """Draw loss and error on the plane through three networks (Garipov et al. 2018), and along a curve's path."""
@@ -208,6 +215,11 @@ def _surface(
     check_writable(out or Path("surfaces"))
     if json is not None:
         check_writable(json.parent, "choose another --json")
+    if simplexes:
+        if vertices is not None or len(runs or [0]) > 1:
+            raise UsageError("--3d draws the simplexes of one run, all of them: leave out --vertices and other runs")
+        _simplexes(runs[0] if runs else latest(Path("runs")), options, out, json, quiet)
+        return
     with watching(quiet, unit="points") as watch:
         found = measure_surface(runs or [latest(Path("runs"))], chosen, options, watch=watch)
     files = {
@@ -218,3 +230,21 @@ def _surface(
     folder = out or new_folder(Path("surfaces"), "surface")
     write_files(folder, files, json)
     print_lines(summary(found), f"took {found.seconds:.0f} s; surface: {folder} ({', '.join(files)})")
+
+
+def _simplexes(run: Path, options: SurfaceOptions, out: Path | None, json: Path | None, quiet: bool) -> None:
+    """Measure a run's simplexes, and write their figures to one folder."""
+    from ensembler.eval.report.simplex_figures import plot_edges, plot_faces, plot_simplexes
+    from ensembler.eval.simplexes import measure_simplexes, summary
+
+    with watching(quiet, unit="points") as watch:
+        found = measure_simplexes(run, options, watch=watch)
+    files = {
+        "simplexes.json": (found.model_dump_json(indent=2) + "\n").encode(),
+        "simplexes.png": plot_simplexes(found),
+        "edges.png": plot_edges(found),
+        **({"faces.png": plot_faces(found)} if found.faces else {}),
+    }
+    folder = out or new_folder(Path("surfaces"), "simplexes")
+    write_files(folder, files, json)
+    print_lines(summary(found), f"took {found.seconds:.0f} s; simplexes: {folder} ({', '.join(files)})")

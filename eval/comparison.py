@@ -175,7 +175,7 @@ def _groups(report: Report, runs: Sequence[ScoredRun]) -> list[Group]:
     """Group runs that differ only in their seed, in the order of each group's first run."""
     places: dict[str, list[int]] = {}
     for place, run in enumerate(runs):
-        key = f"predictions {place}" if run.manifest is None else group_key(run.manifest)
+        key = f"predictions {place}" if run.manifest is None else f"{group_key(run.manifest)} {run.views} views"
         places.setdefault(key, []).append(place)
     scores = [_grouped(run.clean, run.shifted) for run in report.runs]
     return [
@@ -206,6 +206,7 @@ def _reference(run: ScoredRun, runs: Sequence[ScoredRun]) -> int | None:
         for number, other in enumerate(runs)
         if other.manifest is not None
         and other.manifest.independent
+        and not other.views
         and other.clean.size > 1
         and other.manifest.architecture == run.manifest.architecture
     ]

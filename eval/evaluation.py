@@ -31,12 +31,13 @@ from ensembler.eval.scoring import ScoredRun, Subject, score
 from ensembler.eval.shift.ood import load_ood
 from ensembler.eval.shift.readers import load_shifts
 from ensembler.eval.shift.test_set import Shift, TestSet, validation_set
+from ensembler.eval.views import augmentations
 from ensembler.images import FileSplit, Images
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
 from ensembler.task import Classification
 
-__all__ = ["Evaluation", "check_task", "distinct", "evaluate", "evaluate_given", "evaluate_paths"]
+__all__ = ["Evaluation", "check_task", "distinct", "evaluate", "evaluate_given", "evaluate_paths", "rows"]
 
 Labels = NDArray[np.int64]
 
@@ -187,6 +188,7 @@ def evaluate_paths(
         return evaluate_given(list(given.values()), examples=options.examples, seed=seed, groups=groups)
     limit_threads(options.threads)
     runs = [Run.load(path) for path in run_paths]
+    _check_views(runs, run_paths, options)
     dataset = _common_dataset(runs, run_paths, options)
     files = dataset.test.files if isinstance(dataset.test, FileSplit) else None
     groups = None if options.group is None else read_groups(options.group, len(dataset.test), files)
@@ -203,7 +205,8 @@ def evaluate_paths(
     ]
     folder = options.cache or default_folder()
     artefact.check_writable(folder, "choose another --cache")
-    predictors = [Predictor(Ensemble(run, options.device, options.batch_size), folder) for run in runs]
+    ensembles = [Ensemble(run, options.device, options.batch_size) for run in runs]
+    predictors = [Predictor(one, folder, views, seed) for one in ensembles for views in options.views]
     configure(predictors[0].ensemble.device)
     shifted_sets = [one for shift in shifts for one in shift.sets if isinstance(one, TestSet)]
     test_sets = [validation_set(dataset.validation), TestSet("clean", "clean", test, "clean"), *shifted_sets, *outside]
@@ -211,12 +214,12 @@ def evaluate_paths(
     omitted = check_sets(
         given.values(), {one: len(one.examples) for one in test_sets if one.group not in ("validation", "other")}
     )
-    loaded = iter(runs)
+    scored_rows, loaded = rows(paths, options), dict(zip(run_paths, runs, strict=True))
     subjects = [
-        Subject(path.name, sha256=given[path].sha256)
+        Subject(name, sha256=given[path].sha256)
         if path in given
-        else Subject(path.name, (run := next(loaded)).manifest, run.sha256, dataset.validation.sha256)
-        for path in paths
+        else Subject(name, loaded[path].manifest, loaded[path].sha256, dataset.validation.sha256, views)
+        for name, path, views in scored_rows
     ]
     found: Iterable[tuple[TestSet, list[Prediction]]] = predictions(predictors, test_sets, watch, engine)
     with ExitStack() as stack:
@@ -227,7 +230,7 @@ def evaluate_paths(
             found = _saved(found, writer)
         scored = score(
             subjects,
-            beside(found, [given.get(path) for path in paths]),
+            beside(found, [given.get(path) for _, path, _ in scored_rows]),
             shifted,
             classes=dataset.classes,
             groups=None if groups is None else groups[indices.numpy()],
@@ -269,12 +272,20 @@ def _check_options(options: EvaluationOptions, runs: Sequence[Path], given: Mapp
     """Check options that need runs, or one run."""
     if not runs and not given:
         raise UsageError("no run to evaluate: name at least one")
+    if not runs and any(options.views):
+        raise UsageError("--views predicts images by a run, and only files of predictions are named: leave it out")
     if not runs and (options.shift is not None or options.ood):
         raise UsageError(
             "--shift and --ood predict images by a run, and only files of predictions are named: a file holds its own "
             "test sets, under shift/ and ood/"
         )
+    if len(set(options.views)) < len(options.views) or not options.views or min(options.views) < 0:
+        raise UsageError(
+            f"--views takes different numbers of variations, 0 or more, not {', '.join(map(str, options.views))}"
+        )
     if options.save_predictions is not None:
+        if len(options.views) > 1:
+            raise UsageError("--save-predictions takes one prediction of each image: give --views once")
         if len(runs) != 1 or given:
             raise UsageError("--save-predictions takes one run at a time: name it alone")
         if options.save_predictions.suffix != ".npz":
@@ -297,6 +308,24 @@ def check_task(run: Run) -> None:
 def distinct(paths: Sequence[Path]) -> list[Path]:
     """Resolve paths and remove duplicates: ``runs/latest`` is a link to another of ``runs/*``."""
     return list(dict.fromkeys(path.resolve() for path in paths))
+
+
+def rows(paths: Sequence[Path], options: EvaluationOptions) -> list[tuple[str, Path, int]]:
+    """Return the name, path and views of each row of a report: one for each of a run's ``--views``."""
+    return [
+        (f"{path.name} +TTA {views}" if views else path.name, path, views)
+        for path in paths
+        for views in ([0] if is_predictions(path) else options.views)
+    ]
+
+
+def _check_views(runs: Sequence[Run], paths: Sequence[Path], options: EvaluationOptions) -> None:
+    """Refuse variations of images whose training had none."""
+    for run, path in zip(runs, paths, strict=True):
+        if any(options.views) and "none" in augmentations(run):
+            raise UsageError(
+                f"{path} was trained with --augmentation none, so that its images have no variations: leave out --views"
+            )
 
 
 def _common_dataset(runs: list[Run], paths: Sequence[Path], options: EvaluationOptions) -> Dataset:

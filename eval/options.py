@@ -47,6 +47,11 @@ class EvaluationOptions(_Predicting):
     group: Path | None = option(
         None, help="CSV file with the columns image and group, to score groups of test images. (default: by class)"
     )
+    views: list[int] = option(
+        [0],
+        help="Test-time augmentation: random variations of each image, as in training, over which a prediction is "
+        "averaged; each member sees its own. 0: the image itself. Repeatable: --views 0 --views 8 scores both.",
+    )
     save_predictions: Path | None = option(
         None, help="Also write the run's predictions to this .npz file, which eval and compare read as they do runs."
     )

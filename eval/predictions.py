@@ -26,6 +26,8 @@ from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.eval.prediction_cache import Arrays, Entry, MembersFile, identity
 from ensembler.eval.shift.test_set import TestSet
+from ensembler.eval.views import Variations
+from ensembler.eval.views import identity as view_identity
 from ensembler.jobs import Job
 from ensembler.run import Run
 from ensembler.uncertainty import disagreement_of_votes, entropy, expected_entropy
@@ -100,10 +102,15 @@ class Predictor:
     Args:
         ensemble: the ensemble.
         folder: of the predictions of all ensembles.
+        views: variations of each image that are predicted, see :mod:`ensembler.eval.views`; 0 for the image itself.
+        seed: of the variations.
     """
 
-    def __init__(self, ensemble: Ensemble, folder: Path) -> None:
-        self.ensemble, self.folder, self._identity = ensemble, folder, identity(ensemble)
+    def __init__(self, ensemble: Ensemble, folder: Path, views: int = 0, seed: int = 0) -> None:
+        self.ensemble, self.folder, self.views, self.seed = ensemble, folder, views, seed
+        self._identity = identity(ensemble)
+        if views:
+            self._identity["views"] = view_identity(views, seed, ensemble.run)
 
     def entry(self, test_set: TestSet) -> Entry:
         """Return the cache entry of a test set."""
@@ -194,7 +201,7 @@ def _predict(
                 count = len(one.ensemble.classes if test_set.classes is None else test_set.classes)
                 shape = (one.ensemble.members, len(test_set.examples), count)
                 file = stack.enter_context(MembersFile(one.entry(test_set), shape))
-            reductions.append(_Reduction(one.ensemble, test_set, file))
+            reductions.append(_Reduction(one.ensemble, test_set, file, one.views, one.seed))
         seen = 0
         for batch in batches:
             for reduction in reductions:
@@ -216,7 +223,10 @@ def _predict_elsewhere(
         missing = [place for place, one in enumerate(predictors) if not one.entry(test_set).path.exists()]
         if missing and not test_set.keeps_members:
             asked.append(Job(test_set.title, _reduce, {"number": number, "missing": missing}))
-    runs = [(one.ensemble.run, str(one.ensemble.device), one.ensemble.batch_size) for one in predictors]
+    runs = [
+        ((one.ensemble.run, str(one.ensemble.device), one.ensemble.batch_size), one.views, one.seed)
+        for one in predictors
+    ]
     done, total = 0, sum(len(test_sets[job.arguments["number"]].examples) for job in asked)
     results: Generator[tuple[Job, list[Arrays]], None, None] = jobs.run(asked, (runs, test_sets), engine)
     with closing(results):
@@ -229,14 +239,15 @@ def _predict_elsewhere(
 
 
 def _reduce(
-    shared: tuple[list[tuple[Run, str, int]], Sequence[TestSet]],
+    shared: tuple[list[tuple[tuple[Run, str, int], int, int]], Sequence[TestSet]],
     emit: Callable[..., None],
     number: int,
     missing: list[int],
 ) -> list[Arrays]:
     """Predict a test set with some of the runs, as a job."""
     runs, test_sets = shared
-    reductions = [_Reduction(Ensemble(*runs[place]), test_sets[number]) for place in missing]
+    asked = [runs[place] for place in missing]
+    reductions = [_Reduction(Ensemble(*run), test_sets[number], None, views, seed) for run, views, seed in asked]
     for one in reductions:
         configure(one.ensemble.device)
     for batch in test_sets[number].batches(reductions[0].ensemble.device):
@@ -273,10 +284,14 @@ class _Reduction:
         ensemble: whose members.
         test_set: the set of the batches.
         file: for every member's probabilities.
+        views, seed: as of :class:`Predictor`.
     """
 
-    def __init__(self, ensemble: Ensemble, test_set: TestSet, file: MembersFile | None = None) -> None:
+    def __init__(
+        self, ensemble: Ensemble, test_set: TestSet, file: MembersFile | None = None, views: int = 0, seed: int = 0
+    ) -> None:
         self.ensemble, self._file, self._done = ensemble, file, 0
+        self._variations = Variations(ensemble, views, len(test_set.examples), seed) if views else None
         self._classes = None if test_set.classes is None else list(test_set.classes)
         labels = test_set.labels
         self._labels = np.empty(0, dtype=np.int64) if labels is None else labels
@@ -287,16 +302,23 @@ class _Reduction:
         ensemble = self.ensemble
         size = max(batch[:1].numel(), 8 * ensemble.members * len(ensemble.classes))
         for images in torch.split(batch, max(1, _CHUNK // size)):
-            outputs = ensemble.predict_outputs(images)
-            if self._classes is not None:
-                outputs = outputs[..., self._classes]
-            found = ensemble.task.distribution(outputs).numpy()
+            found, outputs = self._predict(images)
             labels = self._labels[self._done : self._done + len(images)]
-            for name, array in (reduce_members(found, labels) | reduce_logits(outputs.numpy())).items():
+            for name, array in (reduce_members(found, labels) | reduce_logits(outputs)).items():
                 self._parts[name].append(array)
             if self._file is not None:
                 self._file.write(self._done, found)
             self._done += len(images)
+
+    def _predict(self, images: Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Predict each member's probabilities and outputs (M, B, C), means over its variations if there are any."""
+        ensemble, start = self.ensemble, self._done
+        each = [None] if self._variations is None else self._variations.of(start, start + len(images))
+        outputs = [ensemble.predict_outputs(images, vary) for vary in each]
+        if self._classes is not None:
+            outputs = [one[..., self._classes] for one in outputs]
+        probabilities = [ensemble.task.distribution(one) for one in outputs]
+        return _mean(probabilities).numpy(), _mean(outputs).numpy()
 
     def arrays(self) -> Arrays:
         """Return the reduced arrays by name."""
@@ -311,3 +333,7 @@ class _Reduction:
             return Prediction(**arrays)
         place.save(arrays, members_sha256=self._file.finish())
         return Prediction(**arrays, members=np.load(place.members_path, mmap_mode="r", allow_pickle=False))
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.stack(list(tensors)).mean(dim=0)

@@ -20,6 +20,7 @@ from ensembler.eval.predictions import Prediction
 from ensembler.eval.report.schema import CellScores, RunReport, SingleMember, mean_scores
 from ensembler.eval.shift.corruptions import FAMILIES, SEVERITIES
 from ensembler.eval.shift.test_set import Shift, TestSet
+from ensembler.eval.views import passes
 from ensembler.run import Manifest
 
 __all__ = ["ScoredRun", "Subject", "score"]
@@ -36,12 +37,14 @@ class Subject:
         manifest: of a run; ``None`` for predictions made elsewhere.
         sha256: of the run's manifest, or of the file of predictions; ``None`` for arrays.
         validation_sha256: of the validation images; ``None`` if unknown.
+        views: variations of each image that were predicted; 0 for the image itself.
     """
 
     name: str
     manifest: Manifest | None = None
     sha256: str | None = None
     validation_sha256: str | None = None
+    views: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +53,7 @@ class ScoredRun:
 
     Attributes:
         manifest: the run's; ``None`` for predictions made elsewhere.
+        views: see :class:`Subject`.
         validation, validation_labels: its prediction, with every member's, and the labels; ``None`` without any.
         clean: its prediction of the clean test images, with every member's.
         losses: on the clean test images.
@@ -58,6 +62,7 @@ class ScoredRun:
     """
 
     manifest: Manifest | None
+    views: int
     validation: Prediction | None
     validation_labels: Labels | None
     clean: Prediction
@@ -147,6 +152,7 @@ class _Scorer:
         shifted = Losses.over_cells(self.headline) if self.headline else None
         scored = ScoredRun(
             manifest=self.subject.manifest,
+            views=self.subject.views,
             validation=self.validation,
             validation_labels=self.validation_labels,
             clean=self.clean,
@@ -164,7 +170,8 @@ class _Scorer:
             sha256=self.subject.sha256,
             members=self.clean.size,
             **_unknown() if self.subject.manifest is None else _made(self.subject.manifest),
-            forward_passes_per_prediction=self.clean.size,
+            views=self.subject.views,
+            forward_passes_per_prediction=passes(self.subject.views, self.clean.size),
             validation_examples=None if self.validation_labels is None else len(self.validation_labels),
             validation_sha256=self.subject.validation_sha256,
             temperature=self.temperature,

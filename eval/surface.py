@@ -10,9 +10,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ensembler.datasets import Split
+from ensembler.dropout import without_masks
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DivergedError, UsageError
 from ensembler.eval.options import SurfaceOptions
@@ -30,7 +31,17 @@ from ensembler.run import Run, versions
 from ensembler.seeds import generator
 from ensembler.subspace import CURVES, edge_lengths, log_volume
 
-__all__ = ["Corner", "Route", "Surface", "Way", "measure_surface", "plane", "plane_coefficients", "summary"]
+__all__ = [
+    "Corner",
+    "Measuring",
+    "Route",
+    "Surface",
+    "Way",
+    "measure_surface",
+    "plane",
+    "plane_coefficients",
+    "summary",
+]
 
 Array = NDArray[np.float64]
 
@@ -94,6 +105,63 @@ class Surface(Record):
     seconds: float
 
 
+@dataclass(frozen=True, eq=False)
+class Measuring:
+    """The images on which points of weight space are measured: the same at every point.
+
+    Attributes:
+        title: of the dataset.
+        train, test: for the loss and for the error.
+        still: training images, for the BatchNorm statistics at each point.
+    """
+
+    title: str
+    train: Split
+    test: Split
+    still: Split
+
+    @classmethod
+    def of(cls, run: Run, options: SurfaceOptions) -> Self:
+        """Choose the images of a run's dataset.
+
+        Raises:
+            DataError: the dataset is missing or not the one that was trained on.
+        """
+        dataset, seed = run.manifest.dataset.load(options.data), options.seed
+        return cls(
+            dataset.title,
+            _some(dataset.train, options.examples, seed, "train"),
+            _some(dataset.test, options.examples, seed, "test"),
+            _some(dataset.train, options.batchnorm_examples, seed, "batchnorm"),
+        )
+
+    def measure(
+        self,
+        ensemble: Ensemble,
+        coefficients: Tensor,
+        label: str,
+        watch: Callable[[str, int, int], None],
+        mend: str = "train with a lower learning rate",
+    ) -> tuple[list[float], list[float]]:
+        """Return the train loss and test error at each of N points, ``coefficients`` (N, K) of the vertices.
+
+        Raises:
+            DivergedError: a network's outputs are not finite; ``mend`` ends the message.
+        """
+        losses: list[float] = []
+        errors: list[float] = []
+        still = Split(self.still.images.to(ensemble.device), self.still.labels)
+        for start in range(0, len(coefficients), _CHUNK):
+            moved = ensemble.at(coefficients[start : start + _CHUNK], still)
+            seen, unseen = moved.predict_members(self.train.images), moved.predict_members(self.test.images)
+            if not (seen.isfinite().all() and unseen.isfinite().all()):
+                raise DivergedError(f"the outputs are not finite everywhere on the plane: {mend}")
+            losses += [ensemble.task.nll(predicted, self.train.labels) for predicted in seen]
+            errors += [ensemble.task.error(predicted, self.test.labels) for predicted in unseen]
+            watch(label, len(losses), len(coefficients))
+        return losses, errors
+
+
 def measure_surface(
     paths: Sequence[Path],
     vertices: Sequence[int] | None = None,
@@ -115,7 +183,7 @@ def measure_surface(
         DivergedError: a network's outputs somewhere on the plane are not finite.
     """
     began, options = time.monotonic(), options or SurfaceOptions()
-    grid, examples, seed = options.grid, options.examples, options.seed
+    grid, seed = options.grid, options.seed
     if len(paths) not in (1, 3):
         raise UsageError(f"a surface takes one run or three, not {len(paths)}")
     runs = [Run.load(path) for path in paths]
@@ -145,24 +213,13 @@ def measure_surface(
     x, y = np.linspace(corners.min(axis=0) - reach, corners.max(axis=0) + reach, grid).T
     points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
 
-    dataset = first.manifest.dataset.load(options.data)
-    train, test = _some(dataset.train, examples, seed, "train"), _some(dataset.test, examples, seed, "test")
-    still = _some(dataset.train, options.batchnorm_examples, seed, "batchnorm")
+    measuring = Measuring.of(first, options)
     ensemble, affine = Ensemble(run, options.device), torch.cat([torch.eye(3), plane_coefficients(points, corners)])
     coefficients = torch.zeros(len(affine), run.coefficients.shape[1])
     coefficients[:, chosen] = affine
-    losses: list[float] = []
-    errors: list[float] = []
-    for start in range(0, len(coefficients), _CHUNK):
-        moved = ensemble.at(coefficients[start : start + _CHUNK], Split(still.images.to(ensemble.device), still.labels))
-        seen, unseen = moved.predict_members(train.images), moved.predict_members(test.images)
-        if not (seen.isfinite().all() and unseen.isfinite().all()):
-            raise DivergedError("the outputs are not finite everywhere on the plane: choose a lower --margin")
-        losses += [ensemble.task.nll(predicted, train.labels) for predicted in seen]
-        errors += [ensemble.task.error(predicted, test.labels) for predicted in unseen]
-        watch("surface", len(losses), len(coefficients))
+    losses, errors = measuring.measure(ensemble, coefficients, "surface", watch, "choose a lower --margin")
     return Surface(
-        dataset=dataset.title,
+        dataset=measuring.title,
         architecture=first.manifest.architecture,
         methods=[run.manifest.method for run in runs],
         corners=[
@@ -176,9 +233,9 @@ def measure_surface(
         train_loss=np.reshape(losses[3:], (grid, grid)).tolist(),
         test_error=np.reshape(errors[3:], (grid, grid)).tolist(),
         paths=_measured_paths(first) if len(runs) == 1 else [],
-        train_examples=len(train),
-        test_examples=len(test),
-        batchnorm_examples=len(still),
+        train_examples=len(measuring.train),
+        test_examples=len(measuring.test),
+        batchnorm_examples=len(measuring.still),
         device=str(ensemble.device),
         seed=seed,
         versions=versions(),
@@ -266,7 +323,7 @@ def _first_members(runs: Sequence[Run], paths: Sequence[Path]) -> Run:
         name: torch.stack([torch.tensordot(run.coefficients[0], run.vertices[name], 1) for run in runs])
         for name in shapes
     }
-    buffers = {name: torch.stack([run.buffers[name][0] for run in runs]) for name in first.buffers}
+    buffers = {name: torch.stack([run.buffers[name][0] for run in runs]) for name in without_masks(first.buffers)}
     manifest = first.manifest.model_copy(update={"vertices": 3, "members": 3})
     return replace(first, manifest=manifest, vertices=vertices, coefficients=torch.eye(3), buffers=buffers)
 

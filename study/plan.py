@@ -14,6 +14,7 @@ from ensembler.errors import UsageError
 from ensembler.study.file import Entry, Study
 from ensembler.trainers.batches import batch_sizes
 from ensembler.trainers.budget import LEAST, Budget, Piece
+from ensembler.trainers.dry_pass import refusal
 from ensembler.trainers.method import Method
 from ensembler.trainers.settings import Settings
 
@@ -141,11 +142,12 @@ def plan(study: Study, dataset: Dataset) -> Plan:
     whole = Budget(1, 0, 0, sizes)
     one, epochs = whole.passes(steps), whole.in_epochs(steps)
     cells, left_out = list[Cell](), list[LeftOut]()
+    unfit = {entry.label: refusal(entry.method, dataset, settings) for entry in study.entries}
     for networks in study.grid.multiples:
         for entry in study.entries:
             own = settings.model_copy(update=dict(entry.settings))
             budget = Budget(networks, one, epochs, batch_sizes(len(dataset.train), own.batch_size or 1))
-            pieces = entry.method.at_budget(budget)
+            pieces = unfit[entry.label] or entry.method.at_budget(budget)
             if isinstance(pieces, str):
                 left_out.append(LeftOut(entry.label, networks, pieces))
                 continue

@@ -341,7 +341,7 @@ def test_groups_hold_the_mean_and_the_spread() -> None:
         for loss, seed in zip(losses, seeds, strict=True)
     ]
     runs = [
-        SimpleNamespace(manifest=manifest(seed=seed, method=method))
+        SimpleNamespace(manifest=manifest(seed=seed, method=method), views=0)
         for seed, method in zip(seeds, methods, strict=True)
     ]
     found = grouping._groups(SimpleNamespace(runs=scored), runs)

@@ -29,6 +29,7 @@ from ensembler.eval.metrics.classification import (
     scores,
     smooth_ece,
 )
+from ensembler.eval.metrics.embedding import classical_scaling, pairwise_disagreement
 from ensembler.eval.metrics.recalibration import TEMPERATURES, fit_temperature
 from ensembler.eval.metrics.selective import (
     augrc,
@@ -515,3 +516,23 @@ def test_no_bins_is_refused(score) -> None:
     with pytest.raises(UsageError, match="bins is 0; give at least 1"):
         reliability([0.5], [True], bins=0)
     assert issubclass(UsageError, EnsemblerError)
+
+
+def test_a_map_of_members_is_the_principal_components_of_their_predictions():
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 3, (6, 40))
+    classes[3] = classes[2]
+    squared = pairwise_disagreement(classes)
+    assert squared[0, 1] == np.mean(classes[0] != classes[1])
+    assert squared[2, 3] == 0
+    points, shares = classical_scaling(squared, 6)
+    between = ((points[:, None] - points[None]) ** 2).sum(-1)
+    np.testing.assert_allclose(between, squared, atol=1e-12)  # in all dimensions, exactly the disagreements
+    np.testing.assert_allclose(shares.sum(), 1)
+    rows = np.eye(3)[classes].reshape(6, -1) / np.sqrt(80)
+    _, values, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    np.testing.assert_allclose(shares, values**2 / (values**2).sum(), atol=1e-12)
+    plane, of = classical_scaling(squared)
+    np.testing.assert_allclose(np.abs(plane), np.abs(points[:, :2]), atol=1e-12)
+    assert of.tolist() == shares[:2].tolist()
+    assert classical_scaling(np.zeros((3, 3)))[0].any() == 0

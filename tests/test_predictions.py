@@ -235,7 +235,7 @@ def test_runs_that_have_seen_a_set_are_not_shown_it(predictor, monkeypatch):
     get(predictor, images)
     seen = []
     predict = Ensemble.predict_outputs
-    monkeypatch.setattr(Ensemble, "predict_outputs", lambda self, x: seen.append(len(x)) or predict(self, x))
+    monkeypatch.setattr(Ensemble, "predict_outputs", lambda self, x, vary=None: seen.append(len(x)) or predict(self, x))
     ((_, found),) = predictions([predictor, other_run(predictor)], [images])
     assert sum(seen) == len(images.examples)
     assert found[0].mean.tobytes() == found[1].mean.tobytes()
@@ -280,7 +280,7 @@ def test_calibrate_and_eval_share_the_validation_prediction(run, tmp_path, monke
     calibrate(run, device="cpu", cache=tmp_path / "one")
     evaluate([run], device="cpu", cache=tmp_path / "two")
     seen, predict = [], Ensemble.predict_outputs
-    monkeypatch.setattr(Ensemble, "predict_outputs", lambda self, x: seen.append(len(x)) or predict(self, x))
+    monkeypatch.setattr(Ensemble, "predict_outputs", lambda self, x, vary=None: seen.append(len(x)) or predict(self, x))
     evaluate([run], device="cpu", cache=tmp_path / "one")
     assert seen == [15]  # the test images alone
     calibrate(run, device="cpu", cache=tmp_path / "two")

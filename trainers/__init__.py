@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ensembler.trainers.methods.curve import Curve
     from ensembler.trainers.methods.deep_ensemble import DeepEnsemble
     from ensembler.trainers.methods.fge import FGE
+    from ensembler.trainers.methods.mc_dropout import MCDropout
     from ensembler.trainers.methods.simplex import Simplex
     from ensembler.trainers.methods.snapshots import Snapshots
     from ensembler.trainers.methods.subspace import Subspace
@@ -30,6 +31,7 @@ __all__ = [
     "Curve",
     "CyclicalSGMCMC",
     "DeepEnsemble",
+    "MCDropout",
     "Members",
     "Method",
     "Settings",
@@ -52,6 +54,7 @@ __getattr__, __dir__ = exports(
         "Curve": "ensembler.trainers.methods.curve:Curve",
         "CyclicalSGMCMC": "ensembler.trainers.methods.csgmcmc:CyclicalSGMCMC",
         "DeepEnsemble": "ensembler.trainers.methods.deep_ensemble:DeepEnsemble",
+        "MCDropout": "ensembler.trainers.methods.mc_dropout:MCDropout",
         "Members": "ensembler.trainers.method:Members",
         "Method": "ensembler.trainers.method:Method",
         "Settings": "ensembler.trainers.settings:Settings",

@@ -182,6 +182,8 @@ def _alike(one: Run, other: Run) -> bool:
         == (theirs.architecture, theirs.dataset.mean, theirs.dataset.std)
         and {name: rows.shape[1:] for name, rows in one.vertices.items()}
         == {name: rows.shape[1:] for name, rows in other.vertices.items()}
+        and {name: rows.shape[1:] for name, rows in one.buffers.items()}
+        == {name: rows.shape[1:] for name, rows in other.buffers.items()}
         and one.frozen.keys() == other.frozen.keys()
         and all(torch.equal(tensor, other.frozen[name]) for name, tensor in one.frozen.items())
     )

@@ -15,14 +15,21 @@ from ensembler.device import choose_device, restored_generators, seed_generators
 from ensembler.errors import UsageError
 from ensembler.naming import reason
 from ensembler.network_checks import NetworkChecks
+from ensembler.trainers.method import Method
 from ensembler.trainers.settings import Settings
 
-__all__ = ["dry_pass"]
+__all__ = ["dry_pass", "refusal"]
 
 _OTHERWISE = "it does not compute the same in channels-last"
 
 
-def dry_pass(dataset: Dataset, settings: Settings, say: Callable[[str], None], processes: int = 1) -> MemoryFormat:
+def dry_pass(
+    dataset: Dataset,
+    settings: Settings,
+    say: Callable[[str], None],
+    processes: int = 1,
+    check: Callable[[str, nn.Module, Tensor], None] | None = None,
+) -> MemoryFormat:
     """Try a network on two training images: in training mode with gradients, then in evaluation mode.
 
     The network is one of its own, and the global random generators are restored.
@@ -32,6 +39,7 @@ def dry_pass(dataset: Dataset, settings: Settings, say: Callable[[str], None], p
         settings: resolved; the memory format may be ``None``.
         say: told what was chosen that the user did not ask for.
         processes: how many share a batch.
+        check: the method's own, see :meth:`ensembler.trainers.method.Method.check`.
 
     Returns:
         The memory format to train and evaluate in: the settings', or channels-last where the network can.
@@ -46,9 +54,23 @@ def dry_pass(dataset: Dataset, settings: Settings, say: Callable[[str], None], p
     trial = _Trial.of(dataset, settings, processes)
     with restored_generators():
         network, memory_format = _fitting(trial, asked, say)
+        if check:
+            check(name, network, trial.x)
     if trial.x.dim() == 4 and architectures.takes_one_channel(network):
         say(f"{name} takes one channel: it is given the mean of an image's three")
     return memory_format
+
+
+def refusal(method: Method, dataset: Dataset, settings: Settings) -> str | None:
+    """Why a method cannot use the settings' network, if it says so (:meth:`ensembler.trainers.method.Method.check`)."""
+    if type(method).check is Method.check:
+        return None
+    trial = _Trial.of(dataset, settings, 1)
+    try:
+        method.check(trial.checks.name, trial.build("channels-last").eval(), trial.x)
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 def _fitting(trial: _Trial, asked: MemoryFormat | None, say: Callable[[str], None]) -> tuple[nn.Module, MemoryFormat]:

@@ -18,7 +18,7 @@ from ensembler.options import Options
 from ensembler.trainers.recipes import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ensembler.run import Gaussians, Sampling
     from ensembler.trainers.budget import Budget, Piece
@@ -99,6 +99,18 @@ class Method(Options):
             UsageError: the method has no rule, or options whose cost is not known before training.
         """
         raise UsageError(f"{self.command} has no rule for a budget of passes: leave {self.name} out of the study")
+
+    def check(self, name: str, network: nn.Module, x: Tensor) -> None:
+        """Refuse a network that the method cannot use, before anything is trained.
+
+        Args:
+            name: the network's, for messages.
+            network: a copy of its own, in evaluation mode.
+            x: inputs (B, ...).
+
+        Raises:
+            UsageError: the message says why.
+        """
 
     @abstractmethod
     def train(self, trainer: Trainer) -> Members:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ensembler import artefact, checkpoints, matching
 from ensembler.checkpoints import Checkpoint
+from ensembler.dropout import without_masks
 from ensembler.errors import UsageError
 from ensembler.pretrained import pretrained
 from ensembler.run import CostEntry, Run
@@ -105,7 +106,7 @@ def inherit(trainer: Trainer, run: Start, part: str) -> Solution:
     trainer.ledger.entries[part] = entry.model_copy()
     trainer.ledger.before += entry.seconds or 0.0
     rows = vertices(trainer, run)
-    buffers = {name: rows[0].to(trainer.device) for name, rows in run.buffers.items()}
+    buffers = {name: rows[0].to(trainer.device) for name, rows in without_masks(run.buffers).items()}
     return Solution(run.coefficients[0].to(rows) @ rows, buffers)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ensembler import datasets
 from ensembler.datasets import Dataset
+from ensembler.dropout import without_masks
 from ensembler.engine import Engine, Local
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
@@ -129,7 +130,8 @@ class Training:
         Raises:
             UsageError: the network cannot be trained, stored or evaluated.
         """
-        memory_format = dry_pass(self.dataset, self.settings, lambda text: on_event(Message(text)), processes)
+        say, check = lambda text: on_event(Message(text)), self.method.check
+        memory_format = dry_pass(self.dataset, self.settings, say, processes, check)
         return replace(self, settings=self.settings.model_copy(update={"memory_format": memory_format}))
 
     def make(
@@ -186,10 +188,11 @@ def centroid(
 
     Where members are drawn from Gaussians, it is the average of their means instead: SWA of all iterates. BatchNorm
     statistics are recomputed for it (sec. 3.2), unless it is the one vertex that there is; all other buffers are the
-    first member's.
+    first member's. Dropout's masks are left out.
     """
     means = trainer.weights.flatten({name: rows[:, 0] for name, rows in gaussians.items()}) if gaussians else vertices
-    one, first = means.mean(dim=0, keepdim=True), {name: rows[0] for name, rows in buffers.items()}
+    one = means.mean(dim=0, keepdim=True)
+    first = {name: rows[0] for name, rows in without_masks(buffers).items()}
     solved = {0: first} if len(vertices) == 1 and not gaussians else {}
     return Members(one, torch.ones(1, 1), member_buffers(trainer, one, torch.ones(1, 1), first, solved))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from ensembler.eval.evaluation import Evaluation
 from ensembler.eval.metrics.classification import BINS
 from ensembler.eval.metrics.comparison import Losses
+from ensembler.eval.metrics.embedding import classical_scaling, pairwise_disagreement
 from ensembler.eval.metrics.selective import Reliability, RiskCoverage, reliability, risk_coverage
 from ensembler.eval.report.comparison_plots import plot_differences, plot_members
 from ensembler.eval.report.notation import count_runs, label, representatives, training_passes
@@ -16,6 +20,7 @@ from ensembler.eval.report.plots import (
     STYLES,
     plot_boxes,
     plot_entropy,
+    plot_map,
     plot_rejection,
     plot_reliability,
     plot_severity,
@@ -116,11 +121,32 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
             f"Predictive entropy of the clean test images and of out-of-distribution images.{drawn}",
             f"Histograms of the predictive entropy of {listed}, in and out of distribution.",
         )
+    pictures |= _map(names, [run.clean.classes for run in runs], drawn)
     pictures |= _comparison(report)
     for picture in pictures.values():  # each further layout would move things a little
         picture.figure.draw_without_rendering()
         picture.figure.set_layout_engine("none")
     return pictures
+
+
+def _map(names: Sequence[str], classes: Sequence[NDArray[np.int32]], drawn: str) -> dict[str, Picture]:
+    """Draw a map of three members or more that do not all agree."""
+    ends = np.cumsum([len(own) for own in classes])
+    disagreement = pairwise_disagreement(np.concatenate(classes)) if ends[-1] > 2 else np.zeros(1)
+    if not disagreement.any():
+        return {}
+    points, shares = classical_scaling(disagreement)
+    most = f"{disagreement.max():.1%}"
+    return {
+        "map": Picture(
+            "members",
+            plot_map(names, np.split(points, ends[:-1]), shares),
+            "Map of the members by their predictions on the clean test images: the squared distance of two is the "
+            "share of images for which they predict different classes, as well as a plane can show it (classical "
+            f"multidimensional scaling; Fort et al. 2019); at most {most}.{drawn}",
+            f"Map of the members of {count_runs(len(names))} by their disagreement, at most {most}.",
+        )
+    }
 
 
 def _comparison(report: Report) -> dict[str, Picture]:

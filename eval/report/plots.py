@@ -22,6 +22,7 @@ __all__ = [
     "new_figure",
     "plot_boxes",
     "plot_entropy",
+    "plot_map",
     "plot_rejection",
     "plot_reliability",
     "plot_severity",
@@ -32,6 +33,7 @@ __all__ = [
 
 _SCORES = (("error", "error (%)", 100), ("nll", "NLL (nats)", 1), ("ece", "ECE (%)", 100))
 
+_NUMBERED = 12  # members of a run, at most, whose numbers are written in a map
 _LEAST_KEPT = 0.05  # share of the examples below which the accuracy is noise
 
 # Okabe and Ito's colours, for colour-blind readers; with markers for print.
@@ -174,6 +176,40 @@ def _density(
 ) -> None:
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
     axes.stairs(counts / max(1, len(values)), edges, color=colour, fill=filled, alpha=0.6 if filled else 1, label=label)
+
+
+def plot_map(names: Sequence[str], points: Sequence[NDArray[np.float64]], shares: NDArray[np.float64]) -> Figure:
+    """Plot members as points of a map, in the colour of their run.
+
+    Args:
+        names: of the runs.
+        points: (M, 2) of each run.
+        shares: (2,) of the squared distances that each axis holds.
+    """
+    figure = new_figure(6.5, 6.2)
+    axes = figure.subplots()
+    for number, (label, own) in enumerate(zip(names, points, strict=True)):
+        colour, marker = style(number)
+        axes.scatter(
+            own[:, 0],
+            own[:, 1],
+            s=70,
+            color=colour,
+            marker=marker,
+            edgecolors="white",
+            label=label,
+            zorder=3,
+            alpha=0.7,
+        )
+        for member, place in enumerate(own if len(own) <= _NUMBERED else ()):
+            axes.annotate(str(member), place, (5, 5), textcoords="offset points", fontsize="x-small", color=colour)
+    across, up = (f"{share:.0%} of the squared distances" for share in shares)
+    axes.set(xlabel=across, ylabel=up)
+    axes.margins(0.1)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.grid(alpha=0.3)
+    add_legend(figure)
+    return figure
 
 
 def style(number: int) -> tuple[str, str]:

@@ -108,7 +108,8 @@ class RunReport(Record):
 
     ``sha256`` is of the run's manifest, which has the hash of each of its files, or of the file of predictions.
     ``training_unknown``: files of weights that training started from, whose own cost is unknown and not counted; a cost
-    is ``null`` where all of it is unknown. ``training_peak_memory``: bytes. ``temperature``: fitted to
+    is ``null`` where all of it is unknown. ``training_peak_memory``: bytes. ``views``:
+    variations of each image that predictions are means over, 0 for the image itself. ``temperature``: fitted to
     ``validation_examples`` images, whose hash is ``validation_sha256``; ``null`` without any. ``by_severity``,
     ``by_family`` and ``shifted`` are means over the headline corruptions; ``others``: by test set; ``ood``: by set of
     images and detector; ``groups``: by ``class``, by ``test set`` where there are several, and by the groups that were
@@ -129,6 +130,7 @@ class RunReport(Record):
     training_seconds: float | None
     training_peak_memory: int | None
     training_device: str | None
+    views: int
     forward_passes_per_prediction: int
     validation_examples: int | None
     validation_sha256: str | None

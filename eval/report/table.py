@@ -14,12 +14,14 @@ __all__ = [
     "COST",
     "ONE_MEMBER",
     "SHIFTED",
+    "VARIED",
     "Column",
     "Table",
     "by_run",
     "images_of",
     "means_over",
     "meant_shift",
+    "members_text",
     "one_member_note",
     "score_column",
     "under",
@@ -83,11 +85,24 @@ def score_column(name: str, of: Callable[[RunReport], CellScores | None], title:
     return SCORES[name].title if title is None else title, write
 
 
+def members_text(run: RunReport) -> str:
+    """Format the number of members, times the variations of an image that each sees where there are any."""
+    each = run.forward_passes_per_prediction // run.members
+    return f"{run.members} x {each}" if run.views else str(run.members)
+
+
 COST: tuple[Column, ...] = (
-    ("M", lambda run: str(run.members)),
+    ("M", members_text),
     ("passes", training_passes),
 )
 """The columns beside every run's scores."""
+
+
+VARIED = (
+    "+TTA N, and M x V: each of M members sees V random variations of the image of its own, in all at least N, as in "
+    "training; a prediction is the mean over all."
+)
+"""The note on rows with variations."""
 
 
 def images_of(report: Report) -> str:

@@ -13,12 +13,14 @@ from ensembler.eval.report.table import (
     COST,
     ONE_MEMBER,
     SHIFTED,
+    VARIED,
     Column,
     Table,
     by_run,
     images_of,
     means_over,
     meant_shift,
+    members_text,
     one_member_note,
     score_column,
     under,
@@ -80,6 +82,8 @@ def _costs(report: Report) -> Table:
         "Example passes: one image forward and backward; forward only: for BatchNorm statistics, for instance. A "
         "prediction by M members takes M forward passes."
     ]
+    varied = any(run.views for run in report.runs)
+    notes += [VARIED] if varied else []
     notes += [
         f"{label(report, number)}: the training cost of {', '.join(map(plain, run.training_unknown))} is unknown "
         "and not counted (+?)."
@@ -96,7 +100,8 @@ def _costs(report: Report) -> Table:
         ("method", lambda run: plain(run.method)),
         ("network", lambda run: or_nothing(run.architecture)),
         ("seed", lambda run: or_nothing(run.seed)),
-        ("M", lambda run: str(run.forward_passes_per_prediction)),
+        ("M", members_text),
+        *([("passes a prediction", lambda run: str(run.forward_passes_per_prediction))] if varied else []),
         ("example passes", lambda run: training_passes(run, _count)),
         ("forward only", lambda run: _count(run.training_forward_passes)),
         ("seconds", lambda run: _count(run.training_seconds)),
