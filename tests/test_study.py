@@ -104,6 +104,8 @@ def test_a_method_without_a_rule_is_refused(monkeypatch):
     monkeypatch.delattr(kind, "at_budget")
     with pytest.raises(UsageError, match="train-fge has no rule for a budget of passes: leave fge out of the study"):
         planned()
+    study = study_of({}, {})  # where no method is named, it is not among them
+    assert {entry.label for entry in study.entries} == known_methods().keys() - {"fge"}
 
 
 def test_a_vertex_gets_the_epochs_that_are_asked_for():
@@ -183,6 +185,14 @@ def test_a_run_of_a_training_command_is_taken(tmp_path):
     places, counted = made(found, tmp_path / "runs", elsewhere=index([tmp_path]))
     assert list(counted.values()) == [("taken", 0)]
     assert list(places.values()) == [tmp_path / "mine"]
+
+
+def test_an_error_names_its_run(tmp_path):
+    _, found = planned(methods={"fge": {"low": 0.5}}, budgets=[1])
+    (name,) = found.nodes
+    with pytest.raises(UsageError, match=f"{name}: FGE's rates must satisfy 0 < low < high"):
+        made(found, tmp_path)
+    assert not (tmp_path / name).exists()
 
 
 def test_what_started_from_a_run_that_was_trained_again_is_not_taken(tmp_path):
