@@ -32,6 +32,7 @@ from ensembler.study.analysis import equivalents_said
 from ensembler.study.board import Board
 from ensembler.study.file import known_methods, study_of
 from ensembler.study.plan import plan
+from ensembler.study.report import files, terminal
 from ensembler.study.run import Maker, index
 from ensembler.study.schema import CellReport, Estimate, StudyReport
 from ensembler.study.sentences import answers, compared, pareto, recommendations
@@ -374,6 +375,18 @@ def test_where_everything_else_is_worse_it_is_said():
     assert said["Best under shift"].startswith("b at 1 budget: shifted NLL 0.8000")
     assert said["Best under shift"].endswith("everything else is worse.")
     assert "One seed says nothing of the next: the intervals hold for these networks only." in compared(found)
+
+
+def test_a_terminal_of_80_columns_shows_every_score():
+    found = report(
+        cell("a-method-of-a-long-name", 1, 10, 0.3, None, None, 0.9, None), cell("b", 1, 4, 0.5, 0.2, 0.2, 0.8)
+    )
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(terminal(found))
+    text = shown.getvalue()
+    assert all(part in text for part in ("DEE", "1.5", "0.3000", "0.9000", "0.8000", "2.00", "b*"))
+    markdown = files(found)["report.md"].decode()
+    assert "0.9000 (0.8900 to 0.9100)" in markdown
 
 
 def test_the_pareto_front_is_what_nothing_beats():
