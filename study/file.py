@@ -238,7 +238,8 @@ def _fields(place: str, values: Mapping[str, Any], kinds: list[type[Options]], w
 def _entries(name: str, tables: Mapping[str, Any], grid: Grid, settings: Settings, dataset: str) -> Iterator[Entry]:
     """The methods of a study: those that were asked for, of the file, or all."""
     known = known_methods()
-    asked = list(tables) or list(known) if grid.methods is None else grid.methods.split(",")
+    ruled = [label for label, (kind, _) in known.items() if kind.at_budget is not Method.at_budget]
+    asked = list(tables) or ruled if grid.methods is None else grid.methods.split(",")
     if len(set(asked)) < len(asked):
         raise UsageError(f"{name}: methods are each named once, not as in {grid.methods!r}")
     for label in asked:

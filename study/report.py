@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape as html
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 __all__ = ["files", "planned", "terminal"]
+
+_LEGEND = (
+    "B: example passes of training, in those of one network. M: members, forward passes a prediction. needed: members "
+    "that suffice, judged on the validation images. DEE: networks of a deep ensemble with the same calibrated NLL. *: "
+    "NLL worse than the first row's, the interval of the difference without 0."
+)
 
 
 def files(report: StudyReport) -> dict[str, bytes]:
@@ -68,7 +75,7 @@ def _title(report: StudyReport) -> str:
 
 def _tables(report: StudyReport, *, intervals: bool) -> list[Table]:
     budgets = dict.fromkeys(cell.budget for cell in report.cells)
-    found = [_scores(report, budget, intervals) for budget in budgets]
+    found = [table for budget in budgets for table in _scores(report, budget, intervals)]
     if report.left_out:
         rows = tuple((one.method, f"{one.budget:g}", one.why) for one in report.left_out)
         found.append(Table("budgets", "Left out", ("method", "budget", "why"), rows, words=3))
@@ -77,9 +84,31 @@ def _tables(report: StudyReport, *, intervals: bool) -> list[Table]:
     return found
 
 
-def _scores(report: StudyReport, budget: float, intervals: bool) -> Table:
+def _scores(report: StudyReport, budget: float, intervals: bool) -> list[Table]:
+    """A budget on one table; without intervals, for 80 columns, a second one has the scores on other images."""
     cells = [cell for cell in report.cells if cell.budget == budget]
     names = [name for name in NAMES if name in cells[0].scores]
+    title = f"At {budget:g} budget{'s' * (budget != 1)} ({compact(round(budget * report.one))} example passes)"
+    notes = (_LEGEND,) if budget == report.cells[0].budget else ()
+    if intervals:
+        return [_table(report, cells, title, names, notes, intervals)]
+    clean = [name for name in names if name in SCORES]
+    tables = [_table(report, cells, title, clean, notes, intervals)]
+    if others := [name for name in names if name not in SCORES]:
+        columns = ("method", *(NAMES[name].title for name in others))
+        rows = tuple((cell.method, *(_score(cell, name, intervals) for name in others)) for cell in cells)
+        tables.append(Table("budgets", f"{title}: other images", columns, rows))
+    return tables
+
+
+def _table(
+    report: StudyReport,
+    cells: Sequence[CellReport],
+    title: str,
+    names: Sequence[str],
+    notes: tuple[str, ...],
+    intervals: bool,
+) -> Table:
     columns = ("method", "B", "M", *(NAMES[name].title for name in names), "needed", "DEE")
     rows = tuple(
         (
@@ -92,13 +121,7 @@ def _scores(report: StudyReport, budget: float, intervals: bool) -> Table:
         )
         for cell in cells
     )
-    notes = (
-        "B: example passes of training, in those of one network. M: members, forward passes a prediction. needed: "
-        "members that suffice, judged on the validation images. DEE: networks of a deep ensemble with the same "
-        "calibrated NLL. *: NLL worse than the first row's, the interval of the difference without 0.",
-    )
-    title = f"At {budget:g} budget{'s' * (budget != 1)} ({compact(round(budget * report.one))} example passes)"
-    return Table("budgets", title, columns, rows, notes=notes if budget == report.cells[0].budget else ())
+    return Table("budgets", title, columns, rows, notes=notes)
 
 
 def _score(cell: CellReport, name: str, intervals: bool) -> str:

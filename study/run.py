@@ -96,7 +96,8 @@ class Maker:
             else:
                 self.places[node.name] = found
         if missing:
-            runs = Runs(missing, {name: self.folder / name for name in missing}, self._keep, every=self.every)
+            paths = {name: self.folder / name for name in missing}
+            runs = Runs(missing, paths, self._keep, every=self.every, named=True)
             runs.make(self.engine, self.on_event)
 
     def _keep(self, run: Run, path: Path) -> Path:

@@ -32,6 +32,7 @@ from ensembler.study.analysis import equivalents_said
 from ensembler.study.board import Board
 from ensembler.study.file import known_methods, study_of
 from ensembler.study.plan import plan
+from ensembler.study.report import files, terminal
 from ensembler.study.run import Maker, index
 from ensembler.study.schema import CellReport, Estimate, StudyReport
 from ensembler.study.sentences import answers, compared, pareto, recommendations
@@ -104,6 +105,8 @@ def test_a_method_without_a_rule_is_refused(monkeypatch):
     monkeypatch.delattr(kind, "at_budget")
     with pytest.raises(UsageError, match="train-fge has no rule for a budget of passes: leave fge out of the study"):
         planned()
+    study = study_of({}, {})  # where no method is named, it is not among them
+    assert {entry.label for entry in study.entries} == known_methods().keys() - {"fge"}
 
 
 def test_a_vertex_gets_the_epochs_that_are_asked_for():
@@ -183,6 +186,14 @@ def test_a_run_of_a_training_command_is_taken(tmp_path):
     places, counted = made(found, tmp_path / "runs", elsewhere=index([tmp_path]))
     assert list(counted.values()) == [("taken", 0)]
     assert list(places.values()) == [tmp_path / "mine"]
+
+
+def test_an_error_names_its_run(tmp_path):
+    _, found = planned(methods={"fge": {"low": 0.5}}, budgets=[1])
+    (name,) = found.nodes
+    with pytest.raises(UsageError, match=f"{name}: FGE's rates must satisfy 0 < low < high"):
+        made(found, tmp_path)
+    assert not (tmp_path / name).exists()
 
 
 def test_what_started_from_a_run_that_was_trained_again_is_not_taken(tmp_path):
@@ -364,6 +375,18 @@ def test_where_everything_else_is_worse_it_is_said():
     assert said["Best under shift"].startswith("b at 1 budget: shifted NLL 0.8000")
     assert said["Best under shift"].endswith("everything else is worse.")
     assert "One seed says nothing of the next: the intervals hold for these networks only." in compared(found)
+
+
+def test_a_terminal_of_80_columns_shows_every_score():
+    found = report(
+        cell("a-method-of-a-long-name", 1, 10, 0.3, None, None, 0.9, None), cell("b", 1, 4, 0.5, 0.2, 0.2, 0.8)
+    )
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(terminal(found))
+    text = shown.getvalue()
+    assert all(part in text for part in ("DEE", "1.5", "0.3000", "0.9000", "0.8000", "2.00", "b*"))
+    markdown = files(found)["report.md"].decode()
+    assert "0.9000 (0.8900 to 0.9100)" in markdown
 
 
 def test_the_pareto_front_is_what_nothing_beats():

@@ -11,7 +11,7 @@ from typing import Any
 
 from ensembler import jobs
 from ensembler.engine import Engine, Local
-from ensembler.errors import UsageError
+from ensembler.errors import EnsemblerError, UsageError
 from ensembler.jobs import Job
 from ensembler.run import Run
 from ensembler.trainers.distributed import ALONE, Group
@@ -34,6 +34,7 @@ class Runs:
         urls: where each is to be pushed to, if anywhere.
         every: seconds between two checkpoints.
         group: the processes that train together.
+        named: whether events and errors name the run where it is the only one, too.
 
     Attributes:
         found: those that already existed.
@@ -46,6 +47,7 @@ class Runs:
     urls: Mapping[str, str] = field(default_factory=dict)
     every: float = 60.0
     group: Group = ALONE
+    named: bool = False
     found: dict[str, Path] = field(default_factory=dict)
     saved: dict[str, Path] = field(default_factory=dict)
     unfinished: dict[str, UnfinishedRun] = field(default_factory=dict)
@@ -77,9 +79,10 @@ class Runs:
         for note in first.dataset.notes if self.unfinished else ():
             on_event(Message(note))
         here = (dict(self.unfinished), inner, self.group) if outer.here else None
+        shared = self.trainings, self.several or self.named, here
         todo = [Job(name, _make, {"name": name}) for name in self.paths]
         try:
-            with closing(jobs.run(todo, (self.trainings, self.several, here), outer, self, on_event)) as results:
+            with closing(jobs.run(todo, shared, outer, self, on_event)) as results:
                 for _ in results:
                     pass
         finally:
@@ -114,8 +117,12 @@ class Runs:
 
 def _make(shared: tuple[Mapping[str, Training], bool, Any], emit: OnEvent, name: str) -> Run:
     """A job: one run, with its store, engine and group where it is made in the command's own process."""
-    trainings, several, here = shared
+    trainings, is_named, here = shared
     unfinished, engine, group = here or (dict[str, Any](), None, ALONE)
     store = unfinished[name].store if name in unfinished else None
-    made: Run = trainings[name].make(named(f"{name}, ", emit) if several else emit, store, engine, group)
-    return made
+    if not is_named:
+        return trainings[name].make(emit, store, engine, group)
+    try:
+        return trainings[name].make(named(f"{name}, ", emit), store, engine, group)
+    except EnsemblerError as error:
+        raise type(error)(f"{name}: {error}") from error
