@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 from ensembler.errors import EnsemblerError
 from ensembler.serve.http.application import application
 from ensembler.serve.http.options import Options
-from ensembler.serve.http.routes import JSON
+from ensembler.serve.http.routes import PREDICT
 from ensembler.serve.http.schemas import Answer
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
@@ -67,7 +67,7 @@ class PredictiveUncertainty:
         except EnsemblerError as error:
             raise bentoml.exceptions.BentoMLException(str(error)) from error
 
-    @bentoml.api(route=JSON, input_spec=Question, output_spec=Answer)
+    @bentoml.api(route=PREDICT, input_spec=Question, output_spec=Answer)
     async def predictive_uncertainty(self, images: np.ndarray, **options: Any) -> Answer:
         """Predict a batch of images (B, H, W, 3), whole numbers from 0 to 255."""
         return Answer.model_validate(await self.application.state.predictor.answer(images, options))

@@ -35,8 +35,6 @@ with warnings.catch_warnings():  # of httpx in Starlette's test client
     from starlette.testclient import TestClient
 
 ROUTE = "/predictive-uncertainty"
-BINARY = f"{ROUTE}/binary"
-IMAGE = f"{ROUTE}/image"
 LIMIT = 100_000
 
 

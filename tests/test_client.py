@@ -154,7 +154,7 @@ def test_what_goes_wrong_is_one_line(server: Server, bundle: Path, pictures: Pat
         assert "ask from 1 to 3" in refused(target, image, "--members", 9, ENSEMBLER_TOKEN=TOKEN)
     assert "no service answers at http://127.0.0.1:" in refused(f"http://127.0.0.1:{free_port()}", image)
     assert "no service answers at http://[bad" in refused("http://[bad", image)
-    assert "has no route for images" in refused(f"{server.url}/ui", image, ENSEMBLER_TOKEN=TOKEN)
+    assert "has no /predictive-uncertainty" in refused(f"{server.url}/ui", image, ENSEMBLER_TOKEN=TOKEN)
     assert "no bundle at" in refused(tmp_path / "nothing", image)
     assert "an address begins with http://" in refused("localhost:3000", image)
     (tmp_path / "folder.png").mkdir()

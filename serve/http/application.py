@@ -7,8 +7,9 @@ A request passes :mod:`~ensembler.serve.http.gate`, is read by :mod:`~ensembler.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
@@ -22,8 +23,11 @@ from ensembler.serve.http import answers, openapi, page
 from ensembler.serve.http.gate import Gate, refusal
 from ensembler.serve.http.metrics import Requests
 from ensembler.serve.http.predictor import Predictor
-from ensembler.serve.http.routes import EXAMPLES, KINDS, PAGE
+from ensembler.serve.http.routes import DOCS, EXAMPLES, METADATA, METRICS, PAGE, PREDICT, SCHEMA
 from ensembler.serve.http.settings import Settings
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 __all__ = ["application"]
 
@@ -56,7 +60,7 @@ def application(
     gate = Middleware(Gate, settings=settings, requests=Requests(registry))
     app = Starlette(routes=_ROUTES, middleware=[gate], lifespan=lifespan)
     if otherwise is not None:
-        app.router.default = otherwise
+        app.router.default = _with_options(otherwise)
     return app
 
 
@@ -101,14 +105,37 @@ async def _ready(request: Request) -> Response:
     return PlainTextResponse("\n", status_code=200 if ready else 503)
 
 
+def _route(path: str, endpoint: Callable[[Request], Awaitable[Response]], method: str = "GET") -> Route:
+    """A route that answers HEAD and OPTIONS, too."""
+    allowed = [method, "HEAD", "OPTIONS"]
+
+    async def answer(request: Request) -> Response:
+        if request.method == "OPTIONS" or (request.method == "HEAD" and method != "GET"):
+            return Response(status_code=204, headers={"Allow": ", ".join(allowed)})
+        return await endpoint(request)
+
+    return Route(path, answer, methods=allowed)
+
+
+def _with_options(app: Starlette) -> ASGIApp:
+    """BentoML's routes, which are read only, with an answer to OPTIONS."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "OPTIONS" and scope["path"] in (METRICS, SCHEMA):
+            return await Response(status_code=204, headers={"Allow": "GET, HEAD, OPTIONS"})(scope, receive, send)
+        await app(scope, receive, send)
+
+    return answer
+
+
 _ROUTES = [
-    *(Route(path, _predict, methods=["POST"]) for path in KINDS),
-    Route("/metadata", _metadata),
-    Route("/docs.json", _openapi),
-    Route("/", _to_page),
-    Route(PAGE, _page),
-    Route(EXAMPLES, _examples),
-    Route("/livez", _alive),
-    Route("/healthz", _alive),
-    Route("/readyz", _ready),
+    _route(PREDICT, _predict, "POST"),
+    _route(METADATA, _metadata),
+    _route(DOCS, _openapi),
+    _route("/", _to_page),
+    _route(PAGE, _page),
+    _route(EXAMPLES, _examples),
+    _route("/livez", _alive),
+    _route("/healthz", _alive),
+    _route("/readyz", _ready),
 ]

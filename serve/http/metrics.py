@@ -18,14 +18,13 @@ from numpy.typing import ArrayLike
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ensembler.serve.http.batcher import Columns
-from ensembler.serve.http.routes import EXAMPLES, KINDS, PAGE, PROBES
+from ensembler.serve.http.routes import ROUTES
 from ensembler.serve.runtime.manifest import Validation
 
 __all__ = ["STAGES", "Metrics", "Requests"]
 
 STAGES = ("read", "queue", "predict", "write")
 
-_ROUTES = {*KINDS, *PROBES, PAGE, EXAMPLES, "/", "/metadata", "/docs.json", "/metrics"}
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _EVEN = 20  # buckets without validation images
 
@@ -58,7 +57,7 @@ class Requests:
     @_harmless
     def count(self, path: str, status: int) -> None:
         """Count a response; routes that do not exist are counted as ``other``."""
-        self._count.labels(path if path in _ROUTES else "other", str(status)).inc()
+        self._count.labels(path if path in ROUTES else "other", str(status)).inc()
 
 
 class Metrics:

@@ -1,4 +1,4 @@
-"""One worker's ensemble: reads the requests of the three prediction routes, queues them, and answers."""
+"""One worker's ensemble: reads the requests for predictions, queues them, and answers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from starlette.responses import Response
 
 from ensembler.errors import ShapeError, UsageError
 from ensembler.machine import available_cpus
-from ensembler.serve.http import answers, readers
+from ensembler.serve.http import answers, bodies, json_body, readers
 from ensembler.serve.http.batcher import Answered, Batcher, Columns
 from ensembler.serve.http.metrics import STAGES, Metrics
 from ensembler.serve.http.options import Options
-from ensembler.serve.http.routes import BINARY, JSON
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.early_exit import Mode
 from ensembler.serve.runtime.images import check_images
@@ -38,7 +37,7 @@ _NUMBERS = 4 * 1024
 _logger = logging.getLogger("ensembler.serve")
 
 T = TypeVar("T")
-Read = tuple[NDArray[np.uint8], Options]
+Images = NDArray[np.uint8]
 
 
 class Predictor:
@@ -62,6 +61,7 @@ class Predictor:
         threads = max(1, available_cpus() // settings.workers)
         self.runtime = Runtime.load(settings.bundle, threads, members=settings.members)
         manifest = self.runtime.manifest
+        self._limits = json_body.Limits.of(settings.max_json, settings.max_batch, manifest.image_shape)
         self._metrics = Metrics(manifest.validation, self.runtime.members, len(manifest.classes), registry)
         self._batcher = Batcher(
             self._predict, max_batch=settings.run_batch, max_queue=settings.max_queue, on_pass=self._on_pass
@@ -110,44 +110,63 @@ class Predictor:
 
     async def answer(self, images: object, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return the answer to images and options as they are in a JSON body."""
-        checked, options = self._check(images, Options.from_json(fields))
+        checked, options = self._check(images), self._resolve(Options.read(fields))
         columns = (await self._submit(checked, options, math.inf)).columns
         return answers.content(answers.with_outputs(columns, options, self.runtime), options, self.runtime)
 
-    async def _read(self, request: Request) -> Read:
-        body, path = await request.body(), request.url.path
-        if path == JSON:
-            if request.query_params:
-                raise UsageError("this route takes its options in the body: put them beside images")
-            return await self._call(len(body) > _BYTES, self._read_json, body)
-        options = Options.from_query(request.query_params)
-        if path == BINARY:
-            shape = request.headers.get("x-shape")
-            images = readers.images_from_npy(body) if shape is None else readers.images_from_raw(body, shape)
-            return self._check(images, options)
-        files = await readers.files_of(request, self.settings.max_batch)
-        return await self._call(True, self._decode, files, options)
+    async def _read(self, request: Request) -> tuple[Images, Options]:
+        """Read a request's images and options; its files are decoded last, as that takes longest."""
+        body, texts = await request.body(), request.query_params.multi_items()
+        shape, content_type = request.headers.get("x-shape"), request.headers.get("content-type", "")
+        kind = bodies.kind_of_body(content_type, shape, body)
+        sent: list[bytes] | Images
+        if kind == "json":
+            sent, options = await self._call(len(body) > _BYTES, self._parse, body, texts)
+        elif kind == "form":
+            sent, fields = await readers.form_of(request, self.settings.max_batch)
+            options = self._resolve(Options.read({}, [*texts, *fields]))
+        else:
+            options = self._resolve(Options.read({}, texts))
+            if kind == "image":
+                sent = [body]
+            else:
+                sent = self._check(
+                    readers.images_from_npy(body) if shape is None else readers.images_from_raw(body, shape)
+                )
+        if not isinstance(sent, list):
+            return sent, options
+        try:
+            return await self._call(True, self._decode, sent), options
+        except bodies.MediaTypeError as error:
+            if kind != "image" or content_type.startswith("image/"):
+                raise
+            raise bodies.MediaTypeError(f"{error}, or JSON, or a .npy file; raw pixels need their X-Shape") from error
 
-    def _read_json(self, body: bytes) -> Read:
-        images, fields = readers.fields_from_json(body)
-        return self._check(images, Options.from_json(fields))
+    def _parse(self, body: bytes, texts: list[tuple[str, str]]) -> tuple[list[bytes] | Images, Options]:
+        question = json_body.read_question(json_body.parse(body, self._limits))
+        options = self._resolve(Options.read(question.options, texts))
+        return question.files or self._check(question.images), options
 
-    def _decode(self, files: list[bytes], options: Options) -> Read:
+    def _decode(self, files: list[bytes]) -> Images:
+        most, shape = self.settings.max_batch, self.runtime.manifest.image_shape
+        if len(files) > most:
+            raise ShapeError(f"{len(files)} images are more than {most} at a time: send several smaller requests")
         images = []
         for number, file in enumerate(files, start=1):
             try:
-                shape = self.runtime.manifest.image_shape
                 images.append(readers.image_from_file(file, shape, self.settings.max_pixels))
             except ShapeError as error:
                 where = f"file {number} of {len(files)}: " if len(files) > 1 else ""
                 raise type(error)(f"{where}{error}") from error
-        return self._check(np.stack(images), options)
+        return np.stack(images)
 
-    def _check(self, images: object, options: Options) -> Read:
-        checked = check_images(images, self.runtime.manifest.image_shape, self.settings.max_batch)
-        return checked, options.resolve(self.runtime.members, self.runtime.calibration)
+    def _check(self, images: object) -> Images:
+        return check_images(images, self.runtime.manifest.image_shape, self.settings.max_batch)
 
-    async def _submit(self, images: NDArray[np.uint8], options: Options, deadline: float) -> Answered:
+    def _resolve(self, options: Options) -> Options:
+        return options.resolve(self.runtime.members, self.runtime.calibration)
+
+    async def _submit(self, images: Images, options: Options, deadline: float) -> Answered:
         return await self._batcher.submit(images, (options.mode, options.members, options.level), deadline)
 
     def _predict(self, images: NDArray[np.generic], key: Hashable) -> Columns:

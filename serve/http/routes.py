@@ -1,23 +1,37 @@
-"""The service's routes, and the kinds of bodies that they read. Standard library only."""
+"""The service's routes. Standard library only."""
 
 from __future__ import annotations
 
-__all__ = ["BINARY", "EXAMPLES", "IMAGE", "JSON", "KINDS", "PAGE", "PROBES", "PUBLIC"]
+__all__ = [
+    "DOCS",
+    "EXAMPLES",
+    "METADATA",
+    "METRICS",
+    "PAGE",
+    "PREDICT",
+    "PROBES",
+    "PUBLIC",
+    "ROUTES",
+    "SCHEMA",
+    "reads_a_body",
+]
 
-JSON = "/predictive-uncertainty"
-BINARY = "/predictive-uncertainty/binary"
-IMAGE = "/predictive-uncertainty/image"
+PREDICT = "/predictive-uncertainty"
 PAGE = "/ui"
 EXAMPLES = "/examples"
-
-KINDS = {
-    # The second and third are what curl and others call a body whose type nobody gave.
-    JSON: ("application/json", "application/x-www-form-urlencoded", "text/plain"),
-    BINARY: ("application/octet-stream", "application/x-npy", "application/x-www-form-urlencoded"),
-    IMAGE: ("image/png", "image/jpeg", "multipart/form-data", "application/octet-stream"),
-}
-"""Media types that each prediction route reads; a body without a type is read, too."""
+METADATA = "/metadata"
+DOCS = "/docs.json"
+METRICS = "/metrics"  # BentoML's, as is the next
+SCHEMA = "/schema.json"
 
 PROBES = ("/livez", "/healthz", "/readyz")
 PUBLIC = (*PROBES, "/", PAGE)
 """Routes that need no token: health checks, and the page, which contains nothing of the bundle."""
+
+ROUTES = (PREDICT, *PUBLIC, EXAMPLES, METADATA, DOCS, METRICS, SCHEMA)
+"""All routes."""
+
+
+def reads_a_body(path: str) -> bool:
+    """Whether the route at a path reads request bodies."""
+    return path == PREDICT

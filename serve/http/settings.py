@@ -31,6 +31,7 @@ class Settings(Record):
     max_queue: PositiveInt = Field(1024, description="images that may wait in one worker; others get 503")
     max_requests: PositiveInt = Field(256, description="requests that one worker handles at a time; others get 503")
     max_body: PositiveInt = Field(32 * 2**20, description="the most bytes in one request's body")
+    max_json: PositiveInt = Field(4 * 2**20, description="the most bytes of JSON in one request")
     max_pixels: PositiveInt = Field(25_000_000, description="the most pixels of one image file, before it is resized")
     deadline_ms: PositiveInt = Field(30_000, description="how long a request may take by default")
     body_ms: PositiveInt = Field(30_000, description="how long a body may take to arrive")
