@@ -10,9 +10,16 @@ Start it with ``ensembler serve BUNDLE``, or from any folder::
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
+import tempfile
+from pathlib import Path
 from typing import Any
+
+# BentoML sets it, and Prometheus would then count in memory-mapped files, which end the process on a full disk.
+os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)
 
 import bentoml
 import numpy as np
@@ -27,6 +34,8 @@ from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
 
 __all__ = ["PredictiveUncertainty"]
+
+_SHARED = "ENSEMBLER_SHARED"
 
 
 class Images(bentoml.IODescriptor):
@@ -44,13 +53,16 @@ class _Service(bentoml.Service):
 
     def to_asgi(self, is_main: bool = True) -> Starlette:
         logging.getLogger("ensembler").setLevel(logging.INFO)  # BentoML's root logger writes it
-        self.inner.application = application(Settings.read(), otherwise=super().to_asgi(is_main))
+        settings, shared = Settings.read(), os.environ.get(_SHARED)
+        folder = Path(shared) if shared and settings.workers > 1 else None
+        self.inner.application = application(settings, otherwise=super().to_asgi(is_main), shared=folder)
         return self.inner.application
 
 
 @bentoml.service(
     workers=Settings.read(os.environ | {"ENSEMBLER_BUNDLE": "."}).workers,  # read before there is a bundle
     logging={"access": {"enabled": False}},  # the application has its own
+    metrics={"enabled": False},  # likewise; BentoML's have a label for each path that anybody asks for
     service_class=_Service,
 )
 class PredictiveUncertainty:
@@ -66,6 +78,13 @@ class PredictiveUncertainty:
             read_bundle(Settings.read().bundle)
         except EnsemblerError as error:
             raise bentoml.exceptions.BentoMLException(str(error)) from error
+
+    @bentoml.on_deployment
+    @staticmethod
+    def share_folder() -> None:
+        """Make the folder that the workers share, which BentoML starts with this environment."""
+        os.environ[_SHARED] = tempfile.mkdtemp(prefix="ensembler-serve-")
+        atexit.register(shutil.rmtree, os.environ[_SHARED], ignore_errors=True)
 
     @bentoml.api(route=PREDICT, input_spec=Question, output_spec=Answer)
     async def predictive_uncertainty(self, images: np.ndarray, **options: Any) -> Answer:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import yaml
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ensembler.serve.http.metrics import Metrics, Requests
+from ensembler.serve.http.metrics import Exposition, Metrics, Requests
 from ensembler.serve.runtime.manifest import Validation
 from tests._runs import make_bundle, tiny_weights
 from tests._service import ROUTE, Server, free_port, in_process, make_calibrated, tiny_images
@@ -124,6 +126,34 @@ def test_buckets_without_validation_span_what_is_possible(members: int) -> None:
     assert sorted(edges)[-2] == pytest.approx(np.log(5))
 
 
+def test_the_metrics_of_several_workers_are_added_up(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for process in (ended.pid, os.getppid()):  # one that has ended, one that runs
+        metrics, registry = made(validation([0.1, 0.4, 0.8, 1.2], [0.1, 0.2, 0.3, 0.4]))
+        metrics.answer(columns([0.3, 0.5], [0.1, 0.1], [3, 3]), whole=True)
+        metrics.batch(2, waiting=7)
+        (tmp_path / f"metrics-{process}.txt").write_bytes(generate_latest(registry))
+    metrics, registry = made(validation([0.1, 0.4, 0.8, 1.2], [0.1, 0.2, 0.3, 0.4]))
+    metrics.batch(1, waiting=1)
+    found = samples(Exposition(registry, tmp_path).text().decode())
+    assert found["ensembler_batch_images_sum", frozenset()] == 5
+    assert found["ensembler_batch_images_bucket", frozenset({("le", "1.0")})] == 1
+    assert found["ensembler_abstentions_total", frozenset({("abstained", "true")})] == 2
+    assert found["ensembler_waiting_images", frozenset()] == 8
+    assert found["ensembler_validation_nats", frozenset({("measure", "mutual_information"), ("level", "0.9")})] == 0.3
+
+
+def test_metrics_that_cannot_be_written_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    metrics, registry = made(None)
+    metrics.batch(3, waiting=0)
+    exposition = Exposition(registry, tmp_path / "no such folder")
+    for _ in range(3):
+        exposition.write()
+        assert samples(exposition.text().decode())["ensembler_batch_images_sum", frozenset()] == 3
+    assert len(caplog.records) == 1
+
+
 def asked_for(text: str) -> set[str]:
     return set(re.findall(r"\bensembler_\w+", text))
 
@@ -163,6 +193,10 @@ def test_a_real_server_tells_prometheus(tmp_path: Path) -> None:
             for body in (b"", b"{}", b"[]"):
                 assert caller.post(ROUTE, content=body).status_code == 400
             assert httpx.get(f"{server.url}/metrics").status_code == 401
+            statuses = {caller.get(f"/{number}{'x' * 60_000}").status_code for number in range(20)}
+            assert statuses == {404}
+            assert len(caller.get("/metrics").content) < 60_000  # nothing that anybody asks for is a label
+            assert server.log.stat().st_size < 60_000
             found = samples(caller.get("/metrics").text)
         finally:
             server.stop(signal.SIGTERM)

@@ -7,11 +7,13 @@ A request passes :mod:`~ensembler.serve.http.gate`, is read by :mod:`~ensembler.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -21,7 +23,7 @@ from starlette.routing import Route
 from ensembler.errors import EnsemblerError
 from ensembler.serve.http import answers, openapi, page
 from ensembler.serve.http.gate import Gate, refusal
-from ensembler.serve.http.metrics import Requests
+from ensembler.serve.http.metrics import Exposition, Requests
 from ensembler.serve.http.predictor import Predictor
 from ensembler.serve.http.routes import DOCS, EXAMPLES, METADATA, METRICS, PAGE, PREDICT, SCHEMA
 from ensembler.serve.http.settings import Settings
@@ -33,7 +35,10 @@ __all__ = ["application"]
 
 
 def application(
-    settings: Settings, otherwise: Starlette | None = None, registry: CollectorRegistry | None = None
+    settings: Settings,
+    otherwise: Starlette | None = None,
+    registry: CollectorRegistry | None = None,
+    shared: Path | None = None,
 ) -> Starlette:
     """Return the application.
 
@@ -41,12 +46,16 @@ def application(
         settings: of the service.
         otherwise: answers requests to other routes, after the same checks; starts and stops with this application.
         registry: of the Prometheus metrics; a new one by default.
+        shared: folder that all workers of one server share; ``None`` where this is the only one.
     """
     registry = registry or CollectorRegistry()
+    exposition = Exposition(registry, shared)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         predictor = app.state.predictor = Predictor(settings, registry)
+        app.state.exposition = exposition
+        writing = asyncio.create_task(exposition.keep_written())
         try:
             predictor.warm_up()
             if otherwise is None:
@@ -55,6 +64,7 @@ def application(
                 async with otherwise.router.lifespan_context(otherwise):
                     yield
         finally:
+            writing.cancel()
             predictor.close()
 
     gate = Middleware(Gate, settings=settings, requests=Requests(registry))
@@ -92,6 +102,11 @@ async def _examples(request: Request) -> Response:
     return JSONResponse(page.examples(predictor.settings.bundle, predictor.runtime.manifest))
 
 
+async def _metrics(request: Request) -> Response:
+    text = await asyncio.to_thread(request.app.state.exposition.text)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
 async def _to_page(request: Request) -> Response:
     return RedirectResponse(PAGE)
 
@@ -121,7 +136,7 @@ def _with_options(app: Starlette) -> ASGIApp:
     """BentoML's routes, which are read only, with an answer to OPTIONS."""
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "OPTIONS" and scope["path"] in (METRICS, SCHEMA):
+        if scope["type"] == "http" and scope["method"] == "OPTIONS" and scope["path"] == SCHEMA:
             return await Response(status_code=204, headers={"Allow": "GET, HEAD, OPTIONS"})(scope, receive, send)
         await app(scope, receive, send)
 
@@ -132,6 +147,7 @@ _ROUTES = [
     _route(PREDICT, _predict, "POST"),
     _route(METADATA, _metadata),
     _route(DOCS, _openapi),
+    _route(METRICS, _metrics),
     _route("/", _to_page),
     _route(PAGE, _page),
     _route(EXAMPLES, _examples),

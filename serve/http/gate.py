@@ -38,6 +38,7 @@ _SENTENCES = {
     405: "this route does not take this method: GET /docs.json says which it takes",
     500: "the server failed on this request: its log says why",
 }
+_LOGGED = 200  # characters of a path
 _NOT_LOGGED = (*PROBES, METRICS)
 
 _logger = logging.getLogger("ensembler.serve")
@@ -195,6 +196,8 @@ class _Outgoing:
         if path not in _NOT_LOGGED and _access.isEnabledFor(logging.INFO):
             client = scope.get("client") or ("-", "-")
             seconds = monotonic() - scope["ensembler.arrived"]
+            if len(path) > _LOGGED:
+                path = f"{path[:_LOGGED]}..."
             _access.info("%s:%s %s %r %d %.2f ms", *client[:2], scope["method"], path, status, 1000 * seconds)
 
 

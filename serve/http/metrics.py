@@ -3,30 +3,40 @@
 The histograms of entropy and mutual information have their edges at the quantiles of the validation images: as long as
 nothing drifts, every bucket gets the share of images between its quantiles. Only images of which all members were asked
 are counted in them, as fewer members give other entropies.
+
+Every worker counts in memory. Where a server has several, each writes what it counted to a file once a second, and
+``/metrics`` adds the files up. Memory-mapped files, Prometheus' own way, end a process on a full disk (SIGBUS).
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from ensembler.serve.http.batcher import Columns
 from ensembler.serve.http.routes import ROUTES
 from ensembler.serve.runtime.manifest import Validation
 
-__all__ = ["STAGES", "Metrics", "Requests"]
+__all__ = ["STAGES", "Exposition", "Metrics", "Requests"]
 
 STAGES = ("read", "queue", "predict", "write")
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _EVEN = 20  # buckets without validation images
+_QUANTILES = "ensembler_validation_nats"
 
 _logger = logging.getLogger("ensembler.serve")
 
@@ -35,7 +45,7 @@ P = ParamSpec("P")
 
 
 def _harmless(method: Callable[Concatenate[Owner, P], None]) -> Callable[Concatenate[Owner, P], None]:
-    """Log what a metric raises: a full disk, which holds the counts of all workers, must not fail a request."""
+    """Log what a metric raises: it must not fail a request."""
 
     @functools.wraps(method)
     def observe(self: Owner, /, *arguments: P.args, **named: P.kwargs) -> None:
@@ -45,6 +55,102 @@ def _harmless(method: Callable[Concatenate[Owner, P], None]) -> Callable[Concate
             _logger.exception("a metric could not be written")
 
     return observe
+
+
+class Exposition:
+    """What ``/metrics`` answers: the metrics of one worker, or the sum of all workers'.
+
+    Args:
+        registry: this worker's metrics.
+        folder: where the workers of one server write theirs; ``None`` for one worker.
+    """
+
+    def __init__(self, registry: CollectorRegistry, folder: Path | None = None) -> None:
+        self._registry = registry
+        self._folder = folder
+        self._failed = False
+
+    def text(self) -> bytes:
+        """Return the metrics in Prometheus' text format."""
+        if self._folder is None:
+            return generate_latest(self._registry)
+        self.write()
+        texts = {self._file(os.getpid()): generate_latest(self._registry).decode()}
+        for file in self._folder.glob(self._file("*").name):
+            try:
+                texts.setdefault(file, file.read_text())
+            except OSError:
+                self._degrade()
+        alive = {file for file in texts if _is_alive(int(file.stem.removeprefix("metrics-")))}
+        return generate_latest(_Sum([(text, file in alive) for file, text in texts.items()]))  # type: ignore[arg-type]
+
+    def write(self) -> None:
+        """Write this worker's metrics where the others find them; on a full disk they are left out."""
+        if self._folder is None:
+            return
+        target = self._file(os.getpid())
+        scratch = target.with_suffix(".tmp")
+        try:
+            scratch.write_bytes(generate_latest(self._registry))
+            scratch.replace(target)
+        except OSError:
+            self._degrade()
+
+    async def keep_written(self) -> None:
+        """Write once a second until cancelled."""
+        while self._folder is not None:
+            await asyncio.to_thread(self.write)
+            await asyncio.sleep(1)
+
+    def _file(self, process: int | str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"metrics-{process}.txt"
+
+    def _degrade(self) -> None:
+        if not self._failed:
+            self._failed = True
+            _logger.warning("metrics cannot be written (%s): /metrics leaves workers out or is late", self._folder)
+
+
+class _Sum(Collector):
+    """Metrics of several workers, added up; of a gauge, those of workers that still run.
+
+    Args:
+        texts: each worker's metrics, and whether it runs.
+    """
+
+    def __init__(self, texts: Iterable[tuple[str, bool]]) -> None:
+        self._texts = texts
+
+    def collect(self) -> Iterable[Metric]:
+        families: dict[str, Metric] = {}
+        values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+        for text, runs in self._texts:
+            for family in text_string_to_metric_families(text):
+                if family.type == "gauge" and not runs:
+                    continue
+                families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                found = values.setdefault(family.name, {})
+                for sample in family.samples:
+                    key = (sample.name, tuple(sample.labels.items()))
+                    greatest = family.name == _QUANTILES or sample.name.endswith("_created")  # the same in each worker
+                    known = found.get(key)
+                    both = (known or 0.0) + sample.value
+                    found[key] = both if known is None or not greatest else max(known, sample.value)
+        for name, family in families.items():
+            for (sample_name, labels), value in values[name].items():
+                family.add_sample(sample_name, dict(labels), value)
+            yield family
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 class Requests:
@@ -97,15 +203,9 @@ class Metrics:
         self._abstentions = Counter(
             "ensembler_abstentions", "Images, by whether the ensemble abstains", ["abstained"], registry=registry
         )
-        self._waiting = Gauge(
-            "ensembler_waiting_images", "Images in the queue", registry=registry, multiprocess_mode="livesum"
-        )
+        self._waiting = Gauge("ensembler_waiting_images", "Images in the queue", registry=registry)
         quantile = Gauge(
-            "ensembler_validation_nats",
-            "Quantiles of a measure on the validation images",
-            ["measure", "level"],
-            registry=registry,
-            multiprocess_mode="max",
+            _QUANTILES, "Quantiles of a measure on the validation images", ["measure", "level"], registry=registry
         )
         if validation is not None:
             for measure in ("predictive_entropy", "mutual_information"):

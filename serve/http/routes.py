@@ -21,8 +21,8 @@ PAGE = "/ui"
 EXAMPLES = "/examples"
 METADATA = "/metadata"
 DOCS = "/docs.json"
-METRICS = "/metrics"  # BentoML's, as is the next
-SCHEMA = "/schema.json"
+METRICS = "/metrics"
+SCHEMA = "/schema.json"  # BentoML's
 
 PROBES = ("/livez", "/healthz", "/readyz")
 PUBLIC = (*PROBES, "/", PAGE)
