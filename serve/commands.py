@@ -143,6 +143,13 @@ def serve(
             help="Number of members; further ones are made from the bundle's vertices. (default: the bundle's own)",
         ),
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose pages may ask from a browser, such as https://example.org, or * for all; repeatable. "
+            "(default: none)"
+        ),
+    ] = None,
 ) -> None:
     """Serve a bundle over HTTP with BentoML until Ctrl-C; docs/serving.md lists the routes and settings."""
     from ensembler.serve.http.settings import Settings
@@ -158,6 +165,8 @@ def serve(
     }
     if members is not None:
         environment["ENSEMBLER_MEMBERS"] = str(members)
+    if cors_origin:
+        environment["ENSEMBLER_CORS_ORIGIN"] = ",".join(cors_origin)
     Settings.read(environment)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     typer.echo(

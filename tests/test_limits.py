@@ -217,7 +217,11 @@ def test_tokens_are_compared_in_constant_time(run: Any, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("TOKEN", "s\xe9same"), ("TOKEN", "two words"), ("MAX_BODY", "32M"), ("MAX_QUEUE", "0"), ("WORKERS", "-1")],
+    [("TOKEN", "s\xe9same"), ("TOKEN", "two words"), ("MAX_BODY", "32M"), ("MAX_QUEUE", "0"), ("WORKERS", "-1")]
+    + [
+        ("CORS_ORIGIN", text)
+        for text in ("example.org", "https://a.org/", "https://a.org, https://b.org", "https://*.org")
+    ],
 )
 def test_a_setting_that_cannot_be(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv("ENSEMBLER_BUNDLE", "nowhere")
@@ -267,3 +271,27 @@ def test_a_service_with_a_token(tmp_path: Path) -> None:
         assert client.get("/docs.json").status_code == 401
         described = client.get("/docs.json", headers={"Authorization": "Bearer sesame"}).json()
         assert described["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
+
+
+def test_pages_of_other_origins_may_ask_where_they_are_named(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    body = {"images": tiny_images(1).tolist()}
+    wish = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    ours, theirs = {"Origin": "https://a.example"}, {"Origin": "https://c.example"}
+    token = {"Authorization": "Bearer sesame"}
+    origins = "https://a.example,https://b.example:8443"
+    with in_process(bundle, ENSEMBLER_TOKEN="sesame", ENSEMBLER_CORS_ORIGIN=origins) as client:
+        preflight = client.options(ROUTE, headers=ours | wish)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        assert "authorization" in preflight.headers["access-control-allow-headers"].lower()
+        assert client.options(ROUTE, headers=theirs | wish).status_code == 400
+        for given, status in ((token, 200), ({}, 401)):  # a refusal can be read, too
+            answer = client.post(ROUTE, json=body, headers=ours | given)
+            assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, "https://a.example")
+            assert "x-batch-size" in answer.headers["access-control-expose-headers"].lower()
+            answer = client.post(ROUTE, json=body, headers=theirs | given)
+            assert "access-control-allow-origin" not in answer.headers
+    with in_process(bundle) as client:
+        assert client.options(ROUTE, headers=ours | wish).status_code == 204
+        assert "access-control-allow-origin" not in client.post(ROUTE, json=body, headers=ours).headers

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -21,13 +22,15 @@ import pytest
 from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
-from ensembler import calibration
+from ensembler import artefact, calibration
 from ensembler.artefact import sha256
 from ensembler.decoding import read_image
+from ensembler.errors import CorruptError
 from ensembler.serve import Runtime
-from ensembler.serve.http import json_body
+from ensembler.serve.http import json_body, page
 from ensembler.serve.http.options import CALIBRATED, OUTPUTS, Options
 from ensembler.serve.http.routes import PROBES, PUBLIC
+from ensembler.serve.runtime.manifest import read_bundle
 from tests._runs import CLASSES, TINY, make_bundle
 from tests._service import (
     LIMIT,
@@ -546,7 +549,40 @@ def test_one_record_holds_every_option(client: TestClient) -> None:
     assert set(OUTPUTS) - {"mean"} <= told
 
 
-SAME = [{}, {"mode": "full"}, {"level": 0.9}, {"members": 3}, {"mode": "full", "members": 3, "level": 0.5}]
+SAME = [
+    *({}, {"mode": "full"}, {"level": 0.9}, {"members": 3}, {"mode": "full", "members": 3, "level": 0.5}),
+    *({"mode": "confidence"}, {"mode": "confidence", "level": 0.5}),  # asks three members first
+]
+
+
+def test_early_exit_is_asking_all_where_all_are_asked_first() -> None:
+    def computation(**options: Any) -> Any:
+        return Options.read(options).resolve(8, None).computation()
+
+    assert computation(mode="exact", members=1) == computation(mode="confidence", members=1) == computation(members=1)
+    assert computation(mode="exact", members=2) == computation(members=2)
+    assert computation(mode="exact", members=3) != computation(members=3)
+    assert computation(mode="confidence", members=4) != computation(members=4)
+
+
+def test_a_calibration_is_applied_and_its_scores_are_sorted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied, sorted_sizes = [], []
+    apply, sort = calibration.apply, np.sort
+    monkeypatch.setattr(calibration, "apply", lambda *a: applied.append(len(a[1])) or apply(*a))
+    monkeypatch.setattr(calibration.np, "sort", lambda *a, **k: sorted_sizes.append(len(a[0])) or sort(*a, **k))
+    with in_process(make_calibrated(tmp_path / "calibrated")) as client:
+        applied.clear()
+        sorted_sizes.clear()
+        for _ in range(5):
+            answer = client.post(ROUTE, json=GOOD).json()
+            assert {"calibrated", "prediction_set", "abstain"} <= answer["predictions"][0].keys()
+        assert applied == [1] * 5
+        held_out = client.app.state.predictor.runtime.calibration.held_out  # type: ignore[attr-defined]
+        assert sorted_sizes.count(held_out) <= 2  # of each method, once
+        client.post(ROUTE, json=GOOD | {"outputs": ["class"]})
+        assert applied == [1] * 5
 
 
 def test_requests_that_ask_alike_share_a_pass(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -814,3 +850,28 @@ def test_a_killed_worker_comes_back_while_the_other_serves_on(bundle: Path, tmp_
         assert all(answered() for _ in range(20))
     finally:
         server.stop(signal.SIGTERM)
+
+
+def test_the_pages_examples_are_those_of_the_seal(bundle: Path, tmp_path: Path) -> None:
+    manifest = read_bundle(bundle).model_dump(exclude={"files"})
+    held = tmp_path / "held"
+    with artefact.write(held, manifest) as folder:
+        for file in bundle.iterdir():
+            if not file.name.startswith("manifest"):
+                shutil.copy(file, folder)
+        np.save(folder / "examples.npy", tiny_images(2))
+
+    def shown(client: TestClient) -> list[str]:
+        return [example["name"] for example in client.get("/examples").json()["examples"]]
+
+    known = read_bundle(held)
+    with in_process(held) as client:
+        assert len(shown(client)) == 3
+        before = client.get("/examples").json()
+        np.save(held / "examples.npy", tiny_images(3)[:2])  # while it serves
+        assert client.get("/examples").json() == before
+    with pytest.raises(CorruptError, match=r"examples\.npy of the bundle has changed"):
+        page.examples(held, known)
+    shutil.copy(held / "examples.npy", shutil.copytree(bundle, tmp_path / "beside"))  # that no manifest lists
+    with in_process(tmp_path / "beside") as client:
+        assert len(shown(client)) == 1

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
@@ -58,6 +59,7 @@ def application(
         writing = asyncio.create_task(exposition.keep_written())
         try:
             predictor.warm_up()
+            app.state.examples = page.examples(settings.bundle, predictor.runtime.manifest)
             if otherwise is None:
                 yield
             else:
@@ -67,11 +69,24 @@ def application(
             writing.cancel()
             predictor.close()
 
-    gate = Middleware(Gate, settings=settings, requests=Requests(registry))
-    app = Starlette(routes=_ROUTES, middleware=[gate], lifespan=lifespan)
+    middleware = [Middleware(Gate, settings=settings, requests=Requests(registry))]
+    if settings.cors_origin is not None:
+        middleware.insert(0, _cors(settings.cors_origin.split(",")))
+    app = Starlette(routes=_ROUTES, middleware=middleware, lifespan=lifespan)
     if otherwise is not None:
         app.router.default = _with_options(otherwise)
     return app
+
+
+def _cors(origins: list[str]) -> Middleware:
+    """Lets scripts of these origins read the answers, refusals included, and answers their preflights."""
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "HEAD", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-Deadline-Ms", "X-Shape"],
+        expose_headers=["Retry-After", "Server-Timing", "X-Batch-Size"],
+    )
 
 
 async def _predict(request: Request) -> Response:
@@ -98,8 +113,7 @@ async def _page(request: Request) -> Response:
 
 
 async def _examples(request: Request) -> Response:
-    predictor: Predictor = request.app.state.predictor
-    return JSONResponse(page.examples(predictor.settings.bundle, predictor.runtime.manifest))
+    return JSONResponse(request.app.state.examples)
 
 
 async def _metrics(request: Request) -> Response:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from ensembler.calibration import Calibration
 from ensembler.errors import UsageError
 from ensembler.record import Record
-from ensembler.serve.runtime.early_exit import LEVEL, Mode
+from ensembler.serve.runtime.early_exit import LEVEL, Mode, waves
 from ensembler.serve.runtime.images import shown
 
 __all__ = ["CALIBRATED", "OUTPUTS", "STANDARD", "Options", "Output", "calibrated_outputs"]
@@ -127,6 +127,16 @@ class Options(Record):
     def asks_all(self, members: int) -> bool:
         """Whether all of an ensemble's members are to be asked."""
         return self.mode == "full" and self.members in (None, members)
+
+    def computation(self) -> tuple[Mode, int, float]:
+        """Return what resolved options compute, mode, members and level: requests with equal ones share a pass.
+
+        Where a mode's first members are all that may be asked, it is that of asking all of them.
+        """
+        if self.members is None:
+            raise ValueError("resolve the options first")
+        (_, first), *_ = waves(self.mode, self.members)
+        return ("full", self.members, LEVEL) if first == self.members else (self.mode, self.members, self.level)
 
     @classmethod
     def _read(cls, values: Mapping[str, Any]) -> Self:

@@ -167,7 +167,7 @@ class Predictor:
         return options.resolve(self.runtime.members, self.runtime.calibration)
 
     async def _submit(self, images: Images, options: Options, deadline: float) -> Answered:
-        return await self._batcher.submit(images, (options.mode, options.members, options.level), deadline)
+        return await self._batcher.submit(images, options.computation(), deadline)
 
     def _predict(self, images: NDArray[np.generic], key: Hashable) -> Columns:
         mode, members, level = cast(tuple[Mode, int, float], key)

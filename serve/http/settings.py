@@ -26,6 +26,11 @@ class Settings(Record):
     members: PositiveInt | None = Field(None, description="number of members; further ones are made from the vertices")
     workers: PositiveInt = Field(1, description="processes; each opens the bundle and uses its share of the CPUs")
     token: str | None = Field(None, pattern="^[!-~]*$", description="what callers send: Authorization: Bearer TOKEN")
+    cors_origin: str | None = Field(
+        None,
+        pattern=r"^(\*|https?://[^\s,/*?#]+(,https?://[^\s,/*?#]+)*)$",
+        description="origins whose pages may ask, with commas between them, or * for all",
+    )
     max_batch: PositiveInt = Field(1024, description="the most images in one request")
     run_batch: PositiveInt = Field(64, description="the most images in one forward pass, of one request or several")
     max_queue: PositiveInt = Field(1024, description="images that may wait in one worker; others get 503")
@@ -55,4 +60,9 @@ class Settings(Record):
             name = str(error.errors()[0]["loc"][0])
         if name == "token":
             raise UsageError(f"{names[name]} must consist of visible ASCII characters: a header holds no others")
+        if name == "cors_origin":
+            raise UsageError(
+                f"{names[name]} must be * or origins such as https://example.org with commas between them, not "
+                f"{given[name]!r}"
+            )
         raise UsageError(f"{names[name]} must be a whole number from 1 up, not {given[name]!r}")
