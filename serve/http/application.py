@@ -22,12 +22,27 @@ from starlette.responses import JSONResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Route
 
 from ensembler.errors import EnsemblerError
-from ensembler.serve.http import answers, openapi, page
+from ensembler.serve.http import answers, kserve, openapi, page
 from ensembler.serve.http.gate import Gate, refusal
 from ensembler.serve.http.metrics import Exposition, Requests
 from ensembler.serve.http.predictor import Predictor
-from ensembler.serve.http.routes import DOCS, EXAMPLES, METADATA, METRICS, PAGE, PREDICT, SCHEMA
+from ensembler.serve.http.routes import (
+    ALIVE,
+    DOCS,
+    EXAMPLES,
+    METADATA,
+    METRICS,
+    PAGE,
+    PREDICT,
+    READY,
+    SCHEMA,
+    V2,
+    V2_INFER,
+    V2_MODEL,
+    V2_READY,
+)
 from ensembler.serve.http.settings import Settings
+from ensembler.serve.runtime.images import shown
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -84,8 +99,8 @@ def _cors(origins: list[str]) -> Middleware:
         CORSMiddleware,
         allow_origins=origins,
         allow_methods=["GET", "HEAD", "POST"],
-        allow_headers=["Authorization", "Content-Type", "X-Deadline-Ms", "X-Shape"],
-        expose_headers=["Retry-After", "Server-Timing", "X-Batch-Size"],
+        allow_headers=["Authorization", "Content-Type", "X-Deadline-Ms", "X-Shape", kserve.HEAD_LENGTH],
+        expose_headers=["Retry-After", "Server-Timing", "X-Batch-Size", kserve.HEAD_LENGTH],
     )
 
 
@@ -126,12 +141,46 @@ async def _to_page(request: Request) -> Response:
 
 
 async def _alive(request: Request) -> Response:
-    return PlainTextResponse("\n")
+    return JSONResponse({"live": True}) if request.url.path.startswith(V2) else PlainTextResponse("\n")
 
 
 async def _ready(request: Request) -> Response:
     ready = request.app.state.predictor.runtime.ready
-    return PlainTextResponse("\n", status_code=200 if ready else 503)
+    status = 200 if ready else 503
+    if request.url.path.startswith(V2):
+        return JSONResponse({"ready": ready}, status_code=status)
+    return PlainTextResponse("\n", status_code=status)
+
+
+async def _server(request: Request) -> Response:
+    return JSONResponse(kserve.server())
+
+
+async def _model(request: Request) -> Response:
+    return _unless_another(request) or JSONResponse(kserve.model(request.app.state.predictor.runtime))
+
+
+async def _model_ready(request: Request) -> Response:
+    ready = request.app.state.predictor.runtime.ready
+    content = {"name": request.path_params["name"], "ready": ready}
+    return _unless_another(request) or JSONResponse(content, status_code=200 if ready else 503)
+
+
+async def _infer(request: Request) -> Response:
+    if refused := _unless_another(request):
+        return refused
+    try:
+        return await request.app.state.predictor.infer(request)
+    except EnsemblerError as error:
+        return refusal(error)
+
+
+def _unless_another(request: Request) -> Response | None:
+    """A refusal, where a path names another model than this server's."""
+    name = request.app.state.predictor.runtime.manifest.run.name
+    if request.path_params["name"] == name:
+        return None
+    return JSONResponse({"error": f"this server has the model {shown(name)} only: ask for that"}, status_code=404)
 
 
 def _route(path: str, endpoint: Callable[[Request], Awaitable[Response]], method: str = "GET") -> Route:
@@ -165,7 +214,10 @@ _ROUTES = [
     _route("/", _to_page),
     _route(PAGE, _page),
     _route(EXAMPLES, _examples),
-    _route("/livez", _alive),
-    _route("/healthz", _alive),
-    _route("/readyz", _ready),
+    *(_route(path, _alive) for path in ALIVE),
+    *(_route(path, _ready) for path in READY),
+    _route(V2, _server),
+    _route(V2_MODEL, _model),
+    _route(V2_READY, _model_ready),
+    _route(V2_INFER, _infer, "POST"),
 ]

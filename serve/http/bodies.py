@@ -30,7 +30,7 @@ _SILENT = {
     "application/x-www-form-urlencoded",  # what curl -d, urllib and others call a body whose type nobody gave
     "text/plain",
 }
-_ONCE = {b"content-type", b"content-encoding", b"x-shape", b"x-deadline-ms"}
+_ONCE = {b"content-type", b"content-encoding", b"x-shape", b"x-deadline-ms", b"inference-header-content-length"}
 _NPY = b"\x93NUMPY"
 
 Headers = Iterable[tuple[bytes, bytes]]

@@ -20,7 +20,7 @@ import numpy as np
 from ensembler.errors import EnsemblerError, ShapeError, UsageError
 from ensembler.serve.runtime.images import kind_of, shown
 
-__all__ = ["MAX_DEPTH", "Limits", "Question", "TooLargeError", "parse", "read_question"]
+__all__ = ["MAX_DEPTH", "Limits", "Question", "TooLargeError", "file_of", "parse", "read_question"]
 
 MAX_DEPTH = 16
 
@@ -118,11 +118,15 @@ def read_question(content: Any) -> Question:
     options = fields | (parameters or {})
     if not any(isinstance(image, str | dict) for image in images):
         return Question(images, None, options)
-    return Question(None, [_file(image, f"{names[0]}[{place}]") for place, image in enumerate(images)], options)
+    return Question(None, [file_of(image, f"{names[0]}[{place}]") for place, image in enumerate(images)], options)
 
 
-def _file(image: Any, where: str) -> bytes:
-    """The bytes of an image file: base64, alone or as the one value of an object, such as ``{"b64": ...}``."""
+def file_of(image: Any, where: str) -> bytes:
+    """Return the bytes of an image file: base64, alone or as the one value of an object, such as ``{"b64": ...}``.
+
+    Raises:
+        ShapeError: it is no base64; ``where`` says where it was sent.
+    """
     content = image
     while isinstance(content, dict) and len(content) == 1:
         (content,) = content.values()

@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from ensembler.serve.http.batcher import Columns
-from ensembler.serve.http.routes import ROUTES
+from ensembler.serve.http.routes import route_of
 from ensembler.serve.runtime.manifest import Validation
 
 __all__ = ["STAGES", "Exposition", "Metrics", "Requests"]
@@ -163,7 +163,7 @@ class Requests:
     @_harmless
     def count(self, path: str, status: int) -> None:
         """Count a response; routes that do not exist are counted as ``other``."""
-        self._count.labels(path if path in ROUTES else "other", str(status)).inc()
+        self._count.labels(route_of(path) or "other", str(status)).inc()
 
 
 class Metrics:

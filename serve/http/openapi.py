@@ -5,8 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from ensembler import __version__
-from ensembler.serve.http.options import Options
-from ensembler.serve.http.routes import DOCS, EXAMPLES, METADATA, METRICS, PAGE, PREDICT, PROBES, PUBLIC
+from ensembler.serve.http.kserve import HEAD_LENGTH
+from ensembler.serve.http.options import OUTPUTS, Options
+from ensembler.serve.http.routes import (
+    ALIVE,
+    DOCS,
+    EXAMPLES,
+    METADATA,
+    METRICS,
+    PAGE,
+    PREDICT,
+    PUBLIC,
+    READY,
+    V2,
+    V2_INFER,
+    V2_MODEL,
+    V2_READY,
+)
 from ensembler.serve.http.schemas import Answer
 from ensembler.serve.runtime.manifest import BundleManifest
 
@@ -63,11 +78,18 @@ def document(manifest: BundleManifest, token: bool) -> Schema:
         EXAMPLES: {"get": _get("Images to try, for the page.", "application/json")},
         METRICS: {"get": _get("Metrics for Prometheus.", "text/plain")},
         PAGE: {"get": _get("A page to try images on.", "text/html")},
-        **{path: {"get": _get(probe, "text/plain")} for path in PROBES},
+        **{path: {"get": _get(probe, _kind_of(path))} for path in ALIVE},
+        **{path: {"get": _ready(_kind_of(path))} for path in READY},
+        V2: {"get": _get("This server, in KServe's Open Inference Protocol.", "application/json")},
+        V2_MODEL: {"get": _get("The model's inputs and outputs, in the same.", "application/json")},
+        V2_READY: {"get": _ready("application/json")},
+        V2_INFER: {"post": _inference()},
     }
-    ready = paths[PROBES[-1]]["get"]
-    ready |= {"summary": "200 once every member has run, 503 before."}
-    ready["responses"]["503"] = {"description": "Not ready.", "content": {"text/plain": {}}}
+    name = {"name": "name", "in": "path", "required": True, "schema": {"enum": [manifest.run.name]}}
+    for path in (V2_MODEL, V2_READY, V2_INFER):
+        for operation in paths[path].values():
+            operation["parameters"] = [name, *operation.get("parameters", [])]
+            operation["responses"]["404"] = _error("This server has another model.")
     for path, operations in paths.items():
         for operation in operations.values():
             _secure(operation, token and path not in PUBLIC)
@@ -176,6 +198,61 @@ Options are read from the query, from a form's text fields, and from JSON beside
             **{status: _error(text) for status, text in _PREDICTION_ERRORS.items()},
         },
     }
+
+
+def _inference() -> Schema:
+    text = {"type": "string"}
+    tensor = {
+        "type": "object",
+        "required": ["name", "shape", "datatype"],
+        "properties": {
+            "name": text,
+            "shape": {"type": "array", "items": {"type": "integer"}},
+            "datatype": text,
+            "parameters": {"type": "object"},
+            "data": {"type": "array"},
+        },
+    }
+    tensors = {"type": "array", "items": tensor}
+    question = {
+        "type": "object",
+        "required": ["inputs"],
+        "properties": {
+            "id": text,
+            "parameters": {"type": "object"},
+            "inputs": tensors | {"minItems": 1, "maxItems": 1},
+            "outputs": {
+                "type": "array",
+                "items": {"type": "object", "required": ["name"], "properties": {"name": {"enum": list(OUTPUTS)}}},
+            },
+        },
+    }
+    answer = {
+        "type": "object",
+        "required": ["model_name", "outputs"],
+        "properties": {"model_name": text, "model_version": text, "id": text, "outputs": tensors},
+    }
+    octets = {"application/octet-stream": {}}
+    length = {"name": HEAD_LENGTH, "in": "header", "schema": {"type": "integer", "minimum": 0}}
+    return {
+        "summary": "Predict images, in KServe's Open Inference Protocol, version 2.",
+        "parameters": [_parameters()[0], length | {"description": "Bytes of JSON, after which tensors follow."}],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": question}, **octets}},
+        "responses": {
+            "200": {"description": "Tensors.", "content": {"application/json": {"schema": answer}, **octets}},
+            **{status: _error(text) for status, text in _PREDICTION_ERRORS.items()},
+        },
+    }
+
+
+def _ready(media_type: str) -> Schema:
+    operation = _get("200 once every member has run, 503 before.", media_type)
+    operation["responses"]["503"] = {"description": "Not ready.", "content": {media_type: {}}}
+    return operation
+
+
+def _kind_of(probe: str) -> str:
+    return "application/json" if probe.startswith(V2) else "text/plain"
 
 
 def _get(summary: str, media_type: str) -> Schema:

@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from ensembler.errors import ShapeError, UsageError
 from ensembler.machine import available_cpus
-from ensembler.serve.http import answers, bodies, json_body, readers
+from ensembler.serve.http import answers, bodies, json_body, kserve, readers
 from ensembler.serve.http.batcher import Answered, Batcher, Columns
 from ensembler.serve.http.metrics import STAGES, Metrics
 from ensembler.serve.http.options import Options
@@ -84,29 +84,55 @@ class Predictor:
         gc.unfreeze()
 
     async def respond(self, request: Request) -> Response:
-        """Return the response to a request of a prediction route, whose body has arrived.
+        """Return the response to a request of the prediction route, whose body has arrived.
 
         Raises:
             EnsemblerError: the request cannot be honoured, or not in time.
         """
+        images, options = await self._read(request)
+        if not _wants_npy(request):
+            return await self._respond(request, images, options, self._json)
+        array = answers.array_output(options)
+        return await self._respond(request, images, options, lambda columns, _: _npy(columns[array]))
+
+    async def infer(self, request: Request) -> Response:
+        """Return the response to a request of KServe's protocol, whose body has arrived.
+
+        Raises:
+            EnsemblerError: the request cannot be honoured, or not in time.
+        """
+        body, head = await request.body(), request.headers.get(kserve.HEAD_LENGTH)
+        question = await self._call(len(body) > _BYTES, kserve.read, body, head, self._limits)
+        options = self._resolve(Options.read(question.options))
+        kserve.check(question, options)
+        files = question.files
+        images = self._check(question.images) if files is None else await self._call(True, self._decode, files)
+
+        def write(columns: Columns, options: Options) -> Response:
+            content, length = kserve.answer(columns, options, question, self.runtime)
+            headers = None if length is None else {kserve.HEAD_LENGTH: str(length)}
+            kind = "application/json" if length is None else "application/octet-stream"
+            return Response(content, media_type=kind, headers=headers)
+
+        return await self._respond(request, images, options, write)
+
+    async def _respond(
+        self, request: Request, images: Images, options: Options, write: Callable[[Columns, Options], Response]
+    ) -> Response:
         arrived, received = (request.scope.get(f"ensembler.{name}", monotonic()) for name in ("arrived", "read"))
         deadline = arrived + _patience(request, self.settings.deadline_ms) / 1000
-        images, options = await self._read(request)
-        array = answers.array_output(options) if _wants_npy(request) else None
         read = monotonic()
         answered = await self._submit(images, options, deadline)
         predicted = monotonic()
-        large = array is None and len(images) * len(self.runtime.manifest.classes) > _NUMBERS
-        content = await self._call(large, self._write, answered.columns, options, array)
+        large = len(images) * len(self.runtime.manifest.classes) > _NUMBERS
+        response = await self._call(large, self._write, answered.columns, options, write)
         seconds = (read - received, answered.queued, answered.predicted, monotonic() - predicted)
         stages = dict(zip(STAGES, seconds, strict=True))
         self._metrics.stages(stages)
-        headers = {
-            "X-Batch-Size": str(answered.batch),
-            "Server-Timing": ", ".join(f"{stage};dur={1000 * value:.2f}" for stage, value in stages.items()),
-        }
-        kind = "application/json" if array is None else "application/x-npy"
-        return Response(content, media_type=kind, headers=headers)
+        response.headers["X-Batch-Size"] = str(answered.batch)
+        timing = ", ".join(f"{stage};dur={1000 * value:.2f}" for stage, value in stages.items())
+        response.headers["Server-Timing"] = timing
+        return response
 
     async def answer(self, images: object, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return the answer to images and options as they are in a JSON body."""
@@ -176,10 +202,13 @@ class Predictor:
     def _on_pass(self, images: int) -> None:
         self._metrics.batch(images, self._batcher.waiting)
 
-    def _write(self, columns: Columns, options: Options, array: str | None) -> bytes:
+    def _write(self, columns: Columns, options: Options, write: Callable[[Columns, Options], Response]) -> Response:
         columns = answers.with_outputs(columns, options, self.runtime)
         self._metrics.answer(columns, options.asks_all(self.runtime.members))
-        return answers.as_json(columns, options, self.runtime) if array is None else answers.as_npy(columns[array])
+        return write(columns, options)
+
+    def _json(self, columns: Columns, options: Options) -> Response:
+        return Response(answers.as_json(columns, options, self.runtime), media_type="application/json")
 
     async def _call(self, in_thread: bool, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function, in a thread where it would delay other requests."""
@@ -196,6 +225,10 @@ def _patience(request: Request, most: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
         raise UsageError("X-Deadline-Ms must be a whole number of milliseconds, such as 500")
     return min(most, int(text))
+
+
+def _npy(column: NDArray[np.generic]) -> Response:
+    return Response(answers.as_npy(column), media_type="application/x-npy")
 
 
 def _wants_npy(request: Request) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
+    "ALIVE",
     "DOCS",
     "EXAMPLES",
     "METADATA",
@@ -11,9 +14,14 @@ __all__ = [
     "PREDICT",
     "PROBES",
     "PUBLIC",
-    "ROUTES",
+    "READY",
     "SCHEMA",
+    "V2",
+    "V2_INFER",
+    "V2_MODEL",
+    "V2_READY",
     "reads_a_body",
+    "route_of",
 ]
 
 PREDICT = "/predictive-uncertainty"
@@ -24,14 +32,28 @@ DOCS = "/docs.json"
 METRICS = "/metrics"
 SCHEMA = "/schema.json"  # BentoML's
 
-PROBES = ("/livez", "/healthz", "/readyz")
+V2 = "/v2"
+V2_MODEL = "/v2/models/{name}"
+V2_READY = f"{V2_MODEL}/ready"
+V2_INFER = f"{V2_MODEL}/infer"
+
+ALIVE = ("/livez", "/healthz", "/v2/health/live")
+READY = ("/readyz", "/v2/health/ready")
+PROBES = (*ALIVE, *READY)
 PUBLIC = (*PROBES, "/", PAGE)
 """Routes that need no token: health checks, and the page, which contains nothing of the bundle."""
 
-ROUTES = (PREDICT, *PUBLIC, EXAMPLES, METADATA, DOCS, METRICS, SCHEMA)
-"""All routes."""
+_FIXED = (PREDICT, *PUBLIC, EXAMPLES, METADATA, DOCS, METRICS, SCHEMA, V2)
+_OF_A_MODEL = {route: re.compile(route.replace("{name}", "[^/]+")) for route in (V2_MODEL, V2_READY, V2_INFER)}
 
 
 def reads_a_body(path: str) -> bool:
     """Whether the route at a path reads request bodies."""
-    return path == PREDICT
+    return route_of(path) in (PREDICT, V2_INFER)
+
+
+def route_of(path: str) -> str | None:
+    """Return the route of a path; ``None`` where there is none."""
+    if path in _FIXED:
+        return path
+    return next((route for route, pattern in _OF_A_MODEL.items() if pattern.fullmatch(path)), None)
