@@ -114,7 +114,7 @@ async def _predict(request: Request) -> Response:
 
 async def _metadata(request: Request) -> Response:
     predictor: Predictor = request.app.state.predictor
-    limits = predictor.settings.model_dump(exclude={"bundle", "token", "members"})
+    limits = predictor.settings.model_dump(exclude={"bundle", "token", "members", "log_answers"})
     return JSONResponse(answers.metadata(predictor.runtime, limits))
 
 

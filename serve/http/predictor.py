@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from ensembler.errors import ShapeError, UsageError
 from ensembler.machine import available_cpus
+from ensembler.serve.answer_log import AnswerLog
 from ensembler.serve.http import answers, bodies, json_body, kserve, readers
 from ensembler.serve.http.batcher import Answered, Batcher, Columns
 from ensembler.serve.http.metrics import STAGES, Metrics
@@ -62,7 +63,13 @@ class Predictor:
         self.runtime = Runtime.load(settings.bundle, threads, members=settings.members)
         manifest = self.runtime.manifest
         self._limits = json_body.Limits.of(settings.max_json, settings.max_batch, manifest.image_shape)
-        self._metrics = Metrics(manifest.validation, self.runtime.members, len(manifest.classes), registry)
+        known = manifest.validation
+        if known is not None and self.runtime.members != manifest.members:
+            known = known.model_copy(update={"drift": []})  # it is of the bundle's own members
+        self._metrics = Metrics(known, self.runtime.members, len(manifest.classes), registry, settings.drift_window)
+        self._log = None
+        if settings.log_answers is not None:
+            self._log = AnswerLog(settings.log_answers, settings.log_sample, manifest, self.runtime.sha256)
         self._batcher = Batcher(
             self._predict, max_batch=settings.run_batch, max_queue=settings.max_queue, on_pass=self._on_pass
         )
@@ -205,7 +212,10 @@ class Predictor:
     def _write(self, columns: Columns, options: Options, write: Callable[[Columns, Options], Response]) -> Response:
         columns = answers.with_outputs(columns, options, self.runtime)
         self._metrics.answer(columns, options.asks_all(self.runtime.members))
-        return write(columns, options)
+        response = write(columns, options)
+        if self._log is not None:
+            self._log.add(columns, options.mode)
+        return response
 
     def _json(self, columns: Columns, options: Options) -> Response:
         return Response(answers.as_json(columns, options, self.runtime), media_type="application/json")

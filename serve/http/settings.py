@@ -31,6 +31,9 @@ class Settings(Record):
         pattern=r"^(\*|https?://[^\s,/*?#]+(,https?://[^\s,/*?#]+)*)$",
         description="origins whose pages may ask, with commas between them, or * for all",
     )
+    log_answers: Path | None = Field(None, description="file to which answers are appended, without their images")
+    log_sample: float = Field(1.0, gt=0, le=1, description="share of images whose answers are logged, at random")
+    drift_window: int = Field(1000, ge=50, description="images over which drift is measured")
     max_batch: PositiveInt = Field(1024, description="the most images in one request")
     run_batch: PositiveInt = Field(64, description="the most images in one forward pass, of one request or several")
     max_queue: PositiveInt = Field(1024, description="images that may wait in one worker; others get 503")
@@ -60,6 +63,10 @@ class Settings(Record):
             name = str(error.errors()[0]["loc"][0])
         if name == "token":
             raise UsageError(f"{names[name]} must consist of visible ASCII characters: a header holds no others")
+        if name == "log_sample":
+            raise UsageError(f"{names[name]} must be above 0 and at most 1, not {given[name]!r}")
+        if name == "drift_window":
+            raise UsageError(f"{names[name]} must be a whole number from 50 up, not {given[name]!r}")
         if name == "cors_origin":
             raise UsageError(
                 f"{names[name]} must be * or origins such as https://example.org with commas between them, not "
