@@ -27,11 +27,11 @@ from ensembler.serve.http.options import CALIBRATED, OUTPUTS, Options, Output, c
 from ensembler.serve.runtime.images import kind_of, pixels_of, shown
 from ensembler.serve.runtime.runtime import Runtime
 
-__all__ = ["HEAD_LENGTH", "Question", "answer", "check", "model", "read", "server"]
+__all__ = ["HEAD_LENGTH", "INTEGERS", "Question", "answer", "check", "model", "read", "server"]
 
 HEAD_LENGTH = "Inference-Header-Content-Length"
 
-_INTEGERS = {f"{sign}INT{8 * size}": f"<{sign.lower() or 'i'}{size}" for sign in ("", "U") for size in (1, 2, 4, 8)}
+INTEGERS = {f"{sign}INT{8 * size}": f"<{sign.lower() or 'i'}{size}" for sign in ("", "U") for size in (1, 2, 4, 8)}
 _DATATYPES = {"i": "INT64", "b": "BOOL", "O": "BYTES"}
 _INPUT = 'send one input {"name": "images", "shape": [...], "datatype": "UINT8", "data": [...]}'
 _MOST_DIMENSIONS = 6
@@ -196,7 +196,7 @@ def _tensor(tensor: Mapping[str, Any], rest: memoryview) -> tuple[NDArray[Any] |
     whole = isinstance(shape, list) and all(type(size) is int and 0 < size < 2**31 for size in shape)
     if not (isinstance(shape, list) and whole and 0 < len(shape) <= _MOST_DIMENSIONS):
         raise ShapeError("the input has no shape of whole numbers from 1 up: send its shape, such as [1, 32, 32, 3]")
-    if datatype not in (*_INTEGERS, "BYTES"):
+    if datatype not in (*INTEGERS, "BYTES"):
         raise ShapeError(f"the input's datatype is {shown(datatype)}: send UINT8 pixels, or BYTES of image files")
     count = math.prod(shape)
     size = _object(tensor.get("parameters") or {}, "the input's parameters").get("binary_data_size")
@@ -216,7 +216,7 @@ def _tensor(tensor: Mapping[str, Any], rest: memoryview) -> tuple[NDArray[Any] |
         return None, files
     if size is None:
         return pixels_of(tensor["data"], tuple(shape)), None
-    dtype = np.dtype(_INTEGERS[str(datatype)])
+    dtype = np.dtype(INTEGERS[str(datatype)])
     if size != count * dtype.itemsize:
         raise ShapeError(f"{size} bytes are not a tensor {shape} of {datatype}: send all of its values")
     return np.frombuffer(rest, dtype=dtype).reshape(shape), None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ensembler import __version__
-from ensembler.serve.http.kserve import HEAD_LENGTH
+from ensembler.serve.http.kserve import HEAD_LENGTH, INTEGERS
 from ensembler.serve.http.options import OUTPUTS, Options
 from ensembler.serve.http.routes import (
     ALIVE,
@@ -164,8 +164,13 @@ def _parameters() -> list[Schema]:
 
 def _prediction(manifest: BundleManifest) -> Schema:
     height, width, channels = manifest.image_shape
-    files = {"type": "array", "minItems": 1, "items": {"contentMediaType": "application/octet-stream"}}
-    form = {"type": "object", "required": ["images"], "properties": {"images": files, **Options.schemas()}}
+    file = {"type": "string", "contentMediaType": "application/octet-stream"}
+    form = {
+        "type": "object",
+        "required": ["images"],
+        "additionalProperties": False,
+        "properties": {"images": {"type": "array", "minItems": 1, "items": file}, **Options.schemas()},
+    }
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/Answer"}}, "application/x-npy": {}}
     headers = {
         "X-Batch-Size": {"schema": {"type": "integer"}, "description": "Images of the forward pass, others' included."},
@@ -201,32 +206,53 @@ Options are read from the query, from a form's text fields, and from JSON beside
 
 
 def _inference() -> Schema:
-    text = {"type": "string"}
-    tensor = {
+    text: Schema = {"type": "string"}
+    shape = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 1}}
+    images = {
         "type": "object",
         "required": ["name", "shape", "datatype"],
         "properties": {
-            "name": text,
-            "shape": {"type": "array", "items": {"type": "integer"}},
-            "datatype": text,
-            "parameters": {"type": "object"},
+            "name": {"const": "images"},
+            "shape": shape,
+            "datatype": {"enum": [*INTEGERS, "BYTES"]},
+            "parameters": {"type": "object", "properties": {"binary_data_size": {"type": "integer", "minimum": 0}}},
             "data": {"type": "array"},
         },
     }
-    tensors = {"type": "array", "items": tensor}
+    output = {
+        "type": "object",
+        "required": ["name"],
+        "properties": {
+            "name": {"enum": list(OUTPUTS)},
+            "parameters": {
+                "type": "object",
+                "additionalProperties": False,
+                "properties": {"binary_data": {"type": "boolean"}},
+            },
+        },
+    }
+    options = {name: schema for name, schema in Options.schemas().items() if name != "outputs"}
+    parameters = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {"binary_data_output": {"type": "boolean"}, **options},
+    }
     question = {
         "type": "object",
         "required": ["inputs"],
         "properties": {
             "id": text,
-            "parameters": {"type": "object"},
-            "inputs": tensors | {"minItems": 1, "maxItems": 1},
-            "outputs": {
-                "type": "array",
-                "items": {"type": "object", "required": ["name"], "properties": {"name": {"enum": list(OUTPUTS)}}},
-            },
+            "parameters": parameters,
+            "inputs": {"type": "array", "minItems": 1, "maxItems": 1, "items": images},
+            "outputs": {"type": "array", "items": output},
         },
     }
+    tensor = {
+        "type": "object",
+        "required": ["name", "shape", "datatype"],
+        "properties": {"name": {"enum": list(OUTPUTS)}, "shape": shape, "datatype": text, "data": {"type": "array"}},
+    }
+    tensors = {"type": "array", "items": tensor}
     answer = {
         "type": "object",
         "required": ["model_name", "outputs"],
