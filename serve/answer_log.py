@@ -206,7 +206,7 @@ def drift_of(file: Path, window: int) -> Drift:
         taken.add({name: np.asarray(values)[start : start + size] for name, values in columns.items()})
         first, last = lines[start].time, lines[start + size - 1].time
         windows.append(WindowDrift(first=first, last=last, index=taken.indices()))
-    bounds = {binned.measure: bound(binned.counts, size) for binned in head.reference}
+    bounds: dict[str, float] = {binned.measure: bound(binned.counts, size) for binned in head.reference}
     return Drift(
         bundle=head.bundle,
         answers=len(lines),

@@ -238,7 +238,7 @@ def _send(client: httpx.Client, url: str, contents: list[bytes]) -> httpx.Respon
 
     body: dict[str, Any] = {"files": [("images", ("image", content)) for content in contents]}
     if len(contents) == 1:
-        body = {"content": contents[0], "headers": {"Content-Type": "application/octet-stream"}}
+        body = {"content": contents[0], "headers": {"Content-Type": "image/*"}}  # whatever it holds
     for tries in range(1, _TRIES + 1):
         try:
             response = client.post(url.rstrip("/") + PREDICT, **body)

@@ -301,6 +301,18 @@ def test_the_wrong_images_of_a_folder_are_named_and_the_others_answered(
             predict_files(target, [many[13]], token=TOKEN)
 
 
+def test_a_file_that_is_no_image_is_none_there_either(server: Server, bundle: Path, pictures: Path) -> None:
+    """Though the service reads other bodies, too."""
+    question, array = pictures / "question.png", pictures / "array.png"
+    question.write_text(json.dumps({"images": tiny_images(1).tolist()}))
+    np.save(array, tiny_images(1))
+    array.with_name("array.png.npy").rename(array)
+    for file in (question, array):
+        for target in (str(bundle), server.url):
+            with pytest.raises(ShapeError, match=r"the image is of no format that is read: send PNG or [^,]*$"):
+                predict_files(target, [file], token=TOKEN)
+
+
 def test_predict_answers_what_it_can_and_exits_with_1(bundle: Path, many: list[Path]) -> None:
     (many[0].parent / ".ipynb_checkpoints").mkdir()
     (many[0].parent / ".ipynb_checkpoints" / "0.png").write_bytes(many[0].read_bytes())

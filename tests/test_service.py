@@ -82,6 +82,11 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "brackets behind strings": (b'["]"' + b', ["]"' * 900 + b"]" * 901, "nested more than 16 lists deep"),
     "brackets in one string": (b'{"images": "' + b"[" * 5000 + b'"}', "'images' is a string"),
     "brackets not so deep": (b'{"images": ' + b"[" * 9 + b"]" * 9 + b"}", "found (1, 1, 1, 1, 1, 1)"),
+    "brackets behind escapes": (
+        rb'["\\\"' + rb'\\"' + rb', ["\\"' * 900 + b"]" * 901,
+        "nested more than 16 lists deep",
+    ),
+    "brackets in a string of escapes": (rb'{"images": "\"' + rb"[\\" * 5000 + b'"}', "'images' is a string"),
     "images twice": (b'{"images": [], "images": []}', 'has "images" twice'),
     "a name twice, deeper": (b'{"images": [{"b64": "AAAA", "b64": "AAAA"}]}', 'has "b64" twice'),
     "an option twice": ({"images": IMAGES, "mode": "full", "parameters": {"mode": "full"}}, '"mode" was sent twice'),
@@ -728,6 +733,10 @@ def test_the_command_refuses_before_bentoml_starts(bundle: Path, tmp_path: Path)
     assert "member-001.onnx has changed" in refused(str(damaged))
     assert "no bundle at" in refused(str(tmp_path / "nothing"))
     assert "--host must be an IP address" in refused(str(bundle), "--host", "example.org")
+    assert "must be * or origins" in refused(str(bundle), "--cors-origin", "example.org")
+    assert "ENSEMBLER_LOG_SAMPLE must be above 0" in refused(
+        str(bundle), "--log-answers", str(tmp_path / "log"), "--log-sample", "0"
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "choose another --port" in refused(str(bundle), "--port", str(taken.getsockname()[1]))
 

@@ -258,7 +258,7 @@ def _inference() -> Schema:
         "required": ["model_name", "outputs"],
         "properties": {"model_name": text, "model_version": text, "id": text, "outputs": tensors},
     }
-    octets = {"application/octet-stream": {}}
+    octets: Schema = {"application/octet-stream": {}}
     length = {"name": HEAD_LENGTH, "in": "header", "schema": {"type": "integer", "minimum": 0}}
     return {
         "summary": "Predict images, in KServe's Open Inference Protocol, version 2.",
