@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from ensembler.serve.http.bodies import TYPES, MediaTypeError
+from ensembler.serve.http.json_body import Limits, TooLargeError, parse
 from ensembler.serve.http.options import OUTPUTS
 from ensembler.serve.http.readers import image_from_file
 from tests._runs import TINY, make_bundle
@@ -330,6 +331,33 @@ def test_any_json(client: TestClient, content: Any) -> None:
     body = json.dumps(content)
     assert_refused(client.post(ROUTE, content=body, headers={"Content-Type": "application/json"}), 400)
     assert_refused(client.post(ROUTE, content=body), 400, 415)
+
+
+DOCUMENTS = st.recursive(
+    st.text('\\"[]{}:,a\u20ac\n', max_size=6),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text('\\"[]{}:a', max_size=4), inner, max_size=3),
+    max_leaves=20,
+)
+
+
+def size(document: Any) -> tuple[int, int]:
+    """Lists and objects, and names of values, as the parser finds them."""
+    if not isinstance(document, list | dict):
+        return 0, 0
+    inner = [size(one) for one in (document.values() if isinstance(document, dict) else document)]
+    names = len(document) if isinstance(document, dict) else 0
+    return 1 + sum(lists for lists, _ in inner), names + sum(more for _, more in inner)
+
+
+@many
+@given(DOCUMENTS, st.booleans())
+def test_what_is_counted_before_parsing_is_what_the_parser_finds(document: Any, ascii_only: bool) -> None:
+    body = json.dumps(document, ensure_ascii=ascii_only).encode()
+    lists, names = size(document)
+    assert parse(body, Limits(10**6, lists, names)) == document
+    for fewer in (Limits(10**6, lists - 1, names), Limits(10**6, lists, names - 1)):
+        with pytest.raises(TooLargeError):
+            parse(body, fewer)
 
 
 @many

@@ -82,10 +82,7 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "brackets behind strings": (b'["]"' + b', ["]"' * 900 + b"]" * 901, "nested more than 16 lists deep"),
     "brackets in one string": (b'{"images": "' + b"[" * 5000 + b'"}', "'images' is a string"),
     "brackets not so deep": (b'{"images": ' + b"[" * 9 + b"]" * 9 + b"}", "found (1, 1, 1, 1, 1, 1)"),
-    "brackets behind escapes": (
-        rb'["\\\"' + rb'\\"' + rb', ["\\"' * 900 + b"]" * 901,
-        "nested more than 16 lists deep",
-    ),
+    "brackets behind escapes": (rb'["\\"' + rb', ["\\"' * 900 + b"]" * 901, "nested more than 16 lists deep"),
     "brackets in a string of escapes": (rb'{"images": "\"' + rb"[\\" * 5000 + b'"}', "'images' is a string"),
     "images twice": (b'{"images": [], "images": []}', 'has "images" twice'),
     "a name twice, deeper": (b'{"images": [{"b64": "AAAA", "b64": "AAAA"}]}', 'has "b64" twice'),
