@@ -14,6 +14,7 @@ animations, pages         the first
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -29,7 +30,7 @@ from ensembler.machine import available_cpus
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MEND", "MEND_OR_SKIP", "decode", "formats", "read_image", "suffixes", "unreadable"]
+__all__ = ["MEND", "MEND_OR_SKIP", "decode", "formats", "measure", "read_image", "suffixes", "unreadable"]
 
 _SUFFIXES = {
     "PNG": (".png", ".apng"),
@@ -86,16 +87,32 @@ def decode(
     from PIL import Image
 
     with Image.open(file, formats=formats()) as opened:
-        width, height = opened.size
-        if max_pixels is not None and width * height > max_pixels:
-            raise ShapeError(
-                f"an image of {width} x {height} pixels is more than {max_pixels} pixels: use a smaller one"
-            )
+        _check_pixels(opened, max_pixels)
         opened.load()
         image = _upright(_rgb(opened), opened)
     if shape is not None and image.size != shape[::-1]:
         image = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
     return np.array(image)
+
+
+def measure(content: bytes, max_pixels: int | None = None) -> tuple[int, int]:
+    """Return what decoding an image will cost, from its headers: its pixels, and in how many scans it has each.
+
+    A progressive JPEG can have any number of scans of a few bytes, each of which is decoded over the whole image. They
+    are counted by their markers: its data hold no other ``FF DA``.
+
+    Raises:
+        ShapeError: too many pixels.
+        PIL.UnidentifiedImageError: not one of :func:`formats`.
+        Exception: of any class where the file is damaged.
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content), formats=formats()) as opened:
+        _check_pixels(opened, max_pixels)
+        width, height = opened.size
+        jpeg = opened.format in ("JPEG", "MPO") or opened.info.get("compression") == "jpeg"
+    return width * height, max(1, content.count(b"\xff\xda")) if jpeg else 1
 
 
 def read_image(path: Path, shape: tuple[int, int] | None = None, mend: str = MEND) -> NDArray[np.uint8]:
@@ -127,6 +144,12 @@ def unreadable(files: Sequence[Path]) -> list[Path]:
 
     with ThreadPoolExecutor(available_cpus() + 4) as pool:
         return [path for path, failed in zip(files, pool.map(fails, files), strict=True) if failed]
+
+
+def _check_pixels(opened: Image, max_pixels: int | None) -> None:
+    width, height = opened.size
+    if max_pixels is not None and width * height > max_pixels:
+        raise ShapeError(f"an image of {width} x {height} pixels is more than {max_pixels} pixels: use a smaller one")
 
 
 def _rgb(image: Image) -> Image:

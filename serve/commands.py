@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -166,8 +167,10 @@ def serve(
     manifest = read_bundle(bundle)
     host = "127.0.0.1" if host == "localhost" else host
     _check_free(host, port)
+    shared = _temporary_folder()
     environment = os.environ | {
         "BENTOML_DO_NOT_TRACK": "True",
+        "BENTOML_HOME": os.environ.get("BENTOML_HOME") or shared,  # it makes folders in it, and serving needs none
         "ENSEMBLER_BUNDLE": str(bundle.resolve()),
         "ENSEMBLER_WORKERS": str(workers),
     }
@@ -186,9 +189,17 @@ def serve(
         f"{members or manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it"
     )
     target = "ensembler.serve.service:PredictiveUncertainty"
-    command = [sys.executable, "-m", "bentoml", "serve", target, "--host", host, "--port", str(port)]
+    command = [sys.executable, "-m", "bentoml", "serve", target]
     if os.name == "nt":
+        command += ["--host", host, "--port", str(port)]
         raise typer.Exit(subprocess.call(command, env=environment))  # noqa: S603  our own arguments
+    # The front listens at the public address, and BentoML at one that nobody asks.
+    environment |= {
+        "ENSEMBLER_LISTEN": f"{host}:{port}",
+        "ENSEMBLER_SHARED": shared,
+        "TMPDIR": str(Path(shared).parent),
+    }
+    command += ["--host", "127.0.0.1", "--port", str(_free_port())]
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # noqa: S606  BentoML itself takes Ctrl-C and SIGTERM
 
@@ -329,6 +340,27 @@ def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
     table.add_row("time", f"{seconds:.1f} s")
     table.add_row("next", escape(f"ensembler serve {out}"))
     return table
+
+
+def _temporary_folder() -> str:
+    """Make the folder of one server's processes.
+
+    Raises:
+        UsageError: no temporary folder can be written.
+    """
+    for place_of in (None, "/dev/shm"):  # noqa: S108  where the root file system is read-only
+        try:
+            return tempfile.mkdtemp(prefix="ensembler-serve-", dir=place_of)
+        except OSError:
+            continue
+    raise UsageError("serving needs a folder for temporary files: set TMPDIR to one that can be written")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _check_free(host: str, port: int) -> None:

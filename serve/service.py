@@ -14,6 +14,7 @@ import atexit
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from starlette.applications import Starlette
 
 from ensembler.errors import EnsemblerError
 from ensembler.serve.http.application import application
+from ensembler.serve.http.front import Front, listen, stop_this_process
+from ensembler.serve.http.intake import join_front
 from ensembler.serve.http.options import Options
 from ensembler.serve.http.routes import PREDICT
 from ensembler.serve.http.schemas import Answer
@@ -35,7 +38,23 @@ from ensembler.serve.runtime.manifest import read_bundle
 
 __all__ = ["PredictiveUncertainty"]
 
-_SHARED = "ENSEMBLER_SHARED"
+_SHARED = "ENSEMBLER_SHARED"  # the folder of one server's processes
+_LISTEN = "ENSEMBLER_LISTEN"  # the public HOST:PORT; BentoML's own port is then for nobody
+
+_failures: list[str] = []
+
+
+def _fail(sentence: str) -> None:
+    """End the server, once."""
+    _failures.append(sentence)
+    if len(_failures) == 1:
+        stop_this_process(sentence)
+
+
+def _exit_as_failed() -> None:
+    if _failures:
+        sys.stdout.flush()
+        os._exit(1)  # BentoML ends with 0
 
 
 class Images(bentoml.IODescriptor):
@@ -54,9 +73,12 @@ class _Service(bentoml.Service):
     def to_asgi(self, is_main: bool = True) -> Starlette:
         logging.getLogger("ensembler").setLevel(logging.INFO)  # BentoML's root logger writes it
         settings, shared = Settings.read(), os.environ.get(_SHARED)
-        folder = Path(shared) if shared and settings.workers > 1 else None
-        self.inner.application = application(settings, otherwise=super().to_asgi(is_main), shared=folder)
-        return self.inner.application
+        folder = Path(shared) if shared else None
+        several = folder if settings.workers > 1 else None
+        app = self.inner.application = application(settings, otherwise=super().to_asgi(is_main), shared=several)
+        if folder is not None:
+            join_front(app, folder, 5 + (settings.body_ms + settings.deadline_ms) // 1000)
+        return app
 
 
 @bentoml.service(
@@ -81,10 +103,15 @@ class PredictiveUncertainty:
 
     @bentoml.on_deployment
     @staticmethod
-    def share_folder() -> None:
-        """Make the folder that the workers share, which BentoML starts with this environment."""
-        os.environ[_SHARED] = tempfile.mkdtemp(prefix="ensembler-serve-")
-        atexit.register(shutil.rmtree, os.environ[_SHARED], ignore_errors=True)
+    def with_front() -> None:
+        """Start the front in the parent of the workers, which BentoML starts with this environment."""
+        if os.name != "nt":
+            atexit.register(_exit_as_failed)  # runs last
+            folder = os.environ.setdefault(_SHARED, tempfile.mkdtemp(prefix="ensembler-serve-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            address = os.environ.get(_LISTEN)
+            host, _, port = (address or "").rpartition(":")
+            Front(Path(folder), listen(host, int(port)) if address else None, _fail).start()
 
     @bentoml.api(route=PREDICT, input_spec=Question, output_spec=Answer)
     async def predictive_uncertainty(self, images: np.ndarray, **options: Any) -> Answer:

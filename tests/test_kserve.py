@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -183,6 +184,8 @@ def test_nvidias_client(bundle: Path, tmp_path: Path) -> None:
         server.wait_until_ready()
         client = triton.InferenceServerClient(server.url.removeprefix("http://"))
         assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("none")
+        for path, said in {"live": {"live": True}, "ready": {"ready": True}}.items():
+            assert httpx.get(f"{server.url}/v2/health/{path}").json() == said  # of the front, not of a worker
         assert client.get_model_metadata("none")["inputs"][0]["name"] == "images"
         for binary in (True, False):
             images = triton.InferInput("images", list(PIXELS.shape), "UINT8")

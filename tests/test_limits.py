@@ -26,11 +26,13 @@ LIMITS = {"ENSEMBLER_BUNDLE": "nowhere", "ENSEMBLER_MAX_BODY": "100", "ENSEMBLER
 class Caller:
     """One request to the gate, byte by byte."""
 
-    def __init__(self, gate: Gate, path: str = ROUTE, method: str = "POST", **headers: str) -> None:
+    def __init__(
+        self, gate: Gate, path: str = ROUTE, method: str = "POST", client: str = "here", **headers: str
+    ) -> None:
         self.incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.sent: list[dict[str, Any]] = []
         named = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-        self.scope = {"type": "http", "method": method, "path": path, "headers": named}
+        self.scope = {"type": "http", "method": method, "path": path, "headers": named, "client": (client, 1)}
         self.task = asyncio.create_task(gate(self.scope, self.incoming.get, self._send))
 
     async def _send(self, message: Any) -> None:
@@ -89,7 +91,7 @@ def run() -> Callable[..., None]:
             gate = Gate(stub, settings, Requests(CollectorRegistry()))
             async with asyncio.timeout(200):
                 await test(gate, stub)
-            assert (gate._held, gate._handled) == (0, 0)
+            assert (gate._budget.held.total(), gate._handled) == (0, 0)
 
         asyncio.run(main())
 
@@ -164,16 +166,53 @@ def test_only_so_many_are_handled_at_a_time(run: Any) -> None:
 
 
 def test_only_so_many_bytes_are_held_at_a_time(run: Any) -> None:
+    def refused(answer: tuple[int, dict[bytes, bytes], bytes]) -> bool:
+        status, headers, body = answer
+        return (status, headers.get(b"retry-after"), b"too many large bodies" in body) == (503, b"1", True)
+
     async def test(gate: Gate, stub: Stub) -> None:
         stub.free.clear()
-        callers = [Caller(gate).body(b"x" * 100) for _ in range(8)]
-        await stub.has_begun(8)
-        status, headers, body = await Caller(gate).body(b"x").answer()
-        assert (status, headers[b"retry-after"], b"too many large bodies" in body) == (503, b"1", True)
+        callers = [Caller(gate, client="one").body(b"x" * 100) for _ in range(4)]
+        await stub.has_begun(4)
+        assert refused(await Caller(gate, client="one").body(b"x" * 100).answer())  # half of all for one address
+        callers += [Caller(gate, client=f"{number}").body(b"x" * 100) for number in range(5)]
+        await stub.has_begun(9)  # of each, 12 bytes are not counted
+        assert refused(await Caller(gate, client="another").body(b"x" * 100).answer())
+        small = Caller(gate, client="one").body(b"x" * 12)
+        await stub.has_begun(10)
         stub.free.set()
-        assert [(await caller.answer())[0] for caller in callers] == [200] * 8
+        assert [(await caller.answer())[0] for caller in [*callers, small]] == [200] * 10
 
     run(test)
+
+
+def test_bodies_that_withhold_their_end_hold_up_nobody(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ensembler.serve.http.gate._WINDOW", 0.05)
+
+    async def test(gate: Gate, stub: Stub) -> None:
+        withheld = [Caller(gate).body(b"x" * 99, more=True) for _ in range(8)]
+        await asyncio.sleep(0)
+        assert (await Caller(gate).body(b"x").answer())[0] == 200
+        answers = [await caller.answer() for caller in withheld]
+        late = [body for status, _, body in answers if status == 408]
+        assert late and all(b"more slowly than 16384 bytes a second" in body for body in late)
+        assert {status for status, *_ in answers} <= {408, 503}
+        assert (await Caller(gate).body(b"x" * 100).answer())[0] == 200
+
+    run(test, ENSEMBLER_BODY_MS="60000")
+
+
+def test_refused_bodies_are_not_counted_while_they_are_drained(run: Any) -> None:
+    async def test(gate: Gate, stub: Stub) -> None:
+        drained = [Caller(gate).body(b"x" * 101, more=True) for _ in range(20)]
+        while any(not caller.incoming.empty() for caller in drained):
+            await asyncio.sleep(0)
+        assert gate._budget.held.total() == 0 and not any(caller.task.done() for caller in drained)
+        assert (await Caller(gate).body(b"x" * 100).answer())[0] == 200
+        for caller in drained:
+            assert (await caller.body(b"x").answer())[0] == 413
+
+    run(test, ENSEMBLER_BODY_MS="60000")
 
 
 def test_what_nobody_foresaw_is_a_sentence_that_gives_nothing_away(run: Any) -> None:

@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from ensembler.errors import EnsemblerError
@@ -40,6 +40,7 @@ from ensembler.serve.http.routes import (
     V2_INFER,
     V2_MODEL,
     V2_READY,
+    answer_of_probe,
 )
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.images import shown
@@ -141,15 +142,16 @@ async def _to_page(request: Request) -> Response:
 
 
 async def _alive(request: Request) -> Response:
-    return JSONResponse({"live": True}) if request.url.path.startswith(V2) else PlainTextResponse("\n")
+    return _health(request, True)
 
 
 async def _ready(request: Request) -> Response:
-    ready = request.app.state.predictor.runtime.ready
-    status = 200 if ready else 503
-    if request.url.path.startswith(V2):
-        return JSONResponse({"ready": ready}, status_code=status)
-    return PlainTextResponse("\n", status_code=status)
+    return _health(request, request.app.state.predictor.runtime.ready)
+
+
+def _health(request: Request, healthy: bool) -> Response:
+    body, media_type = answer_of_probe(request.url.path, healthy)
+    return Response(body, status_code=200 if healthy else 503, media_type=media_type)
 
 
 async def _server(request: Request) -> Response:

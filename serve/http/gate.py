@@ -1,9 +1,9 @@
 """ASGI middleware that every request passes before anything looks at its body.
 
-It checks, in this order: the token (401), the body's type (415), its size (413), how long it takes to arrive (408), and
-how many requests are being handled already (503). A request whose caller disconnects is cancelled (499). Every error is
-``{"error": "one sentence"}``, also those of unknown routes (404, 405) and unexpected ones (500). Each response is
-counted and logged.
+It checks, in this order: the token (401), the body's type (415), its size (413), how long it takes to arrive (408),
+how many bytes of bodies are held already, in all and of its address (503), and how many requests are handled
+already (503). A request whose caller disconnects is cancelled (499). Every error is ``{"error": "one sentence"}``,
+also those of unknown routes (404, 405) and unexpected ones (500). Each response is counted and logged.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Gate", "refusal"]
 
-_HELD_BODIES = 8  # times the largest body: what one worker keeps of bodies at a time
+_HELD_BODIES = 8  # times the largest body: what one worker keeps of bodies at a time, of one address half of it
+_FREE = 2**16  # bytes of each body that are not counted
+_WINDOW = 5.0  # seconds in which a body must keep up its rate
 _DRAINED_BODIES = 4  # times the largest body: what is read of a refused body, so that its sender reads the answer
 
 _FEWER = "send fewer images at a time"
@@ -56,7 +59,7 @@ class Gate:
         self.app = app
         self.settings = settings
         self._requests = requests
-        self._held = 0
+        self._budget = _Budget(settings.max_body)
         self._handled = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,8 +82,9 @@ class Gate:
         await self._handle(scope, receive, body, outgoing)
 
     async def _handle(self, scope: Scope, receive: Receive, body: _Body, outgoing: _Outgoing) -> None:
+        held = _Held(self._budget, (scope.get("client") or ("-",))[0])
         try:
-            whole = await self._read(body)
+            whole = await self._read(body, held)
             if self._handled >= self.settings.max_requests:
                 raise _RefusedError(503, f"{self._handled} requests are being answered already: send this one again")
             self._handled += 1
@@ -92,36 +96,39 @@ class Gate:
         except _DisconnectedError:
             await outgoing.refuse(_RefusedError(499, "the caller disconnected"))  # for the count and the log
         except _RefusedError as error:
+            held.release()  # what is drained is not kept
             if error.status != 408:
                 await self._drain(body)
             await outgoing.refuse(error)
         except Exception:
             await outgoing.fail()
         finally:
-            self._held -= body.size
+            held.release()
 
-    async def _read(self, body: _Body) -> bytes:
+    async def _read(self, body: _Body, held: _Held) -> bytes:
         """Read a whole body within the limits."""
-        most, seconds = self.settings.max_body, self.settings.body_ms / 1000
+        most = self.settings.max_body
         chunks: list[bytes] = []
-        try:
-            async with asyncio.timeout(seconds):
-                async for chunk in body.chunks():
-                    chunks.append(chunk)
-                    body.size += len(chunk)
-                    self._held += len(chunk)
-                    if body.size > most:
-                        raise _RefusedError(413, f"the body has more than {most} bytes: {_FEWER}")
-                    if self._held > _HELD_BODIES * most:
-                        raise _RefusedError(503, "too many large bodies arrive at a time: send this one again")
-        except TimeoutError:
-            raise _RefusedError(
-                408, f"the body did not arrive within {seconds:g} s: send it faster, or {_FEWER}"
-            ) from None
+        size = 0
+        async for chunk in body.chunks(self.settings.body_ms / 1000, self.settings.body_rate):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > most:
+                raise _RefusedError(413, f"the body has more than {most} bytes: {_FEWER}")
+            if not held.take(size):
+                raise _RefusedError(503, "too many large bodies arrive at a time: send this one again")
         return b"".join(chunks)
 
     async def _drain(self, body: _Body) -> None:
-        await body.drain(_DRAINED_BODIES * self.settings.max_body, self.settings.body_ms / 1000)
+        """Read and drop the rest, so that a caller that sends everything before it reads gets its answer."""
+        left = _DRAINED_BODIES * self.settings.max_body
+        try:
+            async for chunk in body.chunks(self.settings.body_ms / 1000, self.settings.body_rate):
+                left -= len(chunk)
+                if left < 0:
+                    return
+        except (_RefusedError, _DisconnectedError):
+            return
 
     def _check_token(self, path: str, headers: dict[bytes, bytes]) -> None:
         if not self.settings.token or path in PUBLIC or path.startswith(f"{PAGE}/"):
@@ -207,28 +214,84 @@ class _Body:
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self._ended = False
-        self.size = 0
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the rest of the body."""
+    async def chunks(self, seconds: float, rate: int) -> AsyncIterator[bytes]:
+        """Yield the rest of the body.
+
+        Args:
+            seconds: in which it must arrive.
+            rate: bytes a second that must arrive, on average over every :data:`_WINDOW` seconds.
+        """
+        now = asyncio.get_running_loop().time
+        last, window, arrived = now() + seconds, now() + _WINDOW, 0
         while not self._ended:
-            message = await self._receive()
+            try:
+                async with asyncio.timeout_at(min(last, window)):
+                    message = await self._receive()
+            except TimeoutError:
+                if now() >= last:
+                    what = f"the body did not arrive within {seconds:g} s"
+                elif arrived < rate * _WINDOW:
+                    what = f"the body arrives more slowly than {rate} bytes a second"
+                else:
+                    window, arrived = now() + _WINDOW, 0
+                    continue
+                raise _RefusedError(408, f"{what}: send it faster, or {_FEWER}") from None
             if message["type"] == "http.disconnect":
                 raise _DisconnectedError
             self._ended = not message.get("more_body", False)
+            arrived += len(message.get("body", b""))
             yield message.get("body", b"")
 
-    async def drain(self, most: int, seconds: float) -> None:
-        """Read and drop the rest, so that a caller that sends everything before it reads gets its answer."""
-        dropped = 0
-        try:
-            async with asyncio.timeout(seconds):
-                async for chunk in self.chunks():
-                    dropped += len(chunk)
-                    if dropped > most:
-                        return
-        except (TimeoutError, _DisconnectedError):
-            return
+
+class _Budget:
+    """Bytes of bodies that one worker keeps: in all, and of each address.
+
+    The first bytes of a body are free, so that small requests always get through.
+    """
+
+    def __init__(self, max_body: int) -> None:
+        self.free = min(_FREE, max_body // _HELD_BODIES)
+        self._most = _HELD_BODIES * max_body
+        self._share = self._most // 2
+        self.held: Counter[str] = Counter()
+
+    def take(self, host: str, more: int) -> bool:
+        """Count bytes of an address, or return that they are too many."""
+        if self.held[host] + more > self._share or self.held.total() + more > self._most:
+            return False
+        self.held[host] += more
+        return True
+
+    def release(self, host: str, count: int) -> None:
+        """Forget bytes of an address."""
+        self.held[host] -= count
+        if not self.held[host]:
+            del self.held[host]
+
+
+class _Held:
+    """What one body takes of the budget."""
+
+    def __init__(self, budget: _Budget, host: str) -> None:
+        self._budget = budget
+        self._host = host
+        self._count = 0
+
+    def take(self, size: int) -> bool:
+        """Count a body that has reached this size."""
+        more = max(0, size - self._budget.free) - self._count
+        if more <= 0:
+            return True
+        taken = self._budget.take(self._host, more)
+        self._count += more if taken else 0
+        return taken
+
+    def release(self) -> None:
+        """Forget the body; a second time changes nothing."""
+        if self._count:
+            self._budget.release(self._host, self._count)
+            self._count = 0
 
 
 def _replay(body: bytes) -> Receive:

@@ -79,8 +79,8 @@ class Exposition:
         if self._folder is None:
             return generate_latest(self._registry)
         self.write()
-        texts = {self._file(os.getpid()): generate_latest(self._registry).decode()}
-        for file in self._folder.glob(self._file("*").name):
+        texts = {_file(self._folder, os.getpid()): generate_latest(self._registry).decode()}
+        for file in self._folder.glob(_file(self._folder, "*").name):
             try:
                 texts.setdefault(file, file.read_text())
             except OSError:
@@ -92,7 +92,7 @@ class Exposition:
         """Write this worker's metrics where the others find them; on a full disk they are left out."""
         if self._folder is None:
             return
-        target = self._file(os.getpid())
+        target = _file(self._folder, os.getpid())
         scratch = target.with_suffix(".tmp")
         try:
             scratch.write_bytes(generate_latest(self._registry))
@@ -105,10 +105,6 @@ class Exposition:
         while self._folder is not None:
             await asyncio.to_thread(self.write)
             await asyncio.sleep(1)
-
-    def _file(self, process: int | str) -> Path:
-        assert self._folder is not None
-        return self._folder / f"metrics-{process}.txt"
 
     def _degrade(self) -> None:
         if not self._failed:
@@ -145,6 +141,10 @@ class _Sum(Collector):
             for (sample_name, labels), value in values[name].items():
                 family.add_sample(sample_name, dict(labels), value)
             yield family
+
+
+def _file(folder: Path, process: int | str) -> Path:
+    return folder / f"metrics-{process}.txt"
 
 
 def _is_alive(process: int) -> bool:

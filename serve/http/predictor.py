@@ -22,6 +22,7 @@ from ensembler.machine import available_cpus
 from ensembler.serve.answer_log import AnswerLog
 from ensembler.serve.http import answers, bodies, json_body, kserve, readers
 from ensembler.serve.http.batcher import Answered, Batcher, Columns
+from ensembler.serve.http.decoder import Decoder
 from ensembler.serve.http.metrics import STAGES, Metrics
 from ensembler.serve.http.options import Options
 from ensembler.serve.http.settings import Settings
@@ -73,6 +74,7 @@ class Predictor:
         self._batcher = Batcher(
             self._predict, max_batch=settings.run_batch, max_queue=settings.max_queue, on_pass=self._on_pass
         )
+        self._decoder = Decoder(manifest.image_shape, settings.max_pixels, settings.decode_ms / 1000)
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="ensembler-read")
 
     def warm_up(self) -> None:
@@ -86,6 +88,7 @@ class Predictor:
     def close(self) -> None:
         """Stop all threads."""
         self._batcher.close()
+        self._decoder.close()
         self._threads.shutdown()
         self.runtime.close()
         gc.unfreeze()
@@ -96,11 +99,12 @@ class Predictor:
         Raises:
             EnsemblerError: the request cannot be honoured, or not in time.
         """
-        images, options = await self._read(request)
+        deadline = self._deadline(request)
+        images, options = await self._read(request, deadline)
         if not _wants_npy(request):
-            return await self._respond(request, images, options, self._json)
+            return await self._respond(request, deadline, images, options, self._json)
         array = answers.array_output(options)
-        return await self._respond(request, images, options, lambda columns, _: _npy(columns[array]))
+        return await self._respond(request, deadline, images, options, lambda columns, _: _npy(columns[array]))
 
     async def infer(self, request: Request) -> Response:
         """Return the response to a request of KServe's protocol, whose body has arrived.
@@ -108,12 +112,13 @@ class Predictor:
         Raises:
             EnsemblerError: the request cannot be honoured, or not in time.
         """
+        deadline = self._deadline(request)
         body, head = await request.body(), request.headers.get(kserve.HEAD_LENGTH)
         question = await self._call(len(body) > _BYTES, kserve.read, body, head, self._limits)
         options = self._resolve(Options.read(question.options))
         kserve.check(question, options)
         files = question.files
-        images = self._check(question.images) if files is None else await self._call(True, self._decode, files)
+        images = self._check(question.images) if files is None else await self._decode(files, deadline)
 
         def write(columns: Columns, options: Options) -> Response:
             content, length = kserve.answer(columns, options, question, self.runtime)
@@ -121,18 +126,22 @@ class Predictor:
             kind = "application/json" if length is None else "application/octet-stream"
             return Response(content, media_type=kind, headers=headers)
 
-        return await self._respond(request, images, options, write)
+        return await self._respond(request, deadline, images, options, write)
 
     async def _respond(
-        self, request: Request, images: Images, options: Options, write: Callable[[Columns, Options], Response]
+        self,
+        request: Request,
+        deadline: float,
+        images: Images,
+        options: Options,
+        write: Callable[[Columns, Options], Response],
     ) -> Response:
-        arrived, received = (request.scope.get(f"ensembler.{name}", monotonic()) for name in ("arrived", "read"))
-        deadline = arrived + _patience(request, self.settings.deadline_ms) / 1000
         read = monotonic()
         answered = await self._submit(images, options, deadline)
         predicted = monotonic()
         large = len(images) * len(self.runtime.manifest.classes) > _NUMBERS
         response = await self._call(large, self._write, answered.columns, options, write)
+        received = request.scope.get("ensembler.read", read)
         seconds = (read - received, answered.queued, answered.predicted, monotonic() - predicted)
         stages = dict(zip(STAGES, seconds, strict=True))
         self._metrics.stages(stages)
@@ -147,7 +156,12 @@ class Predictor:
         columns = (await self._submit(checked, options, math.inf)).columns
         return answers.content(answers.with_outputs(columns, options, self.runtime), options, self.runtime)
 
-    async def _read(self, request: Request) -> tuple[Images, Options]:
+    def _deadline(self, request: Request) -> float:
+        """Until when a request can wait, by :func:`time.monotonic`."""
+        arrived: float = request.scope.get("ensembler.arrived", monotonic())
+        return arrived + _patience(request, self.settings.deadline_ms) / 1000
+
+    async def _read(self, request: Request, deadline: float) -> tuple[Images, Options]:
         """Read a request's images and options; its files are decoded last, as that takes longest."""
         body, texts = await request.body(), request.query_params.multi_items()
         shape, content_type = request.headers.get("x-shape"), request.headers.get("content-type", "")
@@ -169,29 +183,22 @@ class Predictor:
         if not isinstance(sent, list):
             return sent, options
         try:
-            return await self._call(True, self._decode, sent), options
+            return await self._decode(sent, deadline), options
         except bodies.MediaTypeError as error:
             if kind != "image" or content_type.startswith("image/"):
                 raise
             raise bodies.MediaTypeError(f"{error}, or JSON, or a .npy file; raw pixels need their X-Shape") from error
 
+    async def _decode(self, files: list[bytes], deadline: float) -> Images:
+        most = self.settings.max_batch
+        if len(files) > most:
+            raise ShapeError(f"{len(files)} images are more than {most} at a time: send several smaller requests")
+        return await self._decoder.decode(files, deadline)
+
     def _parse(self, body: bytes, texts: list[tuple[str, str]]) -> tuple[list[bytes] | Images, Options]:
         question = json_body.read_question(json_body.parse(body, self._limits))
         options = self._resolve(Options.read(question.options, texts))
         return question.files or self._check(question.images), options
-
-    def _decode(self, files: list[bytes]) -> Images:
-        most, shape = self.settings.max_batch, self.runtime.manifest.image_shape
-        if len(files) > most:
-            raise ShapeError(f"{len(files)} images are more than {most} at a time: send several smaller requests")
-        images = []
-        for number, file in enumerate(files, start=1):
-            try:
-                images.append(readers.image_from_file(file, shape, self.settings.max_pixels))
-            except ShapeError as error:
-                where = f"file {number} of {len(files)}: " if len(files) > 1 else ""
-                raise type(error)(f"{where}{error}") from error
-        return np.stack(images)
 
     def _check(self, images: object) -> Images:
         return check_images(images, self.runtime.manifest.image_shape, self.settings.max_batch)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ __all__ = [
     "image_from_file",
     "images_from_npy",
     "images_from_raw",
+    "refused_files",
 ]
 
 MAX_PIXELS = 25_000_000
@@ -100,10 +102,17 @@ def image_from_file(body: bytes, image_shape: Sequence[int], max_pixels: int = M
         MediaTypeError: a format that is not read.
         ShapeError: it cannot be decoded, has too many pixels, or pixels whose meaning the file does not say.
     """
+    with refused_files(max_pixels):
+        return decode(io.BytesIO(body), (image_shape[0], image_shape[1]), max_pixels)
+
+
+@contextmanager
+def refused_files(max_pixels: int) -> Iterator[None]:
+    """Turn what Pillow raises of an image file into a sentence, as :func:`image_from_file` says."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return decode(io.BytesIO(body), (image_shape[0], image_shape[1]), max_pixels)
+        yield
     except (ShapeError, MemoryError):
         raise
     except UnidentifiedImageError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "V2_INFER",
     "V2_MODEL",
     "V2_READY",
+    "answer_of_probe",
     "reads_a_body",
     "route_of",
 ]
@@ -45,6 +47,13 @@ PUBLIC = (*PROBES, "/", PAGE)
 
 _FIXED = (PREDICT, *PUBLIC, EXAMPLES, METADATA, DOCS, METRICS, SCHEMA, V2)
 _OF_A_MODEL = {route: re.compile(route.replace("{name}", "[^/]+")) for route in (V2_MODEL, V2_READY, V2_INFER)}
+
+
+def answer_of_probe(path: str, healthy: bool) -> tuple[bytes, str]:
+    """Return what a health check answers, and its media type; KServe's protocol wants JSON."""
+    if not path.startswith(V2):
+        return b"\n", "text/plain"
+    return json.dumps({"ready" if path in READY else "live": healthy}).encode(), "application/json"
 
 
 def reads_a_body(path: str) -> bool:

@@ -40,9 +40,11 @@ class Settings(Record):
     max_requests: PositiveInt = Field(256, description="requests that one worker handles at a time; others get 503")
     max_body: PositiveInt = Field(32 * 2**20, description="the most bytes in one request's body")
     max_json: PositiveInt = Field(4 * 2**20, description="the most bytes of JSON in one request")
-    max_pixels: PositiveInt = Field(25_000_000, description="the most pixels of one image file, before it is resized")
+    max_pixels: PositiveInt | None = Field(None, description="the most pixels of one image file, before it is resized")
+    decode_ms: PositiveInt = Field(5_000, description="how long image files may take to decode, a megapixel at a time")
     deadline_ms: PositiveInt = Field(30_000, description="how long a request may take by default")
     body_ms: PositiveInt = Field(30_000, description="how long a body may take to arrive")
+    body_rate: PositiveInt = Field(16 * 2**10, description="the fewest bytes a second of a body, over five seconds")
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> Self:

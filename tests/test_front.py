@@ -1,0 +1,300 @@
+"""The server's front and the workers' end of it: here in one process, and as a user starts it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from ensembler.serve.http import front as front_module
+from ensembler.serve.http import intake
+from ensembler.serve.http.front import CHANNEL, Front, listen
+from ensembler.serve.http.intake import join_front
+from tests._runs import make_bundle
+from tests._service import ROUTE, Server, free_port, tiny_images
+
+HEAD = b"GET /there HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class Worker:
+    """A worker that counts the connections passed to it."""
+
+    def __init__(self, front: Fixture, **message: Any) -> None:
+        self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        front.sockets.append(self.channel)
+        self.channel.connect(str(front.folder / CHANNEL))
+        self.channel.settimeout(30)
+        if message:
+            self.tell(**message)
+
+    def tell(self, **message: Any) -> None:
+        self.channel.sendall(json.dumps(message).encode() + b"\n")
+
+    def take(self) -> socket.socket:
+        _, (file,), _, _ = socket.recv_fds(self.channel, 1, 1)
+        return socket.socket(fileno=file)
+
+    def waiting(self) -> int:
+        self.channel.settimeout(0.2)
+        count = 0
+        while True:
+            try:
+                self.take().close()
+            except TimeoutError:
+                return count
+            count += 1
+
+
+class Fixture:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.failures: list[str] = []
+        self.sockets: list[socket.socket] = []
+        self.public = listen("127.0.0.1", 0)
+        self.front = Front(folder, self.public, self.failures.append)
+        self.front.start()
+
+    def connect(self, content: bytes = b"") -> socket.socket:
+        peer = socket.create_connection(self.public.getsockname(), timeout=30)
+        self.sockets.append(peer)
+        peer.sendall(content)
+        return peer
+
+    def ask(self, path: str) -> int:
+        with self.connect(f"GET {path} HTTP/1.1\r\n\r\n".encode()) as peer:
+            return int(read(peer).split()[1])
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def read(peer: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    answer = b""
+    try:
+        while part := peer.recv(2**16):
+            answer += part
+    except ConnectionResetError:
+        pass
+    return answer
+
+
+@pytest.fixture
+def front() -> Iterator[Fixture]:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Fixture(Path(folder))
+        yield made
+        for each in made.sockets:
+            each.close()
+        made.front.close()
+
+
+def test_health_is_that_of_the_workers(front: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [front.ask(path) for path in ("/livez", "/healthz", "/readyz", "/there")] == [200, 200, 503, 503]
+    one, other = Worker(front), Worker(front, ready=True)
+    front.wait_until(lambda: front.ask("/readyz") == 200)
+    with front.connect(b"HEAD /livez?x HTTP/1.1\r\nHost: x\r\n\r\n") as peer:
+        assert read(peer).endswith(b"Connection: close\r\n\r\n")
+    other.tell(ending=True)
+    front.wait_until(lambda: front.ask("/readyz") == 503)
+    one.tell(ready=True)
+    front.wait_until(lambda: front.ask("/readyz") == 200)
+    monkeypatch.setattr(front_module, "_SILENT", 0.0)  # it hangs
+    assert (front.ask("/livez"), front.ask("/readyz")) == (503, 503)
+
+
+def test_connections_are_shared_by_who_has_fewest(front: Fixture) -> None:
+    workers = [Worker(front, ready=True) for _ in range(2)]
+    front.wait_until(lambda: sum(worker.ready for worker in front.front._workers) == 2)
+    peers = [front.connect(HEAD) for _ in range(40)]
+    assert [worker.waiting() for worker in workers] == [20, 20]
+    workers[0].tell(closed=20)
+    front.wait_until(lambda: min(worker.connections for worker in front.front._workers) == 0)
+    peers += [front.connect(HEAD) for _ in range(10)]
+    assert [worker.waiting() for worker in workers] == [10, 0]
+
+
+def test_a_head_is_passed_whole_or_not_at_all(front: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker(front, ready=True)
+    front.wait_until(lambda: front.ask("/readyz") == 200)
+    pieces = front.connect()
+    for byte in HEAD[:-1]:
+        pieces.sendall(bytes([byte]))
+    assert worker.waiting() == 0
+    pieces.sendall(HEAD[-1:])
+    worker.channel.settimeout(30)
+    with worker.take() as passed:
+        assert passed.recv(1000) == HEAD  # nothing was read from it
+    with front.connect(b"\x16\x03\x01 no HTTP") as odd, worker.take() as passed:
+        assert passed.recv(1000) == b"\x16\x03\x01 no HTTP"
+        odd.sendall(b"x")
+        assert passed.recv(1000) == b"x"
+    halves = [front.connect(HEAD[:-2]), front.connect()]
+    front.wait_until(lambda: len(front.front._waiting) == 2)
+    monkeypatch.setattr(front_module, "HEAD_SECONDS", 0.0)
+    assert [read(half) for half in halves] == [b"", b""]
+
+
+def test_the_oldest_without_a_head_make_room(front: Fixture) -> None:
+    front.front._most = 5
+    halves = [front.connect(HEAD[:-2]) for _ in range(9)]
+    assert [read(half) for half in halves[:4]] == [b""] * 4
+    assert front.ask("/livez") == 200
+
+
+def test_a_worker_that_cannot_begin_says_why(front: Fixture) -> None:
+    killed, refused, served = (Worker(front) for _ in range(3))
+    served.tell(ready=True)
+    served.channel.close()
+    refused.tell(failed="the bundle is damaged")
+    refused.channel.close()
+    front.wait_until(lambda: front.failures == ["the bundle is damaged"])
+    killed.channel.close()
+    front.wait_until(lambda: len(front.failures) == 2)
+    assert "fit in memory" in front.failures[1]
+
+
+@pytest.fixture
+def serving(front: Fixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fixture]:
+    """An application behind a front; it gives 20 MB at /large."""
+
+    async def large(request: Request) -> Response:
+        return Response(bytes(20_000_000))
+
+    async def there(request: Request) -> Response:
+        return PlainTextResponse("yes")
+
+    monkeypatch.setattr(intake, "_KEEP_ALIVE", 1)
+    app = Starlette(routes=[Route("/there", there), Route("/large", large)])
+    join_front(app, front.folder, graceful=60)
+    stop, stopped = asyncio.Event(), threading.Event()
+    loop = asyncio.new_event_loop()
+
+    async def main() -> None:
+        async with app.router.lifespan_context(app):
+            await stop.wait()
+        stopped.set()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
+    thread.start()
+    front.wait_until(lambda: front.ask("/readyz") == 200)
+    yield front
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(30)
+    assert stopped.is_set()  # whatever connections are open
+    loop.close()
+
+
+def test_requests_are_answered_behind_the_front(serving: Fixture) -> None:
+    host, port = serving.public.getsockname()
+    with httpx.Client(base_url=f"http://{host}:{port}") as caller:
+        answers = [caller.get("/there") for _ in range(3)]
+        assert [answer.text for answer in answers] == ["yes"] * 3
+        assert "date" in answers[0].headers
+        assert len(caller.get("/large").content) == 20_000_000
+    serving.wait_until(lambda: next(iter(serving.front._workers)).connections == 0)
+
+
+def test_later_heads_must_arrive_too(serving: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "HEAD_SECONDS", 0.2)
+    with serving.connect(HEAD) as peer:
+        assert peer.recv(1000).endswith(b"yes")
+        peer.sendall(HEAD[:-2])
+        assert read(peer) == b""
+    with serving.connect(HEAD + HEAD[:-2]) as peer:
+        assert read(peer).count(b"yes") == 1
+
+
+def test_answers_that_nobody_reads_are_dropped(serving: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "_READ_SECONDS", 0.2)
+    serving.connect(HEAD.replace(b"there", b"large"))
+    serving.wait_until(lambda: next(iter(serving.front._workers)).connections == 1)
+    serving.wait_until(lambda: next(iter(serving.front._workers)).connections == 0)
+
+
+def test_open_connections_do_not_hold_up_the_end(serving: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "_READ_SECONDS", 0.2)
+    for content in (HEAD.replace(b"there", b"large"), HEAD, HEAD[:-2], HEAD + HEAD[:-2], b"\x16"):
+        serving.connect(content)
+
+
+def started(folder: Path, *options: str, **environment: str) -> Server:
+    command = [sys.executable, "-m", "ensembler.cli", "serve", str(make_bundle(folder / "bundle")), *options]
+    return Server(command, folder, free_port(), **environment)
+
+
+def test_two_workers_without_a_home_under_attack(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    server = started(tmp_path, "--workers", "2", HOME=str(tmp_path / "file" / "home"), BENTOML_HOME="")
+    port = int(server.url.rpartition(":")[2])
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        server.wait_until_ready()
+        for process in [server.process.pid, *(worker.pid for worker in server.family())]:
+            resource.prlimit(process, resource.RLIMIT_NOFILE, (200, 200))
+        halves = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]
+        for half in halves:
+            half.sendall(HEAD[:-2])
+        open_ones = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(40)]
+        for peer in open_ones:
+            peer.sendall(HEAD)
+            assert b" 404 " in peer.recv(2**16)
+        at_port = [
+            sum(each.laddr.port == port and each.status == "ESTABLISHED" for each in process.net_connections())
+            for process in server.family()
+        ]
+        assert sorted(count for count in at_port if count) == [20, 20]
+        with httpx.Client(base_url=server.url, timeout=60) as caller:
+            assert [caller.get(path).status_code for path in ("/readyz", "/livez", "/metadata")] == [200] * 3
+            headers = {"Content-Type": "application/octet-stream", "X-Shape": "1,4,6,3"}
+            assert caller.post(ROUTE, content=tiny_images(1).tobytes(), headers=headers).status_code == 200
+            assert "ensembler_requests_total" in caller.get("/metrics").text
+        for peer in [*halves, *open_ones]:
+            peer.close()
+    finally:
+        assert files[1] >= 200
+        server.stop(signal.SIGTERM)
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_what_cannot_be_loaded_ends_the_server_with_a_sentence(tmp_path: Path) -> None:
+    server = started(tmp_path, "--members", "99")
+    assert server.process.wait(120) == 1
+    log = server.log.read_text()
+    assert "Error: the bundle holds 3 members and no vertices to make 99 of" in log
+    assert "Traceback" not in log
+
+
+def test_a_bundle_harmed_while_it_serves_does_not_restart_for_ever(tmp_path: Path) -> None:
+    server = started(tmp_path)
+    try:
+        server.wait_until_ready()
+        assert httpx.post(server.url + ROUTE, json={"images": tiny_images(1).tolist()}).status_code == 200
+        (tmp_path / "bundle" / "member-000.onnx").write_bytes(b"harmed")
+        (worker,) = [process for process in server.family() if "worker" in " ".join(process.cmdline())]
+        worker.kill()
+        assert server.process.wait(120) == 1
+    finally:
+        server.process.kill()
+    log = server.log.read_text()
+    assert log.count("Error: ") == 1 and "member-000.onnx" in log
+    assert "Traceback" not in log
