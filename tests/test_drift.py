@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ensembler.cli import app
 from ensembler.errors import DataError, UsageError
 from ensembler.serve import Runtime
 from ensembler.serve.answer_log import drift_of
+from ensembler.serve.http.metrics import Exposition, Metrics
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.drift import Window, bin_values, bound, stability
 from tests._runs import TINY, make_bundle
@@ -75,9 +77,10 @@ def ask(client: Any, batch: np.ndarray, **options: str) -> None:
     assert client.post(ROUTE, content=batch.tobytes(), headers=headers, params=options).status_code == 200
 
 
-def gauges(registry: CollectorRegistry) -> dict[str, dict[str, float]]:
+def gauges(source: CollectorRegistry | Exposition) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {"index": {}, "bound": {}}
-    for line in generate_latest(registry).decode().splitlines():
+    text = source.text() if isinstance(source, Exposition) else generate_latest(source)
+    for line in text.decode().splitlines():
         for kind, values in found.items():
             if line.startswith(f"ensembler_drift_{kind}{{"):
                 measure, value = line.partition('measure="')[2].split('"} ')
@@ -189,3 +192,20 @@ def test_a_bundle_without_validation_images_has_no_drift(tmp_path: Path) -> None
     with in_process(make_bundle(tmp_path / "bundle"), registry, **WIDE) as client:
         ask(client, images(np.random.default_rng(0), 300))
     assert gauges(registry) == {"index": {}, "bound": {}}
+
+
+def test_of_several_workers_the_greatest_drift_is_told(tmp_path: Path, bundle: Path) -> None:
+    """A sum of indices would be none."""
+    validation = Runtime.load(bundle).manifest.validation
+    rng, registries = np.random.default_rng(0), [CollectorRegistry(), CollectorRegistry()]
+    for registry, count in zip(registries, (50, 60), strict=True):
+        metrics = Metrics(validation, 3, 5, registry, window=50)
+        known = Runtime.load(bundle).predict(images(rng, count, drifted=count == 60))
+        metrics.answer(measures(known) | {"members_used": known.members_used}, whole=True)
+    each = [gauges(registry) for registry in registries]
+    (tmp_path / f"metrics-{os.getppid()}.txt").write_bytes(generate_latest(registries[1]))  # a process that runs
+    told = gauges(Exposition(registries[0], tmp_path))
+    for kind in ("index", "bound"):
+        for measure, value in told[kind].items():
+            assert value == max(one[kind][measure] for one in each)
+    assert len(told["index"]) == 3
