@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ensembler.errors import DataError, UsageError
 from ensembler.record import Record
-from ensembler.serve.runtime.drift import FEWEST, Window, bound
+from ensembler.serve.runtime.drift import FEWEST, Window
 from ensembler.serve.runtime.manifest import Binned, BundleManifest
 
 __all__ = ["AnswerLog", "Drift", "Head", "Line", "WindowDrift", "check_appendable", "drift_of"]
@@ -200,13 +200,12 @@ def drift_of(file: Path, window: int) -> Drift:
         "predictive_entropy": np.array([one.predictive_entropy for one in lines]),
         "mutual_information": np.array([one.mutual_information for one in lines], np.float64),
     }
-    windows = []
+    taken, windows = Window(head.reference, size), []
     for start in range(len(lines) % size, len(lines), size):
-        taken = Window(head.reference, size)
         taken.add({name: np.asarray(values)[start : start + size] for name, values in columns.items()})
         first, last = lines[start].time, lines[start + size - 1].time
         windows.append(WindowDrift(first=first, last=last, index=taken.indices()))
-    bounds: dict[str, float] = {binned.measure: bound(binned.counts, size) for binned in head.reference}
+    bounds: dict[str, float] = {**taken.bounds}
     return Drift(
         bundle=head.bundle,
         answers=len(lines),

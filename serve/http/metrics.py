@@ -16,6 +16,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -224,6 +225,7 @@ class Metrics:
                 for level, nats in zip(validation.levels, getattr(validation, measure) or [], strict=False):
                     quantile.labels(measure, f"{level:g}").set(nats)
 
+        self._told = False
         self._window = Window(validation.drift if validation else [], window)
         self._drift = Gauge(
             _DRIFT,
@@ -262,8 +264,10 @@ class Metrics:
             _observe(self._entropy, columns["predictive_entropy"])
             _observe(self._information, columns.get("mutual_information", ()))
             self._window.add(columns)
-            for measure, index in self._window.indices().items():
-                self._drift.labels(measure).set(index)
+            if not self._told and self._window.full:
+                self._told = True
+                for measure in self._window.bounds:  # computed when it is asked for, not at every answer
+                    self._drift.labels(measure).set_function(partial(self._window.index, measure))
         if "abstain" in columns:
             abstained = int(columns["abstain"].sum())
             self._abstentions.labels("true").inc(abstained)

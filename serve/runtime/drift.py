@@ -26,7 +26,7 @@ MEASURES = ("predictive_entropy", "mutual_information", "class")
 FEWEST = 50  # images of a window
 _BINS = 10
 _LEVEL = 0.999  # of windows without drift that lie below the bound
-_DRAWS = 4000
+_BLOCKS, _BLOCK = 20, 200  # drawn; of a thousand classes, a block takes megabytes
 _DIGITS = 6  # of nats: other machines round the rest differently
 _HALF = 0.5  # images added to every bin
 
@@ -70,8 +70,11 @@ def bound(expected: Sequence[int], images: int, level: float = _LEVEL) -> float:
     generator = np.random.default_rng(0)
     total = int(sum(expected))
     shares = np.asarray(expected, np.float64) / total
-    windows, references = (generator.multinomial(count, shares, _DRAWS) for count in (images, total))
-    return float(np.quantile(stability(windows, references), level))
+    indices = [
+        stability(generator.multinomial(images, shares, _BLOCK), generator.multinomial(total, shares, _BLOCK))
+        for _ in range(_BLOCKS)
+    ]
+    return float(np.quantile(np.concatenate(indices), level))
 
 
 class Window:
@@ -94,13 +97,20 @@ class Window:
             added = _places(binned.measure, binned.edges, columns[binned.measure])
             self._places[binned.measure] = np.concatenate([self._places[binned.measure], added])[-self.images :]
 
+    @property
+    def full(self) -> bool:
+        """Whether as many images were taken as the window has."""
+        return all(len(found) == self.images for found in self._places.values())
+
+    def index(self, measure: str) -> float:
+        """Return the population stability index of a measure over the window."""
+        found = self._places[measure]
+        expected = next(binned.counts for binned in self._reference if binned.measure == measure)
+        return float(stability(np.bincount(found, minlength=len(expected)), expected))
+
     def indices(self) -> dict[str, float]:
         """Return the index of each measure; nothing before the window is full."""
-        return {
-            binned.measure: float(stability(np.bincount(found, minlength=len(binned.counts)), binned.counts))
-            for binned in self._reference
-            if len(found := self._places[binned.measure]) == self.images
-        }
+        return {measure: self.index(measure) for measure in self._places} if self.full else {}
 
 
 def _places(measure: str, edges: Sequence[float], values: ArrayLike) -> Counts:
