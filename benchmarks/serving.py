@@ -4,7 +4,7 @@ The server, a bare Starlette route and bare ONNX Runtime in process are pinned t
 the client is a process of its own on another CPU. Load is open-loop: arrivals are a Poisson process, and latency counts
 from the moment a request was meant to be sent. Every figure leaves out the first 50 requests.
 
-Figures: ``throughput_of_bare_onnxruntime`` (images a second through the binary route, over bare ONNX Runtime's at the
+Figures: ``throughput_of_bare_onnxruntime`` (images a second as raw bytes, over bare ONNX Runtime's at the
 batch size that really happened), ``added_p50_ms`` (of one image on one connection, over bare ONNX Runtime), with the
 same of the bare Starlette route; ``open_loop.*``; with ``--soak``, ``soak.*``.
 
@@ -40,7 +40,7 @@ import numpy as np
 
 WARM_UP = 50
 LATE = 100  # milliseconds, of p99
-ROUTE = "/predictive-uncertainty/binary"
+ROUTE = "/predictive-uncertainty"
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ __all__ = [
     "Conformal",
     "ConformalMethod",
     "abstain",
+    "abstentions_of",
     "apply",
     "conformal_quantile",
     "conformal_scores",
@@ -40,6 +42,7 @@ __all__ = [
     "prediction_sets",
     "read",
     "save",
+    "sets_of",
 ]
 
 FILE = "calibration.json"
@@ -62,6 +65,11 @@ class Conformal(Record):
     alpha: float = Field(gt=0, lt=1)
     lac: list[float]
     aps: list[float]
+
+    @cached_property
+    def ordered(self) -> dict[ConformalMethod, Array]:
+        """The scores of each method, rising, as arrays: made once, as every answer asks for a quantile."""
+        return {"lac": np.sort(np.asarray(self.lac, np.float64)), "aps": np.sort(np.asarray(self.aps, np.float64))}
 
 
 class Abstention(Record):
@@ -158,11 +166,22 @@ def prediction_sets(
         ShapeError: ``probs`` is not (B, C) with the calibration's C.
         UsageError: ``alpha`` is out of range, or the method is unknown.
     """
+    return sets_of(calibration, apply(calibration, probs), alpha, method)
+
+
+def sets_of(
+    calibration: Calibration, p: Array, alpha: float | None = None, method: ConformalMethod | None = None
+) -> NDArray[np.bool_]:
+    """Compute :func:`prediction_sets` of probabilities (B, C) that :func:`apply` has calibrated.
+
+    Raises:
+        UsageError: ``alpha`` is out of range, or the method is unknown.
+    """
     conformal = calibration.conformal
     method = method or conformal.method
-    scores = conformal_scores(apply(calibration, probs), method)
-    fitted = conformal.lac if method == "lac" else conformal.aps
-    sets: NDArray[np.bool_] = scores <= conformal_quantile(fitted, conformal.alpha if alpha is None else alpha)
+    scores = conformal_scores(p, method)
+    alpha = conformal.alpha if alpha is None else alpha
+    sets: NDArray[np.bool_] = scores <= _rank_quantile(conformal.ordered[method], alpha)
     return sets
 
 
@@ -207,9 +226,12 @@ def conformal_quantile(scores: ArrayLike, alpha: float) -> float:
     Raises:
         UsageError: ``alpha`` is not in (0, 1).
     """
+    return _rank_quantile(np.sort(np.asarray(scores, dtype=np.float64)), alpha)
+
+
+def _rank_quantile(ordered: Array, alpha: float) -> float:
     if not 0 < alpha < 1:
         raise UsageError(f"alpha must be between 0 and 1, not {alpha}")
-    ordered = np.sort(np.asarray(scores, dtype=np.float64))
     rank = math.ceil(round((len(ordered) + 1) * (1 - alpha), 9))  # rounded: in floats, 10 * (1 - 0.1) may exceed 9
     return float(ordered[rank - 1]) if rank <= len(ordered) else math.inf
 
@@ -221,9 +243,18 @@ def abstain(calibration: Calibration, probs: ArrayLike) -> NDArray[np.bool_]:
         ShapeError: ``probs`` is not (B, C) with the calibration's C.
         UsageError: the calibration was fitted without a risk.
     """
+    return abstentions_of(calibration, apply(calibration, probs))
+
+
+def abstentions_of(calibration: Calibration, p: Array) -> NDArray[np.bool_]:
+    """Return :func:`abstain` of probabilities (B, C) that :func:`apply` has calibrated.
+
+    Raises:
+        UsageError: the calibration was fitted without a risk.
+    """
     if calibration.abstention is None:
         raise UsageError("this calibration has no threshold for abstention: calibrate with --risk, such as --risk 0.05")
-    confidence = apply(calibration, probs).max(axis=1)
+    confidence = p.max(axis=1)
     threshold = calibration.abstention.threshold
     return np.ones(len(confidence), dtype=bool) if threshold is None else confidence < threshold
 

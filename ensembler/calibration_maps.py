@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Annotated, Literal
 
 import numpy as np
@@ -42,9 +43,13 @@ class Isotonic(Record):
     x: list[list[float]]
     y: list[list[float]]
 
+    @cached_property
+    def _curves(self) -> list[tuple[Array, Array]]:
+        return [(np.asarray(x), np.asarray(y)) for x, y in zip(self.x, self.y, strict=True)]
+
     def __call__(self, p: Array) -> Array:
         columns = p[:, -len(self.x) :].T
-        return _one_vs_rest(p, [np.interp(column, x, y) for column, x, y in zip(columns, self.x, self.y, strict=True)])
+        return _one_vs_rest(p, [np.interp(column, *curve) for column, curve in zip(columns, self._curves, strict=True)])
 
 
 class Histogram(Record):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ensembler import folders
 from ensembler.errors import ArtefactError, EnsemblerError, ShapeError, UsageError
+from ensembler.serve.http.routes import PREDICT
 
 if TYPE_CHECKING:
     import httpx
@@ -159,7 +160,7 @@ def _from_bundle(bundle: str, images: Sequence[Path], chosen: dict[str, Any]) ->
         raise ArtefactError(f"no bundle at {bundle}{looks or ': export a run first, or give the address of a service'}")
     runtime = Runtime.load(bundle)
     try:
-        options = Options.from_json(chosen).resolve(runtime.members, runtime.calibration)
+        options = Options.read(chosen).resolve(runtime.members, runtime.calibration)
         for start in range(0, len(images), _BATCH):
             decoded = {}
             for image in images[start : start + _BATCH]:
@@ -235,14 +236,12 @@ def _send(client: httpx.Client, url: str, contents: list[bytes]) -> httpx.Respon
     """
     import httpx
 
-    from ensembler.serve.http.routes import IMAGE
-
     body: dict[str, Any] = {"files": [("images", ("image", content)) for content in contents]}
     if len(contents) == 1:
-        body = {"content": contents[0], "headers": {"Content-Type": "application/octet-stream"}}
+        body = {"content": contents[0], "headers": {"Content-Type": "image/*"}}  # whatever it holds
     for tries in range(1, _TRIES + 1):
         try:
-            response = client.post(url.rstrip("/") + IMAGE, **body)
+            response = client.post(url.rstrip("/") + PREDICT, **body)
         except httpx.TimeoutException as error:
             raise ServiceError(f"{url} did not answer within {_TIMEOUT:.0f} s: ask again later") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -286,7 +285,7 @@ def _read(response: httpx.Response, url: str, images: list[Path]) -> dict[str, A
             f"what answers at {url} (status {response.status_code}) is no ensembler service: check the address"
         ) from error
     if response.status_code == 404:
-        raise ServiceError(f"{url} has no route for images: give the service's own address, without a path")
+        raise ServiceError(f"{url} has no {PREDICT}: give the service's own address, without a path")
     if response.status_code >= 500:
         raise ServiceError(f"{images[0]}{' and others' * (len(images) > 1)}: {sentence}")
     raise ShapeError(sentence)

@@ -1,4 +1,4 @@
-"""``ensembler export``, ``verify``, ``serve``, ``predict`` and ``bento``."""
+"""``ensembler export``, ``verify``, ``serve``, ``predict``, ``drift`` and ``bento``."""
 
 from __future__ import annotations
 
@@ -144,8 +144,23 @@ def serve(
             help="Number of members; further ones are made from the bundle's vertices. (default: the bundle's own)",
         ),
     ] = None,
+    log_answers: Annotated[
+        Path | None,
+        typer.Option(help="File to append answers to, without their images, as JSON lines: see ensembler drift."),
+    ] = None,
+    log_sample: Annotated[
+        float, typer.Option(help="Share of images whose answers are logged, at random, above 0 and at most 1.")
+    ] = 1.0,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose pages may ask from a browser, such as https://example.org, or * for all; repeatable. "
+            "(default: none)"
+        ),
+    ] = None,
 ) -> None:
     """Serve a bundle over HTTP with BentoML until Ctrl-C; docs/serving.md lists the routes and settings."""
+    from ensembler.serve.answer_log import check_appendable
     from ensembler.serve.http.settings import Settings
     from ensembler.serve.runtime.manifest import read_bundle
 
@@ -161,7 +176,14 @@ def serve(
     }
     if members is not None:
         environment["ENSEMBLER_MEMBERS"] = str(members)
-    Settings.read(environment)
+    if log_answers is not None:
+        environment["ENSEMBLER_LOG_ANSWERS"] = str(log_answers.resolve())
+        environment["ENSEMBLER_LOG_SAMPLE"] = str(log_sample)
+    if cors_origin:
+        environment["ENSEMBLER_CORS_ORIGIN"] = ",".join(cors_origin)
+    settings = Settings.read(environment)
+    if settings.log_answers is not None:
+        check_appendable(settings.log_answers)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     typer.echo(
         f"{members or manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it"
@@ -231,6 +253,37 @@ def predict(
             typer.echo(f"{one['image']}: {one['error']}", err=True)
         count = len(answer["errors"])
         raise ShapeError(f"{count} of {count + len(answer['predictions'])} images could not be read and have no answer")
+
+
+@app.command()
+def drift(
+    log: Annotated[Path, typer.Argument(help="Log of answers, of ensembler serve --log-answers.")],
+    window: Annotated[int, typer.Option(min=50, help="Images of each window.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+) -> None:
+    """Compare logged answers with what the ensemble answered on its validation images."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ensembler.serve.answer_log import drift_of
+
+    found = drift_of(log, window)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("from", "to", *found.bound):
+        table.add_column(name, justify="right" if name in found.bound else "left", no_wrap=True)
+    for one in found.windows:
+        marked = [f"{index:.3f}{'*' if index > found.bound[measure] else ' '}" for measure, index in one.index.items()]
+        table.add_row(one.first, one.last, *marked)
+    table.add_row("bound", "", *(f"{value:.3f} " for value in found.bound.values()), style="dim")
+    console = Console()
+    console.print(table)
+    left_out = f"; {found.left_out} others left out" if found.left_out else ""
+    typer.echo(f"population stability index of windows of {found.window} images; {found.answers} answers{left_out}")
+    drifted = f"the last window has drifted: {', '.join(found.drifted)}"
+    typer.echo(drifted if found.drifted else "no drift in the last window")
 
 
 @app.command()

@@ -31,7 +31,7 @@ from ensembler.serve.http.application import application
 from ensembler.serve.http.front import Front, listen, stop_this_process
 from ensembler.serve.http.intake import join_front
 from ensembler.serve.http.options import Options
-from ensembler.serve.http.routes import JSON
+from ensembler.serve.http.routes import PREDICT
 from ensembler.serve.http.schemas import Answer
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
@@ -113,7 +113,7 @@ class PredictiveUncertainty:
             host, _, port = (address or "").rpartition(":")
             Front(Path(folder), listen(host, int(port)) if address else None, _fail).start()
 
-    @bentoml.api(route=JSON, input_spec=Question, output_spec=Answer)
+    @bentoml.api(route=PREDICT, input_spec=Question, output_spec=Answer)
     async def predictive_uncertainty(self, images: np.ndarray, **options: Any) -> Answer:
         """Predict a batch of images (B, H, W, 3), whole numbers from 0 to 255."""
         return Answer.model_validate(await self.application.state.predictor.answer(images, options))

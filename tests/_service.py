@@ -26,7 +26,9 @@ from ensembler import artefact
 from ensembler.serve import Runtime
 from ensembler.serve.http.application import application
 from ensembler.serve.http.settings import Settings
+from ensembler.serve.runtime.drift import MEASURES, bin_values
 from ensembler.serve.runtime.manifest import Validation, read_bundle
+from ensembler.serve.runtime.prediction import Prediction
 from tests._ports import free_port  # noqa: F401  tests find it here
 from tests._runs import CLASSES, TINY, make_bundle
 
@@ -35,8 +37,6 @@ with warnings.catch_warnings():  # of httpx in Starlette's test client
     from starlette.testclient import TestClient
 
 ROUTE = "/predictive-uncertainty"
-BINARY = f"{ROUTE}/binary"
-IMAGE = f"{ROUTE}/image"
 LIMIT = 100_000
 
 
@@ -82,12 +82,20 @@ def make_calibrated(path: Path, risk: float | None = 0.2) -> Path:
         levels=levels,
         predictive_entropy=np.quantile(known.predictive_entropy, levels).tolist(),
         mutual_information=np.quantile(known.mutual_information, levels).tolist(),
+        drift=[bin_values(name, values, len(CLASSES)) for name, values in measures(known).items()],
     )
     with artefact.write(path, manifest.model_dump(exclude={"files"})) as folder:
         for file in manifest.files:
             shutil.copy(plain / file, folder)
         (folder / "calibration.json").write_text(json.dumps(fitted))
     return path
+
+
+def measures(prediction: Prediction) -> dict[str, np.ndarray]:
+    """What drift is judged by."""
+    assert prediction.mutual_information is not None
+    named = (prediction.predictive_entropy, prediction.mutual_information, prediction.classes)
+    return dict(zip(MEASURES, named, strict=True))
 
 
 def assert_refused(answer: Any, *statuses: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tests._small import network
+from tests._small import dropout
 
 seen: list[int] = []  # the size of every batch
 
@@ -18,4 +18,4 @@ class Tally(nn.Module):
 
 
 def tallying(num_classes: int) -> nn.Module:
-    return nn.Sequential(Tally(), network(num_classes))
+    return nn.Sequential(Tally(), dropout(num_classes))

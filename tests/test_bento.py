@@ -27,7 +27,7 @@ from ensembler.serve import Runtime
 from ensembler.serve.bento import BentoError, build_bento, pinned, write_sources
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
-from tests._service import IMAGE, ROUTE, Server, free_port, make_calibrated, tiny_images
+from tests._service import ROUTE, Server, free_port, make_calibrated, tiny_images
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "docs" / "deploy"
@@ -138,7 +138,7 @@ def assert_serves(server: Server, bundle: Path) -> None:
         assert found == pytest.approx(list(known.mutual_information), abs=1e-5)
         file = ROOT / "docs" / "images" / "ui.png"
         kind = {"Content-Type": "image/png"}
-        assert httpx.post(server.url + IMAGE, content=file.read_bytes(), headers=kind).status_code == 200
+        assert httpx.post(server.url + ROUTE, content=file.read_bytes(), headers=kind).status_code == 200
         assert httpx.get(f"{server.url}/ui").status_code == 200
         card = httpx.get(f"{server.url}/metadata").json()
         assert card["bundle"] == artefact.sha256(bundle / "manifest.json")

@@ -285,6 +285,11 @@ def test_order_and_usual_doubt_are_of_the_validation_images(bundle: Path, run: P
     assert {0.0, 0.5, 0.9, 0.95, 0.99, 1.0} < set(known.levels)
     np.testing.assert_allclose(known.predictive_entropy, np.quantile(entropy, known.levels), atol=1e-5)
     np.testing.assert_allclose(known.mutual_information, np.quantile(information, known.levels), atol=1e-5)
+    drift = {binned.measure: binned for binned in known.drift}
+    assert drift["class"].counts == np.bincount(mean.argmax(-1), minlength=mean.shape[-1]).tolist()
+    for measure, values in {"predictive_entropy": entropy, "mutual_information": information}.items():
+        np.testing.assert_allclose(drift[measure].edges, np.quantile(values, np.arange(1, 10) / 10), atol=1e-5)
+        assert sum(drift[measure].counts) == len(labels)
 
 
 def test_without_images_the_runs_order_is_kept_and_it_is_said(run: Path, dataset: Dataset, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_what_goes_wrong_is_one_line(server: Server, bundle: Path, pictures: Pat
         assert "ask from 1 to 3" in refused(target, image, "--members", 9, ENSEMBLER_TOKEN=TOKEN)
     assert "no service answers at http://127.0.0.1:" in refused(f"http://127.0.0.1:{free_port()}", image)
     assert "no service answers at http://[bad" in refused("http://[bad", image)
-    assert "has no route for images" in refused(f"{server.url}/ui", image, ENSEMBLER_TOKEN=TOKEN)
+    assert "has no /predictive-uncertainty" in refused(f"{server.url}/ui", image, ENSEMBLER_TOKEN=TOKEN)
     assert "no bundle at" in refused(tmp_path / "nothing", image)
     assert "an address begins with http://" in refused("localhost:3000", image)
     (tmp_path / "folder.png").mkdir()
@@ -299,6 +299,18 @@ def test_the_wrong_images_of_a_folder_are_named_and_the_others_answered(
         ]
         with pytest.raises(ShapeError, match=r"13\.png: the image is of no format that is read"):
             predict_files(target, [many[13]], token=TOKEN)
+
+
+def test_a_file_that_is_no_image_is_none_there_either(server: Server, bundle: Path, pictures: Path) -> None:
+    """Though the service reads other bodies, too."""
+    question, array = pictures / "question.png", pictures / "array.png"
+    question.write_text(json.dumps({"images": tiny_images(1).tolist()}))
+    np.save(array, tiny_images(1))
+    array.with_name("array.png.npy").rename(array)
+    for file in (question, array):
+        for target in (str(bundle), server.url):
+            with pytest.raises(ShapeError, match=r"the image is of no format that is read: send PNG or [^,]*$"):
+                predict_files(target, [file], token=TOKEN)
 
 
 def test_predict_answers_what_it_can_and_exits_with_1(bundle: Path, many: list[Path]) -> None:

@@ -17,10 +17,10 @@ from ensembler.decoding import decode, measure
 from ensembler.errors import ShapeError
 from ensembler.serve.http import decoder as module
 from ensembler.serve.http.batcher import DeadlineError
+from ensembler.serve.http.bodies import MediaTypeError
 from ensembler.serve.http.decoder import Decoder, most_pixels
-from ensembler.serve.http.readers import MediaTypeError
 from tests._runs import TINY, make_bundle
-from tests._service import IMAGE, assert_refused, in_process
+from tests._service import ROUTE, assert_refused, in_process
 
 
 def file_of(size: int, kind: str = "PNG", mode: str = "RGB", **options: Any) -> bytes:
@@ -144,11 +144,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_a_service_refuses_what_its_network_does_not_need(bundle: Path) -> None:
     megapixels = file_of(1100, mode="1")
     with in_process(bundle, ENSEMBLER_MAX_BODY="2000000") as client:
-        assert "more than 1048576 pixels" in assert_refused(client.post(IMAGE, content=megapixels), 400)
-        answer = client.post(IMAGE, content=of_scans(5000, 256))
+        assert "more than 1048576 pixels" in assert_refused(client.post(ROUTE, content=megapixels), 400)
+        answer = client.post(ROUTE, content=of_scans(5000, 256))
         assert "scans" in assert_refused(answer, 400)
-        assert client.post(IMAGE, content=file_of(32)).status_code == 200
-        late = client.post(IMAGE, content=file_of(32), headers={"X-Deadline-Ms": "0"})
+        assert client.post(ROUTE, content=file_of(32)).status_code == 200
+        late = client.post(ROUTE, content=file_of(32), headers={"X-Deadline-Ms": "0"})
         assert late.status_code == 504
     with in_process(bundle, ENSEMBLER_MAX_PIXELS="2000000", ENSEMBLER_MAX_BODY="2000000") as client:
-        assert client.post(IMAGE, content=megapixels).status_code == 200
+        assert client.post(ROUTE, content=megapixels).status_code == 200

@@ -27,7 +27,7 @@ from ensembler.serve.http import intake
 from ensembler.serve.http.front import CHANNEL, Front, listen
 from ensembler.serve.http.intake import join_front
 from tests._runs import make_bundle
-from tests._service import BINARY, ROUTE, Server, free_port, tiny_images
+from tests._service import ROUTE, Server, free_port, tiny_images
 
 HEAD = b"GET /there HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -266,7 +266,7 @@ def test_two_workers_without_a_home_under_attack(tmp_path: Path) -> None:
         with httpx.Client(base_url=server.url, timeout=60) as caller:
             assert [caller.get(path).status_code for path in ("/readyz", "/livez", "/metadata")] == [200] * 3
             headers = {"Content-Type": "application/octet-stream", "X-Shape": "1,4,6,3"}
-            assert caller.post(BINARY, content=tiny_images(1).tobytes(), headers=headers).status_code == 200
+            assert caller.post(ROUTE, content=tiny_images(1).tobytes(), headers=headers).status_code == 200
             assert "ensembler_requests_total" in caller.get("/metrics").text
         for peer in [*halves, *open_ones]:
             peer.close()

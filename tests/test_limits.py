@@ -12,12 +12,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from ensembler.errors import UsageError
+from ensembler.serve.http.bodies import TYPES
 from ensembler.serve.http.gate import Gate
 from ensembler.serve.http.metrics import Requests
-from ensembler.serve.http.routes import KINDS, PUBLIC
+from ensembler.serve.http.routes import PUBLIC, reads_a_body
 from ensembler.serve.http.settings import Settings
 from tests._runs import make_bundle
-from tests._service import BINARY, IMAGE, ROUTE, TestClient, assert_refused, in_process, tiny_images
+from tests._service import ROUTE, TestClient, assert_refused, in_process, tiny_images
 
 LIMITS = {"ENSEMBLER_BUNDLE": "nowhere", "ENSEMBLER_MAX_BODY": "100", "ENSEMBLER_BODY_MS": "200"}
 
@@ -222,13 +223,11 @@ def test_what_nobody_foresaw_is_a_sentence_that_gives_nothing_away(run: Any) -> 
     run(test)
 
 
-@pytest.mark.parametrize(
-    "path", [ROUTE, BINARY, IMAGE, "/metadata", "/metrics", "/docs.json", "/schema.json", "/examples"]
-)
+@pytest.mark.parametrize("path", [ROUTE, "/metadata", "/metrics", "/docs.json", "/schema.json", "/examples"])
 def test_a_token_is_wanted_everywhere_but_where_probers_look(run: Any, path: str) -> None:
     async def test(gate: Gate, stub: Stub) -> None:
         async def status(path: str, **headers: str) -> tuple[int, dict[bytes, bytes]]:
-            method = "POST" if path in KINDS else "GET"
+            method = "POST" if reads_a_body(path) else "GET"
             return (await Caller(gate, path, method, **headers).body(b"").answer())[:2]
 
         for wrong in ("Bearer wrong", "Bearer", "", "sesame", "Basic sesame", "Bearer sesame2", "Bearer s\xe9same"):
@@ -257,7 +256,11 @@ def test_tokens_are_compared_in_constant_time(run: Any, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("TOKEN", "s\xe9same"), ("TOKEN", "two words"), ("MAX_BODY", "32M"), ("MAX_QUEUE", "0"), ("WORKERS", "-1")],
+    [("TOKEN", "s\xe9same"), ("TOKEN", "two words"), ("MAX_BODY", "32M"), ("MAX_QUEUE", "0"), ("WORKERS", "-1")]
+    + [
+        ("CORS_ORIGIN", text)
+        for text in ("example.org", "https://a.org/", "https://a.org, https://b.org", "https://*.org")
+    ],
 )
 def test_a_setting_that_cannot_be(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv("ENSEMBLER_BUNDLE", "nowhere")
@@ -281,15 +284,17 @@ KINDS_REFUSED = [
     "video/mp4",
     "%s%n",
     "a" * 900,
+    "multipart/related; boundary=x",
+    b"\xff\xfe",
+    b"application/json; charset=\xff",
 ]
 
 
 @pytest.mark.parametrize("kind", KINDS_REFUSED)
-def test_other_kinds_of_bodies_are_not_read(tmp_path: Path, kind: str) -> None:
+def test_other_kinds_of_bodies_are_not_read(tmp_path: Path, kind: str | bytes) -> None:
     with in_process(make_bundle(tmp_path / "bundle")) as client:
-        for path, accepted in KINDS.items():
-            sentence = assert_refused(client.post(path, content=b"x", headers={"Content-Type": kind}), 415)
-            assert all(name in sentence for name in accepted)
+        sentence = assert_refused(client.post(ROUTE, content=b"x", headers={"Content-Type": kind}), 415)
+        assert all(name in sentence for name in TYPES)
         compressed = {"Content-Encoding": "gzip"}
         assert "compressed" in assert_refused(client.post(ROUTE, content=b"x", headers=compressed), 415)
 
@@ -305,3 +310,27 @@ def test_a_service_with_a_token(tmp_path: Path) -> None:
         assert client.get("/docs.json").status_code == 401
         described = client.get("/docs.json", headers={"Authorization": "Bearer sesame"}).json()
         assert described["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
+
+
+def test_pages_of_other_origins_may_ask_where_they_are_named(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    body = {"images": tiny_images(1).tolist()}
+    wish = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    ours, theirs = {"Origin": "https://a.example"}, {"Origin": "https://c.example"}
+    token = {"Authorization": "Bearer sesame"}
+    origins = "https://a.example,https://b.example:8443"
+    with in_process(bundle, ENSEMBLER_TOKEN="sesame", ENSEMBLER_CORS_ORIGIN=origins) as client:
+        preflight = client.options(ROUTE, headers=ours | wish)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        assert "authorization" in preflight.headers["access-control-allow-headers"].lower()
+        assert client.options(ROUTE, headers=theirs | wish).status_code == 400
+        for given, status in ((token, 200), ({}, 401)):  # a refusal can be read, too
+            answer = client.post(ROUTE, json=body, headers=ours | given)
+            assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, "https://a.example")
+            assert "x-batch-size" in answer.headers["access-control-expose-headers"].lower()
+            answer = client.post(ROUTE, json=body, headers=theirs | given)
+            assert "access-control-allow-origin" not in answer.headers
+    with in_process(bundle) as client:
+        assert client.options(ROUTE, headers=ours | wish).status_code == 204
+        assert "access-control-allow-origin" not in client.post(ROUTE, json=body, headers=ours).headers

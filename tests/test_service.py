@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -20,15 +22,17 @@ import pytest
 from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
-from ensembler import calibration
+from ensembler import artefact, calibration
 from ensembler.artefact import sha256
 from ensembler.decoding import read_image
+from ensembler.errors import CorruptError
 from ensembler.serve import Runtime
+from ensembler.serve.http import json_body, page
 from ensembler.serve.http.options import CALIBRATED, OUTPUTS, Options
+from ensembler.serve.http.routes import PROBES, PUBLIC, reads_a_body
+from ensembler.serve.runtime.manifest import read_bundle
 from tests._runs import CLASSES, TINY, make_bundle
 from tests._service import (
-    BINARY,
-    IMAGE,
     LIMIT,
     ROUTE,
     Server,
@@ -73,8 +77,19 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "half a body": (b'{"images": [[[', "the body is not JSON"),
     "not text": (b"\xff\xfe\x00\x93", "the body is not JSON"),
     "pixels, not JSON": (tiny_images(1).tobytes(), "the body is not JSON"),
-    "brackets without end": (b"[" * 50_000, "the body is not JSON"),
-    "brackets and their end": (b'{"images": ' + b"[" * 900 + b"]" * 900 + b"}", "found (1, 1, 1, 1, 1, 1)"),
+    "brackets without end": (b"[" * 1000, "nested more than 16 lists deep"),
+    "brackets and their end": (b'{"images": ' + b"[" * 900 + b"]" * 900 + b"}", "nested more than 16 lists deep"),
+    "brackets behind strings": (b'["]"' + b', ["]"' * 900 + b"]" * 901, "nested more than 16 lists deep"),
+    "brackets in one string": (b'{"images": "' + b"[" * 5000 + b'"}', "'images' is a string"),
+    "brackets not so deep": (b'{"images": ' + b"[" * 9 + b"]" * 9 + b"}", "found (1, 1, 1, 1, 1, 1)"),
+    "brackets behind escapes": (rb'["\\"' + rb', ["\\"' * 900 + b"]" * 901, "nested more than 16 lists deep"),
+    "brackets in a string of escapes": (rb'{"images": "\"' + rb"[\\" * 5000 + b'"}', "'images' is a string"),
+    "images twice": (b'{"images": [], "images": []}', 'has "images" twice'),
+    "a name twice, deeper": (b'{"images": [{"b64": "AAAA", "b64": "AAAA"}]}', 'has "b64" twice'),
+    "an option twice": ({"images": IMAGES, "mode": "full", "parameters": {"mode": "full"}}, '"mode" was sent twice'),
+    "both names": ({"images": IMAGES, "instances": IMAGES}, "is another name of 'images'"),
+    "parameters that are none": ({"images": IMAGES, "parameters": []}, "'parameters' is a list"),
+    "UTF-16": (json.dumps({"images": IMAGES}).encode("utf-16"), "the body is not JSON"),
     "a huge number": (b'{"images": ' + b"9" * 9000 + b"}", "the body is not JSON"),
     "null": (None, "the body is null, not an object"),
     "a list": (IMAGES, "the body is a list, not an object"),
@@ -85,7 +100,11 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "images a string": ({"images": "AAAA"}, "'images' is a string"),
     "images a number": ({"images": 3}, "'images' is a number"),
     "images an object": ({"images": {"0": IMAGES}}, "'images' is an object"),
-    "images of strings": ({"images": ["AAAA"]}, "found (1,)"),
+    "images of strings": ({"images": ["A%%A"]}, "images[0] is no base64"),
+    "a character of base64": ({"images": ["A"]}, "images[0] is no base64"),
+    "an object of two values": ({"images": [{"b64": "AAAA", "key": "1"}]}, "images[0] is an object without base64"),
+    "an empty object": ({"instances": [{}]}, "instances[0] is an object without base64"),
+    "files and pixels": ({"images": ["AAAA", IMAGES[0]]}, "images[1] is a list without base64"),
     "no image": ({"images": []}, "send at least one image"),
     "an empty image": ({"images": [[]]}, "send at least one image"),
     "a single image": ({"images": IMAGES[0]}, "found a single image: put it in a list"),
@@ -174,23 +193,23 @@ def test_the_binary_route_answers_as_json_does(client: TestClient) -> None:
     expected = client.post(ROUTE, json={"images": images.tolist()}).json()
     shape = {"X-Shape": "3, 4, 6, 3", "Content-Type": "application/octet-stream"}
     bodies = [npy(images), npy(images.astype(np.int64)), npy(np.asfortranarray(images))]
-    answers = [client.post(BINARY, content=body) for body in bodies]
-    answers.append(client.post(BINARY, content=images.tobytes(), headers=shape))
+    answers = [client.post(ROUTE, content=body) for body in bodies]
+    answers.append(client.post(ROUTE, content=images.tobytes(), headers=shape))
     for answer in answers:
         assert answer.json() == expected
     wanted = {"Accept": "application/x-npy"}
-    answer = client.post(f"{BINARY}?outputs=members", content=npy(images), headers=wanted)
+    answer = client.post(f"{ROUTE}?outputs=members", content=npy(images), headers=wanted)
     assert answer.headers["content-type"] == "application/x-npy"
     members = np.load(io.BytesIO(answer.content))
     assert members.shape == (3, 3, len(CLASSES))
-    mean = np.load(io.BytesIO(client.post(BINARY, content=npy(images), headers=wanted).content))
+    mean = np.load(io.BytesIO(client.post(ROUTE, content=npy(images), headers=wanted).content))
     np.testing.assert_allclose(mean, members.mean(axis=1), rtol=1e-6)
     assert mean.tolist() == [prediction["probabilities"] for prediction in expected["predictions"]]
     assert "ask for one of" in assert_refused(
-        client.post(f"{BINARY}?outputs=mean,disagreement", content=npy(images), headers=wanted), 400
+        client.post(f"{ROUTE}?outputs=mean,disagreement", content=npy(images), headers=wanted), 400
     )
     assert "label is not an array" in assert_refused(
-        client.post(f"{BINARY}?outputs=label", content=npy(images), headers=wanted), 400
+        client.post(f"{ROUTE}?outputs=label", content=npy(images), headers=wanted), 400
     )
 
 
@@ -234,7 +253,7 @@ def test_images_are_decoded_as_training_decodes_them(
     monkeypatch.setattr(
         Runtime, "predict", lambda self, images, *a, **k: seen.append(images) or predict(self, images, *a, **k)
     )
-    answer = client.post(IMAGE, content=body)
+    answer = client.post(ROUTE, content=body)
     assert answer.status_code == 200
     assert len(answer.json()["predictions"]) == 1
     assert np.array_equal(seen[0][0], read_image(tmp_path / "image", (4, 6)))
@@ -242,15 +261,107 @@ def test_images_are_decoded_as_training_decodes_them(
 
 def test_several_images_are_a_form(client: TestClient) -> None:
     files = [("images", ("a.png", png(Image.new("RGB", (9, 9), (n * 80, 0, 0))))) for n in range(3)]
-    answer = client.post(f"{IMAGE}?outputs=class,members_used&mode=exact&members=2", files=files)
+    answer = client.post(f"{ROUTE}?outputs=class,members_used&mode=exact&members=2", files=files)
     assert answer.status_code == 200
     assert [list(prediction) for prediction in answer.json()["predictions"]] == [
         ["class", "members_used", "partial"]
     ] * 3
     broken = [*files[:2], ("images", ("b.png", b"\x89PNG\r\n\x1a\n"))]
-    assert "file 3 of 3" in assert_refused(client.post(IMAGE, files=broken))
-    assert "4 at most" in assert_refused(client.post(IMAGE, files=files * 2), 400)
-    assert "no file" in assert_refused(client.post(IMAGE, files=[], data={}, headers=FORM, content=b"--x--\r\n"), 400)
+    assert "file 3 of 3" in assert_refused(client.post(ROUTE, files=broken))
+    assert "4 at most" in assert_refused(client.post(ROUTE, files=files * 2), 400)
+    assert "no file" in assert_refused(client.post(ROUTE, files=[], data={}, headers=FORM, content=b"--x--\r\n"), 400)
+    fields = [("outputs", (None, "class,members_used")), ("mode", (None, "exact")), ("members", (None, "2"))]
+    assert client.post(ROUTE, files=[*files, *fields]).json() == answer.json()
+    assert "sent twice" in assert_refused(client.post(f"{ROUTE}?mode=exact", files=[*files, *fields]), 400)
+
+
+PIXELS = tiny_images(1)
+PNG = png(Image.fromarray(PIXELS[0]))
+BASE64 = base64.b64encode(PNG).decode()
+PLAIN = {"images": PIXELS.tolist()}
+SHAPE = {"X-Shape": "1,4,6,3"}
+SENT: dict[str, tuple[bytes, dict[str, str]]] = {
+    "curl -d": (json.dumps(PLAIN).encode(), {"Content-Type": "application/x-www-form-urlencoded"}),
+    "JSON of no type": (b"\n " + json.dumps(PLAIN).encode(), {}),
+    "JSON with a byte order mark": (json.dumps(PLAIN).encode("utf-8-sig"), {"Content-Type": "text/plain"}),
+    "fetch of a string": (json.dumps(PLAIN).encode(), {"Content-Type": "text/plain;charset=UTF-8"}),
+    "problem+json": (json.dumps(PLAIN).encode(), {"Content-Type": "application/vnd.x+json"}),
+    "curl --data-binary of an image": (PNG, {"Content-Type": "application/x-www-form-urlencoded"}),
+    "an image of no type": (PNG, {}),
+    "image/png": (PNG, {"Content-Type": "image/png"}),
+    "image/jpg that is a PNG": (PNG, {"Content-Type": "image/jpg"}),
+    "image/*": (PNG, {"Content-Type": "image/*"}),
+    "IMAGE/WEBP": (PNG, {"Content-Type": "IMAGE/WEBP; q=1"}),
+    "octets of an image": (PNG, {"Content-Type": "application/octet-stream"}),
+    ".npy of no type": (npy(PIXELS), {}),
+    ".npy as octets": (npy(PIXELS), {"Content-Type": "application/octet-stream"}),
+    "application/x-npy": (npy(PIXELS), {"Content-Type": "application/x-npy"}),
+    "pixels": (PIXELS.tobytes(), SHAPE),
+    "pixels as octets": (PIXELS.tobytes(), SHAPE | {"Content-Type": "application/octet-stream"}),
+    "pixels by curl": (PIXELS.tobytes(), SHAPE | {"Content-Type": "application/x-www-form-urlencoded"}),
+    "a form": (
+        b'--x\r\nContent-Disposition: form-data; name="i"; filename="a.png"\r\n\r\n' + PNG + b"\r\n--x--\r\n",
+        {"Content-Type": "multipart/form-data; boundary=x"},
+    ),
+    "base64": (json.dumps({"images": [BASE64]}).encode(), {}),
+    "a data URL": (json.dumps({"images": [f"data:image/png;base64,{BASE64}"]}).encode(), {}),
+    "base64 in lines": (json.dumps({"images": [base64.encodebytes(PNG).decode()]}).encode(), {}),
+    "base64 for URLs": (json.dumps({"images": [base64.urlsafe_b64encode(PNG).decode().rstrip("=")]}).encode(), {}),
+    "TensorFlow Serving": (json.dumps({"instances": [{"b64": BASE64}]}).encode(), {}),
+    "KServe": (json.dumps({"instances": [{"image": {"b64": BASE64}}]}).encode(), {}),
+    "Vertex AI": (json.dumps({"instances": [{"content": BASE64}], "parameters": {}}).encode(), {}),
+    "instances of pixels": (json.dumps({"instances": PIXELS.tolist(), "parameters": None}).encode(), {}),
+}
+
+
+@pytest.mark.parametrize(("body", "headers"), SENT.values(), ids=SENT)
+def test_one_route_reads_whatever_a_client_sends(client: TestClient, body: bytes, headers: dict[str, str]) -> None:
+    answer = client.post(ROUTE, content=body, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == client.post(ROUTE, json=PLAIN).json()
+
+
+def test_options_are_read_alike_wherever_they_are_sent(client: TestClient) -> None:
+    chosen = {"mode": "exact", "members": 2, "outputs": ["class", "members_used"]}
+    known = client.post(ROUTE, json=PLAIN | chosen).json()
+    query = f"{ROUTE}?mode=exact&members=2&outputs=class,members_used"
+    for body, headers in SENT.values():
+        assert client.post(query, content=body, headers=headers).json() == known
+    assert client.post(ROUTE, json={"instances": PIXELS.tolist(), "parameters": chosen}).json() == known
+    for twice in ({"mode": "exact"}, {"parameters": {"mode": "exact"}}):
+        assert '"mode" was sent twice' in assert_refused(client.post(query, json=PLAIN | twice), 400)
+
+
+def test_what_a_body_is_not_is_told(client: TestClient) -> None:
+    assert "X-Shape is of raw pixels" in assert_refused(
+        client.post(ROUTE, content=PNG, headers=SHAPE | {"Content-Type": "image/png"}), 400
+    )
+    answer = client.post(ROUTE, content=PIXELS.tobytes())
+    assert "raw pixels need their X-Shape" in assert_refused(answer, 415)
+    assert "the body is empty" in assert_refused(client.post(ROUTE, content=b" \n"), 400)
+    assert "file 2 of 2" in assert_refused(client.post(ROUTE, json={"images": [BASE64, "AAAA"]}), 415)
+    assert "5 images are more than 4" in assert_refused(client.post(ROUTE, json={"images": [BASE64] * 5}), 400)
+    twice = [("X-Shape", "1,4,6,3"), ("X-Shape", "1,4,6,3")]
+    assert "X-Shape was sent twice" in assert_refused(client.post(ROUTE, content=PIXELS.tobytes(), headers=twice), 400)
+    long = {"X-Long": "a" * 70_000}
+    for answer in (client.post(ROUTE, json=PLAIN, headers=long), client.get("/livez", headers=long)):
+        assert "more than 65536" in assert_refused(answer, 431)
+
+
+def test_json_is_bounded_before_it_is_parsed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"ENSEMBLER_MAX_JSON": "50000", "ENSEMBLER_MAX_BODY": "1000000"}
+    with in_process(bundle, **limits) as client:
+        assert client.post(ROUTE, json=PLAIN).status_code == 200
+        bodies = {
+            "more than 50000: send fewer images": b" " * 50_001,
+            "lists and objects": b'{"images": [' + b"[]," * 10_000 + b"[]]}",
+            "names of values": b'{"images": [], ' + b'"a":1,' * 5000 + b'"a": 1}',
+            "lists deep": b"[" * 1000 + b"]" * 1000,
+        }
+        monkeypatch.setattr(json_body, "json", None)  # parsing would be a 500
+        for message, body in bodies.items():
+            answer = client.post(ROUTE, content=body, headers={"Content-Type": "application/json"})
+            assert message in assert_refused(answer, 400 if "deep" in message else 413)
 
 
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -300,7 +411,7 @@ REFUSED_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "an output that is a number": ({"outputs": [3]}, "outputs[0] is 3: use one of"),
     "outputs without any": ({"outputs": []}, "outputs is a list: send a list of some of class"),
     "outputs that are a string": ({"outputs": "class"}, 'outputs is "class": send a list'),
-    "deep outputs": ({"outputs": json.loads("[" * 800 + "]" * 800)}, "outputs[0] is a list: use one of"),
+    "deep outputs": ({"outputs": json.loads("[" * 8 + "]" * 8)}, "outputs[0] is a list: use one of"),
     "abstention without a calibration": ({"outputs": ["abstain"]}, "has no calibration, which abstain needs"),
     "sets without a calibration": ({"outputs": ["prediction_set"]}, "has no calibration"),
     "an alpha without a calibration": ({"alpha": 0.1}, "has no calibration"),
@@ -370,7 +481,7 @@ def test_the_service_describes_its_routes(client: TestClient) -> None:
     described = client.get("/docs.json").json()
     for path, operations in described["paths"].items():
         for method in operations:
-            assert client.request(method, path).status_code not in (404, 405, 500)
+            assert client.request(method, path.replace("{name}", "none")).status_code not in (404, 405, 500)
     answer = client.post(ROUTE, json={"images": IMAGES}).json()
     fields = described["components"]["schemas"]["ImagePrediction"]["properties"]
     assert set(answer["predictions"][0]) <= set(fields)
@@ -386,7 +497,12 @@ def test_docs_json_is_valid_openapi_3_1(bundle: Path, token: str) -> None:
         described = client.get("/docs.json", headers={"Authorization": f"Bearer {token}"}).json()
     assert described["openapi"] == "3.1.0"
     OpenAPIV31SpecValidator(described).validate()
-    assert described.get("security") == ([{"token": []}] if token else None)
+    for path, operations in described["paths"].items():
+        for operation in operations.values():
+            needed = bool(token) and path not in PUBLIC
+            assert operation["security"] == ([{"token": []}] if needed else [])
+            assert ("401" in operation["responses"]) == needed
+    assert {*PROBES, "/ui"} <= described["paths"].keys()
 
 
 def test_docs_json_describes_what_is_sent_and_answered(client: TestClient) -> None:
@@ -422,11 +538,11 @@ def test_one_record_holds_every_option(client: TestClient) -> None:
     """What the documentation and the service's description list is what the record reads."""
     described = client.get("/docs.json").json()["paths"]
     schema = described[ROUTE]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert list(schema["properties"]) == ["images", *Options.model_fields]
-    for path in (BINARY, IMAGE):
-        query = [parameter for parameter in described[path]["post"]["parameters"] if parameter["in"] == "query"]
-        assert [parameter["name"] for parameter in query] == list(Options.model_fields)
-        assert all(parameter["schema"]["description"] for parameter in query)
+    assert list(schema["properties"]) == ["images", "instances", "parameters", *Options.model_fields]
+    assert list(schema["properties"]["parameters"]["properties"]) == list(Options.model_fields)
+    query = [parameter for parameter in described[ROUTE]["post"]["parameters"] if parameter["in"] == "query"]
+    assert [parameter["name"] for parameter in query] == list(Options.model_fields)
+    assert all(parameter["schema"]["description"] for parameter in query)
     text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
     section = text.split("### Options")[1].split("###")[0]
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(Options.model_fields)
@@ -435,7 +551,40 @@ def test_one_record_holds_every_option(client: TestClient) -> None:
     assert set(OUTPUTS) - {"mean"} <= told
 
 
-SAME = [{}, {"mode": "full"}, {"level": 0.9}, {"members": 3}, {"mode": "full", "members": 3, "level": 0.5}]
+SAME = [
+    *({}, {"mode": "full"}, {"level": 0.9}, {"members": 3}, {"mode": "full", "members": 3, "level": 0.5}),
+    *({"mode": "confidence"}, {"mode": "confidence", "level": 0.5}),  # asks three members first
+]
+
+
+def test_early_exit_is_asking_all_where_all_are_asked_first() -> None:
+    def computation(**options: Any) -> Any:
+        return Options.read(options).resolve(8, None).computation()
+
+    assert computation(mode="exact", members=1) == computation(mode="confidence", members=1) == computation(members=1)
+    assert computation(mode="exact", members=2) == computation(members=2)
+    assert computation(mode="exact", members=3) != computation(members=3)
+    assert computation(mode="confidence", members=4) != computation(members=4)
+
+
+def test_a_calibration_is_applied_and_its_scores_are_sorted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied, sorted_sizes = [], []
+    apply, sort = calibration.apply, np.sort
+    monkeypatch.setattr(calibration, "apply", lambda *a: applied.append(len(a[1])) or apply(*a))
+    monkeypatch.setattr(calibration.np, "sort", lambda *a, **k: sorted_sizes.append(len(a[0])) or sort(*a, **k))
+    with in_process(make_calibrated(tmp_path / "calibrated")) as client:
+        applied.clear()
+        sorted_sizes.clear()
+        for _ in range(5):
+            answer = client.post(ROUTE, json=GOOD).json()
+            assert {"calibrated", "prediction_set", "abstain"} <= answer["predictions"][0].keys()
+        assert applied == [1] * 5
+        held_out = client.app.state.predictor.runtime.calibration.held_out  # type: ignore[attr-defined]
+        assert sorted_sizes.count(held_out) <= 2  # of each method, once
+        client.post(ROUTE, json=GOOD | {"outputs": ["class"]})
+        assert applied == [1] * 5
 
 
 def test_requests_that_ask_alike_share_a_pass(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -470,13 +619,13 @@ def test_npy_that_cannot_be_is_refused_before_the_prediction(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, query: str
 ) -> None:
     monkeypatch.setattr(Runtime, "predict", lambda *arguments, **named: pytest.fail("it was predicted"))
-    answer = client.post(f"{BINARY}?{query}", content=npy(tiny_images(1)), headers={"Accept": "application/x-npy"})
+    answer = client.post(f"{ROUTE}?{query}", content=npy(tiny_images(1)), headers={"Accept": "application/x-npy"})
     assert "ask for" in assert_refused(answer, 400)
 
 
 @pytest.mark.parametrize("output", [output for output in OUTPUTS if output not in ("label", *CALIBRATED)])
 def test_every_other_output_is_an_array(client: TestClient, output: str) -> None:
-    url = f"{BINARY}?outputs={output}"
+    url = f"{ROUTE}?outputs={output}"
     answer = client.post(url, content=npy(tiny_images(2)), headers={"Accept": "application/x-npy"})
     expected = client.post(url, content=npy(tiny_images(2))).json()["predictions"]
     np.testing.assert_allclose(np.load(io.BytesIO(answer.content)), [one[output] for one in expected])
@@ -514,8 +663,22 @@ def test_a_browser_lands_on_the_page(client: TestClient) -> None:
 def test_health(client: TestClient) -> None:
     for path in ("/livez", "/readyz", "/healthz"):
         assert client.get(path).status_code == 200
-    assert client.get(ROUTE).status_code == 405
     assert client.get("/nowhere").status_code == 404
+
+
+def test_every_route_answers_head_and_options_and_says_what_it_allows(client: TestClient) -> None:
+    described = client.get("/docs.json").json()["paths"]
+    for path in sorted({route.replace("{name}", "none") for route in described} | {"/"}):
+        method = "POST" if reads_a_body(path) else "GET"
+        answer = client.options(path)
+        assert (answer.status_code, answer.content) == (204, b"")
+        assert set(answer.headers["allow"].split(", ")) == {method, "HEAD", "OPTIONS"}
+        answer = client.head(path, follow_redirects=False)
+        assert answer.status_code < 400 and answer.content == b""
+        for other in {"GET", "POST", "PUT", "DELETE", "PATCH", "TRACE"} - {method}:
+            answer = client.request(other, path)
+            assert (answer.status_code, list(answer.json())) == (405, ["error"])
+            assert set(answer.headers["allow"].split(", ")) == {method, "HEAD", "OPTIONS"}
 
 
 def test_not_ready_before_every_session_has_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,6 +730,10 @@ def test_the_command_refuses_before_bentoml_starts(bundle: Path, tmp_path: Path)
     assert "member-001.onnx has changed" in refused(str(damaged))
     assert "no bundle at" in refused(str(tmp_path / "nothing"))
     assert "--host must be an IP address" in refused(str(bundle), "--host", "example.org")
+    assert "must be * or origins" in refused(str(bundle), "--cors-origin", "example.org")
+    assert "ENSEMBLER_LOG_SAMPLE must be above 0" in refused(
+        str(bundle), "--log-answers", str(tmp_path / "log"), "--log-sample", "0"
+    )
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "choose another --port" in refused(str(bundle), "--port", str(taken.getsockname()[1]))
 
@@ -613,7 +780,7 @@ def test_what_was_accepted_before_sigterm_is_answered(bundle: Path, tmp_path: Pa
     small: list[tuple[bool, object]] = []
 
     def ask(_: int) -> httpx.Response:
-        return httpx.post(server.url + BINARY, content=batch.tobytes(), headers=headers, timeout=600)
+        return httpx.post(server.url + ROUTE, content=batch.tobytes(), headers=headers, timeout=600)
 
     def waiting() -> float:
         """Images in the server's queue."""
@@ -689,3 +856,28 @@ def test_a_killed_worker_comes_back_while_the_other_serves_on(bundle: Path, tmp_
         assert all(answered() for _ in range(20))
     finally:
         server.stop(signal.SIGTERM)
+
+
+def test_the_pages_examples_are_those_of_the_seal(bundle: Path, tmp_path: Path) -> None:
+    manifest = read_bundle(bundle).model_dump(exclude={"files"})
+    held = tmp_path / "held"
+    with artefact.write(held, manifest) as folder:
+        for file in bundle.iterdir():
+            if not file.name.startswith("manifest"):
+                shutil.copy(file, folder)
+        np.save(folder / "examples.npy", tiny_images(2))
+
+    def shown(client: TestClient) -> list[str]:
+        return [example["name"] for example in client.get("/examples").json()["examples"]]
+
+    known = read_bundle(held)
+    with in_process(held) as client:
+        assert len(shown(client)) == 3
+        before = client.get("/examples").json()
+        np.save(held / "examples.npy", tiny_images(3)[:2])  # while it serves
+        assert client.get("/examples").json() == before
+    with pytest.raises(CorruptError, match=r"examples\.npy of the bundle has changed"):
+        page.examples(held, known)
+    shutil.copy(held / "examples.npy", shutil.copytree(bundle, tmp_path / "beside"))  # that no manifest lists
+    with in_process(tmp_path / "beside") as client:
+        assert len(shown(client)) == 1

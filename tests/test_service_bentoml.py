@@ -19,7 +19,7 @@ from ensembler.serve import Runtime
 from ensembler.serve.http.options import Options
 from ensembler.serve.http.schemas import Answer
 from tests._runs import make_bundle
-from tests._service import BINARY, ROUTE, Server, TestClient, free_port, tiny_images
+from tests._service import ROUTE, Server, TestClient, free_port, tiny_images
 
 with warnings.catch_warnings():  # of BentoML's own imports
     warnings.simplefilter("ignore")
@@ -56,7 +56,7 @@ def client(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient
 def test_an_answered_request_leaves_no_timer(client: TestClient) -> None:
     headers = {"X-Shape": "1,4,6,3", "Content-Type": "application/octet-stream"}
     for _ in range(10):
-        assert client.post(BINARY, content=tiny_images(1).tobytes(), headers=headers).status_code == 200
+        assert client.post(ROUTE, content=tiny_images(1).tobytes(), headers=headers).status_code == 200
 
     def waiting() -> int:
         loop = asyncio.get_running_loop()

@@ -90,11 +90,7 @@ def test_what_fits_no_budget_is_left_out_with_a_reason():
     assert reasons["simplex", 1] == "one network leaves nothing for a vertex"
     assert reasons["simplexes", 1.5] == "two simplexes of 3 vertices take 3 budgets"
     assert {cell.label for cell in found.cells if cell.budget == 1.5} == {
-        "single",
-        "fge",
-        "simplex",
-        "snapshots",
-        "subspace",
+        *("single", "fge", "simplex", "snapshots", "subspace", "swag", "csgmcmc", "mc-dropout"),
     }
     with pytest.raises(UsageError, match=r"no method fits a budget \(deep-ensemble at 1: a budget below 2 holds one"):
         planned(methods={"deep-ensemble": {}}, budgets=[1])
@@ -414,7 +410,7 @@ def test_the_pareto_front_is_what_nothing_beats():
         ("[method.fge]\ncycle = 2", "there is no table [method]: there are [methods.NAME] and [[published]]"),
         ("published = 3", "published must be a list of tables: write [[published]]"),
         ("methods = 3", "methods: Input should be a valid string"),
-        ('methods = ["fgee"]', "methods.fgee: there is no method 'fgee': there are complex, curve-bezier, single"),
+        ('methods = ["fgee"]', "methods.fgee: there is no method 'fgee': there are complex, csgmcmc, curve-bezier, single"),
         ("[methods.fge]\ncycles = 2", "methods.fge: there is no option 'cycles': did you mean cycle"),
         ("[methods.fge]\ncycle = -2", "methods.fge: cycle must be positive, not -2"),
         ("[methods.fge]\nseed = 2", "methods.fge: seed is not an option of a study: the plan decides it"),

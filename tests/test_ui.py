@@ -264,7 +264,7 @@ def test_abstention_and_sets_are_the_services(shown: Page, server: Server) -> No
         shown.settle()
         file = io.BytesIO()
         Image.fromarray(shown.pixels()[0]).save(file, "PNG")
-        address = f"{server.url}/predictive-uncertainty/image"
+        address = f"{server.url}/predictive-uncertainty"
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "image/png"}
         (one,) = httpx.post(address, content=file.getvalue(), headers=headers).json()["predictions"]
         verdict = shown["verdict"].text

@@ -15,7 +15,8 @@ from ensembler.images import Images
 from ensembler.ordering import greedy_order
 from ensembler.seeds import derive
 from ensembler.serve.export.precision import check_precision
-from ensembler.serve.runtime.manifest import Precision, PrecisionCheck, Validation
+from ensembler.serve.runtime.drift import MEASURES, bin_values
+from ensembler.serve.runtime.manifest import Binned, Precision, PrecisionCheck, Validation
 from ensembler.serve.runtime.strategies import Members
 from ensembler.uncertainty import uncertainty
 
@@ -80,9 +81,20 @@ def judge(
             levels=list(LEVELS),
             predictive_entropy=np.quantile(found.predictive_entropy, LEVELS).tolist(),
             mutual_information=None if information is None else np.quantile(information, LEVELS).tolist(),
+            drift=_drift(found.predictive_entropy, information, members.mean(axis=0, dtype=np.float64)),
         ),
         precision_check=check,
     )
+
+
+def _drift(
+    entropy: NDArray[np.float64], information: NDArray[np.float64] | None, mean: NDArray[np.float64]
+) -> list[Binned]:
+    """What drift is judged by; one member has no mutual information."""
+    values = {"predictive_entropy": entropy, "mutual_information": information, "class": mean.argmax(axis=-1)}
+    return [
+        bin_values(measure, found, mean.shape[-1]) for measure in MEASURES if (found := values[measure]) is not None
+    ]
 
 
 def some(split: Images, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -44,14 +44,14 @@ def with_outputs(columns: Columns, options: Options, runtime: Runtime) -> Column
     """Return the columns with the calibrated ones that the options, resolved, ask for."""
     result = dict(columns)
     fitted, outputs = runtime.calibration, options.outputs or ()
-    if fitted is not None:
-        pooled = columns["probabilities"]
+    if fitted is not None and set(outputs) & set(CALIBRATED):
+        p = calibration.apply(fitted, columns["probabilities"])
         if "calibrated" in outputs:
-            result["calibrated"] = calibration.apply(fitted, pooled)
+            result["calibrated"] = p
         if "prediction_set" in outputs:
-            result["prediction_set"] = calibration.prediction_sets(fitted, pooled, options.alpha)
+            result["prediction_set"] = calibration.sets_of(fitted, p, options.alpha)
         if "abstain" in outputs:
-            result["abstain"] = calibration.abstain(fitted, pooled)
+            result["abstain"] = calibration.abstentions_of(fitted, p)
     return result
 
 

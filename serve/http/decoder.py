@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from ensembler.decoding import measure
 from ensembler.errors import ShapeError
 from ensembler.serve.http.batcher import DeadlineError
-from ensembler.serve.http.readers import MAX_PIXELS, MediaTypeError, image_from_file, refused_files
+from ensembler.serve.http.bodies import MediaTypeError
+from ensembler.serve.http.readers import MAX_PIXELS, image_from_file, refused_files
 
 __all__ = ["Decoder", "most_pixels"]
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from ensembler.serve.http.routes import PROBES
+from ensembler.serve.http.routes import PROBES, READY, answer_of_probe
 
 __all__ = ["CHANNEL", "HEAD_SECONDS", "Front", "listen", "raise_file_limit", "stop_this_process"]
 
@@ -167,9 +167,10 @@ class Front:
 
     def _decide(self, peer: socket.socket, head: bytes) -> None:
         asked = _GET.match(head)
-        if asked and asked[2].decode("latin-1") in PROBES:
-            healthy = self._is_ready() if asked[2] == b"/readyz" else self._is_alive()
-            return _respond(peer, head, 200 if healthy else 503, b"\n", "text/plain", asked[1] == b"HEAD")
+        if asked and (path := asked[2].decode("latin-1")) in PROBES:
+            healthy = self._is_ready() if path in READY else self._is_alive()
+            body, media_type = answer_of_probe(path, healthy)
+            return _respond(peer, head, 200 if healthy else 503, body, media_type, asked[1] == b"HEAD")
         for worker in sorted(self._workers, key=lambda worker: worker.connections):
             if worker.ready and not worker.ending and worker.connections < self._most and _pass(worker, peer):
                 return

@@ -20,8 +20,9 @@ from starlette.responses import JSONResponse
 
 from ensembler.errors import ArtefactError, EnsemblerError
 from ensembler.serve.http.batcher import OverloadError
+from ensembler.serve.http.bodies import check_head, check_type
 from ensembler.serve.http.metrics import Requests
-from ensembler.serve.http.routes import JSON, KINDS, METRICS, PAGE, PROBES, PUBLIC
+from ensembler.serve.http.routes import METRICS, PAGE, PROBES, PUBLIC, reads_a_body
 from ensembler.serve.http.settings import Settings
 
 if TYPE_CHECKING:
@@ -68,11 +69,12 @@ class Gate:
         outgoing = _Outgoing(scope, send, self._requests)
         body, headers = _Body(receive), dict(scope["headers"])
         try:
+            check_head(scope["path"], scope.get("query_string", b""), scope["headers"])
             self._check_token(scope["path"], headers)
-            if scope["method"] != "POST" or scope["path"] not in KINDS:
+            if scope["method"] != "POST" or not reads_a_body(scope["path"]):
                 return await self.app(scope, receive, outgoing.send)
-            _check_kind(scope["path"], headers)
-        except _RefusedError as error:
+            check_type(headers)
+        except EnsemblerError as error:
             await self._drain(body)
             return await outgoing.refuse(error)
         except Exception:
@@ -173,14 +175,15 @@ class _Outgoing:
             status = message["status"]
             if status in _SENTENCES and not _is_json(message):
                 self._replaced = True
-                return await self._respond(status, _SENTENCES[status])
+                allow = dict(message.get("headers", [])).get(b"allow")
+                return await self._respond(status, _SENTENCES[status], {"Allow": allow.decode()} if allow else None)
             self._start(status)
         if not self._replaced:
             await self._send(message)
 
-    async def refuse(self, error: _RefusedError) -> None:
+    async def refuse(self, error: EnsemblerError) -> None:
         """Answer with an error."""
-        await self._respond(error.status, str(error), error.headers)
+        await self._respond(getattr(error, "status", 400), str(error), getattr(error, "headers", None))
 
     async def fail(self) -> None:
         """Log the exception being handled, and answer 500 unless an answer has begun."""
@@ -289,14 +292,6 @@ class _Held:
         if self._count:
             self._budget.release(self._host, self._count)
             self._count = 0
-
-
-def _check_kind(path: str, headers: dict[bytes, bytes]) -> None:
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
-    if kind and kind not in KINDS[path] and not (path == JSON and kind.endswith("+json")):
-        raise _RefusedError(415, f"this route does not read the Content-Type sent: use {', '.join(KINDS[path])}")
-    if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):
-        raise _RefusedError(415, "compressed bodies are not read: send it without Content-Encoding")
 
 
 def _replay(body: bytes) -> Receive:

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -27,17 +28,20 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from ensembler.serve.http.batcher import Columns
-from ensembler.serve.http.routes import EXAMPLES, KINDS, METRICS, PAGE, PROBES
+from ensembler.serve.http.routes import route_of
+from ensembler.serve.runtime.drift import Window
 from ensembler.serve.runtime.manifest import Validation
 
 __all__ = ["STAGES", "Exposition", "Metrics", "Requests"]
 
 STAGES = ("read", "queue", "predict", "write")
 
-_ROUTES = {*KINDS, *PROBES, PAGE, EXAMPLES, "/", "/metadata", "/docs.json", METRICS}
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _EVEN = 20  # buckets without validation images
 _QUANTILES = "ensembler_validation_nats"
+_DRIFT = "ensembler_drift_index"
+_BOUND = "ensembler_drift_bound"
+_GREATEST = (_QUANTILES, _DRIFT, _BOUND)  # gauges of which the greatest worker's counts, not their sum
 
 _logger = logging.getLogger("ensembler.serve")
 
@@ -130,7 +134,7 @@ class _Sum(Collector):
                 found = values.setdefault(family.name, {})
                 for sample in family.samples:
                     key = (sample.name, tuple(sample.labels.items()))
-                    greatest = family.name == _QUANTILES or sample.name.endswith("_created")  # the same in each worker
+                    greatest = family.name in _GREATEST or sample.name.endswith("_created")
                     known = found.get(key)
                     both = (known or 0.0) + sample.value
                     found[key] = both if known is None or not greatest else max(known, sample.value)
@@ -164,7 +168,7 @@ class Requests:
     @_harmless
     def count(self, path: str, status: int) -> None:
         """Count a response; routes that do not exist are counted as ``other``."""
-        self._count.labels(path if path in _ROUTES else "other", str(status)).inc()
+        self._count.labels(route_of(path) or "other", str(status)).inc()
 
 
 class Metrics:
@@ -175,9 +179,17 @@ class Metrics:
         members: M.
         classes: C.
         registry: where they are registered.
+        window: images over which drift is measured.
     """
 
-    def __init__(self, validation: Validation | None, members: int, classes: int, registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        validation: Validation | None,
+        members: int,
+        classes: int,
+        registry: CollectorRegistry,
+        window: int = 1000,
+    ) -> None:
         def histogram(name: str, text: str, edges: Sequence[float], *labels: str) -> Histogram:
             return Histogram(f"ensembler_{name}", text, labels, buckets=edges, registry=registry)
 
@@ -213,6 +225,20 @@ class Metrics:
                 for level, nats in zip(validation.levels, getattr(validation, measure) or [], strict=False):
                     quantile.labels(measure, f"{level:g}").set(nats)
 
+        self._told = False
+        self._window = Window(validation.drift if validation else [], window)
+        self._drift = Gauge(
+            _DRIFT,
+            "Population stability index of the last images against the validation images, by measure",
+            ["measure"],
+            registry=registry,
+        )
+        limit = Gauge(
+            _BOUND, "What it stays below in 999 of 1,000 windows without drift", ["measure"], registry=registry
+        )
+        for measure, value in self._window.bounds.items():
+            limit.labels(measure).set(value)
+
     @_harmless
     def stages(self, seconds: dict[str, float]) -> None:
         """Record a request's time in each of :data:`STAGES`."""
@@ -237,6 +263,11 @@ class Metrics:
         if whole:
             _observe(self._entropy, columns["predictive_entropy"])
             _observe(self._information, columns.get("mutual_information", ()))
+            self._window.add(columns)
+            if not self._told and self._window.full:
+                self._told = True
+                for measure in self._window.bounds:  # computed when it is asked for, not at every answer
+                    self._drift.labels(measure).set_function(partial(self._window.index, measure))
         if "abstain" in columns:
             abstained = int(columns["abstain"].sum())
             self._abstentions.labels("true").inc(abstained)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Literal, Self, get_args
 
@@ -11,7 +13,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from ensembler.calibration import Calibration
 from ensembler.errors import UsageError
 from ensembler.record import Record
-from ensembler.serve.runtime.early_exit import LEVEL, Mode
+from ensembler.serve.runtime.early_exit import LEVEL, Mode, waves
 from ensembler.serve.runtime.images import shown
 
 __all__ = ["CALIBRATED", "OUTPUTS", "STANDARD", "Options", "Output", "calibrated_outputs"]
@@ -40,6 +42,8 @@ STANDARD = OUTPUTS[: OUTPUTS.index("mean")]
 CALIBRATED = OUTPUTS[OUTPUTS.index("calibrated") :]
 """Outputs that need a calibration; where the bundle has one, they are added to the standard ones."""
 
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d{1,30})?([eE][+-]?\d{1,3})?", re.ASCII)
+
 
 class Options(Record):
     """What a request chooses beside its images. ``None`` is the default of an option that depends on the bundle."""
@@ -64,24 +68,22 @@ class Options(Record):
     )
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """Read the options from a JSON object; ``null`` means the default.
+    def read(cls, fields: Mapping[str, Any], texts: Iterable[tuple[str, str]] = ()) -> Self:
+        """Read the options of a request.
+
+        Args:
+            fields: of a JSON object; ``null`` means the default.
+            texts: names and values of a URL's query or a form; lists have commas between their items.
 
         Raises:
-            UsageError: an unknown option, or a value of the wrong type or range.
+            UsageError: an unknown option, one that is given twice, or a value of the wrong type or range.
         """
-        return cls._read({name: value for name, value in fields.items() if value is not None}, strict=True)
-
-    @classmethod
-    def from_query(cls, query: Mapping[str, str]) -> Self:
-        """Read the options from a URL's query; lists have commas between their items.
-
-        Raises:
-            UsageError: an unknown option, or a value of the wrong type or range.
-        """
-        properties = cls.schemas()
-        lists = {name for name, schema in properties.items() if schema.get("type") == "array"}
-        return cls._read({name: text.split(",") if name in lists else text for name, text in query.items()})
+        values = dict(fields)
+        for name, text in texts:
+            if name in values:
+                raise UsageError(f"the option {shown(name)} was sent twice: send it once")
+            values[name] = _value(cls.schemas().get(name, {}), text)
+        return cls._read({name: value for name, value in values.items() if value is not None})
 
     @classmethod
     @cache
@@ -126,10 +128,20 @@ class Options(Record):
         """Whether all of an ensemble's members are to be asked."""
         return self.mode == "full" and self.members in (None, members)
 
+    def computation(self) -> tuple[Mode, int, float]:
+        """Return what resolved options compute, mode, members and level: requests with equal ones share a pass.
+
+        Where a mode's first members are all that may be asked, it is that of asking all of them.
+        """
+        if self.members is None:
+            raise ValueError("resolve the options first")
+        (_, first), *_ = waves(self.mode, self.members)
+        return ("full", self.members, LEVEL) if first == self.members else (self.mode, self.members, self.level)
+
     @classmethod
-    def _read(cls, values: Mapping[str, Any], *, strict: bool = False) -> Self:
+    def _read(cls, values: Mapping[str, Any]) -> Self:
         try:
-            return cls.model_validate(values, strict=strict)
+            return cls.model_validate(values, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
         name, *index = first["loc"]
@@ -145,6 +157,15 @@ def calibrated_outputs(calibration: Calibration | None) -> tuple[Output, ...]:
     if calibration is None:
         return ()
     return CALIBRATED if calibration.abstention is not None else CALIBRATED[:-1]
+
+
+def _value(schema: dict[str, Any], text: str) -> Any:
+    """A value that a query or form holds as text; numbers are written as in JSON."""
+    if schema.get("type") == "array":
+        return text.split(",")
+    if schema.get("type") in ("integer", "number") and _NUMBER.fullmatch(text):
+        return json.loads(text)
+    return text
 
 
 def _expected(schema: dict[str, Any]) -> str:

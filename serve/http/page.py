@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import re
 import zipfile
 from functools import cache
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from ensembler.errors import CorruptError
 from ensembler.serve.runtime.manifest import EXAMPLES, PROBE, BundleManifest
 
 __all__ = ["examples", "headers", "html"]
@@ -60,17 +62,31 @@ def examples(bundle: Path, manifest: BundleManifest) -> dict[str, Any]:
 
     Returns:
         ``{"examples": [{"name": ..., "pixels": ...}, ...]}``, pixels being the base64 of (H, W, 3) bytes.
+
+    Raises:
+        CorruptError: their file is not the one of the bundle's seal.
     """
     found: list[dict[str, str]] = []
     try:
         if EXAMPLES in manifest.files:
-            images = np.load(bundle / EXAMPLES, allow_pickle=False)
+            images = np.load(_sealed(bundle, manifest, EXAMPLES), allow_pickle=False)
             found += [_example(f"test image {number}", image) for number, image in enumerate(images, start=1)]
-        with np.load(bundle / PROBE, allow_pickle=False) as probe:
+        with np.load(_sealed(bundle, manifest, PROBE), allow_pickle=False) as probe:
             found.append(_example("a random pattern, of no class", probe["images"][0]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (ValueError, KeyError, zipfile.BadZipFile):
         pass  # the page does without them
     return {"examples": found}
+
+
+def _sealed(bundle: Path, manifest: BundleManifest, name: str) -> io.BytesIO:
+    """The content of a bundle's file, which is what its manifest seals: nothing else is shown."""
+    try:
+        content = (bundle / name).read_bytes()
+    except OSError as error:
+        raise CorruptError(f"cannot read {name} of the bundle: {error.strerror or error}") from error
+    if hashlib.sha256(content).hexdigest() != manifest.files[name]:
+        raise CorruptError(f"{name} of the bundle has changed: put the original back, or export it again")
+    return io.BytesIO(content)
 
 
 def _example(name: str, image: np.ndarray[Any, np.dtype[Any]]) -> dict[str, str]:

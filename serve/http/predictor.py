@@ -1,4 +1,4 @@
-"""One worker's ensemble: reads the requests of the three prediction routes, queues them, and answers."""
+"""One worker's ensemble: reads the requests for predictions, queues them, and answers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ensembler.errors import UsageError
+from ensembler.errors import ShapeError, UsageError
 from ensembler.machine import available_cpus
-from ensembler.serve.http import answers, readers
+from ensembler.serve.answer_log import AnswerLog
+from ensembler.serve.http import answers, bodies, json_body, kserve, readers
 from ensembler.serve.http.batcher import Answered, Batcher, Columns
 from ensembler.serve.http.decoder import Decoder
 from ensembler.serve.http.metrics import STAGES, Metrics
 from ensembler.serve.http.options import Options
-from ensembler.serve.http.routes import BINARY, JSON
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.early_exit import Mode
 from ensembler.serve.runtime.images import check_images
@@ -39,7 +39,7 @@ _NUMBERS = 4 * 1024
 _logger = logging.getLogger("ensembler.serve")
 
 T = TypeVar("T")
-Read = tuple[NDArray[np.uint8], Options]
+Images = NDArray[np.uint8]
 
 
 class Predictor:
@@ -63,7 +63,14 @@ class Predictor:
         threads = max(1, available_cpus() // settings.workers)
         self.runtime = Runtime.load(settings.bundle, threads, members=settings.members)
         manifest = self.runtime.manifest
-        self._metrics = Metrics(manifest.validation, self.runtime.members, len(manifest.classes), registry)
+        self._limits = json_body.Limits.of(settings.max_json, settings.max_batch, manifest.image_shape)
+        known = manifest.validation
+        if known is not None and self.runtime.members != manifest.members:
+            known = known.model_copy(update={"drift": []})  # it is of the bundle's own members
+        self._metrics = Metrics(known, self.runtime.members, len(manifest.classes), registry, settings.drift_window)
+        self._log = None
+        if settings.log_answers is not None:
+            self._log = AnswerLog(settings.log_answers, settings.log_sample, manifest, self.runtime.sha256)
         self._batcher = Batcher(
             self._predict, max_batch=settings.run_batch, max_queue=settings.max_queue, on_pass=self._on_pass
         )
@@ -87,60 +94,120 @@ class Predictor:
         gc.unfreeze()
 
     async def respond(self, request: Request) -> Response:
-        """Return the response to a request of a prediction route, whose body has arrived.
+        """Return the response to a request of the prediction route, whose body has arrived.
 
         Raises:
             EnsemblerError: the request cannot be honoured, or not in time.
         """
-        arrived, received = (request.scope.get(f"ensembler.{name}", monotonic()) for name in ("arrived", "read"))
-        deadline = arrived + _patience(request, self.settings.deadline_ms) / 1000
+        deadline = self._deadline(request)
         images, options = await self._read(request, deadline)
-        array = answers.array_output(options) if _wants_npy(request) else None
+        if not _wants_npy(request):
+            return await self._respond(request, deadline, images, options, self._json)
+        array = answers.array_output(options)
+        return await self._respond(request, deadline, images, options, lambda columns, _: _npy(columns[array]))
+
+    async def infer(self, request: Request) -> Response:
+        """Return the response to a request of KServe's protocol, whose body has arrived.
+
+        Raises:
+            EnsemblerError: the request cannot be honoured, or not in time.
+        """
+        deadline = self._deadline(request)
+        body, head = await request.body(), request.headers.get(kserve.HEAD_LENGTH)
+        question = await self._call(len(body) > _BYTES, kserve.read, body, head, self._limits)
+        options = self._resolve(Options.read(question.options))
+        kserve.check(question, options)
+        files = question.files
+        images = self._check(question.images) if files is None else await self._decode(files, deadline)
+
+        def write(columns: Columns, options: Options) -> Response:
+            content, length = kserve.answer(columns, options, question, self.runtime)
+            headers = None if length is None else {kserve.HEAD_LENGTH: str(length)}
+            kind = "application/json" if length is None else "application/octet-stream"
+            return Response(content, media_type=kind, headers=headers)
+
+        return await self._respond(request, deadline, images, options, write)
+
+    async def _respond(
+        self,
+        request: Request,
+        deadline: float,
+        images: Images,
+        options: Options,
+        write: Callable[[Columns, Options], Response],
+    ) -> Response:
         read = monotonic()
         answered = await self._submit(images, options, deadline)
         predicted = monotonic()
-        large = array is None and len(images) * len(self.runtime.manifest.classes) > _NUMBERS
-        content = await self._call(large, self._write, answered.columns, options, array)
+        large = len(images) * len(self.runtime.manifest.classes) > _NUMBERS
+        response = await self._call(large, self._write, answered.columns, options, write)
+        received = request.scope.get("ensembler.read", read)
         seconds = (read - received, answered.queued, answered.predicted, monotonic() - predicted)
         stages = dict(zip(STAGES, seconds, strict=True))
         self._metrics.stages(stages)
-        headers = {
-            "X-Batch-Size": str(answered.batch),
-            "Server-Timing": ", ".join(f"{stage};dur={1000 * value:.2f}" for stage, value in stages.items()),
-        }
-        kind = "application/json" if array is None else "application/x-npy"
-        return Response(content, media_type=kind, headers=headers)
+        response.headers["X-Batch-Size"] = str(answered.batch)
+        timing = ", ".join(f"{stage};dur={1000 * value:.2f}" for stage, value in stages.items())
+        response.headers["Server-Timing"] = timing
+        return response
 
     async def answer(self, images: object, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return the answer to images and options as they are in a JSON body."""
-        checked, options = self._check(images, Options.from_json(fields))
+        checked, options = self._check(images), self._resolve(Options.read(fields))
         columns = (await self._submit(checked, options, math.inf)).columns
         return answers.content(answers.with_outputs(columns, options, self.runtime), options, self.runtime)
 
-    async def _read(self, request: Request, deadline: float) -> Read:
-        body, path = await request.body(), request.url.path
-        if path == JSON:
-            if request.query_params:
-                raise UsageError("this route takes its options in the body: put them beside images")
-            return await self._call(len(body) > _BYTES, self._read_json, body)
-        options = Options.from_query(request.query_params)
-        if path == BINARY:
-            shape = request.headers.get("x-shape")
-            images = readers.images_from_npy(body) if shape is None else readers.images_from_raw(body, shape)
-            return self._check(images, options)
-        files = await readers.files_of(request, self.settings.max_batch)
-        return self._check(await self._decoder.decode(files, deadline), options)
+    def _deadline(self, request: Request) -> float:
+        """Until when a request can wait, by :func:`time.monotonic`."""
+        arrived: float = request.scope.get("ensembler.arrived", monotonic())
+        return arrived + _patience(request, self.settings.deadline_ms) / 1000
 
-    def _read_json(self, body: bytes) -> Read:
-        images, fields = readers.fields_from_json(body)
-        return self._check(images, Options.from_json(fields))
+    async def _read(self, request: Request, deadline: float) -> tuple[Images, Options]:
+        """Read a request's images and options; its files are decoded last, as that takes longest."""
+        body, texts = await request.body(), request.query_params.multi_items()
+        shape, content_type = request.headers.get("x-shape"), request.headers.get("content-type", "")
+        kind = bodies.kind_of_body(content_type, shape, body)
+        sent: list[bytes] | Images
+        if kind == "json":
+            sent, options = await self._call(len(body) > _BYTES, self._parse, body, texts)
+        elif kind == "form":
+            sent, fields = await readers.form_of(request, self.settings.max_batch)
+            options = self._resolve(Options.read({}, [*texts, *fields]))
+        else:
+            options = self._resolve(Options.read({}, texts))
+            if kind == "image":
+                sent = [body]
+            else:
+                sent = self._check(
+                    readers.images_from_npy(body) if shape is None else readers.images_from_raw(body, shape)
+                )
+        if not isinstance(sent, list):
+            return sent, options
+        try:
+            return await self._decode(sent, deadline), options
+        except bodies.MediaTypeError as error:
+            if kind != "image" or content_type.startswith("image/"):
+                raise
+            raise bodies.MediaTypeError(f"{error}, or JSON, or a .npy file; raw pixels need their X-Shape") from error
 
-    def _check(self, images: object, options: Options) -> Read:
-        checked = check_images(images, self.runtime.manifest.image_shape, self.settings.max_batch)
-        return checked, options.resolve(self.runtime.members, self.runtime.calibration)
+    async def _decode(self, files: list[bytes], deadline: float) -> Images:
+        most = self.settings.max_batch
+        if len(files) > most:
+            raise ShapeError(f"{len(files)} images are more than {most} at a time: send several smaller requests")
+        return await self._decoder.decode(files, deadline)
 
-    async def _submit(self, images: NDArray[np.uint8], options: Options, deadline: float) -> Answered:
-        return await self._batcher.submit(images, (options.mode, options.members, options.level), deadline)
+    def _parse(self, body: bytes, texts: list[tuple[str, str]]) -> tuple[list[bytes] | Images, Options]:
+        question = json_body.read_question(json_body.parse(body, self._limits))
+        options = self._resolve(Options.read(question.options, texts))
+        return question.files or self._check(question.images), options
+
+    def _check(self, images: object) -> Images:
+        return check_images(images, self.runtime.manifest.image_shape, self.settings.max_batch)
+
+    def _resolve(self, options: Options) -> Options:
+        return options.resolve(self.runtime.members, self.runtime.calibration)
+
+    async def _submit(self, images: Images, options: Options, deadline: float) -> Answered:
+        return await self._batcher.submit(images, options.computation(), deadline)
 
     def _predict(self, images: NDArray[np.generic], key: Hashable) -> Columns:
         mode, members, level = cast(tuple[Mode, int, float], key)
@@ -149,10 +216,16 @@ class Predictor:
     def _on_pass(self, images: int) -> None:
         self._metrics.batch(images, self._batcher.waiting)
 
-    def _write(self, columns: Columns, options: Options, array: str | None) -> bytes:
+    def _write(self, columns: Columns, options: Options, write: Callable[[Columns, Options], Response]) -> Response:
         columns = answers.with_outputs(columns, options, self.runtime)
         self._metrics.answer(columns, options.asks_all(self.runtime.members))
-        return answers.as_json(columns, options, self.runtime) if array is None else answers.as_npy(columns[array])
+        response = write(columns, options)
+        if self._log is not None:
+            self._log.add(columns, options.mode)
+        return response
+
+    def _json(self, columns: Columns, options: Options) -> Response:
+        return Response(answers.as_json(columns, options, self.runtime), media_type="application/json")
 
     async def _call(self, in_thread: bool, function: Callable[..., T], *arguments: Any) -> T:
         """Call a function, in a thread where it would delay other requests."""
@@ -169,6 +242,10 @@ def _patience(request: Request, most: int) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 9):
         raise UsageError("X-Deadline-Ms must be a whole number of milliseconds, such as 500")
     return min(most, int(text))
+
+
+def _npy(column: NDArray[np.generic]) -> Response:
+    return Response(answers.as_npy(column), media_type="application/x-npy")
 
 
 def _wants_npy(request: Request) -> bool:

@@ -1,4 +1,4 @@
-"""Readers of request bodies: JSON, ``.npy``, raw bytes and image files to arrays, or an error of one sentence.
+"""Readers of request bodies: ``.npy``, raw bytes, image files and forms, or an error of one sentence.
 
 Bodies are untrusted: nothing is unpickled, no address is fetched, and every size is checked before it is used.
 """
@@ -6,7 +6,6 @@ Bodies are untrusted: nothing is unpickled, no address is fetched, and every siz
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,16 +16,15 @@ from numpy.typing import NDArray
 
 from ensembler.decoding import decode, formats
 from ensembler.errors import ShapeError
-from ensembler.serve.runtime.images import kind_of, shown
+from ensembler.serve.http.bodies import MediaTypeError
+from ensembler.serve.runtime.images import shown
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
 __all__ = [
     "MAX_PIXELS",
-    "MediaTypeError",
-    "fields_from_json",
-    "files_of",
+    "form_of",
     "image_from_file",
     "images_from_npy",
     "images_from_raw",
@@ -35,41 +33,10 @@ __all__ = [
 
 MAX_PIXELS = 25_000_000
 
-_FORM = 'send {"images": [...]}'
 _NPY = "send what numpy.save writes of a uint8 array (batch, H, W, 3), or raw bytes and their X-Shape"
 _NPY_HEADER = 10_000  # bytes; numpy's own limit
-
-
-class MediaTypeError(ShapeError):
-    """A body of a type that is not read; answered 415."""
-
-    status = 415
-
-
-def fields_from_json(body: bytes) -> tuple[list[Any], dict[str, Any]]:
-    """Read a body ``{"images": [...], ...}``.
-
-    Returns:
-        The nested lists of the images, unchecked, and the other fields.
-
-    Raises:
-        ShapeError: malformed JSON, or no object whose field ``images`` is a list.
-    """
-    try:
-        content = json.loads(body)
-    except json.JSONDecodeError as error:
-        where = f"{error.msg} in line {error.lineno}, column {error.colno}"
-        raise ShapeError(f"the body is not JSON ({where}): {_FORM}") from error
-    except (ValueError, RecursionError) as error:
-        raise ShapeError(f"the body is not JSON that can be read: {_FORM}") from error
-    if not isinstance(content, dict):
-        raise ShapeError(f"the body is {kind_of(content)}, not an object: {_FORM}")
-    if "images" not in content:
-        raise ShapeError(f"the body has no field 'images': {_FORM}")
-    images = content.pop("images")
-    if not isinstance(images, list):
-        raise ShapeError(f"'images' is {kind_of(images)}, not a list: {_FORM}")
-    return images, content
+_MOST_DIMENSIONS = 6
+_MOST_FIELDS = 32  # text fields of a form
 
 
 def images_from_npy(body: bytes) -> NDArray[Any]:
@@ -91,6 +58,8 @@ def images_from_npy(body: bytes) -> NDArray[Any]:
         raise ShapeError(f"the body is not a .npy file that can be read: {_NPY}") from error
     if dtype.hasobject:
         raise MediaTypeError(f"the .npy file holds Python objects, which would have to be unpickled: {_NPY}")
+    if len(shape) > _MOST_DIMENSIONS or any(type(size) is not int for size in shape):
+        raise ShapeError(f"the .npy file's shape is not that of images: {_NPY}")
     if dtype.kind not in "iu":
         raise ShapeError(f"the .npy file is of type {shown(str(dtype))}: {_NPY}")
     pixels = _pixels(memoryview(body)[file.tell() :], tuple(shape), dtype)
@@ -104,7 +73,8 @@ def images_from_raw(body: bytes, shape: str) -> NDArray[Any]:
         ShapeError: not a shape, or one of another number of bytes.
     """
     sizes = [size.strip() for size in shape.split(",")]
-    if not all(size.isascii() and size.isdecimal() and len(size) <= 9 for size in sizes) or len(sizes) > 6:
+    whole = all(size.isascii() and size.isdecimal() and len(size) <= 9 for size in sizes)
+    if not whole or len(sizes) > _MOST_DIMENSIONS:
         raise ShapeError(f"X-Shape is {shown(shape)}: send whole numbers between commas, such as 2,32,32,3")
     dimensions = tuple(map(int, sizes))
     return _pixels(memoryview(body), dimensions, np.dtype(np.uint8)).reshape(dimensions)
@@ -153,23 +123,25 @@ def refused_files(max_pixels: int) -> Iterator[None]:
         raise ShapeError("the image cannot be decoded: send a whole image file") from error
 
 
-async def files_of(request: Request, most: int) -> list[bytes]:
-    """Return the files of a form, or else the body as the one file.
+async def form_of(request: Request, most: int) -> tuple[list[bytes], list[tuple[str, str]]]:
+    """Return the files of a form, and its text fields, which are options.
 
     Raises:
         ShapeError: a form without files, with more than ``most``, or malformed.
     """
-    body = await request.body()
-    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
-        return [body]
+    files, fields = [], []
     try:
-        async with request.form(max_files=most, max_fields=0) as form:
-            files = [await part.read() for _, part in form.multi_items() if not isinstance(part, str)]
+        async with request.form(max_files=most, max_fields=_MOST_FIELDS) as form:
+            for name, part in form.multi_items():
+                if isinstance(part, str):
+                    fields.append((name, part))
+                else:
+                    files.append(await part.read())
     except Exception as error:  # its parser raises errors of any class
-        raise ShapeError(f"the form cannot be read: send nothing but files, {most} at most") from error
+        raise ShapeError(f"the form cannot be read: send image files, {most} at most, and options") from error
     if not files:
         raise ShapeError("the form holds no file: send at least one image")
-    return files
+    return files, fields
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -26,11 +26,20 @@ class Settings(Record):
     members: PositiveInt | None = Field(None, description="number of members; further ones are made from the vertices")
     workers: PositiveInt = Field(1, description="processes; each opens the bundle and uses its share of the CPUs")
     token: str | None = Field(None, pattern="^[!-~]*$", description="what callers send: Authorization: Bearer TOKEN")
+    cors_origin: str | None = Field(
+        None,
+        pattern=r"^(\*|https?://[^\s,/*?#]+(,https?://[^\s,/*?#]+)*)$",
+        description="origins whose pages may ask, with commas between them, or * for all",
+    )
+    log_answers: Path | None = Field(None, description="file to which answers are appended, without their images")
+    log_sample: float = Field(1.0, gt=0, le=1, description="share of images whose answers are logged, at random")
+    drift_window: int = Field(1000, ge=50, description="images over which drift is measured")
     max_batch: PositiveInt = Field(1024, description="the most images in one request")
     run_batch: PositiveInt = Field(64, description="the most images in one forward pass, of one request or several")
     max_queue: PositiveInt = Field(1024, description="images that may wait in one worker; others get 503")
     max_requests: PositiveInt = Field(256, description="requests that one worker handles at a time; others get 503")
     max_body: PositiveInt = Field(32 * 2**20, description="the most bytes in one request's body")
+    max_json: PositiveInt = Field(4 * 2**20, description="the most bytes of JSON in one request")
     max_pixels: PositiveInt | None = Field(None, description="the most pixels of one image file, before it is resized")
     decode_ms: PositiveInt = Field(5_000, description="how long image files may take to decode, a megapixel at a time")
     deadline_ms: PositiveInt = Field(30_000, description="how long a request may take by default")
@@ -56,4 +65,13 @@ class Settings(Record):
             name = str(error.errors()[0]["loc"][0])
         if name == "token":
             raise UsageError(f"{names[name]} must consist of visible ASCII characters: a header holds no others")
+        if name == "log_sample":
+            raise UsageError(f"{names[name]} must be above 0 and at most 1, not {given[name]!r}")
+        if name == "drift_window":
+            raise UsageError(f"{names[name]} must be a whole number from 50 up, not {given[name]!r}")
+        if name == "cors_origin":
+            raise UsageError(
+                f"{names[name]} must be * or origins such as https://example.org with commas between them, not "
+                f"{given[name]!r}"
+            )
         raise UsageError(f"{names[name]} must be a whole number from 1 up, not {given[name]!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from ensembler.errors import ShapeError
 
-__all__ = ["check_floats", "check_images", "kind_of", "shown"]
+__all__ = ["check_floats", "check_images", "kind_of", "pixels_of", "shown"]
 
 _RANGE = "send whole numbers from 0 to 255"
 
@@ -47,6 +48,20 @@ def check_images(images: object, image_shape: Sequence[int], max_batch: int | No
     if max_batch is not None and shape[0] > max_batch:
         raise ShapeError(f"{shape[0]} images are more than {max_batch} at a time: send several smaller requests")
     return _from_list(values, shape) if isinstance(values, list) else _from_array(values)
+
+
+def pixels_of(data: object, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Return the array of a shape whose values are in lists, nested or flat.
+
+    Raises:
+        ShapeError: lists of another shape, or a value that is no whole number from 0 to 255.
+    """
+    if not isinstance(data, list):
+        raise ShapeError(f"data is {kind_of(data)}, not a list: {_RANGE}")
+    values, found = _flat(data)
+    if found not in (shape, (math.prod(shape),)):
+        raise ShapeError(f"the data are of shape {found}, not {shape}: send as many values as the shape says")
+    return _from_list(values, shape)
 
 
 def check_floats(images: NDArray[np.floating], image_shape: Sequence[int]) -> NDArray[np.float32]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ensembler import artefact
 from ensembler.errors import ArtefactError
@@ -18,6 +18,7 @@ __all__ = [
     "MERGED",
     "PROBE",
     "WEIGHTS",
+    "Binned",
     "BundleManifest",
     "Layout",
     "Origin",
@@ -67,6 +68,30 @@ class Simplexes(Record):
     weights: list[float] | None = None
 
 
+class Binned(Record):
+    """How many validation images are in each bin of a measure; see :mod:`ensembler.serve.runtime.drift`.
+
+    Attributes:
+        measure: ``"class"``, whose bins are the classes, or a measure in nats.
+        edges: between its bins, rising.
+        counts: images in each.
+    """
+
+    measure: Literal["predictive_entropy", "mutual_information", "class"]
+    edges: list[float]
+    counts: list[int]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (
+            (self.measure != "class" and len(self.counts) != len(self.edges) + 1)
+            or min(self.counts, default=-1) < 0
+            or not sum(self.counts)
+        ):
+            raise ValueError("edges and counts do not go together")
+        return self
+
+
 class Validation(Record):
     """What the members as exported predict for images held out from training: the reference for drift.
 
@@ -77,6 +102,7 @@ class Validation(Record):
         levels: in [0, 1].
         predictive_entropy: its quantiles at these levels, in nats.
         mutual_information: likewise; ``None`` for one member.
+        drift: what drift is judged by; empty where it is not known.
     """
 
     examples: int
@@ -85,6 +111,7 @@ class Validation(Record):
     levels: list[float]
     predictive_entropy: list[float]
     mutual_information: list[float] | None
+    drift: list[Binned] = Field(default_factory=list)
 
 
 class PrecisionCheck(Record):
