@@ -410,7 +410,10 @@ def test_the_pareto_front_is_what_nothing_beats():
         ("[method.fge]\ncycle = 2", "there is no table [method]: there are [methods.NAME] and [[published]]"),
         ("published = 3", "published must be a list of tables: write [[published]]"),
         ("methods = 3", "methods: Input should be a valid string"),
-        ('methods = ["fgee"]', "methods.fgee: there is no method 'fgee': there are complex, csgmcmc, curve-bezier, single"),
+        (
+            'methods = ["fgee"]',
+            "methods.fgee: there is no method 'fgee': there are complex, csgmcmc, curve-bezier, single",
+        ),
         ("[methods.fge]\ncycles = 2", "methods.fge: there is no option 'cycles': did you mean cycle"),
         ("[methods.fge]\ncycle = -2", "methods.fge: cycle must be positive, not -2"),
         ("[methods.fge]\nseed = 2", "methods.fge: seed is not an option of a study: the plan decides it"),
