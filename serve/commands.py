@@ -60,9 +60,10 @@ def export(
         typer.Option("--input", help="Input of the graphs: pixels from 0 to 255, or floats from 0 to 1."),
     ] = "uint8",
     precision: Annotated[
-        Literal["float32", "float16", "int8"],
+        Literal["float32", "tf32", "float16", "int8"],
         typer.Option(
-            help="Precision of weights and activations; a lower one is compared with float32 on validation images."
+            help="Precision of weights and activations; a lower one is compared with float32 on validation images. "
+            "tf32: float32 whose products a GPU computes in TF32."
         ),
     ] = "float32",
     data: Annotated[

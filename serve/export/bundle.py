@@ -30,6 +30,7 @@ from ensembler.serve.export.agreement import check_merged, compare, patches
 from ensembler.serve.export.precision import calibration_lost
 from ensembler.serve.export.validation import Judgement, judge, some
 from ensembler.serve.export.writer import Writer, Written, write_merged
+from ensembler.serve.runtime.gpu import GpuOptions
 from ensembler.serve.runtime.manifest import (
     EXAMPLES,
     MERGED,
@@ -41,7 +42,7 @@ from ensembler.serve.runtime.manifest import (
     Simplexes,
     Tuning,
 )
-from ensembler.serve.runtime.sessions import open_members, open_merged
+from ensembler.serve.runtime.sessions import on_gpu, open_members, open_merged, providers
 from ensembler.serve.runtime.strategies import Members
 from ensembler.serve.runtime.tune import tune as measure_strategies
 from ensembler.task import Classification
@@ -183,10 +184,16 @@ def _sampling(drawn: Sampling | None) -> Simplexes | None:
 
 
 def _open(folder: Path, written: Written, record: DatasetRecord, order: list[int], *, merged: bool = False) -> Members:
-    """Open the members as they will be served."""
+    """Open the members as they will be served: on a GPU where there is one, with TF32 only at that precision."""
     threads = available_cpus()
-    together = open_merged(folder, written.layout, order, threads) if merged else None
-    sessions = open_members(folder, written.layout, written.graphs, order)
+    ways = providers(GpuOptions(), written.precision == "tf32", len(order) + merged)
+    together = open_merged(folder, written.layout, order, threads, ways) if merged else None
+    sessions = open_members(folder, written.layout, written.graphs, order, ways)
+    if written.precision == "tf32" and not on_gpu(sessions):
+        raise UsageError(
+            "TF32 is computed by NVIDIA's GPUs only, and ONNX Runtime finds none here to compare it on: export on a "
+            "machine with one, or choose another --precision"
+        )
     return Members(sessions, threads, record.shape, len(record.classes), written.input == "float", together)
 
 

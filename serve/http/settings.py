@@ -10,14 +10,14 @@ from typing import Self
 from pydantic import ConfigDict, Field, PositiveInt, ValidationError
 
 from ensembler.errors import UsageError
-from ensembler.record import Record
+from ensembler.serve.runtime.gpu import GpuOptions
 
 __all__ = ["Settings"]
 
 _PREFIX = "ENSEMBLER_"
 
 
-class Settings(Record):
+class Settings(GpuOptions):
     """The settings of one worker; each is the environment variable of its name in capitals, after ``ENSEMBLER_``."""
 
     model_config = ConfigDict(frozen=True)
@@ -51,7 +51,13 @@ class Settings(Record):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            name = str(error.errors()[0]["loc"][0])
+            first = error.errors()[0]
+        name = str(first["loc"][0])
         if name == "token":
             raise UsageError(f"{names[name]} must consist of visible ASCII characters: a header holds no others")
-        raise UsageError(f"{names[name]} must be a whole number from 1 up, not {given[name]!r}")
+        expected = {
+            "literal_error": str(first.get("ctx", {}).get("expected")).replace("'", ""),
+            "bool_parsing": "true or false",
+            "greater_than_equal": "a whole number from 0 up",
+        }.get(first["type"], f"a whole number from {0 if name == 'device_id' else 1} up")
+        raise UsageError(f"{names[name]} must be {expected}, not {given[name]!r}")

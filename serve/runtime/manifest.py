@@ -42,7 +42,7 @@ EXAMPLES = "examples.npy"  # test images of a public dataset, for the page
 
 Layout = Literal["members", "vertices"]
 Pixels = Literal["uint8", "float"]
-Precision = Literal["float32", "float16", "int8"]
+Precision = Literal["float32", "tf32", "float16", "int8"]
 Strategy = Literal["sessions", "loop", "merged"]
 
 
@@ -152,7 +152,7 @@ class BundleManifest(Record):
             without weights, the K vertices, and each member's coefficients and buffers.
         graphs: of the layout ``"members"``, the file of each member; else the one graph.
         input: ``"uint8"``: pixels from 0 to 255; ``"float"``: float32 from 0 to 1. Both (B, H, W, 3).
-        precision: of weights and activations.
+        precision: of weights and activations; ``"tf32"``: float32, whose products a GPU computes in TF32.
         precision_check: what the precision changes; ``None`` for float32.
         order: the members in the order in which they are asked; ``ordered_by`` says why.
         vertices: K, as trained.
