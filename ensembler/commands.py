@@ -51,13 +51,16 @@ def pull(
     out: Annotated[
         Path | None, typer.Option(help="New folder. (default: runs/NAME or bundles/NAME, with the URL's last part)")
     ] = None,
+    largest: Annotated[
+        float, typer.Option(min=0.0, metavar="GB", help="Largest size in GB; more is refused, and not kept.")
+    ] = storage.LARGEST,
     quiet: _Quiet = False,
 ) -> None:
     """Download a run or bundle from a URL and verify every byte; a partial download is not kept."""
     if not storage.is_url(url):
         raise UsageError(f"{url} is not a URL: pull is only for runs and bundles on other machines")
     with watching(quiet, **MEGABYTES) as watch:
-        folder = storage.pull(url, out, watch)
+        folder = storage.pull(url, out, watch, largest)
     typer.echo(f"pulled: {folder}")
 
 

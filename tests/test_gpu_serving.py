@@ -22,7 +22,7 @@ from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime import runtime as runtime_module
 from ensembler.serve.runtime import sessions, strategies, tune
 from ensembler.serve.runtime.gpu import GpuOptions
-from ensembler.serve.runtime.manifest import Tuning, read_bundle
+from ensembler.serve.runtime.manifest import PrecisionCheck, Tuning, read_bundle
 from tests._runs import TINY, make_bundle
 from tests.test_bundles import dataset, run, traced  # noqa: F401  fixtures
 from tests.test_runtime import by_hand, tiny_images
@@ -64,6 +64,7 @@ class _Session:
         self._number = len(gpu.opened) - 1
         self._captured: dict[str, tuple[Any, np.ndarray]] = {}
         self.io_binding = lambda: _Binding(session.io_binding())
+        self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
 
     def get_providers(self) -> list[str]:
         return [self._name]
@@ -311,7 +312,16 @@ def test_the_memory_of_the_gpu_is_told(bundle: Path, gpu: Gpu, monkeypatch: pyte
 def test_tf32_is_only_for_a_bundle_that_was_compared_in_it(bundle: Path, tmp_path: Path, gpu: Gpu) -> None:
     with pytest.raises(UsageError, match=r"exported in float32 and not compared in TF32.*export .* --precision tf32"):
         Runtime.load(bundle, gpu=GpuOptions(use_tf32=True))
-    other = rewritten(tmp_path / "tf32", bundle, precision="tf32")
+    check = PrecisionCheck(
+        examples=1,
+        rank_correlation=1.0,
+        least_rank_correlation=0.99,
+        accuracy_drop=0.0,
+        most_accuracy_drop=0.002,
+        calibrated_distance=None,
+        most_calibrated_distance=0.01,
+    )
+    other = rewritten(tmp_path / "tf32", bundle, precision="tf32", precision_check=check)
     for asked, expected in ((None, "1"), (True, "1"), (False, "0")):
         gpu.opened.clear()
         Runtime.load(other, gpu=GpuOptions(use_tf32=asked))

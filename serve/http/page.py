@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-import zipfile
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from ensembler import artefact
+from ensembler.errors import ArtefactError
+from ensembler.serve.runtime.arrays import read_array, read_arrays
 from ensembler.serve.runtime.manifest import EXAMPLES, PROBE, BundleManifest
 
 __all__ = ["examples", "headers", "html"]
@@ -64,11 +66,11 @@ def examples(bundle: Path, manifest: BundleManifest) -> dict[str, Any]:
     found: list[dict[str, str]] = []
     try:
         if EXAMPLES in manifest.files:
-            images = np.load(bundle / EXAMPLES, allow_pickle=False)
+            with artefact.open_file(bundle, EXAMPLES) as file:
+                images = read_array(file, (bundle / EXAMPLES).stat().st_size)
             found += [_example(f"test image {number}", image) for number, image in enumerate(images, start=1)]
-        with np.load(bundle / PROBE, allow_pickle=False) as probe:
-            found.append(_example("a random pattern, of no class", probe["images"][0]))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        found.append(_example("a random pattern, of no class", read_arrays(bundle / PROBE)["images"][0]))
+    except (OSError, ValueError, KeyError, IndexError, ArtefactError):
         pass  # the page does without them
     return {"examples": found}
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from ensembler import artefact
-from ensembler.errors import ArtefactError
+from ensembler.errors import ArtefactError, first_line
 from ensembler.record import Record
+from ensembler.serve.runtime.external_data import external_files
 
 __all__ = [
     "EXAMPLES",
     "FORMAT",
+    "GIVEN",
     "GRAPH",
     "MERGED",
     "PROBE",
@@ -40,6 +45,11 @@ MERGED = "merged.onnx"  # all members in one graph, where a bundle was tuned and
 PROBE = "probe.npz"  # images, and what every member must answer
 EXAMPLES = "examples.npy"  # test images of a public dataset, for the page
 
+GIVEN = "given-when-opened"  # where the one graph says that its weights are: ONNX Runtime is given them from memory
+
+_LARGEST_IMAGE = 25_000_000  # pixels: a file of the service's has no more, either
+_ROUNDING = 1e-6  # of a sum of probabilities
+
 Layout = Literal["members", "vertices"]
 Pixels = Literal["uint8", "float"]
 Precision = Literal["float32", "tf32", "float16", "int8"]
@@ -62,9 +72,17 @@ class Simplexes(Record):
         weights: the probability of each simplex; ``None`` gives all equally many members.
     """
 
-    simplexes: list[list[int]]
-    concentration: float
-    weights: list[float] | None = None
+    simplexes: list[list[NonNegativeInt]]
+    concentration: float = Field(gt=0)
+    weights: list[NonNegativeFloat] | None = None
+
+    @model_validator(mode="after")
+    def _of_each(self) -> Self:
+        if self.weights is not None and (
+            len(self.weights) != len(self.simplexes) or abs(sum(self.weights) - 1) > _ROUNDING
+        ):
+            raise ValueError("the weights of the simplexes do not sum to 1")
+        return self
 
 
 class Validation(Record):
@@ -79,12 +97,19 @@ class Validation(Record):
         mutual_information: likewise; ``None`` for one member.
     """
 
-    examples: int
-    accuracy: float
+    examples: PositiveInt
+    accuracy: float = Field(ge=0, le=1)
     nll: float
-    levels: list[float]
+    levels: list[Annotated[float, Field(ge=0, le=1)]]
     predictive_entropy: list[float]
     mutual_information: list[float] | None
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        for values in (self.levels, self.predictive_entropy, self.mutual_information or self.levels):
+            if len(values) != len(self.levels) or any(a > b for a, b in pairwise(values)):
+                raise ValueError("quantiles do not rise with their levels")
+        return self
 
 
 class PrecisionCheck(Record):
@@ -113,10 +138,10 @@ class PrecisionCheck(Record):
 class Timing(Record):
     """The seconds that one way of running all members took for one batch: the lower quartile of ``repeats``."""
 
-    batch: int
+    batch: PositiveInt
     strategy: Strategy
-    seconds: float
-    repeats: int
+    seconds: NonNegativeFloat
+    repeats: PositiveInt
 
 
 class Tuning(Record):
@@ -137,7 +162,7 @@ class Tuning(Record):
     load: float | None
     device: str
     members: int
-    winners: dict[int, Strategy]
+    winners: dict[PositiveInt, Strategy]
     table: list[Timing]
 
 
@@ -171,24 +196,24 @@ class BundleManifest(Record):
     method: str
     architecture: str
     dataset: str
-    classes: list[str]
-    image_shape: list[int]
-    members: int
+    classes: list[str] = Field(min_length=1)
+    image_shape: list[PositiveInt] = Field(min_length=3, max_length=3)
+    members: PositiveInt
     layout: Layout
     graphs: list[str]
     input: Pixels
     precision: Precision
     precision_check: PrecisionCheck | None
-    order: list[int]
+    order: list[NonNegativeInt]
     ordered_by: Literal["the run", "validation NLL"]
-    vertices: int
+    vertices: PositiveInt
     sampling: Simplexes | None
-    parameters: int
+    parameters: NonNegativeInt
     training_cost: dict[str, Any]
     run: Origin
     opset: int
-    max_difference: float
-    tolerance: float
+    max_difference: NonNegativeFloat
+    tolerance: NonNegativeFloat
     compared_on: list[str]
     validation: Validation | None
     tuning: Tuning | None
@@ -199,10 +224,11 @@ class BundleManifest(Record):
 
 
 def read_bundle(bundle: Path) -> BundleManifest:
-    """Return a bundle's manifest, after verifying every file that it names.
+    """Return a bundle's manifest, after verifying every file that it names, and that its graphs read no other.
 
     Raises:
-        ArtefactError: no bundle there, or of a format that this version cannot read.
+        ArtefactError: no bundle there, of a format that this version cannot read, or with a graph that reads tensors
+            from files that the manifest does not name.
         CorruptError: a file is missing or changed; it is named.
     """
     content = artefact.read(bundle, "bundle", formats=(FORMAT,))
@@ -212,12 +238,43 @@ def read_bundle(bundle: Path) -> BundleManifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArtefactError(f"{bundle} has an unusable manifest ({where}: {first['msg']}): export it again") from error
+    if fault := next(_faults(manifest), None):
+        raise ArtefactError(f"{bundle} {fault}: export it again")
+    for graph in [*manifest.graphs, *([MERGED] if MERGED in manifest.files else [])]:
+        _check_external(bundle, graph, manifest)
+    return manifest
+
+
+def _faults(manifest: BundleManifest) -> Iterator[str]:
+    """Yield what does not go together in a manifest."""
     needed = [*manifest.graphs, PROBE, *([WEIGHTS] if manifest.layout == "vertices" else [])]
     needed += [manifest.calibration] if manifest.calibration else []
     if missing := [name for name in needed if name not in manifest.files]:
-        raise ArtefactError(f"{bundle} does not hold its {missing[0]}: export it again")
-    if len(manifest.graphs) != (manifest.members if manifest.layout == "members" else 1):
-        raise ArtefactError(f"{bundle} does not hold one graph for each of its members: export it again")
-    if sorted(manifest.order) != list(range(manifest.members)):
-        raise ArtefactError(f"{bundle} does not ask each of its members once (order): export it again")
-    return manifest
+        yield f"does not hold its {missing[0]}"
+    count = manifest.members if manifest.layout == "members" else 1
+    if len(manifest.graphs) != count or len(set(manifest.graphs)) != count:
+        yield "does not hold one graph for each of its members"
+    if manifest.layout == "vertices" and manifest.graphs != [GRAPH]:
+        yield f"names another graph than {GRAPH}"
+    if len(manifest.order) != manifest.members or sorted(manifest.order) != list(range(manifest.members)):
+        yield "does not ask each of its members once (order)"
+    height, width, channels = manifest.image_shape
+    if channels != 3 or height * width > _LARGEST_IMAGE:
+        yield f"is for images of {height} x {width} x {channels}, not of three channels and at most 25 megapixels"
+    if manifest.precision != "float32" and manifest.precision_check is None:
+        yield f"is of precision {manifest.precision}, and does not say what that changes"
+
+
+def _check_external(bundle: Path, graph: str, manifest: BundleManifest) -> None:
+    """Refuse a graph that reads tensors from files whose hash is not in the manifest."""
+    given = {GIVEN} if manifest.layout == "vertices" and not os.path.lexists(bundle / GIVEN) else set()
+    try:
+        names = external_files(bundle / graph) - given
+    except (OSError, ValueError) as error:
+        raise ArtefactError(
+            f"{bundle / graph} is no ONNX graph that can be read ({first_line(error)}): export the run again"
+        ) from error
+    if others := sorted(names - set(manifest.files)):
+        raise ArtefactError(
+            f"{bundle / graph} reads tensors from {others[0]!r}, a file that the manifest does not name: do not use it"
+        )

@@ -106,7 +106,7 @@ class Runtime:
         if together:
             merged = open_merged(bundle, manifest.layout, manifest.order, threads, ways)
         if whole and manifest.calibration:
-            fitted = calibration.read(bundle / manifest.calibration, manifest.run.sha256)
+            fitted = calibration.read(bundle / manifest.calibration, manifest.run.sha256, len(manifest.classes))
         scaled, device_id = manifest.input == "float", gpu.device_id or 0
         opened = Members(sessions, threads, manifest.image_shape, len(manifest.classes), scaled, merged, device_id)
         if gpu.device_id is not None and opened.device == "cpu":

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ensembler.errors import ArtefactError, UsageError
+from ensembler.errors import ArtefactError, UsageError, first_line
 from ensembler.machine import gpu_count
 from ensembler.serve.runtime.gpu import GpuOptions
 from ensembler.serve.runtime.manifest import GRAPH, MERGED, WEIGHTS, BundleManifest, Layout
@@ -134,7 +134,7 @@ def open_session(
                 graph, _options(threads, weights or {}), providers=way, enable_fallback=0
             )
         except Exception as error:  # its exceptions have no base class of their own
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             if number == len(ways):
                 raise ArtefactError(f"ONNX Runtime cannot open {graph}: {reason}: export the run again") from error
             _logger.warning("%s cannot be opened with %s: %s", graph.name, way[0], reason)

@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ensembler.errors import UsageError
+from ensembler.errors import ArtefactError, EnsemblerError, UsageError, first_line
 from ensembler.serve.runtime.manifest import Strategy
 from ensembler.serve.runtime.passes import GpuPasses, eager
 from ensembler.serve.runtime.sessions import on_gpu
@@ -70,6 +70,10 @@ class Members:
         self._classes = classes
         self._scaled = scaled
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ensembler-member")
+        for session in self._sessions:
+            self._check(session, image_shape)
+        if merged:
+            self._check(merged, image_shape, [len(self)])
         self.passes: dict[Strategy, GpuPasses] = {}
         if on_gpu([*self._sessions, *([merged] if merged else [])]):
             self.use_gpu(device_id)
@@ -113,7 +117,20 @@ class Members:
 
         Raises:
             UsageError: a strategy that is not available.
+            ArtefactError: a member cannot be run, or gives logits of another shape.
         """
+        try:
+            return self._ask(images, strategy, first, last)
+        except EnsemblerError:
+            raise
+        except Exception as error:  # ONNX Runtime's, of any class
+            raise ArtefactError(
+                f"a member cannot be run ({first_line(error)}): verify the bundle here, or export the run again"
+            ) from error
+
+    def _ask(
+        self, images: NDArray[np.generic], strategy: Strategy | None, first: int, last: int | None
+    ) -> Probabilities:
         last, strategy = len(self) if last is None else last, strategy or self.strategies[0]
         if strategy == "merged" and (self._merged is None or (first, last) != (0, len(self))):
             raise UsageError(f"members {first} to {last} cannot be asked in one graph")
@@ -157,7 +174,25 @@ class Members:
 
     def _run(self, session: onnxruntime.InferenceSession, images: NDArray[np.generic]) -> NDArray[np.float32]:
         (logits,) = session.run(None, {"images": self._pixels(images)}, eager())
+        if logits.shape[-2:] != (len(images), self._classes):
+            raise ArtefactError(f"a member gives logits {logits.shape} for {len(images)} images: export the run again")
         return cast(NDArray[np.float32], logits)
+
+    def _check(
+        self, session: onnxruntime.InferenceSession, image_shape: Sequence[int], leading: Sequence[int] = ()
+    ) -> None:
+        """Refuse a graph that does not map these images to such logits; ``leading`` are axes before the batch's."""
+        kinds = ("tensor(float)" if self._scaled else "tensor(uint8)", "tensor(float)")
+        wanted = [("images", kinds[0], [None, *image_shape]), ("logits", kinds[1], [*leading, None, self._classes])]
+        found = [(put.name, put.type, list(put.shape)) for put in (*session.get_inputs(), *session.get_outputs())]
+        if [put[:2] for put in found] != [put[:2] for put in wanted] or not all(
+            len(shape) == len(expected) and all(_fits(*pair) for pair in zip(shape, expected, strict=True))
+            for (*_, shape), (*_, expected) in zip(found, wanted, strict=True)
+        ):
+            raise ArtefactError(
+                f"a graph of this bundle does not map images (batch, {', '.join(map(str, image_shape))}) of {kinds[0]} "
+                f"to logits (batch, {self._classes}): export the run again"
+            )
 
     def _padded(self, images: NDArray[np.generic]) -> NDArray[np.generic]:
         """The images with black ones up to the next of :attr:`batches`."""
@@ -169,3 +204,8 @@ class Members:
         if self._scaled and images.dtype == np.uint8:
             return images.astype(np.float32) / np.float32(255)
         return images
+
+
+def _fits(length: object, expected: int | None) -> bool:
+    """Whether a length of a graph's shape, a name where it is free, is the expected one; ``None``: it must be free."""
+    return length == expected if isinstance(length, int) and expected is not None else not isinstance(length, int)

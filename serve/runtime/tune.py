@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ensembler.errors import first_line
 from ensembler.machine import available_cpus
 from ensembler.serve.runtime.manifest import Strategy, Timing, Tuning
 from ensembler.serve.runtime.strategies import Members
@@ -90,7 +91,7 @@ def keep_faster_graphs(members: Members, images: NDArray[np.uint8], seconds: flo
             times = measure({"eager": ways[False], "replayed": ways[True]}, seconds) if alike else None
         except Exception as error:  # ONNX Runtime's, of any class
             times = None
-            _logger.warning("batches of %d are not replayed as CUDA graphs: %s", size, str(error).splitlines()[0])
+            _logger.warning("batches of %d are not replayed as CUDA graphs: %s", size, first_line(error))
         faster = times is not None and _quartile(times["replayed"]) < (1 - _TIE) * _quartile(times["eager"])
         (passes.graphs.add if faster else passes.graphs.discard)(size)
 

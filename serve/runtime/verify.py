@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensembler import calibration
-from ensembler.errors import ArtefactError
+from ensembler.errors import ArtefactError, first_line
 from ensembler.machine import available_cpus
+from ensembler.serve.runtime.arrays import read_arrays
 from ensembler.serve.runtime.gpu import GpuOptions
 from ensembler.serve.runtime.manifest import MERGED, PROBE, BundleManifest, read_bundle
 from ensembler.serve.runtime.sessions import open_bundle, open_merged, providers
@@ -58,7 +58,7 @@ def verify_bundle(bundle: str | Path) -> Verified:
     bundle = Path(bundle)
     manifest = read_bundle(bundle)
     if manifest.calibration:
-        calibration.read(bundle / manifest.calibration, manifest.run.sha256)
+        calibration.read(bundle / manifest.calibration, manifest.run.sha256, len(manifest.classes))
     images, expected = _probe(bundle, manifest)
     threads, classes = available_cpus(), len(manifest.classes)
     together, scaled = MERGED in manifest.files, manifest.input == "float"
@@ -69,9 +69,8 @@ def verify_bundle(bundle: str | Path) -> Verified:
     try:
         found = members.ask(images)
         found_merged = None if merged is None else members.ask(images, "merged")
-    except Exception as error:  # ONNX Runtime's, of any class
-        reason = str(error).splitlines()[0]
-        raise ArtefactError(f"a member of {bundle} cannot be run: {reason}: export the run again") from error
+    except ArtefactError as error:
+        raise ArtefactError(f"{bundle}: {error}") from error
     finally:
         members.close()
     allowed = max(_ALLOWED[manifest.precision], manifest.tolerance)
@@ -95,7 +94,11 @@ def _check(what: str, difference: float, allowed: float) -> None:
 def _probe(bundle: Path, manifest: BundleManifest) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """The stored images and answers (M, B, C), in the order in which members are asked."""
     try:
-        with np.load(bundle / PROBE, allow_pickle=False) as file:
-            return file["images"], file["probabilities"][manifest.order]
-    except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as error:
-        raise ArtefactError(f"{bundle / PROBE} cannot be read: export the run again") from error
+        arrays = read_arrays(bundle / PROBE)
+        images, answers = arrays["images"], arrays["probabilities"]
+        shape = (manifest.members, len(images), len(manifest.classes))
+        if images.dtype != np.uint8 or images.shape[1:] != tuple(manifest.image_shape) or answers.shape != shape:
+            raise ValueError(f"images {images.shape} and answers {answers.shape} are not of this bundle's members")
+        return images, answers[manifest.order]
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtefactError(f"{bundle / PROBE} cannot be read ({first_line(error)}): export the run again") from error
