@@ -17,8 +17,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 
@@ -63,7 +64,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_file(root: Path, name: str = "") -> BinaryIO:
+def open_file(root: Path, name: str = "") -> BufferedReader:
     """Open a file of an untrusted folder for reading: a regular file, reached through no link.
 
     Args:

@@ -288,7 +288,7 @@ def read(file: Path, run_sha256: str, classes: int | None = None) -> Calibration
     if calibration.classes != (calibration.classes if classes is None else classes):
         raise ArtefactError(f"{file} is for {calibration.classes} classes, not {classes}: calibrate again")
     try:  # lengths that do not go together
-        usable = np.isfinite(calibration.map(np.full((1, calibration.classes), 1 / calibration.classes))).all()
+        usable = bool(np.isfinite(calibration.map(np.full((1, calibration.classes), 1 / calibration.classes))).all())
     except (ValueError, IndexError, ZeroDivisionError):
         usable = False
     if not usable or calibration.classes < 1:

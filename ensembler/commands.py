@@ -11,6 +11,7 @@ import typer
 from ensembler import storage
 from ensembler.errors import UsageError
 from ensembler.progress import watching
+from ensembler.text import echo
 from ensembler.transfers import MEGABYTES
 
 __all__ = ["app"]
@@ -42,7 +43,7 @@ def push(
         raise UsageError("push takes a run or bundle, and the URL to push it to, such as s3://BUCKET/NAME")
     with watching(quiet, **MEGABYTES) as watch:
         sent = storage.push(storage.local(given[0], watch) if given else _latest(), url, private=private, watch=watch)
-    typer.echo(f"pushed: {url} ({', '.join(sent)})" if sent else f"{url} is up to date: nothing was sent")
+    echo(f"pushed: {url} ({', '.join(sent)})" if sent else f"{url} is up to date: nothing was sent")
 
 
 @app.command("pull")
@@ -61,7 +62,7 @@ def pull(
         raise UsageError(f"{url} is not a URL: pull is only for runs and bundles on other machines")
     with watching(quiet, **MEGABYTES) as watch:
         folder = storage.pull(url, out, watch, largest)
-    typer.echo(f"pulled: {folder}")
+    echo(f"pulled: {folder}")
 
 
 def _latest() -> Path:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from ensembler.progress import watching
+from ensembler.text import echo
 
 __all__ = ["app"]
 
@@ -44,10 +45,10 @@ def download(
         with watching(quiet, unit="MB", scale=1e6) as watch:
             folder = download(ARCHIVES[name], data or default_root(), watch=watch)
     except KeyboardInterrupt:
-        typer.echo("the partial download was kept: run the same command again to resume", err=True)
+        echo("the partial download was kept: run the same command again to resume", err=True)
         raise
     use = name if ARCHIVES[name].files else ARCHIVES[name].within or ARCHIVES[name].folder
-    typer.echo(f"{folder}: to use it, ensembler eval --shift {use}" + (f" --data {data}" if data else ""))
+    echo(f"{folder}: to use it, ensembler eval --shift {use}" + (f" --data {data}" if data else ""))
 
 
 @app.command("corrupt")
@@ -80,6 +81,6 @@ def corrupt(
         with watching(quiet, unit="MB", scale=1e6) as watch:
             made = write_corruptions(images, out, chosen, seed=seed, watch=watch)
     except KeyboardInterrupt:
-        typer.echo("complete files were kept: run the same command again to resume", err=True)
+        echo("complete files were kept: run the same command again to resume", err=True)
         raise
-    typer.echo(f"{out}: generated {len(made)} corruptions of {len(images.test)} images, marked as generated")
+    echo(f"{out}: generated {len(made)} corruptions of {len(images.test)} images, marked as generated")

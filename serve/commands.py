@@ -16,6 +16,7 @@ import typer
 from ensembler.errors import ShapeError, UsageError
 from ensembler.serve.client import is_url
 from ensembler.storage import destination, place
+from ensembler.text import cell, echo
 from ensembler.transfers import push_finished
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def export(
         use_data=not no_data,
         examples=examples,
         tune=tune,
-        say=lambda sentence: console.print(sentence, markup=False, highlight=False),
+        say=lambda sentence: console.print(cell(sentence)),
     )
     console.print(_of_bundle(folder, read_bundle(folder), time.perf_counter() - started))
     push_finished(folder, url)
@@ -111,7 +112,6 @@ def verify(
 ) -> None:
     """Check every byte of a bundle, run every member, and compare its answers with PyTorch's."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from ensembler.serve.runtime.verify import verify_bundle
@@ -122,7 +122,7 @@ def verify(
     stored = "PyTorch's" if manifest.precision == "float32" else "those stored at export"
     answers = f"within {largest:.1e} of {stored} on {found.images} images ({found.allowed:.0e} allowed)"
     table = Table(show_header=False, box=None)
-    table.add_row("bundle", escape(f"{bundle}, format {manifest.format}"))
+    table.add_row("bundle", cell(f"{bundle}, format {manifest.format}"))
     table.add_row("files", f"{len(manifest.files)}, all with their SHA-256 as written")
     table.add_row("members", f"{manifest.members}, {manifest.precision}, all run on this machine's {found.device}")
     table.add_row("answers", answers)
@@ -161,9 +161,7 @@ def serve(
         environment["ENSEMBLER_MEMBERS"] = str(members)
     Settings.read(environment)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    typer.echo(
-        f"{members or manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it"
-    )
+    echo(f"{members or manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it")
     target = "ensembler.serve.service:PredictiveUncertainty"
     command = [sys.executable, "-m", "bentoml", "serve", target, "--host", host, "--port", str(port)]
     if os.name == "nt":
@@ -211,14 +209,14 @@ def predict(
         console.print(table_of(answer))
         model = answer["model"]
         console.print(
-            f"{model['method']} of {model['members']} x {model['architecture']}, {model['dataset']}; entropies in nats",
-            markup=False,
-            highlight=False,
+            cell(f"{model['method']} of {model['members']} x {model['architecture']}, {model['dataset']}"),
+            "entropies in nats",
+            sep="; ",
             style="dim",
         )
     if answer["errors"]:
         for one in answer["errors"]:
-            typer.echo(f"{one['image']}: {one['error']}", err=True)
+            echo(f"{one['image']}: {one['error']}", err=True)
         count = len(answer["errors"])
         raise ShapeError(f"{count} of {count + len(answer['predictions'])} images could not be read and have no answer")
 
@@ -235,25 +233,26 @@ def bento(
     from ensembler.serve.bento import build_bento
 
     built = build_bento(bundle, tag, gpu=gpu)
-    typer.echo(f"bento: {built}")
-    typer.echo(f"try it: bentoml serve {built}")
-    typer.echo(f"as an image: bentoml containerize {built}")
+    echo(f"bento: {built}")
+    echo(f"try it: bentoml serve {built}")
+    echo(f"as an image: bentoml containerize {built}")
 
 
 def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
     """A bundle that ``export`` made, as a table."""
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
-    table.add_row("bundle", escape(str(out)))
-    table.add_row("members", escape(f"{bundle.members} x {bundle.architecture} ({bundle.method}, {bundle.dataset})"))
+    table.add_row("bundle", cell(str(out)))
+    table.add_row("members", cell(f"{bundle.members} x {bundle.architecture} ({bundle.method}, {bundle.dataset})"))
     megabytes = sum((out / name).stat().st_size for name in bundle.files) / 1e6
     held = f"{bundle.vertices} vertices" if bundle.layout == "vertices" else "a file for each member"
     table.add_row("size", f"{megabytes:.1f} MB, {held}, {bundle.precision}, ONNX opset {bundle.opset}")
     allowed = f" ({bundle.tolerance:.0e} allowed)" if bundle.precision == "float32" else ""
     images = " and ".join(bundle.compared_on)
-    table.add_row("agreement", f"within {bundle.max_difference:.1e} of PyTorch's probabilities on {images}{allowed}")
+    table.add_row(
+        "agreement", cell(f"within {bundle.max_difference:.1e} of PyTorch's probabilities on {images}{allowed}")
+    )
     if (check := bundle.precision_check) is not None:
         ranks = check.rank_correlation
         kept = "" if ranks is None else f"rank correlation {ranks:.4f} (at least {check.least_rank_correlation}), "
@@ -275,7 +274,7 @@ def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
         if tuning.load is not None and tuning.load > 0.5:
             table.add_row("", f"the machine was shared: {tuning.load:.1f} processes wanted a CPU at the start")
     table.add_row("time", f"{seconds:.1f} s")
-    table.add_row("next", escape(f"ensembler serve {out}"))
+    table.add_row("next", cell(f"ensembler serve {out}"))
     return table
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 import socket
@@ -598,3 +599,46 @@ def test_a_url_that_sends_without_end_is_left(
     words = "holds more than 0.1 GB" if endless in ("probe.npz", "listed") else "is larger than 64 MiB"
     assert words in result.stderr
     assert held(tmp_path) == set()
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+EVIL = "\x1b[2J\x07[bold]:cat:\n\u202efake: all is well\x9b\u2028"
+
+
+def test_what_a_bundle_says_is_printed_as_it_is(bundles: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(bundles, MEMBERS, tmp_path / "bundle")
+    labels = [f"{EVIL}{number}" for number in range(5)]
+    setting(classes=labels, dataset=EVIL, architecture=EVIL, method=EVIL, compared_on=[EVIL])(folder)
+    image = tmp_path / "[red]a\x1b[31m:dog:.png"
+    Image.new("RGB", (6, 4), "navy").save(image)
+    (tmp_path / "not\x1b[2Jan\nimage.png").write_bytes(b"nothing")
+    for arguments in (
+        ["verify", str(folder)],
+        ["predict", str(folder), str(image)],
+        ["predict", str(folder), str(tmp_path)],
+    ):
+        result = CliRunner().invoke(app, arguments, terminal_width=300)
+        for stream in (result.stdout, result.stderr):
+            assert all(character.isprintable() for character in stream.replace("\n", "")), repr(stream)
+            assert "\nfake" not in stream
+        if arguments[0] == "predict":
+            shown = result.stdout.replace("\n", "").replace(" ", "")
+            assert "\\x1b[2J\\x07[bold]:cat:\\n\\u202efake" in shown
+            assert "[red]" in shown and ":dog:" in shown
+
+
+def test_an_error_is_one_line_whatever_it_names(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", str(tmp_path / EVIL.replace("/", ""))])
+    assert_one_sentence(result)
+    assert all(character.isprintable() for character in result.stderr.rstrip("\n"))
+
+
+def test_logs_have_a_line_for_each_message(caplog: pytest.LogCaptureFixture) -> None:
+    import ensembler.serve  # noqa: F401  gives the loggers their filter
+
+    for name in ("ensembler.serve", "ensembler.access"):
+        logging.getLogger(name).warning("path %s, label %s", "/a\nb\x1b[2J", EVIL)
+    for record in caplog.records:
+        assert record.getMessage().isprintable() and "/a\\nb\\x1b[2J" in record.getMessage()
+    assert len(caplog.records) == 2

@@ -13,9 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from ensembler.errors import ArtefactError, UsageError
+from ensembler.text import echo, printable
 from ensembler.trainers.events import EpochEnd, Event, Message, OnEvent
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def _lines() -> OnEvent:
     def watch(event: Event) -> None:
         nonlocal end
         if isinstance(event, Message):
-            typer.echo(event.text, err=True)
+            echo(event.text, err=True)
             return
         part, epoch, epochs = event.part, event.epoch, event.epochs
         start, before = starts.setdefault(part, (end, epoch.number - 1))
@@ -76,7 +75,7 @@ def _lines() -> OnEvent:
         if epoch.number == epochs:
             end = now
         left = f", {timedelta(seconds=seconds)} left" if epoch.number < epochs else ""
-        typer.echo(f"{part}: epoch {epoch.number} of {epochs}, {_state(event)}{left}", err=True)
+        echo(f"{part}: epoch {epoch.number} of {epochs}, {_state(event)}{left}", err=True)
 
     return watch
 
@@ -98,7 +97,7 @@ def _bars(console: Console) -> Iterator[OnEvent]:
 
     def watch(event: Event) -> None:
         if isinstance(event, Message):
-            console.print(event.text, markup=False, highlight=False, soft_wrap=True)
+            console.print(printable(event.text), markup=False, highlight=False, soft_wrap=True)
             return
         if event.part not in tasks:
             tasks[event.part] = bar.add_task(event.part, total=event.epochs, state="")
