@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -290,11 +290,16 @@ def appear(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+def write(path: Path, manifest: dict[str, Any], sign: Callable[[bytes], bytes] | None = None) -> Iterator[Path]:
     """Write an artefact atomically.
 
     Yields a hidden folder for the files, as :func:`appear` does. If the block succeeds, the hash of every file is added
     to ``manifest["files"]``, and the manifest and its seal are written.
+
+    Args:
+        path: must not exist.
+        manifest: its content, read when the block has ended.
+        sign: returns the line that is added to the seal's line.
 
     Raises:
         UsageError: ``path`` already exists; nothing is ever overwritten.
@@ -306,16 +311,20 @@ def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
         manifest["files"] = {file.relative_to(partial).as_posix(): sha256(file) for file in files}
         content = f"{json.dumps(manifest, indent=2, allow_nan=False)}\n".encode()
         (partial / MANIFEST).write_bytes(content)
-        (partial / SEAL).write_bytes(_sealed(content).encode())
+        seal = _sealed(content)
+        (partial / SEAL).write_bytes(seal + (sign(seal) if sign else b""))
 
 
-def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
+def read(
+    path: Path, kind: str, formats: tuple[int, ...], check_seal: Callable[[bytes], None] | None = None
+) -> dict[str, Any]:
     """Read an artefact's manifest and verify every file in it.
 
     Args:
         path: the artefact's folder.
         kind: the expected kind, such as ``"run"`` or ``"bundle"``.
         formats: the format numbers that the caller can read.
+        check_seal: called with the seal's content, to refuse it.
 
     Raises:
         ArtefactError: there is no such folder, or it is of another kind or an unknown format.
@@ -327,12 +336,15 @@ def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
         raise ArtefactError(f"{path} is not a {kind}: it has no {MANIFEST}")
     try:
         content = read_text(path, MANIFEST)
-        if read_text(path, SEAL) != _sealed(content).encode():
+        seal = read_text(path, SEAL)
+        if not seal.startswith(_sealed(content)):
             raise CorruptError(_changed(path / MANIFEST, kind))
     except FileNotFoundError as error:
         raise CorruptError(f"{path / SEAL} is missing: the {kind} is incomplete, copy or create it again") from error
     except OSError as error:
         raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
+    if check_seal is not None:
+        check_seal(seal)
     manifest = parse(content, path)
     if manifest["kind"] != kind:
         raise ArtefactError(f"{path} is a {manifest['kind']}, not a {kind}: give the folder of a {kind}")
@@ -354,8 +366,9 @@ def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
     return manifest
 
 
-def _sealed(manifest: bytes) -> str:
-    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n"
+def _sealed(manifest: bytes) -> bytes:
+    """The first line of a seal; a signature may follow."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
 def _changed(file: Path, kind: str) -> str:

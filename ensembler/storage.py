@@ -23,6 +23,7 @@ from ensembler import artefact
 from ensembler.artefact import MANIFEST, SEAL
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 from ensembler.progress import Watcher
+from ensembler.signing import SIGNED
 from ensembler.stores import HubRepository, Store, is_url, mismatch, name_of, open_store, silent
 
 __all__ = [
@@ -46,7 +47,7 @@ LARGEST = 64
 """GB of a run or bundle at a URL; a larger one is fetched only if more is allowed."""
 
 _KINDS = {"run": "runs", "bundle": "bundles"}  # each with its default parent folder
-_SEALED = re.compile(rf"([0-9a-f]{{64}})  {re.escape(MANIFEST)}\n")
+_SEALED = re.compile(rf"([0-9a-f]{{64}})  {re.escape(MANIFEST)}\n(?:{SIGNED.pattern.decode()})?")
 
 
 class Url(str):

@@ -75,6 +75,9 @@ def export(
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure which way of running members is the fastest on this machine.")
     ] = False,
+    sign: Annotated[
+        Path | None, typer.Option(metavar="KEY", help="PEM file of an Ed25519 private key to sign the bundle with.")
+    ] = None,
 ) -> None:
     """Export a run's members to ONNX, each compared with PyTorch."""
     from rich.console import Console
@@ -100,6 +103,7 @@ def export(
         use_data=not no_data,
         examples=examples,
         tune=tune,
+        key=sign,
         say=lambda sentence: console.print(cell(sentence)),
     )
     console.print(_of_bundle(folder, read_bundle(folder), time.perf_counter() - started))
@@ -109,6 +113,9 @@ def export(
 @app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(parser=place, help="The bundle's folder.")],
+    key: Annotated[
+        Path | None, typer.Option(help="PEM file of the Ed25519 public key that the bundle must be signed with.")
+    ] = None,
 ) -> None:
     """Check every byte of a bundle, run every member, and compare its answers with PyTorch's."""
     from rich.console import Console
@@ -116,7 +123,7 @@ def verify(
 
     from ensembler.serve.runtime.verify import verify_bundle
 
-    found = verify_bundle(bundle)
+    found = verify_bundle(bundle, key)
     manifest = found.manifest
     largest = max(found.differences)
     stored = "PyTorch's" if manifest.precision == "float32" else "those stored at export"
@@ -124,6 +131,8 @@ def verify(
     table = Table(show_header=False, box=None)
     table.add_row("bundle", cell(f"{bundle}, format {manifest.format}"))
     table.add_row("files", f"{len(manifest.files)}, all with their SHA-256 as written")
+    if key is not None:
+        table.add_row("signed", cell(f"with the private key of {key}"))
     table.add_row("members", f"{manifest.members}, {manifest.precision}, all run on this machine's {found.device}")
     table.add_row("answers", answers)
     if found.merged is not None:
@@ -144,12 +153,16 @@ def serve(
             help="Number of members; further ones are made from the bundle's vertices. (default: the bundle's own)",
         ),
     ] = None,
+    require_signature: Annotated[
+        Path | None,
+        typer.Option(metavar="KEY", help="PEM file of the Ed25519 public key that the bundle must be signed with."),
+    ] = None,
 ) -> None:
     """Serve a bundle over HTTP with BentoML until Ctrl-C; docs/serving.md lists the routes and settings."""
     from ensembler.serve.http.settings import Settings
     from ensembler.serve.runtime.manifest import read_bundle
 
-    manifest = read_bundle(bundle)
+    manifest = read_bundle(bundle, require_signature)
     host = "127.0.0.1" if host == "localhost" else host
     _check_free(host, port)
     environment = os.environ | {
@@ -159,6 +172,8 @@ def serve(
     }
     if members is not None:
         environment["ENSEMBLER_MEMBERS"] = str(members)
+    if require_signature is not None:
+        environment["ENSEMBLER_REQUIRE_SIGNATURE"] = str(require_signature.resolve())
     Settings.read(environment)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     echo(f"{members or manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it")

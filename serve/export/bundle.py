@@ -13,13 +13,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler import artefact, calibration
+from ensembler import artefact, calibration, signing
 from ensembler.calibration import Calibration
 from ensembler.datasets import NAMES, Dataset
 from ensembler.ensemble import Ensemble
@@ -71,6 +72,7 @@ def export_run(
     use_data: bool = True,
     examples: int = VALIDATION_IMAGES,
     tune: bool = False,
+    key: Path | None = None,
     say: Say = lambda sentence: None,
 ) -> Path:
     """Export the members of a run, whole or not at all.
@@ -88,6 +90,7 @@ def export_run(
             are left out.
         use_data: whether to look for the dataset.
         examples: how many of its validation images to use, at most.
+        key: PEM file of an Ed25519 private key to sign the bundle with.
         tune: measure how the members run fastest on this machine.
         say: called with a sentence for each step that was left out.
 
@@ -105,7 +108,8 @@ def export_run(
     if examples < 1:
         raise UsageError(f"at least 1 validation image is needed, not {examples}: to use none, add --no-data")
     manifest: dict[str, Any] = {}
-    with artefact.write(out, manifest) as folder:
+    signed = None if key is None else partial(signing.sign, key=signing.private_key(key))
+    with artefact.write(out, manifest, signed) as folder:
         ensemble = Ensemble.load(run_path, device="cpu")
         _check_task(ensemble, run_path)
         file = run_path / calibration.FILE

@@ -70,7 +70,7 @@ async def _predict(request: Request) -> Response:
 
 async def _metadata(request: Request) -> Response:
     predictor: Predictor = request.app.state.predictor
-    limits = predictor.settings.model_dump(exclude={"bundle", "token", "members"})
+    limits = predictor.settings.model_dump(exclude={"bundle", "token", "members", "require_signature"})
     return JSONResponse(answers.metadata(predictor.runtime, limits))
 
 

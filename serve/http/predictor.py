@@ -60,7 +60,9 @@ class Predictor:
     def __init__(self, settings: Settings, registry: CollectorRegistry) -> None:
         self.settings = settings
         threads = max(1, available_cpus() // settings.workers)
-        self.runtime = Runtime.load(settings.bundle, threads, members=settings.members, gpu=settings)
+        self.runtime = Runtime.load(
+            settings.bundle, threads, members=settings.members, gpu=settings, key=settings.require_signature
+        )
         manifest = self.runtime.manifest
         self._metrics = Metrics(manifest.validation, self.runtime.members, len(manifest.classes), registry)
         self._batcher = Batcher(

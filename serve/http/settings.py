@@ -34,6 +34,9 @@ class Settings(GpuOptions):
     max_pixels: PositiveInt = Field(25_000_000, description="the most pixels of one image file, before it is resized")
     deadline_ms: PositiveInt = Field(30_000, description="how long a request may take by default")
     body_ms: PositiveInt = Field(30_000, description="how long a body may take to arrive")
+    require_signature: Path | None = Field(
+        None, description="PEM file of the public key that the bundle is signed with"
+    )
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> Self:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from ensembler import artefact
+from ensembler import artefact, signing
 from ensembler.errors import ArtefactError, first_line
 from ensembler.record import Record
 from ensembler.serve.runtime.external_data import external_files
@@ -223,15 +224,22 @@ class BundleManifest(Record):
     files: dict[str, str] = Field(default_factory=dict)
 
 
-def read_bundle(bundle: Path) -> BundleManifest:
+def read_bundle(bundle: Path, key: Path | None = None) -> BundleManifest:
     """Return a bundle's manifest, after verifying every file that it names, and that its graphs read no other.
 
+    Args:
+        bundle: its folder.
+        key: PEM file of the public key that it must be signed with.
+
     Raises:
+        UsageError: no key there.
         ArtefactError: no bundle there, of a format that this version cannot read, or with a graph that reads tensors
-            from files that the manifest does not name.
+            from files that the manifest does not name; or not signed with the key.
         CorruptError: a file is missing or changed; it is named.
     """
-    content = artefact.read(bundle, "bundle", formats=(FORMAT,))
+    public = None if key is None else signing.public_key(key)
+    check = None if public is None else partial(signing.check, key=public, where=bundle)
+    content = artefact.read(bundle, "bundle", (FORMAT,), check)
     try:
         manifest = BundleManifest.model_validate(content)
     except ValidationError as error:

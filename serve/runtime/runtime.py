@@ -76,6 +76,7 @@ class Runtime:
         members: int | None = None,
         seed: int = 0,
         gpu: GpuOptions | None = None,
+        key: Path | None = None,
     ) -> Runtime:
         """Verify a bundle and open its members.
 
@@ -86,6 +87,7 @@ class Runtime:
                 made of its vertices, where it has the layout "vertices" and its networks have no BatchNorm.
             seed: of these further members.
             gpu: options of the GPU, where there is one.
+            key: PEM file of the public key that the bundle must be signed with.
 
         Raises:
             UsageError: members that the bundle neither holds nor can make, a GPU that does not exist, or TF32 for a
@@ -94,7 +96,7 @@ class Runtime:
             CorruptError: a file is missing or has changed; it is named.
         """
         bundle = Path(bundle)
-        manifest = read_bundle(bundle)
+        manifest = read_bundle(bundle, key)
         gpu = gpu or GpuOptions()
         threads, wanted = threads or available_cpus(), members or manifest.members
         whole = wanted == manifest.members

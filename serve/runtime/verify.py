@@ -46,17 +46,22 @@ class Verified:
     allowed: float
 
 
-def verify_bundle(bundle: str | Path) -> Verified:
+def verify_bundle(bundle: str | Path, key: Path | None = None) -> Verified:
     """Verify every byte of a bundle, run every member, and compare its answers with the stored ones.
 
     At a lower precision than float32, the answers may differ by more: processors round 8-bit products differently.
 
+    Args:
+        bundle: its folder.
+        key: PEM file of the public key that it must be signed with.
+
     Raises:
-        ArtefactError: no bundle there, a graph that cannot be opened or run, or a member that answers differently.
+        UsageError: no key there.
+        ArtefactError: no bundle there, not signed with the key, a graph that cannot be opened or run, or a member that answers differently.
         CorruptError: a file is missing or changed; it is named.
     """
     bundle = Path(bundle)
-    manifest = read_bundle(bundle)
+    manifest = read_bundle(bundle, key)
     if manifest.calibration:
         calibration.read(bundle / manifest.calibration, manifest.run.sha256, len(manifest.classes))
     images, expected = _probe(bundle, manifest)
