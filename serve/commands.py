@@ -1,4 +1,4 @@
-"""``ensembler export``, ``verify``, ``serve``, ``predict`` and ``bento``."""
+"""``ensembler export``, ``verify``, ``serve``, ``predict``, ``bento`` and ``triton``."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ def export(
         ),
     ] = None,
     layout: Annotated[
-        Literal["vertices", "members"] | None,
+        Literal["vertices", "members", "single"] | None,
         typer.Option(
             help="vertices: one graph, and the vertices from which our runtime makes the members. members: a "
-            "self-contained file for each, for any runtime. (default: vertices where there are fewer)"
+            "self-contained file for each, for any runtime. single: beside them ensemble.onnx, one file with all "
+            "members, their mean and their uncertainty. (default: vertices where there are fewer)"
         ),
     ] = None,
     members: Annotated[
@@ -137,6 +138,8 @@ def verify(
     table.add_row("answers", answers)
     if found.merged is not None:
         table.add_row("in one graph", f"within {found.merged:.1e}")
+    if found.single is not None:
+        table.add_row("in one file", f"within {found.single:.1e}, with the mean and the uncertainty")
     Console().print(table)
 
 
@@ -251,6 +254,21 @@ def bento(
     echo(f"bento: {built}")
     echo(f"try it: bentoml serve {built}")
     echo(f"as an image: bentoml containerize {built}")
+
+
+@app.command()
+def triton(
+    bundle: Annotated[Path, typer.Argument(parser=place, help="The bundle's folder.")],
+    out: Annotated[Path, typer.Option(metavar="REPOSITORY", help="Folder of Triton's models.")],
+    name: Annotated[str | None, typer.Option(help="Name of the model. (default: the run's)")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest number of images in a forward pass.")] = 64,
+) -> None:
+    """Write a bundle into a model repository of Triton: one ONNX file with the mean and the uncertainty, no Python."""
+    from ensembler.serve.export.triton import write_triton
+
+    folder = write_triton(bundle, out, name, max_batch)
+    echo(f"model: {folder}")
+    echo(f"serve it: tritonserver --model-repository {out}")
 
 
 def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:

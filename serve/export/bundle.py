@@ -15,26 +15,30 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ensembler import artefact, calibration, signing
 from ensembler.calibration import Calibration
+from ensembler.calibration_maps import Temperature
 from ensembler.datasets import NAMES, Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, DataError, ExportError, UsageError
 from ensembler.machine import available_cpus
 from ensembler.run import DatasetRecord, Sampling, versions
 from ensembler.serve.export.agreement import check_merged, compare, patches
+from ensembler.serve.export.graphs import save
 from ensembler.serve.export.precision import calibration_lost
+from ensembler.serve.export.single import single_graph
 from ensembler.serve.export.validation import Judgement, judge, some
 from ensembler.serve.export.writer import Writer, Written, write_merged
 from ensembler.serve.runtime.gpu import GpuOptions
 from ensembler.serve.runtime.manifest import (
     EXAMPLES,
     MERGED,
+    SINGLE,
     BundleManifest,
     Layout,
     Origin,
@@ -46,6 +50,7 @@ from ensembler.serve.runtime.manifest import (
 from ensembler.serve.runtime.sessions import on_gpu, open_members, open_merged, providers
 from ensembler.serve.runtime.strategies import Members
 from ensembler.serve.runtime.tune import tune as measure_strategies
+from ensembler.serve.runtime.verify import single_difference
 from ensembler.task import Classification
 
 __all__ = ["VALIDATION_IMAGES", "export_run"]
@@ -63,7 +68,7 @@ def export_run(
     run_path: str | Path,
     out: str | Path,
     *,
-    layout: Layout | None = None,
+    layout: Layout | Literal["single"] | None = None,
     members: int | None = None,
     seed: int = 0,
     pixels: Pixels = "uint8",
@@ -82,6 +87,8 @@ def export_run(
         out: the bundle's folder; must not exist.
         layout: ``"members"``: a self-contained file for each, for any runtime; ``"vertices"``: one graph and the
             vertices, from which our runtime makes the members. By default the latter where there are fewer of them.
+            ``"single"``: as by default, and beside it one self-contained file with all members, their mean and their
+            uncertainty, for any runtime: see :mod:`ensembler.serve.export.single`.
         members: sample this many new ones from the run's simplexes; by default the run's own.
         seed: of that sample.
         pixels: ``"uint8"``: graphs take pixels from 0 to 255; ``"float"``: float32 from 0 to 1.
@@ -124,7 +131,7 @@ def export_run(
         test = some(dataset.test, _TEST)[0] if dataset else None
         judgement = Judgement(order=list(range(ensemble.members)))
         try:
-            written = Writer(folder, ensemble, pixels, precision, ranges).write(layout)
+            written = Writer(folder, ensemble, pixels, precision, ranges).write(None if layout == "single" else layout)
             opened = _open(folder, written, ensemble.run.manifest.dataset, judgement.order)
             agreement = compare(opened, ensemble, folder, precision, test)
         except (ExportError, ArtefactError) as error:
@@ -158,6 +165,8 @@ def export_run(
         )
         if fitted:
             shutil.copyfile(file, folder / calibration.FILE)
+        if layout == "single":
+            _write_single(folder, content, agreement.tolerance, fitted, say)
         if test is not None and record.dataset.name in NAMES:  # a folder's images stay private
             np.save(folder / EXAMPLES, test[:_SHOWN])
         manifest.update(content.model_dump())
@@ -224,6 +233,27 @@ def _tune(
         for file in folder.glob(f"{MERGED}*"):
             file.unlink()
     return tuning
+
+
+def _write_single(
+    folder: Path, manifest: BundleManifest, tolerance: float, fitted: Calibration | None, say: Say
+) -> None:
+    """Write one file with the whole ensemble, compared with what the members answer.
+
+    Raises:
+        ExportError: it does not reproduce them.
+    """
+    save(single_graph(folder, manifest), folder / SINGLE)
+    if fitted and not isinstance(fitted.map, Temperature):
+        say(f"{SINGLE} has no calibrated probabilities: the calibration is by {fitted.map.method}, not by temperature.")
+    sessions = open_members(folder, manifest.layout, manifest.graphs, manifest.order)
+    opened = Members(sessions, 1, manifest.image_shape, len(manifest.classes), manifest.input == "float")
+    images = patches(manifest.image_shape, _TEST)
+    given = images / np.float32(255) if manifest.input == "float" else images
+    difference = single_difference(folder / SINGLE, given, opened.ask(images))
+    opened.close()
+    if not difference <= tolerance:
+        raise ExportError(f"{SINGLE} differs from the members by {difference:.1e}: export without --layout single")
 
 
 def _unless(reason: str | None, fitted: Calibration | None, say: Say) -> Calibration | None:

@@ -23,6 +23,7 @@ __all__ = [
     "GRAPH",
     "MERGED",
     "PROBE",
+    "SINGLE",
     "WEIGHTS",
     "BundleManifest",
     "Layout",
@@ -43,6 +44,7 @@ FORMAT = 1
 GRAPH = "graph.onnx"  # of the layout "vertices": the graph of every member, without weights
 WEIGHTS = "weights.npz"  # of the layout "vertices": see ensembler.serve.runtime.vertices
 MERGED = "merged.onnx"  # all members in one graph, where a bundle was tuned and this was the fastest
+SINGLE = "ensemble.onnx"  # all members and their mean and uncertainty, where it was asked for
 PROBE = "probe.npz"  # images, and what every member must answer
 EXAMPLES = "examples.npy"  # test images of a public dataset, for the page
 
@@ -248,7 +250,7 @@ def read_bundle(bundle: Path, key: Path | None = None) -> BundleManifest:
         raise ArtefactError(f"{bundle} has an unusable manifest ({where}: {first['msg']}): export it again") from error
     if fault := next(_faults(manifest), None):
         raise ArtefactError(f"{bundle} {fault}: export it again")
-    for graph in [*manifest.graphs, *([MERGED] if MERGED in manifest.files else [])]:
+    for graph in [*manifest.graphs, *(name for name in (MERGED, SINGLE) if name in manifest.files)]:
         _check_external(bundle, graph, manifest)
     return manifest
 

@@ -13,11 +13,12 @@ from ensembler.errors import ArtefactError, first_line
 from ensembler.machine import available_cpus
 from ensembler.serve.runtime.arrays import read_arrays
 from ensembler.serve.runtime.gpu import GpuOptions
-from ensembler.serve.runtime.manifest import MERGED, PROBE, BundleManifest, read_bundle
-from ensembler.serve.runtime.sessions import open_bundle, open_merged, providers
+from ensembler.serve.runtime.manifest import MERGED, PROBE, SINGLE, BundleManifest, read_bundle
+from ensembler.serve.runtime.sessions import open_bundle, open_merged, open_session, providers
 from ensembler.serve.runtime.strategies import Members
+from ensembler.uncertainty import mean_probabilities, uncertainty
 
-__all__ = ["TOLERANCE", "Verified", "verify_bundle"]
+__all__ = ["TOLERANCE", "Verified", "single_difference", "verify_bundle"]
 
 TOLERANCE = 1e-4  # the largest difference of a float32 probability from PyTorch's, where float32 computes it that well
 # From the stored answers, on any machine.
@@ -35,6 +36,7 @@ class Verified:
         differences: (M,) each member's largest difference of a probability from the stored one, in the order in which
             members are asked. Stored are PyTorch's, or at a lower precision the member's own where it was exported.
         merged: the same of all members in one graph; ``None`` where the bundle has none.
+        single: the same of the file that contains the whole ensemble, and of its mean and uncertainty.
         allowed: the largest difference that was accepted.
     """
 
@@ -43,6 +45,7 @@ class Verified:
     images: int
     differences: list[float]
     merged: float | None
+    single: float | None
     allowed: float
 
 
@@ -57,7 +60,8 @@ def verify_bundle(bundle: str | Path, key: Path | None = None) -> Verified:
 
     Raises:
         UsageError: no key there.
-        ArtefactError: no bundle there, not signed with the key, a graph that cannot be opened or run, or a member that answers differently.
+        ArtefactError: no bundle there, not signed with the key, a graph that cannot be opened or run, or a member that
+            answers differently.
         CorruptError: a file is missing or changed; it is named.
     """
     bundle = Path(bundle)
@@ -85,7 +89,43 @@ def verify_bundle(bundle: str | Path, key: Path | None = None) -> Verified:
     merged_difference = None if found_merged is None else float(np.abs(found_merged - expected).max())
     if merged_difference is not None:
         _check(f"the members of {bundle} in one graph differ", merged_difference, allowed)
-    return Verified(manifest, members.device, len(images), differences, merged_difference, allowed)
+    single = None
+    if SINGLE in manifest.files:
+        single = single_difference(bundle / SINGLE, images / np.float32(255) if scaled else images, expected)
+        _check(f"{bundle / SINGLE} differs", single, allowed)
+    return Verified(manifest, members.device, len(images), differences, merged_difference, single, allowed)
+
+
+def single_difference(file: Path, images: NDArray[np.generic], expected: NDArray[np.floating]) -> float:
+    """Return the largest difference of what one file of the whole ensemble says of images.
+
+    Args:
+        file: ONNX.
+        images: (B, H, W, 3) as its graph takes them.
+        expected: (M, B, C) the members' probabilities; the mean and the uncertainty are computed of those in the file.
+
+    Raises:
+        ArtefactError: it cannot be opened or run, or lacks an output.
+    """
+    session = open_session(file)
+    try:
+        values = session.run(None, {"images": images})
+        found = dict(zip([output.name for output in session.get_outputs()], values, strict=True))
+        members = found["members"].swapaxes(0, 1)
+        computed = uncertainty(members)
+        pairs = [
+            (members, expected),
+            (found["probabilities"], mean_probabilities(members)),
+            (found["predictive_entropy"], computed.predictive_entropy),
+            (found["expected_entropy"], computed.expected_entropy),
+        ]
+        if computed.mutual_information is not None:
+            pairs.append((found["mutual_information"], computed.mutual_information))
+        if any(a.shape != b.shape for a, b in pairs):
+            raise ValueError("an output has another shape")
+        return max(float(np.abs(a - b).max()) for a, b in pairs)
+    except Exception as error:  # ONNX Runtime's, of any class
+        raise ArtefactError(f"{file} cannot be run ({first_line(error)}): export the run again") from error
 
 
 def _check(what: str, difference: float, allowed: float) -> None:
