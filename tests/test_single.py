@@ -56,8 +56,16 @@ def assert_the_runtimes_numbers(file: Path, bundle: Path, images: np.ndarray) ->
             assert np.abs(found["calibrated"] - found["probabilities"]).max() > 1e-3
 
 
-@pytest.mark.parametrize("which", ["run", "batchnorm"])
-@pytest.mark.parametrize("options", [{}, {"pixels": "float"}, {"precision": "int8"}, {"precision": "float16"}])
+@pytest.mark.parametrize(
+    ("which", "options"),
+    [
+        ("run", {}),
+        ("batchnorm", {}),
+        ("run", {"pixels": "float"}),
+        ("run", {"precision": "int8"}),
+        ("batchnorm", {"precision": "float16"}),
+    ],
+)
 def test_one_file_gives_the_runtimes_numbers(
     which: str,
     options: Any,
