@@ -60,6 +60,7 @@ def compare(bundle: Path, seconds: float) -> dict[str, float]:
         times = {name: statistics.quantiles(taken, n=4)[0] for name, taken in measure(ways, seconds).items()}
         print(f"batch {batch}: file {times['file'] * 1e3:.2f} ms, runtime {times['runtime'] * 1e3:.2f} ms")
         figures[f"slowdown.B{batch}"] = times["file"] / times["runtime"]
+    print(f"largest difference: {figures['difference']:.1e}")
     return figures
 
 

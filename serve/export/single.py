@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -82,7 +83,7 @@ def _average(model: onnx.ModelProto, manifest: BundleManifest, temperature: floa
         graph.initializer.append(numpy_helper.from_array(value, f"ensemble/{name}"))
         return f"ensemble/{name}"
 
-    def apply(operator: str, *inputs: str, **attributes: object) -> str:
+    def apply(operator: str, *inputs: str, **attributes: Any) -> str:
         name = f"ensemble/{operator} {len(graph.node)}"
         graph.node.append(helper.make_node(operator, inputs, [name], **attributes))
         return name

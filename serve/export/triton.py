@@ -20,7 +20,7 @@ from ensembler.text import printable
 __all__ = ["write_triton"]
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_TYPES = {onnx.TensorProto.UINT8: "TYPE_UINT8", onnx.TensorProto.FLOAT: "TYPE_FP32"}
+_TYPES: dict[int, str] = {onnx.TensorProto.UINT8: "TYPE_UINT8", onnx.TensorProto.FLOAT: "TYPE_FP32"}
 
 
 def write_triton(bundle: Path, repository: Path, name: str | None = None, max_batch: int = 64) -> Path:
