@@ -43,7 +43,7 @@ def export(
         ),
     ] = None,
     layout: Annotated[
-        Literal["vertices", "members", "single"] | None,
+        Literal["vertices", "members", Literal["single"]] | None,
         typer.Option(
             help="vertices: one graph, and the vertices from which our runtime makes the members. members: a "
             "self-contained file for each, for any runtime. single: beside them ensemble.onnx, one file with all "

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,7 @@ __all__ = ["VALIDATION_IMAGES", "export_run"]
 
 VALIDATION_IMAGES = 1000
 
+_ONE_FILE: Final = "single"  # the layout that adds one file with the whole ensemble
 _RANGES = 256  # training images that the ranges of 8-bit activations are taken from
 _TEST = 64  # test images to compare and to time strategies with
 _SHOWN = 8  # test images for the page
@@ -131,7 +132,7 @@ def export_run(
         test = some(dataset.test, _TEST)[0] if dataset else None
         judgement = Judgement(order=list(range(ensemble.members)))
         try:
-            written = Writer(folder, ensemble, pixels, precision, ranges).write(None if layout == "single" else layout)
+            written = Writer(folder, ensemble, pixels, precision, ranges).write(None if layout == _ONE_FILE else layout)
             opened = _open(folder, written, ensemble.run.manifest.dataset, judgement.order)
             agreement = compare(opened, ensemble, folder, precision, test)
         except (ExportError, ArtefactError) as error:
@@ -165,7 +166,7 @@ def export_run(
         )
         if fitted:
             shutil.copyfile(file, folder / calibration.FILE)
-        if layout == "single":
+        if layout == _ONE_FILE:
             _write_single(folder, content, agreement.tolerance, fitted, say)
         if test is not None and record.dataset.name in NAMES:  # a folder's images stay private
             np.save(folder / EXAMPLES, test[:_SHOWN])
