@@ -28,6 +28,8 @@ __all__ = ["app"]
 
 app = typer.Typer()
 
+_OneFile = Literal["single"]  # no method of training, but the layout of one file
+
 
 @app.command()
 def export(
@@ -43,7 +45,7 @@ def export(
         ),
     ] = None,
     layout: Annotated[
-        Literal["vertices", "members", Literal["single"]] | None,
+        Literal["vertices", "members", _OneFile] | None,
         typer.Option(
             help="vertices: one graph, and the vertices from which our runtime makes the members. members: a "
             "self-contained file for each, for any runtime. single: beside them ensemble.onnx, one file with all "
