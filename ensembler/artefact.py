@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +25,18 @@ from ensembler.errors import ArtefactError, CorruptError, UsageError
 
 __all__ = [
     "HELD",
+    "LARGEST_TEXT",
     "MANIFEST",
+    "NAME",
     "SEAL",
     "appear",
     "check_writable",
     "hold",
+    "open_file",
+    "parse",
+    "parse_json",
     "read",
+    "read_text",
     "replace_file",
     "replace_files",
     "sha256",
@@ -38,6 +48,12 @@ MANIFEST = "manifest.json"
 SEAL = "manifest.sha256"
 HELD = ".held"
 """Suffix of a hidden file or folder whose writer holds a lock on it: see :func:`sweep`."""
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ .,=+-]*")
+"""Of a folder or a file, on any system."""
+
+LARGEST_TEXT = 2**26
+"""Bytes of a manifest or another JSON file; a larger one is not read."""
 
 _STALE = 3600.0  # seconds without a change, after which a writer may be dead
 
@@ -51,6 +67,98 @@ def sha256(path: Path) -> str:
     """Compute the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_file(root: Path, name: str = "") -> BufferedReader:
+    """Open a file of an untrusted folder for reading: a regular file, reached through no link.
+
+    Args:
+        root: the folder, or the file itself.
+        name: of the file in it, with ``/``.
+
+    Raises:
+        FileNotFoundError: it does not exist; OSError: it cannot be read.
+        ArtefactError: a link, a device or a pipe, which is not opened.
+    """
+    parts = name.split("/") if name else []
+    for depth in range(1, len(parts)):
+        if root.joinpath(*parts[:depth]).is_symlink():
+            raise ArtefactError(_link(root.joinpath(*parts[:depth])))
+    path = root.joinpath(*parts)
+    if path.is_symlink():
+        raise ArtefactError(_link(path))
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ArtefactError(f"{path} is not a regular file, and is not opened: do not use it")
+    return path.open("rb")
+
+
+def _link(path: Path) -> str:
+    return f"{path} is a link, which is not followed: copy the folder with what its links name (cp -rL), or remove it"
+
+
+def read_text(root: Path, name: str = "") -> bytes:
+    """Return the content of a small file, such as a manifest, of an untrusted folder.
+
+    Raises:
+        As :func:`open_file`; ArtefactError: it is larger than :data:`LARGEST_TEXT`.
+    """
+    with open_file(root, name) as file:
+        content = file.read(LARGEST_TEXT + 1)
+    if len(content) > LARGEST_TEXT:
+        raise ArtefactError(f"{root / name} is larger than {LARGEST_TEXT >> 20} MiB, and is not read: do not use it")
+    return content
+
+
+def parse_json(content: bytes) -> Any:
+    """Return what JSON in UTF-8 says.
+
+    Raises:
+        ValueError: it is not JSON, an object has a key twice, a number is not finite, or it is nested too deeply.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("an object has a key twice")
+        return found
+
+    def finite(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError(f"{text} is not a finite number")
+        return number
+
+    try:
+        return json.loads(content, object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse(content: bytes, where: str | Path) -> dict[str, Any]:
+    """Return a manifest; refuse one that names files outside its folder.
+
+    Args:
+        content: of the file.
+        where: the artefact's folder or URL.
+
+    Raises:
+        ArtefactError: it is not a manifest.
+    """
+    try:
+        manifest = parse_json(content)
+        kind, files = manifest["kind"], manifest["files"]
+        if not isinstance(kind, str) or not isinstance(files, dict):
+            raise ValueError("kind is no text, or files is no object")
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f" ({error})" if isinstance(error, ValueError) else ""
+        raise ArtefactError(f"the {MANIFEST} at {where} is not of a run or bundle{reason}: do not use it") from error
+    for name, expected in files.items():
+        if not all(map(NAME.fullmatch, name.split("/"))) or name in (MANIFEST, SEAL, "README.md"):
+            raise ArtefactError(
+                f"the {MANIFEST} at {where} names {name!r}, which is not a file of a {kind}: do not use it"
+            )
+        if not isinstance(expected, str):
+            raise ArtefactError(f"the {MANIFEST} at {where} has no hash of {name}: do not use it")
+    return dict(manifest)
 
 
 def check_writable(folder: Path, remedy: str = "choose another --out") -> None:
@@ -187,11 +295,16 @@ def appear(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+def write(path: Path, manifest: dict[str, Any], sign: Callable[[bytes], bytes] | None = None) -> Iterator[Path]:
     """Write an artefact atomically.
 
     Yields a hidden folder for the files, as :func:`appear` does. If the block succeeds, the hash of every file is added
     to ``manifest["files"]``, and the manifest and its seal are written.
+
+    Args:
+        path: must not exist.
+        manifest: its content, read when the block has ended.
+        sign: returns the line that is added to the seal's line.
 
     Raises:
         UsageError: ``path`` already exists; nothing is ever overwritten.
@@ -201,17 +314,22 @@ def write(path: Path, manifest: dict[str, Any]) -> Iterator[Path]:
         yield partial
         files = sorted(file for file in partial.rglob("*") if file.is_file())
         manifest["files"] = {file.relative_to(partial).as_posix(): sha256(file) for file in files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        (partial / SEAL).write_text(_seal(partial), encoding="utf-8")
+        content = f"{json.dumps(manifest, indent=2, allow_nan=False)}\n".encode()
+        (partial / MANIFEST).write_bytes(content)
+        seal = _sealed(content)
+        (partial / SEAL).write_bytes(seal + (sign(seal) if sign else b""))
 
 
-def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
+def read(
+    path: Path, kind: str, formats: tuple[int, ...], check_seal: Callable[[bytes], None] | None = None
+) -> dict[str, Any]:
     """Read an artefact's manifest and verify every file in it.
 
     Args:
         path: the artefact's folder.
         kind: the expected kind, such as ``"run"`` or ``"bundle"``.
         formats: the format numbers that the caller can read.
+        check_seal: called with the seal's content, to refuse it.
 
     Raises:
         ArtefactError: there is no such folder, or it is of another kind or an unknown format.
@@ -219,20 +337,21 @@ def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise ArtefactError(f"no {kind} at {path}: there is no such folder")
-    if not (path / MANIFEST).is_file():
+    if not os.path.lexists(path / MANIFEST):
         raise ArtefactError(f"{path} is not a {kind}: it has no {MANIFEST}")
     try:
-        if (path / SEAL).read_text(encoding="utf-8") != _seal(path):
+        content = read_text(path, MANIFEST)
+        seal = read_text(path, SEAL)
+        if not seal.startswith(_sealed(content)):
             raise CorruptError(_changed(path / MANIFEST, kind))
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CorruptError(f"{path / SEAL} is missing: the {kind} is incomplete, copy or create it again") from error
-    except ValueError as error:
-        raise CorruptError(_changed(path / MANIFEST, kind)) from error
     except OSError as error:
         raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
-    if manifest.get("kind") != kind:
-        found = manifest.get("kind")
+    if check_seal is not None:
+        check_seal(seal)
+    manifest = parse(content, path)
+    if (found := manifest["kind"]) != kind:
         raise ArtefactError(f"{path} is a {found}, not a {kind}{_INSTEAD.get(found, '').format(path)}")
     if manifest.get("format") not in formats:
         known = ", ".join(map(str, formats))
@@ -241,18 +360,20 @@ def read(path: Path, kind: str, formats: tuple[int, ...]) -> dict[str, Any]:
         )
     for name, expected in manifest["files"].items():
         try:
-            if sha256(path / name) != expected:
-                raise CorruptError(_changed(path / name, kind))
+            with open_file(path, name) as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                    raise CorruptError(_changed(path / name, kind))
         except FileNotFoundError as error:
             message = f"{path / name} is missing: the {kind} is incomplete, copy or create it again"
             raise CorruptError(message) from error
         except OSError as error:
             raise ArtefactError(f"cannot read {path / name}: {error.strerror or error}") from error
-    return dict(manifest)
+    return manifest
 
 
-def _seal(path: Path) -> str:
-    return f"{sha256(path / MANIFEST)}  {MANIFEST}\n"
+def _sealed(manifest: bytes) -> bytes:
+    """The first line of a seal; a signature may follow."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
 def _changed(file: Path, kind: str) -> str:

@@ -285,19 +285,20 @@ def load(run: Path) -> Calibration | None:
     return read(run / FILE, _run_sha256(run)) if (run / FILE).is_file() else None
 
 
-def read(file: Path, run_sha256: str) -> Calibration:
+def read(file: Path, run_sha256: str, classes: int | None = None) -> Calibration:
     """Read a calibration from a file.
 
     Args:
         file: written by :func:`save`.
         run_sha256: of the manifest of its run.
+        classes: C, where it is known.
 
     Raises:
         ArtefactError: it was fitted for another run, is of an unknown format, or cannot be read.
         CorruptError: it has changed since it was written.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = artefact.parse_json(artefact.read_text(file))
         if content.pop("sha256") != _seal(content):
             raise ValueError("its SHA-256 differs")
     except OSError as error:
@@ -315,6 +316,16 @@ def read(file: Path, run_sha256: str) -> Calibration:
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise ArtefactError(f"{file} is not a calibration of this version ({reason}): calibrate again") from error
     _check_run(calibration, run_sha256, file)
+    if calibration.classes != (calibration.classes if classes is None else classes):
+        raise ArtefactError(f"{file} is for {calibration.classes} classes, not {classes}: calibrate again")
+    try:  # lengths that do not go together
+        usable = bool(np.isfinite(calibration.map(np.full((1, calibration.classes), 1 / calibration.classes))).all())
+    except (ValueError, IndexError, ZeroDivisionError):
+        usable = False
+    if not usable or calibration.classes < 1:
+        raise ArtefactError(
+            f"{file} holds a map that cannot be applied to {calibration.classes} classes: calibrate again"
+        )
     return calibration
 
 

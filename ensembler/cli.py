@@ -23,6 +23,7 @@ import typer
 
 from ensembler import __version__, config
 from ensembler.errors import EnsemblerError
+from ensembler.text import echo
 from ensembler.transfers import fetch_urls
 
 __all__ = ["app", "main"]
@@ -70,7 +71,7 @@ def _errors_on_one_line() -> Iterator[None]:
         yield
     except EnsemblerError as error:
         typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-        typer.echo(str(error), err=True)
+        echo(error, err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as error:
         typer.echo("interrupted", err=True)

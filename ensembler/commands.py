@@ -11,6 +11,7 @@ import typer
 from ensembler import storage
 from ensembler.errors import UsageError
 from ensembler.progress import watching
+from ensembler.text import echo
 from ensembler.transfers import MEGABYTES
 
 __all__ = ["app"]
@@ -42,7 +43,7 @@ def push(
         raise UsageError("push takes a run or bundle, and the URL to push it to, such as s3://BUCKET/NAME")
     with watching(quiet, **MEGABYTES) as watch:
         sent = storage.push(storage.local(given[0], watch) if given else _latest(), url, private=private, watch=watch)
-    typer.echo(f"pushed: {url} ({', '.join(sent)})" if sent else f"{url} is up to date: nothing was sent")
+    echo(f"pushed: {url} ({', '.join(sent)})" if sent else f"{url} is up to date: nothing was sent")
 
 
 @app.command("pull")
@@ -51,14 +52,17 @@ def pull(
     out: Annotated[
         Path | None, typer.Option(help="New folder. (default: runs/NAME or bundles/NAME, with the URL's last part)")
     ] = None,
+    largest: Annotated[
+        float, typer.Option(min=0.0, metavar="GB", help="Largest size in GB; more is refused, and not kept.")
+    ] = storage.LARGEST,
     quiet: _Quiet = False,
 ) -> None:
     """Download a run or bundle from a URL and verify every byte; a partial download is not kept."""
     if not storage.is_url(url):
         raise UsageError(f"{url} is not a URL: pull is only for runs and bundles on other machines")
     with watching(quiet, **MEGABYTES) as watch:
-        folder = storage.pull(url, out, watch)
-    typer.echo(f"pulled: {folder}")
+        folder = storage.pull(url, out, watch, largest)
+    echo(f"pulled: {folder}")
 
 
 def _latest() -> Path:

@@ -31,7 +31,10 @@ __all__ = [
     "GroupError",
     "ShapeError",
     "UsageError",
+    "first_line",
 ]
+
+_LONGEST = 300  # characters of another library's message
 
 
 class EnsemblerError(Exception):
@@ -72,3 +75,9 @@ class GroupError(EnsemblerError):
 
 class ExportError(EnsemblerError):
     """An exported member that does not match its PyTorch original."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's message, shortened, or the name of its class where there is none."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."

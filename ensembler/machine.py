@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ensembler.errors import ArtefactError
 
-__all__ = ["available_cpus", "has_gpu", "resident_memory", "user_cache"]
+__all__ = ["available_cpus", "gpu_count", "gpu_memory", "resident_memory", "user_cache"]
 
 
 def available_cpus(root: Path = Path("/")) -> int:
@@ -35,14 +35,38 @@ def resident_memory() -> int | None:
         return None
 
 
-def has_gpu() -> bool:
-    """Return whether NVIDIA's driver finds a GPU: packages list CUDA on machines without one, too."""
+def gpu_count() -> int:
+    """Return how many GPUs NVIDIA's driver finds: packages list CUDA on machines without one, too."""
+    driver, count = _driver(), ctypes.c_int(0)
+    return count.value if driver and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+def gpu_memory(device_id: int = 0) -> tuple[int, int] | None:
+    """Return the free and the total bytes of a GPU's memory, whoever uses it; ``None`` where unknown."""
+    driver = _driver()
+    device, context, none = ctypes.c_int(0), ctypes.c_void_p(), ctypes.c_void_p()
+    free, total = ctypes.c_size_t(0), ctypes.c_size_t(0)
+    if not driver or driver.cuDeviceGet(ctypes.byref(device), device_id):
+        return None
+    if driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device):  # the one that all libraries share
+        return None
+    try:
+        if driver.cuCtxPushCurrent_v2(context):
+            return None
+        failed = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        driver.cuCtxPopCurrent_v2(ctypes.byref(none))
+        return None if failed else (free.value, total.value)
+    finally:
+        driver.cuDevicePrimaryCtxRelease_v2(device)
+
+
+def _driver() -> ctypes.CDLL | None:
+    """NVIDIA's driver, started; ``None`` without one."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        count = ctypes.c_int(0)
-        return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+        return driver if driver.cuInit(0) == 0 else None
     except (OSError, AttributeError):
-        return False
+        return None
 
 
 def user_cache() -> Path:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import typer
+from ensembler.text import echo
 
 __all__ = ["Watcher", "watching"]
 
@@ -68,6 +68,6 @@ def _lines(unit: str, scale: float) -> Watcher:
         printed, left = now, ""
         if first < done < total:
             left = f", {timedelta(seconds=round((now - start) / (done - first) * (total - done)))} left"
-        typer.echo(f"{label}: {done / scale:,.0f} of {total / scale:,.0f} {unit}".rstrip() + left, err=True)
+        echo(f"{label}: {done / scale:,.0f} of {total / scale:,.0f} {unit}".rstrip() + left, err=True)
 
     return watch

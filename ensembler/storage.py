@@ -11,7 +11,6 @@ the SHA-256 that the sealed manifest gives, or it is discarded.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import tempfile
@@ -24,9 +23,11 @@ from ensembler.artefact import MANIFEST, SEAL
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 from ensembler.machine import user_cache
 from ensembler.progress import Watcher
-from ensembler.stores import NAME, HubRepository, Store, is_url, mismatch, name_of, open_store, silent
+from ensembler.signing import SIGNED
+from ensembler.stores import HubRepository, Store, is_url, mismatch, name_of, open_store, silent
 
 __all__ = [
+    "LARGEST",
     "Url",
     "check_free",
     "default_folder",
@@ -42,8 +43,11 @@ __all__ = [
 CALIBRATION = "calibration.json"  # as ensembler.calibration.FILE, without its imports
 CARD = "README.md"
 
+LARGEST = 64
+"""GB of a run or bundle at a URL; a larger one is fetched only if more is allowed."""
+
 _KINDS = {"run": "runs", "bundle": "bundles"}  # each with its default parent folder
-_SEALED = re.compile(rf"([0-9a-f]{{64}})  {re.escape(MANIFEST)}\n")
+_SEALED = re.compile(rf"([0-9a-f]{{64}})  {re.escape(MANIFEST)}\n(?:{SIGNED.pattern.decode()})?")
 
 
 class Url(str):
@@ -101,13 +105,14 @@ def local(location: str | Path, watch: Watcher = silent) -> Path:
     return folder
 
 
-def pull(url: str, out: Path | None = None, watch: Watcher = silent) -> Path:
+def pull(url: str, out: Path | None = None, watch: Watcher = silent, largest: float = LARGEST) -> Path:
     """Download a run or bundle into a folder and verify it; a partial download is not kept.
 
     Args:
         url: of the run or bundle.
         out: the folder, which must not exist; by default ``runs/NAME`` or ``bundles/NAME``.
         watch: reports progress.
+        largest: GB; a larger one is refused.
 
     Raises:
         As :func:`local`; UsageError: ``out`` exists.
@@ -118,7 +123,7 @@ def pull(url: str, out: Path | None = None, watch: Watcher = silent) -> Path:
         out = Path(_KINDS[_manifest(store, seal)[1]["kind"]], store.name)
     if out.exists():
         raise UsageError(f"{out} already exists: choose another --out, or remove it first")
-    _fetch(store, seal, store.read(CALIBRATION), out, watch)
+    _fetch(store, seal, store.read(CALIBRATION), out, watch, largest)
     return out
 
 
@@ -228,27 +233,16 @@ def _manifest(store: Store, seal: bytes) -> tuple[bytes, dict[str, Any]]:
 
 def _parse(content: bytes, where: str | Path) -> dict[str, Any]:
     """Parse a manifest; refuse one that is not a run's or bundle's, or that names files outside its folder."""
-    try:
-        manifest = json.loads(content)
-        kind, files = manifest["kind"], dict(manifest["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"the {MANIFEST} at {where} is not of a run or bundle") from error
-    if kind not in _KINDS:
-        raise ArtefactError(f"{where} is a {kind}, not a run or bundle")
-    for name, expected in files.items():
-        if not all(map(NAME.fullmatch, name.split("/"))) or name in (MANIFEST, SEAL, CARD):
-            raise ArtefactError(
-                f"the {MANIFEST} at {where} names {name!r}, which is not a file of a {kind}: do not use it"
-            )
-        if not isinstance(expected, str):
-            raise ArtefactError(f"the {MANIFEST} at {where} has no hash of {name}: do not use it")
-    return dict(manifest)
+    manifest = artefact.parse(content, where)
+    if manifest["kind"] not in _KINDS:
+        raise ArtefactError(f"{where} is a {manifest['kind']}, not a run or bundle: do not use it")
+    return manifest
 
 
 def _verify(path: Path) -> dict[str, Any]:
     """Verify every file of the run or bundle in a folder, of any format, and return its manifest."""
     try:
-        manifest = _parse((path / MANIFEST).read_bytes(), path)
+        manifest = _parse(artefact.read_text(path, MANIFEST), path)
     except FileNotFoundError as error:
         raise ArtefactError(f"no run or bundle at {path}: it has no {MANIFEST}") from error
     except OSError as error:
@@ -281,11 +275,14 @@ def _check(store: Store, seal: bytes | None, manifest: bytes | None) -> bool:
     return False
 
 
-def _fetch(store: Store, seal: bytes, calibration: bytes | None, path: Path, watch: Watcher) -> None:
+def _fetch(
+    store: Store, seal: bytes, calibration: bytes | None, path: Path, watch: Watcher, largest: float = LARGEST
+) -> None:
     """Download the sealed artefact to ``path``.
 
     Raises:
-        CorruptError: a file is missing or differs. ArtefactError: a file cannot be read, or not be written here.
+        CorruptError: a file is missing or differs. ArtefactError: a file cannot be read, or not be written here, or
+            all are larger than ``largest`` GB.
         UsageError: ``path`` exists.
     """
     content, manifest = _manifest(store, seal)
@@ -293,6 +290,13 @@ def _fetch(store: Store, seal: bytes, calibration: bytes | None, path: Path, wat
     with suppress(ArtefactError):  # some servers cannot list files
         sizes = store.sizes()
         total = sum(sizes.get(name, 0) for name in manifest["files"])
+    most = int(largest * 1e9)
+    too_large = ArtefactError(
+        f"{store.url} holds more than {largest:g} GB, and nothing of it was kept: allow more with "
+        f"ensembler pull {store.url} --largest GB, if it is what you expect"
+    )
+    if total > most:
+        raise too_large
     copies = [each for each in default_folder().glob(f"{seal[:64].decode()}*/[!.]*") if each.is_dir()]
     with artefact.appear(path) as folder:
         for name, expected in manifest["files"].items():
@@ -305,6 +309,8 @@ def _fetch(store: Store, seal: bytes, calibration: bytes | None, path: Path, wat
             watch(label, done, total)
             with target.open("wb") as file:
                 for chunk in store.chunks(name):
+                    if done + len(chunk) > most:
+                        raise too_large
                     digest.update(chunk)
                     file.write(chunk)
                     done += len(chunk)

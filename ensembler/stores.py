@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from ensembler.artefact import MANIFEST, SEAL
+from ensembler.artefact import LARGEST_TEXT, MANIFEST, NAME, SEAL, open_file
 from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, UsageError
 from ensembler.progress import Watcher
 
-__all__ = ["NAME", "HubRepository", "Store", "is_url", "mismatch", "name_of", "open_store", "silent"]
-
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ .,=+-]*")  # of a folder or a file, on any system
+__all__ = ["HubRepository", "Store", "is_url", "mismatch", "name_of", "open_store", "silent"]
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+://")  # at least two letters: C:// is a drive
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^/@]+))?/?")
@@ -74,13 +72,20 @@ class Store:
         """Create what must exist before the first write."""
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a small file, or ``None`` if it does not exist."""
+        """Return the content of a small file, or ``None`` if it does not exist.
+
+        Raises:
+            ArtefactError: it is too large to be one.
+        """
         with self._errors_on_one_line("read"):
             try:
-                content: bytes = self._fs.cat_file(self._path(name))
-                return content
+                with self._open(name) as file:
+                    content: bytes = file.read(LARGEST_TEXT + 1)
             except (FileNotFoundError, NotADirectoryError):
                 return None
+        if len(content) > LARGEST_TEXT:
+            raise ArtefactError(f"{self.url}/{name} is larger than {LARGEST_TEXT >> 20} MiB: do not use it")
+        return content
 
     def has(self, name: str) -> bool:
         """Return whether a file exists."""
@@ -112,7 +117,7 @@ class Store:
         """Yield a file's content in chunks."""
         with self._errors_on_one_line("read"):
             try:
-                file = self._open(name)
+                file = self._stream(name)
             except FileNotFoundError as error:
                 raise CorruptError(mismatch(f"{self.url}/{name}", missing=True)) from error
         with file:
@@ -139,7 +144,7 @@ class Store:
     def _put(self, name: str, source: Path | bytes, sent: Callable[[int], None]) -> None:
         from fsspec.callbacks import Callback
 
-        protocols = self._fs.protocol if isinstance(self._fs.protocol, tuple | list) else (self._fs.protocol,)
+        protocols = self._protocols()
         target = self._path(name)
         folder, _, last = target.rpartition("/")
         if not _FLAT.intersection(protocols):
@@ -160,7 +165,17 @@ class Store:
             raise
 
     def _open(self, name: str) -> Any:
+        if "file" in self._protocols():  # another's shared folder
+            return open_file(Path(self._root), name)
         return self._fs.open(self._path(name), "rb")
+
+    def _stream(self, name: str) -> Any:
+        """Open a file that is read from its beginning to its end."""
+        return self._open(name)
+
+    def _protocols(self) -> tuple[str, ...]:
+        given = self._fs.protocol
+        return tuple(given) if isinstance(given, tuple | list) else (given,)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -242,7 +257,7 @@ class HubRepository(Store):
                 parent_commit=self._commit or None,
             )
 
-    def _open(self, name: str) -> Any:
+    def _stream(self, name: str) -> Any:
         return self._fs.open(self._path(name), "rb", block_size=0)  # one stream instead of a request per block
 
 

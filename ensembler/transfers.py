@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from ensembler import storage
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.progress import watching
 from ensembler.storage import Url, local
+from ensembler.text import echo
 
 __all__ = ["MEGABYTES", "fetch_urls", "push_finished"]
 
@@ -53,6 +52,6 @@ def push_finished(path: Path, url: str | None, quiet: bool = False) -> None:
     except (ArtefactError, UsageError) as error:
         raise ArtefactError(f"{error}; {again}") from error
     except KeyboardInterrupt:
-        typer.echo(again, err=True)
+        echo(again, err=True)
         raise
-    typer.echo(f"pushed: {url}")
+    echo(f"pushed: {url}")

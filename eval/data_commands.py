@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from ensembler.progress import watching
+from ensembler.text import echo
 
 __all__ = ["app"]
 
@@ -46,10 +47,10 @@ def download(
         with watching(quiet, unit="MB", scale=1e6) as watch:
             folder = download(ARCHIVES[name], data or default_root(), watch=watch)
     except KeyboardInterrupt:
-        typer.echo("the partial download was kept: run the same command again to resume", err=True)
+        echo("the partial download was kept: run the same command again to resume", err=True)
         raise
     use = name if ARCHIVES[name].files else ARCHIVES[name].within or ARCHIVES[name].folder
-    typer.echo(f"{folder}: to use it, ensembler eval --shift {use}" + (f" --data {data}" if data else ""))
+    echo(f"{folder}: to use it, ensembler eval --shift {use}" + (f" --data {data}" if data else ""))
 
 
 @app.command("corrupt")
@@ -82,9 +83,9 @@ def corrupt(
         with watching(quiet, unit="MB", scale=1e6) as watch:
             made = write_corruptions(images, out, chosen, seed=seed, watch=watch)
     except KeyboardInterrupt:
-        typer.echo("complete files were kept: run the same command again to resume", err=True)
+        echo("complete files were kept: run the same command again to resume", err=True)
         raise
-    typer.echo(f"{out}: generated {len(made)} corruptions of {len(images.test)} images, marked as generated")
+    echo(f"{out}: generated {len(made)} corruptions of {len(images.test)} images, marked as generated")
 
 
 @app.command("cache")
@@ -102,11 +103,11 @@ def cache(
     if clear:
         removed, size = image_cache.clear()
         used = f"; {len(entries) - removed} are used by other processes and stay" if removed < len(entries) else ""
-        typer.echo(f"{folder}: removed {removed} of {len(entries)} files, {size / 1e6:,.1f} MB{used}")
+        echo(f"{folder}: removed {removed} of {len(entries)} files, {size / 1e6:,.1f} MB{used}")
         return
     for entry in entries:
         used = f"{datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}"
-        typer.echo(f"{used}  {entry.bytes / 1e6:>9,.1f} MB  {entry.images:>9,} images  {entry.what}")
+        echo(f"{used}  {entry.bytes / 1e6:>9,.1f} MB  {entry.images:>9,} images  {entry.what}")
     size, limit = sum(entry.bytes for entry in entries), image_cache.maximum()
     most = f"{limit / 2**30:g} GiB, {image_cache.LIMIT}"
-    typer.echo(f"{folder}: {len(entries)} files, {size / 1e6:,.1f} MB (at most {most}), by the time of their last use")
+    echo(f"{folder}: {len(entries)} files, {size / 1e6:,.1f} MB (at most {most}), by the time of their last use")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from ensembler._lazy import exports
+from ensembler.text import Printable
 
 if TYPE_CHECKING:
     from ensembler.serve.export.bundle import export_run
     from ensembler.serve.runtime.runtime import Runtime
 
 __all__ = ["Runtime", "export_run"]
+
+for _name in ("ensembler.serve", "ensembler.access"):  # before any module of the layer logs
+    logging.getLogger(_name).addFilter(Printable())
 
 __getattr__, __dir__ = exports(
     __name__,

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,7 +58,7 @@ def build_bento(bundle: Path, tag: str | None = None, *, gpu: bool = False) -> s
 
     Args:
         bundle: its folder.
-        tag: ``NAME`` or ``NAME:VERSION``; by default the name of the bundle's run, and a version that BentoML chooses.
+        tag: ``NAME`` or ``NAME:VERSION``; by default the name of the bundle's run, and the time with the bundle's hash.
         gpu: list the ONNX Runtime for GPUs.
 
     Returns:
@@ -79,17 +80,17 @@ def build_bento(bundle: Path, tag: str | None = None, *, gpu: bool = False) -> s
     with tempfile.TemporaryDirectory(prefix="ensembler-bento-") as scratch:
         folder = Path(scratch) / "bento"
         name, _, version = tag.partition(":")
+        if not version:
+            version = f"{datetime.now(UTC):%Y%m%d%H%M%S}-{artefact.sha256(bundle / artefact.MANIFEST)[:8]}"
         write_sources(bundle, manifest, folder, name, gpu=gpu)
         environment = os.environ | {"BENTOML_DO_NOT_TRACK": "True"}
-        command = [sys.executable, "-m", "bentoml", "build", "--output", "tag"]
-        command += ["--version", version] if version else []
+        command = [sys.executable, "-m", "bentoml", "build", "--output", "tag", "--version", version]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)  # noqa: S603  our own arguments
-    built = re.search(r"^__tag__:(\S+)$", done.stdout, re.MULTILINE)
-    if done.returncode or not built:
+    if done.returncode:
         lines = [line.strip(" |+-") for line in (done.stdout + done.stderr).splitlines()]
         reason = next((line for line in reversed(lines) if line), f"it ended with {done.returncode}")
         raise BentoError(f"bentoml build failed: {reason}")
-    return built[1]
+    return f"{name}:{version}"  # BentoML prints cat:one with a picture of a cat
 
 
 def write_sources(bundle: Path, manifest: BundleManifest, folder: Path, name: str, *, gpu: bool = False) -> None:
@@ -121,7 +122,11 @@ def write_sources(bundle: Path, manifest: BundleManifest, folder: Path, name: st
     (folder / "bentofile.yaml").write_text(json.dumps(options, indent=1), encoding="utf-8")  # JSON is YAML
     (folder / "requirements.txt").write_text("\n".join(packages) + "\n", encoding="utf-8")
     (folder / "service.py").write_text(_SERVICE.replace("{python}", python), encoding="utf-8")
-    shutil.copytree(bundle, folder / "bundle")
+    for file in (*manifest.files, artefact.MANIFEST, artefact.SEAL):  # no other file, and no link
+        target = folder / "bundle" / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with artefact.open_file(bundle, file) as source, target.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
     _copy_package(folder)
 
 

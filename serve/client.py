@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ensembler import folders
 from ensembler.errors import ArtefactError, EnsemblerError, ShapeError, UsageError
 from ensembler.serve.http.routes import PREDICT
+from ensembler.text import cell
 
 if TYPE_CHECKING:
     import httpx
@@ -117,7 +118,6 @@ def predict_files(
 def table_of(answer: dict[str, Any]) -> Table:
     """Return an answer of :func:`predict_files` as a table with a row for each image; empty columns are left out."""
     from rich.table import Table
-    from rich.text import Text
 
     columns: dict[str, Callable[[dict[str, Any]], str | None]] = {
         "image": lambda one: one["image"],
@@ -139,7 +139,7 @@ def table_of(answer: dict[str, Any]) -> Table:
             figures = name not in words
             table.add_column(name, justify="right" if figures else "left", no_wrap=figures, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(row[place] or "") for place in filled))
+        table.add_row(*(cell(row[place] or "") for place in filled))
     return table
 
 

@@ -1,4 +1,4 @@
-"""``ensembler export``, ``verify``, ``serve``, ``predict``, ``drift`` and ``bento``."""
+"""``ensembler export``, ``verify``, ``serve``, ``predict``, ``drift``, ``bento`` and ``triton``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import typer
 from ensembler.errors import ShapeError, UsageError
 from ensembler.serve.client import is_url
 from ensembler.storage import destination, place
+from ensembler.text import cell, echo
 from ensembler.transfers import push_finished
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer()
+
+_OneFile = Literal["single"]  # no method of training, but the layout of one file
 
 
 @app.command()
@@ -43,10 +46,11 @@ def export(
         ),
     ] = None,
     layout: Annotated[
-        Literal["vertices", "members"] | None,
+        Literal["vertices", "members", _OneFile] | None,
         typer.Option(
             help="vertices: one graph, and the vertices from which our runtime makes the members. members: a "
-            "self-contained file for each, for any runtime. (default: vertices where there are fewer)"
+            "self-contained file for each, for any runtime. single: beside them ensemble.onnx, one file with all "
+            "members, their mean and their uncertainty. (default: vertices where there are fewer)"
         ),
     ] = None,
     members: Annotated[
@@ -61,9 +65,10 @@ def export(
         typer.Option("--input", help="Input of the graphs: pixels from 0 to 255, or floats from 0 to 1."),
     ] = "uint8",
     precision: Annotated[
-        Literal["float32", "float16", "int8"],
+        Literal["float32", "tf32", "float16", "int8"],
         typer.Option(
-            help="Precision of weights and activations; a lower one is compared with float32 on validation images."
+            help="Precision of weights and activations; a lower one is compared with float32 on validation images. "
+            "tf32: float32 whose products a GPU computes in TF32."
         ),
     ] = "float32",
     data: Annotated[
@@ -74,6 +79,9 @@ def export(
     tune: Annotated[
         bool, typer.Option("--tune", help="Measure which way of running members is the fastest on this machine.")
     ] = False,
+    sign: Annotated[
+        Path | None, typer.Option(metavar="KEY", help="PEM file of an Ed25519 private key to sign the bundle with.")
+    ] = None,
 ) -> None:
     """Export a run's members to ONNX, each compared with PyTorch."""
     from rich.console import Console
@@ -99,7 +107,8 @@ def export(
         use_data=not no_data,
         examples=examples,
         tune=tune,
-        say=lambda sentence: console.print(sentence, markup=False, highlight=False),
+        key=sign,
+        say=lambda sentence: console.print(cell(sentence)),
     )
     console.print(_of_bundle(folder, read_bundle(folder), time.perf_counter() - started))
     push_finished(folder, url)
@@ -108,26 +117,32 @@ def export(
 @app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(parser=place, help="The bundle's folder.")],
+    key: Annotated[
+        Path | None, typer.Option(help="PEM file of the Ed25519 public key that the bundle must be signed with.")
+    ] = None,
 ) -> None:
     """Check every byte of a bundle, run every member, and compare its answers with PyTorch's."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from ensembler.serve.runtime.verify import verify_bundle
 
-    found = verify_bundle(bundle)
+    found = verify_bundle(bundle, key)
     manifest = found.manifest
     largest = max(found.differences)
     stored = "PyTorch's" if manifest.precision == "float32" else "those stored at export"
     answers = f"within {largest:.1e} of {stored} on {found.images} images ({found.allowed:.0e} allowed)"
     table = Table(show_header=False, box=None)
-    table.add_row("bundle", escape(f"{bundle}, format {manifest.format}"))
+    table.add_row("bundle", cell(f"{bundle}, format {manifest.format}"))
     table.add_row("files", f"{len(manifest.files)}, all with their SHA-256 as written")
+    if key is not None:
+        table.add_row("signed", cell(f"with the private key of {key}"))
     table.add_row("members", f"{manifest.members}, {manifest.precision}, all run on this machine's {found.device}")
     table.add_row("answers", answers)
     if found.merged is not None:
         table.add_row("in one graph", f"within {found.merged:.1e}")
+    if found.single is not None:
+        table.add_row("in one file", f"within {found.single:.1e}, with the mean and the uncertainty")
     Console().print(table)
 
 
@@ -161,13 +176,17 @@ def serve(
             "(default: none)"
         ),
     ] = None,
+    require_signature: Annotated[
+        Path | None,
+        typer.Option(metavar="KEY", help="PEM file of the Ed25519 public key that the bundle must be signed with."),
+    ] = None,
 ) -> None:
     """Serve a bundle over HTTP with BentoML until Ctrl-C; docs/serving.md lists the routes and settings."""
     from ensembler.serve.answer_log import check_appendable
     from ensembler.serve.http.settings import Settings
     from ensembler.serve.runtime.manifest import read_bundle
 
-    manifest = read_bundle(bundle)
+    manifest = read_bundle(bundle, require_signature)
     host = "127.0.0.1" if host == "localhost" else host
     _check_free(host, port)
     shared = _temporary_folder()
@@ -184,13 +203,13 @@ def serve(
         environment["ENSEMBLER_LOG_SAMPLE"] = str(log_sample)
     if cors_origin:
         environment["ENSEMBLER_CORS_ORIGIN"] = ",".join(cors_origin)
+    if require_signature is not None:
+        environment["ENSEMBLER_REQUIRE_SIGNATURE"] = str(require_signature.resolve())
     settings = Settings.read(environment)
     if settings.log_answers is not None:
         check_appendable(settings.log_answers)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    typer.echo(
-        f"{members or manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it"
-    )
+    echo(f"{members or manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it")
     target = "ensembler.serve.service:PredictiveUncertainty"
     command = [sys.executable, "-m", "bentoml", "serve", target]
     if os.name == "nt":
@@ -246,14 +265,14 @@ def predict(
         console.print(table_of(answer))
         model = answer["model"]
         console.print(
-            f"{model['method']} of {model['members']} x {model['architecture']}, {model['dataset']}; entropies in nats",
-            markup=False,
-            highlight=False,
+            cell(f"{model['method']} of {model['members']} x {model['architecture']}, {model['dataset']}"),
+            "entropies in nats",
+            sep="; ",
             style="dim",
         )
     if answer["errors"]:
         for one in answer["errors"]:
-            typer.echo(f"{one['image']}: {one['error']}", err=True)
+            echo(f"{one['image']}: {one['error']}", err=True)
         count = len(answer["errors"])
         raise ShapeError(f"{count} of {count + len(answer['predictions'])} images could not be read and have no answer")
 
@@ -301,25 +320,41 @@ def bento(
     from ensembler.serve.bento import build_bento
 
     built = build_bento(bundle, tag, gpu=gpu)
-    typer.echo(f"bento: {built}")
-    typer.echo(f"try it: bentoml serve {built}")
-    typer.echo(f"as an image: bentoml containerize {built}")
+    echo(f"bento: {built}")
+    echo(f"try it: bentoml serve {built}")
+    echo(f"as an image: bentoml containerize {built}")
+
+
+@app.command()
+def triton(
+    bundle: Annotated[Path, typer.Argument(parser=place, help="The bundle's folder.")],
+    out: Annotated[Path, typer.Option(metavar="REPOSITORY", help="Folder of Triton's models.")],
+    name: Annotated[str | None, typer.Option(help="Name of the model. (default: the run's)")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Largest number of images in a forward pass.")] = 64,
+) -> None:
+    """Write a bundle into a model repository of Triton: one ONNX file with the mean and the uncertainty, no Python."""
+    from ensembler.serve.export.triton import write_triton
+
+    folder = write_triton(bundle, out, name, max_batch)
+    echo(f"model: {folder}")
+    echo(f"serve it: tritonserver --model-repository {out}")
 
 
 def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
     """A bundle that ``export`` made, as a table."""
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
-    table.add_row("bundle", escape(str(out)))
-    table.add_row("members", escape(f"{bundle.members} x {bundle.architecture} ({bundle.method}, {bundle.dataset})"))
+    table.add_row("bundle", cell(str(out)))
+    table.add_row("members", cell(f"{bundle.members} x {bundle.architecture} ({bundle.method}, {bundle.dataset})"))
     megabytes = sum((out / name).stat().st_size for name in bundle.files) / 1e6
     held = f"{bundle.vertices} vertices" if bundle.layout == "vertices" else "a file for each member"
     table.add_row("size", f"{megabytes:.1f} MB, {held}, {bundle.precision}, ONNX opset {bundle.opset}")
     allowed = f" ({bundle.tolerance:.0e} allowed)" if bundle.precision == "float32" else ""
     images = " and ".join(bundle.compared_on)
-    table.add_row("agreement", f"within {bundle.max_difference:.1e} of PyTorch's probabilities on {images}{allowed}")
+    table.add_row(
+        "agreement", cell(f"within {bundle.max_difference:.1e} of PyTorch's probabilities on {images}{allowed}")
+    )
     if (check := bundle.precision_check) is not None:
         ranks = check.rank_correlation
         kept = "" if ranks is None else f"rank correlation {ranks:.4f} (at least {check.least_rank_correlation}), "
@@ -341,7 +376,7 @@ def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
         if tuning.load is not None and tuning.load > 0.5:
             table.add_row("", f"the machine was shared: {tuning.load:.1f} processes wanted a CPU at the start")
     table.add_row("time", f"{seconds:.1f} s")
-    table.add_row("next", escape(f"ensembler serve {out}"))
+    table.add_row("next", cell(f"ensembler serve {out}"))
     return table
 
 

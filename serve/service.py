@@ -97,7 +97,8 @@ class PredictiveUncertainty:
     def verify() -> None:
         """Run once, before any worker, so that an error stops the server instead of restarting its workers."""
         try:
-            read_bundle(Settings.read().bundle)
+            settings = Settings.read()
+            read_bundle(settings.bundle, settings.require_signature)
         except EnsemblerError as error:
             raise bentoml.exceptions.BentoMLException(str(error)) from error
 

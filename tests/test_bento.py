@@ -76,6 +76,24 @@ def test_the_bento_holds_what_it_needs_and_nothing_else(home: Path, bundle: Path
     assert labels["bundle"] == artefact.sha256(bundle / "manifest.json")[:12]
 
 
+def test_only_the_files_of_the_bundle_are_taken_and_the_tag_is_as_it_is(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_more = shutil.copytree(bundle, tmp_path / "bundle")
+    (tmp_path / "secret").write_text("not yours")
+    (with_more / "link").symlink_to(tmp_path / "secret")
+    (with_more / "notes.txt").write_text("not in the manifest")
+    write_sources(with_more, read_bundle(with_more), tmp_path / "source", "cat")
+    held = {path.name for path in (tmp_path / "source" / "bundle").iterdir()}
+    assert held == {*read_bundle(bundle).files, "manifest.json", "manifest.sha256"}
+    commands = []
+    done = subprocess.CompletedProcess([], 0, stdout="__tag__\N{CAT FACE}one", stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command) or done)
+    assert build_bento(with_more, "cat:one") == "cat:one"
+    assert commands[0][-2:] == ["--version", "one"]
+    assert re.fullmatch(r"cat:\d{14}-[0-9a-f]{8}", build_bento(with_more, "cat"))
+
+
 def test_nothing_beside_the_list_is_needed_in_the_versions_installed(bundle: Path) -> None:
     code = (
         "import ensembler.serve.service, ensembler.cli, ensembler.serve.client, httpx, numpy\n"
@@ -261,8 +279,8 @@ def assert_exists(command: str) -> None:
 
 def test_the_docs_name_only_what_exists() -> None:
     known = {f"ENSEMBLER_{name.upper()}" for name in Settings.model_fields}
-    rows = re.findall(r"^\| `(ENSEMBLER_[A-Z_]+)` \|", (ROOT / "docs" / "serving.md").read_text(), re.MULTILINE)
-    assert rows == [f"ENSEMBLER_{name.upper()}" for name in Settings.model_fields]
+    rows = re.findall(r"^\| `(ENSEMBLER_[A-Z_0-9]+)` \|", (ROOT / "docs" / "serving.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(f"ENSEMBLER_{name.upper()}" for name in Settings.model_fields)
     for path in (ROOT / "docs" / "deploy.md", *DEPLOY.iterdir()):
         named = set(re.findall(r"ENSEMBLER_[A-Z]+(?:_[A-Z]+)*", path.read_text()))
         assert named <= known, path

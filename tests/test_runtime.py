@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from ensembler import artefact
@@ -43,9 +42,8 @@ def counted(loaded: Runtime) -> list[tuple[int, int]]:
 
     class Session:
         def __init__(self, member: int, session: Any) -> None:
-            self.run = lambda names, feed: calls.append((member, len(feed["images"]))) or session.run(names, feed)
-            self.run_with_ort_values = lambda names, feed: (
-                calls.append((member, feed["images"].shape()[0])) or session.run_with_ort_values(names, feed)
+            self.run = lambda names, feed, options: (
+                calls.append((member, len(feed["images"]))) or session.run(names, feed, options)
             )
 
     loaded._members._sessions = [Session(*pair) for pair in enumerate(loaded._members._sessions)]
@@ -342,32 +340,6 @@ def test_work_comes_out_even_on_the_threads(eight: Path) -> None:
     loaded._members.ask(tiny_images(8), first=0, last=5)
     loaded._members.ask(tiny_images(64), first=0, last=4)
     assert [size for _, size in calls] == 10 * [32] + 5 * [8] + 4 * [64]
-
-
-def test_on_cuda_batches_are_padded_to_powers_of_two(eight: Path) -> None:
-    loaded = Runtime.load(eight)
-    loaded._members.device = loaded.device = "cuda"
-    loaded._members.largest = 32
-    calls = counted(loaded)
-    loaded.warm_up()
-    assert {size for _, size in calls} == {1, 2, 4, 8, 16, 32}
-    calls.clear()
-    np.testing.assert_allclose(loaded.predict_members(tiny_images(5)), by_hand(tiny_images(5), 8), atol=1e-6)
-    assert calls == [(member, 8) for member in range(8)], "a batch is not split among the CPU's threads"
-
-
-def test_on_cuda_images_go_up_once_for_all_members(eight: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, uploads = Runtime.load(eight), []
-    loaded._members.device = loaded.device = "cuda"
-    upload = onnxruntime.OrtValue.ortvalue_from_numpy
-
-    def counted_upload(array: np.ndarray, *where: Any) -> Any:
-        uploads.append(array.shape)
-        return upload(array, *where)
-
-    monkeypatch.setattr(onnxruntime.OrtValue, "ortvalue_from_numpy", counted_upload)
-    loaded.predict_members(tiny_images(5))
-    assert uploads == [(8, *TINY)]
 
 
 def tuned(path: Path, bundle: Path, **changes: Any) -> Path:

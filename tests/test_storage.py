@@ -68,7 +68,7 @@ class Counting(LocalFileSystem):
         return Path(self._strip_protocol(path)).read_bytes()
 
     def _open(self, path, mode="rb", **options):
-        if Counting.raises:
+        if Counting.raises and Path(path).name not in (MANIFEST, SEAL, CALIBRATION):
             raise Counting.raises
         if mode == "rb":
             Counting.read.append(Path(path).name)

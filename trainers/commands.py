@@ -13,6 +13,7 @@ import typer
 from ensembler.errors import UsageError
 from ensembler.options import parameters
 from ensembler.storage import destination, place
+from ensembler.text import cell
 from ensembler.trainers.launch import Data, Import, Launch
 from ensembler.trainers.method import Method, methods
 from ensembler.trainers.settings import Settings
@@ -140,13 +141,12 @@ def show(run: _Run = None) -> None:
     """Show what a run is: method, sizes, geometry, cost, metrics, files."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from ensembler.run import Run, latest
     from ensembler.trainers.summary import rows
 
     path = run or latest(Path("runs"))
-    table = Table(title=Text(str(path)), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(title=cell(path), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows(Run.load(path).manifest).items():
-        table.add_row(Text(name), Text(value))
+        table.add_row(cell(name), cell(value))
     Console(highlight=False).print(table)

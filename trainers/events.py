@@ -39,7 +39,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Message:
-    """What is found on the way, in one line; or, if it is a ``result``, in several, for standard output."""
+    """What is found on the way, in one line; if it is a ``result``, for standard output."""
 
     text: str
     result: bool = False

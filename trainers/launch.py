@@ -12,6 +12,7 @@ import typer
 from ensembler.errors import UsageError
 from ensembler.options import Options, option
 from ensembler.storage import destination
+from ensembler.text import echo
 from ensembler.trainers.settings import Settings
 from ensembler.transfers import push_finished
 
@@ -281,7 +282,7 @@ def check_free(path: Path, resumed: bool = False, restarted: bool = False) -> No
     check_writable(path.parent)
 
 
-def save(run: Run, path: Path, say: Callable[[str], None] = typer.echo) -> Path:
+def save(run: Run, path: Path, say: Callable[[str], None] = echo) -> Path:
     """Save a run, or beside ``path`` if another process took that name meanwhile, and say what it is.
 
     Returns:
@@ -293,9 +294,10 @@ def save(run: Run, path: Path, say: Callable[[str], None] = typer.echo) -> Path:
     try:
         run.save(path)
     except UsageError:  # what was trained is not thrown away
-        typer.echo(f"{path} was taken while this run was trained: it is saved beside it", err=True)
+        echo(f"{path} was taken while this run was trained: it is saved beside it", err=True)
         path = run.save(new_path(path.parent, path.name))
-    say("\n".join([*lines(run.manifest), f"run: {path}"]))
+    for line in [*lines(run.manifest), f"run: {path}"]:
+        say(line)
     return path
 
 

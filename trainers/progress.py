@@ -13,9 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from ensembler.errors import ArtefactError, UsageError
+from ensembler.text import echo, printable
 from ensembler.trainers.events import EpochEnd, Event, Message, OnEvent, Progress
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | N
 
     console, results = Console(stderr=True), list[str]()
     with ExitStack() as stack:
-        stack.callback(lambda: [typer.echo(text) for text in results])
+        stack.callback(lambda: [echo(text) for text in results])
         watchers: list[OnEvent] = []
         if log:
             watchers.append(stack.enter_context(_json_lines(log)))
@@ -71,12 +70,12 @@ def _lines() -> OnEvent:
     def watch(event: Event) -> None:
         nonlocal end, printed
         if isinstance(event, Message):
-            typer.echo(event.text, err=True)
+            echo(event.text, err=True)
             return
         if isinstance(event, Progress):
             if time.monotonic() - printed > _MINUTE:
                 printed = time.monotonic()
-                typer.echo(f"{event.part}: {event.done:,} of {event.total:,} images", err=True)
+                echo(f"{event.part}: {event.done:,} of {event.total:,} images", err=True)
             return
         part, epoch, epochs = event.part, event.epoch, event.epochs
         start, before = starts.setdefault(part, (end, epoch.number - 1))
@@ -87,7 +86,7 @@ def _lines() -> OnEvent:
         if epoch.number == epochs:
             end = now
         left = f", {timedelta(seconds=seconds)} left" if epoch.number < epochs else ""
-        typer.echo(f"{part}: epoch {epoch.number} of {epochs}, {_state(event)}{left}", err=True)
+        echo(f"{part}: epoch {epoch.number} of {epochs}, {_state(event)}{left}", err=True)
 
     return watch
 
@@ -119,7 +118,7 @@ def _bars(console: Console) -> Iterator[OnEvent]:
     tasks: dict[str, TaskID] = {}
 
     def say(line: str) -> None:
-        console.print(line, markup=False, highlight=False)
+        console.print(printable(line), markup=False, highlight=False)
 
     def watch(event: Event) -> None:
         if isinstance(event, Message):

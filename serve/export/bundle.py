@@ -13,26 +13,32 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler import artefact, calibration
+from ensembler import artefact, calibration, signing
 from ensembler.calibration import Calibration
+from ensembler.calibration_maps import Temperature
 from ensembler.datasets import NAMES, Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, DataError, ExportError, UsageError
 from ensembler.machine import available_cpus
 from ensembler.run import DatasetRecord, Gaussians, Sampling, versions
 from ensembler.serve.export.agreement import check_merged, compare, patches
+from ensembler.serve.export.graphs import save
 from ensembler.serve.export.precision import calibration_lost
+from ensembler.serve.export.single import single_graph
 from ensembler.serve.export.validation import Judgement, judge, some
 from ensembler.serve.export.writer import Writer, Written, write_merged
+from ensembler.serve.runtime.gpu import GpuOptions
 from ensembler.serve.runtime.manifest import (
     EXAMPLES,
     MERGED,
+    SINGLE,
     BundleManifest,
     Layout,
     Origin,
@@ -41,15 +47,17 @@ from ensembler.serve.runtime.manifest import (
     Simplexes,
     Tuning,
 )
-from ensembler.serve.runtime.sessions import open_members, open_merged
+from ensembler.serve.runtime.sessions import on_gpu, open_members, open_merged, providers
 from ensembler.serve.runtime.strategies import Members
 from ensembler.serve.runtime.tune import tune as measure_strategies
+from ensembler.serve.runtime.verify import single_difference
 from ensembler.task import Classification
 
 __all__ = ["VALIDATION_IMAGES", "export_run"]
 
 VALIDATION_IMAGES = 1000
 
+_ONE_FILE: Final = "single"  # the layout that adds one file with the whole ensemble
 _RANGES = 256  # training images that the ranges of 8-bit activations are taken from
 _TEST = 64  # test images to compare and to time strategies with
 _SHOWN = 8  # test images for the page
@@ -61,7 +69,7 @@ def export_run(
     run_path: str | Path,
     out: str | Path,
     *,
-    layout: Layout | None = None,
+    layout: Layout | Literal["single"] | None = None,
     members: int | None = None,
     seed: int = 0,
     pixels: Pixels = "uint8",
@@ -70,6 +78,7 @@ def export_run(
     use_data: bool = True,
     examples: int = VALIDATION_IMAGES,
     tune: bool = False,
+    key: Path | None = None,
     say: Say = lambda sentence: None,
 ) -> Path:
     """Export the members of a run, whole or not at all.
@@ -79,6 +88,8 @@ def export_run(
         out: the bundle's folder; must not exist.
         layout: ``"members"``: a self-contained file for each, for any runtime; ``"vertices"``: one graph and the
             vertices, from which our runtime makes the members. By default the latter where there are fewer of them.
+            ``"single"``: as by default, and beside it one self-contained file with all members, their mean and their
+            uncertainty, for any runtime: see :mod:`ensembler.serve.export.single`.
         members: sample this many new ones from the run's simplexes; by default the run's own.
         seed: of that sample.
         pixels: ``"uint8"``: graphs take pixels from 0 to 255; ``"float"``: float32 from 0 to 1.
@@ -87,6 +98,7 @@ def export_run(
             are left out.
         use_data: whether to look for the dataset.
         examples: how many of its validation images to use, at most.
+        key: PEM file of an Ed25519 private key to sign the bundle with.
         tune: measure how the members run fastest on this machine.
         say: called with a sentence for each step that was left out.
 
@@ -104,7 +116,8 @@ def export_run(
     if examples < 1:
         raise UsageError(f"at least 1 validation image is needed, not {examples}: to use none, add --no-data")
     manifest: dict[str, Any] = {}
-    with artefact.write(out, manifest) as folder:
+    signed = None if key is None else partial(signing.sign, key=signing.private_key(key))
+    with artefact.write(out, manifest, signed) as folder:
         ensemble = Ensemble.load(run_path, device="cpu")
         _check_task(ensemble, run_path)
         file = run_path / calibration.FILE
@@ -119,7 +132,7 @@ def export_run(
         test = some(dataset.test, _TEST)[0] if dataset else None
         judgement = Judgement(order=list(range(ensemble.members)))
         try:
-            written = Writer(folder, ensemble, pixels, precision, ranges).write(layout)
+            written = Writer(folder, ensemble, pixels, precision, ranges).write(None if layout == _ONE_FILE else layout)
             opened = _open(folder, written, ensemble.run.manifest.dataset, judgement.order)
             agreement = compare(opened, ensemble, folder, precision, test)
         except (ExportError, ArtefactError) as error:
@@ -153,6 +166,8 @@ def export_run(
         )
         if fitted:
             shutil.copyfile(file, folder / calibration.FILE)
+        if layout == _ONE_FILE:
+            _write_single(folder, content, agreement.tolerance, fitted, say)
         if test is not None and record.dataset.name in NAMES:  # a folder's images stay private
             np.save(folder / EXAMPLES, test[:_SHOWN])
         manifest.update(content.model_dump())
@@ -184,10 +199,16 @@ def _sampling(drawn: Sampling | Gaussians | None) -> Simplexes | None:
 
 
 def _open(folder: Path, written: Written, record: DatasetRecord, order: list[int], *, merged: bool = False) -> Members:
-    """Open the members as they will be served."""
+    """Open the members as they will be served: on a GPU where there is one, with TF32 only at that precision."""
     threads = available_cpus()
-    together = open_merged(folder, written.layout, order, threads) if merged else None
-    sessions = open_members(folder, written.layout, written.graphs, order)
+    ways = providers(GpuOptions(), written.precision == "tf32", len(order) + merged)
+    together = open_merged(folder, written.layout, order, threads, ways) if merged else None
+    sessions = open_members(folder, written.layout, written.graphs, order, ways)
+    if written.precision == "tf32" and not on_gpu(sessions):
+        raise UsageError(
+            "TF32 is computed by NVIDIA's GPUs only, and ONNX Runtime finds none here to compare it on: export on a "
+            "machine with one, or choose another --precision"
+        )
     return Members(sessions, threads, record.shape, len(record.classes), written.input == "float", together)
 
 
@@ -214,6 +235,27 @@ def _tune(
         for file in folder.glob(f"{MERGED}*"):
             file.unlink()
     return tuning
+
+
+def _write_single(
+    folder: Path, manifest: BundleManifest, tolerance: float, fitted: Calibration | None, say: Say
+) -> None:
+    """Write one file with the whole ensemble, compared with what the members answer.
+
+    Raises:
+        ExportError: it does not reproduce them.
+    """
+    save(single_graph(folder, manifest), folder / SINGLE)
+    if fitted and not isinstance(fitted.map, Temperature):
+        say(f"{SINGLE} has no calibrated probabilities: the calibration is by {fitted.map.method}, not by temperature.")
+    sessions = open_members(folder, manifest.layout, manifest.graphs, manifest.order)
+    opened = Members(sessions, 1, manifest.image_shape, len(manifest.classes), manifest.input == "float")
+    images = patches(manifest.image_shape, _TEST)
+    given = images / np.float32(255) if manifest.input == "float" else images
+    difference = single_difference(folder / SINGLE, given, opened.ask(images))
+    opened.close()
+    if not difference <= tolerance:
+        raise ExportError(f"{SINGLE} differs from the members by {difference:.1e}: export without --layout single")
 
 
 def _unless(reason: str | None, fitted: Calibration | None, say: Say) -> Calibration | None:

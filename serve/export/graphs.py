@@ -19,6 +19,7 @@ from ensembler.errors import ExportError
 from ensembler.images import normalise
 from ensembler.run import DatasetRecord
 from ensembler.serve.export.reasons import reason
+from ensembler.serve.runtime.manifest import GIVEN
 from ensembler.serve.runtime.sessions import merged_name
 
 __all__ = ["Graph", "holds_weights", "merge", "opset", "replace_weights", "save", "silence", "trace", "without_weights"]
@@ -111,7 +112,7 @@ def without_weights(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelP
             initializer.ClearField("raw_data")
             initializer.data_location = onnx.TensorProto.EXTERNAL
             location = initializer.external_data.add()
-            location.key, location.value = "location", "given-when-opened"
+            location.key, location.value = "location", GIVEN
     return bare
 
 

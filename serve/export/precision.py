@@ -27,7 +27,7 @@ __all__ = [
     "to_int8",
 ]
 
-BOUNDS = {"float16": (0.99, 0.002), "int8": (0.95, 0.01)}
+BOUNDS = {"tf32": (0.99, 0.002), "float16": (0.99, 0.002), "int8": (0.95, 0.01)}
 """Of each precision: the lower bound of the mutual information's rank correlation with float32's, and the upper bound
 of the accuracy's drop."""
 

@@ -115,6 +115,7 @@ def metadata(runtime: Runtime, settings: Mapping[str, Any]) -> dict[str, Any]:
             "threads": runtime.threads,
             "device": runtime.device,
             "memory_bytes": runtime.memory,
+            "gpu_memory_bytes": runtime.gpu_memory,
         },
         "calibration": None
         if fitted is None

@@ -115,7 +115,8 @@ async def _predict(request: Request) -> Response:
 
 async def _metadata(request: Request) -> Response:
     predictor: Predictor = request.app.state.predictor
-    limits = predictor.settings.model_dump(exclude={"bundle", "token", "members", "log_answers"})
+    hidden = {"bundle", "token", "members", "log_answers", "require_signature"}
+    limits = predictor.settings.model_dump(exclude=hidden)
     return JSONResponse(answers.metadata(predictor.runtime, limits))
 
 

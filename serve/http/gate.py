@@ -187,7 +187,7 @@ class _Outgoing:
 
     async def fail(self) -> None:
         """Log the exception being handled, and answer 500 unless an answer has begun."""
-        _logger.exception("%s %s failed", self._scope["method"], self._scope["path"])
+        _logger.exception("%s %r failed", self._scope["method"], self._scope["path"])
         if not self._started:
             await self._respond(500, _SENTENCES[500])
 

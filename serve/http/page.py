@@ -10,7 +10,6 @@ import base64
 import hashlib
 import io
 import re
-import zipfile
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ensembler.errors import CorruptError
+from ensembler.serve.runtime.arrays import read_array, read_arrays
 from ensembler.serve.runtime.manifest import EXAMPLES, PROBE, BundleManifest
 
 __all__ = ["examples", "headers", "html"]
@@ -69,11 +69,12 @@ def examples(bundle: Path, manifest: BundleManifest) -> dict[str, Any]:
     found: list[dict[str, str]] = []
     try:
         if EXAMPLES in manifest.files:
-            images = np.load(_sealed(bundle, manifest, EXAMPLES), allow_pickle=False)
+            file = _sealed(bundle, manifest, EXAMPLES)
+            images = read_array(file, len(file.getbuffer()))
             found += [_example(f"test image {number}", image) for number, image in enumerate(images, start=1)]
-        with np.load(_sealed(bundle, manifest, PROBE), allow_pickle=False) as probe:
-            found.append(_example("a random pattern, of no class", probe["images"][0]))
-    except (ValueError, KeyError, zipfile.BadZipFile):
+        _sealed(bundle, manifest, PROBE)
+        found.append(_example("a random pattern, of no class", read_arrays(bundle / PROBE)["images"][0]))
+    except (OSError, ValueError, KeyError, IndexError):
         pass  # the page does without them
     return {"examples": found}
 

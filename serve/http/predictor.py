@@ -61,7 +61,9 @@ class Predictor:
     def __init__(self, settings: Settings, registry: CollectorRegistry) -> None:
         self.settings = settings
         threads = max(1, available_cpus() // settings.workers)
-        self.runtime = Runtime.load(settings.bundle, threads, members=settings.members)
+        self.runtime = Runtime.load(
+            settings.bundle, threads, members=settings.members, gpu=settings, key=settings.require_signature
+        )
         manifest = self.runtime.manifest
         self._limits = json_body.Limits.of(settings.max_json, settings.max_batch, manifest.image_shape)
         known = manifest.validation
@@ -79,11 +81,13 @@ class Predictor:
 
     def warm_up(self) -> None:
         """Run every member once, so that no caller waits for it."""
-        self.runtime.warm_up()
+        self.runtime.warm_up(self.settings.run_batch)
         gc.collect()
         gc.freeze()  # what exists now stays: tracing it again would delay every request
         counts = (self.runtime.members, self.runtime.device, self.runtime.threads, self.runtime.memory / 2**20)
         _logger.info("%d members on %s, %d at a time, %.0f MiB of memory", *counts)
+        if self.runtime.gpu_memory is not None:
+            _logger.info("%.0f MiB of the GPU's memory", self.runtime.gpu_memory / 2**20)
 
     def close(self) -> None:
         """Stop all threads."""

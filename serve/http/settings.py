@@ -10,14 +10,14 @@ from typing import Self
 from pydantic import ConfigDict, Field, PositiveInt, ValidationError
 
 from ensembler.errors import UsageError
-from ensembler.record import Record
+from ensembler.serve.runtime.gpu import GpuOptions
 
 __all__ = ["Settings"]
 
 _PREFIX = "ENSEMBLER_"
 
 
-class Settings(Record):
+class Settings(GpuOptions):
     """The settings of one worker; each is the environment variable of its name in capitals, after ``ENSEMBLER_``."""
 
     model_config = ConfigDict(frozen=True)
@@ -45,6 +45,9 @@ class Settings(Record):
     deadline_ms: PositiveInt = Field(30_000, description="how long a request may take by default")
     body_ms: PositiveInt = Field(30_000, description="how long a body may take to arrive")
     body_rate: PositiveInt = Field(16 * 2**10, description="the fewest bytes a second of a body, over five seconds")
+    require_signature: Path | None = Field(
+        None, description="PEM file of the public key that the bundle is signed with"
+    )
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> Self:
@@ -62,16 +65,18 @@ class Settings(Record):
         try:
             return cls.model_validate(given)
         except ValidationError as error:
-            name = str(error.errors()[0]["loc"][0])
+            first = error.errors()[0]
+        name = str(first["loc"][0])
         if name == "token":
             raise UsageError(f"{names[name]} must consist of visible ASCII characters: a header holds no others")
-        if name == "log_sample":
-            raise UsageError(f"{names[name]} must be above 0 and at most 1, not {given[name]!r}")
-        if name == "drift_window":
-            raise UsageError(f"{names[name]} must be a whole number from 50 up, not {given[name]!r}")
-        if name == "cors_origin":
-            raise UsageError(
-                f"{names[name]} must be * or origins such as https://example.org with commas between them, not "
-                f"{given[name]!r}"
-            )
-        raise UsageError(f"{names[name]} must be a whole number from 1 up, not {given[name]!r}")
+        expected = {
+            "log_sample": "above 0 and at most 1",
+            "drift_window": "a whole number from 50 up",
+            "cors_origin": "* or origins such as https://example.org with commas between them",
+            "device_id": "a whole number from 0 up",
+        }.get(name) or {
+            "literal_error": str(first.get("ctx", {}).get("expected")).replace("'", ""),
+            "bool_parsing": "true or false",
+            "greater_than_equal": "a whole number from 0 up",
+        }.get(first["type"], "a whole number from 1 up")
+        raise UsageError(f"{names[name]} must be {expected}, not {given[name]!r}")

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from ensembler import artefact
-from ensembler.errors import ArtefactError
+from ensembler import artefact, signing
+from ensembler.errors import ArtefactError, first_line
 from ensembler.record import Record
+from ensembler.serve.runtime.external_data import external_files
 
 __all__ = [
     "EXAMPLES",
     "FORMAT",
+    "GIVEN",
     "GRAPH",
     "MERGED",
     "PROBE",
+    "SINGLE",
     "WEIGHTS",
     "Binned",
     "BundleManifest",
@@ -38,12 +45,18 @@ FORMAT = 1
 GRAPH = "graph.onnx"  # of the layout "vertices": the graph of every member, without weights
 WEIGHTS = "weights.npz"  # of the layout "vertices": see ensembler.serve.runtime.vertices
 MERGED = "merged.onnx"  # all members in one graph, where a bundle was tuned and this was the fastest
+SINGLE = "ensemble.onnx"  # all members and their mean and uncertainty, where it was asked for
 PROBE = "probe.npz"  # images, and what every member must answer
 EXAMPLES = "examples.npy"  # test images of a public dataset, for the page
 
+GIVEN = "given-when-opened"  # where the one graph says that its weights are: ONNX Runtime is given them from memory
+
+_LARGEST_IMAGE = 25_000_000  # pixels: a file of the service's has no more, either
+_ROUNDING = 1e-6  # of a sum of probabilities
+
 Layout = Literal["members", "vertices"]
 Pixels = Literal["uint8", "float"]
-Precision = Literal["float32", "float16", "int8"]
+Precision = Literal["float32", "tf32", "float16", "int8"]
 Strategy = Literal["sessions", "loop", "merged"]
 
 
@@ -63,9 +76,17 @@ class Simplexes(Record):
         weights: the probability of each simplex; ``None`` gives all equally many members.
     """
 
-    simplexes: list[list[int]]
-    concentration: float
-    weights: list[float] | None = None
+    simplexes: list[list[NonNegativeInt]]
+    concentration: float = Field(gt=0)
+    weights: list[NonNegativeFloat] | None = None
+
+    @model_validator(mode="after")
+    def _of_each(self) -> Self:
+        if self.weights is not None and (
+            len(self.weights) != len(self.simplexes) or abs(sum(self.weights) - 1) > _ROUNDING
+        ):
+            raise ValueError("the weights of the simplexes do not sum to 1")
+        return self
 
 
 class Binned(Record):
@@ -105,13 +126,20 @@ class Validation(Record):
         drift: what drift is judged by; empty where it is not known.
     """
 
-    examples: int
-    accuracy: float
+    examples: PositiveInt
+    accuracy: float = Field(ge=0, le=1)
     nll: float
-    levels: list[float]
+    levels: list[Annotated[float, Field(ge=0, le=1)]]
     predictive_entropy: list[float]
     mutual_information: list[float] | None
     drift: list[Binned] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        for values in (self.levels, self.predictive_entropy, self.mutual_information or self.levels):
+            if len(values) != len(self.levels) or any(a > b for a, b in pairwise(values)):
+                raise ValueError("quantiles do not rise with their levels")
+        return self
 
 
 class PrecisionCheck(Record):
@@ -140,10 +168,10 @@ class PrecisionCheck(Record):
 class Timing(Record):
     """The seconds that one way of running all members took for one batch: the lower quartile of ``repeats``."""
 
-    batch: int
+    batch: PositiveInt
     strategy: Strategy
-    seconds: float
-    repeats: int
+    seconds: NonNegativeFloat
+    repeats: PositiveInt
 
 
 class Tuning(Record):
@@ -164,7 +192,7 @@ class Tuning(Record):
     load: float | None
     device: str
     members: int
-    winners: dict[int, Strategy]
+    winners: dict[PositiveInt, Strategy]
     table: list[Timing]
 
 
@@ -179,7 +207,7 @@ class BundleManifest(Record):
             without weights, the K vertices, and each member's coefficients and buffers.
         graphs: of the layout ``"members"``, the file of each member; else the one graph.
         input: ``"uint8"``: pixels from 0 to 255; ``"float"``: float32 from 0 to 1. Both (B, H, W, 3).
-        precision: of weights and activations.
+        precision: of weights and activations; ``"tf32"``: float32, whose products a GPU computes in TF32.
         precision_check: what the precision changes; ``None`` for float32.
         order: the members in the order in which they are asked; ``ordered_by`` says why.
         vertices: K, as trained.
@@ -198,24 +226,24 @@ class BundleManifest(Record):
     method: str
     architecture: str
     dataset: str
-    classes: list[str]
-    image_shape: list[int]
-    members: int
+    classes: list[str] = Field(min_length=1)
+    image_shape: list[PositiveInt] = Field(min_length=3, max_length=3)
+    members: PositiveInt
     layout: Layout
     graphs: list[str]
     input: Pixels
     precision: Precision
     precision_check: PrecisionCheck | None
-    order: list[int]
+    order: list[NonNegativeInt]
     ordered_by: Literal["the run", "validation NLL"]
-    vertices: int
+    vertices: PositiveInt
     sampling: Simplexes | None
-    parameters: int
+    parameters: NonNegativeInt
     training_cost: dict[str, Any]
     run: Origin
     opset: int
-    max_difference: float
-    tolerance: float
+    max_difference: NonNegativeFloat
+    tolerance: NonNegativeFloat
     compared_on: list[str]
     validation: Validation | None
     tuning: Tuning | None
@@ -225,26 +253,65 @@ class BundleManifest(Record):
     files: dict[str, str] = Field(default_factory=dict)
 
 
-def read_bundle(bundle: Path) -> BundleManifest:
-    """Return a bundle's manifest, after verifying every file that it names.
+def read_bundle(bundle: Path, key: Path | None = None) -> BundleManifest:
+    """Return a bundle's manifest, after verifying every file that it names, and that its graphs read no other.
+
+    Args:
+        bundle: its folder.
+        key: PEM file of the public key that it must be signed with.
 
     Raises:
-        ArtefactError: no bundle there, or of a format that this version cannot read.
+        UsageError: no key there.
+        ArtefactError: no bundle there, of a format that this version cannot read, or with a graph that reads tensors
+            from files that the manifest does not name; or not signed with the key.
         CorruptError: a file is missing or changed; it is named.
     """
-    content = artefact.read(bundle, "bundle", formats=(FORMAT,))
+    public = None if key is None else signing.public_key(key)
+    check = None if public is None else partial(signing.check, key=public, where=bundle)
+    content = artefact.read(bundle, "bundle", (FORMAT,), check)
     try:
         manifest = BundleManifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise ArtefactError(f"{bundle} has an unusable manifest ({where}: {first['msg']}): export it again") from error
+    if fault := next(_faults(manifest), None):
+        raise ArtefactError(f"{bundle} {fault}: export it again")
+    for graph in [*manifest.graphs, *(name for name in (MERGED, SINGLE) if name in manifest.files)]:
+        _check_external(bundle, graph, manifest)
+    return manifest
+
+
+def _faults(manifest: BundleManifest) -> Iterator[str]:
+    """Yield what does not go together in a manifest."""
     needed = [*manifest.graphs, PROBE, *([WEIGHTS] if manifest.layout == "vertices" else [])]
     needed += [manifest.calibration] if manifest.calibration else []
     if missing := [name for name in needed if name not in manifest.files]:
-        raise ArtefactError(f"{bundle} does not hold its {missing[0]}: export it again")
-    if len(manifest.graphs) != (manifest.members if manifest.layout == "members" else 1):
-        raise ArtefactError(f"{bundle} does not hold one graph for each of its members: export it again")
-    if sorted(manifest.order) != list(range(manifest.members)):
-        raise ArtefactError(f"{bundle} does not ask each of its members once (order): export it again")
-    return manifest
+        yield f"does not hold its {missing[0]}"
+    count = manifest.members if manifest.layout == "members" else 1
+    if len(manifest.graphs) != count or len(set(manifest.graphs)) != count:
+        yield "does not hold one graph for each of its members"
+    if manifest.layout == "vertices" and manifest.graphs != [GRAPH]:
+        yield f"names another graph than {GRAPH}"
+    if len(manifest.order) != manifest.members or sorted(manifest.order) != list(range(manifest.members)):
+        yield "does not ask each of its members once (order)"
+    height, width, channels = manifest.image_shape
+    if channels != 3 or height * width > _LARGEST_IMAGE:
+        yield f"is for images of {height} x {width} x {channels}, not of three channels and at most 25 megapixels"
+    if manifest.precision != "float32" and manifest.precision_check is None:
+        yield f"is of precision {manifest.precision}, and does not say what that changes"
+
+
+def _check_external(bundle: Path, graph: str, manifest: BundleManifest) -> None:
+    """Refuse a graph that reads tensors from files whose hash is not in the manifest."""
+    given = {GIVEN} if manifest.layout == "vertices" and not os.path.lexists(bundle / GIVEN) else set()
+    try:
+        names = external_files(bundle / graph) - given
+    except (OSError, ValueError) as error:
+        raise ArtefactError(
+            f"{bundle / graph} is no ONNX graph that can be read ({first_line(error)}): export the run again"
+        ) from error
+    if others := sorted(names - set(manifest.files)):
+        raise ArtefactError(
+            f"{bundle / graph} reads tensors from {others[0]!r}, a file that the manifest does not name: do not use it"
+        )

@@ -10,18 +10,21 @@ from numpy.typing import NDArray
 from ensembler import artefact, calibration
 from ensembler.calibration import Calibration
 from ensembler.errors import ArtefactError, UsageError
-from ensembler.machine import available_cpus, resident_memory
+from ensembler.machine import available_cpus, gpu_memory, resident_memory
 from ensembler.serve.runtime import early_exit
 from ensembler.serve.runtime.early_exit import LEVEL, Mode
+from ensembler.serve.runtime.gpu import GpuOptions
 from ensembler.serve.runtime.images import check_floats, check_images
 from ensembler.serve.runtime.manifest import MERGED, BundleManifest, Strategy, Tuning, read_bundle
 from ensembler.serve.runtime.prediction import Prediction, predict
-from ensembler.serve.runtime.sessions import open_bundle, open_merged
+from ensembler.serve.runtime.sessions import open_bundle, open_merged, providers
 from ensembler.serve.runtime.strategies import Members
+from ensembler.serve.runtime.tune import keep_faster_graphs
 
 __all__ = ["Runtime"]
 
-_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+_BYTES = {"float32": 4, "tf32": 4, "float16": 2, "int8": 1}
+_CAPTURING = 0.2  # seconds, at least five passes, in which a CUDA graph must show that it is faster
 
 
 class Runtime:
@@ -32,9 +35,12 @@ class Runtime:
         sha256: of the bundle's manifest, which holds the hash of every file.
         calibration: of exactly these members; ``None`` where the bundle has none, or where they are not its own.
         threads: how many CPUs are kept busy.
+        gpu: options of the GPU.
         device: ``"cuda"`` or ``"cpu"``: where the sessions run.
-        memory: bytes that the members took, from before they were opened to after the warm-up; until then, and where
-            the system does not tell, the size of their weights.
+        memory: bytes of main memory that the members took, from before they were opened to after the warm-up; until
+            then, and where the system does not tell, the size of their weights.
+        gpu_memory: bytes of the GPU's memory that went while they were opened and warmed up, to whichever process;
+            ``None`` on a CPU, and where the driver does not tell.
         ready: whether every session has run once.
     """
 
@@ -45,7 +51,8 @@ class Runtime:
         members: Members,
         threads: int,
         fitted: Calibration | None = None,
-        before: int | None = None,
+        before: tuple[int | None, int | None] = (None, None),
+        gpu: GpuOptions | None = None,
     ) -> None:
         self.manifest = manifest
         self.sha256 = sha256
@@ -54,13 +61,22 @@ class Runtime:
         self.device = members.device
         self.ready = False
         self._members = members
+        self.gpu = gpu or GpuOptions()
+        self.gpu_memory: int | None = None
         self._before = before
         copies = 2 if "merged" in members.strategies else 1
         self.memory = manifest.parameters * _BYTES[manifest.precision] * copies * len(members)
 
     @classmethod
     def load(
-        cls, bundle: str | Path, threads: int | None = None, *, members: int | None = None, seed: int = 0
+        cls,
+        bundle: str | Path,
+        threads: int | None = None,
+        *,
+        members: int | None = None,
+        seed: int = 0,
+        gpu: GpuOptions | None = None,
+        key: Path | None = None,
     ) -> Runtime:
         """Verify a bundle and open its members.
 
@@ -70,58 +86,78 @@ class Runtime:
             members: how many to open: by default all of the bundle's. Fewer are the first ones in its order. More are
                 made of its vertices, where it has the layout "vertices" and its networks have no BatchNorm.
             seed: of these further members.
+            gpu: options of the GPU, where there is one.
+            key: PEM file of the public key that the bundle must be signed with.
 
         Raises:
-            UsageError: members that the bundle neither holds nor can make.
+            UsageError: members that the bundle neither holds nor can make, a GPU that does not exist, or TF32 for a
+                bundle that was not compared in it.
             ArtefactError: no bundle there, of an unknown format, or a graph that ONNX Runtime cannot open.
             CorruptError: a file is missing or has changed; it is named.
         """
         bundle = Path(bundle)
-        manifest = read_bundle(bundle)
-        before = resident_memory()
-        threads = threads or available_cpus()
-        sessions = open_bundle(bundle, manifest, members, seed)
-        whole = len(sessions) == manifest.members
+        manifest = read_bundle(bundle, key)
+        gpu = gpu or GpuOptions()
+        threads, wanted = threads or available_cpus(), members or manifest.members
+        whole = wanted == manifest.members
+        together = whole and "merged" in _winners(manifest.tuning, threads).values() and MERGED in manifest.files
+        ways = providers(gpu, _tf32(manifest, gpu), wanted + together)
+        before = resident_memory(), _free(gpu)
+        sessions = open_bundle(bundle, manifest, members, seed, ways)
         merged, fitted = None, None
-        if whole and "merged" in _winners(manifest.tuning, threads).values() and MERGED in manifest.files:
-            merged = open_merged(bundle, manifest.layout, manifest.order, threads)
+        if together:
+            merged = open_merged(bundle, manifest.layout, manifest.order, threads, ways)
         if whole and manifest.calibration:
-            fitted = calibration.read(bundle / manifest.calibration, manifest.run.sha256)
-        scaled = manifest.input == "float"
-        opened = Members(sessions, threads, manifest.image_shape, len(manifest.classes), scaled, merged)
-        return cls(manifest, artefact.sha256(bundle / artefact.MANIFEST), opened, threads, fitted, before)
+            fitted = calibration.read(bundle / manifest.calibration, manifest.run.sha256, len(manifest.classes))
+        scaled, device_id = manifest.input == "float", gpu.device_id or 0
+        opened = Members(sessions, threads, manifest.image_shape, len(manifest.classes), scaled, merged, device_id)
+        if gpu.device_id is not None and opened.device == "cpu":
+            raise ArtefactError(
+                f"ONNX Runtime cannot compute on GPU {gpu.device_id}; the log says why: install the CUDA libraries of "
+                "its version (pip install 'onnxruntime-gpu[cuda,cudnn]'), free some of the GPU's memory, or leave out "
+                "device_id to use the CPU"
+            )
+        return cls(manifest, artefact.sha256(bundle / artefact.MANIFEST), opened, threads, fitted, before, gpu)
 
     @property
     def members(self) -> int:
         """M."""
         return len(self._members)
 
-    def warm_up(self) -> None:
+    def warm_up(self, largest: int | None = None) -> None:
         """Run every session once, so that no caller waits for it; then the runtime is ``ready``.
 
-        On CUDA, at every batch size that batches are padded to.
+        On a GPU, at every batch size that batches are padded to, captured as a CUDA graph where that is faster.
+
+        Args:
+            largest: images of a batch, at most; by default, of a forward pass.
         """
-        for batch in self._members.batches if self.device == "cuda" else [1]:
-            images = np.zeros((batch, *self.manifest.image_shape), dtype=np.uint8)
-            for strategy in set(self._members.strategies) - {"loop"}:
+        sizes = self._members.batches if self.device == "cuda" else [1]
+        for size in [size for size in sizes if size < 2 * (largest or size)]:
+            images = np.zeros((size, *self.manifest.image_shape), dtype=np.uint8)
+            for strategy in set(self._members.strategies) - ({"loop"} if self.device == "cpu" else set()):
                 self._members.ask(images, strategy)
-        after = resident_memory()
-        if after is not None and self._before is not None:
-            self.memory = max(self.memory, after - self._before)  # less, where freed memory was used again
+            if self.device == "cuda":
+                keep_faster_graphs(self._members, images, _CAPTURING)
+        memory, free = self._before
+        if (after := resident_memory()) is not None and memory is not None:
+            self.memory = max(self.memory, after - memory)  # less, where freed memory was used again
+        if self.device == "cuda" and free is not None and (left := _free(self.gpu)) is not None:
+            self.gpu_memory = max(0, free - left)
         self.ready = True
 
     def strategy(self, batch: int) -> Strategy:
         """Return how a batch of this size is run through all members.
 
         The fastest at the nearest batch size (by ratio) where the bundle was tuned on a machine with as many CPUs, for
-        as many members; else ``"sessions"``.
+        as many members; else the first one: ``"sessions"`` on a CPU, ``"loop"`` on a GPU.
         """
-        tuning = self.manifest.tuning
+        tuning, strategies = self.manifest.tuning, self._members.strategies
         winners = _winners(tuning, self.threads)
         if tuning is None or not winners or (tuning.members, tuning.device) != (self.members, self.device):
-            return "sessions"
+            return strategies[0]
         winner = winners[min(winners, key=lambda measured: abs(np.log(measured / batch)))]
-        return winner if winner in self._members.strategies else "sessions"
+        return winner if winner in strategies else strategies[0]
 
     def predict_members(self, images: object) -> NDArray[np.float32]:
         """Return each member's probabilities.
@@ -173,7 +209,7 @@ class Runtime:
     def _ask(self, images: NDArray[np.generic], first: int, last: int) -> NDArray[np.float32]:
         strategy = self.strategy(len(images))
         if strategy == "merged" and (first, last) != (0, self.members):
-            strategy = "sessions"
+            strategy = self._members.strategies[0]
         found = self._members.ask(images, strategy, first, last)
         if not np.isfinite(found).all():  # no fault of the images, whose values are bounded
             raise ArtefactError("a member of this bundle answers with no number (NaN): train and export it again")
@@ -204,3 +240,23 @@ class Runtime:
 def _winners(tuning: Tuning | None, threads: int) -> dict[int, Strategy]:
     """Batch size to strategy, where as many CPUs are available as on the machine that was measured."""
     return tuning.winners if tuning is not None and tuning.cpus == threads else {}
+
+
+def _tf32(manifest: BundleManifest, gpu: GpuOptions) -> bool:
+    """Whether a GPU computes products in TF32.
+
+    Raises:
+        UsageError: it is asked for, and the bundle was not compared in it.
+    """
+    if gpu.use_tf32 and manifest.precision != "tf32":
+        raise UsageError(
+            f"this bundle was exported in {manifest.precision} and not compared in TF32, whose products have 10 bits: "
+            "leave out use_tf32, or export the run with --precision tf32 on a machine with a GPU"
+        )
+    return manifest.precision == "tf32" and gpu.use_tf32 is not False
+
+
+def _free(gpu: GpuOptions) -> int | None:
+    """Bytes of the GPU's memory that nobody uses."""
+    memory = gpu_memory(gpu.device_id or 0)
+    return None if memory is None else memory[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,28 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ensembler.errors import ArtefactError, UsageError
-from ensembler.machine import has_gpu
+from ensembler.errors import ArtefactError, UsageError, first_line
+from ensembler.machine import gpu_count
+from ensembler.serve.runtime.gpu import GpuOptions
 from ensembler.serve.runtime.manifest import GRAPH, MERGED, WEIGHTS, BundleManifest, Layout
 from ensembler.serve.runtime.vertices import Vertices, further_coefficients
 
-__all__ = ["merged_name", "open_bundle", "open_members", "open_merged", "open_session", "providers"]
+__all__ = ["merged_name", "on_gpu", "open_bundle", "open_members", "open_merged", "open_session", "providers"]
+
+Providers = list[Any]
+"""ONNX Runtime's execution providers, the preferred one first."""
+
+CPU: Sequence[Providers] = (["CPUExecutionProvider"],)
+
+_logger = logging.getLogger("ensembler.serve")
 
 
 def open_bundle(
-    bundle: Path, manifest: BundleManifest, members: int | None = None, seed: int = 0
+    bundle: Path,
+    manifest: BundleManifest,
+    members: int | None = None,
+    seed: int = 0,
+    ways: Sequence[Providers] = CPU,
 ) -> list[onnxruntime.InferenceSession]:
     """Open a session for each member of a bundle, in the order in which they are asked.
 
@@ -28,6 +41,7 @@ def open_bundle(
         manifest: the bundle's.
         members: how many: by default all; fewer are the first ones; more are drawn from the bundle's simplexes.
         seed: of that draw.
+        ways: see :func:`open_session`.
 
     Raises:
         UsageError: fewer than 1 member, or more than the bundle holds or can make.
@@ -46,16 +60,16 @@ def open_bundle(
         raise UsageError(
             f"the {manifest.members} members of a run by {manifest.method} are fixed: there are no {wanted} to ask"
         )
-    sessions = open_members(bundle, manifest.layout, manifest.graphs, manifest.order[:wanted])
+    sessions = open_members(bundle, manifest.layout, manifest.graphs, manifest.order[:wanted], ways)
     if further > 0 and manifest.sampling is not None:
-        vertices, where = Vertices.load(bundle / WEIGHTS), providers()
+        vertices = Vertices.load(bundle / WEIGHTS)
         drawn = further_coefficients(manifest.sampling, vertices.coefficients.shape[1], further, seed)
-        sessions += [open_session(bundle / GRAPH, where, weights=vertices.further(row)) for row in drawn]
+        sessions += [open_session(bundle / GRAPH, ways, weights=vertices.further(row)) for row in drawn]
     return sessions
 
 
 def open_members(
-    folder: Path, layout: Layout, graphs: Sequence[str], members: Iterable[int]
+    folder: Path, layout: Layout, graphs: Sequence[str], members: Iterable[int], ways: Sequence[Providers] = CPU
 ) -> list[onnxruntime.InferenceSession]:
     """Open a session for each of some members; each computes in its caller's thread.
 
@@ -64,18 +78,20 @@ def open_members(
         layout: see :class:`~ensembler.serve.runtime.manifest.BundleManifest`.
         graphs: likewise.
         members: their numbers.
+        ways: see :func:`open_session`.
 
     Raises:
         ArtefactError: ONNX Runtime cannot open a graph.
     """
-    where = providers()
     if layout == "members":
-        return [open_session(folder / graphs[member], where) for member in members]
+        return [open_session(folder / graphs[member], ways) for member in members]
     vertices = Vertices.load(folder / WEIGHTS)
-    return [open_session(folder / GRAPH, where, weights=vertices.member(member)) for member in members]
+    return [open_session(folder / GRAPH, ways, weights=vertices.member(member)) for member in members]
 
 
-def open_merged(folder: Path, layout: Layout, order: Sequence[int], threads: int) -> onnxruntime.InferenceSession:
+def open_merged(
+    folder: Path, layout: Layout, order: Sequence[int], threads: int, ways: Sequence[Providers] = CPU
+) -> onnxruntime.InferenceSession:
     """Open the graph of all members at once: ``logits`` (M, B, C) in the order in which members are asked.
 
     Raises:
@@ -86,7 +102,7 @@ def open_merged(folder: Path, layout: Layout, order: Sequence[int], threads: int
         vertices = Vertices.load(folder / WEIGHTS)
         for place, member in enumerate(order):
             weights |= {merged_name(place, name): tensor for name, tensor in vertices.member(member).items()}
-    return open_session(folder / MERGED, providers(), threads, weights)
+    return open_session(folder / MERGED, ways, threads, weights)
 
 
 def merged_name(place: int, name: str) -> str:
@@ -96,7 +112,7 @@ def merged_name(place: int, name: str) -> str:
 
 def open_session(
     graph: Path,
-    where: Sequence[Any] = ("CPUExecutionProvider",),
+    ways: Sequence[Providers] = CPU,
     threads: int = 1,
     weights: Mapping[str, NDArray[np.floating]] | None = None,
 ) -> onnxruntime.InferenceSession:
@@ -104,35 +120,64 @@ def open_session(
 
     Args:
         graph: its file.
-        where: ONNX Runtime's execution providers, the preferred one first.
-        threads: how many compute one operator; with 1, the caller's only.
+        ways: providers to open it with; the next ones where the first cannot, which is logged.
+        threads: how many compute one operator on a CPU; with 1, the caller's only.
         weights: initialisers that the file declares without holding them.
 
     Raises:
         ArtefactError: ONNX Runtime cannot open the graph.
     """
+    for number, way in enumerate(ways, start=1):
+        try:
+            # Without ONNX Runtime's own fallback, which prints and leaves out the options.
+            return onnxruntime.InferenceSession(
+                graph, _options(threads, weights or {}), providers=way, enable_fallback=0
+            )
+        except Exception as error:  # its exceptions have no base class of their own
+            reason = first_line(error)
+            if number == len(ways):
+                raise ArtefactError(f"ONNX Runtime cannot open {graph}: {reason}: export the run again") from error
+            _logger.warning("%s cannot be opened with %s: %s", graph.name, way[0], reason)
+    raise UsageError("a session needs a provider to be opened with")
+
+
+def _options(threads: int, weights: Mapping[str, NDArray[np.floating]]) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3  # errors
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    try:
-        if weights:
-            values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(w, order="C")) for w in weights.values()]
-            options.add_external_initializers(list(weights), values)
-        return onnxruntime.InferenceSession(graph, options, providers=list(where))
-    except Exception as error:  # its exceptions have no base class of their own
-        reason = str(error).splitlines()[0]
-        raise ArtefactError(f"ONNX Runtime cannot open {graph}: {reason}: export the run again") from error
+    if weights:
+        values = [onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(w, order="C")) for w in weights.values()]
+        options.add_external_initializers(list(weights), values)
+    return options
 
 
-def providers() -> list[Any]:
-    """Return the execution providers: CUDA before the CPU where there is a GPU; a session may still fall back."""
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and has_gpu():
-        onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them
-        # TF32 would break the agreement with PyTorch that the export has checked.
-        # The default search for a convolution takes half a second or more for every new size of a batch.
-        options = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-        return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
-    return ["CPUExecutionProvider"]
+def providers(gpu: GpuOptions, tf32: bool, sessions: int) -> list[Providers]:
+    """Return the ways to open a session: on the GPU where there is one, with CUDA graphs or without, and on the CPU.
+
+    Args:
+        gpu: options.
+        tf32: whether products are computed in TF32, on a GPU.
+        sessions: how many will share the GPU.
+
+    Raises:
+        UsageError: a GPU is asked for by its number, and there is none of it.
+    """
+    count = gpu_count() if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else 0
+    if gpu.device_id is not None and gpu.device_id >= count:
+        raise UsageError(
+            f"there is no GPU {gpu.device_id} for ONNX Runtime, which finds {count}: choose another device_id, or "
+            "leave it out; a GPU needs NVIDIA's driver and the package onnxruntime-gpu"
+        )
+    if not count:
+        return list(CPU)
+    onnxruntime.preload_dlls()  # CUDA's libraries as pip installs them
+    on_gpu = [[gpu.provider(tf32, sessions, graphs=graphs), "CPUExecutionProvider"] for graphs in (True, False)]
+    return [*on_gpu, *CPU]
+
+
+def on_gpu(sessions: Iterable[onnxruntime.InferenceSession]) -> bool:
+    """Return whether all sessions compute on a GPU."""
+    return all(session.get_providers()[0] == "CUDAExecutionProvider" for session in sessions)

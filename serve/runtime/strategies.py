@@ -1,10 +1,12 @@
-"""Three ways of running an ensemble's members on one machine; which is the fastest has to be measured.
+"""Ways of running an ensemble's members on one machine; which is the fastest has to be measured.
 
 - ``sessions``: members in parallel, each in one thread of a pool as wide as the available CPUs. M sessions with threads
   of their own would compete for the cores.
 - ``loop``: the same sessions one after another in the caller's thread, for networks so small that handing them to
   another thread takes longer than running them.
 - ``merged``: all members in one graph, whose operators ONNX Runtime runs in parallel.
+
+On a GPU there are ``loop`` and ``merged``, and no batch is split among the CPU's threads.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from ensembler.errors import UsageError
+from ensembler.errors import ArtefactError, EnsemblerError, UsageError, first_line
 from ensembler.serve.runtime.manifest import Strategy
+from ensembler.serve.runtime.passes import GpuPasses, eager
+from ensembler.serve.runtime.sessions import on_gpu
 from ensembler.task import softmax
 
 __all__ = ["Members"]
@@ -43,11 +47,11 @@ class Members:
         classes: C.
         scaled: whether the graphs take pixels from 0 to 1 rather than from 0 to 255.
         merged: all members in one graph.
+        device_id: number of the GPU, where the sessions run on one.
 
     Attributes:
-        device: ``"cuda"`` or ``"cpu"``: where the sessions run.
         largest: images of one forward pass, at most.
-        strategies: the available ones.
+        passes: on a GPU, what runs each strategy.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Members:
         classes: int,
         scaled: bool = False,
         merged: onnxruntime.InferenceSession | None = None,
+        device_id: int = 0,
     ) -> None:
         self._sessions = list(sessions)
         self._merged = merged
@@ -65,10 +70,30 @@ class Members:
         self._classes = classes
         self._scaled = scaled
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ensembler-member")
-        on_cuda = all(session.get_providers()[0] == "CUDAExecutionProvider" for session in self._sessions)
-        self.device = self._memory = "cuda" if on_cuda else "cpu"
+        for session in self._sessions:
+            self._check(session, image_shape)
+        if merged:
+            self._check(merged, image_shape, [len(self)])
+        self.passes: dict[Strategy, GpuPasses] = {}
+        if on_gpu([*self._sessions, *([merged] if merged else [])]):
+            self.use_gpu(device_id)
         self.largest = max(1, _CHUNK_PIXELS[self.device] // (image_shape[0] * image_shape[1]))
-        self.strategies: tuple[Strategy, ...] = ("sessions", "loop", *(("merged",) if merged else ()))
+
+    def use_gpu(self, device_id: int, memory: str = "cuda") -> None:
+        """Run the sessions on the GPU that they were opened on; ``memory`` is where their buffers are."""
+        self.passes["loop"] = GpuPasses(self._sessions, [self._classes], device_id, memory)
+        if self._merged:
+            self.passes["merged"] = GpuPasses([self._merged], [len(self), self._classes], device_id, memory)
+
+    @property
+    def device(self) -> str:
+        """Where the sessions run."""
+        return "cuda" if self.passes else "cpu"
+
+    @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        """The available ones, the default first."""
+        return tuple(self.passes) or ("sessions", "loop", *(("merged",) if self._merged else ()))
 
     def __len__(self) -> int:
         """M."""
@@ -76,31 +101,46 @@ class Members:
 
     @property
     def batches(self) -> list[int]:
-        """The batch sizes of forward passes on CUDA, where others are padded to the next one."""
+        """The batch sizes of forward passes on a GPU, where others are padded to the next one."""
         return [2**i for i in range(math.ceil(math.log2(self.largest)) + 1)]
 
     def ask(
-        self, images: NDArray[np.generic], strategy: Strategy = "sessions", first: int = 0, last: int | None = None
+        self, images: NDArray[np.generic], strategy: Strategy | None = None, first: int = 0, last: int | None = None
     ) -> Probabilities:
         """Return the probabilities (last - first, B, C) of some of the members, by default of all.
 
         Args:
             images: (B, H, W, 3), uint8 from 0 to 255; or float32 from 0 to 1, where the graphs take them.
-            strategy: ``"merged"`` is only for all members.
+            strategy: by default the first; ``"merged"`` is only for all members.
             first: place of the first member in the order.
             last: one past the place of the last.
 
         Raises:
             UsageError: a strategy that is not available.
+            ArtefactError: a member cannot be run, or gives logits of another shape.
         """
-        last = len(self) if last is None else last
+        try:
+            return self._ask(images, strategy, first, last)
+        except EnsemblerError:
+            raise
+        except Exception as error:  # ONNX Runtime's, of any class
+            raise ArtefactError(
+                f"a member cannot be run ({first_line(error)}): verify the bundle here, or export the run again"
+            ) from error
+
+    def _ask(
+        self, images: NDArray[np.generic], strategy: Strategy | None, first: int, last: int | None
+    ) -> Probabilities:
+        last, strategy = len(self) if last is None else last, strategy or self.strategies[0]
         if strategy == "merged" and (self._merged is None or (first, last) != (0, len(self))):
             raise UsageError(f"members {first} to {last} cannot be asked in one graph")
         result = np.empty((last - first, len(images), self._classes), dtype=np.float32)
-        if self.device == "cuda":
-            sessions = self._sessions[first:last] if strategy != "merged" or not self._merged else [self._merged]
+        if self.passes:
+            passes = self.passes["merged" if strategy == "merged" else "loop"]
+            places = (0, 1) if strategy == "merged" else (first, last)
             for part in self._parts(len(images), 1):
-                self._on_gpu(sessions, images[part], result[:, part])
+                logits = passes.logits(self._pixels(self._padded(images[part])), *places)
+                result[:, part] = softmax(logits.reshape(last - first, -1, self._classes)[:, : part.stop - part.start])
             return result
         if strategy == "merged" and self._merged is not None:
             for part in self._parts(len(images), 1):
@@ -133,22 +173,39 @@ class Members:
         return [slice(*pair) for pair in pairwise(edges)]
 
     def _run(self, session: onnxruntime.InferenceSession, images: NDArray[np.generic]) -> NDArray[np.float32]:
-        (logits,) = session.run(None, {"images": self._pixels(images)})
+        (logits,) = session.run(None, {"images": self._pixels(images)}, eager())
+        if logits.shape[-2:] != (len(images), self._classes):
+            raise ArtefactError(f"a member gives logits {logits.shape} for {len(images)} images: export the run again")
         return cast(NDArray[np.float32], logits)
 
-    def _on_gpu(
-        self, sessions: Sequence[onnxruntime.InferenceSession], images: NDArray[np.generic], result: Probabilities
+    def _check(
+        self, session: onnxruntime.InferenceSession, image_shape: Sequence[int], leading: Sequence[int] = ()
     ) -> None:
-        """Fill ``result`` (M, B, C): the images go to the GPU once, padded to a size that it has met before."""
-        count = len(images)
-        size = next(batch for batch in self.batches if batch >= count)
-        padded = np.concatenate([images, np.zeros((size - count, *images.shape[1:]), images.dtype)])
-        given = {"images": onnxruntime.OrtValue.ortvalue_from_numpy(self._pixels(padded), self._memory, 0)}
-        logits = [session.run_with_ort_values(None, given)[0].numpy() for session in sessions]
-        result[:] = softmax(np.concatenate([each.reshape(-1, size, self._classes) for each in logits])[:, :count])
+        """Refuse a graph that does not map these images to such logits; ``leading`` are axes before the batch's."""
+        kinds = ("tensor(float)" if self._scaled else "tensor(uint8)", "tensor(float)")
+        wanted = [("images", kinds[0], [None, *image_shape]), ("logits", kinds[1], [*leading, None, self._classes])]
+        found = [(put.name, put.type, list(put.shape)) for put in (*session.get_inputs(), *session.get_outputs())]
+        if [put[:2] for put in found] != [put[:2] for put in wanted] or not all(
+            len(shape) == len(expected) and all(_fits(*pair) for pair in zip(shape, expected, strict=True))
+            for (*_, shape), (*_, expected) in zip(found, wanted, strict=True)
+        ):
+            raise ArtefactError(
+                f"a graph of this bundle does not map images (batch, {', '.join(map(str, image_shape))}) of {kinds[0]} "
+                f"to logits (batch, {self._classes}): export the run again"
+            )
+
+    def _padded(self, images: NDArray[np.generic]) -> NDArray[np.generic]:
+        """The images with black ones up to the next of :attr:`batches`."""
+        size = next(batch for batch in self.batches if batch >= len(images))
+        return np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), images.dtype)])
 
     def _pixels(self, images: NDArray[np.generic]) -> NDArray[np.generic]:
         """The images as the graphs take them."""
         if self._scaled and images.dtype == np.uint8:
             return images.astype(np.float32) / np.float32(255)
         return images
+
+
+def _fits(length: object, expected: int | None) -> bool:
+    """Whether a length of a graph's shape, a name where it is free, is the expected one; ``None``: it must be free."""
+    return length == expected if isinstance(length, int) and expected is not None else not isinstance(length, int)

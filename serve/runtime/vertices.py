@@ -15,16 +15,16 @@ member, and no graph reaches protobuf's limit of 2 GB.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler.errors import ArtefactError, UsageError
+from ensembler.errors import ArtefactError, UsageError, first_line
 from ensembler.seeds import derive
-from ensembler.serve.runtime.manifest import Simplexes
+from ensembler.serve.runtime.arrays import read_arrays
+from ensembler.serve.runtime.manifest import WEIGHTS, Simplexes
 
 __all__ = ["Vertices", "further_coefficients"]
 
@@ -58,16 +58,20 @@ class Vertices:
         Raises:
             ArtefactError: it is not one.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                tensors = {name: file[name] for name in file.files}
-            coefficients = tensors.pop("coefficients")
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise ArtefactError(f"{path} holds no vertices that can be read: export the run again") from error
         parts: dict[str, dict[str, Array]] = {"vertex": {}, "buffer": {}, "shared": {}}
-        for name, tensor in tensors.items():
-            kind, _, initialiser = name.partition("/")
-            parts.setdefault(kind, {})[initialiser] = tensor
+        try:
+            tensors = read_arrays(path)
+            coefficients = tensors.pop("coefficients")
+            rows = dict(zip(("buffer", "vertex"), coefficients.shape, strict=True))  # M, K
+            for name, tensor in tensors.items():
+                kind, _, initialiser = name.partition("/")
+                parts[kind][initialiser] = tensor
+                if kind in rows and tensor.shape[:1] != (rows[kind],):
+                    raise ValueError(f"{name} has the shape {tensor.shape}, not {rows[kind]} rows")
+        except (OSError, ValueError, KeyError) as error:
+            raise ArtefactError(
+                f"{path} holds no vertices that can be read ({first_line(error)}): export the run again"
+            ) from error
         return cls(coefficients, parts["vertex"], parts["buffer"], parts["shared"])
 
     def save(self, path: Path) -> None:
@@ -78,7 +82,13 @@ class Vertices:
         np.savez(path, **tensors)  # type: ignore[arg-type]  # no tensor has the name of a flag
 
     def member(self, index: int) -> dict[str, Array]:
-        """Return the weights of one of the M members, by initialiser."""
+        """Return the weights of one of the M members, by initialiser.
+
+        Raises:
+            ArtefactError: there is no such member.
+        """
+        if not 0 <= index < len(self.coefficients):
+            raise ArtefactError(f"{WEIGHTS} has no member {index}: export the run again")
         own = self.at(self.coefficients[index]) if self._vertices else {}
         return own | {name: rows[index] for name, rows in self._buffers.items()} | self._shared
 
@@ -109,7 +119,13 @@ def further_coefficients(sampling: Simplexes, vertices: int, members: int, seed:
 
     They come from another stream of random numbers than :meth:`ensembler.ensemble.Ensemble.sample`'s, so they never
     repeat the members that a bundle holds.
+
+    Raises:
+        ArtefactError: there are no such simplexes.
     """
+    rows = [row for simplex in sampling.simplexes for row in simplex]
+    if not all(sampling.simplexes) or not rows or min(rows) < 0 or max(rows) >= vertices:
+        raise ArtefactError(f"the simplexes of this bundle are not of its {vertices} vertices: export the run again")
     rng = np.random.default_rng(derive(seed, "served members"))
     count = len(sampling.simplexes)
     chosen = np.arange(members) % count if sampling.weights is None else rng.choice(count, members, p=sampling.weights)

@@ -1,0 +1,42 @@
+"""Text from outside, such as labels, paths and other libraries' messages, made safe for terminals and logs."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+__all__ = ["Printable", "cell", "echo", "printable"]
+
+
+def printable(text: object) -> str:
+    """Return a text in which what moves a cursor, sets a colour or ends a line is escaped."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in str(text)
+    )
+
+
+def echo(text: object, *, err: bool = False) -> None:
+    """Print one line, :func:`printable`."""
+    typer.echo(printable(text), err=err)
+
+
+def cell(text: object) -> Text:
+    """Return a cell of a table: :func:`printable`, and neither ``[bold]`` nor ``:cat:`` means anything in it."""
+    from rich.text import Text
+
+    return Text(printable(text))
+
+
+class Printable(logging.Filter):
+    """Makes the messages of a logger :func:`printable`."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep every record."""
+        record.msg, record.args = printable(record.getMessage()), None
+        return True
