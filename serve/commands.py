@@ -192,7 +192,7 @@ def serve(
     shared = _temporary_folder()
     environment = os.environ | {
         "BENTOML_DO_NOT_TRACK": "True",
-        "BENTOML_HOME": os.environ.get("BENTOML_HOME") or shared,  # it makes folders in it, and serving needs none
+        "BENTOML_HOME": shared,  # it makes folders in it, and serving needs nothing of another
         "ENSEMBLER_BUNDLE": str(bundle.resolve()),
         "ENSEMBLER_WORKERS": str(workers),
     }
