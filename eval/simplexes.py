@@ -19,7 +19,7 @@ from ensembler.eval.metrics.embedding import classical_scaling
 from ensembler.eval.options import SurfaceOptions
 from ensembler.eval.surface import Measuring
 from ensembler.record import Record
-from ensembler.run import Run, versions
+from ensembler.run import Run, Sampling, versions
 
 __all__ = ["Edge", "Face", "Simplexes", "Vertex", "lattice", "measure_simplexes", "projection", "summary"]
 
@@ -108,7 +108,7 @@ def measure_simplexes(
     sampling, count = run.manifest.sampling, run.manifest.vertices
     if count < 2:
         raise UsageError(f"{path} has 1 vertex, and a simplex has two or more: name a run of several")
-    simplexes = [list(range(count))] if sampling is None else sampling.simplexes
+    simplexes = [list(range(count))] if not isinstance(sampling, Sampling) else sampling.simplexes
     parts = options.grid - 1
     edges, triangles = _unique(simplexes, 2), _unique(simplexes, 3)
     faces = triangles[:FACES]

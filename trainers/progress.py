@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +43,7 @@ def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | N
 
     console, results = Console(stderr=True), list[str]()
     with ExitStack() as stack:
-        stack.callback(lambda: [echo(text) for text in results])
+        stack.callback(_print, results)
         watchers: list[OnEvent] = []
         if log:
             watchers.append(stack.enter_context(_json_lines(log)))
@@ -60,6 +60,11 @@ def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | N
                 watch(event)
 
         yield on_event
+
+
+def _print(lines: Sequence[str]) -> None:
+    for line in lines:
+        echo(line)
 
 
 def _lines() -> OnEvent:

@@ -104,8 +104,8 @@ class Window:
 
     def index(self, measure: str) -> float:
         """Return the population stability index of a measure over the window."""
-        found = self._places[measure]
-        expected = next(binned.counts for binned in self._reference if binned.measure == measure)
+        one = next(binned for binned in self._reference if binned.measure == measure)
+        found, expected = self._places[one.measure], one.counts
         return float(stability(np.bincount(found, minlength=len(expected)), expected))
 
     def indices(self) -> dict[str, float]:
