@@ -136,7 +136,10 @@ def serve(
     bundle: Annotated[Path, typer.Argument(parser=place, help="The bundle's folder.")],
     host: Annotated[str, typer.Option(help="IP address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 3000,
-    workers: Annotated[int, typer.Option(min=1, help="Number of worker processes, which share the CPUs.")] = 1,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, envvar="ENSEMBLER_WORKERS", help="Number of worker processes, which share the CPUs."),
+    ] = 1,
     members: Annotated[
         int | None,
         typer.Option(
@@ -170,7 +173,7 @@ def serve(
     shared = _temporary_folder()
     environment = os.environ | {
         "BENTOML_DO_NOT_TRACK": "True",
-        "BENTOML_HOME": os.environ.get("BENTOML_HOME") or shared,  # it makes folders in it, and serving needs none
+        "BENTOML_HOME": shared,  # it makes folders in it, and serving needs nothing of another
         "ENSEMBLER_BUNDLE": str(bundle.resolve()),
         "ENSEMBLER_WORKERS": str(workers),
     }
@@ -350,9 +353,11 @@ def _temporary_folder() -> str:
     """
     for place_of in (None, "/dev/shm"):  # noqa: S108  where the root file system is read-only
         try:
-            return tempfile.mkdtemp(prefix="ensembler-serve-", dir=place_of)
+            folder = Path(tempfile.mkdtemp(prefix="ensembler-serve-", dir=place_of))
+            (folder / "probe").write_bytes(b"x")  # a full disk makes folders, but no files
         except OSError:
             continue
+        return str(folder)
     raise UsageError("serving needs a folder for temporary files: set TMPDIR to one that can be written")
 
 

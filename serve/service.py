@@ -107,7 +107,7 @@ class PredictiveUncertainty:
         """Start the front in the parent of the workers, which BentoML starts with this environment."""
         if os.name != "nt":
             atexit.register(_exit_as_failed)  # runs last
-            folder = os.environ.setdefault(_SHARED, tempfile.mkdtemp(prefix="ensembler-serve-"))
+            folder = os.environ[_SHARED] = os.environ.get(_SHARED) or tempfile.mkdtemp(prefix="ensembler-serve-")
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             address = os.environ.get(_LISTEN)
             host, _, port = (address or "").rpartition(":")

@@ -124,14 +124,16 @@ class Server:
                 [*command, "--port", str(port)], cwd=folder, env=ours | home | environment, stdout=log, stderr=log
             )
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, workers: int = 1) -> None:
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
-                if httpx.get(f"{self.url}/readyz", timeout=60).status_code == 200:
+                ready = httpx.get(f"{self.url}/readyz", timeout=60).status_code == 200
+                if ready and self.log.read_text().count(" initialized") >= workers:
                     return
             except httpx.TransportError:
-                time.sleep(0.1)
+                pass
+            time.sleep(0.1)
         pytest.fail(f"the server did not become ready:\n{self.log.read_text()}")
 
     def family(self) -> list[psutil.Process]:

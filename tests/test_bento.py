@@ -233,7 +233,14 @@ def test_kubernetes_manifest(home: Path) -> None:
     assert f"ARG BENTO_USER_UID={template['spec']['securityContext']['runAsUser']}\n" in dockerfile
     assert {"requests", "limits"} <= container["resources"].keys()
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
-    assert {entry["name"]: entry.get("value") for entry in container["env"]}["BENTOML_HOME"] in mounted
+    assert "/tmp" in mounted  # the only folder that the server writes to
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert template["spec"]["securityContext"]["runAsNonRoot"]
+    sources = {entry["name"]: entry.get("value") for entry in container["env"]}["PYTHONPATH"]
+    assert container["args"][:5] == ["python", "-m", "ensembler", "serve", f"{sources}/bundle"]
+    assert_exists(" ".join(container["args"][2:]))
+    for held in ("ensembler/__main__.py", "bundle/manifest.json"):
+        assert (home / "bentos/made/one/src" / held).exists()
     assert {mount["name"] for mount in container["volumeMounts"]} == {v["name"] for v in template["spec"]["volumes"]}
 
 

@@ -130,7 +130,7 @@ def test_deadlines_and_callers_that_leave_end_the_decoding_and_harm_nobody() -> 
 
 
 @pytest.mark.parametrize(
-    ("shape", "pixels"), [((32, 32, 3), 2**20), ((224, 224, 3), 12_845_056), ((900, 900, 3), 25_000_000)]
+    ("shape", "pixels"), [((32, 32, 3), 2**22), ((224, 224, 3), 12_845_056), ((900, 900, 3), 25_000_000)]
 )
 def test_the_limit_fits_the_network(shape: tuple[int, int, int], pixels: int) -> None:
     assert most_pixels(shape) == pixels
@@ -142,13 +142,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def test_a_service_refuses_what_its_network_does_not_need(bundle: Path) -> None:
-    megapixels = file_of(1100, mode="1")
+    megapixels = file_of(2100, mode="1")
     with in_process(bundle, ENSEMBLER_MAX_BODY="2000000") as client:
-        assert "more than 1048576 pixels" in assert_refused(client.post(ROUTE, content=megapixels), 400)
+        assert "more than 4194304 pixels" in assert_refused(client.post(ROUTE, content=megapixels), 400)
         answer = client.post(ROUTE, content=of_scans(5000, 256))
         assert "scans" in assert_refused(answer, 400)
         assert client.post(ROUTE, content=file_of(32)).status_code == 200
         late = client.post(ROUTE, content=file_of(32), headers={"X-Deadline-Ms": "0"})
         assert late.status_code == 504
-    with in_process(bundle, ENSEMBLER_MAX_PIXELS="2000000", ENSEMBLER_MAX_BODY="2000000") as client:
+    with in_process(bundle, ENSEMBLER_MAX_PIXELS="4500000", ENSEMBLER_MAX_BODY="2000000") as client:
         assert client.post(ROUTE, content=megapixels).status_code == 200

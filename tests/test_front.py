@@ -21,7 +21,10 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from typer.testing import CliRunner
 
+from ensembler.errors import UsageError
+from ensembler.serve.commands import app
 from ensembler.serve.http import front as front_module
 from ensembler.serve.http import intake
 from ensembler.serve.http.front import CHANNEL, Front, listen
@@ -162,13 +165,16 @@ def test_the_oldest_without_a_head_make_room(front: Fixture) -> None:
 
 
 def test_a_worker_that_cannot_begin_says_why(front: Fixture) -> None:
-    killed, refused, served = (Worker(front) for _ in range(3))
+    killed, again, refused, served = (Worker(front) for _ in range(4))
     served.tell(ready=True)
     served.channel.close()
     refused.tell(failed="the bundle is damaged")
     refused.channel.close()
     front.wait_until(lambda: front.failures == ["the bundle is damaged"])
     killed.channel.close()
+    front.wait_until(lambda: front.front._killed == 1)  # that can happen to anybody
+    assert len(front.failures) == 1
+    again.channel.close()
     front.wait_until(lambda: len(front.failures) == 2)
     assert "fit in memory" in front.failures[1]
 
@@ -248,7 +254,7 @@ def test_two_workers_without_a_home_under_attack(tmp_path: Path) -> None:
     port = int(server.url.rpartition(":")[2])
     files = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        server.wait_until_ready()
+        server.wait_until_ready(workers=2)
         for process in [server.process.pid, *(worker.pid for worker in server.family())]:
             resource.prlimit(process, resource.RLIMIT_NOFILE, (200, 200))
         halves = [socket.create_connection(("127.0.0.1", port)) for _ in range(300)]
@@ -274,6 +280,16 @@ def test_two_workers_without_a_home_under_attack(tmp_path: Path) -> None:
         assert files[1] >= 200
         server.stop(signal.SIGTERM)
     assert "Traceback" not in server.log.read_text()
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    bundle = make_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    result = CliRunner().invoke(app, ["serve", str(bundle), "--port", str(free_port())])
+    assert isinstance(result.exception, UsageError) and "set TMPDIR" in str(result.exception)
 
 
 def test_what_cannot_be_loaded_ends_the_server_with_a_sentence(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from ensembler.serve.http.readers import MAX_PIXELS, image_from_file, refused_fi
 
 __all__ = ["Decoder", "most_pixels"]
 
-_LEAST_PIXELS = 2**20
+_LEAST_PIXELS = 2**22  # a screenshot
 _RATIO = 256  # pixels of a file for each of the network's: of a network for 224 x 224, a photo of 12 megapixels
 _FILES = 32  # times the most pixels of a file: the most of a request
 _SCANS = 16  # times the most pixels of a file: the most pixels of all scans of a progressive JPEG

@@ -37,11 +37,12 @@ HEAD_SECONDS = 10.0
 
 _HEAD = 2**16  # bytes
 _ACCEPTED = 64  # connections at a time
-_SILENT = 60.0  # seconds without a word of a ready worker, after which it is held to hang
+_SILENT = 60.0  # seconds without a word of any worker, after which the server is held to hang
+_TRIES = 2  # of opening the bundle
 _RESERVED = 64  # files that are not connections
 _GET = re.compile(rb"(GET|HEAD) ([^ ?]+)(\?[^ ]*)? HTTP/1\.[01]\r?\n")
 _KILLED = (
-    "a worker was killed while it opened the bundle, as happens where a model does not fit in memory: give it more "
+    "workers were killed while they opened the bundle, as happens where a model does not fit in memory: give it more "
     "memory, or use fewer workers or members"
 )
 
@@ -51,7 +52,6 @@ _logger = logging.getLogger("ensembler.serve")
 @dataclass(eq=False)
 class _Worker:
     channel: socket.socket
-    heard: float
     ready: bool = False
     ending: bool = False
     connections: int = 0
@@ -96,6 +96,8 @@ class Front:
         self._public = public
         self._on_failure = on_failure
         self._workers: set[_Worker] = set()
+        self._killed = 0  # in a row while they opened the bundle
+        self._heard = monotonic()  # when a worker last said something
         self._waiting: dict[int, _Waiting] = {}  # by file, the oldest first
         self._most = (raise_file_limit() - _RESERVED) // 2
         self._channels = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -174,8 +176,8 @@ class Front:
         for worker in sorted(self._workers, key=lambda worker: worker.connections):
             if worker.ready and not worker.ending and worker.connections < self._most and _pass(worker, peer):
                 return
-        busy = any(worker.ready for worker in self._workers)
-        reason = "too many connections are open" if busy else "no worker is ready yet"
+        busy = any(worker.ready and not worker.ending for worker in self._workers)
+        reason = "too many connections are open" if busy else "the server is starting or stopping"
         _respond(peer, head, 503, json.dumps({"error": f"{reason}: send this request again"}).encode())
 
     def _forget(self, peer: socket.socket) -> socket.socket:
@@ -199,8 +201,8 @@ class Front:
         return any(worker.ready and not worker.ending for worker in self._workers) and self._is_alive()
 
     def _is_alive(self) -> bool:
-        ready = [worker for worker in self._workers if worker.ready]
-        return not ready or any(monotonic() - worker.heard < _SILENT for worker in ready)
+        loading = any(not worker.ready for worker in self._workers)
+        return loading or monotonic() - self._heard < _SILENT
 
     def _accept_worker(self) -> None:
         try:
@@ -208,7 +210,7 @@ class Front:
         except OSError:
             return
         channel.setblocking(False)
-        worker = _Worker(channel, monotonic())
+        worker = _Worker(channel)
         self._workers.add(worker)
         self._loop.add_reader(channel, self._hear, worker)
 
@@ -219,7 +221,7 @@ class Front:
             return
         except OSError:
             content = b""
-        worker.heard = monotonic()
+        self._heard = monotonic()
         *lines, worker.unread = (worker.unread + content).split(b"\n")
         for line in lines:
             self._note(worker, json.loads(line))
@@ -228,10 +230,13 @@ class Front:
             worker.channel.close()
             self._workers.discard(worker)
             if not worker.ready and not worker.ending:
-                self._on_failure(_KILLED)
+                self._killed += 1
+                if self._killed == _TRIES:
+                    self._on_failure(_KILLED)
 
     def _note(self, worker: _Worker, message: dict[str, Any]) -> None:
-        worker.ready = worker.ready or message.get("ready", False)
+        if message.get("ready"):
+            worker.ready, self._killed = True, 0
         worker.ending = worker.ending or message.get("ending", False)
         worker.connections -= message.get("closed", 0)
         if "failed" in message:
