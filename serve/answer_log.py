@@ -205,7 +205,7 @@ def drift_of(file: Path, window: int) -> Drift:
         taken.add({name: np.asarray(values)[start : start + size] for name, values in columns.items()})
         first, last = lines[start].time, lines[start + size - 1].time
         windows.append(WindowDrift(first=first, last=last, index=taken.indices()))
-    bounds: dict[str, float] = {str(name): bound for name, bound in taken.bounds.items()}
+    bounds = taken.bounds
     return Drift(
         bundle=head.bundle,
         answers=len(lines),

@@ -15,7 +15,7 @@ from tests._service import TestClient, in_process, make_calibrated
 schemathesis = pytest.importorskip("schemathesis")
 checks = schemathesis.checks
 
-CASES = {"post": 45, "get": 2}
+CASES = {"post": 100, "get": 2}
 """Of each operation and mode."""
 
 TAKING = ("/predictive-uncertainty", "/v2/models/{name}", "/v2/models/{name}/ready", "/v2/models/{name}/infer")
@@ -67,5 +67,5 @@ def test_the_service_keeps_to_its_description(client: TestClient, mode: Any) -> 
             case.validate_response(answer, excluded_checks=ELSEWHERE)
 
         keeps()
-    assert not any(status >= 500 for status in statuses) and statuses[400] > 20 and statuses.total() > 90
+    assert not any(status >= 500 for status in statuses) and statuses[400] > 50 and statuses.total() > 200
     assert statuses[200] > 10 if mode == schemathesis.GenerationMode.POSITIVE else statuses[200] == 0

@@ -5,7 +5,7 @@ saw (statuses, the slowest answer of ``/readyz``) and the memory of the server's
 
     python benchmarks/attack/attacks.py                  # all, a few minutes
     python benchmarks/attack/attacks.py bodies heads     # some
-    python benchmarks/attack/attacks.py --tree OLD       # the same on another checkout, to compare
+    python benchmarks/attack/attacks.py --tree OTHER     # the same on another checkout that has this one route
 """
 
 from __future__ import annotations
@@ -115,9 +115,7 @@ class Server:
             while not over.is_set():
                 try:
                     headers = {"Content-Type": "image/png"}
-                    answer = httpx.post(
-                        f"{self.url}{ROUTE}/image", content=image.getvalue(), headers=headers, timeout=120
-                    )
+                    answer = httpx.post(f"{self.url}{ROUTE}", content=image.getvalue(), headers=headers, timeout=120)
                     self.statuses[answer.status_code] += 1
                 except httpx.TransportError as error:
                     self.statuses[type(error).__name__] += 1
@@ -193,7 +191,7 @@ def decoding(bundle: Path, tree: Path) -> str:
     def ask(**options: object) -> None:
         began = time.perf_counter()
         try:
-            status = httpx.post(f"{server.url}{ROUTE}/image", timeout=100, **options).status_code  # type: ignore[arg-type]
+            status = httpx.post(f"{server.url}{ROUTE}", timeout=100, **options).status_code  # type: ignore[arg-type]
         except httpx.TransportError as error:
             status = type(error).__name__
         statuses.append(f"{status} after {time.perf_counter() - began:.2f} s")
@@ -210,7 +208,7 @@ def bodies(bundle: Path, tree: Path) -> str:
     server = Server(bundle, tree)
     server.wait_until_ready()
     size = 32 * 2**20
-    head = f"POST {ROUTE}/binary HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
+    head = f"POST {ROUTE} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n".encode()
     peers = [server.connect(head) for _ in range(8)]
 
     def send(peer: socket.socket) -> None:
@@ -271,7 +269,7 @@ def flood(bundle: Path, tree: Path) -> str:
         headers = {"Content-Type": "application/octet-stream", "X-Shape": "16,32,32,3"}
         with httpx.Client(base_url=server.url, timeout=60) as caller:
             while time.monotonic() < over:
-                count[caller.post(f"{ROUTE}/binary", content=bytes(16 * 3072), headers=headers).status_code] += 1
+                count[caller.post(ROUTE, content=bytes(16 * 3072), headers=headers).status_code] += 1
 
     with server.watched(small=False):
         threads = [threading.Thread(target=ask) for _ in range(64)]

@@ -87,9 +87,9 @@ class Window:
 
     def __init__(self, reference: Sequence[Binned], images: int) -> None:
         self.images = images
-        self.bounds = {binned.measure: bound(binned.counts, images) for binned in reference}
+        self.bounds: dict[str, float] = {binned.measure: bound(binned.counts, images) for binned in reference}
         self._reference = list(reference)
-        self._places = {binned.measure: np.empty(0, np.int64) for binned in reference}
+        self._places: dict[str, Counts] = {binned.measure: np.empty(0, np.int64) for binned in reference}
 
     def add(self, columns: Mapping[str, ArrayLike]) -> None:
         """Take what was answered for some images: an array (B,) for each measure."""
