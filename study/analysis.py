@@ -29,19 +29,26 @@ __all__ = ["analyse", "equivalents_said"]
 Key = tuple[float, str]  # of a cell's group: budget and label
 
 
-def analyse(plan: Plan, study: Study, places: Mapping[str, Path], found: Evaluation) -> StudyReport:
+def analyse(
+    plan: Plan, study: Study, places: Mapping[str, Path], found: Evaluation, varied: Evaluation | None = None
+) -> StudyReport:
     """Make the report of a study.
 
     Args:
         plan, study: what was asked for.
         places: where each cell's run lies, by the cell's name.
         found: their evaluation.
+        varied: that of variations of the test images.
     """
     order = {path: number for number, path in enumerate(distinct(list(places.values())))}
     numbers = {name: order[path.resolve()] for name, path in places.items()}
     scores = [
         scored(run, found.labels, report.temperature) for run, report in zip(found.runs, found.report.runs, strict=True)
     ]
+    if varied is not None:
+        for own, run, report in zip(scores, varied.runs, varied.report.runs, strict=True):
+            of_views = scored(run, varied.labels, report.temperature)
+            own |= {f"views_{name}": of_views[name] for name in ("nll", "calibrated_nll") if name in of_views}
     groups: dict[Key, list[Cell]] = {}
     for cell in plan.cells:
         groups.setdefault((cell.budget, cell.label), []).append(cell)

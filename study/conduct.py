@@ -100,11 +100,15 @@ def conduct(file: Path | None, typed: Mapping[str, Any], options: StudyOptions) 
                 )
                 places = maker.make()
             with watching(options.quiet, unit="images") as watch:
-                evaluation = evaluate_paths(list(places.values()), tests, watch=watch, engine=engine)
+                paths = list(places.values())
+                evaluation, varied = evaluate_paths(paths, tests, watch=watch, engine=engine), None
+                if study.grid.views:
+                    clean = {"views": [study.grid.views], "shift": None, "ood": None}
+                    varied = evaluate_paths(paths, tests.model_copy(update=clean), watch=watch, engine=engine)
         except KeyboardInterrupt:
             typer.echo("to resume: the same command", err=True)
             raise
-    report = analyse(found, study, places, evaluation)
+    report = analyse(found, study, places, evaluation, varied)
     write_files(out, files(report), None)
     Console(highlight=False).print(terminal(report))
     print_lines(f"took {time.monotonic() - start:.0f} s; report: {out}")

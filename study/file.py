@@ -60,6 +60,9 @@ class Grid(Options):
     shift: list[str] | None = option(None, help="Shifted test images, as of ensembler eval. Repeatable.")
     ood: list[str] | None = option(None, help="Out-of-distribution images, as of ensembler eval. Repeatable.")
     examples: int | None = option(None, ge=1, help="Number of test images. (default: all)")
+    views: int | None = option(
+        None, ge=1, help="N: also predict N seeded variations of each test image (test-time augmentation)."
+    )
 
     @cached_property
     def multiples(self) -> list[float]:

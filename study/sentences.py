@@ -11,6 +11,10 @@ __all__ = ["NAMES", "answers", "compared", "pareto", "recommendations", "within"
 
 NAMES: dict[str, Score] = {
     **{name: SCORES[name] for name in ("error", "nll", "calibrated_nll", "ece")},
+    "views_nll": SCORES["nll"]._replace(title="TTA NLL", meaning="NLL with test-time augmentation"),
+    "views_calibrated_nll": SCORES["calibrated_nll"]._replace(
+        title="TTA cal. NLL", meaning="calibrated NLL with test-time augmentation"
+    ),
     "shifted_nll": SCORES["nll"]._replace(title="shifted NLL", meaning="NLL, mean over corruptions and severities"),
     "shifted_ece": SCORES["ece"]._replace(title="shifted ECE %", meaning="ECE, mean over corruptions and severities"),
     "ood_auroc": Score(

@@ -51,6 +51,7 @@ class SWAG(Method):
 
     command = "train-swag"
     has_jobs = True
+    by_budget = frozenset({"swa_epochs", "swags"})
     fast = {"epochs": 10, "members": 5, "start": 0.6, "swa_lr": 0.02}
     published = (
         Recipe("vgg16", SOLUTIONS["vgg16"] | _SWAG | {"swa_lr": 0.01}, MADDOX_2019),
