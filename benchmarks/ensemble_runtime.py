@@ -39,9 +39,10 @@ from ensembler.machine import available_cpus
 from ensembler.serve.export.bundle import export_run
 from ensembler.serve.export.writer import write_merged
 from ensembler.serve.runtime.early_exit import Mode
+from ensembler.serve.runtime.gpu import GpuOptions
 from ensembler.serve.runtime.manifest import MERGED
 from ensembler.serve.runtime.runtime import Runtime
-from ensembler.serve.runtime.sessions import open_bundle, open_merged
+from ensembler.serve.runtime.sessions import open_bundle, open_merged, providers
 from ensembler.serve.runtime.strategies import Members
 from ensembler.serve.runtime.tune import BATCHES, measure
 
@@ -92,12 +93,13 @@ def _slowdown(runtime: Runtime, bundle: Path, ensemble: Ensemble, dataset: Datas
     scratch = shutil.copytree(bundle, bundle.with_name("with-merged"))
     if MERGED not in manifest.files:
         write_merged(scratch, manifest.layout, manifest.graphs, manifest.order)
+    ways = providers(GpuOptions(), manifest.precision == "tf32", manifest.members + 1)
     every = Members(
-        open_bundle(scratch, manifest),
+        open_bundle(scratch, manifest, ways=ways),
         threads,
         manifest.image_shape,
         len(manifest.classes),
-        merged=open_merged(scratch, manifest.layout, manifest.order, threads),
+        merged=open_merged(scratch, manifest.layout, manifest.order, threads, ways),
     )
     networks = [copy.deepcopy(ensemble.network(member)) for member in manifest.order]
     record = ensemble.run.manifest.dataset
