@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Timer
 from time import monotonic
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -236,7 +236,7 @@ class _Lane:
             self._process = None
 
 
-def _write(pipe: BinaryIO, parts: Sequence[bytes]) -> None:
+def _write(pipe: IO[bytes], parts: Sequence[bytes]) -> None:
     head, *rest = parts
     pipe.write(struct.pack("<Q", len(head)) + head)
     for part in rest:
@@ -244,12 +244,12 @@ def _write(pipe: BinaryIO, parts: Sequence[bytes]) -> None:
     pipe.flush()
 
 
-def _read(pipe: BinaryIO) -> bytes:
+def _read(pipe: IO[bytes]) -> bytes:
     (size,) = struct.unpack("<Q", _exactly(pipe, 8))
     return _exactly(pipe, size)
 
 
-def _exactly(pipe: BinaryIO, size: int) -> bytes:
+def _exactly(pipe: IO[bytes], size: int) -> bytes:
     content = pipe.read(size)
     if len(content) < size:
         raise EOFError

@@ -11,8 +11,8 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,8 +141,9 @@ async def _intake(app: Starlette, channel: _Channel, graceful: int) -> AsyncIter
 class _Server(uvicorn.Server):
     """A server inside another, which has the signals."""
 
-    def capture_signals(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 class _Patient(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
