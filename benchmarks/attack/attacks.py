@@ -167,13 +167,16 @@ def disk(bundle: Path, tree: Path) -> str:
     """No file can grow any more, as on a full disk (RLIMIT_FSIZE), while two workers serve."""
     server = Server(bundle, tree, "--workers", "2")
     server.wait_until_ready()
+    time.sleep(5)  # the other worker
     for process in psutil.Process(server.process.pid).children(recursive=True):
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, 0))
     with server.watched():
         time.sleep(5)
-    metrics = httpx.get(f"{server.url}/metrics", timeout=30).status_code
+    running = server.process.poll() is None
+    metrics = httpx.get(f"{server.url}/metrics", timeout=30).status_code if running else "none: the server has ended"
     server.stop()
-    return f"/metrics {metrics}; {server.seen()}"
+    warnings = sum("metrics cannot be written" in line for line in server.lines)
+    return f"/metrics {metrics}; {server.seen()}; {warnings} lines in the log"
 
 
 def decoding(bundle: Path, tree: Path) -> str:
