@@ -286,7 +286,8 @@ def appear(path: Path) -> Iterator[Path]:
     except OSError as error:
         if path.exists():  # another process created it meanwhile
             raise UsageError(f"{path} already exists: choose another path, or remove it first") from error
-        raise ArtefactError(f"cannot write {path}: {error.strerror or error}: make room, or choose another") from error
+        reason = error.strerror or error
+        raise ArtefactError(f"cannot write {path}: {reason}: make room, or choose another place") from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)

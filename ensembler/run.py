@@ -347,7 +347,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:  # raised for a full disk, too, instead of OSError
-        raise ArtefactError(f"cannot write {path}: {error}: make room, or choose another") from error
+        raise ArtefactError(f"cannot write {path}: {error}: make room, or choose another place") from error
 
 
 def _manifest_sha256(path: Path) -> str:

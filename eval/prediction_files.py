@@ -87,7 +87,8 @@ def writing(path: Path) -> Iterator[Writer]:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise ArtefactError(f"cannot write {path}: {error.strerror or error}: make room, or choose another") from error
+        reason = error.strerror or error
+        raise ArtefactError(f"cannot write {path}: {reason}: make room, or choose another place") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -159,7 +159,7 @@ def test_a_file_that_is_not_there_or_not_text():
 def made_again(command, folder):
     """A run of the command, and that which ``--config`` makes of it: the same bytes, options and fingerprint."""
     name, *arguments = command
-    first = train(name, *arguments, *SMALL, "--out", f"{folder}/first")
+    first = train(name, *SMALL, *arguments, "--out", f"{folder}/first")
     again = train(name, "--config", f"{folder}/first", "--quiet", "--out", f"{folder}/again")
     for field in ("command", "method", "options", "settings", "seed", "fingerprint"):
         assert getattr(again, field) == getattr(first, field)
@@ -178,6 +178,7 @@ COMMANDS = [
     ["train-snapshots", "--members", 2, "--batch-size", 50],
     ["train-swag", "--members", 3, "--start", 0.5, "--collect-every", 0.25, "--swags", 2],
     ["train-csgmcmc", "--members", 4, "--samples-per-cycle", 2],
+    ["train-mc-dropout", "--members", 2, "--arch", "tests._small:dropout"],
     ["train-simplex", "--vertices", 2, "--members", 3, "--no-corners", "--regularisation", "auto"],
     ["train-simplex", "--vertices", 2, "--simplexes", 2, "--recipe", "fast", "--vertex-epochs", 0.5],
     ["train-subspace", "--vertices", 2, "--beta", 0.5],
@@ -234,7 +235,7 @@ def test_a_setting_that_is_not_its_default_is_made_again():
     made = made_again(["train-deep-ensemble", "--members", 1, *sum(changes.items(), ())], "changed")
     default = {name: field.default for name, field in Settings.model_fields.items()}
     unchanged = {name for name, value in made.settings.items() if value == default[name]}
-    assert unchanged == {"init", "weights", "sync_batchnorm", "compile", "eager", "workers"}
+    assert unchanged == {"init", "weights", "sync_batchnorm", "compile", "eager", "measure", "workers"}
 
 
 def test_another_commands_run_is_refused():

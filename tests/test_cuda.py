@@ -58,6 +58,13 @@ def _deterministic() -> Iterator[None]:
     flags.deterministic = before
 
 
+@pytest.fixture
+def _one_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN measures no algorithms: which one is the fastest depends on what else the GPU does."""
+    monkeypatch.setattr("ensembler.trainers.trainer.configure", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16", "float16"])
 @pytest.mark.parametrize("method", METHODS)
 def test_captured_steps_are_the_eager_ones(method, precision):
@@ -94,6 +101,7 @@ def test_a_step_waits_for_nothing(method, monkeypatch):
     train(dataset(train=32), METHODS[method], settings())
 
 
+@pytest.mark.usefixtures("_one_algorithm")
 @pytest.mark.parametrize("network", ["batchnorm", "noisy", "layernorm"])
 def test_members_side_by_side_are_those_trained_alone(network):
     own = settings(architecture=f"tests._small:{network}")

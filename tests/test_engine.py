@@ -346,7 +346,8 @@ def test_a_damaged_job_is_done_again_and_the_result_of_another_run_refused(tmp_p
     make(path, method, settings())
     state = tmp_path / "x.unfinished" / "solution-2.done" / "state.pt"
     state.write_bytes(state.read_bytes()[:-1])
-    resumed = make(path, method, settings(), on_event=lambda event: again.append(event.part))
+    ends = lambda event: again.append(event.part) if isinstance(event, EpochEnd) else None  # noqa: E731
+    resumed = make(path, method, settings(), on_event=ends)
     assert again == ["solution 2", "solution 2"]
     assert_the_same(resumed, train(dataset(), method, settings()))
     for other, changed in ((method, settings(seed=5)), (method, settings(epochs=3)), (DeepEnsemble(), settings())):

@@ -217,7 +217,7 @@ def test_a_save_that_fails_leaves_no_file(run, tmp_path, monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(prediction_files.npy, "write_array", full)
-    with pytest.raises(EnsemblerError, match=r"cannot write .*old\.npz: No space left on device; no partial"):
+    with pytest.raises(EnsemblerError, match=r"cannot write .*old\.npz: No space left on device: make room"):
         evaluate_paths([run], device="cpu", save_predictions=file)
     assert file.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old.npz", "runs"]

@@ -17,6 +17,7 @@ from ensembler.trainers import (
     Curve,
     CyclicalSGMCMC,
     DeepEnsemble,
+    MCDropout,
     Method,
     Settings,
     Simplex,
@@ -36,6 +37,7 @@ SMALL: dict[type[Method], dict[str, Any]] = {
     Snapshots: {"members": 2},
     SWAG: {"members": 2, "start": 0.5, "collect_every": 0.5},
     CyclicalSGMCMC: {"members": 2, "samples_per_cycle": 1},
+    MCDropout: {"members": 2},
     Simplex: {"vertices": 2},
     Subspace: {"vertices": 2},
     Curve: {"points": 3},
@@ -53,17 +55,18 @@ def ends(tmp_path_factory) -> list[str]:
 def test_every_resolved_option_is_in_the_manifest(kind, ends, tmp_path):
     joined = {"first": ends[0], "second": ends[1], "modes": ends}
     given = SMALL.get(kind, {}) | {name: value for name, value in joined.items() if name in kind.model_fields}
-    manifest = Run.load(make(kind(**given)).save(tmp_path / "run")).manifest
+    own = {"architecture": "tests._small:dropout"} if kind is MCDropout else {}
+    manifest = Run.load(make(kind(**given), **own).save(tmp_path / "run")).manifest
     assert manifest.options.keys() == kind.model_fields.keys()
     assert manifest.settings.keys() == Settings.model_fields.keys()
     # What they hold makes the same run again, and nothing that the data or other options decide is left open.
     settings = Settings(**manifest.settings)
     assert kind(**manifest.options).resolved(settings) == kind(**manifest.options)
     assert manifest.options | given == manifest.options
-    assert manifest.settings | SETTINGS == manifest.settings
+    assert manifest.settings | SETTINGS | own == manifest.settings
     open_ones = {name for name, value in (manifest.options | manifest.settings).items() if value is None}
     assert open_ones <= {"init", "weights", "threads", "workers"}
-    assert make(kind(**manifest.options)).manifest.fingerprint == manifest.fingerprint
+    assert make(kind(**manifest.options), **own).manifest.fingerprint == manifest.fingerprint
 
 
 def test_what_is_only_computed_otherwise_is_the_same_run():

@@ -682,7 +682,7 @@ def test_every_route_answers_head_and_options_and_says_what_it_allows(client: Te
 
 
 def test_not_ready_before_every_session_has_run(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Runtime, "warm_up", lambda self: None)
+    monkeypatch.setattr(Runtime, "warm_up", lambda *_: None)
     with in_process(bundle) as client:
         assert client.get("/readyz").status_code == 503
         assert client.get("/livez").status_code == 200

@@ -606,7 +606,10 @@ def test_a_url_that_sends_without_end_is_left(
 EVIL = "\x1b[2J\x07[bold]:cat:\n\u202efake: all is well\x9b\u2028"
 
 
-def test_what_a_bundle_says_is_printed_as_it_is(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_what_a_bundle_says_is_printed_as_it_is(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # short paths, which take one line
     folder = copied(bundles, MEMBERS, tmp_path / "bundle")
     labels = [f"{EVIL}{number}" for number in range(5)]
     setting(classes=labels, dataset=EVIL, architecture=EVIL, method=EVIL, compared_on=[EVIL])(folder)
@@ -615,8 +618,8 @@ def test_what_a_bundle_says_is_printed_as_it_is(bundles: dict[str, Path], tmp_pa
     (tmp_path / "not\x1b[2Jan\nimage.png").write_bytes(b"nothing")
     for arguments in (
         ["verify", str(folder)],
-        ["predict", str(folder), str(image)],
-        ["predict", str(folder), str(tmp_path)],
+        ["predict", "bundle", image.name],
+        ["predict", "bundle", "."],
     ):
         result = CliRunner().invoke(app, arguments, terminal_width=300)
         for stream in (result.stdout, result.stderr):

@@ -241,7 +241,7 @@ class Store:
         except RuntimeError as error:  # PyTorch raises it while it handles the system's error, such as a full disk
             system = error.__context__
             reason = system.strerror if isinstance(system, OSError) else str(error).splitlines()[0]
-            raise ArtefactError(f"cannot write {path}: {reason}: make room, or choose another") from error
+            raise ArtefactError(f"cannot write {path}: {reason}: make room, or choose another place") from error
         self.unfinished.written = time.monotonic()
 
     def _read(self, path: Path) -> dict[str, Any] | None:
