@@ -1,10 +1,10 @@
 """The check of a machine with a GPU: is what is computed there right, and how fast is it?
 
 - ``tests``: the tests marked ``cuda``;
-- ``train``: images a second of this package, eager and captured, and of a plain PyTorch loop, in one run;
-- ``together``: M members side by side, over one captured alone;
+- ``together``: images a second of M members side by side;
 - ``score``: seconds to predict 10,000 images, clean and 95 times, by one network and by ten members;
-- ``onnx``: ONNX Runtime's CUDA provider, where it is installed: agreement and milliseconds a batch.
+- ``onnx``: ONNX Runtime's CUDA provider, where it is installed: agreement and milliseconds a batch;
+- ``train``: images a second of this package, eager and captured, and of a plain PyTorch loop.
 
 Each part is timed, and one that fails is named and does not end the others. Figures are written as they come. Without a
 GPU the same is done on the CPU, tiny, to show that it works; its figures say nothing.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -205,7 +206,13 @@ def tests() -> str:
     """The last line of pytest, and the names of what failed."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/test_cuda.py", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        command, check=False, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=400
+        command,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"COLUMNS": "300"},
     )
     lines = done.stdout.strip().splitlines()
     return "; ".join([*(line for line in lines if line.startswith(("FAILED", "ERROR"))), *lines[-1:]])[:4000]
@@ -223,14 +230,6 @@ def main() -> None:
     configure(DEVICE)
     if "tests" in parts:
         report.attempt("tests", tests)
-    if "train" in parts:
-        for architecture, batch, precision in GRID:
-            name = f"images a second, {architecture}, {batch}, {precision}"
-            alone = report.attempt(f"{name}, plain", partial(plain, architecture, batch, precision))
-            steps = max(1, round(SECONDS / 3 * (alone or batch) / batch))  # an epoch of a second in a plain loop
-            for eager in (True, False):
-                measure = partial(own, architecture, batch, precision, steps, eager)
-                report.attempt(f"{name}, {'eager' if eager else 'captured'}", measure)
     if "together" in parts:
         for members in (2, 4, 8) if CUDA else (2,):
             architecture, batch, precision = GRID[0]
@@ -243,6 +242,14 @@ def main() -> None:
                 report.attempt(f"seconds, {members} members, {name}", partial(score, members, times if CUDA else 1))
     if "onnx" in parts:
         report.attempt("onnx", onnx)
+    if "train" in parts:
+        for architecture, batch, precision in GRID:
+            name = f"images a second, {architecture}, {batch}, {precision}"
+            alone = report.attempt(f"{name}, plain", partial(plain, architecture, batch, precision))
+            steps = max(1, round(SECONDS / 3 * (alone or batch) / batch))  # an epoch of a second in a plain loop
+            for eager in (True, False):
+                measure = partial(own, architecture, batch, precision, steps, eager)
+                report.attempt(f"{name}, {'eager' if eager else 'captured'}", measure)
     if CUDA:
         report.tell("peak memory, GiB", round(torch.cuda.max_memory_allocated() / 2**30, 2))
 

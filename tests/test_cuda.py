@@ -140,18 +140,21 @@ def test_a_training_resumes_on_the_gpu(method, tmp_path, monkeypatch):
 
 
 def test_corruptions_have_the_bytes_that_a_cpu_makes():
-    from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, corrupt
+    """Those that a GPU makes otherwise, on the first images, are made on the CPU."""
+    from ensembler.datasets import Split
+    from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES
+    from ensembler.eval.shift.generated import Corrupted
 
     generator = torch.Generator().manual_seed(0)
     points = torch.rand(96, 3, 5, 5, generator=generator) * 255
     smooth = torch.nn.functional.interpolate(points, size=(32, 32), mode="bicubic").clamp(0, 255)
-    images = smooth.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    different = [
-        (name, severity)
-        for name in AVAILABLE
-        for severity in SEVERITIES
-        if not torch.equal(corrupt(images.cuda(), name, severity).cpu(), corrupt(images, name, severity))
-    ]
+    clean = Split(smooth.to(torch.uint8).permute(0, 2, 3, 1).contiguous(), torch.zeros(96, dtype=torch.int64))
+    different = []
+    for name in AVAILABLE:
+        for severity in SEVERITIES:
+            made = Corrupted(clean, torch.arange(96), name, severity, seed=0)
+            on_gpu, on_cpu = (made.images(slice(96), device) for device in (torch.device("cuda"), None))
+            different += [] if torch.equal(on_gpu.cpu(), on_cpu) else [(name, severity)]
     assert not different
 
 
