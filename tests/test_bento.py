@@ -212,7 +212,7 @@ def test_an_environment_without_torch_serves_the_bento(lean: Path, home: Path, b
 
 def test_an_environment_without_torch_serves_the_installed_package(lean: Path, bundle: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    for name in ("ensembler", "trainers", "eval", "serve"):
+    for name in ("ensembler", "trainers", "eval", "study", "serve"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)

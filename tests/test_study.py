@@ -505,7 +505,7 @@ def test_the_board_fills_as_runs_are_there(tmp_path):
     board.on_run(base.name, run, "trained")
     shown = io.StringIO()
     Console(file=shown, width=80).print(board.table())
-    nll = run.manifest.metrics["test"]["nll"]
+    nll = run.manifest.metrics["test"]["nll"] + 0.0  # 0 has no sign there
     assert f"{nll:.3f} 1/2" in shown.getvalue()
     assert "0/2" in shown.getvalue()
     assert "–" in shown.getvalue()  # one network is no deep ensemble
