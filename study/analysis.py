@@ -46,8 +46,8 @@ def analyse(
         scored(run, found.labels, report.temperature) for run, report in zip(found.runs, found.report.runs, strict=True)
     ]
     if varied is not None:
-        for own, run, report in zip(scores, varied.runs, varied.report.runs, strict=True):
-            of_views = scored(run, varied.labels, report.temperature)
+        for own, run, row in zip(scores, varied.runs, varied.report.runs, strict=True):
+            of_views = scored(run, varied.labels, row.temperature)
             own |= {f"views_{name}": of_views[name] for name in ("nll", "calibrated_nll") if name in of_views}
     groups: dict[Key, list[Cell]] = {}
     for cell in plan.cells:
