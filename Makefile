@@ -60,7 +60,7 @@ $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
 	$(INSTALL) --editable '.[$(EXTRAS)]'
 	touch $@ $(VENV)/.installed
 
-$(VENV)/wheel/ensembler: $(VENV)/.installed-dev $(shell find ensembler trainers eval serve -type f -not -name '*.pyc')
+$(VENV)/wheel/ensembler: $(VENV)/.installed-dev $(shell find ensembler trainers eval study serve -type f -not -name '*.pyc')
 	rm -rf $(VENV)/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(VENV)/wheel .
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/wheel $(VENV)/wheel/*.whl
