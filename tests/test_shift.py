@@ -405,7 +405,7 @@ def test_corruptions_are_made_where_the_networks_are_and_the_clean_images_go_the
         made.append((corruption, severity, images.device, len(images), indices.tolist()))
         return images
 
-    monkeypatch.setattr(generated_module, "fingerprint", lambda *given: "alike everywhere")
+    monkeypatch.setattr(generated_module.Corrupted, "_made_alike", lambda self, device: True)
     monkeypatch.setattr(generated_module, "corrupt", spy)
     monkeypatch.setattr(Split, "to", lambda self, device, to=Split.to: ups.append(device) or to(self, device))
     shift = load_shift("corruptions", dataset(), EVERYTHING[:5], tmp_path)
@@ -422,8 +422,13 @@ def test_corruptions_are_made_where_the_networks_are_and_the_clean_images_go_the
 def test_a_device_that_makes_other_bytes_makes_none(tmp_path, monkeypatch):
     examples = cell(load_shift("corruptions", dataset(), EVERYTHING[:5], tmp_path), "contrast", 3)
     expected = everything(examples)
-    own = generated_module.fingerprint
-    monkeypatch.setattr(generated_module, "fingerprint", lambda *given: "other" if META in given else own(*given))
+    own = generated_module.corrupt
+
+    def otherwise(images, *given, **named):
+        black = torch.zeros(images.shape, dtype=torch.uint8)
+        return black if images.device == META else own(images, *given, **named)
+
+    monkeypatch.setattr(generated_module, "corrupt", otherwise)
     assert torch.equal(examples.images(slice(None), META), expected)
 
 
