@@ -17,7 +17,7 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.eval.metrics.embedding import classical_scaling
 from ensembler.eval.options import SurfaceOptions
-from ensembler.eval.surface import Measuring
+from ensembler.eval.surface import Measured, Measuring
 from ensembler.record import Record
 from ensembler.run import Run, Sampling, versions
 
@@ -56,12 +56,12 @@ class Face(Record):
     test_error: list[float]
 
 
-class Simplexes(Record):
+class Simplexes(Measured):
     """The measures of a run's simplexes.
 
     ``train_loss``: mean NLL in nats; ``test_error`` in [0, 1]. ``shares``: of the vertices' squared distances in weight
     space, what each direction of the projection shows. ``faces_left_out``: triangles beyond the first that were not
-    measured. ``batchnorm_examples``: training images for the BatchNorm statistics at each point.
+    measured.
     """
 
     format: int = 1
@@ -75,13 +75,6 @@ class Simplexes(Record):
     edges: list[Edge]
     faces: list[Face]
     faces_left_out: int
-    train_examples: int
-    test_examples: int
-    batchnorm_examples: int
-    device: str
-    seed: int
-    versions: dict[str, str]
-    seconds: float
 
 
 def measure_simplexes(

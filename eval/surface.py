@@ -33,6 +33,7 @@ from ensembler.subspace import CURVES, edge_lengths, log_volume
 
 __all__ = [
     "Corner",
+    "Measured",
     "Measuring",
     "Route",
     "Surface",
@@ -76,12 +77,27 @@ class Route(Record):
     ways: dict[str, Way]
 
 
-class Surface(Record):
+class Measured(Record):
+    """How points of weight space were measured.
+
+    ``batchnorm_examples``: training images for the BatchNorm statistics at each point.
+    """
+
+    train_examples: int
+    test_examples: int
+    batchnorm_examples: int
+    device: str
+    seed: int
+    versions: dict[str, str]
+    seconds: float
+
+
+class Surface(Measured):
     """The measures of a plane.
 
     ``x`` and ``y`` are coordinates in weight space, with the first corner at 0; ``train_loss`` (mean NLL, nats) and
     ``test_error`` (in [0, 1]) have a row per ``y``. ``members`` and ``curve``: points (x, y) in the plane of
-    members, and of a curve. ``batchnorm_examples``: training images for the BatchNorm statistics at each point.
+    members, and of a curve.
     """
 
     format: Literal[1] = 1
@@ -96,13 +112,6 @@ class Surface(Record):
     train_loss: list[list[float]]
     test_error: list[list[float]]
     paths: list[Route]
-    train_examples: int
-    test_examples: int
-    batchnorm_examples: int
-    device: str
-    seed: int
-    versions: dict[str, str]
-    seconds: float
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensembler import folders
 from ensembler.errors import ArtefactError, EnsemblerError, ShapeError, UsageError
 from ensembler.serve.http.routes import PREDICT
 from ensembler.text import cell
@@ -48,6 +47,8 @@ def find_images(given: Sequence[str]) -> list[Path]:
     Raises:
         UsageError: no such file, or a folder or pattern without an image.
     """
+    from ensembler import folders
+
     found: list[Path] = []
     for name in given:
         path = Path(name)

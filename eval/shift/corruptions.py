@@ -221,10 +221,8 @@ def _side_by_side(work: Callable[[slice], None], parts: list[slice], threads: in
         torch.set_num_threads(threads)  # the workers set their own number, and with it that of threads yet to start
 
 
-def fingerprint(
-    corruption: str, severity: int, seed: int, shape: tuple[int, int], device: torch.device | None = None
-) -> str:
-    """Hash eight fixed images of ``shape`` (H, W) after the corruption, by default on the CPU.
+def fingerprint(corruption: str, severity: int, seed: int, shape: tuple[int, int]) -> str:
+    """Hash eight fixed images of ``shape`` (H, W) after the corruption.
 
     It changes whenever a constant, the code or a library changes what a corruption does to them, and so tells a cache
     of predictions that the images behind it are no longer those that would be made.
@@ -232,8 +230,8 @@ def fingerprint(
     height, width = shape
     places = torch.arange(8 * height * width * 3).view(8, height, width, 3)
     probe = ((places * 0x9E3779B1) >> 13 & 0x3F) + (torch.arange(8) * 24).view(8, 1, 1, 1)
-    corrupted = corrupt(probe.to(device, torch.uint8), corruption, severity, seed=seed)
-    return hashlib.sha256(corrupted.cpu().numpy().tobytes()).hexdigest()
+    corrupted = corrupt(probe.to(torch.uint8), corruption, severity, seed=seed)
+    return hashlib.sha256(corrupted.numpy().tobytes()).hexdigest()
 
 
 def _check(images: Tensor) -> None:
