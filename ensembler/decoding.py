@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensembler.errors import DataError, ShapeError
-from ensembler.machine import available_cpus
+from ensembler.machine import in_threads
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -135,15 +134,14 @@ def read_image(path: Path, shape: tuple[int, int] | None = None, mend: str = MEN
 def unreadable(files: Sequence[Path]) -> list[Path]:
     """Return the files that cannot be decoded, by decoding all of them in several threads."""
 
-    def fails(path: Path) -> bool:
+    def fails(i: int) -> bool:
         try:
-            read_image(path)
+            read_image(files[i])
         except DataError:
             return True
         return False
 
-    with ThreadPoolExecutor(available_cpus() + 4) as pool:
-        return [path for path, failed in zip(files, pool.map(fails, files), strict=True) if failed]
+    return [path for path, failed in zip(files, in_threads(fails, files), strict=True) if failed]
 
 
 def _check_pixels(opened: Image, max_pixels: int | None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -25,7 +24,7 @@ from ensembler.errors import DataError
 from ensembler.examples import Cut, Epoch, InMemory, hash_tensors, stream
 from ensembler.folders import stat_files
 from ensembler.inputs import check_images
-from ensembler.machine import available_cpus
+from ensembler.machine import in_threads
 
 __all__ = [
     "AUGMENTATIONS",
@@ -45,7 +44,6 @@ AUGMENTATIONS = ("crop-flip", "crop", "resized-crop-flip", "none")
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images that are held in memory by default
 
 _PADDING = 4
-_WAITING = 4  # threads more than CPUs: some wait for the disk
 _GLOBAL_GENERATOR = Lock()
 
 
@@ -314,7 +312,7 @@ def read_images(
         augmentation, choices: see :func:`augment`. ``"resized-crop-flip"`` crops the image at its original size, and
             resizes only the crop.
         like: a file of ``shape``; images of another shape are refused, with its name, instead of being resized.
-        threads: number of threads; by default a few more than CPUs.
+        threads: number of threads; see :func:`ensembler.machine.in_threads`.
         mend: the last clause of the message about a file that cannot be read.
 
     Returns:
@@ -337,9 +335,8 @@ def read_images(
             image = _resized_crop_flip(torch.from_numpy(image), int(choices[i]), shape).numpy()
         images[i] = image
 
-    with ThreadPoolExecutor(threads or available_cpus() + _WAITING) as pool:
-        for _ in pool.map(read, range(len(files))):
-            pass
+    for _ in in_threads(read, files, threads):
+        pass
     found = torch.from_numpy(images)
     return found if whole or choices is None else augment(found, augmentation, choices)
 

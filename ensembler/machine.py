@@ -5,12 +5,22 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ensembler.errors import ArtefactError
 
-__all__ = ["available_cpus", "gpu_count", "gpu_memory", "resident_memory", "user_cache"]
+__all__ = ["available_cpus", "gpu_count", "gpu_memory", "in_threads", "resident_memory", "user_cache"]
+
+T = TypeVar("T")
+
+_WAITING = 4  # threads more than CPUs: some wait for the disk
+_SMALL, _FEW = (
+    2**14,
+    2,
+)  # bytes of a file that Python takes longer for than the disk or a decoder; threads for such files
+_AT_ONCE = 64  # files that a thread takes at once, at most: a task of its own costs as much as a small one
 
 
 def available_cpus(root: Path = Path("/")) -> int:
@@ -25,6 +35,28 @@ def available_cpus(root: Path = Path("/")) -> int:
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min([cpus, *_limits(root)])))
+
+
+def in_threads(work: Callable[[int], T], files: Sequence[Path], threads: int | None = None) -> Iterator[T]:
+    """Yield ``work(i)`` of each file ``i``, in order.
+
+    Args:
+        work: reads the file, and what it calls lets other threads work meanwhile.
+        files: what is read; the first one's size tells whether they are small.
+        threads: by default a few more than CPUs, and few for small files.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    try:
+        small = bool(files) and files[0].stat().st_size < _SMALL
+    except OSError:  # work says what is wrong with it
+        small = False
+    threads = threads or (_FEW if small else available_cpus() + _WAITING)
+    size = max(1, min(_AT_ONCE, len(files) // (4 * threads)))
+    parts = [range(begin, min(begin + size, len(files))) for begin in range(0, len(files), size)]
+    with ThreadPoolExecutor(threads) as pool:
+        for found in pool.map(lambda part: [work(i) for i in part], parts):
+            yield from found
 
 
 def resident_memory() -> int | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from ensembler.decoding import MEND_OR_SKIP
 from ensembler.errors import DataError
-from ensembler.machine import available_cpus
+from ensembler.machine import in_threads
 
 __all__ = ["content_sha256", "hold_out", "repeated", "repeated_files"]
 
@@ -81,9 +80,9 @@ def content_sha256(files: Iterable[Path]) -> str:
         DataError: one cannot be read.
     """
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(available_cpus() + 4) as pool:
-        for one in pool.map(_sha256, files):
-            digest.update(one)
+    found = list(files)
+    for one in in_threads(lambda i: _sha256(found[i]), found):
+        digest.update(one)
     return digest.hexdigest()
 
 
@@ -102,12 +101,14 @@ def repeated_files(files: Sequence[Path], others: Sequence[Path]) -> list[tuple[
     Raises:
         DataError: one cannot be read.
     """
-    with ThreadPoolExecutor(available_cpus() + 4) as pool:
-        for key in (_size, _tail, _sha256):
-            of_files = list(zip(files, pool.map(key, files), strict=True))
-            of_others = list(zip(others, pool.map(key, others), strict=True))
-            shared = {found for _, found in of_files} & {found for _, found in of_others}
-            files, others = ([file for file, found in one if found in shared] for one in (of_files, of_others))
+
+    def keyed(key: Callable[[Path], bytes], some: Sequence[Path]) -> list[tuple[Path, bytes]]:
+        return list(zip(some, in_threads(lambda i: key(some[i]), some), strict=True))
+
+    for key in (_size, _tail, _sha256):
+        of_files, of_others = keyed(key, files), keyed(key, others)
+        shared = {found for _, found in of_files} & {found for _, found in of_others}
+        files, others = ([file for file, found in one if found in shared] for one in (of_files, of_others))
     first = {found: other for other, found in reversed(of_others)}
     return [(file, first[found]) for file, found in of_files if found in shared]
 
