@@ -29,6 +29,8 @@ from tests._interrupt import after, make
 from tests._small import SETTINGS, dataset
 from tests.test_cli import ROOT, call, start
 from tests.test_resume import assert_the_same
+from tests.test_study import REPORT
+from tests.test_study import WHOLE as STUDY
 
 FILES = ("vertices.safetensors", "members.safetensors")
 SMALL = ["--arch", "tests._small:noisy", "--epochs", 3, "--threads", 1, "--device", "cpu"]
@@ -273,6 +275,21 @@ def test_ray_makes_the_run_that_this_process_makes(ray, tmp_path, images, monkey
     assert seconds == sorted(seconds)
     parts = sum(entry.seconds for entry in other.manifest.cost.entries.values())
     assert parts <= other.manifest.cost.seconds + 0.1
+
+
+def test_a_study_on_ray_reports_what_this_process_reports(ray, tmp_path, images, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    work, done = Ray.run, []
+    monkeypatch.setattr(Ray, "run", lambda self, *given: done.extend(given[2]) or work(self, *given))
+    command = [*STUDY, *images]
+    for engine in ("local", "ray"):
+        result = call(*command, "--engine", engine, "--out", engine)
+        assert result.exit_code == 0, result.output
+    names = {path.name for path in Path("local/runs").glob("[!.]*-s*-*")}
+    assert names and names == {path.name for path in Path("ray/runs").glob("[!.]*-s*-*")}
+    assert done
+    for name in REPORT:
+        assert Path("local", name).read_bytes() == Path("ray", name).read_bytes()
 
 
 def test_digits_by_the_cnn(ray, tmp_path, monkeypatch):
