@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -57,7 +58,8 @@ def analyse(
     seeds = draw_seeds(len(plan.seeds))
     equivalents = _equivalents(found, runs)
     cells = [_cell(found, cells, runs[key], of[key], seeds, equivalents.get(key)) for key, cells in groups.items()]
-    cells = _behind(sorted(cells, key=lambda one: (one.budget, one.scores["nll"].mean)), of, seeds)
+    by: Literal["calibrated_nll", "nll"] = "calibrated_nll" if all("calibrated_nll" in one for one in scores) else "nll"
+    cells = _behind(sorted(cells, key=lambda one: (one.budget, one.scores[by].mean)), of, seeds, by)
     report = found.report
     return StudyReport(
         dataset=report.dataset,
@@ -67,6 +69,7 @@ def analyse(
         seeds=list(plan.seeds),
         rules={entry.label: _rule(type(entry.method)) for entry in plan.entries},
         trained=plan.passes,
+        by=by,
         test_examples=report.test_examples,
         test_sha256=report.test_sha256,
         shift=None if report.shift is None else report.shift.note,
@@ -111,7 +114,7 @@ def _cell(
 
 
 def _behind(
-    cells: Sequence[CellReport], of: Mapping[Key, Sequence[Mapping[str, Scored]]], seeds: np.ndarray
+    cells: Sequence[CellReport], of: Mapping[Key, Sequence[Mapping[str, Scored]]], seeds: np.ndarray, by: str
 ) -> list[CellReport]:
     """The cells with their distances from the best ones."""
 
@@ -122,13 +125,13 @@ def _behind(
     def best(some: Sequence[CellReport], name: str) -> CellReport:
         return min(some, key=lambda one: (one.scores[name].mean, one.passes, one.members))
 
-    best_of_all = best(cells, "nll")
+    best_of_all = best(cells, by)
     best_shifted = best(cells, "shifted_nll") if "shifted_nll" in cells[0].scores else None
     return [
         cell.model_copy(
             update={
-                "behind": against(cell, best([one for one in cells if one.budget == cell.budget], "nll"), "nll"),
-                "behind_all": against(cell, best_of_all, "nll"),
+                "behind": against(cell, best([one for one in cells if one.budget == cell.budget], by), by),
+                "behind_all": against(cell, best_of_all, by),
                 "shift_behind": against(cell, best_shifted, "shifted_nll") if best_shifted else None,
             }
         )

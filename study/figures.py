@@ -5,7 +5,7 @@ from __future__ import annotations
 from ensembler.eval.report.figures import Picture
 from ensembler.eval.report.plots import STYLES, add_legend, new_figure, style
 from ensembler.study.schema import CellReport, StudyReport
-from ensembler.study.sentences import pareto
+from ensembler.study.sentences import NAMES, pareto
 
 __all__ = ["figures"]
 
@@ -19,7 +19,7 @@ _ASIDE = 0.006  # of the axis: methods of equal cost would hide one another
 
 
 def figures(report: StudyReport) -> dict[str, Picture]:
-    """Draw NLL against the cost of training and of serving, by the names of their files."""
+    """Draw what methods are judged by against the cost of training and of serving, by the names of their files."""
     return {f"pareto-{name}": _picture(report, cost, title) for cost, (name, title) in _COSTS.items()}
 
 
@@ -37,7 +37,7 @@ def _picture(report: StudyReport, cost: str, title: str) -> Picture:
         aside = _ASIDE * reach * (number - (len(methods) - 1) / 2)
         cells = sorted((cell for cell in report.cells if cell.method == method), key=lambda one: one.budget)
         colour, marker = style(number)
-        found = [cell.scores["nll"] for cell in cells]
+        found = [cell.scores[report.by] for cell in cells]
         values = [one.mean for one in found]
         # A percentile interval need not hold the mean itself.
         below = [max(0.0, one.mean - one.low) for one in found]
@@ -53,16 +53,18 @@ def _picture(report: StudyReport, cost: str, title: str) -> Picture:
             ls="--" if number >= len(STYLES) else "-",
             label=method,
         )
-    front = pareto(report.cells, cost)
-    axes.plot([at(cell) for cell in front], [cell.scores["nll"].mean for cell in front], color="black", lw=2, alpha=0.4)
-    axes.set(xlabel=title, ylabel="NLL (nats)")
+    front, score = pareto(report.cells, cost, report.by), NAMES[report.by].title
+    best = [cell.scores[report.by].mean for cell in front]
+    axes.plot([at(cell) for cell in front], best, color="black", lw=2, alpha=0.4)
+    axes.set(xlabel=title, ylabel=f"{score} (nats)")
     axes.grid(alpha=0.3)
     add_legend(figure)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     named = ", ".join(f"{cell.method} at {cell.budget:g}" for cell in front)
+    score = score[0].upper() + score[1:]
     caption = (
-        f"NLL against {title}, with {report.confidence:.0%} intervals; lines join a method's budgets, and "
+        f"{score} against {title}, with {report.confidence:.0%} intervals; lines join a method's budgets, and "
         f"methods stand a little aside of one another. Grey: the Pareto front, which nothing beats in both: {named}."
     )
-    return Picture("pareto", figure, caption, f"NLL of every method and budget against {title}.")
+    return Picture("pareto", figure, caption, f"{score} of every method and budget against {title}.")

@@ -25,7 +25,7 @@ __all__ = ["files", "planned", "terminal"]
 _LEGEND = (
     "B: example passes of training, in those of one network. M: members, forward passes a prediction. needed: members "
     "that suffice, judged on the validation images. DEE: networks of a deep ensemble with the same calibrated NLL. *: "
-    "NLL worse than the first row's, the interval of the difference without 0."
+    "worse than the first row, the interval of the difference without 0."
 )
 
 

@@ -27,7 +27,8 @@ class CellReport(Record):
         passes: example passes that it took; a training that members share counts once.
         forward_passes: of its training, for BatchNorm statistics and measurements.
         scores: by name; those that were not measured are missing.
-        behind: its NLL minus that of the best method at this budget, and of the best of all; ``null`` of itself.
+        behind: its score ``by`` which methods are judged minus that of the best one at this budget, and of the best of
+            all; ``null`` of itself.
         needed: members whose validation NLL is not significantly worse than that of all, mean over the seeds.
         equivalent: networks of a deep ensemble of the same calibrated NLL, mean over the seeds, and how to say it.
     """
@@ -73,7 +74,9 @@ class StudyReport(Record):
         epochs: of that network.
         rules: how each method spends a budget.
         trained: example passes of all trainings, of which cells share some.
-        cells: by budget, each from the lowest NLL up.
+        by: the score that methods are judged by: calibrated NLL, where there are validation images to fit a temperature
+            on. Without it, a confidence that one number mends would decide (Ashukha et al. 2020, sec. 4).
+        cells: by budget, each from the best up.
     """
 
     kind: Literal["study"] = "study"
@@ -85,6 +88,7 @@ class StudyReport(Record):
     seeds: list[int]
     rules: dict[str, str]
     trained: int
+    by: Literal["calibrated_nll", "nll"]
     test_examples: int
     test_sha256: str | None
     shift: str | None

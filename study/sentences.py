@@ -46,6 +46,11 @@ def compared(report: StudyReport) -> list[str]:
         found.append("One seed says nothing of the next: the intervals hold for these networks only.")
     elif len(report.seeds) < _FEW_SEEDS:
         found.append(f"Intervals from {len(report.seeds)} seeds are too narrow: add seeds before you rely on them.")
+    if report.by == "calibrated_nll":
+        found.append(
+            "Methods are ordered and told apart by calibrated NLL: one temperature each, fitted on the validation "
+            "images, so that none wins by a confidence that one number mends."
+        )
     if report.shift:
         found.append(report.shift)
     return found
@@ -61,7 +66,7 @@ def _answer(report: StudyReport, budget: float) -> str:
     best = next(cell for cell in cells if cell.behind is None)
     others = [cell for cell in cells if cell is not best]
     text = (
-        f"At {_at(budget)}, {best.method}: NLL {within('nll', best.scores['nll'])}, error "
+        f"At {_at(budget)}, {best.method}: {_judged(report, best)}, error "
         f"{SCORES['error'].write(best.scores['error'].mean)} %, {_forward(best)}"
     )
     if not others:
@@ -69,7 +74,7 @@ def _answer(report: StudyReport, budget: float) -> str:
     alike = [cell for cell in others if not _worse(cell.behind)]
     if not alike:
         return f"{text}; everything else is worse, its interval without 0."
-    listed = ", ".join(f"{cell.method} ({SCORES['nll'].write(cell.scores['nll'].mean)})" for cell in alike)
+    listed = ", ".join(f"{cell.method} ({_value(cell, report.by)})" for cell in alike)
     rest = "" if len(alike) < len(others) else "nothing else is told apart from it: "
     return f"{text}; {rest or 'not told apart from it: '}{listed}."
 
@@ -78,8 +83,8 @@ def recommendations(report: StudyReport) -> dict[str, str]:
     """What to take, by what the user cares for."""
     best = next(cell for cell in report.cells if cell.behind_all is None)
     alike = [cell for cell in report.cells if not _worse(cell.behind_all)]
-    train = min(alike, key=lambda cell: (cell.passes, cell.members, cell.scores["nll"].mean))
-    serve = min(alike, key=lambda cell: (cell.members, cell.passes, cell.scores["nll"].mean))
+    train = min(alike, key=lambda cell: (cell.passes, cell.members, cell.scores[report.by].mean))
+    serve = min(alike, key=lambda cell: (cell.members, cell.passes, cell.scores[report.by].mean))
     return {
         "Cheapest to train": _recommended(report, train, best, f"{_cost(report, train)}, {_forward(train)}"),
         "Cheapest to serve": _recommended(report, serve, best, f"{_forward(serve)}, {_cost(report, serve)}"),
@@ -88,10 +93,11 @@ def recommendations(report: StudyReport) -> dict[str, str]:
 
 
 def _recommended(report: StudyReport, chosen: CellReport, best: CellReport, cost: str) -> str:
-    text = f"{_named(chosen)}: NLL {within('nll', chosen.scores['nll'])}, {cost}"
+    text = f"{_named(chosen)}: {_judged(report, chosen)}, {cost}"
+    lowest = f"the lowest {NAMES[report.by].title} of all"
     if chosen is best:
-        return f"{text}; it has the lowest NLL of all, and everything that costs less is worse."
-    return f"{text}; not told apart from the lowest NLL of all, {_named(best)} ({_value(best, 'nll')})."
+        return f"{text}; it has {lowest}, and everything that costs less is worse."
+    return f"{text}; not told apart from {lowest}, {_named(best)} ({_value(best, report.by)})."
 
 
 def _shifted(report: StudyReport) -> str:
@@ -107,11 +113,11 @@ def _shifted(report: StudyReport) -> str:
     return f"{text}; not told apart from it: {listed}." if listed else f"{text}; everything else is worse."
 
 
-def pareto(cells: Sequence[CellReport], cost: str) -> list[CellReport]:
-    """The cells that no other beats in both a cost, ``passes`` or ``members``, and NLL; from the cheapest up."""
+def pareto(cells: Sequence[CellReport], cost: str, by: str) -> list[CellReport]:
+    """The cells that no other beats in both a cost, ``passes`` or ``members``, and a score; from the cheapest up."""
     front: list[CellReport] = []
-    for cell in sorted(cells, key=lambda one: (getattr(one, cost), one.scores["nll"].mean)):
-        if not front or cell.scores["nll"].mean < front[-1].scores["nll"].mean:
+    for cell in sorted(cells, key=lambda one: (getattr(one, cost), one.scores[by].mean)):
+        if not front or cell.scores[by].mean < front[-1].scores[by].mean:
             front.append(cell)
     return front
 
@@ -120,6 +126,11 @@ def within(name: str, found: Estimate) -> str:
     """A mean with its interval, such as "0.3560 (0.3510 to 0.3610)"."""
     score = NAMES[name]
     return f"{score.write(found.mean)} ({score.write(found.low)} to {score.write(found.high)})"
+
+
+def _judged(report: StudyReport, cell: CellReport) -> str:
+    """A cell's score by which methods are told apart, by its name and with its interval."""
+    return f"{NAMES[report.by].title} {within(report.by, cell.scores[report.by])}"
 
 
 def _value(cell: CellReport, name: str) -> str:

@@ -324,6 +324,7 @@ def report(*cells, seeds=(0, 1)):
         seeds=list(seeds),
         rules={},
         trained=5000,
+        by="nll",
         test_examples=360,
         test_sha256=None,
         shift=None,
@@ -359,6 +360,21 @@ def test_the_answer_names_the_best_and_what_is_not_told_apart():
     assert "Intervals from 2 seeds are too narrow: add seeds before you rely on them." in compared(found)
 
 
+def test_a_confidence_that_a_temperature_mends_does_not_decide():
+    cells = [cell("sharp", 1, 1, 0.9, None, None), cell("soft", 1, 4, 0.5, 0.1, 0.1)]
+    for one, mean in zip(cells, (0.3, 0.4), strict=True):
+        one.scores["calibrated_nll"] = Estimate(mean=mean, low=mean - 0.01, high=mean + 0.01)
+    found = report(*cells).model_copy(update={"by": "calibrated_nll"})
+    assert answers(found)[0].startswith("At 1 budget, sharp: calibrated NLL 0.3000 (0.2900 to 0.3100), error")
+    said = recommendations(found)
+    assert said["Cheapest to serve"].startswith("sharp at 1 budget: calibrated NLL 0.3000")
+    assert said["Cheapest to train"].endswith(
+        "it has the lowest calibrated NLL of all, and everything that costs less is worse."
+    )
+    assert [one.method for one in pareto(cells, "members", "calibrated_nll")] == ["sharp"]
+    assert [one.method for one in pareto(cells, "members", "nll")] == ["sharp", "soft"]
+
+
 def test_where_everything_else_is_worse_it_is_said():
     found = report(
         cell("a", 1, 1, 0.3, None, None, 0.9, 0.1),
@@ -387,8 +403,8 @@ def test_a_terminal_of_80_columns_shows_every_score():
 
 def test_the_pareto_front_is_what_nothing_beats():
     cells = [cell("a", 1, 1, 0.5), cell("b", 1, 3, 0.4), cell("c", 2, 2, 0.45), cell("d", 3, 9, 0.3)]
-    assert [one.method for one in pareto(cells, "passes")] == ["b", "d"]
-    assert [one.method for one in pareto(cells, "members")] == ["a", "c", "b", "d"]
+    assert [one.method for one in pareto(cells, "passes", "nll")] == ["b", "d"]
+    assert [one.method for one in pareto(cells, "members", "nll")] == ["a", "c", "b", "d"]
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -552,6 +568,10 @@ def test_killed_and_resumed_it_says_the_same_and_a_seed_more_trains_its_own_runs
     found = json.loads((tmp_path / "whole" / "report.json").read_bytes())
     assert {cell["method"] for cell in found["cells"]} == {"single", "deep-ensemble", "fge"}
     assert set(found["cells"][0]["scores"]) == {"error", "nll", "ece", "calibrated_nll", "ood_auroc"}
+    assert found["by"] == "calibrated_nll"
+    for budget in (1, 2):
+        judged = [one["scores"]["calibrated_nll"]["mean"] for one in found["cells"] if one["budget"] == budget]
+        assert judged == sorted(judged)
     names = {cell["method"]: cell["scores"]["nll"]["mean"] for cell in found["cells"] if cell["budget"] == 2}
     folders = {path.name.split("-b2")[0]: path for path in (tmp_path / "whole" / "runs").glob("*-b2-s0-*")}
     measured = {name: Run.load(path).manifest.metrics["test"]["nll"] for name, path in folders.items()}
