@@ -764,8 +764,20 @@ def test_bentoml_itself_starts_the_service_from_any_folder(bundle: Path, tmp_pat
     command = [sys.executable, "-m", "bentoml", "serve", "ensembler.serve.service:PredictiveUncertainty"]
     server = Server(command, tmp_path, free_port(), ENSEMBLER_BUNDLE=str(bundle), ENSEMBLER_WORKERS="2")
     try:
-        server.wait_until_ready()
+        server.wait_until_ready(workers=2)
         assert httpx.post(server.url + ROUTE, json={"images": IMAGES}).status_code == 200
+        address = server.url.removeprefix("http://").split(":")
+        halves = [socket.create_connection((address[0], int(address[1])), timeout=60) for _ in range(60)]
+        for half in halves:
+            half.sendall(b"GET /metadata HTTP/1.1\r\nHost: x\r\n")
+        assert httpx.get(f"{server.url}/readyz").headers["connection"] == "close"  # the front's
+        assert not server.shares()  # no worker has them before their heads have arrived
+        for half in halves[:40]:
+            half.sendall(b"\r\n")
+            assert half.recv(100).startswith(b"HTTP/1.1 200 ")
+        assert server.shares() == [20, 20]
+        for half in halves:
+            half.close()
     finally:
         server.stop(signal.SIGINT)
 
