@@ -149,6 +149,8 @@ def test_a_head_is_passed_whole_or_not_at_all(front: Fixture, monkeypatch: pytes
     worker.channel.settimeout(30)
     with worker.take() as passed:
         assert passed.recv(1000) == HEAD  # nothing was read from it
+    with front.connect(b"GET /livez HTTP/1.1\r\nA: " + bytes(70_000)), worker.take() as passed:
+        assert passed.recv(9) == b"GET /live"  # a worker refuses it
     with front.connect(b"\x16\x03\x01 no HTTP") as odd, worker.take() as passed:
         assert passed.recv(1000) == b"\x16\x03\x01 no HTTP"
         odd.sendall(b"x")
@@ -277,6 +279,13 @@ def test_later_heads_must_arrive_too(serving: Fixture, monkeypatch: pytest.Monke
         monkeypatch.setattr(intake, "HEAD_SECONDS", 0.2)
         peer.sendall(HEAD[:-2])
         assert read(peer) == b""
+
+
+def test_a_connection_cannot_be_taken_over_by_another_protocol(serving: Fixture) -> None:
+    upgrade = b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
+    with serving.connect(HEAD[:-2] + upgrade + b"dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n") as peer:
+        assert peer.recv(1000).startswith(b"HTTP/1.1 200 ")
+    serving.wait_until(lambda: next(iter(serving.front._workers)).connections == {})
 
 
 def test_answers_that_nobody_reads_are_dropped(serving: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,12 +177,12 @@ class Front:
             return self._drop([self._waiting[peer.fileno()]])
         whole = b"\r\n\r\n" in head or b"\n\n" in head
         if whole or len(head) >= _HEAD or not head[:1].isalpha():  # what is no HTTP is the worker's to refuse
-            self._decide(peer, self._forget(peer), head)
+            self._decide(peer, self._forget(peer), head, whole)
         else:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, len(head) + 1)
 
-    def _decide(self, peer: socket.socket, address: str, head: bytes) -> None:
-        asked = _GET.match(head)
+    def _decide(self, peer: socket.socket, address: str, head: bytes, whole: bool) -> None:
+        asked = _GET.match(head) if whole else None
         if asked and (path := asked[2].decode("latin-1")) in PROBES:
             healthy = self._is_ready() if path in READY else self._is_alive()
             body, media_type = answer_of_probe(path, healthy)

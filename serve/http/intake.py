@@ -108,6 +108,7 @@ async def _intake(app: Starlette, channel: _Channel, graceful: int) -> AsyncIter
             app,
             http=_Patient,
             lifespan="off",
+            ws="none",  # another protocol would take the connection over, and never say that it was closed
             log_config=None,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE,
