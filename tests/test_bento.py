@@ -64,7 +64,7 @@ def test_the_bento_holds_what_it_needs_and_nothing_else(home: Path, bundle: Path
     assert held == {"service.py", "requirements.txt", "bentofile.yaml", "bundle", "ensembler", package}
     assert read_bundle(source / "bundle") == read_bundle(bundle)
     assert not list(source.rglob("__pycache__"))
-    for room in ("trainers", "eval", "serve"):
+    for room in ("trainers", "eval", "study", "serve"):
         for path in (ROOT / room).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 copied = source / "ensembler" / room / path.relative_to(ROOT / room)
@@ -94,6 +94,19 @@ def test_only_the_files_of_the_bundle_are_taken_and_the_tag_is_as_it_is(
     assert build_bento(with_more, "cat:one") == "cat:one"
     assert commands[0][-2:] == ["--version", "one"]
     assert re.fullmatch(r"cat:\d{14}-[0-9a-f]{8}", build_bento(with_more, "cat"))
+
+
+def test_the_command_runs_from_the_sources_of_a_bento(bundle: Path, tmp_path: Path) -> None:
+    """As in the container of ``kubernetes.yaml``, where nothing else of this package is installed."""
+    write_sources(bundle, read_bundle(bundle), tmp_path / "source", "name")
+    code = (
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
+        f"sys.path.insert(0, {str(tmp_path / 'source')!r}); sys.argv = ['ensembler', 'serve', '--help']\n"
+        "import ensembler.cli; ensembler.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--require-signature" in done.stdout
 
 
 def test_nothing_beside_the_list_is_needed_in_the_versions_installed(bundle: Path, tmp_path: Path) -> None:
