@@ -51,7 +51,7 @@ def private_key(path: Path) -> Ed25519PrivateKey:
     """Read a private key in PEM, without a password.
 
     Raises:
-        UsageError: there is none, or ``cryptography`` is not installed.
+        UsageError: there is none.
     """
     content = _read(path)
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -72,7 +72,7 @@ def public_key(path: Path) -> Ed25519PublicKey:
     """Read a public key in PEM.
 
     Raises:
-        UsageError: there is none, or ``cryptography`` is not installed.
+        UsageError: there is none.
     """
     content = _read(path)
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -88,10 +88,6 @@ def public_key(path: Path) -> Ed25519PublicKey:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        import cryptography  # noqa: F401
-    except ImportError as error:
-        raise UsageError("signatures need a package that is not installed: pip install 'ensembler[sign]'") from error
     try:
         with path.open("rb") as file:
             return file.read(2**20)

@@ -194,7 +194,7 @@ def _installed(name: str) -> bool:
 def _copy_package(folder: Path) -> None:
     """Copy this package, from wherever it is installed, and metadata that name its version."""
     ignored = shutil.ignore_patterns("__pycache__")
-    for package in ("ensembler", "ensembler.trainers", "ensembler.eval", "ensembler.serve"):
+    for package in ("ensembler", "ensembler.trainers", "ensembler.eval", "ensembler.study", "ensembler.serve"):
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise UsageError(f"{package} is not installed: install ensembler again")

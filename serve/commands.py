@@ -188,11 +188,8 @@ def serve(
 
     manifest = read_bundle(bundle, require_signature)
     host = "127.0.0.1" if host == "localhost" else host
-    _check_free(host, port)
-    shared = _temporary_folder()
     environment = os.environ | {
         "BENTOML_DO_NOT_TRACK": "True",
-        "BENTOML_HOME": shared,  # it makes folders in it, and serving needs nothing of another
         "ENSEMBLER_BUNDLE": str(bundle.resolve()),
         "ENSEMBLER_WORKERS": str(workers),
     }
@@ -208,22 +205,23 @@ def serve(
     settings = Settings.read(environment)
     if settings.log_answers is not None:
         check_appendable(settings.log_answers)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    echo(f"{members or manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it")
-    target = "ensembler.serve.service:PredictiveUncertainty"
-    command = [sys.executable, "-m", "bentoml", "serve", target]
-    if os.name == "nt":
-        command += ["--host", host, "--port", str(port)]
-        raise typer.Exit(subprocess.call(command, env=environment))  # noqa: S603  our own arguments
-    # The front listens at the public address, and BentoML at one that nobody asks.
-    environment |= {
-        "ENSEMBLER_LISTEN": f"{host}:{port}",
-        "ENSEMBLER_SHARED": shared,
-        "TMPDIR": str(Path(shared).parent),
-    }
-    command += ["--host", "127.0.0.1", "--port", str(_free_port())]
-    sys.stdout.flush()
-    os.execve(sys.executable, command, environment)  # noqa: S606  BentoML itself takes Ctrl-C and SIGTERM
+    with _listen(host, port) as public:
+        environment["BENTOML_HOME"] = shared = _temporary_folder()  # BentoML makes folders in it
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        echo(f"{members or manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it")
+        sys.stdout.flush()
+        command = [sys.executable, "-m", "bentoml", "serve", "ensembler.serve.service:PredictiveUncertainty", "--host"]
+        if os.name == "nt":
+            public.close()
+            raise typer.Exit(subprocess.call([*command, host, "--port", str(port)], env=environment))  # noqa: S603  our own arguments
+        # The front takes over the open socket, and BentoML listens at an address that nobody asks.
+        public.set_inheritable(True)
+        environment |= {
+            "ENSEMBLER_LISTEN": str(public.fileno()),
+            "ENSEMBLER_SHARED": shared,
+            "TMPDIR": str(Path(shared).parent),
+        }
+        os.execve(sys.executable, [*command, "127.0.0.1", "--port", "0"], environment)  # noqa: S606  BentoML takes signals
 
 
 def _target(text: str) -> Path | str:
@@ -396,28 +394,20 @@ def _temporary_folder() -> str:
     raise UsageError("serving needs a folder for temporary files: set TMPDIR to one that can be written")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _check_free(host: str, port: int) -> None:
-    """Check the address before BentoML starts, whose workers would end with a stack trace.
+def _listen(host: str, port: int) -> socket.socket:
+    """Listen at an address, before BentoML starts, whose workers would end with a stack trace.
 
     Raises:
         UsageError: not an IP address of this machine, or a port that is in use.
     """
+    from ensembler.serve.http.front import listen
+
     try:
-        version = ipaddress.ip_address(host).version
+        ipaddress.ip_address(host)
     except ValueError as error:
         raise UsageError(f"--host must be an IP address such as 127.0.0.1 or 0.0.0.0, not {host!r}") from error
-    with socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UsageError(
-                f"cannot listen on {host}, port {port}: {error.strerror}: choose another --port"
-            ) from error
+    try:
+        return listen(host, port)
+    except OSError as error:
+        reason = str(error.strerror).partition(" (while")[0]  # Python adds the address
+        raise UsageError(f"cannot listen on {host}, port {port}: {reason}: choose another --port") from error

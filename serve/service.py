@@ -14,6 +14,7 @@ import atexit
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +29,7 @@ from starlette.applications import Starlette
 
 from ensembler.errors import EnsemblerError
 from ensembler.serve.http.application import application
-from ensembler.serve.http.front import Front, listen, stop_this_process
+from ensembler.serve.http.front import Front, stop_this_process
 from ensembler.serve.http.intake import join_front
 from ensembler.serve.http.options import Options
 from ensembler.serve.http.routes import PREDICT
@@ -39,7 +40,7 @@ from ensembler.serve.runtime.manifest import read_bundle
 __all__ = ["PredictiveUncertainty"]
 
 _SHARED = "ENSEMBLER_SHARED"  # the folder of one server's processes
-_LISTEN = "ENSEMBLER_LISTEN"  # the public HOST:PORT; BentoML's own port is then for nobody
+_LISTEN = "ENSEMBLER_LISTEN"  # the number of an open file, the public listening socket, by ensembler serve
 
 _failures: list[str] = []
 
@@ -110,9 +111,11 @@ class PredictiveUncertainty:
             atexit.register(_exit_as_failed)  # runs last
             folder = os.environ[_SHARED] = os.environ.get(_SHARED) or tempfile.mkdtemp(prefix="ensembler-serve-")
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            address = os.environ.get(_LISTEN)
-            host, _, port = (address or "").rpartition(":")
-            Front(Path(folder), listen(host, int(port)) if address else None, _fail).start()
+            public = None
+            if listening := os.environ.pop(_LISTEN, None):
+                public = socket.socket(fileno=int(listening))
+                public.set_inheritable(False)  # workers have no use for it
+            Front(Path(folder), public, _fail).start()
 
     @bentoml.api(route=PREDICT, input_spec=Question, output_spec=Answer)
     async def predictive_uncertainty(self, images: np.ndarray, **options: Any) -> Answer:

@@ -139,6 +139,15 @@ class Server:
     def family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def shares(self) -> list[int]:
+        """Open connections of each worker that has any."""
+        port = int(self.url.rpartition(":")[2])
+        counts = [
+            sum(each.laddr.port == port and each.status == "ESTABLISHED" for each in process.net_connections())
+            for process in self.family()
+        ]
+        return [count for count in counts if count]
+
     def stop(self, by: signal.Signals) -> None:
         """Stop it, and make sure that it left no process behind."""
         family = self.family()

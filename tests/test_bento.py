@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import venv
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +21,7 @@ import yaml
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
-from ensembler import __version__, artefact
+from ensembler import __version__, artefact, signing
 from ensembler.cli import app
 from ensembler.errors import CorruptError, UsageError
 from ensembler.serve import Runtime
@@ -28,6 +29,7 @@ from ensembler.serve.bento import BentoError, build_bento, pinned, write_sources
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
 from tests._service import ROUTE, Server, free_port, make_calibrated, tiny_images
+from tests.test_signing import pair
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "docs" / "deploy"
@@ -62,7 +64,7 @@ def test_the_bento_holds_what_it_needs_and_nothing_else(home: Path, bundle: Path
     assert held == {"service.py", "requirements.txt", "bentofile.yaml", "bundle", "ensembler", package}
     assert read_bundle(source / "bundle") == read_bundle(bundle)
     assert not list(source.rglob("__pycache__"))
-    for room in ("trainers", "eval", "serve"):
+    for room in ("trainers", "eval", "study", "serve"):
         for path in (ROOT / room).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 copied = source / "ensembler" / room / path.relative_to(ROOT / room)
@@ -94,13 +96,33 @@ def test_only_the_files_of_the_bundle_are_taken_and_the_tag_is_as_it_is(
     assert re.fullmatch(r"cat:\d{14}-[0-9a-f]{8}", build_bento(with_more, "cat"))
 
 
-def test_nothing_beside_the_list_is_needed_in_the_versions_installed(bundle: Path) -> None:
+def test_the_command_runs_from_the_sources_of_a_bento(bundle: Path, tmp_path: Path) -> None:
+    """As in the container of ``kubernetes.yaml``, where nothing else of this package is installed."""
+    write_sources(bundle, read_bundle(bundle), tmp_path / "source", "name")
+    code = (
+        "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'editable' not in repr(finder)]\n"
+        f"sys.path.insert(0, {str(tmp_path / 'source')!r}); sys.argv = ['ensembler', 'serve', '--help']\n"
+        "import ensembler.cli; ensembler.cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--require-signature" in done.stdout
+
+
+def test_nothing_beside_the_list_is_needed_in_the_versions_installed(bundle: Path, tmp_path: Path) -> None:
+    private, public = pair(tmp_path, "ours")
+    signed = shutil.copytree(bundle, tmp_path / "signed")
+    seal = (signed / artefact.SEAL).read_bytes()
+    (signed / artefact.SEAL).write_bytes(seal + signing.sign(seal, signing.private_key(private)))
     code = (
         "import ensembler.serve.service, ensembler.cli, ensembler.serve.client, httpx, numpy\n"
         "from PIL import Image\n"
         "from ensembler.serve.runtime.runtime import Runtime\n"
         "from ensembler.serve.runtime.verify import verify_bundle\n"
         f"verify_bundle({str(bundle)!r})\n"
+        "from pathlib import Path\n"
+        "from ensembler.serve.runtime.manifest import read_bundle\n"
+        f"read_bundle(Path({str(signed)!r}), Path({str(public)!r}))\n"
     )
     versions = dict(line.split("==") for line in pinned())
     ours = {"ensembler", "onnxruntime-gpu", *versions}
@@ -292,6 +314,11 @@ def test_the_docs_name_only_what_exists() -> None:
         named = set(re.findall(r"ENSEMBLER_[A-Z]+(?:_[A-Z]+)*", path.read_text()))
         assert named <= known, path
     text = (ROOT / "docs" / "deploy.md").read_text()
+    listed = {Requirement(quoted) for quoted in re.findall(r'"([a-z-]+[>=][^"]+)"', text)}
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["serve"]
+    assert listed == {each for each in map(Requirement, extra) if each.marker is None} | {
+        Requirement("onnxruntime>=1.22.0")
+    }
     commands = re.findall(r"^(?:\S+/)?(ensembler (?!and).+?)(?: &)?$", text, re.MULTILINE)
     assert len(commands) >= 7
     for command in commands:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from ensembler.serve.http import decoder as module
 from ensembler.serve.http.batcher import DeadlineError
 from ensembler.serve.http.bodies import MediaTypeError
 from ensembler.serve.http.decoder import Decoder, most_pixels
+from ensembler.serve.runtime.manifest import read_bundle
 from tests._runs import TINY, make_bundle
 from tests._service import ROUTE, assert_refused, in_process
 
@@ -152,3 +154,40 @@ def test_a_service_refuses_what_its_network_does_not_need(bundle: Path) -> None:
         assert late.status_code == 504
     with in_process(bundle, ENSEMBLER_MAX_PIXELS="4500000", ENSEMBLER_MAX_BODY="2000000") as client:
         assert client.post(ROUTE, content=megapixels).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def hostile() -> tuple[bytes, bytes]:
+    """A progressive JPEG of 2,500 scans, and a PNG of 25 megapixels."""
+    file = io.BytesIO()
+    Image.new("1", (5000, 5000)).save(file, "PNG")
+    return of_scans(2500, 2000), file.getvalue()
+
+
+@pytest.mark.parametrize("sent", ["json", "instances", "form", "kserve"])
+def test_files_are_read_within_the_same_limits_however_they_are_sent(
+    bundle: Path, hostile: tuple[bytes, bytes], sent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (scans, megapixels), good = hostile, file_of(32)
+    name = read_bundle(bundle).run.name
+    with in_process(bundle, ENSEMBLER_MAX_BODY="5000000") as client:
+
+        def ask(*files: bytes, **headers: str) -> Any:
+            texts = [base64.b64encode(file).decode() for file in files]
+            if sent == "form":
+                return client.post(ROUTE, files=[("images", file) for file in files], headers=headers)
+            if sent == "kserve":
+                tensor = {"name": "images", "datatype": "BYTES", "shape": [len(files)], "data": texts}
+                return client.post(f"/v2/models/{name}/infer", json={"inputs": [tensor]}, headers=headers)
+            body = {"images": texts} if sent == "json" else {"instances": [{"b64": text} for text in texts]}
+            return client.post(ROUTE, json=body, headers=headers)
+
+        began = monotonic()
+        assert "a JPEG of 4000000 pixels in 2500 scans" in assert_refused(ask(scans), 400)
+        assert "5000 x 5000 pixels is more than 4194304" in assert_refused(ask(megapixels), 400)
+        assert "file 2 of 2" in assert_refused(ask(good, scans), 400)
+        assert monotonic() - began < 60  # decoding the scans takes minutes
+        assert ask(good, **{"X-Deadline-Ms": "0"}).status_code == 504
+        assert ask(good, good).status_code == 200
+        monkeypatch.setattr(module._Job, "run", lambda self, process: (None, b""))  # as of a process that was ended
+        assert "too much time or memory" in assert_refused(ask(good), 400)

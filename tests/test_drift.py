@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,21 @@ def test_of_several_workers_the_greatest_drift_is_told(tmp_path: Path, bundle: P
         for measure, value in told[kind].items():
             assert value == max(one[kind][measure] for one in each)
     assert len(told["index"]) == 3
+
+
+def test_a_log_becomes_parquet_as_the_documentation_says(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # a service that is started again says its reference again
+        with in_process(bundle, **WIDE, ENSEMBLER_LOG_ANSWERS="answers.jsonl") as client:
+            images = np.random.default_rng(0).integers(0, 256, (5, *TINY))
+            answer = client.post(ROUTE, json={"images": images.tolist()}).json()
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+    (code,) = re.findall(r"```python\n(import pyarrow.json\n.*?)```", text, re.DOTALL)
+    exec(compile(code, "serving.md", "exec"), {})
+    table = parquet.read_table("answers.parquet")
+    assert {"time", "class_index", "predictive_entropy"} <= set(table.column_names)
+    expected = [one["predictive_entropy"] for one in answer["predictions"]]
+    assert table["predictive_entropy"].to_pylist() == pytest.approx(2 * expected, rel=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import resource
 import signal
 import socket
@@ -26,7 +27,7 @@ from typer.testing import CliRunner
 from ensembler.serve.commands import app
 from ensembler.serve.http import front as front_module
 from ensembler.serve.http import intake
-from ensembler.serve.http.front import CHANNEL, Front, listen
+from ensembler.serve.http.front import CHANNEL, NUMBER, Front, listen
 from ensembler.serve.http.intake import join_front
 from tests._runs import make_bundle
 from tests._service import ROUTE, Server, free_port, tiny_images
@@ -39,6 +40,7 @@ class Worker:
 
     def __init__(self, front: Fixture, **message: Any) -> None:
         self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.numbers: list[int] = []
         front.sockets.append(self.channel)
         self.channel.connect(str(front.folder / CHANNEL))
         self.channel.settimeout(30)
@@ -49,7 +51,8 @@ class Worker:
         self.channel.sendall(json.dumps(message).encode() + b"\n")
 
     def take(self) -> socket.socket:
-        _, (file,), _, _ = socket.recv_fds(self.channel, 1, 1)
+        number, (file,), _, _ = socket.recv_fds(self.channel, NUMBER, 1)
+        self.numbers.append(int.from_bytes(number, "little"))
         return socket.socket(fileno=file)
 
     def waiting(self) -> int:
@@ -72,8 +75,8 @@ class Fixture:
         self.front = Front(folder, self.public, self.failures.append)
         self.front.start()
 
-    def connect(self, content: bytes = b"") -> socket.socket:
-        peer = socket.create_connection(self.public.getsockname(), timeout=30)
+    def connect(self, content: bytes = b"", address: str = "127.0.0.1") -> socket.socket:
+        peer = socket.create_connection(self.public.getsockname(), timeout=30, source_address=(address, 0))
         self.sockets.append(peer)
         peer.sendall(content)
         return peer
@@ -129,8 +132,8 @@ def test_connections_are_shared_by_who_has_fewest(front: Fixture) -> None:
     front.wait_until(lambda: sum(worker.ready for worker in front.front._workers) == 2)
     peers = [front.connect(HEAD) for _ in range(40)]
     assert [worker.waiting() for worker in workers] == [20, 20]
-    workers[0].tell(closed=20)
-    front.wait_until(lambda: min(worker.connections for worker in front.front._workers) == 0)
+    workers[0].tell(closed=workers[0].numbers)
+    front.wait_until(lambda: min(len(worker.connections) for worker in front.front._workers) == 0)
     peers += [front.connect(HEAD) for _ in range(10)]
     assert [worker.waiting() for worker in workers] == [10, 0]
 
@@ -146,6 +149,8 @@ def test_a_head_is_passed_whole_or_not_at_all(front: Fixture, monkeypatch: pytes
     worker.channel.settimeout(30)
     with worker.take() as passed:
         assert passed.recv(1000) == HEAD  # nothing was read from it
+    with front.connect(b"GET /livez HTTP/1.1\r\nA: " + bytes(70_000)), worker.take() as passed:
+        assert passed.recv(9) == b"GET /live"  # a worker refuses it
     with front.connect(b"\x16\x03\x01 no HTTP") as odd, worker.take() as passed:
         assert passed.recv(1000) == b"\x16\x03\x01 no HTTP"
         odd.sendall(b"x")
@@ -158,9 +163,54 @@ def test_a_head_is_passed_whole_or_not_at_all(front: Fixture, monkeypatch: pytes
 
 def test_the_oldest_without_a_head_make_room(front: Fixture) -> None:
     front.front._most = 5
-    halves = [front.connect(HEAD[:-2]) for _ in range(9)]
+    halves = [front.connect(HEAD[:-2], f"127.0.0.{address}") for address in range(2, 11)]
     assert [read(half) for half in halves[:4]] == [b""] * 4
     assert front.ask("/livez") == 200
+
+
+def test_one_address_has_half_of_the_connections(front: Fixture) -> None:
+    front.front._most = 6
+    worker = Worker(front, ready=True)
+    front.wait_until(lambda: front.ask("/readyz") == 200)
+    patient = front.connect(HEAD[:-2], "127.0.0.2")
+    halves = [front.connect(HEAD[:-2]) for _ in range(9)]
+    assert [read(half) for half in halves[:6]] == [b""] * 6
+    patient.sendall(HEAD[-2:])  # an older one, of another address
+    front.wait_until(lambda: front.front._passed_of == {"127.0.0.2": 1})
+    held = []
+    for number in range(1, 4):
+        held.append(front.connect(HEAD))
+        front.wait_until(lambda number=number: front.front._passed_of["127.0.0.1"] == number)
+    refused = read(front.connect(HEAD))
+    assert refused.startswith(b"HTTP/1.1 503 ") and b"too many connections of this address" in refused
+    assert front.ask("/livez") == 200
+    held += [front.connect(HEAD, "127.0.0.2") for _ in range(2)]
+    assert worker.waiting() == 6
+    assert b"of this address" in read(front.connect(HEAD, "127.0.0.2"))
+    assert b"too many connections are open" in read(front.connect(HEAD, "127.0.0.3"))
+    worker.tell(closed=worker.numbers)
+    front.wait_until(lambda: not front.front._passed_of)
+    assert not front.connect(HEAD).close() and worker.waiting() == 1
+    worker.channel.close()
+    front.wait_until(lambda: not front.front._passed_of)
+    assert len(held) == 5
+
+
+def test_the_socket_of_a_worker_becomes_the_fronts(front: Fixture) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        other = Front(Path(folder), None, front.failures.append)
+        other.start()
+        front.folder = Path(folder)
+        worker, again = Worker(front, ready=True), Worker(front, ready=True)
+        listening = listen("127.0.0.1", 0)
+        for each in (worker, again):
+            socket.send_fds(each.channel, [b"{}\n"], [listening.fileno()])
+        front.public = listening
+        front.wait_until(lambda: front.ask("/readyz") == 200)
+        front.connect(HEAD)
+        assert sorted([worker.waiting(), again.waiting()]) == [0, 1]
+        other.close()
+        listening.close()
 
 
 def test_a_worker_that_cannot_begin_says_why(front: Fixture) -> None:
@@ -216,7 +266,7 @@ def test_requests_are_answered_behind_the_front(serving: Fixture) -> None:
         assert [answer.text for answer in answers] == ["yes"] * 3
         assert "date" in answers[0].headers
         assert len(caller.get("/large").content) == 20_000_000
-    serving.wait_until(lambda: next(iter(serving.front._workers)).connections == 0)
+    serving.wait_until(lambda: next(iter(serving.front._workers)).connections == {})
 
 
 def test_later_heads_must_arrive_too(serving: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,11 +281,18 @@ def test_later_heads_must_arrive_too(serving: Fixture, monkeypatch: pytest.Monke
         assert read(peer) == b""
 
 
+def test_a_connection_cannot_be_taken_over_by_another_protocol(serving: Fixture) -> None:
+    upgrade = b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: "
+    with serving.connect(HEAD[:-2] + upgrade + b"dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n") as peer:
+        assert peer.recv(1000).startswith(b"HTTP/1.1 200 ")
+    serving.wait_until(lambda: next(iter(serving.front._workers)).connections == {})
+
+
 def test_answers_that_nobody_reads_are_dropped(serving: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intake, "_READ_SECONDS", 0.2)
     serving.connect(HEAD.replace(b"there", b"large"))
-    serving.wait_until(lambda: next(iter(serving.front._workers)).connections == 1)
-    serving.wait_until(lambda: next(iter(serving.front._workers)).connections == 0)
+    serving.wait_until(lambda: next(iter(serving.front._workers)).connections != {})
+    serving.wait_until(lambda: next(iter(serving.front._workers)).connections == {})
 
 
 def test_open_connections_do_not_hold_up_the_end(serving: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,11 +322,7 @@ def test_two_workers_without_a_home_under_attack(tmp_path: Path) -> None:
         for peer in open_ones:
             peer.sendall(HEAD)
             assert b" 404 " in peer.recv(2**16)
-        at_port = [
-            sum(each.laddr.port == port and each.status == "ESTABLISHED" for each in process.net_connections())
-            for process in server.family()
-        ]
-        assert sorted(count for count in at_port if count) == [20, 20]
+        assert server.shares() == [20, 20]
         with httpx.Client(base_url=server.url, timeout=60) as caller:
             assert [caller.get(path).status_code for path in ("/readyz", "/livez", "/metadata")] == [200] * 3
             headers = {"Content-Type": "application/octet-stream", "X-Shape": "1,4,6,3"}
@@ -281,6 +334,30 @@ def test_two_workers_without_a_home_under_attack(tmp_path: Path) -> None:
         assert files[1] >= 200
         server.stop(signal.SIGTERM)
     assert "Traceback" not in server.log.read_text()
+
+
+def test_the_port_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, port, started = make_bundle(tmp_path / "bundle"), free_port(), []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def execve(program: str, command: list[str], environment: dict[str, str]) -> None:
+        started.append(command)
+        with socket.socket(fileno=os.dup(int(environment["ENSEMBLER_LISTEN"]))) as public:
+            assert public.getsockname() == ("127.0.0.1", port) and os.get_inheritable(
+                int(environment["ENSEMBLER_LISTEN"])
+            )
+            socket.create_connection(("127.0.0.1", port)).close()  # it listens, whatever happens until BentoML runs
+
+    monkeypatch.setattr(os, "execve", execve)
+    with socket.create_server(("127.0.0.1", port)):
+        result = CliRunner().invoke(app, ["serve", str(bundle), "--port", str(port)])
+    assert result.exit_code == 1 and not started
+    assert str(result.exception) == (
+        f"cannot listen on 127.0.0.1, port {port}: Address already in use: choose another --port"
+    )
+    assert not list(tmp_path.glob("ensembler-serve-*"))  # nothing is left of a server that did not start
+    result = CliRunner().invoke(app, ["serve", str(bundle), "--port", str(port)])
+    assert result.exit_code == 0 and len(started) == 1
 
 
 def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

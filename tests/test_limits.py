@@ -223,6 +223,21 @@ def test_what_nobody_foresaw_is_a_sentence_that_gives_nothing_away(run: Any) -> 
     run(test)
 
 
+def test_an_address_writes_nothing_else_into_the_log(run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def test(gate: Gate, stub: Stub) -> None:
+        with caplog.at_level("INFO", logger="ensembler.access"):
+            for address in ("fe80::1%eth0", "a b 200 1.0 ms\nFAKE\x1b[31m\x9b", "y" * 5000):
+                await Caller(gate, client=address).body(b"x").answer()
+        found = [record.getMessage().partition(" ")[0] for record in caplog.records]
+        assert [text.rpartition(":")[0] for text in found] == [
+            "fe80::1%eth0",
+            "a?b?200?1.0?ms?FAKE??31m?",
+            "y" * 200,
+        ]
+
+    run(test)
+
+
 @pytest.mark.parametrize("path", [ROUTE, "/metadata", "/metrics", "/docs.json", "/schema.json", "/examples"])
 def test_a_token_is_wanted_everywhere_but_where_probers_look(run: Any, path: str) -> None:
     async def test(gate: Gate, stub: Stub) -> None:

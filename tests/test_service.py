@@ -86,6 +86,9 @@ MALFORMED: dict[str, tuple[Any, str]] = {
     "brackets in a string of escapes": (rb'{"images": "\"' + rb"[\\" * 5000 + b'"}', "'images' is a string"),
     "images twice": (b'{"images": [], "images": []}', 'has "images" twice'),
     "a name twice, deeper": (b'{"images": [{"b64": "AAAA", "b64": "AAAA"}]}', 'has "b64" twice'),
+    "half of a character as a name": (rb'{"images": [], "\ud800": 1}', "half of a character"),
+    "half of a character as a value": (rb'{"images": [], "mode": "\uDFFF"}', "half of a character"),
+    "no outputs": ({"images": IMAGES, "outputs": []}, "outputs is empty: send a list of some of class"),
     "an option twice": ({"images": IMAGES, "mode": "full", "parameters": {"mode": "full"}}, '"mode" was sent twice'),
     "both names": ({"images": IMAGES, "instances": IMAGES}, "is another name of 'images'"),
     "parameters that are none": ({"images": IMAGES, "parameters": []}, "'parameters' is a list"),
@@ -764,8 +767,20 @@ def test_bentoml_itself_starts_the_service_from_any_folder(bundle: Path, tmp_pat
     command = [sys.executable, "-m", "bentoml", "serve", "ensembler.serve.service:PredictiveUncertainty"]
     server = Server(command, tmp_path, free_port(), ENSEMBLER_BUNDLE=str(bundle), ENSEMBLER_WORKERS="2")
     try:
-        server.wait_until_ready()
+        server.wait_until_ready(workers=2)
         assert httpx.post(server.url + ROUTE, json={"images": IMAGES}).status_code == 200
+        address = server.url.removeprefix("http://").split(":")
+        halves = [socket.create_connection((address[0], int(address[1])), timeout=60) for _ in range(60)]
+        for half in halves:
+            half.sendall(b"GET /metadata HTTP/1.1\r\nHost: x\r\n")
+        assert httpx.get(f"{server.url}/readyz").headers["connection"] == "close"  # the front's
+        assert not server.shares()  # no worker has them before their heads have arrived
+        for half in halves[:40]:
+            half.sendall(b"\r\n")
+            assert half.recv(100).startswith(b"HTTP/1.1 200 ")
+        assert server.shares() == [20, 20]
+        for half in halves:
+            half.close()
     finally:
         server.stop(signal.SIGINT)
 

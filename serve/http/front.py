@@ -3,7 +3,8 @@
 It is a thread of the server's parent process, which does nothing else, so no flood delays its answers. A connection
 whose first head has arrived is passed to the worker with the fewest, as an open socket: nothing is copied, and the
 front is not in the path of requests. It looks at the head without reading it (``MSG_PEEK``). Workers tell it over a
-Unix socket when they are ready, and why they cannot be (:mod:`ensembler.serve.http.intake`).
+Unix socket when they are ready, and why they cannot be; where BentoML listens (``bentoml serve``), the first of them
+also passes it the listening socket (:mod:`ensembler.serve.http.intake`).
 """
 
 from __future__ import annotations
@@ -18,22 +19,26 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from ensembler.serve.http.routes import PROBES, READY, answer_of_probe
 
-__all__ = ["CHANNEL", "HEAD_SECONDS", "Front", "listen", "raise_file_limit", "stop_this_process"]
+__all__ = ["CHANNEL", "HEAD_SECONDS", "NUMBER", "Front", "listen", "raise_file_limit", "stop_this_process"]
 
 CHANNEL = "front.sock"
 """The workers' Unix socket, in the folder that they share."""
 
 HEAD_SECONDS = 10.0
 """How long a head may take to arrive."""
+
+NUMBER = 8
+"""Bytes of a connection's number, with which its open socket is passed to a worker."""
 
 _HEAD = 2**16  # bytes
 _ACCEPTED = 64  # connections at a time
@@ -54,7 +59,7 @@ class _Worker:
     channel: socket.socket
     ready: bool = False
     ending: bool = False
-    connections: int = 0
+    connections: dict[int, str] = field(default_factory=dict)  # their addresses, by number
     unread: bytes = b""
 
 
@@ -63,6 +68,7 @@ class _Waiting:
     """A connection whose head has not arrived."""
 
     peer: socket.socket
+    address: str
     since: float = field(default_factory=monotonic)
 
 
@@ -88,7 +94,7 @@ class Front:
 
     Args:
         folder: that the workers share.
-        public: a listening socket, for this front alone; without it, workers only tell how they are.
+        public: a listening socket, for this front alone; by default, the one that a worker passes.
         on_failure: called with one sentence where no worker can be started.
     """
 
@@ -99,7 +105,9 @@ class Front:
         self._killed = 0  # in a row while they opened the bundle
         self._heard = monotonic()  # when a worker last said something
         self._waiting: dict[int, _Waiting] = {}  # by file, the oldest first
-        self._most = (raise_file_limit() - _RESERVED) // 2
+        self._most = (raise_file_limit() - _RESERVED) // 2  # here and in each worker; of one address half of it
+        self._waiting_of, self._passed_of = Counter[str](), Counter[str]()  # connections of each address
+        self._numbers = count()
         self._channels = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._channels.bind(str(folder / CHANNEL))
         self._channels.listen(128)
@@ -114,8 +122,7 @@ class Front:
         """End the thread and close all sockets."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        for waiting in list(self._waiting.values()):
-            self._forget(waiting.peer).close()
+        self._drop(self._waiting.values())
         for open_one in (self._public, self._channels, *(worker.channel for worker in self._workers)):
             if open_one is not None:
                 self._loop.remove_reader(open_one)
@@ -124,20 +131,25 @@ class Front:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        for listening, accept in ((self._channels, self._accept_worker), (self._public, self._accept)):
-            if listening is not None:
-                listening.setblocking(False)
-                self._loop.add_reader(listening, accept)
+        self._channels.setblocking(False)
+        self._loop.add_reader(self._channels, self._accept_worker)
+        if self._public is not None:
+            self._open(self._public)
         self._loop.call_later(0.5, self._sweep)
         self._loop.run_forever()
 
     # Connections
 
+    def _open(self, public: socket.socket) -> None:
+        public.setblocking(False)
+        self._public = public
+        self._loop.add_reader(public, self._accept)
+
     def _accept(self) -> None:
         assert self._public is not None  # noqa: S101
         for _ in range(_ACCEPTED):
             try:
-                peer, _ = self._public.accept()
+                peer, (address, *_) = self._public.accept()
             except BlockingIOError:
                 return
             except OSError as error:
@@ -146,9 +158,12 @@ class Front:
                 self._drop_oldest(max(1, len(self._waiting) // 8))
                 return
             peer.setblocking(False)
-            self._waiting[peer.fileno()] = _Waiting(peer)
+            self._waiting[peer.fileno()] = _Waiting(peer, address)
+            self._waiting_of[address] += 1
             self._loop.add_reader(peer, self._look, peer)
-            if len(self._waiting) > self._most:
+            if self._waiting_of[address] > self._most // 2:
+                self._drop(islice((one for one in self._waiting.values() if one.address == address), 1))
+            elif len(self._waiting) > self._most:
                 self._drop_oldest(1)
 
     def _look(self, peer: socket.socket) -> None:
@@ -159,35 +174,56 @@ class Front:
         except OSError:
             head = b""
         if not head:
-            return self._forget(peer).close()
+            return self._drop([self._waiting[peer.fileno()]])
         whole = b"\r\n\r\n" in head or b"\n\n" in head
         if whole or len(head) >= _HEAD or not head[:1].isalpha():  # what is no HTTP is the worker's to refuse
-            self._forget(peer)
-            self._decide(peer, head)
+            self._decide(peer, self._forget(peer), head, whole)
         else:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, len(head) + 1)
 
-    def _decide(self, peer: socket.socket, head: bytes) -> None:
-        asked = _GET.match(head)
+    def _decide(self, peer: socket.socket, address: str, head: bytes, whole: bool) -> None:
+        asked = _GET.match(head) if whole else None
         if asked and (path := asked[2].decode("latin-1")) in PROBES:
             healthy = self._is_ready() if path in READY else self._is_alive()
             body, media_type = answer_of_probe(path, healthy)
             return _respond(peer, head, 200 if healthy else 503, body, media_type, asked[1] == b"HEAD")
-        for worker in sorted(self._workers, key=lambda worker: worker.connections):
-            if worker.ready and not worker.ending and worker.connections < self._most and _pass(worker, peer):
-                return
-        busy = any(worker.ready and not worker.ending for worker in self._workers)
-        reason = "too many connections are open" if busy else "the server is starting or stopping"
+        serving = [worker for worker in self._workers if worker.ready and not worker.ending]
+        if self._passed_of[address] >= self._most // 2:
+            reason = "too many connections of this address are open"
+        else:
+            for worker in sorted(serving, key=lambda worker: len(worker.connections)):
+                if len(worker.connections) < self._most and self._pass(worker, peer, address):
+                    return
+            reason = "too many connections are open" if serving else "the server is starting or stopping"
         _respond(peer, head, 503, json.dumps({"error": f"{reason}: send this request again"}).encode())
 
-    def _forget(self, peer: socket.socket) -> socket.socket:
-        self._waiting.pop(peer.fileno(), None)
-        self._loop.remove_reader(peer)
-        return peer
+    def _pass(self, worker: _Worker, peer: socket.socket, address: str) -> bool:
+        """Pass a connection and its number to a worker, unless that takes none at the moment."""
+        number = next(self._numbers)
+        try:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+            socket.send_fds(worker.channel, [number.to_bytes(NUMBER, "little")], [peer.fileno()])
+        except OSError:
+            return False
+        worker.connections[number] = address
+        self._passed_of[address] += 1
+        peer.close()
+        return True
 
-    def _drop_oldest(self, count: int) -> None:
-        for waiting in list(islice(self._waiting.values(), count)):
-            self._forget(waiting.peer).close()
+    def _forget(self, peer: socket.socket) -> str:
+        """Watch a connection no more, and return its address."""
+        address = self._waiting.pop(peer.fileno()).address
+        self._loop.remove_reader(peer)
+        _release(self._waiting_of, address)
+        return address
+
+    def _drop(self, some: Iterable[_Waiting]) -> None:
+        for waiting in list(some):
+            self._forget(waiting.peer)
+            waiting.peer.close()
+
+    def _drop_oldest(self, most: int) -> None:
+        self._drop(islice(self._waiting.values(), most))
 
     def _sweep(self) -> None:
         now = monotonic()
@@ -216,11 +252,16 @@ class Front:
 
     def _hear(self, worker: _Worker) -> None:
         try:
-            content = worker.channel.recv(2**16)
+            content, files, _, _ = socket.recv_fds(worker.channel, 2**16, 1)
         except BlockingIOError:
             return
         except OSError:
-            content = b""
+            content, files = b"", []
+        for listening in (socket.socket(fileno=file) for file in files):
+            if self._public is None:
+                self._open(listening)
+            else:
+                listening.close()
         self._heard = monotonic()
         *lines, worker.unread = (worker.unread + content).split(b"\n")
         for line in lines:
@@ -229,6 +270,7 @@ class Front:
             self._loop.remove_reader(worker.channel)
             worker.channel.close()
             self._workers.discard(worker)
+            self._note(worker, {"closed": list(worker.connections)})
             if not worker.ready and not worker.ending:
                 self._killed += 1
                 if self._killed == _TRIES:
@@ -238,22 +280,17 @@ class Front:
         if message.get("ready"):
             worker.ready, self._killed = True, 0
         worker.ending = worker.ending or message.get("ending", False)
-        worker.connections -= message.get("closed", 0)
+        for number in message.get("closed", ()):
+            _release(self._passed_of, worker.connections.pop(number))
         if "failed" in message:
             worker.ending = True
             self._on_failure(message["failed"])
 
 
-def _pass(worker: _Worker, peer: socket.socket) -> bool:
-    """Pass a connection to a worker, unless that takes none at the moment."""
-    try:
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        socket.send_fds(worker.channel, [b"c"], [peer.fileno()])
-    except OSError:
-        return False
-    worker.connections += 1
-    peer.close()
-    return True
+def _release(connections: Counter[str], address: str) -> None:
+    connections[address] -= 1
+    if not connections[address]:
+        del connections[address]
 
 
 def _respond(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
 from time import monotonic
@@ -41,7 +42,8 @@ _SENTENCES = {
     405: "this route does not take this method: GET /docs.json says which it takes",
     500: "the server failed on this request: its log says why",
 }
-_LOGGED = 200  # characters of a path
+_LOGGED = 200  # characters of a path or an address
+_NO_ADDRESS = re.compile(r"[^\w.:%-]", re.ASCII)
 _NOT_LOGGED = (*PROBES, METRICS)
 
 _logger = logging.getLogger("ensembler.serve")
@@ -201,11 +203,12 @@ class _Outgoing:
         scope, path = self._scope, self._scope["path"]
         self._requests.count(path, status)
         if path not in _NOT_LOGGED and _access.isEnabledFor(logging.INFO):
-            client = scope.get("client") or ("-", "-")
+            address, port = scope.get("client") or ("-", "-")
             seconds = monotonic() - scope["ensembler.arrived"]
             if len(path) > _LOGGED:
                 path = f"{path[:_LOGGED]}..."
-            _access.info("%s:%s %s %r %d %.2f ms", *client[:2], scope["method"], path, status, 1000 * seconds)
+            address = _NO_ADDRESS.sub("?", address[:_LOGGED])  # it may be what X-Forwarded-For says
+            _access.info("%s:%s %s %r %d %.2f ms", address, port, scope["method"], path, status, 1000 * seconds)
 
 
 class _Body:

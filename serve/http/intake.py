@@ -1,7 +1,7 @@
 """A worker's end of the front: connections come as open sockets, and uvicorn answers them.
 
 What the front does for a connection's first head, :class:`_Patient` does for the later ones, and for answers that
-nobody reads. Without a front (``bentoml serve``), BentoML's own listener is the only one.
+nobody reads. The socket at which BentoML would let each worker listen becomes the front's.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import contextlib
 import json
 import os
 import socket
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from ensembler.errors import EnsemblerError
-from ensembler.serve.http.front import CHANNEL, HEAD_SECONDS
+from ensembler.serve.http.front import CHANNEL, HEAD_SECONDS, NUMBER
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -29,6 +31,7 @@ __all__ = ["join_front"]
 
 _READ_SECONDS = 5.0  # in which a caller must have taken some of its answer
 _KEEP_ALIVE = 5  # seconds
+_CLOSED = 1000  # connections in a message, which is sent whole or not at all
 
 
 def join_front(app: Starlette, folder: Path, graceful: int) -> None:
@@ -44,6 +47,7 @@ def join_front(app: Starlette, folder: Path, graceful: int) -> None:
     @asynccontextmanager
     async def lifespan(starting: Starlette) -> AsyncIterator[Any]:
         channel = _Channel(folder)
+        channel.pass_listener()
         async with contextlib.AsyncExitStack() as stack:
             try:
                 state = await stack.enter_async_context(original(starting))
@@ -65,6 +69,13 @@ def _sentence(error: Exception) -> str:
     return f"the bundle cannot be opened ({type(error).__name__}: {reason}): run ensembler verify on it"
 
 
+def _bentoml_listener() -> int | None:
+    """The file at which BentoML's worker will listen, as its command line says; none of TLS, which is BentoML's."""
+    if "--fd" not in sys.argv or "--ssl-certfile" in sys.argv:
+        return None
+    return int(sys.argv[sys.argv.index("--fd") + 1])
+
+
 class _Channel:
     """What this worker tells the front, one JSON object a line."""
 
@@ -73,9 +84,21 @@ class _Channel:
         self.socket.connect(str(folder / CHANNEL))
         self.socket.setblocking(False)
 
-    def tell(self, **message: Any) -> None:
-        with contextlib.suppress(OSError):
+    def pass_listener(self) -> None:
+        """Pass the front the socket at which BentoML's worker is about to listen, which gets one that nobody asks."""
+        if (listening := _bentoml_listener()) is None:
+            return
+        socket.send_fds(self.socket, [b"{}\n"], [listening])
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            os.dup2(silent.fileno(), listening, inheritable=False)
+
+    def tell(self, **message: Any) -> bool:
+        """Send a short message; false where it cannot be sent now."""
+        try:
             self.socket.send(json.dumps(message).encode() + b"\n")
+        except OSError:
+            return False
+        return True
 
 
 @asynccontextmanager
@@ -85,50 +108,52 @@ async def _intake(app: Starlette, channel: _Channel, graceful: int) -> AsyncIter
             app,
             http=_Patient,
             lifespan="off",
+            ws="none",  # another protocol would take the connection over, and never say that it was closed
             log_config=None,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=graceful,
         )
     )
-    loop, connecting, closed = asyncio.get_running_loop(), set[asyncio.Task[Any]](), 0
+    loop, connecting, closed = asyncio.get_running_loop(), set[asyncio.Task[Any]](), list[int]()
 
-    def note_closed() -> None:
-        nonlocal closed
-        closed += 1
-
-    def protocol() -> asyncio.Protocol:
+    def protocol(number: int) -> asyncio.Protocol:
         made = _Patient(config=server.config, server_state=server.server_state, app_state={}, _loop=loop)
-        made.on_close = note_closed
+        made.on_close = lambda: closed.append(number)
         return made
 
-    def receive() -> None:
+    def receive() -> bool:
+        """Take a connection; false where none waits."""
         try:
-            content, files, _, _ = socket.recv_fds(channel.socket, 64, 64)
+            content, files, _, _ = socket.recv_fds(channel.socket, NUMBER, 1)
         except OSError:
-            return
+            return False
         if not content:  # the parent has ended
             loop.remove_reader(channel.socket)
         for file in files:
-            task = loop.create_task(loop.connect_accepted_socket(protocol, socket.socket(fileno=file)))
+            number = int.from_bytes(content, "little")
+            task = loop.create_task(loop.connect_accepted_socket(partial(protocol, number), socket.socket(fileno=file)))
             connecting.add(task)
             task.add_done_callback(connecting.discard)
+        return bool(files)
 
-    async def tell_counts() -> None:
-        nonlocal closed
+    async def tell_closed() -> None:
         while True:
-            count, closed = closed, 0
-            channel.tell(closed=count)  # also the sign that this loop runs
+            while channel.tell(closed=closed[:_CLOSED]):  # also the sign that this loop runs
+                del closed[:_CLOSED]
+                if not closed:
+                    break
             await asyncio.sleep(0.2)
 
-    serving, telling = asyncio.create_task(server.serve(sockets=[])), asyncio.create_task(tell_counts())
+    serving, telling = asyncio.create_task(server.serve(sockets=[])), asyncio.create_task(tell_closed())
     loop.add_reader(channel.socket, receive)
     channel.tell(ready=True)
     try:
         yield
     finally:
         channel.tell(ending=True)
-        receive()  # what was passed before
+        while receive():  # what was passed before
+            pass
         loop.remove_reader(channel.socket)
         if connecting:
             await asyncio.wait(connecting)

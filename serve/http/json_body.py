@@ -27,6 +27,7 @@ MAX_DEPTH = 16
 _FORM = 'send {"images": [...]}'
 _STRING = re.compile(rb'"[^"]*"?')  # without escapes
 _ALL_ELSE = bytes(set(range(256)) - set(b"[]{}:"))
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[ \t\r\n]+")
 
 
@@ -71,7 +72,7 @@ def parse(body: bytes, limits: Limits) -> Any:
 
     Raises:
         TooLargeError: more than they allow.
-        ShapeError: no JSON, nested more than :data:`MAX_DEPTH` deep, or an object with a name twice.
+        ShapeError: no JSON, deeper than :data:`MAX_DEPTH`, an object with a name twice, or half of a character.
     """
     if len(body) > limits.bytes:
         raise TooLargeError(
@@ -79,7 +80,12 @@ def parse(body: bytes, limits: Limits) -> Any:
         )
     _check_punctuation(body, limits)
     try:
-        return json.loads(body.decode("utf-8-sig"), object_pairs_hook=_unique)
+        content = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_unique)
+        if _SURROGATE.search(body):
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
+    except UnicodeEncodeError as error:
+        raise ShapeError("the body has half of a character, \\uD800 to \\uDFFF alone: send whole characters") from error
     except json.JSONDecodeError as error:
         where = f"{error.msg} in line {error.lineno}, column {error.colno}"
         raise ShapeError(f"the body is not JSON ({where}): {_FORM}") from error

@@ -149,7 +149,8 @@ class Options(Record):
             raise UsageError(f"unknown option {shown(name)}: use {', '.join(cls.model_fields)}")
         where = "".join([str(name), *(f"[{place}]" for place in index)])
         schema = cls.schemas()[str(name)]
-        raise UsageError(f"{where} is {shown(first['input'])}: {_expected(schema['items'] if index else schema)}")
+        found = "empty" if first["input"] == [] else shown(first["input"])
+        raise UsageError(f"{where} is {found}: {_expected(schema['items'] if index else schema)}")
 
 
 def calibrated_outputs(calibration: Calibration | None) -> tuple[Output, ...]:

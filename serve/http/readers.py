@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,11 @@ MAX_PIXELS = 25_000_000
 
 _NPY = "send what numpy.save writes of a uint8 array (batch, H, W, 3), or raw bytes and their X-Shape"
 _NPY_HEADER = 10_000  # bytes; numpy's own limit
+_PLAIN_HEADER = re.compile(  # each name once, and numbers in digits: NumPy reads what it would not write
+    rb"\x93NUMPY.+?\{(\s*['\"](descr|fortran_order|shape)['\"]\s*:\s*"
+    rb"(['\"][^'\"]*['\"]|True|False|\([0-9L, ]*\)),?){3}\s*\}\s*",
+    re.DOTALL,
+)
 _MOST_DIMENSIONS = 6
 _MOST_FIELDS = 32  # text fields of a form
 
@@ -62,6 +68,8 @@ def images_from_npy(body: bytes) -> NDArray[Any]:
         raise ShapeError(f"the .npy file's shape is not that of images: {_NPY}")
     if dtype.kind not in "iu":
         raise ShapeError(f"the .npy file is of type {shown(str(dtype))}: {_NPY}")
+    if not _PLAIN_HEADER.fullmatch(body[: file.tell()]):
+        raise ShapeError(f"the .npy file's header is not one that NumPy writes: {_NPY}")
     pixels = _pixels(memoryview(body)[file.tell() :], tuple(shape), dtype)
     return pixels.reshape(shape, order="F" if fortran else "C")
 
