@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,6 @@ from torchvision.transforms import v2
 
 from ensembler import load_dataset
 from ensembler.dataset_record import DatasetRecord
-from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.images import augment, draw
 from ensembler.run import Run
@@ -96,7 +94,7 @@ def test_a_policy_follows_the_datasets_crop_and_ones_own_transform_replaces_it(a
 def test_files_give_the_batches_that_images_in_memory_give(photos, augmentation):
     held, files = load(photos, True), load(photos, False)
     expected = some(batches_of(held, augmentation), 9)
-    for workers in (0, 1):
+    for workers in (0,) if "+" in augmentation else (0, 1):
         assert same_batches(expected, some(batches_of(files, augmentation, workers), 9))
     assert not same_batches(expected, some(batches_of(held, augmentation, seed=1), 9))
 
@@ -184,25 +182,6 @@ def test_a_transform_that_fails_later_is_one_sentence_too(photos, in_memory, wor
     settings = SETTINGS | {"augmentation": rarely_failing, "epochs": 20, "workers": workers}
     with pytest.raises(UsageError, match=r"rarely_failing fails on an image .*: ValueError: seldom"):
         train(load(photos, in_memory), ONE, Settings(**settings))
-
-
-def test_a_run_whose_own_transform_is_gone_is_evaluated_and_exported(tmp_path, monkeypatch):
-    from ensembler.serve import Runtime, export_run
-
-    (tmp_path / "fleeting.py").write_text("from tests.test_augmentation import noisy as transform\n")
-    monkeypatch.chdir(tmp_path)
-    path = make(DeepEnsemble(members=2), augmentation="fleeting:transform", architecture="tests._small:batchnorm").save(
-        tmp_path / "run"
-    )
-    (tmp_path / "fleeting.py").unlink()
-    sys.modules.pop("fleeting")
-    images = dataset().test.images
-    expected = torch.as_tensor(Ensemble.load(path).predict_proba(images))
-    export_run(path, tmp_path / "bundle", use_data=False)
-    found = torch.as_tensor(Runtime.load(tmp_path / "bundle").predict_members(images.numpy())).mean(0)
-    assert (found - expected).abs().max() < 1e-5
-    with pytest.raises(UsageError, match="cannot import the augmentation 'fleeting:transform'"):
-        make(ONE, augmentation="fleeting:transform")
 
 
 def test_commands_take_a_policy_and_keep_it(tmp_path, monkeypatch):

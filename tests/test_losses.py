@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from ensembler import load_dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.naming import import_object, name_of
@@ -19,6 +20,7 @@ from ensembler.run import Run
 from ensembler.trainers import DeepEnsemble, Settings, Simplex
 from ensembler.trainers.losses import training_loss
 from ensembler.trainers.training import collapse_run
+from tests._evaluate import evaluate
 from tests._small import dataset
 from tests._training import call, make, same
 from tests.test_task import Toy
@@ -224,12 +226,16 @@ def test_a_loss_that_training_cannot_use_is_one_sentence(fault, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_whose_own_loss_is_gone_is_evaluated_exported_and_collapsed(tmp_path, monkeypatch):
+def test_a_run_whose_own_code_is_gone_is_evaluated_exported_and_answered(tmp_path, monkeypatch):
+    """Its loss and its transform; only the statistics of BatchNorm at a new point need the transform."""
     from ensembler.serve import Runtime, export_run
 
-    (tmp_path / "passing.py").write_text("from tests.test_losses import focal as loss\n")
+    (tmp_path / "passing.py").write_text(
+        "from tests.test_losses import focal as loss\nfrom tests.test_augmentation import noisy as transform\n"
+    )
     monkeypatch.chdir(tmp_path)
-    path = make(DeepEnsemble(members=2), loss="passing:loss").save(tmp_path / "run")
+    own = {"loss": "passing:loss", "augmentation": "passing:transform", "architecture": "tests._small:batchnorm"}
+    path = make(DeepEnsemble(members=2), **own).save(tmp_path / "run")
     (tmp_path / "passing.py").unlink()
     sys.modules.pop("passing")
     images = dataset().test.images
@@ -237,9 +243,38 @@ def test_a_run_whose_own_loss_is_gone_is_evaluated_exported_and_collapsed(tmp_pa
     export_run(path, tmp_path / "bundle", use_data=False)
     found = Runtime.load(tmp_path / "bundle").predict_members(images.numpy()).mean(axis=0)
     assert abs(torch.as_tensor(found) - torch.as_tensor(expected)).max() < 1e-5
-    assert len(collapse_run(Run.load(path), dataset()).coefficients) == 1
+    with pytest.raises(UsageError, match="cannot import the augmentation 'passing:transform'"):
+        collapse_run(Run.load(path), dataset())
     with pytest.raises(UsageError, match="cannot import the loss 'passing:loss'"):
         make(ONE, loss="passing:loss")
+    alone = make(ONE, loss=focal)
+    alone.manifest.settings["loss"] = "passing:loss"
+    assert len(collapse_run(alone, dataset()).coefficients) == 1
+
+
+def test_smoothed_mixed_and_augmented_is_trained_evaluated_under_shift_exported_and_answered(tmp_path, monkeypatch):
+    from ensembler.serve import Runtime, export_run
+
+    monkeypatch.chdir(tmp_path)
+    own = ["--label-smoothing", 0.1, "--mixup", 0.2, "--class-weights", "balanced", "--augmentation", "trivialaugment"]
+    given = ["--arch", "tests._small:network", "--image-size", 8, "--epochs", 1, "--members", 2, "--device", "cpu"]
+    result = call("train-deep-ensemble", *given, *own, "--out", "run")
+    assert result.exit_code == 0, result.output
+    assert "loss" in result.stderr and "accuracy" not in result.stderr, "an epoch shows no accuracy of mixed images"
+    manifest = Run.load(tmp_path / "run").manifest
+    (found,) = evaluate([tmp_path / "run"], "corruptions", examples=6, device="cpu").runs
+    assert math.isfinite(found.shifted.nll)
+    history = [line for line in Run.load(tmp_path / "run").history if line["part"]]
+    assert history and all("accuracy" not in line for line in history)
+    export_run(tmp_path / "run", tmp_path / "bundle", use_data=False)
+    images = load_dataset("digits", image_size=8).test.images
+    ensemble = Ensemble.load(tmp_path / "run")
+    expected = torch.as_tensor(ensemble.predict_proba(images))
+    answers = torch.as_tensor(Runtime.load(tmp_path / "bundle").predict_members(images.numpy())).mean(0)
+    assert (answers - expected).abs().max() < 1e-5
+    labels = load_dataset("digits", image_size=8).test.labels
+    nll = -expected[torch.arange(len(labels)), labels].log().mean().item()
+    assert manifest.metrics["test"]["nll"] == pytest.approx(nll, rel=1e-4), "scores are of the plain loss"
 
 
 def test_a_function_that_cannot_be_imported_has_a_name_of_what_it_computes():

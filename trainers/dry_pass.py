@@ -157,7 +157,7 @@ class _Trial:
                 f"{name} returns outputs without gradients, so that nothing would be trained: leave out no_grad() and "
                 "detach() in its forward, or requires_grad_(False) of all its weights"
             )
-        if self.settings.loss:
+        if self.settings.loss != "task":
             check_loss(self.settings.loss, outputs, self.y)
         try:
             self.losses(outputs, self.y).mean().backward()  # type: ignore[no-untyped-call]

@@ -41,9 +41,9 @@ def training_loss(settings: Settings, dataset: Dataset, device: torch.device) ->
     meaning, smoothing = task.find(dataset.task), settings.label_smoothing
     weighted = settings.class_weights != "none"
     if not (smoothing or weighted):
-        return _own(settings.loss, device) if settings.loss else meaning.losses
+        return meaning.losses if settings.loss == "task" else _own(settings.loss, device)
     flag = "--label-smoothing" if smoothing else "--class-weights"
-    if settings.loss:
+    if settings.loss != "task":
         raise UsageError(f"{flag} is part of cross entropy, which --loss {settings.loss} replaces: leave one out")
     if not isinstance(meaning, Classification) or type(meaning).losses is not Classification.losses:
         raise UsageError(

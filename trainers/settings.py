@@ -48,11 +48,11 @@ class Settings(Options):
     momentum: float = option(0.9, ge=0, lt=1, help="Nesterov momentum of SGD.")
     weight_decay: float = option(5e-4, ge=0, help="Weight decay of SGD.")
     clip: float = option(1.0, ge=0, help="Largest norm of the gradient; 0 for no limit.")
-    loss: str | None = option(
-        None,
-        metavar="MODULE:FUNCTION",
-        help="Training loss of your own, package.module:function of outputs (B, C) and targets (B,). "
-        "(default: cross entropy)",
+    loss: str = option(
+        "task",
+        metavar="task|MODULE:FUNCTION",
+        help="Training loss: the task's, cross entropy, or your own, package.module:function of outputs (B, C) and "
+        "targets (B,).",
     )
     label_smoothing: float = option(
         0.0, ge=0, lt=1, metavar="E", help="Share of a label's probability that is spread evenly over all classes."
