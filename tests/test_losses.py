@@ -90,6 +90,7 @@ def test_class_weights_may_be_written_in_many_ways(tmp_path):
     [
         ({"class_weights": "1,2"}, "--class-weights has 2 numbers, and there are 3 classes: one each"),
         ({"class_weights": "1,x,2"}, "'1,x,2' is neither balanced nor none, nor numbers"),
+        ({"class_weights": ["1", [2], 3]}, "is neither balanced nor none, nor numbers"),
         ({"class_weights": "balance"}, "'balance' is neither balanced nor none"),
         ({"class_weights": "absent.txt"}, "'absent.txt' is neither balanced nor none"),
         ({"class_weights": [1, -1, 1]}, "must be finite, none negative"),

@@ -132,7 +132,7 @@ class Settings(Options):
         """Numbers from Python, in a list, array or tensor, or from a file, as they are typed."""
         numbers = value.tolist() if hasattr(value, "tolist") else value
         if isinstance(numbers, Sequence) and not isinstance(numbers, str):
-            return ",".join(repr(float(number)) for number in numbers)
+            return ",".join(repr(float(each)) if isinstance(each, int | float) else repr(each) for each in numbers)
         return _read_numbers(Path(value)) if isinstance(value, str | Path) and _names_file(value) else value
 
     def resolved(self, dataset: Dataset, architecture: str | None = None) -> Settings:
