@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from ensembler import datasets
+from ensembler.augmentations import check_augmentation
 from ensembler.datasets import Dataset
 from ensembler.decoded import DecodedSplit
 from ensembler.errors import DataError, UsageError
@@ -59,7 +60,9 @@ class DatasetRecord(Record):
             UsageError: the augmentation is unknown.
         """
         augmentation, known = augmentation or dataset.augmentation, dataset.train.augmentations
-        if augmentation not in known:
+        if dataset.train.kind == "images":
+            check_augmentation(augmentation)
+        elif augmentation not in known:
             raise UsageError(f"unknown augmentation {augmentation!r}: use one of {', '.join(known)}")
         train = dataset.train
         decoded = {name: split for name, split in _splits(dataset) if isinstance(split, DecodedSplit)}

@@ -30,13 +30,12 @@ from ensembler.errors import DataError, UsageError
 from ensembler.folder_notes import Notes, describe_folder
 from ensembler.folders import Layout, place, read_layout
 from ensembler.image_cache import kept
-from ensembler.images import AUGMENTATIONS, MEMORY_LIMIT, FileSplit, Images, Split, normalise
+from ensembler.images import MEMORY_LIMIT, FileSplit, Images, Split, normalise
 from ensembler.published import cifar, digits, fashion_mnist
 from ensembler.seeds import generator
 from ensembler.splits import hold_out
 
 __all__ = [
-    "AUGMENTATIONS",
     "CORRUPT",
     "NAMES",
     "Dataset",
@@ -63,7 +62,7 @@ class Dataset:
         name: the name for :func:`load`.
         title: the name in reports.
         classes: the class names, in label order; none where the targets are numbers.
-        augmentation: the default augmentation, one of :data:`ensembler.images.AUGMENTATIONS`.
+        augmentation: the default augmentation, one of :data:`ensembler.augmentations.CROPS`.
         train, validation, test: all in memory, or all in files. :func:`load` returns images; your own dataset may hold
             other examples (:mod:`ensembler.examples`).
         mean: (3,) of the training images, pixels in [0, 1]; for images in files, of a seeded sample of 2,048.

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ensembler.augmentations import CROPS, POLICIES, split, transform
 from ensembler.decoding import MEND, read_image
 from ensembler.errors import DataError
 from ensembler.examples import Cut, Epoch, InMemory, hash_tensors, stream
@@ -27,7 +28,6 @@ from ensembler.inputs import check_images
 from ensembler.machine import in_threads
 
 __all__ = [
-    "AUGMENTATIONS",
     "MEMORY_LIMIT",
     "FileSplit",
     "Images",
@@ -40,7 +40,6 @@ __all__ = [
     "read_images",
 ]
 
-AUGMENTATIONS = ("crop-flip", "crop", "resized-crop-flip", "none")
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images that are held in memory by default
 
 _PADDING = 4
@@ -51,7 +50,7 @@ class _Images:
     """Base of :class:`Split` and :class:`FileSplit`; see :class:`ensembler.examples.Examples`."""
 
     kind: ClassVar[str] = "images"
-    augmentations: ClassVar[Sequence[str]] = AUGMENTATIONS
+    augmentations: ClassVar[Sequence[str]] = (*POLICIES, *CROPS)
     shape: tuple[int, int]
 
     @property
@@ -259,16 +258,26 @@ def draw(augmentation: str, count: int, generator: torch.Generator) -> Tensor:
 
     Returns:
         (count, 3) for crops: row, column, and whether to mirror. (count,) seeds for ``"resized-crop-flip"``. (count, 0)
-        for ``"none"``.
+        for ``"none"``. Where a transform follows, (count, D + 1): these, then its seed.
     """
-    if augmentation == "none":
+    crop, name = split(augmentation)
+    choices = _draw_crop(crop, count, generator)
+    return choices if name is None else torch.cat([choices[:, None].flatten(1), _seeds(count, generator)[:, None]], 1)
+
+
+def _draw_crop(crop: str, count: int, generator: torch.Generator) -> Tensor:
+    if crop == "none":
         return torch.empty(count, 0, dtype=torch.int64)
-    if augmentation == "resized-crop-flip":
-        return torch.randint(2**62, (count,), generator=generator)
+    if crop == "resized-crop-flip":
+        return _seeds(count, generator)
     offsets = torch.randint(0, 2 * _PADDING + 1, (count, 2), generator=generator)
-    flips = augmentation == "crop-flip"
+    flips = crop == "crop-flip"
     mirrored = torch.rand(count, 1, generator=generator) < 0.5 if flips else torch.zeros(count, 1)
     return torch.cat([offsets, mirrored.long()], dim=1)
+
+
+def _seeds(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(2**62, (count,), generator=generator)
 
 
 def augment(images: Tensor, augmentation: str, choices: Tensor) -> Tensor:
@@ -277,13 +286,25 @@ def augment(images: Tensor, augmentation: str, choices: Tensor) -> Tensor:
     ``"crop"`` pads by 4 black pixels and crops to the original size; ``"crop-flip"`` also mirrors half of the images;
     ``"resized-crop-flip"`` is usual for ImageNet: torchvision's ``v2.RandomResizedCrop`` (8 to 100 % of the area,
     proportions from 3:4 to 4:3, resized to the original size) and ``v2.RandomHorizontalFlip``; ``"none"`` changes
-    nothing.
+    nothing. The transform that may follow is computed on the CPU; see :func:`ensembler.augmentations.transform`.
     """
-    if augmentation == "none" or not len(images):
+    crop, name = split(augmentation)
+    if name is None or not len(images):
+        return _crop(images, crop, choices)
+    return _lock_and_transform(_crop(images, crop, choices[:, :-1]), name, choices)
+
+
+def _lock_and_transform(images: Tensor, name: str, choices: Tensor) -> Tensor:
+    with _GLOBAL_GENERATOR:
+        return transform(images, name, choices[:, -1])
+
+
+def _crop(images: Tensor, crop: str, choices: Tensor) -> Tensor:
+    if crop == "none" or not len(images):
         return images
     count, height, width, _ = images.shape
-    if augmentation == "resized-crop-flip":  # one image at a time, because the host must read the seeds
-        pairs = zip(images, choices.tolist(), strict=True)
+    if crop == "resized-crop-flip":  # one image at a time, because the host must read the seeds
+        pairs = zip(images, choices.flatten().tolist(), strict=True)
         return torch.stack([_resized_crop_flip(image, seed, (height, width)) for image, seed in pairs])
     device = images.device
     rows = choices[:, :1] + torch.arange(height, device=device)
@@ -310,7 +331,7 @@ def read_images(
         files: N paths.
         shape: (H, W) to which every image is resized, bilinearly and ignoring proportions.
         augmentation, choices: see :func:`augment`. ``"resized-crop-flip"`` crops the image at its original size, and
-            resizes only the crop.
+            resizes only the crop. A transform that follows takes the image of ``shape``.
         like: a file of ``shape``; images of another shape are refused, with its name, instead of being resized.
         threads: number of threads; see :func:`ensembler.machine.in_threads`.
         mend: the last clause of the message about a file that cannot be read.
@@ -322,7 +343,8 @@ def read_images(
         DataError: an image cannot be read, or has another shape; the message names it.
     """
     images = np.empty((len(files), *shape, 3), np.uint8)  # in inference mode, other threads could not fill a tensor
-    whole = like is not None or augmentation == "resized-crop-flip"
+    crop, name = split(augmentation)
+    whole = like is not None or crop == "resized-crop-flip"
 
     def read(i: int) -> None:
         image = read_image(files[i], None if whole else shape, mend)
@@ -331,14 +353,16 @@ def read_images(
                 f"{files[i]} is {image.shape[1]} x {image.shape[0]} pixels but {like} is "
                 f"{shape[1]} x {shape[0]}: add --image-size to resize all to one size"
             )
-        if augmentation == "resized-crop-flip" and choices is not None:
-            image = _resized_crop_flip(torch.from_numpy(image), int(choices[i]), shape).numpy()
+        if crop == "resized-crop-flip" and choices is not None:
+            image = _resized_crop_flip(torch.from_numpy(image), int(choices[i].flatten()[0]), shape).numpy()
         images[i] = image
 
     for _ in in_threads(read, files, threads):
         pass
     found = torch.from_numpy(images)
-    return found if whole or choices is None else augment(found, augmentation, choices)
+    if choices is None or (whole and name is None):
+        return found
+    return _lock_and_transform(found, str(name), choices) if whole else augment(found, augmentation, choices)
 
 
 def _resized_crop_flip(image: Tensor, seed: int, shape: tuple[int, int]) -> Tensor:

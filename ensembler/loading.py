@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Generator, Iterator
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.context import BaseContext
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ensembler.errors import DataError, UsageError
+from ensembler.errors import EnsemblerError, UsageError
 from ensembler.machine import available_cpus
+from ensembler.naming import given, reason, remember
 
 if TYPE_CHECKING:
     from ensembler.images import FileSplit
@@ -47,13 +49,17 @@ def read_ahead(
             by the number of processes that torchrun started on this machine; at most 8.
 
     Raises:
-        DataError: an image cannot be read. UsageError: a worker process died.
+        DataError: an image cannot be read. UsageError: a worker process died, or cannot be sent the augmentation, or
+            that fails.
     """
     if workers is None:
         sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = max(1, min(available_cpus() // sharing, _WORKERS))
+    reader = _Reader(split.shape, augmentation, threads=1 if workers else None)
+    if workers:
+        _check_sent(reader, augmentation)
     loader = DataLoader(
-        _Reader(split.shape, augmentation, threads=1 if workers else None),
+        reader,
         batch_size=None,  # a key is a whole batch
         sampler=_worker_keys(split, keys),
         num_workers=workers,
@@ -72,6 +78,16 @@ def read_ahead(
         getattr(batches, "_shutdown_workers", lambda: None)()
 
 
+def _check_sent(reader: _Reader, augmentation: str) -> None:
+    try:
+        pickle.dumps(reader)
+    except Exception as error:  # whatever an object that cannot be pickled raises
+        raise UsageError(
+            f"the augmentation {augmentation} cannot be sent to the processes that read images ({reason(error)}): "
+            "define it at the top of a module, or use --workers 0"
+        ) from error
+
+
 def _worker_keys(split: FileSplit, keys: Iterator[tuple[Tensor, Tensor]]) -> Iterator[_Key]:
     for index, choices in keys:
         part = split.part(index)
@@ -80,7 +96,7 @@ def _worker_keys(split: FileSplit, keys: Iterator[tuple[Tensor, Tensor]]) -> Ite
 
 def _next(batches: Iterator[Any], workers: int) -> tuple[Tensor, Tensor]:
     try:
-        batch: tuple[Tensor, Tensor] | DataError = next(batches)
+        batch: tuple[Tensor, Tensor] | EnsemblerError = next(batches)
     except (RuntimeError, OSError, EOFError) as error:
         if not workers or str(error).startswith("Caught"):  # raised by the reader, not by a lost worker
             raise
@@ -88,7 +104,7 @@ def _next(batches: Iterator[Any], workers: int) -> tuple[Tensor, Tensor]:
             f"a process that reads images died ({error}): use fewer --workers, or 0. In a script of your own, train "
             'under if __name__ == "__main__": because each of these processes imports it'
         ) from error
-    if isinstance(batch, DataError):
+    if isinstance(batch, EnsemblerError):
         raise batch
     return batch
 
@@ -98,12 +114,15 @@ class _Reader(Dataset[Any]):
 
     def __init__(self, shape: tuple[int, int], augmentation: str, threads: int | None) -> None:
         self._shape, self._augmentation, self._threads = shape, augmentation, threads
+        self._transform = given(augmentation)
 
-    def __getitem__(self, key: _Key) -> tuple[Tensor, Tensor] | DataError:
+    def __getitem__(self, key: _Key) -> tuple[Tensor, Tensor] | EnsemblerError:
         from ensembler.decoding import MEND_OR_SKIP
         from ensembler.images import read_images
 
         files, labels, choices = key
+        if self._transform is not None:
+            remember(self._augmentation, self._transform)
         try:
             images = read_images(
                 files,
@@ -113,7 +132,7 @@ class _Reader(Dataset[Any]):
                 threads=self._threads,
                 mend=MEND_OR_SKIP,
             )
-        except DataError as error:
+        except EnsemblerError as error:
             return error  # the loader would turn a raised error into a traceback
         return images, torch.from_numpy(labels)
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import sys
 import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from ensembler.errors import UsageError
 
-__all__ = ["import_object", "reason"]
+__all__ = ["given", "import_object", "is_own_name", "name_of", "reason", "remember"]
+
+_BY_PYTHON = " given by Python, "
+_GIVEN: dict[str, Any] = {}  # what this process was given and cannot import, by its name
 
 _LIBRARIES = {"ensembler", "torch", "torchvision", "importlib", "inspect"}
 
@@ -27,6 +35,10 @@ def import_object(name: str, kind: str) -> Any:
     Raises:
         UsageError: it cannot be imported.
     """
+    if name in _GIVEN:
+        return _GIVEN[name]
+    if _BY_PYTHON in name:
+        raise UsageError(f"the {kind} {name!r} is none of this process: name one that can be imported, module:name")
     module, _, attribute = name.partition(":")
     if module.endswith(".py"):
         dotted = module.removesuffix(".py").strip("./").replace("/", ".")
@@ -43,6 +55,58 @@ def import_object(name: str, kind: str) -> Any:
     finally:
         if here in sys.path:
             sys.path.remove(here)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Return the name under which :func:`import_object` finds a function or callable object that Python code passes.
+
+    It is ``package.module:attribute`` if importing gives that very object in any process. Otherwise it is the object's
+    class or name and a hash of what it computes with, and only this process finds it.
+    """
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
+    if module and module != "__main__" and name and getattr(sys.modules.get(module), name, None) is function:
+        return f"{module}:{name}"
+    digest = hashlib.sha256(repr(_content(function)).encode()).hexdigest()
+    found = f"{(name or type(function).__qualname__).rpartition('.')[2]}{_BY_PYTHON}{digest[:12]}"
+    _GIVEN[found] = function
+    return found
+
+
+def is_own_name(name: str) -> bool:
+    """Return whether a name is of a form that :func:`import_object` takes."""
+    return ":" in name or _BY_PYTHON in name
+
+
+def given(name: str) -> Any:
+    """Return what this process was given under a name of :func:`name_of`, or ``None``: it is to be imported."""
+    return _GIVEN.get(name)
+
+
+def remember(name: str, function: Any) -> None:
+    """Let this process find what another one was given."""
+    _GIVEN[name] = function
+
+
+def _content(value: Any) -> Any:
+    """Return what an object computes with: its code and what it holds, or its identity where that cannot be seen."""
+    if isinstance(value, CodeType):
+        parts: Sequence[Any] = (value.co_code, value.co_names, value.co_consts)
+    elif isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        defaults = value.__defaults__, [*(value.__kwdefaults__ or {}).items()]
+        parts = (value.__module__, value.__code__, *defaults, *cells)
+    elif isinstance(value, MethodType):
+        parts = (value.__func__, value.__self__)
+    elif isinstance(value, partial):
+        parts = (value.func, value.args, [*value.keywords.items()])
+    elif isinstance(value, tuple | list):
+        parts = value
+    else:
+        try:
+            return pickle.dumps(value)
+        except Exception:  # whatever an object that cannot be pickled raises
+            return id(value)
+    return [_content(part) for part in parts]
 
 
 def reason(error: BaseException) -> str:

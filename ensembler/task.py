@@ -85,10 +85,26 @@ class Classification(Task):
     name = "classification"
     metric = "accuracy"
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def losses(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        class_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Compute the cross entropy (B,) of each example, in nats.
+
+        Args:
+            outputs: (B, C) logits.
+            targets: (B,) int64 classes.
+            label_smoothing: E, share of the target's probability that is spread evenly over all C classes (Szegedy et
+                al. 2016, sec. 7).
+            class_weights: (C,) factor of the loss of each class.
+        """
         from torch.nn.functional import cross_entropy
 
-        return cross_entropy(outputs, targets, reduction="none")
+        return cross_entropy(outputs, targets, class_weights, reduction="none", label_smoothing=label_smoothing)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.argmax(1) == targets

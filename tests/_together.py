@@ -37,6 +37,7 @@ def methods(ends: list[str]) -> dict[str, tuple[Method, Settings]]:
         "plain": (DeepEnsemble(members=1), settings()),
         "simplex": (simplex, settings(epochs=4)),
         "three points a step": (Simplex(vertices=2, vertex_epochs=5, samples_per_step=3), settings(epochs=5)),
+        "mixed": (DeepEnsemble(members=1), settings(mixup=0.5, cutmix=1.0, label_smoothing=0.1, class_weights="1,2,3")),
         "auto": (Simplex(vertices=2, vertex_epochs=1, regularisation="auto"), settings(epochs=5)),
         "snapshots": (FGE(members=2, cycle=2), settings()),
         "swag": (SWAG(members=2, start=0.5), settings(epochs=5)),

@@ -122,8 +122,8 @@ def test_two_processes_end_where_a_single_one_does(trained, name):
         assert found["device"] == f"2 x {expected.manifest.cost.device}"
         assert len(found["history"]) == len(expected.history)
         for epoch, record in zip(found["history"], expected.history, strict=True):
-            assert [epoch[key] for key in ("part", "number", "examples", "accuracy")] == [
-                record[key] for key in ("part", "number", "examples", "accuracy")
+            assert [epoch.get(key) for key in ("part", "number", "examples", "accuracy")] == [
+                record.get(key) for key in ("part", "number", "examples", "accuracy")
             ]
             assert epoch["loss"] == pytest.approx(record["loss"], abs=1e-5)
     if name == "plain":

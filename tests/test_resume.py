@@ -119,6 +119,15 @@ def test_a_run_interrupted_at_any_step_goes_on_as_if_nothing_had_happened(name, 
     assert_the_same(make(None, method, settings()), make(tmp_path / "x", method, settings()))
 
 
+def test_mixed_examples_and_a_policy_are_drawn_again_as_they_were(tmp_path):
+    own = settings(mixup=0.4, cutmix=1.0, label_smoothing=0.1, augmentation="crop+trivialaugment")
+    method = METHODS["fge"]([])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        after(patch, 6)  # of four steps an epoch
+        make(tmp_path / "x", method, own)
+    assert_the_same(make(None, method, own), make(tmp_path / "x", method, own))
+
+
 def test_a_damaged_checkpoint_costs_its_part_and_no_more(tmp_path):
     newest = checkpoints(interrupted(tmp_path / "x", SIMPLEX, 15))[-1]
     assert newest.name == "vertex-2.000000003"

@@ -126,6 +126,40 @@ def test_captured_steps_are_the_training_bit_for_bit(case, network, ends, on_gra
     assert all(torch.equal(rows, eager.buffers[name]) for name, rows in found.buffers.items())
 
 
+TRAINED_WITH = {
+    "mixed": {"mixup": 0.4, "cutmix": 1.0},
+    "smoothed": {"label_smoothing": 0.1, "class_weights": "balanced"},
+    "own": {"loss": "tests.test_losses:focal_mean", "mixup": 0.4},
+    "policy": {"augmentation": "crop+trivialaugment", "mixup": 0.4, "label_smoothing": 0.1},
+}
+
+
+@pytest.mark.parametrize("given", TRAINED_WITH)
+def test_steps_of_every_loss_are_captured_bit_for_bit_and_need_nothing_of_the_host(given, on_graphs, monkeypatch):
+    method, own = Simplex(vertices=2, vertex_epochs=2, samples_per_step=2), TRAINED_WITH[given]
+    eager = method.train(work(method, eager=True, **own))
+    assert not on_graphs()
+    found = method.train(work(method, **own))
+    assert on_graphs() >= 4
+    assert torch.equal(found.vertices, eager.vertices)
+    if given == "policy":
+        return  # it is computed on the CPU, before the step
+    step = loop._Step.__call__
+
+    def noted(self: Any, *args: Any) -> None:
+        needs.noting = True
+        step(self, *args)
+        needs.noting = False
+
+    with on_meta() as needs:
+        needs.noting = False
+        trainer_on_meta = work(method, device="meta", eager=True, **own)
+        monkeypatch.setattr(loop._Step, "__call__", noted)
+        monkeypatch.setattr("ensembler.trainers.trainer._sgd", fused)
+        method.train(trainer_on_meta)
+    assert not needs.places, needs.places
+
+
 def test_a_compiled_network_is_captured_for_each_size_of_a_batch(on_graphs, monkeypatch):
     """20 images are two batches of 8 and one of 4. Of each size, three steps are computed, which also compile it."""
     compiled, sizes, compile_ = [], [], torch.nn.Module.compile

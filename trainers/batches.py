@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
-from ensembler.seeds import generator
+from ensembler.seeds import derive, generator
 from ensembler.trainers.distributed import ALONE, Group
+from ensembler.trainers.mixing import Drawn, Mixing
 
 __all__ = ["Batch", "Batches", "batch_sizes"]
 
@@ -26,11 +27,15 @@ class Batch:
         x: inputs (b, ...) of the network.
         y: targets (b,).
         size: examples in the whole batch, including those of other processes.
+        other_y: where examples are mixed, the targets (b,) of those that were mixed into ``x``.
+        share: the share of ``y`` in the loss then, a scalar.
     """
 
     x: Tensor
     y: Tensor
     size: int
+    other_y: Tensor | None = None
+    share: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +58,7 @@ class Batches:
         device: the network's device.
         workers: processes that read files; see :func:`ensembler.loading.read_ahead`.
         group: the processes that train together.
+        mixing: how the examples of a batch are mixed, if they are.
     """
 
     examples: Examples
@@ -64,6 +70,7 @@ class Batches:
     device: torch.device
     workers: int | None = None
     group: Group = ALONE
+    mixing: Mixing | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -83,8 +90,20 @@ class Batches:
         prepare, sizes = self.examples.inputs(self.mean, self.std, self.device), self.sizes()
         batches = self.examples.stream(self._epochs(step), self._cut, self.augmentation, self.device, self.workers)
         with closing(batches):
+            drawn: Drawn | None = None
             for number, batch in enumerate(batches, start=step):
-                yield Batch(prepare(batch.data), batch.labels, sizes[number % len(sizes)])
+                epoch, n = divmod(number, len(sizes))
+                x, y = prepare(batch.data), batch.labels
+                if not self.mixing:
+                    yield Batch(x, y, sizes[n])
+                    continue
+                if drawn is None or n == 0:
+                    drawn = self.mixing.draw(sizes, self.examples.example_shape, derive(*self.stream, "mixing", epoch))
+                    drawn = drawn.to(self.device)
+                chosen = drawn.partners[n][self.group.share]
+                others = prepare(self.group.gather(batch.data, sizes[n])[chosen])
+                other_y = self.group.gather(y, sizes[n])[chosen]
+                yield Batch(drawn.mix(n, x, others), y, sizes[n], other_y, drawn.shares[n])
 
     def _epochs(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each epoch's order (N,) and augmentation choices (N, ...); the first without the past steps'."""

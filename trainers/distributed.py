@@ -85,6 +85,19 @@ class Group:
                 dist.broadcast(tensor, src=0)
         return tensor
 
+    def gather(self, share: Tensor, whole: int) -> Tensor:
+        """Return the whole batch (``whole``, ...) of which each process has its :attr:`share`, on its device."""
+        if self.size == 1:
+            return share
+        rows = share[:, None].flatten(1).contiguous().view(torch.uint8)  # of any type, which NCCL need not know
+        padded = rows.new_zeros(-(-whole // self.size), rows.shape[1])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        with _group_errors():
+            dist.all_gather(parts, padded)
+        gathered = torch.stack(parts, dim=1).flatten(0, 1)[:whole]
+        return gathered.view(share.dtype).view(whole, *share.shape[1:])
+
     def from_first(self, function: Callable[[], T]) -> T:
         """Call ``function`` in the first process, and return its result, or raise its EnsemblerError, in all.
 

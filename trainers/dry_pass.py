@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from ensembler import architectures, task
 from ensembler.architectures import MemoryFormat
+from ensembler.augmentations import check_augmentation, check_repeatable
 from ensembler.datasets import Dataset
 from ensembler.device import choose_device, restored_generators, seed_generators
 from ensembler.errors import UsageError
+from ensembler.examples import Examples, InMemory
 from ensembler.naming import reason
 from ensembler.network_checks import NetworkChecks
+from ensembler.seeds import generator
+from ensembler.trainers.losses import Losses, check_loss, training_loss
 from ensembler.trainers.method import Method
 from ensembler.trainers.settings import Settings
 
@@ -101,7 +105,8 @@ class _Trial:
     checks: NetworkChecks
     x: Tensor
     y: Tensor
-    precision: torch.dtype
+    settings: Settings
+    losses: Losses
 
     @classmethod
     def of(cls, dataset: Dataset, settings: Settings, processes: int) -> _Trial:
@@ -111,8 +116,10 @@ class _Trial:
         count = min(2, max(1, min(settings.batch_size or 1, len(train)) // processes))
         (examples,) = train.part(torch.arange(count) * (len(train) // count)).batches(count)
         x = train.inputs(dataset.mean, dataset.std, device)(examples.data.to(device))
+        _check_mixing(settings, examples, x)
+        _check_augmentation(train, settings.augmentation or dataset.augmentation)
         checks = NetworkChecks(settings.architecture, meaning, meaning.outputs(len(dataset.classes)))
-        return cls(checks, x, examples.labels.to(device), settings.dtype)
+        return cls(checks, x, examples.labels.to(device), settings, training_loss(settings, dataset, device))
 
     def build(self, memory_format: MemoryFormat) -> nn.Module:
         """Build a network of the trial's own.
@@ -136,7 +143,8 @@ class _Trial:
         x = self.x.contiguous() if memory_format == "contiguous" else self.x
         network.train()
         seed_generators(0)
-        with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
+        precision = self.settings.dtype
+        with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
             outputs = self.checks.run(network, x, " in training mode")
         self._backward(network, outputs.float())
         self.checks.answers(network, x, memory_format)
@@ -149,9 +157,42 @@ class _Trial:
                 f"{name} returns outputs without gradients, so that nothing would be trained: leave out no_grad() and "
                 "detach() in its forward, or requires_grad_(False) of all its weights"
             )
+        if self.settings.loss != "task":
+            check_loss(self.settings.loss, outputs, self.y)
         try:
-            self.checks.task.losses(outputs, self.y).mean().backward()  # type: ignore[no-untyped-call]
+            self.losses(outputs, self.y).mean().backward()  # type: ignore[no-untyped-call]
         except Exception as error:  # whatever a user's code raises
             raise UsageError(f"{name} has no gradients: {reason(error)}") from error
         if all(parameter.grad is None for parameter in network.parameters()):
             raise UsageError(f"no gradient reaches a weight of {name}: leave out detach() in its forward")
+
+
+def _check_mixing(settings: Settings, examples: InMemory, x: Tensor) -> None:
+    """Refuse mixing that the inputs ``x`` (B, ...) of examples cannot have, or that would do nothing.
+
+    Raises:
+        UsageError: the message says why.
+    """
+    flag = "--cutmix" if settings.cutmix else "--mixup"
+    if not (settings.mixup or settings.cutmix):
+        return
+    if settings.batch_size == 1:
+        raise UsageError(f"{flag} mixes the images of a batch, which has one: choose a larger --batch-size")
+    if settings.cutmix and not (x.dim() == 4 and x.shape[2:] == examples.example_shape[:2]):
+        raise UsageError(f"--cutmix takes images, and these examples are {examples.kind}: use --mixup")
+    if not x.is_floating_point():
+        raise UsageError(f"--mixup needs inputs of floating point, and these are {x.dtype}: leave it out")
+
+
+def _check_augmentation(train: Examples, augmentation: str) -> None:
+    """Refuse a transform of one's own that fails on some training images, or does not repeat what it does.
+
+    Raises:
+        UsageError: the message says why.
+    """
+    if train.kind != "images":
+        return
+    check_augmentation(augmentation)
+    index = torch.arange(min(8, len(train))) * (len(train) // min(8, len(train)))
+    choices = train.draw(augmentation, len(index), generator(0, "dry pass"))
+    check_repeatable(lambda: train.augmented(index, augmentation, choices).data, augmentation)

@@ -22,10 +22,10 @@ class EpochEnd:
     metric: str
 
     def record(self) -> dict[str, Any]:
-        """The part and the epoch's numbers by name, as logs and histories hold them."""
+        """The part and the epoch's numbers by name, as logs and histories hold them; the metric where there is one."""
         numbers = asdict(self.epoch)
         metric = numbers.pop("metric")
-        return {"part": self.part, **numbers, self.metric: metric}
+        return {"part": self.part, **numbers} | ({} if metric is None else {self.metric: metric})
 
 
 @dataclass(frozen=True)

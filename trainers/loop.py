@@ -36,6 +36,7 @@ from ensembler.seeds import derive
 from ensembler.task import Task
 from ensembler.trainers.batches import Batches
 from ensembler.trainers.distributed import ALONE, Group
+from ensembler.trainers.losses import Losses
 from ensembler.trainers.schedules import Schedule
 from ensembler.weights import FlatWeights
 
@@ -129,12 +130,15 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Statistics of one epoch: running means over its training examples."""
+    """Statistics of one epoch: running means over its training examples.
+
+    There is no ``metric`` where examples were mixed: they have no one target that an answer could be compared with.
+    """
 
     number: int
     lr: float
     loss: float
-    metric: float
+    metric: float | None
     examples: int
 
 
@@ -147,6 +151,7 @@ def fit(
     optimiser: Callable[[list[Tensor]], Optimizer],
     plan: Plan,
     *,
+    losses: Losses | None = None,
     stream: tuple[int, str] = (0, ""),
     clip: float = 0.0,
     precision: torch.dtype = torch.float32,
@@ -168,6 +173,7 @@ def fit(
         batches: the training batches.
         optimiser: makes the optimiser of a list of (P,) tensors; its learning rate is set at every step.
         plan: the method's parameters.
+        losses: what is minimised; by default the task's.
         stream: the seed and the part, which together with the epoch determine everything random.
         clip: largest norm of the loss's gradient, which is scaled down to it; 0 for no limit. Networks without
             BatchNorm need it to leave their first plateau at a high learning rate.
@@ -191,7 +197,9 @@ def fit(
         weights.grad[None] if len(moving) == 1 else torch.zeros(len(moving), len(weights), device=vertices.device)
     )
     scaler = torch.amp.GradScaler(vertices.device.type, enabled=precision == torch.float16)
-    step = _Step(weights, task, vertices, moving, gradients, optimiser(moving), plan, scaler, clip, precision, group)
+    losses = losses or task.losses
+    own = weights, task, losses, vertices, moving, gradients
+    step = _Step(*own, optimiser(moving), plan, scaler, clip, precision, group)
     snapshots: list[Snapshot] = []
     examples = iteration = 0
     if resume:
@@ -213,14 +221,14 @@ def fit(
             for n in range(begin, end):
                 before_step(iteration + 1)
                 batch = next(stream_of_batches)
-                run(batch.size, batch.x, batch.y, *feed.at(n))
+                run(batch.size, batch.x, batch.y, *feed.at(n), batch.other_y, batch.share)
                 examples += batch.size
                 iteration += 1
                 if iteration in plan.collect:
                     new = Snapshot(vertices[list(plan.trainable)].clone(), weights.buffers())
                     snapshots = plan.gather(snapshots, new, iteration)
                 if n == end - 1:
-                    on_epoch(step.epoch(epoch + 1, plan.schedule(iteration), examples))
+                    on_epoch(step.epoch(epoch + 1, plan.schedule(iteration), examples, mixed=batch.share is not None))
                     examples = 0
                 after_step(iteration, state)
     return Fitted(vertices, weights.buffers(), snapshots)
@@ -273,6 +281,7 @@ class _Step:
 
     weights: FlatWeights
     task: Task
+    losses: Losses
     vertices: Tensor
     moving: list[Tensor]  # (P,) views of the trainable vertices
     gradients: Tensor  # (T, P); the network's own if T = 1
@@ -307,6 +316,8 @@ class _Step:
         others: Tensor,
         draw: Tensor | None,
         noise: Tensor | None,
+        other_y: Tensor | None = None,
+        share: Tensor | None = None,
     ) -> None:
         """Update the trainable vertices.
 
@@ -319,6 +330,8 @@ class _Step:
             others: (S, D), the rows of the points that the penalty compares with.
             draw: the regulariser's row.
             noise: the standard deviation of the gradients' noise, a scalar.
+            other_y: where examples are mixed, the targets (b,) of those that were mixed into ``x``.
+            share: the share of ``y`` in the loss then, a scalar; the rest is that of ``other_y``.
         """
         for group in self.optimiser.param_groups:
             group["lr"] = rate
@@ -326,9 +339,10 @@ class _Step:
         if self.plan.coefficients:
             points, others = self.plan.coefficients(points), self.plan.coefficients(others)
         sizes = self.group.shares(size, len(points))
-        shares = zip(points, others, torch.split(x, sizes), torch.split(y, sizes), strict=False)
+        targets = torch.split(y[None] if other_y is None else torch.stack([y, other_y]), sizes, dim=1)
+        parts = zip(points, others, torch.split(x, sizes), targets, strict=False)
         with self.counters():
-            sums = reduce(torch.add, [self._accumulate(*share, size) for share in shares])
+            sums = reduce(torch.add, [self._accumulate(*part, size, share) for part in parts])
         if len(self.moving) == 1:
             self.group.sum_(self.weights.grad)
         self.group.sum_(sums)  # at every step, so that a checkpoint has the sums of all processes
@@ -345,7 +359,9 @@ class _Step:
         self.scaler.step(self.optimiser)
         self.scaler.update()
 
-    def _accumulate(self, c: Tensor, other: Tensor, x: Tensor, y: Tensor, size: int) -> Tensor:
+    def _accumulate(
+        self, c: Tensor, other: Tensor, x: Tensor, targets: Tensor, size: int, share: Tensor | None
+    ) -> Tensor:
         """Add ``c[k] * g`` to each trainable vertex's gradient, with g the gradient of the loss at ``c @ V``.
 
         The loss is the sum over the examples divided by ``size``. With several trainable vertices, g (P,) is summed
@@ -359,26 +375,29 @@ class _Step:
         if not single:
             grad.zero_()
         # A process may have no example of a batch that is smaller than the group.
-        sums = self._backward(c, other, x, y, size) if len(y) else torch.zeros_like(self.totals)
+        sums = self._backward(c, other, x, targets, size, share) if len(x) else torch.zeros_like(self.totals)
         if not single:
             self.group.sum_(grad)
             self.gradients.addr_(c[self.trainable], grad)
         return sums
 
-    def _backward(self, c: Tensor, other: Tensor, x: Tensor, y: Tensor, size: int) -> Tensor:
+    def _backward(
+        self, c: Tensor, other: Tensor, x: Tensor, targets: Tensor, size: int, share: Tensor | None
+    ) -> Tensor:
         if self.plan.penalty:
             with torch.no_grad():
                 other_outputs = self._outputs(other, x)
         outputs = self._outputs(c, x)
-        loss = self.task.losses(outputs, y).sum()
+        losses = [self.losses(outputs, y) for y in targets]
+        loss = (losses[0] if share is None else share * losses[0] + (1 - share) * losses[1]).sum()
         objective = loss / size
         if self.plan.penalty:
-            objective = objective + self.plan.penalty(outputs, other_outputs) * (len(y) / size)
+            objective = objective + self.plan.penalty(outputs, other_outputs) * (len(x) / size)
         if len(self.moving) == 1 and self.plan.draw:
             objective = objective * c[self.plan.trainable[0]]
         self.weights.backward(self.scaler.scale(objective))
         with torch.no_grad():
-            return torch.stack([loss, self.task.metrics(outputs, y).sum()])
+            return torch.stack([loss, self.task.metrics(outputs, targets[0]).sum()])
 
     def _outputs(self, c: Tensor, x: Tensor) -> Tensor:
         torch.mv(self.vertices.T, c, out=self.weights.vector)
@@ -395,8 +414,14 @@ class _Step:
             mixed.addr_(c, c, alpha=share / size)
         self.gradients.addmm_(mixed[self.trainable], self.vertices, alpha=self.decay)
 
-    def epoch(self, number: int, rate: float, examples: int) -> Epoch:
+    def epoch(self, number: int, rate: float, examples: int, mixed: bool) -> Epoch:
         """Return the statistics of the epoch that ends here, and reset the sums.
+
+        Args:
+            number: the epoch's, starting at 1.
+            rate: its last learning rate.
+            examples: how many the sums are over.
+            mixed: whether they were mixed, so that the metric is none.
 
         Raises:
             DivergedError: the loss is not finite.
@@ -407,7 +432,7 @@ class _Step:
             raise DivergedError(
                 f"the training loss is {loss} in epoch {number}: lower the learning rate (now {rate:g})"
             )
-        return Epoch(number, rate, loss, metric, examples)
+        return Epoch(number, rate, loss, None if mixed else metric, examples)
 
     def state(self, iteration: int, snapshots: Sequence[Snapshot], examples: int) -> TrainState:
         """Copy everything that the next step depends on."""

@@ -180,7 +180,7 @@ def _tensorboard(folder: Path) -> Iterator[OnEvent]:
             return
         record = event.record()
         with _writing(folder):
-            for name in ("loss", event.metric, "lr"):
+            for name in record.keys() & {"loss", event.metric, "lr"}:
                 writer.add_scalar(f"{event.part}/{name}", record[name], event.epoch.number)
             writer.flush()
 
@@ -197,4 +197,5 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _state(event: EpochEnd) -> str:
-    return f"loss {event.epoch.loss:.3f}, {event.metric} {event.epoch.metric:.3f}"
+    metric = event.epoch.metric
+    return f"loss {event.epoch.loss:.3f}" + ("" if metric is None else f", {event.metric} {metric:.3f}")

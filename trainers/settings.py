@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import field_validator
 
 from ensembler.errors import UsageError
+from ensembler.naming import name_of, reason
 from ensembler.options import Options, option
 
 if TYPE_CHECKING:
@@ -42,10 +48,31 @@ class Settings(Options):
     momentum: float = option(0.9, ge=0, lt=1, help="Nesterov momentum of SGD.")
     weight_decay: float = option(5e-4, ge=0, help="Weight decay of SGD.")
     clip: float = option(1.0, ge=0, help="Largest norm of the gradient; 0 for no limit.")
+    loss: str = option(
+        "task",
+        metavar="task|MODULE:FUNCTION",
+        help="Training loss: the task's, cross entropy, or your own, package.module:function of outputs (B, C) and "
+        "targets (B,).",
+    )
+    label_smoothing: float = option(
+        0.0, ge=0, lt=1, metavar="E", help="Share of a label's probability that is spread evenly over all classes."
+    )
+    class_weights: str = option(
+        "none",
+        metavar="balanced|none|NUMBERS",
+        help="Weight of each class in the loss: balanced, none, numbers as in 1,2.5,1, or a file of numbers.",
+    )
+    mixup: float = option(
+        0.0, ge=0, metavar="ALPHA", help="Mix pairs of images and their losses by a share from Beta(ALPHA, ALPHA)."
+    )
+    cutmix: float = option(
+        0.0, ge=0, metavar="ALPHA", help="Paste a box of another image, whose area is drawn from Beta(ALPHA, ALPHA)."
+    )
     augmentation: str | None = option(
         None,
         panel="Images",
-        help="crop-flip, crop, resized-crop-flip or none. (default: what suits the dataset)",
+        help="crop-flip, crop, resized-crop-flip or none; trivialaugment, randaugment or autoaugment, after the crop "
+        "and flip; or package.module:transform of your own. (default: the crop and flip that suit the dataset)",
     )
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = option(
         "float32", help="Precision of the forward and backward pass; tf32, float16: GPU only."
@@ -93,6 +120,21 @@ class Settings(Options):
         help="Processes that read images from files. (default: one a CPU, at most 8)",
     )
 
+    @field_validator("loss", "augmentation", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """A function from Python goes by its name."""
+        return name_of(value) if callable(value) else value
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        """Numbers from Python, in a list, array or tensor, or from a file, as they are typed."""
+        numbers = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(numbers, Sequence) and not isinstance(numbers, str):
+            return ",".join(repr(float(each)) if isinstance(each, int | float) else repr(each) for each in numbers)
+        return _read_numbers(Path(value)) if isinstance(value, str | Path) and _names_file(value) else value
+
     def resolved(self, dataset: Dataset, architecture: str | None = None) -> Settings:
         """These settings with everything filled in that the data decide.
 
@@ -100,11 +142,13 @@ class Settings(Options):
             dataset: what is trained on.
             architecture: of the run that training starts from, if it starts from one.
         """
+        from ensembler.augmentations import resolve
+
         return self.model_copy(
             update={
                 "architecture": architecture or self.architecture,
                 "batch_size": self.batch_size or (128 if len(dataset.train) >= 10_000 else 32),
-                "augmentation": self.augmentation or dataset.augmentation,
+                "augmentation": resolve(self.augmentation, dataset.augmentation),
             }
         )
 
@@ -125,3 +169,21 @@ class Settings(Options):
             raise UsageError(f"{self.precision} needs a GPU: use bfloat16 or float32 on the CPU")
         if device == "cpu" and self.sync_batchnorm:
             raise UsageError("BatchNorm is synchronised on GPUs only: leave out --sync-batchnorm on the CPU")
+
+
+def _names_file(text: str | Path) -> bool:
+    """Return whether class weights are the name of a file: neither a word that stands for some, nor numbers."""
+    try:
+        float(str(text).partition(",")[0])
+    except ValueError:
+        return text not in ("balanced", "none") and Path(text).is_file()
+    return False
+
+
+def _read_numbers(path: Path) -> str:
+    """Return the numbers of a file, separated by commas: one a line, or a list in JSON."""
+    try:
+        content = path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the class weights of {path}: {reason(error)}") from error
+    return ",".join(number for number in re.split(r"[\s,;\[\]]+", content) if number)

@@ -39,6 +39,8 @@ from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.events import EpochEnd, Message, OnEvent, Progress
 from ensembler.trainers.ledger import Ledger
 from ensembler.trainers.loop import Epoch, Fitted, Plan, TrainState, fit
+from ensembler.trainers.losses import training_loss
+from ensembler.trainers.mixing import Mixing
 from ensembler.trainers.resume import Store
 from ensembler.trainers.schedules import SCHEDULES, Schedule
 from ensembler.trainers.settings import Settings
@@ -164,6 +166,7 @@ class Trainer:
             self.device,
             self.settings.workers,
             self.group,
+            Mixing(self.settings.mixup, self.settings.cutmix),
         )
 
     def fit(self, part: str, vertices: Tensor, buffers: Mapping[str, Tensor], plan: Plan, attempt: str = "") -> Fitted:
@@ -212,6 +215,7 @@ class Trainer:
                     batches,
                     partial(_sgd, settings),
                     plan,
+                    losses=training_loss(settings, self.dataset, self.device),
                     stream=(settings.seed, part),
                     clip=settings.clip,
                     precision=settings.dtype,
