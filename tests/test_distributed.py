@@ -62,7 +62,7 @@ def test_every_point_gets_the_images_that_a_single_process_would_give_it(size):
             points = [part.tolist() for part in np.array_split(places, min(samples, max(1, whole // 2)))]
             for rank in range(size):
                 group = Group(rank, size)
-                mine = torch.tensor(places)[group.share].split(group.shares(whole, samples))
+                mine = torch.tensor(places)[group.share].split([size for (size,) in group.shares(whole, samples)])
                 expected = [[place for place in point if place % size == rank] for point in points]
                 assert [part.tolist() for part in mine] == expected
 
