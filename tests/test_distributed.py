@@ -126,6 +126,7 @@ def test_two_processes_end_where_a_single_one_does(trained, name):
                 record[key] for key in ("part", "number", "examples", "accuracy")
             ]
             assert epoch["loss"] == pytest.approx(record["loss"], abs=1e-5)
+            assert epoch["held_out_loss"] == pytest.approx(record["held_out_loss"], abs=1e-5)
     if name == "plain":
         assert sum(epoch["examples"] for epoch in facts[0]["history"]) == 33 * 10
 
