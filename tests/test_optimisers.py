@@ -26,6 +26,7 @@ from ensembler.trainers import (
     Snapshots,
     optimisers,
 )
+from ensembler.trainers.events import EpochEnd, Progress
 from ensembler.trainers.loop import Plan
 from ensembler.trainers.schedules import constant
 from ensembler.weights import FlatWeights
@@ -411,9 +412,9 @@ def test_a_curve_is_measured_in_its_middle(tmp_path):
 
 
 def test_early_stopping_keeps_the_best_weights_and_says_so():
-    said = []
+    said, events = [], []
     given = {"lr": 1.0, "clip": 0.0, "epochs": 30, "schedule": "cosine"}
-    run = make(DeepEnsemble(members=1), early_stopping=3, said=said, **given)
+    run = make(DeepEnsemble(members=1), early_stopping=3, said=said, on_event=events.append, **given)
     losses = [line["held_out_loss"] for line in run.history]
     best = min(range(len(losses)), key=losses.__getitem__) + 1
     assert len(losses) == best + 3 < 30, "or else nothing would be stopped"
@@ -421,6 +422,9 @@ def test_early_stopping_keeps_the_best_weights_and_says_so():
         f"solution 1: {best + 3} of 30 epochs; the lowest held-out loss, {min(losses):.4f}, was after epoch {best}"
         in (said[-1])
     )
+    *_, (place, last) = ((i, event) for i, event in enumerate(events) if isinstance(event, EpochEnd))
+    assert last.epochs == last.epoch.number == len(losses), "which ends its bar"
+    assert not any(isinstance(event, Progress) for event in events[place:])
     assert run.manifest.metrics["validation"]["nll"] == pytest.approx(min(losses), rel=1e-5)
     assert run.manifest.cost.example_passes == 30 * len(losses)
     assert run.manifest.cost.forward_passes == 12 * len(losses)

@@ -134,6 +134,16 @@ def test_captured_steps_are_the_training_bit_for_bit(case, network, ends, on_gra
     assert all(torch.equal(rows, eager.buffers[name]) for name, rows in found.buffers.items())
 
 
+@pytest.mark.parametrize("case", ["single", "volume", "joint subspace"])
+def test_captured_steps_are_the_training_with_groups_parts_and_warm_up(case, ends, on_graphs):
+    own = {"architecture": "tests._small:batchnorm", "epochs": 3, "optimiser": "adamw", "lr": 0.01, "warmup": 0.5}
+    own |= {"accumulate": 2, "parameter_groups": "tests.test_optimisers:halves"}
+    method = CASES[case](ends)
+    eager, found = (method.train(work(method, eager=way, **own)) for way in (True, False))
+    assert on_graphs() >= 4
+    assert torch.equal(found.vertices, eager.vertices)
+
+
 def test_a_compiled_network_is_captured_for_each_size_of_a_batch(on_graphs, monkeypatch):
     """20 images are two batches of 8 and one of 4. Of each size, three steps are computed, which also compile it."""
     compiled, sizes, compile_ = [], [], torch.nn.Module.compile

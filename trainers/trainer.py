@@ -233,7 +233,7 @@ class Trainer:
         each = len(self.train_examples) / batches.per_epoch
 
         def after_step(iteration: int, state: Callable[[], TrainState]) -> None:
-            if iteration < plan.iterations:  # then the epoch's end is told
+            if not ended and iteration < plan.iterations:  # then the epoch's end is told
                 self.show(part, round(iteration * each), round(plan.iterations * each))
             if store and (ended or iteration == plan.iterations or store.due):
                 store.save_state(name, state(), ledger.record())
