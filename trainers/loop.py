@@ -380,11 +380,12 @@ class _Step:
         if self.plan.coefficients:
             points, others = self.plan.coefficients(points), self.plan.coefficients(others)
         sizes = self.group.shares(size, len(points), self.accumulate)
-        parts = [(c, other) for c, other, own in zip(points, others, sizes, strict=False) for _ in own]
         flat = [part for own in sizes for part in own]
-        shares = [(*pair, *part) for pair, *part in zip(parts, torch.split(x, flat), torch.split(y, flat), strict=True)]
+        parts = zip(torch.split(x, flat), torch.split(y, flat), strict=True)
+        pairs = [(c, other) for c, other, own in zip(points, others, sizes, strict=False) for _ in own]
         with self.counters():
-            sums = reduce(torch.add, [self._accumulate(*share, size) for share in shares])
+            found = [self._accumulate(*pair, *part, size) for pair, part in zip(pairs, parts, strict=True)]
+        sums = reduce(torch.add, found)
         if len(self.moving) == 1:
             self.group.sum_(self.weights.grad)
         self.group.sum_(sums)  # at every step, so that a checkpoint has the sums of all processes

@@ -219,7 +219,7 @@ def _own_groups(function: str, network: nn.Module, names: Sequence[str]) -> list
     return [_Group(own, options) for own, options in zip(found, dicts, strict=True) if own]
 
 
-def _parameters(params: Any) -> Iterator[nn.Parameter]:
+def _parameters(params: Any) -> Iterator[Any]:
     """Yield what ``"params"`` may be: a parameter, parameters, or pairs of a name and a parameter."""
     for each in [params] if isinstance(params, Tensor) else params:
         yield each[1] if isinstance(each, tuple) else each
