@@ -114,6 +114,10 @@ class FlatWeights:
             if len(slot.shape) >= least_dimensions
         }
 
+    def views(self, vector: Tensor) -> dict[str, Tensor]:
+        """Return views of a vector (P,) by parameter name, each in the parameter's shape."""
+        return {slot.name: slot.view(vector) for slot in self._slots}
+
     def unflatten(self, vectors: Tensor) -> dict[str, Tensor]:
         """Split ``vectors`` (K, P) into tensors by parameter name, each with a leading K axis."""
         self._check(vectors)

@@ -34,7 +34,7 @@ def main() -> None:
     sse = train(digits, Snapshots(members=3), Settings(epochs=12))
     fge = train(digits, FGE(members=4, cycle=1), Settings(epochs=5))
     steps = math.ceil(len(digits.train) / sse.manifest.settings["batch_size"])
-    lr, cycle, begin = Settings().lr, 4 * steps, 4 * steps
+    lr, cycle, begin = sse.manifest.settings["lr"], 4 * steps, 4 * steps
     schedules = {
         "SSE: cosine cycles": (sse, repeated(cosine(lr, cycle), cycle), [4.0, 8.0, 12.0]),
         "FGE: triangles after 80 % of a budget of 5 epochs": (

@@ -136,6 +136,10 @@ def plan(study: Study, dataset: Dataset) -> Plan:
     Raises:
         UsageError: a method has no rule for budgets, or no method fits any budget.
     """
+    if study.settings.early_stopping or any(entry.settings.get("early_stopping") for entry in study.entries):
+        raise UsageError(
+            "--early-stopping ends trainings before their budget, and a study compares equal ones: leave it out"
+        )
     settings = study.settings.resolved(dataset)
     sizes = batch_sizes(len(dataset.train), settings.batch_size or 1)
     steps = max(1, round(settings.epochs * len(sizes)))
@@ -145,7 +149,7 @@ def plan(study: Study, dataset: Dataset) -> Plan:
     unfit = {entry.label: refusal(entry.method, dataset, settings) for entry in study.entries}
     for networks in study.grid.multiples:
         for entry in study.entries:
-            own = settings.model_copy(update=dict(entry.settings))
+            own = study.settings.model_copy(update=dict(entry.settings)).resolved(dataset)
             budget = Budget(networks, one, epochs, batch_sizes(len(dataset.train), own.batch_size or 1))
             pieces = unfit[entry.label] or entry.method.at_budget(budget)
             if isinstance(pieces, str):
@@ -153,6 +157,9 @@ def plan(study: Study, dataset: Dataset) -> Plan:
                 continue
             builder = _Builder(settings, own, _identity(dataset))
             found = [builder.cell(entry.label, networks, seed, pieces) for seed in study.seeds]
+            if why := _refused(found[0], dataset):
+                left_out.append(LeftOut(entry.label, networks, why))
+                continue
             share = found[0].passes / budget.total
             if LEAST <= share <= 1:
                 cells += found
@@ -163,6 +170,16 @@ def plan(study: Study, dataset: Dataset) -> Plan:
         reasons = "; ".join(f"{one.label} at {one.budget:g}: {one.why}" for one in left_out)
         raise UsageError(f"no method fits a budget ({reasons}): choose other budgets, or a larger --budget")
     return Plan(one, epochs, settings, study.entries, study.grid.multiples, list(study.seeds), cells, left_out)
+
+
+def _refused(cell: Cell, dataset: Dataset) -> str | None:
+    """Why options of a cell's runs do not go together, if they do not."""
+    try:
+        for node in cell.needs.values():
+            node.method.resolved(node.settings.resolved(dataset))
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True)

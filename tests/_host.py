@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).parents[1]
 PACKAGE = tuple(f"{ROOT / folder}/" for folder in ("ensembler", "trainers"))
 aten = torch.ops.aten
+FUSED = (aten._fused_sgd_.default, aten._fused_sgd_.tensor_lr, aten._fused_adamw_.default, aten._fused_adamw_.tensor_lr)
 
 
 class Needs(TorchDispatchMode):
@@ -51,7 +52,7 @@ class Needs(TorchDispatchMode):
                 self.note("a tensor is read")
                 dtype = kwargs.get("dtype") or args[0].dtype
                 return torch.full(args[0].shape, 1 / max(1, *args[0].shape[-1:]), dtype=torch.float64).to(dtype)
-            if func in (aten._fused_sgd_.default, aten._fused_sgd_.tensor_lr):  # in place, and without shapes of "meta"
+            if func in FUSED:  # in place, and without shapes of "meta"
                 return None
             if func is aten.copy_.default and args[0].device.type == "cpu":
                 self.note("a tensor is read")

@@ -44,6 +44,10 @@ def methods(ends: list[str]) -> dict[str, tuple[Method, Settings]]:
         "cyclical sg-mcmc": (CyclicalSGMCMC(members=4, samples_per_cycle=2), settings(epochs=5)),
         "subspace": (Subspace(vertices=3), settings()),
         "curve": (Curve(first=ends[0], second=ends[1], bends=2, points=3), settings()),
+        "adamw": (
+            DeepEnsemble(members=1),
+            settings(optimiser="adamw", lr=0.05, weight_decay=0.1, accumulate=2, early_stopping=2, epochs=8),
+        ),
         "resumed": (simplex, settings(epochs=4)),
     }
 

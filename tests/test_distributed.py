@@ -62,7 +62,7 @@ def test_every_point_gets_the_images_that_a_single_process_would_give_it(size):
             points = [part.tolist() for part in np.array_split(places, min(samples, max(1, whole // 2)))]
             for rank in range(size):
                 group = Group(rank, size)
-                mine = torch.tensor(places)[group.share].split(group.shares(whole, samples))
+                mine = torch.tensor(places)[group.share].split([size for (size,) in group.shares(whole, samples)])
                 expected = [[place for place in point if place % size == rank] for point in points]
                 assert [part.tolist() for part in mine] == expected
 
@@ -126,6 +126,7 @@ def test_two_processes_end_where_a_single_one_does(trained, name):
                 record.get(key) for key in ("part", "number", "examples", "accuracy")
             ]
             assert epoch["loss"] == pytest.approx(record["loss"], abs=1e-5)
+            assert epoch["held_out_loss"] == pytest.approx(record["held_out_loss"], abs=1e-5)
     if name == "plain":
         assert sum(epoch["examples"] for epoch in facts[0]["history"]) == 33 * 10
 

@@ -65,7 +65,7 @@ def test_every_resolved_option_is_in_the_manifest(kind, ends, tmp_path):
     assert manifest.options | given == manifest.options
     assert manifest.settings | SETTINGS | own == manifest.settings
     open_ones = {name for name, value in (manifest.options | manifest.settings).items() if value is None}
-    assert open_ones <= {"init", "weights", "threads", "workers"}
+    assert open_ones <= {"init", "weights", "threads", "workers", "parameter_groups"}
     assert make(kind(**manifest.options), **own).manifest.fingerprint == manifest.fingerprint
 
 
@@ -187,6 +187,9 @@ def test_every_field_is_an_option_of_its_command(monkeypatch):
         (Settings, {"momentum": 1.0}, "momentum must be below 1, not 1.0"),
         (Settings, {"weight_decay": -1e-9}, "weight_decay must be at least 0, not -1e-09"),
         (Settings, {"clip": -1}, "clip must be at least 0, not -1"),
+        (Settings, {"warmup": -1}, "warmup must be at least 0, not -1"),
+        (Settings, {"accumulate": 0}, "accumulate must be at least 1, not 0"),
+        (Settings, {"early_stopping": -1}, "early_stopping must be at least 0, not -1"),
         (Settings, {"workers": -1}, "workers must be at least 0, not -1"),
         (Settings, {"threads": 0}, "threads must be at least 1, not 0"),
         (Settings, {"precision": "float8"}, "precision must be float32 or tf32 or bfloat16 or float16, not 'float8'"),

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -100,6 +101,36 @@ def test_json_lines_are_there_as_soon_as_they_are_reported(tmp_path):
     }
 
 
+def measured(number, epochs):
+    numbers = Epoch(number, 0.1, 1.5, 0.25, 30, held_out_loss=1.75, held_out_metric=0.5)
+    return EpochEnd("vertex 2", numbers, epochs, "accuracy")
+
+
+@pytest.mark.parametrize(
+    ("columns", "state"),
+    [(80, "loss 1.500, held-out 1.750, 0.500"), (120, "loss 1.500, accuracy 0.250, held-out loss 1.750, accuracy 0.5")],
+)
+def test_held_out_numbers_are_beside_the_bar(capsys, monkeypatch, columns, state):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with progress() as on_event:
+        on_event(measured(1, 4))
+        time.sleep(0.11)
+        on_event(measured(2, 4))
+    assert f"2/4, {state}" in capsys.readouterr().err
+
+
+def test_held_out_numbers_are_in_the_lines_and_the_log_and_what_is_not_finite_is_left_out(capsys, tmp_path):
+    with progress(log=tmp_path / "log") as on_event:
+        on_event(measured(4, 4))
+        on_event(EpochEnd("vertex 2", replace(measured(4, 4).epoch, held_out_loss=float("inf")), 4, "accuracy"))
+    line = "vertex 2: epoch 4 of 4, loss 1.500, accuracy 0.250, held-out loss 1.750, accuracy 0.500"
+    assert capsys.readouterr().err.splitlines()[0] == line
+    first, second = map(json.loads, (tmp_path / "log").read_text().splitlines())
+    assert (first["held_out_loss"], first["held_out_accuracy"]) == (1.75, 0.5)
+    assert "held_out_loss" not in second
+
+
 def test_tensorboard_is_closed_whatever_happens(tmp_path, monkeypatch):
     calls = []
 
@@ -119,12 +150,18 @@ def test_tensorboard_is_closed_whatever_happens(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
     with pytest.raises(KeyboardInterrupt), progress(quiet=True, tensorboard=tmp_path) as on_event:
         report(on_event, 3)
+        on_event(measured(4, 4))
         raise KeyboardInterrupt
     assert calls == [
         str(tmp_path),
         ("vertex 2/loss", 1.5, 3),
         ("vertex 2/accuracy", 0.25, 3),
         ("vertex 2/lr", 0.1, 3),
+        ("vertex 2/loss", 1.5, 4),
+        ("vertex 2/accuracy", 0.25, 4),
+        ("vertex 2/lr", 0.1, 4),
+        ("vertex 2/held_out_loss", 1.75, 4),
+        ("vertex 2/held_out_accuracy", 0.5, 4),
         "closed",
     ]
 

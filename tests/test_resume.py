@@ -108,6 +108,19 @@ def same_bytes(one: Path, other: Path) -> bool:
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in FILES)
 
 
+@pytest.mark.parametrize("stop", [1, 5, 9, 12])
+def test_early_stopping_goes_on_as_if_nothing_had_happened(stop, tmp_path):
+    """Interrupted before and after the best epoch, and when a solution had stopped already; by AdamW, in two groups."""
+    given = settings(optimiser="adamw", lr=0.1, early_stopping=1, epochs=9, warmup=0.5, accumulate=2)
+    whole = make(None, METHODS["simplex"]([]), given)
+    solution = [line for line in whole.history if line["part"] == "solution 1"]
+    assert 1 < len(solution) < 9, "or else nothing would be stopped"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        after(patch, stop)
+        make(tmp_path / "x", METHODS["simplex"]([]), given)
+    assert_the_same(whole, make(tmp_path / "x", METHODS["simplex"]([]), given))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_interrupted_at_any_step_goes_on_as_if_nothing_had_happened(name, tmp_path, ends):
     method = METHODS[name](ends)

@@ -17,14 +17,17 @@ from tests._small import SETTINGS, dataset
 from tests._training import call, same
 
 
-@pytest.mark.parametrize("network", ["noisy", "counting"])
+@pytest.mark.parametrize(
+    ("network", "options"), [("noisy", {}), ("counting", {"optimiser": "adamw", "early_stopping": 5})], ids=str
+)
 @pytest.mark.parametrize(
     "method",
     [DeepEnsemble(members=3), Simplex(vertices=2, simplexes=3, vertex_epochs=4, members=6)],
     ids=["members", "simplexes"],
 )
-def test_members_side_by_side_are_those_trained_alone(method, network):
-    settings, order = Settings(**SETTINGS | {"architecture": f"tests._small:{network}", "epochs": 6}), []
+def test_members_side_by_side_are_those_trained_alone(method, network, options):
+    own = {"architecture": f"tests._small:{network}", "epochs": 6}
+    settings, order = Settings(**SETTINGS | own | options), []
 
     def note(event):
         if isinstance(event, EpochEnd):

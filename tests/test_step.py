@@ -44,8 +44,8 @@ from tests._small import dataset
 from tests._training import fit, make, random_batches, saved, trainer
 
 
-def fused(settings: Settings, moving: list[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(moving, settings.lr, settings.momentum, weight_decay=1e-3, nesterov=True, fused=True)
+def fused(moving: list[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(moving, 0.1, 0.9, weight_decay=1e-3, nesterov=True, fused=True)
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,16 @@ def test_every_method_is_among_the_cases(ends):
     assert {type(case(ends)) for case in CASES.values()} | {MCDropout} == set(methods())
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_step_needs_nothing_of_the_host(case, ends, monkeypatch):
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [(case, {}) for case in CASES]
+    + [
+        (case, {"optimiser": "adamw", "warmup": 0.25, "accumulate": 2, "measure": "all"})
+        for case in ("single", "FGE", "volume", "joint subspace", "curve")
+    ],
+    ids=str,
+)
+def test_a_step_needs_nothing_of_the_host(case, options, ends, monkeypatch):
     """On "meta", where nothing can be read: no value, no copy, no tensor made of numbers; SGD fused, clipping on."""
     method, step, counted = CASES[case](ends), loop._Step.__call__, []
 
@@ -92,9 +100,9 @@ def test_a_step_needs_nothing_of_the_host(case, ends, monkeypatch):
 
     with on_meta() as needs:
         needs.noting = False
-        own = work(method, device="meta")
+        own = work(method, device="meta", **options)
         monkeypatch.setattr(loop._Step, "__call__", noted)
-        monkeypatch.setattr("ensembler.trainers.trainer._sgd", fused)
+        monkeypatch.setattr("ensembler.trainers.optimisers._FUSED", ("meta",))
         method.train(own)
     assert len(counted) >= 8
     assert all(clip > 0 for clip in counted)
@@ -160,6 +168,16 @@ def test_steps_of_every_loss_are_captured_bit_for_bit_and_need_nothing_of_the_ho
     assert not needs.places, needs.places
 
 
+@pytest.mark.parametrize("case", ["single", "volume", "joint subspace"])
+def test_captured_steps_are_the_training_with_groups_parts_and_warm_up(case, ends, on_graphs):
+    own = {"architecture": "tests._small:batchnorm", "epochs": 3, "optimiser": "adamw", "lr": 0.01, "warmup": 0.5}
+    own |= {"accumulate": 2, "parameter_groups": "tests.test_optimisers:halves"}
+    method = CASES[case](ends)
+    eager, found = (method.train(work(method, eager=way, **own)) for way in (True, False))
+    assert on_graphs() >= 4
+    assert torch.equal(found.vertices, eager.vertices)
+
+
 def test_a_compiled_network_is_captured_for_each_size_of_a_batch(on_graphs, monkeypatch):
     """20 images are two batches of 8 and one of 4. Of each size, three steps are computed, which also compile it."""
     compiled, sizes, compile_ = [], [], torch.nn.Module.compile
@@ -177,7 +195,7 @@ def test_a_compiled_network_is_captured_for_each_size_of_a_batch(on_graphs, monk
     found = []
     for own in ({"eager": True}, {"compile": True, "eager": True}, {"compile": True}):
         before = on_graphs()
-        data = trainer(dataset(train=20), {}, architecture="tests._small:batchnorm", epochs=6, **own)
+        data = trainer(dataset(train=20), {}, architecture="tests._small:batchnorm", epochs=6, measure="none", **own)
         found.append(DeepEnsemble(members=1).train(data).vertices)
     assert compiled == [{"dynamic": False}] * 2
     assert sizes == [8, 4] * 2
@@ -302,7 +320,7 @@ def in_a_simplex(architecture: str, batch: tuple[Tensor, Tensor], K: int, steps:
     if K > 1:
         regulariser = volume_regulariser(vertices[:-1], vertices[-1], 0.01, weights.vector)
         plan = replace(plan, draw=lambda rng, count: dirichlet(count, K, rng), regulariser=regulariser)
-    fit(weights, vertices, [batch] * 20, plan, partial(fused, Settings()), clip=1.0)
+    fit(weights, vertices, [batch] * 20, plan, fused, clip=1.0)
 
 
 @pytest.mark.parametrize("architecture", ["cnn", "resnet20"])

@@ -96,6 +96,20 @@ def test_what_fits_no_budget_is_left_out_with_a_reason():
         planned(methods={"deep-ensemble": {}}, budgets=[1])
 
 
+def test_rates_are_those_of_each_methods_optimiser_and_nothing_stops_early():
+    changed = {"snapshots": {"optimiser": "adamw"}, "csgmcmc": {"optimiser": "adamw"}, "simplex": {"warmup": 1}}
+    _, found = planned(methods={"single": {}, "fge": {}} | changed, budgets=[1, 2])
+    rates = {cell.label: (node.settings.optimiser, node.settings.lr) for cell in found.cells for node in cell.nodes}
+    assert rates == {"single": ("sgd", 0.1), "fge": ("sgd", 0.1), "snapshots": ("adamw", 1e-3), "simplex": ("sgd", 0.1)}
+    reasons = {(one.label, one.budget): one.why for one in found.left_out}
+    assert reasons["csgmcmc", 1].endswith("samples by SGD at one learning rate: leave out --optimiser adamw")
+    for changes in ({"early-stopping": 2}, {"methods": {"single": {"early-stopping": 2}}}):
+        with pytest.raises(
+            UsageError, match="--early-stopping ends trainings before their budget, and a study compares"
+        ):
+            planned(**changes)
+
+
 def test_a_method_without_a_rule_is_refused(monkeypatch):
     kind, _ = known_methods()["fge"]
     monkeypatch.delattr(kind, "at_budget")

@@ -113,7 +113,9 @@ def test_the_cost_counts_every_example_that_passed(network, regulariser):
     assert counted == {"backward": cost.example_passes, "forward": cost.forward_passes}
     found = {name: entry.example_passes for name, entry in cost.entries.items() if entry.example_passes}
     assert found == {"solution 1": 30 + 16, "vertex 2": 24, "vertex 3": 24}
-    assert cost.entries["vertex 2"].forward_passes == (24 if regulariser == "function" else 0)
+    held_out = len(dataset().validation)  # once for each epoch, whole or not
+    assert cost.entries["solution 1"].forward_passes == 2 * held_out
+    assert cost.entries["vertex 2"].forward_passes == held_out + (24 if regulariser == "function" else 0)
     assert cost.entries["members"].forward_passes == (3 * 30 if network == "batchnorm" else 0)  # not the solution
     assert sum(line["examples"] for line in work.ledger.history) == counted["backward"]
     assert sum(entry.forward_passes for entry in cost.entries.values()) == cost.forward_passes

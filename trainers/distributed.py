@@ -59,18 +59,20 @@ class Group:
         """This process's examples in a batch: every ``size``-th, starting at ``rank``."""
         return slice(self.rank, None, self.size)
 
-    def shares(self, whole: int, samples: int) -> list[int]:
-        """Compute how many of this process's examples each sampled point gets, in order.
+    def shares(self, whole: int, samples: int, parts: int = 1) -> list[list[int]]:
+        """Compute how many of this process's examples each part of each sampled point gets, in order.
 
         The whole batch of ``whole`` examples is split among the points as evenly as possible, so that each point gets
-        the examples that it would get in a single process. If it has fewer than two examples for each, there are fewer
-        points: BatchNorm cannot normalise a single example.
+        the examples that it would get in a single process; and a point's among ``parts`` parts. If the batch has fewer
+        than two examples for each, there are fewer points or parts: BatchNorm cannot normalise a single example.
         """
         points = min(samples, max(1, whole // 2))
-        least, more = divmod(whole, points)
-        ends = [least * point + min(point, more) for point in range(points + 1)]
-        below = [len(range(self.rank, end, self.size)) for end in ends]
-        return [after - before for before, after in pairwise(below)]
+        parts = max(1, min(parts, whole // points // 2))
+        found = []
+        for begin, end in pairwise(_bounds(whole, points)):
+            below = [len(range(self.rank, begin + bound, self.size)) for bound in _bounds(end - begin, parts)]
+            found.append([after - before for before, after in pairwise(below)])
+        return found
 
     def sum_(self, tensor: Tensor) -> None:
         """Sum all processes' tensors, in place; every process gets the same bits."""
@@ -126,6 +128,12 @@ class Group:
 
 
 ALONE = Group()
+
+
+def _bounds(count: int, parts: int) -> list[int]:
+    """Return the parts + 1 bounds of as even parts of so many examples as there are, from 0 to ``count``."""
+    least, more = divmod(count, parts)
+    return [least * part + min(part, more) for part in range(parts + 1)]
 
 
 def under_torchrun() -> bool:

@@ -20,6 +20,7 @@ from ensembler.network_checks import NetworkChecks
 from ensembler.seeds import generator
 from ensembler.trainers.losses import Losses, check_loss, training_loss
 from ensembler.trainers.method import Method
+from ensembler.trainers.optimisers import try_step
 from ensembler.trainers.settings import Settings
 
 __all__ = ["dry_pass", "refusal"]
@@ -60,6 +61,8 @@ def dry_pass(
         network, memory_format = _fitting(trial, asked, say)
         if check:
             check(name, network, trial.x)
+        if settings.optimiser != "sgd" or settings.parameter_groups:
+            try_step(settings, network)
     if trial.x.dim() == 4 and architectures.takes_one_channel(network):
         say(f"{name} takes one channel: it is given the mean of an image's three")
     return memory_format

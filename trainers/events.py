@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,12 @@ class EpochEnd:
     metric: str
 
     def record(self) -> dict[str, Any]:
-        """The part and the epoch's numbers by name, as logs and histories hold them; the metric where there is one."""
-        numbers = asdict(self.epoch)
-        metric = numbers.pop("metric")
-        return {"part": self.part, **numbers} | ({} if metric is None else {self.metric: metric})
+        """The part and the epoch's numbers by name, as logs and histories hold them; those that are finite."""
+        names = {"metric": self.metric, "held_out_metric": f"held_out_{self.metric}"}
+        numbers = {names.get(name, name): number for name, number in asdict(self.epoch).items()}
+        return {"part": self.part} | {
+            name: number for name, number in numbers.items() if number is not None and math.isfinite(number)
+        }
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,10 @@ batch; their gradients are summed once per step, and everything else is the same
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -34,13 +33,17 @@ from ensembler.device import upload
 from ensembler.errors import DivergedError
 from ensembler.seeds import derive
 from ensembler.task import Task
+from ensembler.trainers import optimisers
 from ensembler.trainers.batches import Batches
+from ensembler.trainers.decay import SampledDecay, leaves_decay
 from ensembler.trainers.distributed import ALONE, Group
+from ensembler.trainers.held_out import HeldOut, HeldOutBatches
 from ensembler.trainers.losses import Losses
 from ensembler.trainers.schedules import Schedule
 from ensembler.weights import FlatWeights
 
-__all__ = ["Epoch", "Fitted", "Plan", "Snapshot", "TrainState", "fit"]
+__all__ = ["Best", "Epoch", "Fitted", "Plan", "Snapshot", "TrainState", "fit"]
+
 
 Draw = Callable[[np.random.Generator, int], Tensor]
 """Draws N rows of numbers, on the CPU, from a generator and N."""
@@ -76,6 +79,10 @@ class Plan:
             trainable weight's gradient after clipping (Langevin dynamics). By default there is none.
         collect: iterations after which to take a snapshot.
         gather: what is kept of the snapshots; by default all of them.
+        centre: (K,) coefficients of the point at which the held-out examples are predicted; by default the mean of all
+            vertices, which for a single network is the network.
+        patience: epochs without a lower held-out loss after which training stops; the vertices of the lowest are kept.
+            By default it never does.
     """
 
     schedule: Schedule
@@ -91,12 +98,24 @@ class Plan:
     noise: Schedule | None = None
     collect: Container[int] = ()
     gather: Gather = lambda kept, new, iteration: [*kept, new]
+    centre: Tensor | None = None
+    patience: int = 0
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """The trainable vertices (T, P) and the network's buffers at one iteration."""
 
+    vertices: Tensor
+    buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The lowest held-out loss, the epoch after which it was found, and the trainable vertices (T, P) and buffers."""
+
+    loss: float
+    epoch: int
     vertices: Tensor
     buffers: dict[str, Tensor]
 
@@ -114,23 +133,26 @@ class Fitted:
 class TrainState:
     """Everything that the next step depends on, after ``iteration`` steps.
 
-    ``vertices`` (T, P) are the trainable ones, ``optimiser`` the optimiser's state by vertex, ``totals`` and
-    ``examples`` the sums of the current epoch, ``scaler`` the state of the loss scaler for float16.
+    ``vertices`` (T, P) are the trainable ones, ``optimiser`` the optimiser's state, ``totals`` and ``examples`` the
+    sums of the current epoch, ``scaler`` the state of the loss scaler for float16, ``best`` what early stopping keeps,
+    and ``stopped`` whether it has stopped the training.
     """
 
     iteration: int
     vertices: Tensor
     buffers: dict[str, Tensor]
-    optimiser: dict[int, dict[str, Any]]
+    optimiser: dict[str, Any]
     snapshots: Sequence[Snapshot]
     totals: Tensor
     examples: int
     scaler: dict[str, Any]
+    best: Best | None = None
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """Statistics of one epoch: running means over its training examples.
+    """Statistics of one epoch: running means over its training examples, and means over the held-out ones after it.
 
     There is no ``metric`` where examples were mixed: they have no one target that an answer could be compared with.
     """
@@ -140,6 +162,8 @@ class Epoch:
     loss: float
     metric: float | None
     examples: int
+    held_out_loss: float | None = None
+    held_out_metric: float | None = None
 
 
 def fit(
@@ -155,7 +179,9 @@ def fit(
     stream: tuple[int, str] = (0, ""),
     clip: float = 0.0,
     precision: torch.dtype = torch.float32,
-    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    accumulate: int = 1,
+    held_out: HeldOutBatches | None = None,
+    on_epoch: Callable[[Epoch, Best | None], None] = lambda epoch, stopped: None,
     before_step: Callable[[int], None] = lambda iteration: None,
     after_step: Callable[[int, Callable[[], TrainState]], None] = lambda iteration, state: None,
     resume: TrainState | None = None,
@@ -171,14 +197,19 @@ def fit(
         vertices: (K, P), on the network's device.
         buffers: the network's initial buffers.
         batches: the training batches.
-        optimiser: makes the optimiser of a list of (P,) tensors; its learning rate is set at every step.
+        optimiser: makes the optimiser of a list of (P,) tensors, with their gradients in ``.grad``, or of views of
+            both. Its learning rates are set at every step, in their proportions.
         plan: the method's parameters.
         losses: what is minimised; by default the task's.
         stream: the seed and the part, which together with the epoch determine everything random.
         clip: largest norm of the loss's gradient, which is scaled down to it; 0 for no limit. Networks without
             BatchNorm need it to leave their first plateau at a high learning rate.
         precision: of the forward and backward pass, by autocast; the vertices stay float32. float16 scales the loss.
-        on_epoch: called at the end of each epoch, including an incomplete last one.
+        accumulate: parts of a batch, or of a point's share of it, that go forward and backward one after another, of
+            two examples each at least. BatchNorm normalises over each part.
+        held_out: yields this process's share of the held-out examples, which are predicted after every epoch.
+        on_epoch: called at the end of each epoch, including an incomplete last one, with its statistics; at the last
+            one also with what early stopping keeps.
         before_step: called before each step with its number, starting at 1.
         after_step: called after each step with its number and a function that copies the state.
         resume: the state to resume from.
@@ -196,25 +227,30 @@ def fit(
     gradients = (
         weights.grad[None] if len(moving) == 1 else torch.zeros(len(moving), len(weights), device=vertices.device)
     )
+    for vertex, gradient in zip(moving, gradients, strict=True):
+        vertex.grad = gradient
     scaler = torch.amp.GradScaler(vertices.device.type, enabled=precision == torch.float16)
-    losses = losses or task.losses
-    own = weights, task, losses, vertices, moving, gradients
-    step = _Step(*own, optimiser(moving), plan, scaler, clip, precision, group)
+    own = weights, task, losses or task.losses, vertices, moving, gradients
+    step = _Step(*own, optimiser(moving), plan, scaler, clip, precision, accumulate, group)
+    if plan.decay_sampled and leaves_decay(step.optimiser):
+        say(f"the weight decay of {type(step.optimiser).__name__} acts on the vertices, not on the points drawn")
     snapshots: list[Snapshot] = []
     examples = iteration = 0
+    best, stopped = None, False
     if resume:
         step.restore(resume)
-        examples, iteration = resume.examples, resume.iteration
+        examples, iteration, best, stopped = resume.examples, resume.iteration, resume.best, resume.stopped
         for snapshot in resume.snapshots:
             on_device = {name: buffer.to(vertices.device) for name, buffer in snapshot.buffers.items()}
             snapshots.append(Snapshot(snapshot.vertices.to(vertices.device), on_device))
 
     def state() -> TrainState:
-        return step.state(iteration, snapshots, examples)
+        return step.state(iteration, snapshots, examples, best, stopped)
 
     run = Captured(step, say, graph) if graph else step
+    unseen = HeldOut(weights, task, step.outputs_at_centre, group, graph)
     with on_stream(vertices.device), closing(batches.begin(iteration)) as stream_of_batches:
-        while iteration < plan.iterations:
+        while iteration < plan.iterations and not stopped:
             epoch, begin = divmod(iteration, batches.per_epoch)
             feed = _Feed.of(plan, stream, epoch, batches.per_epoch, vertices.device)
             end = min(batches.per_epoch, plan.iterations - epoch * batches.per_epoch)
@@ -228,9 +264,18 @@ def fit(
                     new = Snapshot(vertices[list(plan.trainable)].clone(), weights.buffers())
                     snapshots = plan.gather(snapshots, new, iteration)
                 if n == end - 1:
-                    on_epoch(step.epoch(epoch + 1, plan.schedule(iteration), examples, mixed=batch.share is not None))
+                    found = step.epoch(epoch + 1, plan.schedule(iteration), examples, mixed=batch.share is not None)
+                    if held_out:
+                        loss, metric = unseen.measure(held_out)
+                        found = replace(found, held_out_loss=loss, held_out_metric=metric)
+                    if plan.patience:
+                        best = step.better(found, best)
+                        stopped = found.number - best.epoch >= plan.patience
+                    on_epoch(found, best if stopped or iteration == plan.iterations else None)
                     examples = 0
                 after_step(iteration, state)
+    if best:
+        step.take(best)
     return Fitted(vertices, weights.buffers(), snapshots)
 
 
@@ -290,21 +335,26 @@ class _Step:
     scaler: torch.amp.GradScaler
     clip: float
     precision: torch.dtype
+    accumulate: int
     group: Group
     trainable: Tensor = field(init=False)
-    decay: float = field(init=False, default=0.0)
+    centre: Tensor = field(init=False)  # (K,)
+    factors: list[float] = field(init=False)  # of the learning rate, by parameter group
+    decay: SampledDecay | None = field(init=False, default=None)
     totals: Tensor = field(init=False)
     counters: Counters = field(init=False)
 
     def __post_init__(self) -> None:
         device = self.vertices.device
         self.trainable = torch.tensor(list(self.plan.trainable), device=device)
+        K = len(self.vertices)
+        centre = torch.full((K,), 1 / K) if self.plan.centre is None else self.plan.centre
+        self.centre = centre.to(device)
         self.totals, self.counters = torch.zeros(2, device=device), Counters(self.weights.module)
-        for vertex, gradient in zip(self.moving, self.gradients, strict=True):
-            vertex.grad = gradient
-        for group in self.optimiser.param_groups:
-            if self.plan.decay_sampled:
-                self.decay, group["weight_decay"] = group.get("weight_decay", 0.0), 0.0
+        base = self.optimiser.defaults.get("lr")
+        self.factors = [float(group["lr"] / base) if base else 1.0 for group in self.optimiser.param_groups]
+        if self.plan.decay_sampled:
+            self.decay = SampledDecay.taken_from(self.optimiser, self.factors, self.gradients)
 
     def __call__(
         self,
@@ -333,16 +383,19 @@ class _Step:
             other_y: where examples are mixed, the targets (b,) of those that were mixed into ``x``.
             share: the share of ``y`` in the loss then, a scalar; the rest is that of ``other_y``.
         """
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        for group, factor in zip(self.optimiser.param_groups, self.factors, strict=True):
+            group["lr"] = rate if factor == 1 else rate * factor
         self.gradients.zero_()
         if self.plan.coefficients:
             points, others = self.plan.coefficients(points), self.plan.coefficients(others)
-        sizes = self.group.shares(size, len(points))
-        targets = torch.split(y[None] if other_y is None else torch.stack([y, other_y]), sizes, dim=1)
-        parts = zip(points, others, torch.split(x, sizes), targets, strict=False)
+        sizes = self.group.shares(size, len(points), self.accumulate)
+        flat = [part for own in sizes for part in own]
+        targets = y[None] if other_y is None else torch.stack([y, other_y])
+        parts = zip(torch.split(x, flat), torch.split(targets, flat, dim=1), strict=True)
+        pairs = [(c, other) for c, other, own in zip(points, others, sizes, strict=False) for _ in own]
         with self.counters():
-            sums = reduce(torch.add, [self._accumulate(*part, size, share) for part in parts])
+            found = [self._accumulate(*pair, *part, size, share) for pair, part in zip(pairs, parts, strict=True)]
+        sums = reduce(torch.add, found)
         if len(self.moving) == 1:
             self.group.sum_(self.weights.grad)
         self.group.sum_(sums)  # at every step, so that a checkpoint has the sums of all processes
@@ -351,7 +404,7 @@ class _Step:
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.moving, self.clip)
         if self.decay:
-            self._decay(points, size)
+            self.decay.add(self.vertices, self.trainable, self.moving, self.gradients, points, size, rate)
         if self.plan.regulariser:
             self.plan.regulariser(self.gradients, draw)
         if noise is not None:  # the same in all processes, whose generators differ
@@ -399,20 +452,17 @@ class _Step:
         with torch.no_grad():
             return torch.stack([loss, self.task.metrics(outputs, targets[0]).sum()])
 
-    def _outputs(self, c: Tensor, x: Tensor) -> Tensor:
+    def _outputs(self, c: Tensor, x: Tensor, call: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         torch.mv(self.vertices.T, c, out=self.weights.vector)
         half = self.precision != torch.float32
         # Weights are cast anew each time: a cache of autocast's would keep those of the capture.
         with torch.autocast(x.device.type, self.precision, enabled=half, cache_enabled=False):
-            outputs: Tensor = self.weights.module(x)
+            outputs = (call or self.weights.module)(x)
         return outputs.float()
 
-    def _decay(self, points: Tensor, size: int) -> None:
-        """Add the gradient of ``decay / 2 * |c @ V|^2``, averaged over the points by their shares of the batch."""
-        mixed = points.new_zeros(points.shape[1], points.shape[1])
-        for c, share in zip(points, ALONE.shares(size, len(points)), strict=False):
-            mixed.addr_(c, c, alpha=share / size)
-        self.gradients.addmm_(mixed[self.trainable], self.vertices, alpha=self.decay)
+    def outputs_at_centre(self, x: Tensor) -> Tensor:
+        """Compute the outputs at the plan's centre; not compiled: that takes longer than an epoch's few batches."""
+        return self._outputs(self.centre, x, self.weights.module._call_impl)
 
     def epoch(self, number: int, rate: float, examples: int, mixed: bool) -> Epoch:
         """Return the statistics of the epoch that ends here, and reset the sums.
@@ -434,12 +484,28 @@ class _Step:
             )
         return Epoch(number, rate, loss, None if mixed else metric, examples)
 
-    def state(self, iteration: int, snapshots: Sequence[Snapshot], examples: int) -> TrainState:
+    def better(self, epoch: Epoch, best: Best | None) -> Best:
+        """Return what has the lower held-out loss: the network now, copied, or the best so far."""
+        loss = math.inf if epoch.held_out_loss is None or math.isnan(epoch.held_out_loss) else epoch.held_out_loss
+        if best and loss >= best.loss:
+            return best
+        return Best(loss, epoch.number, self.vertices[self.trainable].clone(), self.weights.buffers())
+
+    def take(self, best: Best) -> None:
+        """Go back to the best epoch's vertices and buffers."""
+        with torch.no_grad():
+            for vertex, kept in zip(self.moving, best.vertices, strict=True):
+                vertex.copy_(kept)
+        self.weights.load_buffers(best.buffers)
+
+    def state(
+        self, iteration: int, snapshots: Sequence[Snapshot], examples: int, best: Best | None, stopped: bool
+    ) -> TrainState:
         """Copy everything that the next step depends on."""
-        rows = self.vertices[self.trainable].clone()
-        optimiser = copy.deepcopy(self.optimiser.state_dict()["state"])
+        rows, buffers = self.vertices[self.trainable].clone(), self.weights.buffers()
+        optimiser = optimisers.state(self.optimiser)
         totals, scaler = self.totals.clone(), self.scaler.state_dict()
-        return TrainState(iteration, rows, self.weights.buffers(), optimiser, list(snapshots), totals, examples, scaler)
+        return TrainState(iteration, rows, buffers, optimiser, list(snapshots), totals, examples, scaler, best, stopped)
 
     def restore(self, state: TrainState) -> None:
         """Resume from a state."""
@@ -447,8 +513,7 @@ class _Step:
             for vertex, saved in zip(self.moving, state.vertices, strict=True):
                 vertex.copy_(saved)
         self.weights.load_buffers(state.buffers)
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": state.optimiser, "param_groups": groups})
+        optimisers.restore(self.optimiser, state.optimiser)
         self.totals.copy_(state.totals)
         if state.scaler:
             self.scaler.load_state_dict(state.scaler)

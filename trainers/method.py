@@ -56,6 +56,7 @@ class Method(Options):
     Attributes:
         command: what is typed.
         starts_fresh: whether training starts from fresh weights only, never from a trained solution.
+        stops_early: whether it trains solutions, which early stopping may end; see :class:`Settings`.
         has_jobs: whether :meth:`train` gives the engine independent jobs; otherwise, the whole run is one job.
         published: the recipes of papers; see :mod:`ensembler.trainers.recipes`.
         fast: a short run's options, by field name.
@@ -65,6 +66,7 @@ class Method(Options):
 
     command: ClassVar[str]
     starts_fresh: ClassVar[bool] = False
+    stops_early: ClassVar[bool] = False
     has_jobs: ClassVar[bool] = False
     published: ClassVar[tuple[Recipe, ...]] = ()
     fast: ClassVar[Mapping[str, Any]] = {}

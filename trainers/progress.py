@@ -135,7 +135,7 @@ def _bars(console: Console) -> Iterator[OnEvent]:
             bars.update(tasks[event.part], completed=event.done, total=event.total)
             ended = event.done == event.total
         else:
-            bars.update(tasks[event.part], state=f"{event.epoch.number}/{event.epochs}, {_state(event)}")
+            bars.update(tasks[event.part], state=f"{event.epoch.number}/{event.epochs}, {_state(event, console.width)}")
             if ended := event.epoch.number == event.epochs:
                 say(f"{event.part}: {event.epochs} epoch{'s' * (event.epochs > 1)}, {_state(event)}")
         if ended:
@@ -180,8 +180,10 @@ def _tensorboard(folder: Path) -> Iterator[OnEvent]:
             return
         record = event.record()
         with _writing(folder):
-            for name in record.keys() & {"loss", event.metric, "lr"}:
-                writer.add_scalar(f"{event.part}/{name}", record[name], event.epoch.number)
+            names = ("loss", event.metric, "lr", "held_out_loss", f"held_out_{event.metric}")
+            for name in names:
+                if name in record:
+                    writer.add_scalar(f"{event.part}/{name}", record[name], event.epoch.number)
             writer.flush()
 
     with closing(writer):
@@ -196,6 +198,13 @@ def _writing(path: Path) -> Iterator[None]:
         raise ArtefactError(f"cannot write {path}: {error.strerror or error}: choose another path") from error
 
 
-def _state(event: EpochEnd) -> str:
-    metric = event.epoch.metric
-    return f"loss {event.epoch.loss:.3f}" + ("" if metric is None else f", {event.metric} {metric:.3f}")
+def _state(event: EpochEnd, width: int = 100) -> str:
+    """The epoch's numbers, for a line of so many characters."""
+    epoch = event.epoch
+    numbers = [f"loss {epoch.loss:.3f}"]
+    if epoch.metric is not None and (width >= 100 or epoch.held_out_loss is None):
+        numbers.append(f"{event.metric} {epoch.metric:.3f}")
+    if epoch.held_out_loss is not None:
+        name = f"loss {epoch.held_out_loss:.3f}, {event.metric}" if width >= 100 else f"{epoch.held_out_loss:.3f},"
+        numbers.append(f"held-out {name} {epoch.held_out_metric:.3f}")
+    return ", ".join(numbers)

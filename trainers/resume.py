@@ -35,7 +35,7 @@ from torch import Tensor
 from ensembler import artefact
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 from ensembler.jobs import Job
-from ensembler.trainers.loop import Snapshot, TrainState
+from ensembler.trainers.loop import Best, Snapshot, TrainState
 from ensembler.trainers.spec import SPEC, Spec, unfinished
 
 __all__ = ["JobResult", "Store", "UnfinishedRun", "lock"]
@@ -205,8 +205,10 @@ class Store:
         for path in reversed(self._states(part)):
             content = self._read(path)
             if content is not None:
-                snapshots = [Snapshot(**snapshot) for snapshot in content["state"]["snapshots"]]
-                return TrainState(**content["state"] | {"snapshots": snapshots}), content["ledger"]
+                state = content["state"]
+                snapshots = [Snapshot(**snapshot) for snapshot in state["snapshots"]]
+                best = state["best"] and Best(**state["best"])
+                return TrainState(**state | {"snapshots": snapshots, "best": best}), content["ledger"]
         return None
 
     def save_state(self, part: str, state: TrainState, ledger: Mapping[str, Any]) -> None:
@@ -217,6 +219,7 @@ class Store:
         """
         older = self._states(part)
         content = vars(state) | {"snapshots": [vars(snapshot) for snapshot in state.snapshots]}
+        content["best"] = state.best and vars(state.best)
         self._write(f"{_slug(part)}.{state.iteration:09}", {"state": content, "ledger": ledger})
         for path in older:
             shutil.rmtree(path, ignore_errors=True)

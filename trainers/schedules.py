@@ -14,6 +14,7 @@ __all__ = [
     "one_cycle",
     "piecewise",
     "repeated",
+    "warmed",
 ]
 
 Schedule = Callable[[int], float]
@@ -65,6 +66,11 @@ def repeated(schedule: Schedule, cycle: int) -> Schedule:
 def after(iterations: int, first: Schedule, then: Schedule) -> Schedule:
     """Follow ``first`` for ``iterations``, and ``then`` from its iteration 1 after that."""
     return lambda iteration: first(iteration) if iteration <= iterations else then(iteration - iterations)
+
+
+def warmed(schedule: Schedule, iterations: int) -> Schedule:
+    """Rise linearly to ``schedule`` in so many iterations (warm-up, Goyal et al. 2017, sec. 2.2)."""
+    return lambda iteration: schedule(iteration) * min(1.0, iteration / iterations)
 
 
 SCHEDULES: dict[str, Callable[[float, int], Schedule]] = {  # of a solution

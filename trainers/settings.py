@@ -41,12 +41,42 @@ class Settings(Options):
     batch_size: int | None = option(
         None, ge=1, help="Images a step, all processes together. (default: 128, or 32 under 10,000 images)"
     )
-    lr: float = option(0.1, gt=0, help="Highest learning rate of a solution.")
+    accumulate: int = option(
+        1, ge=1, help="N, parts of each batch that go forward and backward one after another: less memory, same step."
+    )
+    optimiser: str = option(
+        "sgd",
+        metavar="sgd|adamw|package.module:Class",
+        help="sgd, adamw, or any class such as torch.optim:RAdam.",
+    )
+    parameter_groups: str | None = option(
+        None,
+        metavar="package.module:function",
+        help="Function from the network to parameter groups, as torch.optim takes them. (default: all weights decay "
+        "with sgd; otherwise no biases, normalisation layers and embeddings)",
+    )
+    lr: float | None = option(
+        None, gt=0, help="Highest learning rate of a solution. (default: 0.1 with sgd, else the class's: 1e-3 of adamw)"
+    )
     schedule: Literal["one-cycle", "cosine", "piecewise"] = option(
         "one-cycle", help="Learning-rate schedule of a solution."
     )
-    momentum: float = option(0.9, ge=0, lt=1, help="Nesterov momentum of SGD.")
-    weight_decay: float = option(5e-4, ge=0, help="Weight decay of SGD.")
+    warmup: float = option(
+        0.0,
+        ge=0,
+        metavar="EPOCHS",
+        help="Epochs in which the learning rate of each part rises linearly to its schedule's.",
+    )
+    momentum: float | None = option(None, ge=0, lt=1, help="Nesterov momentum of sgd. (default: 0.9)")
+    weight_decay: float | None = option(
+        None, ge=0, help="Weight decay. (default: 5e-4 with sgd, else the class's: 1e-2 of adamw)"
+    )
+    early_stopping: int = option(
+        0,
+        ge=0,
+        metavar="EPOCHS",
+        help="Stop a solution after so many epochs without a lower held-out loss, and keep its best weights; 0: never.",
+    )
     clip: float = option(1.0, ge=0, help="Largest norm of the gradient; 0 for no limit.")
     loss: str = option(
         "task",
@@ -102,7 +132,8 @@ class Settings(Options):
     measure: Literal["all", "none"] = option(
         "all",
         computing=True,
-        help="Whether a simplex's vertices and inside and a curve's points are measured, which takes forward passes.",
+        help="Whether held-out images are predicted after every epoch, and points of a simplex or curve in the end: "
+        "forward passes.",
     )
     seed: int = option(0, help="Random seed.")
     device: str | None = option(None, computing=True, help="cpu, cuda, ... (default: CUDA where there is one)")
@@ -120,10 +151,10 @@ class Settings(Options):
         help="Processes that read images from files. (default: one a CPU, at most 8)",
     )
 
-    @field_validator("loss", "augmentation", mode="before")
+    @field_validator("loss", "augmentation", "optimiser", "parameter_groups", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
-        """A function from Python goes by its name."""
+        """A function or class from Python goes by its name."""
         return name_of(value) if callable(value) else value
 
     @field_validator("class_weights", mode="before")
@@ -136,21 +167,54 @@ class Settings(Options):
         return _read_numbers(Path(value)) if isinstance(value, str | Path) and _names_file(value) else value
 
     def resolved(self, dataset: Dataset, architecture: str | None = None) -> Settings:
-        """These settings with everything filled in that the data decide.
+        """These settings with everything filled in that the data or the optimiser decide.
 
         Args:
             dataset: what is trained on.
             architecture: of the run that training starts from, if it starts from one.
+
+        Raises:
+            UsageError: options that do not go together, or no such optimiser.
         """
         from ensembler.augmentations import resolve
 
+        batch_size = self.batch_size or (128 if len(dataset.train) >= 10_000 else 32)
+        if self.accumulate > 1 and 2 * self.accumulate > batch_size:
+            raise UsageError(
+                f"--accumulate {self.accumulate} leaves fewer than two of a batch of {batch_size} for each part: lower "
+                "it, or raise --batch-size"
+            )
+        if self.warmup >= self.epochs:
+            raise UsageError(f"--warmup {self.warmup:g} leaves nothing of --epochs {self.epochs:g}: lower it")
+        if self.early_stopping and not len(dataset.validation):
+            raise UsageError("--early-stopping needs held-out examples, and the dataset has none: leave it out")
         return self.model_copy(
             update={
                 "architecture": architecture or self.architecture,
-                "batch_size": self.batch_size or (128 if len(dataset.train) >= 10_000 else 32),
+                "batch_size": batch_size,
                 "augmentation": resolve(self.augmentation, dataset.augmentation),
+                **self._resolved_optimiser(),
             }
         )
+
+    def _resolved_optimiser(self) -> dict[str, float | None]:
+        from ensembler.trainers.optimisers import default_rates
+
+        name = self.optimiser
+        lr, decay = default_rates(name)
+        if self.lr is None and lr is None:
+            raise UsageError(f"--optimiser {name} has no learning rate by default: give --lr")
+        if self.weight_decay and decay is None:
+            raise UsageError(f"--optimiser {name} takes no weight decay: leave out --weight-decay")
+        if self.momentum is not None and name != "sgd":
+            raise UsageError(
+                f"--momentum is sgd's, and --optimiser is {name}: leave out one of them (a paper's recipe sets it)"
+            )
+        return {
+            "lr": lr if self.lr is None else self.lr,
+            "weight_decay": decay if self.weight_decay is None or decay is None else self.weight_decay,
+            "momentum": (0.9 if self.momentum is None else self.momentum) if name == "sgd" else None,
+        }
 
     @property
     def dtype(self) -> torch.dtype:

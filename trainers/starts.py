@@ -85,7 +85,7 @@ def solution(trainer: Trainer, member: int = 0) -> Solution:
     if trainer.starts_solved:
         return begin
     iterations = trainer.steps(trainer.settings.epochs)
-    plan = Plan(trainer.schedule(iterations), iterations)
+    plan = Plan(trainer.schedule(iterations), iterations, patience=trainer.settings.early_stopping)
     fitted = trainer.fit(part, begin.vector[None].clone(), begin.buffers, plan)
     return Solution(fitted.vertices[0], fitted.buffers)
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import SyncBatchNorm
-from torch.optim import Optimizer
 
 from ensembler import architectures, matching, task
 from ensembler.capture import CudaGraph
@@ -34,15 +33,16 @@ from ensembler.examples import Examples
 from ensembler.run import CostEntry, DatasetRecord, Run
 from ensembler.seeds import derive
 from ensembler.side_by_side import turn
+from ensembler.trainers import optimisers
 from ensembler.trainers.batches import Batches
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.events import EpochEnd, Message, OnEvent, Progress
 from ensembler.trainers.ledger import Ledger
-from ensembler.trainers.loop import Epoch, Fitted, Plan, TrainState, fit
+from ensembler.trainers.loop import Best, Epoch, Fitted, Plan, TrainState, fit
 from ensembler.trainers.losses import training_loss
 from ensembler.trainers.mixing import Mixing
 from ensembler.trainers.resume import Store
-from ensembler.trainers.schedules import SCHEDULES, Schedule
+from ensembler.trainers.schedules import SCHEDULES, Schedule, warmed
 from ensembler.trainers.settings import Settings
 from ensembler.trainers.starts import Start
 from ensembler.weights import FlatWeights
@@ -116,6 +116,8 @@ class Trainer:
         """The same with a network and a ledger of its own, for jobs at the same time."""
         own = Trainer(self.dataset, self.settings, self.starts, self.on_event, self.store, self.engine, self.group)
         own.train_examples = self.train_examples
+        if self.measures:
+            own.held_out = self.held_out
         return own
 
     def fork(self, job: str, on_event: OnEvent) -> Trainer:
@@ -136,6 +138,24 @@ class Trainer:
         """Whether steps are captured as CUDA graphs: by one process, on a GPU."""
         return self.device.type == "cuda" and self.group.size == 1 and not self.settings.eager
 
+    @property
+    def measures(self) -> bool:
+        """Whether held-out examples are predicted after every epoch."""
+        return self.settings.measure == "all"
+
+    @cached_property
+    def held_out(self) -> Examples:
+        """The validation split, on the device if it is in memory."""
+        return self.dataset.validation.to(self.device)
+
+    def _held_out_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's share of the held-out examples, as inputs of the network and targets."""
+        examples = self.held_out
+        prepare = examples.inputs(self.record.mean, self.record.std, self.device)
+        own = examples.part(self.group.share) if self.group.size > 1 else examples
+        for batch in own.batches(self.settings.batch_size or 1):
+            yield prepare(batch.data.to(self.device)), batch.labels.to(self.device)
+
     def say(self, text: str) -> None:
         """Report what was found, in one line."""
         self.on_event(Message(text))
@@ -150,9 +170,19 @@ class Trainer:
         """Steps in so many epochs, at least 1."""
         return max(1, round(epochs * self.batches("").per_epoch))
 
+    @property
+    def lr(self) -> float:
+        """The settings' learning rate, which they have once they are resolved."""
+        assert self.settings.lr is not None  # noqa: S101  for the type checker
+        return self.settings.lr
+
     def schedule(self, iterations: int) -> Schedule:
-        """The settings' schedule over so many steps."""
-        return SCHEDULES[self.settings.schedule](self.settings.lr, iterations)
+        """The settings' schedule over so many steps, with its warm-up."""
+        return self.warmed(SCHEDULES[self.settings.schedule](self.lr, iterations))
+
+    def warmed(self, schedule: Schedule) -> Schedule:
+        """A schedule with the settings' warm-up."""
+        return warmed(schedule, self.steps(self.settings.warmup)) if self.settings.warmup else schedule
 
     def batches(self, part: str) -> Batches:
         """The stream of batches that a part of the training sees."""
@@ -180,15 +210,24 @@ class Trainer:
             attempt: tells several trainings of one part apart, so that each has a checkpoint of its own.
         """
         settings, group, batches = self.settings, self.group, self.batches(part)
+        held_out = len(self.held_out) if self.measures or plan.patience else 0
+        ended = False
         store = self.store if group.first else None
         name, epochs = f"{part} {attempt}".rstrip(), -(-plan.iterations // batches.per_epoch)
         if self._synchronised:
-            _check_shares(batches, plan.samples, group.size)
+            _check_shares(batches, plan.samples, settings.accumulate, group.size)
 
-        def on_epoch(epoch: Epoch) -> None:
-            end = EpochEnd(part, epoch, epochs, self.task.metric)
-            ledger.epoch(end, forward_passes=epoch.examples if plan.penalty else 0)
+        def on_epoch(epoch: Epoch, kept: Best | None) -> None:
+            nonlocal ended
+            ended = kept is not None
+            end = EpochEnd(part, epoch, epoch.number if kept else epochs, self.task.metric)
+            ledger.epoch(end, forward_passes=held_out + (epoch.examples if plan.penalty else 0))
             self.on_event(end)
+            if kept:
+                self.say(
+                    f"{part}: {epoch.number} of {epochs} epochs; the lowest held-out loss, {kept.loss:.4f}, was after "
+                    f"epoch {kept.epoch}, whose weights are kept"
+                )
 
         def before_step(iteration: int) -> None:  # other masks in every process
             turn()
@@ -197,9 +236,9 @@ class Trainer:
         each = len(self.train_examples) / batches.per_epoch
 
         def after_step(iteration: int, state: Callable[[], TrainState]) -> None:
-            if iteration < plan.iterations:  # then the epoch's end is told
+            if not ended and iteration < plan.iterations:  # then the epoch's end is told
                 self.show(part, round(iteration * each), round(plan.iterations * each))
-            if store and (iteration == plan.iterations or store.due):
+            if store and (ended or iteration == plan.iterations or store.due):
                 store.save_state(name, state(), ledger.record())
 
         with self.ledger.forked() as ledger, restored_generators():
@@ -213,12 +252,14 @@ class Trainer:
                     group.broadcast_(vertices),
                     {key: group.broadcast_(buffer.to(self.device)) for key, buffer in buffers.items()},
                     batches,
-                    partial(_sgd, settings),
+                    partial(optimisers.make, settings, self.weights),
                     plan,
                     losses=training_loss(settings, self.dataset, self.device),
                     stream=(settings.seed, part),
                     clip=settings.clip,
                     precision=settings.dtype,
+                    accumulate=settings.accumulate,
+                    held_out=self._held_out_batches if held_out else None,
                     on_epoch=on_epoch,
                     before_step=before_step,
                     after_step=after_step,
@@ -233,17 +274,6 @@ class Trainer:
             return fitted
 
 
-def _sgd(settings: Settings, moving: list[Tensor]) -> Optimizer:
-    return torch.optim.SGD(
-        moving,
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.momentum > 0,
-        fused=moving[0].device.type in ("cpu", "cuda"),  # one pass over memory, and no temporary of size P
-    )
-
-
 def _synchronised(weights: FlatWeights) -> FlatWeights:
     """The same weights and buffers in a network whose BatchNorm layers normalise over the images of all processes.
 
@@ -256,9 +286,10 @@ def _synchronised(weights: FlatWeights) -> FlatWeights:
     return twin
 
 
-def _check_shares(batches: Batches, samples: int, processes: int) -> None:
+def _check_shares(batches: Batches, samples: int, parts: int, processes: int) -> None:
     """Synchronised BatchNorm waits for every process: none may be without images."""
-    least = min(share for size in set(batches.sizes()) for share in ALONE.shares(size, samples))
+    shares = [ALONE.shares(size, samples, parts) for size in set(batches.sizes())]
+    least = min(chain.from_iterable(chain.from_iterable(shares)))
     if least < processes:
         raise UsageError(
             f"synchronised BatchNorm needs an image for every process and point in every batch: of "

@@ -102,6 +102,11 @@ class Training:
         check_frozen(list(runs.values()))
         first = next(iter(runs.values()), None)
         settings = settings.resolved(dataset, first.manifest.architecture if first else None)
+        if settings.early_stopping and not method.stops_early:
+            raise UsageError(
+                f"{method.command} trains no solution that could stop early: leave out --early-stopping, or train a "
+                "solution with it and start from that"
+            )
         return cls(dataset, method.resolved(settings), settings, starts, collapse)
 
     @cached_property
@@ -148,6 +153,8 @@ class Training:
             raise UsageError(
                 f"{method.command} starts from fresh weights: leave out --init, or give one of other classes"
             )
+        if self.settings.early_stopping and trainer.starts_solved:
+            raise UsageError("--early-stopping has no solution to stop where one is given: leave it out")
         members, name, independent = method.train(trainer), method.name, method.independent
         if self.collapse:
             members = centroid(trainer, members.vertices, members.buffers, members.gaussians)

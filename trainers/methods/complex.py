@@ -117,6 +117,7 @@ class Complex(Method):
                 draw=draw,
                 coefficients=volumes.coefficients,
                 regulariser=regulariser if self.regularisation else None,
+                centre=torch.eye(N + n + 1)[N:].mean(dim=0),  # of the connectors, which all simplexes share
             )
             buffers = trainer.fit(part, vertices, buffers, plan).buffers
         sampling = Sampling(

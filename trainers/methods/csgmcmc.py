@@ -17,6 +17,7 @@ Clipping, which is on by default, changes the posterior where it acts: it bounds
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from ensembler.errors import UsageError
@@ -71,7 +72,16 @@ class CyclicalSGMCMC(Method):
                 f"{self.members} members are no whole number of cycles of {self.samples_per_cycle} samples: give "
                 "--members a multiple of --samples-per-cycle"
             )
-        return self.model_copy(update={"cycle": self.cycle or settings.epochs / self.cycles})
+        if settings.optimiser != "sgd" or settings.parameter_groups:
+            option = "--parameter-groups" if settings.optimiser == "sgd" else f"--optimiser {settings.optimiser}"
+            raise UsageError(f"{self.command} samples by SGD at one learning rate: leave out {option}")
+        cycle = self.cycle or settings.epochs / self.cycles
+        if settings.warmup > self.exploration * cycle:
+            raise UsageError(
+                f"--warmup {settings.warmup:g} is longer than the {self.exploration * cycle:g} epochs of a cycle that "
+                "are without noise: lower it"
+            )
+        return self.model_copy(update={"cycle": cycle})
 
     def at_budget(self, budget: Budget) -> list[Piece] | str:
         """One run of b x B, in cycles of --cycle epochs where given, else as many a budget as M gives."""
@@ -103,16 +113,17 @@ class CyclicalSGMCMC(Method):
                 f"{self.samples_per_cycle} samples: raise --cycle or lower --exploration"
             )
         begin = solution(trainer) if trainer.starts_solved else fresh(trainer)
-        rate, count = cosine(settings.lr, length), self.samples_per_cycle
+        rate, count = cosine(trainer.lr, length), self.samples_per_cycle
         plan = Plan(
             rate,
             length,
-            noise=langevin(rate, quiet, self.temperature, settings.momentum, len(trainer.train_examples)),
+            noise=langevin(rate, quiet, self.temperature, settings.momentum or 0, len(trainer.train_examples)),
             collect={quiet + (length - quiet) * (sample + 1) // count for sample in range(count)},
         )
         vertices, buffers, samples = begin.vector[None].clone(), begin.buffers, list[Snapshot]()
         for cycle in range(self.cycles):
-            fitted = trainer.fit(f"cycle {cycle + 1}", vertices, buffers, plan)
+            own = plan if cycle else replace(plan, schedule=trainer.warmed(rate))
+            fitted = trainer.fit(f"cycle {cycle + 1}", vertices, buffers, own)
             vertices, buffers = fitted.vertices, fitted.buffers
             samples += fitted.snapshots
         rows = torch.cat([sample.vertices for sample in samples])

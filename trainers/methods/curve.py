@@ -96,6 +96,7 @@ class Curve(Method):
             trainable=range(1, K - 1),
             draw=lambda rng, count: basis(torch.from_numpy(rng.random(count)).float(), K),
             decay_sampled=True,
+            centre=basis(torch.tensor([0.5]), K)[0],
         )
         fitted = trainer.fit("curve", vertices, ends[0].buffers, plan)
         t, first, second = torch.linspace(0, 1, self.points), ends[0].buffers, ends[1].buffers

@@ -25,6 +25,7 @@ class DeepEnsemble(Method):
     command = "train-deep-ensemble"
     starts_fresh = True
     has_jobs = True
+    stops_early = True
     fast = {"epochs": 10, "members": 3}
     compared = ({"members": 1}, {})
     by_budget = frozenset({"members"})

@@ -7,7 +7,7 @@ its momentum over.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from ensembler.errors import UsageError
 from ensembler.options import option
@@ -17,6 +17,7 @@ from ensembler.trainers.schedules import Schedule, after
 
 if TYPE_CHECKING:
     from ensembler.trainers.budget import Budget, Piece
+    from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
 
 __all__ = ["FGE", "cyclic", "cyclic_middles"]
@@ -44,9 +45,22 @@ class FGE(Method):
 
     members: int = option(5, ge=1, help="M, snapshots taken, one a cycle.")
     cycle: float = option(2, gt=0, help="c, epochs a cycle; the paper takes 2 to 4.")
-    high: float = option(5e-2, gt=0, help="alpha_1, highest learning rate of a cycle.")
-    low: float = option(5e-4, gt=0, help="alpha_2, lowest learning rate of a cycle.")
+    high: float | None = option(None, gt=0, help="alpha_1, highest learning rate of a cycle. (default: half of --lr)")
+    low: float | None = option(None, gt=0, help="alpha_2, lowest learning rate of a cycle. (default: a 200th of --lr)")
     start: float = option(0.8, gt=0, le=1, help="Share of one solution's budget before the cycles.")
+
+    def resolved(self, settings: Settings) -> Self:
+        """By default, the cycles' rates are those of the paper's ResNet at --lr 0.1."""
+        before = self.start * settings.epochs
+        if settings.warmup >= before:
+            raise UsageError(
+                f"--warmup {settings.warmup:g} leaves nothing of the {before:g} epochs before the cycles: lower it"
+            )
+        return self.model_copy(update=dict(zip(("high", "low"), self.rates(settings.lr or 0), strict=True)))
+
+    def rates(self, lr: float) -> tuple[float, float]:
+        """alpha_1 and alpha_2, where the highest rate of a solution is ``lr``."""
+        return self.high or lr / 2, self.low or lr / 200
 
     def at_budget(self, budget: Budget) -> list[Piece] | str:
         """floor(b) independent runs: as many cycles as fit after --start of each, shorter ones where two do not fit."""
@@ -71,7 +85,7 @@ class FGE(Method):
         from ensembler.trainers.starts import fresh, solution, stack_buffers
 
         length = trainer.steps(self.cycle)
-        schedule, begin = cyclic(self.high, self.low, length), 0
+        schedule, begin = cyclic(*self.rates(trainer.lr), length), 0
         if trainer.starts_solved:
             begin_at = solution(trainer)
         else:

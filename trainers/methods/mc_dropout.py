@@ -26,6 +26,7 @@ class MCDropout(Method):
     """Train one network with dropout, and take M fixed dropout masks as members (Gal & Ghahramani 2016)."""
 
     command = "train-mc-dropout"
+    stops_early = True
     fast = {"epochs": 10, "members": 10}
     # Dropout of VGG16's head is a part of its usual training: the network is that of a deep ensemble.
     published = (Recipe("vgg16bn", SOLUTIONS["vgg16"] | {"epochs": 400, "members": 100}, ASHUKHA_2020),)

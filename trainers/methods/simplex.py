@@ -59,6 +59,7 @@ class Simplex(Method):
 
     command = "train-simplex"
     has_jobs = True
+    stops_early = True
     fast = {"epochs": 10, "vertices": 3, "vertex_epochs": 3}  # in 2, a vertex was worse than the solution
     compared = ({}, {"simplexes": 2})
     by_budget = frozenset({"simplexes"})
@@ -72,7 +73,9 @@ class Simplex(Method):
     vertex_epochs: float | None = option(
         None, gt=0, help="Epochs for each added vertex. (default: a quarter of --epochs)"
     )
-    vertex_lr: float = option(0.1, gt=0, help="Highest learning rate of an added vertex; a cosine takes it to 0.")
+    vertex_lr: float | None = option(
+        None, gt=0, help="Highest learning rate of an added vertex; a cosine takes it to 0. (default: --lr)"
+    )
     regularisation: NonNegativeFloat | Literal["auto"] = option(
         0.01,
         metavar="NUMBER|auto",
@@ -106,7 +109,10 @@ class Simplex(Method):
         """By default an added vertex takes a quarter of a solution's epochs."""
         if self.members < self.simplexes:
             raise UsageError(f"{self.members} members are too few for {self.simplexes} simplexes: each needs one")
-        return self.model_copy(update={"vertex_epochs": self.vertex_epochs or settings.epochs / 4})
+        epochs = self.vertex_epochs or settings.epochs / 4
+        if settings.warmup >= epochs:
+            raise UsageError(f"--warmup {settings.warmup:g} leaves nothing of a vertex's {epochs:g} epochs: lower it")
+        return self.model_copy(update={"vertex_epochs": epochs, "vertex_lr": self.vertex_lr or settings.lr})
 
     def at_budget(self, budget: Budget) -> list[Piece] | str:
         """One network of B, and the rest for its vertices, --vertex-epochs each at least; of ESPRO, all that fit."""
@@ -242,7 +248,7 @@ def add_vertex(
     volume = strength > 0 and options.regulariser == "volume"
     function = strength > 0 and options.regulariser == "function"
     plan = Plan(
-        cosine(options.vertex_lr, iterations),
+        trainer.warmed(cosine(options.vertex_lr or trainer.lr, iterations)),
         iterations,
         trainable=[K - 1],
         draw=lambda rng, count: dirichlet(count, K, rng),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
+from ensembler.errors import UsageError
 from ensembler.options import option
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.recipes import ASHUKHA_2020, SGD, SOLUTIONS, Recipe
@@ -49,7 +50,10 @@ class Snapshots(Method):
 
     def resolved(self, settings: Settings) -> Self:
         """By default, the whole ensemble costs what one network does."""
-        return self.model_copy(update={"cycle": self.cycle or settings.epochs / self.members})
+        cycle = self.cycle or settings.epochs / self.members
+        if settings.warmup >= cycle:
+            raise UsageError(f"--warmup {settings.warmup:g} leaves nothing of a cycle of {cycle:g} epochs: lower it")
+        return self.model_copy(update={"cycle": cycle})
 
     def at_budget(self, budget: Budget) -> list[Piece] | str:
         """One run of b x B, in cycles of --cycle epochs where given, else of B / M: M snapshots a budget."""
@@ -76,7 +80,7 @@ class Snapshots(Method):
         length = trainer.steps(self.cycle or 1)
         begin = solution(trainer) if trainer.starts_solved else fresh(trainer)
         plan = Plan(
-            repeated(cosine(trainer.settings.lr, length), length),
+            trainer.warmed(repeated(cosine(trainer.lr, length), length)),
             length * self.members,
             collect=range(length, length * self.members + 1, length),
         )

@@ -37,12 +37,11 @@ class Subspace(Method):
     starts_fresh = True
     fast = {"epochs": 20, "vertices": 2}  # a vertex has its share of every step's gradient only
     # apple/learning-subspaces, experiment_configs/cifar10, for the 20-layer ResNet whose blocks are activated last.
-    # Here the cosine is over the classifier's weights, too, the vertices' start is scaled (see `spread`), and their 5
-    # epochs of warm-up are left out.
+    # Here the cosine is over the classifier's weights, too, and the vertices' start is scaled (see `spread`).
     published = tuple(
         Recipe(
             name,
-            SGD | {"epochs": 160, "lr": 0.1, "schedule": "cosine", "weight_decay": 1e-4, "beta": 1.0},
+            SGD | {"epochs": 160, "lr": 0.1, "schedule": "cosine", "weight_decay": 1e-4, "beta": 1.0, "warmup": 5.0},
             "Wortsman et al. 2021, arXiv 2102.10472",
             ("cifar10",),
         )

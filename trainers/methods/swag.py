@@ -52,7 +52,7 @@ class SWAG(Method):
     command = "train-swag"
     has_jobs = True
     by_budget = frozenset({"swa_epochs", "swags"})
-    fast = {"epochs": 10, "members": 5, "start": 0.6, "swa_lr": 0.02}
+    fast = {"epochs": 10, "members": 5, "start": 0.6}
     published = (
         Recipe("vgg16", SOLUTIONS["vgg16"] | _SWAG | {"swa_lr": 0.01}, MADDOX_2019),
         Recipe("preresnet164", SOLUTIONS["preresnet164"] | _SWAG | {"swa_lr": 0.01}, MADDOX_2019, _10),
@@ -70,7 +70,9 @@ class SWAG(Method):
     swa_epochs: float | None = option(
         None, gt=0, help="Epochs in which iterates are collected. (default: what --start leaves of --epochs)"
     )
-    swa_lr: float = option(0.02, gt=0, help="Constant learning rate while iterates are collected.")
+    swa_lr: float | None = option(
+        None, gt=0, help="Constant learning rate while iterates are collected. (default: a fifth of --lr)"
+    )
     collect_every: float = option(1.0, gt=0, help="c, epochs between two iterates.")
     swags: int = option(1, ge=1, help="S, independent Gaussians; several are MultiSWAG.")
 
@@ -89,7 +91,14 @@ class SWAG(Method):
             raise UsageError(f"--scale 0 draws the mean of a Gaussian each time: give --members {self.swags}")
         if self.swa_epochs is None and self.start == 1:
             raise UsageError("--start 1 leaves no epochs in which to collect iterates: give --swa-epochs")
-        return self.model_copy(update={"swa_epochs": self.swa_epochs or (1 - self.start) * settings.epochs})
+        before = self.start * settings.epochs
+        if settings.warmup >= before:
+            raise UsageError(
+                f"--warmup {settings.warmup:g} leaves nothing of the {before:g} epochs before iterates are collected: "
+                "lower it"
+            )
+        swa_epochs = self.swa_epochs or (1 - self.start) * settings.epochs
+        return self.model_copy(update={"swa_epochs": swa_epochs, "swa_lr": self.swa_lr or (settings.lr or 0) / 5})
 
     def at_budget(self, budget: Budget) -> list[Piece] | str:
         """floor(b) independent Gaussians (MultiSWAG), which share M; iterates fill what --start leaves of each."""
@@ -148,7 +157,7 @@ def fit_gaussian(trainer: Trainer, options: SWAG, number: int, name: str) -> Mad
     from ensembler.trainers.loop import Plan
     from ensembler.trainers.starts import fresh, solution
 
-    schedule, begin = constant(options.swa_lr), 0
+    schedule, begin = constant(options.swa_lr or trainer.lr / 5), 0
     if trainer.starts_solved:
         begin_at = solution(trainer, number)
     else:
