@@ -163,7 +163,7 @@ def test_steps_of_every_loss_are_captured_bit_for_bit_and_need_nothing_of_the_ho
         needs.noting = False
         trainer_on_meta = work(method, device="meta", eager=True, **own)
         monkeypatch.setattr(loop._Step, "__call__", noted)
-        monkeypatch.setattr("ensembler.trainers.trainer._sgd", fused)
+        monkeypatch.setattr("ensembler.trainers.optimisers._FUSED", ("meta",))
         method.train(trainer_on_meta)
     assert not needs.places, needs.places
 
