@@ -47,7 +47,7 @@ def tables(report: Report, width: int = 80, full: bool = False) -> RenderableTyp
     parts += [Text(), Text("In short", style="bold"), *(Text(short(line)) for line in findings(report))]
     said: set[str] = set()
     for table in report_tables(report):
-        if not full and (table.detail or table.section in _LONG):
+        if table.section == "summary" or (not full and (table.detail or table.section in _LONG)):
             continue
         parts += [Text(), *terminal_table(table, [note for note in table.notes if note not in said], width, short)]
         said |= set(table.notes)
@@ -137,8 +137,12 @@ def markdown(report: Report) -> str:
 def markdown_table(table: Table) -> list[str]:
     """Render a table under its title, and its notes, as paragraphs of GitHub Markdown."""
     ruler = ["---" if place < table.words else "---:" for place in range(len(table.columns))]
-    lines = [table.columns, ruler, *table.rows]
-    body = "\n".join(f"| {' | '.join(cell if line is ruler else escape(cell) for cell in line)} |" for line in lines)
+    rows = [
+        [f"**{escape(cell)}**" if (row, column) in table.best else escape(cell) for column, cell in enumerate(cells)]
+        for row, cells in enumerate(table.rows)
+    ]
+    lines = [[escape(heading) for heading in table.columns], ruler, *rows]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return [f"## {escape(table.title)}", body, *(escape(note) for note in table.notes)]
 
 
