@@ -54,7 +54,7 @@ def plot_class_errors(
     errors: Sequence[Mapping[str, Mapping[str, float | None]]],
     write: Callable[[str], str] = str,
 ) -> Figure:
-    """Draw each run's error by class and corruption, on one scale from 0 to 100 %; empty: no images.
+    """Draw each run's error by class and corruption, on one scale from 0 to 100 %.
 
     Args:
         names, styles: of the runs.
@@ -71,13 +71,13 @@ def plot_class_errors(
     for axes, name, own, found in zip(grid, names, styles, errors, strict=False):
         shown = list(next(iter(found.values())))
         values = [[found[one][each] for one in corruptions] for each in shown]
-        axes.imshow(100 * np.array(values, dtype=np.float64), cmap="cividis_r", vmin=0, vmax=100, aspect="auto")
+        axes.imshow(100 * np.array(values, dtype=np.float64), cmap="Greys", vmin=0, vmax=100, aspect="auto")
         _ticks(axes, corruptions, [write(each) for each in shown])
         axes.set(ylabel="class")
         axes.set_title(name, fontsize="medium", color=own.colour)
     for axes in grid[len(names) :]:
         axes.set_axis_off()
-    bar = ScalarMappable(Normalize(0, 100), "cividis_r")
+    bar = ScalarMappable(Normalize(0, 100), "Greys")
     figure.colorbar(bar, ax=list(grid), label="error (%)", fraction=0.03, aspect=30)
     return figure
 

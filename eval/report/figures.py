@@ -158,7 +158,7 @@ def _classes(
             f"Confusion matrices of {listed} on clean images.",
         )
     shifted = [run.class_errors for run in runs]
-    if all(shifted):
+    if report.shift is not None and all(shifted):
         pictures["class-errors"] = Picture(
             "classes",
             plot_class_errors(names, own, shifted, _printable),

@@ -24,7 +24,7 @@ _COLUMNS = (
     *("set", "source", "corruption", "severity", "score", "value"),
 )
 
-_LONG = ("costs", "groups")  # sections that the terminal shows only if asked
+_LONG = ("summary", "costs", "groups")  # sections that the terminal shows only if asked
 _GAP = 2  # blanks between two columns of the terminal
 
 __all__ = ["csv", "escape", "markdown", "markdown_table", "tables", "terminal_table"]
@@ -47,7 +47,7 @@ def tables(report: Report, width: int = 80, full: bool = False) -> RenderableTyp
     parts += [Text(), Text("In short", style="bold"), *(Text(short(line)) for line in findings(report))]
     said: set[str] = set()
     for table in report_tables(report):
-        if table.section == "summary" or (not full and (table.detail or table.section in _LONG)):
+        if not full and (table.detail or table.section in _LONG):
             continue
         parts += [Text(), *terminal_table(table, [note for note in table.notes if note not in said], width, short)]
         said |= set(table.notes)
