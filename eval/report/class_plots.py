@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from ensembler.eval.report.plots import new_figure
 from ensembler.eval.report.styles import Style
@@ -36,7 +37,8 @@ def plot_confusion(
     for axes, name, own, table in zip(grid, names, styles, counts, strict=False):
         matrix = np.array(table)
         shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
-        axes.imshow(shares, cmap=_shades(own.colour), vmin=0, vmax=1)
+        _cells(axes, shares, _shades(own.colour), 1)
+        axes.set_aspect("equal")
         for row, column in zip(*np.nonzero(matrix), strict=True):
             text = "white" if shares[row, column] > _DARK else "black"
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize="x-small", color=text)
@@ -71,15 +73,23 @@ def plot_class_errors(
     for axes, name, own, found in zip(grid, names, styles, errors, strict=False):
         shown = list(next(iter(found.values())))
         values = [[found[one][each] for one in corruptions] for each in shown]
-        axes.imshow(100 * np.array(values, dtype=np.float64), cmap="Greys", vmin=0, vmax=100, aspect="auto")
+        _cells(axes, 100 * np.array(values, dtype=np.float64), "Greys", 100)
         _ticks(axes, corruptions, [write(each) for each in shown])
         axes.set(ylabel="class")
         axes.set_title(name, fontsize="medium", color=own.colour)
     for axes in grid[len(names) :]:
         axes.set_axis_off()
     bar = ScalarMappable(Normalize(0, 100), "Greys")
-    figure.colorbar(bar, ax=list(grid), label="error (%)", fraction=0.03, aspect=30)
+    scale = figure.colorbar(bar, ax=list(grid), label="error (%)", fraction=0.03, aspect=30)
+    scale.solids.set_rasterized(False)
     return figure
+
+
+def _cells(axes: Axes, values: NDArray[np.float64], shades: Colormap | str, most: float) -> None:
+    """Draw a matrix from 0 to ``most``, the first row on top; not ``imshow``, whose SVG holds pixels."""
+    rows, columns = (np.arange(count + 1) - 0.5 for count in values.shape)
+    axes.pcolormesh(columns, rows, values, cmap=shades, vmin=0, vmax=most)
+    axes.invert_yaxis()
 
 
 def _ticks(axes: Axes, across: Sequence[str], down: Sequence[str]) -> None:
