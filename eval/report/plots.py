@@ -195,7 +195,7 @@ def plot_map(
     figure = new_figure(6.5, 6.2)
     axes = figure.subplots()
     for label, (colour, marker, _), own in zip(names, styles, points, strict=True):
-        drawing = {"color": colour, "marker": marker, "edgecolors": "white", "zorder": 3, "alpha": 0.7}
+        drawing: dict[str, Any] = {"color": colour, "marker": marker, "edgecolors": "white", "zorder": 3, "alpha": 0.7}
         axes.scatter(own[:, 0], own[:, 1], s=70, label=label, **drawing)
         for member, place in enumerate(own if len(own) <= _NUMBERED else (), start=1):
             axes.annotate(str(member), place, (5, 5), textcoords="offset points", fontsize="x-small", color=colour)

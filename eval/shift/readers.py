@@ -116,7 +116,7 @@ def _part(shift: Shift, corruptions: Sequence[str]) -> Shift:
     """
     if lacking := [one for one in corruptions if one not in shift.corruptions]:
         raise DataError(f"the files of {shift.name} lack {', '.join(lacking)}: fetch them, or leave these out")
-    sets = tuple(one for one in shift.sets if one.name in corruptions)
+    sets = tuple(one for one in shift.sets if isinstance(one, TestSet) and one.name in corruptions)
     note = f"{shift.note} Chosen of them: {', '.join(corruptions)}."
     return replace(shift, name=",".join(corruptions), note=note, sets=sets)
 
