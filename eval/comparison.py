@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from ensembler.errors import UsageError
 from ensembler.eval.evaluation import Evaluation, evaluate_given, named_arrays
 from ensembler.eval.given import Predictions
-from ensembler.eval.metrics.comparison import Difference, Losses, differences, resample, spread
+from ensembler.eval.metrics.comparison import Resampled, best, differences, resample, spread
 from ensembler.eval.metrics.members import curve, deep_ensemble_equivalent, recommended_members
 from ensembler.eval.report.schema import (
     CellScores,
@@ -98,11 +98,14 @@ def compare_runs(found: Evaluation, *, baseline: int = 0, curves: bool = False) 
     references = [_reference(run, runs) for run in runs]
     drawn = [n for n, run in enumerate(runs) if (curves and run.clean.size > 1) or n in references]
     measured = {number: curve for number in drawn if (curve := _curve(found, number)) is not None}
+    clean = [resample(run.losses, RESAMPLES, report.seed) for run in runs]
+    shifted = [resample(run.shifted, RESAMPLES, report.seed) for run in runs if run.shifted is not None]
     comparison = Comparison(
         baseline=names[baseline],
         confidence=CONFIDENCE,
         resamples=RESAMPLES,
-        differences=_differences(names, runs, baseline, report.seed),
+        differences=_differences(names, clean, shifted, baseline),
+        best={where: best(drawn, CONFIDENCE) for where, drawn in (("clean", clean), ("shifted", shifted)) if drawn},
         groups=_groups(report, runs),
         equivalents={
             names[number]: _equivalent(report, number, measured[reference])
@@ -127,15 +130,18 @@ def check_names(names: Sequence[str]) -> None:
         raise UsageError(f"two runs are called {twice}: rename one of their folders to tell them apart")
 
 
-def _differences(names: Sequence[str], runs: Sequence[ScoredRun], baseline: int, seed: int) -> list[RunDifference]:
-    def against_baseline(losses: Sequence[Losses]) -> list[dict[str, Difference]]:
-        drawn = [resample(one, RESAMPLES, seed) for one in losses]
-        return [differences(one, drawn[baseline], CONFIDENCE) for one in drawn]
-
-    clean = against_baseline([run.losses for run in runs])
-    headline = [run.shifted for run in runs if run.shifted is not None]
-    shifted = against_baseline(headline) if headline else [None] * len(runs)
-    found = [RunDifference(run=run, clean=a, shifted=b) for run, a, b in zip(names, clean, shifted, strict=True)]
+def _differences(
+    names: Sequence[str], clean: Sequence[Resampled], shifted: Sequence[Resampled], baseline: int
+) -> list[RunDifference]:
+    """Compare each run with the baseline, clean and, if there are corruptions, under shift."""
+    found = [
+        RunDifference(
+            run=name,
+            clean=differences(clean[place], clean[baseline], CONFIDENCE),
+            shifted=differences(shifted[place], shifted[baseline], CONFIDENCE) if shifted else None,
+        )
+        for place, name in enumerate(names)
+    ]
     return found[:baseline] + found[baseline + 1 :]
 
 

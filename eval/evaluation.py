@@ -22,6 +22,7 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.eval.given import Predictions, beside, check_sets
 from ensembler.eval.group_file import checked_groups, read_groups
+from ensembler.eval.metrics.classes import Places
 from ensembler.eval.options import EvaluationOptions
 from ensembler.eval.prediction_cache import default_folder
 from ensembler.eval.prediction_files import is_predictions, write_set, writing
@@ -52,11 +53,13 @@ class Evaluation:
         report: every score.
         runs: in the report's order.
         labels: (B,) of the test images.
+        images: all images of the test split, of which the scored ones may be a part; ``None`` of given predictions.
     """
 
     report: Report
     runs: list[ScoredRun]
     labels: Labels
+    images: Images | None = None
 
 
 def evaluate(
@@ -113,9 +116,10 @@ def evaluate_given(
     for one, other in combinations(given, 2):
         one.check_against(other.labels, other.classes or other.C, other.test_sha256, other.name)
     first = given[0]
-    names = None if groups is None else checked_groups(groups, len(first.labels))
+    names, places = None if groups is None else checked_groups(groups, len(first.labels)), Places()
     if examples is not None:
         indices = _choose(len(first.labels), examples, seed).numpy()
+        places = Places(indices)
         given = [one.part(indices) for one in given]
         first, names = given[0], None if names is None else names[indices]
     every = {one.title: one for own in given for one in own.sets if one.group != "validation"}
@@ -123,18 +127,21 @@ def evaluate_given(
     check_sets(given, {one: len(first.sets[one].mean) for one in sets})
     cells = tuple(one for one in sets if one.group == "shift")
     shift = Shift("given", "given", _GIVEN, cells) if cells else None
+    classes = next((one.classes for one in given if one.classes), tuple(map(str, range(first.C))))
     scored = score(
         [Subject(one.name, sha256=one.sha256) for one in given],
         beside(((one, ()) for one in sets), given),
         shift,
-        classes=next((one.classes for one in given if one.classes), tuple(map(str, range(first.C)))),
+        classes=classes,
         groups=names,
+        places=places,
     )
     known = {one.test_sha256 for one in given}
     report = Report(
         dataset="predictions made elsewhere",
         test_examples=len(first.labels),
         test_sha256=known.pop() if len(known) == 1 else None,
+        classes=list(classes),
         omitted=sorted(every.keys() - {one.title for one in sets}),
         shift=_describe(shift),
         others=[],
@@ -234,11 +241,13 @@ def evaluate_paths(
             shifted,
             classes=dataset.classes,
             groups=None if groups is None else groups[indices.numpy()],
+            places=Places(indices.numpy(), files),
         )
     report = Report(
         dataset=dataset.title,
         test_examples=len(test),
         test_sha256=test.sha256,
+        classes=list(dataset.classes),
         omitted=omitted,
         shift=_describe(shifted),
         others=_describe_others(shifts),
@@ -248,7 +257,7 @@ def evaluate_paths(
         seed=seed,
         versions=versions(),
     )
-    return Evaluation(report, [run for _, run in scored], test.labels.numpy())
+    return Evaluation(report, [run for _, run in scored], test.labels.numpy(), dataset.test)
 
 
 def _of_test_images(one: Predictions, dataset: Dataset, test: Images, indices: Tensor) -> Predictions:

@@ -35,7 +35,8 @@ class EvaluationOptions(_Predicting):
     shift: list[str] | None = option(
         None,
         help="Other test images of the same classes: cifar10c or cifar100c (official files where they exist, else "
-        "generated), corruptions (generated), a folder or its name in --data, or hf:NAME. Repeatable.",
+        "generated), corruptions (generated), some of them (gaussian_noise,fog), a folder or its name in --data, or "
+        "hf:NAME. Repeatable.",
     )
     ood: list[str] | None = option(
         None, help="Out-of-distribution images: a dataset, folder:PATH, or noise:gaussian|uniform|constant. Repeatable."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,16 @@ from numpy.typing import NDArray
 
 from ensembler.calibration_maps import FLOOR, temper
 from ensembler.eval.given import GivenSet
+from ensembler.eval.metrics.classes import (
+    CLASSES,
+    IMAGES,
+    Places,
+    class_scores,
+    confusion,
+    shown_images,
+    surest_mistakes,
+    wrong_by_class,
+)
 from ensembler.eval.metrics.classification import nll, scores
 from ensembler.eval.metrics.comparison import Losses
 from ensembler.eval.metrics.groups import Groups, Reduced, compare_groups, reduce_groups
@@ -26,6 +37,8 @@ from ensembler.run import Manifest
 __all__ = ["ScoredRun", "Subject", "score"]
 
 Labels = NDArray[np.int64]
+
+_WHOLE = Places()
 
 
 @dataclass(frozen=True)
@@ -78,6 +91,7 @@ def score(
     *,
     classes: Sequence[str],
     groups: NDArray[np.str_] | None = None,
+    places: Places = _WHOLE,
 ) -> list[tuple[RunReport, ScoredRun]]:
     """Score runs.
 
@@ -88,8 +102,9 @@ def score(
         shift: the shift that the shifted sets are of.
         classes: their names.
         groups: (B,) the name of each test image's group.
+        places: of the test images.
     """
-    scorers = [_Scorer(subject, classes, groups) for subject in subjects]
+    scorers = [_Scorer(subject, classes, groups, places) for subject in subjects]
     headline = () if shift is None else shift.headline
     for test_set, each in found:
         for scorer, prediction in zip(scorers, each, strict=True):
@@ -105,6 +120,7 @@ class _Scorer:
     subject: Subject
     classes: Sequence[str]
     groups: NDArray[np.str_] | None
+    places: Places
     validation: Prediction | None = None
     validation_labels: Labels | None = None
     temperature: float | None = None
@@ -119,6 +135,8 @@ class _Scorer:
     headline: list[Losses] = field(default_factory=list)
     entropies: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     ood: dict[str, dict[str, OodScores | None]] = field(default_factory=dict)
+    pictured: dict[str, Any] = field(init=False)
+    class_errors: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict)
 
     def add(self, test_set: TestSet | GivenSet, prediction: Prediction, *, headline: bool) -> None:
         labels = test_set.labels
@@ -140,11 +158,16 @@ class _Scorer:
                 names, places = np.unique(self.groups, return_inverse=True)
                 self.grouped["group"] = compare_groups(reduce_groups(self.losses, places, names.tolist()))
             self.test_sets["clean"] = Reduced(self.losses)
+            self.pictured = _by_class(prediction, labels, self.classes, self.places)
         else:
             cells = self.cells.setdefault(test_set.name, {})
             cells[test_set.severity or 0] = _scores(prediction, labels, self.temperature)
             losses = Losses.of(prediction.mean, labels)
             self.test_sets[" ".join(filter(None, (test_set.name, str(test_set.severity or ""))))] = Reduced(losses)
+            outputs = test_set.classes if isinstance(test_set, TestSet) else None
+            own = labels if outputs is None else np.asarray(outputs)[labels]
+            errors = wrong_by_class(losses.error, own, len(self.classes))
+            self.class_errors.setdefault(test_set.name, []).append(errors)
             if headline:
                 self.headline.append(losses)
 
@@ -184,7 +207,36 @@ class _Scorer:
             others=self.others,
             ood=self.ood,
             groups=self.grouped | ({"test set": compare_groups(self.test_sets)} if len(self.test_sets) > 1 else {}),
+            **self.pictured,
+            class_errors=_errors_by_class(self.class_errors, self.classes),
         )
+
+
+def _by_class(prediction: Prediction, labels: Labels, classes: Sequence[str], places: Places) -> dict[str, Any]:
+    """Return what a report shows of classes and single images."""
+    mean, entropy = prediction.mean, prediction.predictive_entropy
+    shown = partial(shown_images, mean=mean, entropy=entropy, votes=prediction.classes, labels=labels)
+    return {
+        "confusion": confusion(mean.argmax(axis=1), labels, classes),
+        "classes": class_scores(mean, labels, classes),
+        "surest_mistakes": shown(surest_mistakes(mean, labels), classes=classes, places=places),
+        "most_uncertain": shown(np.argsort(-entropy, kind="stable")[:IMAGES], classes=classes, places=places),
+    }
+
+
+def _errors_by_class(
+    errors: Mapping[str, Sequence[NDArray[np.float64]]], classes: Sequence[str]
+) -> dict[str, dict[str, float | None]]:
+    """Return each class's error by corruption, mean over severities; of many classes, those with the highest error."""
+    if not errors:
+        return {}
+    means = np.array([np.mean(levels, axis=0) for levels in errors.values()])
+    order = np.argsort(-np.nan_to_num(means.mean(axis=0), nan=-1.0), kind="stable")
+    shown = sorted(order[:CLASSES].tolist())
+    return {
+        corruption: {classes[k]: None if np.isnan(row[k]) else float(row[k]) for k in shown}
+        for corruption, row in zip(errors, means, strict=True)
+    }
 
 
 def _made(manifest: Manifest) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from PIL import Image
 
 from ensembler import Run, load_dataset
 from ensembler.eval.options import SurfaceOptions
-from ensembler.eval.report.plots import STYLES, new_figure, to_png
+from ensembler.eval.report.plots import new_figure, to_png
+from ensembler.eval.report.styles import PALETTE
 from ensembler.eval.report.surface_figures import plot_surface
 from ensembler.eval.surface import measure_surface
 from ensembler.trainers import FGE, Settings, Simplex, Snapshots, Subspace, train
@@ -65,12 +66,13 @@ def _plot_schedules(schedules: dict[str, tuple[Run, Callable[[int], float], list
     for (upper, lower), (title, (run, schedule, snapshots)) in zip(grid.T, schedules.items(), strict=True):
         epochs = [min(row["number"], snapshots[-1]) for row in run.history]
         every = np.arange(1, round(steps * snapshots[-1]) + 1)
-        upper.plot(every / steps, [schedule(int(step)) for step in every], color=STYLES[0][0])
-        upper.plot(snapshots, [schedule(round(at * steps)) for at in snapshots], "o", color=STYLES[1][0])
+        upper.plot(every / steps, [schedule(int(step)) for step in every], color=PALETTE[0].colour)
+        upper.plot(snapshots, [schedule(round(at * steps)) for at in snapshots], "o", color=PALETTE[1].colour)
         upper.set(title=title, ylabel="learning rate")
-        lower.plot(epochs, [row["loss"] for row in run.history], color=STYLES[0][0], label="training loss")
+        lower.plot(epochs, [row["loss"] for row in run.history], color=PALETTE[0].colour, label="training loss")
         for at in snapshots:
-            lower.axvline(at, color=STYLES[1][0], ls="--", lw=1, label="a snapshot" if at == snapshots[0] else None)
+            first = at == snapshots[0]
+            lower.axvline(at, color=PALETTE[1].colour, ls="--", lw=1, label="a snapshot" if first else None)
         lower.set(xlabel="epochs", ylabel="loss (nats)", yscale="log")
         lower.legend(frameon=False, fontsize="small")
         for axes in (upper, lower):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ensembler.eval.report.figures import Picture
-from ensembler.eval.report.plots import STYLES, add_legend, new_figure, style
+from ensembler.eval.report.plots import add_legend, new_figure
+from ensembler.eval.report.styles import styles
 from ensembler.study.schema import CellReport, StudyReport
 from ensembler.study.sentences import NAMES, pareto
 
@@ -33,10 +34,9 @@ def _picture(report: StudyReport, cost: str, title: str) -> Picture:
 
     methods = list(dict.fromkeys(cell.method for cell in report.cells))
     reach = max(map(at, report.cells)) - min(map(at, report.cells)) or 1.0
-    for number, method in enumerate(methods):
+    for number, (method, own) in enumerate(zip(methods, styles([(one, one) for one in methods]), strict=True)):
         aside = _ASIDE * reach * (number - (len(methods) - 1) / 2)
         cells = sorted((cell for cell in report.cells if cell.method == method), key=lambda one: one.budget)
-        colour, marker = style(number)
         found = [cell.scores[report.by] for cell in cells]
         values = [one.mean for one in found]
         # A percentile interval need not hold the mean itself.
@@ -46,11 +46,11 @@ def _picture(report: StudyReport, cost: str, title: str) -> Picture:
             [at(cell) + aside for cell in cells],
             values,
             yerr=[below, above],
-            color=colour,
-            marker=marker,
+            color=own.colour,
+            marker=own.marker,
             capsize=3,
             lw=0.8,
-            ls="--" if number >= len(STYLES) else "-",
+            ls=own.line,
             label=method,
         )
     front, score = pareto(report.cells, cost, report.by), NAMES[report.by].title

@@ -60,6 +60,7 @@ def part(runs: int = 1, *, shift: bool = False, ood: bool = False) -> Evaluation
         report.shift = None
         for run in report.runs:
             run.by_severity, run.by_family, run.shifted, run.cells = {}, {}, None, {}
+            run.class_errors = {}
             run.groups = {by: found for by, found in run.groups.items() if by != "test set"}
         scored = [dataclasses.replace(run, shifted=None) for run in scored]
     if not ood:

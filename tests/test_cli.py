@@ -46,7 +46,7 @@ def test_train_then_eval_the_latest_run(tmp_path, images, monkeypatch):
         "bottom (21), middle (22), top (21)",
         "3 vertices, 4 members",
         "vertex 3",
-        "log_volume",
+        "log volume",
         "vertices.safetensors",
     ):
         assert part in shown
@@ -94,7 +94,18 @@ def test_every_method_trains_and_deep_ensembles_are_compared(tmp_path, images, m
     result = call("train-fge", "--members", 2, *SMALL, *images, "--collapse", "centroid", "--out", "swa")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[0] == call("collapse", "train-fge", "--out", "x").stdout.splitlines()[0]
+    shown = call("show", "made-train-curve").stdout
+    path = Run.load(Path("made-train-curve")).manifest.metrics["path"]["curve"]
+    assert f"train loss {path['highest_train_loss']:.4f} at t = " in shown
+    assert f"test error {100 * path['highest_test_error']:.2f} %, at the ends at most" in " ".join(shown.split())
+    assert not set("{}[]") & set(shown)
+    lines = [line.strip() for line in shown.splitlines()]
+    options = [line.split()[0] for line in lines[lines.index("options") : lines.index("settings")]]
+    assert options == ["options", "first", "second", "points"]  # the others are at their defaults
+    defaults = shown[shown.index("default options") :]
+    assert "curve bezier" in defaults and "points" not in defaults and "epochs 2" not in defaults
     shown = call("show", "made-train-complex").stdout
+    assert "barrier, mode 1 to mode 2, complex" in shown
     for part in ("mode 1", "connector 1", "measurements", "forward passes", "GiB at most", "simplex 1"):
         assert part in shown
     result = call(

@@ -21,7 +21,7 @@ from ensembler.eval.comparison import group_key
 from ensembler.eval.metrics import comparison
 from ensembler.eval.metrics import members as of_members
 from ensembler.eval.metrics.classification import brier, ece, nll, scores
-from ensembler.eval.metrics.comparison import Difference, Losses, differences, resample, spread
+from ensembler.eval.metrics.comparison import Difference, Losses, best, differences, resample, spread
 from ensembler.eval.metrics.members import (
     CurvePoint,
     MemberScores,
@@ -162,6 +162,22 @@ def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
             inside[name] += found[name].low <= value <= found[name].high
     for name, hits in inside.items():
         assert 0.86 <= hits / 1000 <= 0.93, name
+
+
+def test_the_best_are_those_whose_interval_from_the_lowest_holds_0() -> None:
+    labels = np.random.default_rng(0).integers(0, 3, 300)
+    sure = np.full((300, 3), 0.1) + 0.7 * np.eye(3)[labels]
+    other = sure.copy()
+    other[:3] = np.roll(sure[:3], 1, axis=1)  # three more mistakes of 300
+    bad = np.full((300, 3), 1 / 3)
+    bad[:, 0] += 1e-3
+    bad /= bad.sum(axis=1, keepdims=True)
+    drawn = [resample(Losses.of(probs, labels), 200) for probs in (bad, other, sure, sure)]
+    assert best(drawn)["error"] == [2, 3] or best(drawn)["error"] == [2, 1, 3]
+    assert best(drawn)["nll"][0] == 2
+    assert 3 in best(drawn)["nll"]
+    assert all(0 not in found for name, found in best(drawn).items() if name != "ece")
+    assert best(drawn[:1]) == {name: [0] for name in ("error", "nll", "brier", "ece")}
 
 
 def test_the_interval_of_ece_covers_what_another_test_set_would_measure() -> None:
@@ -605,18 +621,19 @@ def test_pictures_show_what_they_are_given() -> None:
     from ensembler.eval.metrics.selective import risk_coverage
     from ensembler.eval.report.comparison_plots import plot_differences, plot_members
     from ensembler.eval.report.plots import plot_boxes, plot_entropy, plot_rejection, to_png
+    from ensembler.eval.report.styles import PALETTE
     from ensembler.uncertainty import predictive_entropy
 
     members, labels = informed(60, 3, 0, noise=1.5, members=3)
     one = members.mean(axis=0)
     found = paired_bootstrap(one, members[0], labels, resamples=50)
-    forest = plot_differences(["all"], "one", [found])
+    forest = plot_differences(["all"], PALETTE[:1], "one", [found])
     ends = forest.axes[1].lines[0].get_xdata()
     assert list(ends) == [found["nll"].low, found["nll"].high]
     assert forest.axes[0].lines[1].get_xdata()[0] == pytest.approx(100 * found["error"].difference)
 
     points = curve(members, labels, members, labels, order=greedy_order(likelihoods(members, labels)))
-    lines = plot_members(["all", "other"], ["1k passes", "2k passes"], [points, points])
+    lines = plot_members(["all", "other"], PALETTE[:2], ["1k passes", "2k passes"], [points, points])
     solid, dashed = lines.axes[0].lines[:2]
     assert list(solid.get_ydata()) == [p.calibrated_nll.mean for p in points]
     assert list(dashed.get_ydata()) == [p.ordered.calibrated_nll for p in points]
@@ -625,22 +642,22 @@ def test_pictures_show_what_they_are_given() -> None:
     level = lambda value: SimpleNamespace(error=value, nll=value, ece=value)  # noqa: E731
     cells = {name: {s: level(k * s) for s in SEVERITIES} for k, name in enumerate(HEADLINE)}
     run = SimpleNamespace(cells=cells, by_severity=dict.fromkeys(SEVERITIES), clean=level(0.5))
-    boxes = plot_boxes(["a", "b"], [run, run], HEADLINE)
+    boxes = plot_boxes(["a", "b"], PALETTE[:2], [run, run], HEADLINE)
     assert sum(len(axes.patches) for axes in boxes.axes) == 2 * 5 * 3
     quartiles = boxes.axes[1].patches[1].get_path().vertices[:, 1]  # of 0, 2, ..., 28
     assert (min(quartiles[quartiles > 0]), max(quartiles)) == (7, 21)
 
     answers = [(probs.max(axis=1), probs.argmax(axis=1) == labels) for probs in (one, members[0])]
     curves = [risk_coverage(*answer) for answer in answers]
-    kept = plot_rejection(["a"], curves[:1], curves[1:])
+    kept = plot_rejection(["a"], PALETTE[:1], curves[:1], curves[1:])
     assert kept.axes[0].lines[0].get_ydata()[-1] == pytest.approx(100 * (one.argmax(axis=1) == labels).mean())
 
     entropies = predictive_entropy(members)
-    histograms = plot_entropy(["a"], [entropies], {"noise": [entropies]}, classes=3)
+    histograms = plot_entropy(["a"], PALETTE, [entropies], {"noise": [entropies]}, classes=3)
     heights, _, _ = histograms.axes[0].patches[0].get_data()
     assert heights.sum() == pytest.approx(1)
 
-    for figure in (forest, lines, boxes, kept, histograms, plot_rejection(["a"], curves[:1])):
+    for figure in (forest, lines, boxes, kept, histograms, plot_rejection(["a"], PALETTE[:1], curves[:1])):
         picture = Image.open(io.BytesIO(to_png(figure)))
         assert min(picture.size) > 100
         assert np.asarray(picture.convert("L")).std() > 5

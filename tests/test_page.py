@@ -23,6 +23,7 @@ from ensembler.eval.report.schema import Group
 from ensembler.eval.report.tables import report_tables
 from tests._reports import comparison, evaluation, named, part
 
+SVG = "data:image/svg+xml;base64"
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 HOSTILE = [
     "<img src=x onerror=alert(1)>",
@@ -63,6 +64,11 @@ class Page(HTMLParser):
         return [attributes["id"] for attributes in self.of("section")]
 
 
+def drawn(found: Page) -> list[dict[str, str | None]]:
+    """The figures, not the test images."""
+    return [image for image in found.of("img") if image["src"].startswith(SVG)]
+
+
 def made(found, report, **options) -> bytes:
     return page(
         found, report, figures(found, report), **({"seconds": 4.2, "command": "ensembler compare a b"} | options)
@@ -76,13 +82,13 @@ def whole() -> bytes:
 
 def test_it_needs_nothing_else(whole):
     found = Page(whole)
-    assert all(attributes["src"].startswith("data:image/svg+xml;base64,") for attributes in found.of("img"))
+    assert {one["src"].partition(",")[0] for one in found.of("img")} == {SVG, "data:image/png;base64"}
     assert {href["href"][0] for href in found.of("a")} == {"#"}
     assert not {"script", "link", "iframe", "object", "base"} & {tag for tag, _ in found.elements}
     assert not any(name.startswith("on") or name == "style" for _, given in found.elements for name in given)
     assert b"url(" not in whole
     assert b"@import" not in whole
-    for image in found.of("img"):
+    for image in drawn(found):
         svg = b64decode(image["src"].partition(",")[2]).decode()
         assert {link[0] for link in re.findall(r'href="([^"]*)"', svg)} <= {"#"}
         assert "<script" not in svg
@@ -102,13 +108,11 @@ def test_it_is_made_to_be_read(whole):
     rows = sum(len(table.rows) for table in tables)
     assert len([cell for cell in found.of("th") if cell["scope"] == "row"]) == rows
     pictures = figures(evaluation(), report)
-    assert [image["alt"] for image in found.of("img")] == [
-        picture.alt
-        for name in ("calibration", "shift", "rejection", "ood", "comparison", "number")
-        for picture in pictures.values()
-        if picture.section == name
+    order = ("summary", "calibration", "classes", "members", "shift", "rejection", "ood", "comparison", "number")
+    assert [image["alt"] for image in drawn(found)] == [
+        picture.alt for name in order for picture in pictures.values() if picture.section == name
     ]
-    assert all(len(image["alt"]) > 20 for image in found.of("img"))
+    assert all(len(image["alt"]) > 20 for image in drawn(found))
     assert "@media print" in whole.decode()
     assert "prefers-color-scheme" in whole.decode()
     text = "".join(found.text)
@@ -161,11 +165,11 @@ def test_names_of_any_kind_are_text(whole):
 )
 def test_parts_without_data_do_not_appear(runs, shift, ood, more):
     found = part(runs, shift=shift, ood=ood)
-    always = {"summary", "costs", "clean", "calibration", "members", "rejection", "groups", "terms", "made"}
+    always = {"summary", "costs", "clean", "calibration", "classes", "images", "members", "rejection", "groups"}
+    always |= {"terms", "made"}
     result = Page(made(found, found.report))
     assert set(result.ids()) == always | more
-    images = 2 + 3 * shift + ood
-    assert len(result.of("img")) == images
+    assert len(drawn(result)) == 3 + 4 * shift + ood
     assert "–" in result.text  # the first run has one member
 
 

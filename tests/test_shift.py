@@ -24,7 +24,7 @@ from ensembler.eval.shift import writer as module
 from ensembler.eval.shift.cifar_c import check_official
 from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
 from ensembler.eval.shift.layout import Rows, StoredFolder, lock
-from ensembler.eval.shift.readers import load_shift
+from ensembler.eval.shift.readers import load_shift, load_shifts
 from ensembler.eval.shift.writer import write_corruptions
 from ensembler.images import FileSplit, Split
 
@@ -303,6 +303,45 @@ def test_a_generated_folder_is_never_official(tmp_path):
 
 
 SOME_IN_ORDER = tuple(name for name in HEADLINE + VALIDATION if name in SOME)
+
+
+@pytest.mark.parametrize(("name", "source"), [("cifar10", "official"), ("folder:/photos", "generated")])
+def test_some_corruptions_are_those_of_the_whole_shift(tmp_path, made, name, source):
+    images, indices = dataset(name=name), torch.tensor([3, 50])
+    whole = load_shift("cifar10c" if source == "official" else "corruptions", images, indices, made.parent)
+    some = load_shift("fog, gaussian_noise,fog", images, indices, made.parent)
+    assert (some.name, some.source, some.corruptions) == ("gaussian_noise,fog", source, ("gaussian_noise", "fog"))
+    assert some.headline == some.corruptions
+    assert some.note == f"{whole.note} Chosen of them: gaussian_noise, fog."
+    for severity in SEVERITIES:
+        assert torch.equal(everything(cell(some, "fog", severity)), everything(cell(whole, "fog", severity)))
+    (joined,) = load_shifts(["fog", "gaussian_noise"], images, indices, made.parent)
+    assert joined.name == some.name
+    assert load_shift("spatter", images, indices, made.parent).headline == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gaussian_noise,fogg", "lists 'fogg', which is no corruption: choose among gaussian_noise, shot_noise, .*fog"),
+        ("fog,", "lists '', which is no corruption"),
+        ("gaussian-noise,Fog", "lists 'gaussian-noise' and 'Fog', which are no corruptions: choose among"),
+        ("fog,CIFAR-10.1", "other test sets take a --shift each"),
+        ("fogg", r"--shift fogg is none of cifar10c, .* corruptions such as fog,snow \(of gaussian_noise, "),
+    ],
+)
+def test_unknown_corruptions_are_named_beside_the_right_ones(tmp_path, name, message):
+    with pytest.raises(UsageError, match=message):
+        load_shift(name, dataset(), EVERYTHING, tmp_path)
+
+
+def test_official_files_must_have_the_chosen_corruptions(tmp_path):
+    official(tmp_path, images := dataset())
+    assert load_shift("snow", images, EVERYTHING, tmp_path).source == "official"
+    with pytest.raises(DataError, match="the files of cifar10c lack fog: fetch them, or leave these out"):
+        load_shift("snow,fog", images, EVERYTHING, tmp_path)
+    with pytest.raises(UsageError, match="corruptions and fog each have corruptions"):
+        load_shifts(["corruptions", "fog"], dataset(name="digits"), EVERYTHING[:2], tmp_path / "none")
 
 
 @pytest.mark.parametrize(("size", "kind"), [(64, "cifar"), (65, "imagenet")])

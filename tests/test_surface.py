@@ -20,7 +20,7 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, DivergedError, UsageError
 from ensembler.eval import surface as module
 from ensembler.eval.options import SurfaceOptions
-from ensembler.eval.report.surface_figures import plot_paths, plot_surface
+from ensembler.eval.report.surface_figures import draw_surface, plot_paths, plot_surface
 from ensembler.eval.surface import Surface, plane, plane_coefficients
 from ensembler.run import Run
 from ensembler.trainers import Curve, DeepEnsemble, Settings, train
@@ -206,6 +206,22 @@ def test_pictures_of_flat_and_of_narrow_planes(runs):
     zeros = [[0.0, 0.0], [0.0, 0.0]]
     for update in ({"train_loss": zeros, "test_error": zeros}, {"y": [0.0, 1e-3]}, {"y": [0.0, 1e3]}):
         assert plot_surface(surface.model_copy(update=update)).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("height", [0.01, 0.3, 1.0, 3.0, 100.0])
+def test_panels_are_of_equal_size_whatever_the_planes_proportions(runs, height):
+    surface = measure_surface([runs["curve"]], grid=2, device="cpu")
+    figure = draw_surface(surface.model_copy(update={"x": [0.0, 1.0], "y": [0.0, height]}))
+    figure.draw_without_rendering()
+    sizes = [axes.get_window_extent().size for axes in figure.axes[:2]]
+    assert np.ptp(sizes) < 1  # pixel: both are the same square
+    assert sizes[0][0] > 350
+    for axes in figure.axes[:2]:
+        assert axes.get_xlim()[0] <= 0 and axes.get_xlim()[1] >= 1
+        assert axes.get_ylim()[0] <= 0 and axes.get_ylim()[1] >= height
+        scales = [np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())]
+        said = "times as large" in axes.get_xlabel() + axes.get_ylabel()
+        assert said == (scales[0] != pytest.approx(scales[1]))
 
 
 def test_what_cannot_be_drawn_is_refused(runs, tmp_path, monkeypatch):

@@ -41,7 +41,8 @@ def markdown_tables(text: str) -> dict[str, tuple[list[str], list[list[str]]]]:
         title, _, rest = block.partition("\n")
         lines = [line for line in rest.splitlines() if line.startswith("|")]
         cells = [
-            [re.sub(r"\\(.)", r"\1", cell.strip()) for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines
+            [re.sub(r"\\(.)", r"\1", cell.strip().strip("*")) for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            for line in lines
         ]
         assert len({len(row) for row in cells}) == 1
         assert all(re.fullmatch("---:?", cell) for cell in cells[1])
@@ -182,8 +183,8 @@ def test_the_terminal_has_the_findings_first_and_long_tables_only_if_asked():
 
 
 def test_parts_without_data_have_no_table():
-    sections = [table.section for table in report_tables(part().report)]
-    assert sections == ["costs", "clean", "calibration", "members", "rejection", "groups", "groups"]
+    sections = list(dict.fromkeys(table.section for table in report_tables(part().report)))
+    assert sections == ["summary", "costs", "clean", "calibration", "classes", "members", "rejection", "groups"]
     assert "shift" not in rendered(part().report, 80)
     assert NOTHING in markdown_rows(part().report, "members")[0]
     only_validation = part(2, shift=True).report

@@ -138,15 +138,15 @@ def combine_runs(
 
 @app.command("show")
 def show(run: _Run = None) -> None:
-    """Show what a run is: method, sizes, geometry, cost, metrics, files."""
+    """Show what a run is: method, sizes, cost, scores, geometry, barriers, and options, those not at default first."""
     from rich.console import Console
     from rich.table import Table
 
     from ensembler.run import Run, latest
-    from ensembler.trainers.summary import rows
+    from ensembler.trainers.description import rows
 
     path = run or latest(Path("runs"))
     table = Table(title=cell(path), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in rows(Run.load(path).manifest).items():
-        table.add_row(cell(name), cell(value))
+    for row in rows(Run.load(path).manifest):
+        table.add_row(cell(row.name), cell(row.text), style="dim" if row.aside else None)
     Console(highlight=False).print(table)

@@ -1,14 +1,10 @@
-"""Summaries of a run: the last lines of its training, and the rows of ``ensembler show``."""
+"""The summary of a run: the last lines of its training."""
 
 from __future__ import annotations
 
-import json
+from ensembler.run import Cost, Manifest
 
-from ensembler.run import Cost, CostEntry, DatasetRecord, Manifest
-
-__all__ = ["lines", "rows"]
-
-_LONG = ("path", "paths", "growth", "trials")  # metrics that are too long for one line
+__all__ = ["lines"]
 
 
 def lines(manifest: Manifest) -> list[str]:
@@ -43,32 +39,6 @@ def lines(manifest: Manifest) -> list[str]:
     return result
 
 
-def rows(manifest: Manifest) -> dict[str, str]:
-    """Return everything in a manifest that fits on a line, by name."""
-    cost = manifest.cost
-    return {
-        "method": manifest.method,
-        "network": f"{manifest.architecture}, {manifest.parameters:,} parameters",
-        "dataset": f"{manifest.dataset.title}, {manifest.dataset.train_examples:,} training images",
-        "classes": _classes(manifest.dataset),
-        "sizes": f"{manifest.vertices} vertices, {manifest.members} members",
-        "cost": _costs(cost),
-        **{f"  {name}": _costs(part) for name, part in cost.entries.items()},
-        **{name: json.dumps(value) for name, value in manifest.metrics.items() if name not in _LONG},
-        "options": json.dumps(manifest.options),
-        "settings": json.dumps(manifest.settings),
-        "seed": str(manifest.seed),
-        "created": manifest.created,
-        "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
-        "files": ", ".join(manifest.files),
-    }
-
-
-def _classes(record: DatasetRecord) -> str:
-    pairs = zip(record.classes, record.class_counts, strict=True)
-    return ", ".join(f"{name} ({count:,})" for name, count in pairs)
-
-
 def _total(cost: Cost) -> str:
     """Describe a run's cost in short: what is unknown is named, not counted."""
     elsewhere = ", ".join(cost.unknown)
@@ -77,18 +47,3 @@ def _total(cost: Cost) -> str:
     seconds = "" if cost.seconds is None else f", {cost.seconds:.0f} s"
     known = f"{cost.example_passes:,} example passes{seconds} on {cost.device}"
     return f"{known}, and the unknown cost of {elsewhere}" if elsewhere else known
-
-
-def _costs(cost: Cost | CostEntry) -> str:
-    """Describe a cost in words; what is unknown is not counted, and named."""
-    unknown = cost.unknown if isinstance(cost, Cost) else [cost.origin] if cost.origin else []
-    texts = [f"the unknown cost of {', '.join(unknown)}"] if unknown else []
-    if cost.example_passes or not unknown:
-        texts.insert(0, f"{cost.example_passes or 0:,} example passes")
-    if cost.forward_passes:
-        texts.append(f"{cost.forward_passes:,} forward passes")
-    if cost.seconds is not None:
-        texts.append(f"{cost.seconds:,.0f} s")
-    if cost.peak_memory is not None:
-        texts.append(f"{cost.peak_memory / 2**30:.2f} GiB at most")
-    return f"{', '.join(texts)}" + (f" on {cost.device}" if cost.example_passes or not unknown else "")

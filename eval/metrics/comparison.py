@@ -18,7 +18,7 @@ from ensembler.eval.metrics.classification import BINS, Answers
 from ensembler.record import Record
 from ensembler.seeds import derive
 
-__all__ = ["Difference", "Losses", "Resampled", "Spread", "differences", "resample", "spread"]
+__all__ = ["Difference", "Losses", "Resampled", "Spread", "best", "differences", "resample", "spread"]
 
 Array = NDArray[np.float64]
 
@@ -207,6 +207,24 @@ def differences(a: Resampled, b: Resampled, confidence: float = 0.95) -> dict[st
         )
         for column, name in enumerate(a.scores)
     }
+
+
+def best(runs: Sequence[Resampled], confidence: float = 0.95) -> dict[str, list[int]]:
+    """Find the run with the lowest value of each score, and those that a paired interval does not tell apart from it.
+
+    Returns:
+        By score: positions of ``runs``, that of the lowest value first.
+    """
+    found = {}
+    for name in runs[0].scores:
+        lowest = min(range(len(runs)), key=lambda place: runs[place].scores[name])
+        tied = [
+            place
+            for place, run in enumerate(runs)
+            if place != lowest and differences(run, runs[lowest], confidence)[name].low <= 0
+        ]
+        found[name] = [lowest, *tied]
+    return found
 
 
 def _resamples(examples: int, count: int, seed: int) -> Iterator[Array]:

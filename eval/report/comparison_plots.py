@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from ensembler.eval.metrics.comparison import Difference
 from ensembler.eval.metrics.members import CurvePoint
-from ensembler.eval.report.plots import add_legend, new_figure, style
+from ensembler.eval.report.plots import add_legend, new_figure
+from ensembler.eval.report.styles import Style
 
 __all__ = ["plot_differences", "plot_members"]
 
@@ -23,12 +24,16 @@ _DIFFERENCES = (
 
 
 def plot_differences(
-    names: Sequence[str], baseline: str, differences: Sequence[Mapping[str, Difference]], confidence: float = 0.95
+    names: Sequence[str],
+    styles: Sequence[Style],
+    baseline: str,
+    differences: Sequence[Mapping[str, Difference]],
+    confidence: float = 0.95,
 ) -> Figure:
     """Draw a forest plot of each run's differences from the baseline; left of the line, the run is better.
 
     Args:
-        names: of the runs.
+        names, styles: of the runs.
         baseline: the name of the run that they are compared with.
         differences: of each run, by score.
         confidence: of the intervals.
@@ -36,8 +41,7 @@ def plot_differences(
     figure = new_figure(12, 1.7 + 0.42 * len(names))
     rows = np.arange(len(names))[::-1]
     for axes, (score, label, scale) in zip(figure.subplots(1, 4, sharey=True), _DIFFERENCES, strict=True):
-        colour, marker = style(0)
-        for row, found in zip(rows, differences, strict=True):
+        for row, (colour, marker, _), found in zip(rows, styles, differences, strict=True):
             one = found[score]
             holds_0 = one.low <= 0 <= one.high
             axes.plot([scale * one.low, scale * one.high], [row, row], color=colour, lw=2)
@@ -55,21 +59,22 @@ def plot_differences(
     return figure
 
 
-def plot_members(names: Sequence[str], costs: Sequence[str], curves: Sequence[Sequence[CurvePoint]]) -> Figure:
+def plot_members(
+    names: Sequence[str], styles: Sequence[Style], costs: Sequence[str], curves: Sequence[Sequence[CurvePoint]]
+) -> Figure:
     """Plot calibrated NLL and error against the number of members.
 
     Solid: the mean over random subsets, with a band from the best to the worst. Dashed: the greedy order.
 
     Args:
-        names: of the runs.
+        names, styles: of the runs.
         costs: of each, the training cost in the legend.
         curves: of each.
     """
     figure = new_figure(10, 4.4)
     panels = (("calibrated_nll", "calibrated NLL (nats)", 1), ("error", "error (%)", 100))
     for axes, (score, label, scale) in zip(figure.subplots(1, 2), panels, strict=True):
-        for number, (name, cost, points) in enumerate(zip(names, costs, curves, strict=True)):
-            colour, marker = style(number)
+        for name, (colour, marker, _), cost, points in zip(names, styles, costs, curves, strict=True):
             sizes = np.array([point.members for point in points])
             spreads = [getattr(point, score) for point in points]
             low, mean, high = (

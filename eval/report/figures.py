@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,10 +14,10 @@ from ensembler.eval.metrics.classification import BINS
 from ensembler.eval.metrics.comparison import Losses
 from ensembler.eval.metrics.embedding import classical_scaling, pairwise_disagreement
 from ensembler.eval.metrics.selective import Reliability, RiskCoverage, reliability, risk_coverage
+from ensembler.eval.report.class_plots import plot_class_errors, plot_confusion
 from ensembler.eval.report.comparison_plots import plot_differences, plot_members
 from ensembler.eval.report.notation import count_runs, label, representatives, training_passes
 from ensembler.eval.report.plots import (
-    STYLES,
     plot_boxes,
     plot_entropy,
     plot_map,
@@ -26,8 +26,9 @@ from ensembler.eval.report.plots import (
     plot_severity,
 )
 from ensembler.eval.report.schema import Report, RunReport, ShiftReport
+from ensembler.eval.report.styles import PALETTE, Style, styles
 
-__all__ = ["Picture", "figures"]
+__all__ = ["Picture", "figures", "run_styles"]
 
 _LONGEST = 40  # characters of a name in a figure
 
@@ -58,9 +59,10 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
         found: the evaluation.
         report: its report, or the one with a comparison.
     """
-    places, said = representatives(report, most=len(STYLES))
+    places, said = representatives(report, most=len(PALETTE))
     drawn = f" {said}".rstrip()
-    names = [_name(report, place) for place in places]
+    names, every = [_name(report, place) for place in places], run_styles(report)
+    own = [every[place] for place in places]
     runs = [found.runs[place] for place in places]
     reports = [report.runs[place] for place in places]
     shift = report.shift if all(run.shifted for run in runs) else None
@@ -69,7 +71,7 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
     pictures = {
         "reliability": Picture(
             "calibration",
-            plot_reliability(names, clean),
+            plot_reliability(names, own, clean),
             f"Reliability on the clean test images: accuracy against confidence in {BINS} bins of equal width. Bars "
             f"below the dashed line: overconfident. The grey line is the share of images in each bin.{drawn}",
             f"Reliability diagrams of {listed} on clean images.",
@@ -80,20 +82,20 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
         under = f"{shift.source} shift"
         pictures["reliability-shifted"] = Picture(
             "calibration",
-            plot_reliability(names, [_reliability(losses) for losses in shifted]),
+            plot_reliability(names, own, [_reliability(losses) for losses in shifted]),
             f"The same under {under}, all {_cells(shift)} pooled. Gaps of opposite sign cancel here between cells, but "
             f"not in the tables' ECE, a mean over cells.{drawn}",
             f"Reliability diagrams of {listed} under {under}.",
         )
         pictures["severity"] = Picture(
             "shift",
-            plot_severity(names, reports),
+            plot_severity(names, own, reports),
             f"Error, NLL and ECE by severity, {under}: means over {len(shift.headline)} corruptions.{drawn}",
             f"Lines of error, NLL and ECE of {listed} over severities 0 (clean) to 5.",
         )
         pictures["boxes"] = Picture(
             "shift",
-            plot_boxes(names, reports, shift.headline),
+            plot_boxes(names, own, reports, shift.headline),
             f"Error, NLL and ECE over the {len(shift.headline)} corruptions at each severity, {under}: median, "
             f"quartiles, minimum and maximum; the mark at 0 is the clean score.{drawn}",
             f"Box plots of error, NLL and ECE of {listed} over corruptions, at severities 1 to 5.",
@@ -102,6 +104,7 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
         "rejection",
         plot_rejection(
             names,
+            own,
             [_risk_coverage(run.losses) for run in runs],
             [_risk_coverage(losses) for losses in shifted] if shift is not None else None,
         ),
@@ -114,6 +117,7 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
             "ood",
             plot_entropy(
                 names,
+                own,
                 [run.entropies["clean"] for run in runs],
                 {title: [run.entropies[name] for run in runs] for title, name in titles.items()},
                 runs[0].clean.mean.shape[1],
@@ -121,17 +125,54 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
             f"Predictive entropy of the clean test images and of out-of-distribution images.{drawn}",
             f"Histograms of the predictive entropy of {listed}, in and out of distribution.",
         )
-    pictures |= _map(names, [run.clean.classes for run in runs], drawn)
-    pictures |= _comparison(report)
+    pictures |= _classes(names, own, reports, report, drawn)
+    pictures |= _map(names, own, [run.clean.classes for run in runs], drawn)
+    pictures |= _comparison(report, every)
+    first = next(name for name in ("severity", "differences", "reliability") if name in pictures)
+    pictures[first] = replace(pictures[first], section="summary")
     for picture in pictures.values():  # each further layout would move things a little
         picture.figure.draw_without_rendering()
         picture.figure.set_layout_engine("none")
     return pictures
 
 
-def _map(names: Sequence[str], classes: Sequence[NDArray[np.int32]], drawn: str) -> dict[str, Picture]:
+def run_styles(report: Report) -> list[Style]:
+    """Return each run's style; those that are shown where there are too many for the colours choose first."""
+    shown, _ = representatives(report, most=len(PALETTE))
+    return styles([(run.method, run.name) for run in report.runs], shown)
+
+
+def _classes(
+    names: Sequence[str], own: Sequence[Style], runs: Sequence[RunReport], report: Report, drawn: str
+) -> dict[str, Picture]:
+    """Draw the confusion of few classes, and the classes' errors under shift."""
+    pictures = {}
+    listed = count_runs(len(names))
+    counts = [run.confusion.counts for run in runs if run.confusion.counts is not None]
+    if counts:
+        pictures["confusion"] = Picture(
+            "classes",
+            plot_confusion(names, own, counts, [_printable(name) for name in report.classes]),
+            "Confusion on the clean test images: rows are classes, columns the classes that they are answered with. "
+            f"Numbers are images; the darker, the larger the share of the row.{drawn}",
+            f"Confusion matrices of {listed} on clean images.",
+        )
+    shifted = [run.class_errors for run in runs]
+    if report.shift is not None and all(shifted):
+        pictures["class-errors"] = Picture(
+            "classes",
+            plot_class_errors(names, own, shifted, _printable),
+            f"Error by class and corruption, means over severities, on one scale.{drawn}",
+            f"Heat maps of the error of {listed} by class and corruption.",
+        )
+    return pictures
+
+
+def _map(
+    names: Sequence[str], own: Sequence[Style], classes: Sequence[NDArray[np.int32]], drawn: str
+) -> dict[str, Picture]:
     """Draw a map of three members or more that do not all agree."""
-    ends = np.cumsum([len(own) for own in classes])
+    ends = np.cumsum([len(votes) for votes in classes])
     disagreement = pairwise_disagreement(np.concatenate(classes)) if ends[-1] > 2 else np.zeros(1)
     if not disagreement.any():
         return {}
@@ -140,7 +181,7 @@ def _map(names: Sequence[str], classes: Sequence[NDArray[np.int32]], drawn: str)
     return {
         "map": Picture(
             "members",
-            plot_map(names, np.split(points, ends[:-1]), shares),
+            plot_map(names, own, np.split(points, ends[:-1]), shares),
             "Map of the members by their predictions on the clean test images: the squared distance of two is the "
             "share of images for which they predict different classes, as well as a plane can show it (classical "
             f"multidimensional scaling; Fort et al. 2019); at most {most}.{drawn}",
@@ -149,7 +190,7 @@ def _map(names: Sequence[str], classes: Sequence[NDArray[np.int32]], drawn: str)
     }
 
 
-def _comparison(report: Report) -> dict[str, Picture]:
+def _comparison(report: Report, every: Sequence[Style]) -> dict[str, Picture]:
     comparison = report.comparison
     if comparison is None:
         return {}
@@ -163,6 +204,7 @@ def _comparison(report: Report) -> dict[str, Picture]:
                 "comparison",
                 plot_differences(
                     [_name(report, places[run]) for run, _ in known],
+                    [every[places[run]] for run, _ in known],
                     baseline,
                     [differences for _, differences in known],
                     comparison.confidence,
@@ -177,6 +219,7 @@ def _comparison(report: Report) -> dict[str, Picture]:
             "number",
             plot_members(
                 [_name(report, place) for place in drawn],
+                [every[place] for place in drawn],
                 [_passes(report.runs[place]) for place in drawn],
                 [curve.points for curve in comparison.curves],
             ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ensembler.eval.metrics.groups import Bounds
 from ensembler.eval.report.notation import NOTHING, SCORES, label, plain
@@ -12,6 +12,7 @@ from ensembler.eval.report.table import Table, images_of
 __all__ = ["group_tables"]
 
 _MOST = 30  # groups of a table
+_RUNS = 4  # of a table, which would be cut on paper
 
 
 def group_tables(report: Report) -> Iterator[Table]:
@@ -41,29 +42,28 @@ def group_tables(report: Report) -> Iterator[Table]:
     for by, first in report.runs[0].groups.items():
         if by == "test set" or len(first.groups) > _MOST:
             continue
-        yield Table(
-            "groups",
-            f"Error and NLL by {by}: {images_of(report)}",
-            (by, "images", *(f"{label(report, n)}: {s}" for n in range(len(report.runs)) for s in ("error %", "NLL"))),
-            tuple(
-                (
-                    plain(name),
-                    f"{scores.examples:,}",
-                    *(
-                        _interval(score, getattr(run.groups[by].groups[name], score))
-                        for run in report.runs
-                        for score in ("error", "nll")
-                    ),
-                )
-                for name, scores in first.groups.items()
-            ),
-            1,
-            (
-                "In brackets, each group's own 95 % interval: exact for the error, Student's t for the NLL of 30 "
-                "images or more. Of many groups, some miss by chance.",
-            ),
-            detail=True,
+        for start in range(0, len(report.runs), _RUNS):
+            places = range(len(report.runs))[start : start + _RUNS]
+            yield from (_each(report, by, score, places) for score in ("error", "nll"))
+
+
+def _each(report: Report, by: str, score: str, places: Sequence[int]) -> Table:
+    """Return a score of each group, by some runs."""
+    rows = tuple(
+        (
+            plain(name),
+            f"{scores.examples:,}",
+            *(_interval(score, getattr(report.runs[place].groups[by].groups[name], score)) for place in places),
         )
+        for name, scores in report.runs[0].groups[by].groups.items()
+    )
+    note = (
+        "In brackets, each group's own 95 % interval: exact for the error, Student's t for the NLL of 30 images or "
+        "more. Of many groups, some miss by chance."
+    )
+    title = f"{SCORES[score].title} by {by}: {images_of(report)}"
+    headings = (by, "images", *(label(report, place) for place in places))
+    return Table("groups", title[0].upper() + title[1:], headings, rows, 1, (note,), detail=True)
 
 
 def _interval(score: str, found: Bounds) -> str:

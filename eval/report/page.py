@@ -18,6 +18,7 @@ from ensembler.eval.report.plots import to_svg
 from ensembler.eval.report.schema import Report
 from ensembler.eval.report.sentences import compared, findings
 from ensembler.eval.report.tables import Table, about, report_tables
+from ensembler.eval.report.thumbnails import shown_images
 
 __all__ = ["bullets", "definitions", "document", "html_figure", "html_table", "page"]
 
@@ -25,6 +26,8 @@ _SECTIONS = {
     "costs": "Costs",
     "clean": "Clean test images",
     "calibration": "Calibration",
+    "classes": "Classes",
+    "images": "Single images",
     "members": "Members",
     "shift": "Shift",
     "others": "Other test sets",
@@ -58,10 +61,12 @@ def page(
         for key in _SECTIONS
         if (body := "\n".join(_section(key, [one for one in tables if one.section == key], pictures)))
     }
+    sections["images"] = shown_images(found, report)
+    sections = {key: sections[key] for key in _SECTIONS if sections.get(key)}
     titles = {"summary": "Summary", **_SECTIONS, "terms": "Terms", "made": "How this was made"}
     terms = definitions({score.title.removesuffix(" %"): escape(score.meaning) for score in SCORES.values()})
     bodies = {
-        "summary": bullets(findings(report)),
+        "summary": "\n".join([bullets(findings(report)), *_section("summary", tables[:1], pictures)]),
         **sections,
         "terms": terms,
         "made": _made(found, report, seconds, command),
@@ -80,6 +85,10 @@ def document(title: str, introduction: Iterable[str], sections: Mapping[str, tup
         introduction: its first paragraphs.
         sections: each one's heading and its body as HTML, by its anchor, in order.
     """
+    first, *others = (
+        f'<section id="{key}">\n<h2>{escape(heading)}</h2>\n{body}\n</section>'
+        for key, (heading, body) in sections.items()
+    )
     template = resources.files("ensembler.eval.report").joinpath("page.html").read_text(encoding="utf-8")
     return (
         Template(template)
@@ -89,10 +98,8 @@ def document(title: str, introduction: Iterable[str], sections: Mapping[str, tup
             contents="\n".join(
                 f'<li><a href="#{key}">{escape(heading)}</a></li>' for key, (heading, _) in sections.items()
             ),
-            sections="\n".join(
-                f'<section id="{key}">\n<h2>{escape(heading)}</h2>\n{body}\n</section>'
-                for key, (heading, body) in sections.items()
-            ),
+            first=first,
+            sections="\n".join(others),
         )
         .encode()
     )
@@ -124,15 +131,22 @@ def html_table(table: Table, notes: Sequence[str]) -> str:
     )
     rows = "\n".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=True))
+        + "".join(
+            f"<td{kind}>{_bold(escape(cell), (number, place) in table.best)}</td>"
+            for place, (cell, kind) in enumerate(zip(row[1:], kinds[1:], strict=True), start=1)
+        )
         + "</tr>"
-        for row in table.rows
+        for number, row in enumerate(table.rows)
     )
     below = "".join(f'\n<p class="note">{escape(note)}</p>' for note in notes)
     return (
         f'<div class="table">\n<table>\n<caption>{escape(table.title)}</caption>\n<thead>\n<tr>{head}</tr>\n</thead>\n'
         f"<tbody>\n{rows}\n</tbody>\n</table>{below}\n</div>"
     )
+
+
+def _bold(text: str, best: bool) -> str:
+    return f"<b>{text}</b>" if best else text
 
 
 def _heading(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 
 from ensembler.eval.metrics.selective import Reliability, RiskCoverage
 from ensembler.eval.report.schema import RunReport
+from ensembler.eval.report.styles import PALETTE, Style
 
 __all__ = [
-    "STYLES",
     "add_legend",
     "new_figure",
     "plot_boxes",
@@ -33,24 +34,19 @@ __all__ = [
 
 _SCORES = (("error", "error (%)", 100), ("nll", "NLL (nats)", 1), ("ece", "ECE (%)", 100))
 
+_DASHES = ("-", "--", ":", "-.")
 _NUMBERED = 12  # members of a run, at most, whose numbers are written in a map
 _LEAST_KEPT = 0.05  # share of the examples below which the accuracy is noise
 
-# Okabe and Ito's colours, for colour-blind readers; with markers for print.
-STYLES = tuple(
-    zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vP*", strict=True)
-)
 
-
-def plot_severity(names: Sequence[str], runs: Sequence[RunReport]) -> Figure:
+def plot_severity(names: Sequence[str], styles: Sequence[Style], runs: Sequence[RunReport]) -> Figure:
     """Plot error, NLL and ECE of each run, clean (severity 0) and as means over corruptions at each severity."""
     figure = new_figure(13, 4.2)
     for axes, (name, title, scale) in zip(figure.subplots(1, 3), _SCORES, strict=True):
-        for number, (label, run) in enumerate(zip(names, runs, strict=True)):
+        for label, own, run in zip(names, styles, runs, strict=True):
             columns = {0: run.clean} | run.by_severity
-            colour, marker = style(number)
             values = [getattr(scores, name) * scale for scores in columns.values()]
-            axes.plot(list(columns), values, color=colour, marker=marker, label=label)
+            axes.plot(list(columns), values, color=own.colour, marker=own.marker, ls=own.line, label=label)
         axes.set(xlabel="severity (0: clean)", ylabel=title, xticks=[0, *runs[0].by_severity])
         axes.grid(alpha=0.3)
         axes.set_ylim(bottom=0)
@@ -58,14 +54,14 @@ def plot_severity(names: Sequence[str], runs: Sequence[RunReport]) -> Figure:
     return figure
 
 
-def plot_reliability(names: Sequence[str], diagrams: Sequence[Reliability]) -> Figure:
+def plot_reliability(names: Sequence[str], styles: Sequence[Style], diagrams: Sequence[Reliability]) -> Figure:
     """Plot accuracy against confidence, a panel per run; dots are at mean confidences, the line is a bin's share."""
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
     figure = new_figure(3.2 * columns, 3.1 * rows)
     grid = np.ravel(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True))
-    for number, (axes, name, diagram) in enumerate(zip(grid, names, diagrams, strict=False)):
-        _reliability(axes, diagram, number)
+    for axes, name, own, diagram in zip(grid, names, styles, diagrams, strict=False):
+        _reliability(axes, diagram, own.colour)
         axes.set_title(name, fontsize="small")
     for axes in grid[len(names) :]:
         axes.set_axis_off()
@@ -74,11 +70,10 @@ def plot_reliability(names: Sequence[str], diagrams: Sequence[Reliability]) -> F
     return figure
 
 
-def _reliability(axes: Axes, bins: Reliability, number: int) -> None:
+def _reliability(axes: Axes, bins: Reliability, colour: str) -> None:
     used = bins.count > 0
     edges = np.linspace(0, 1, len(bins.count) + 1)
     width = edges[1] - edges[0]
-    colour, _ = style(number)
     axes.bar(edges[:-1][used], bins.accuracy[used], width, align="edge", color=colour, alpha=0.75, edgecolor="white")
     share = bins.count / max(1, bins.count.sum())
     axes.step(np.append(edges[:-1], 1), np.append(share, share[-1]), where="post", color="#777777", lw=1)
@@ -87,7 +82,9 @@ def _reliability(axes: Axes, bins: Reliability, number: int) -> None:
     axes.set(xlim=(0, 1), ylim=(0, 1))
 
 
-def plot_boxes(names: Sequence[str], runs: Sequence[RunReport], headline: Sequence[str]) -> Figure:
+def plot_boxes(
+    names: Sequence[str], styles: Sequence[Style], runs: Sequence[RunReport], headline: Sequence[str]
+) -> Figure:
     """Draw box plots over the headline corruptions at each severity, as in Ovadia et al. 2019, figure 2.
 
     The clean score is a point at severity 0. https://arxiv.org/abs/1906.02530
@@ -96,8 +93,8 @@ def plot_boxes(names: Sequence[str], runs: Sequence[RunReport], headline: Sequen
     width = 0.8 / len(names)
     levels = list(runs[0].by_severity)
     for axes, (score, label, scale) in zip(figure.subplots(1, 3), _SCORES, strict=True):
-        for number, (name, run) in enumerate(zip(names, runs, strict=True)):
-            colour, marker = style(number)
+        for number, (name, own, run) in enumerate(zip(names, styles, runs, strict=True)):
+            colour = own.colour
             offset = (number + 0.5) * width - 0.4
             values = [[scale * getattr(run.cells[one][level], score) for one in headline] for level in levels]
             axes.bxp(
@@ -112,7 +109,7 @@ def plot_boxes(names: Sequence[str], runs: Sequence[RunReport], headline: Sequen
                 whiskerprops={"color": colour},
                 capprops={"color": colour},
             )
-            axes.plot([offset], [scale * getattr(run.clean, score)], marker, color=colour)
+            axes.plot([offset], [scale * getattr(run.clean, score)], own.marker, color=colour)
             axes.plot([], [], "s", color=colour, label=name)
         axes.set(xlabel="severity (0: clean)", ylabel=label)
         axes.set_xticks([0, *levels])
@@ -124,15 +121,19 @@ def plot_boxes(names: Sequence[str], runs: Sequence[RunReport], headline: Sequen
 
 
 def plot_rejection(
-    names: Sequence[str], clean: Sequence[RiskCoverage], shifted: Sequence[RiskCoverage] | None = None
+    names: Sequence[str],
+    styles: Sequence[Style],
+    clean: Sequence[RiskCoverage],
+    shifted: Sequence[RiskCoverage] | None = None,
 ) -> Figure:
     """Plot the accuracy of the most confident examples against the share of examples kept, from 5 % on."""
     panels = [("clean", clean), *([("under shift, cells pooled", shifted)] if shifted else [])]
     figure = new_figure(5 * len(panels), 4.2)
     for axes, (title, curves) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
-        for number, (name, one) in enumerate(zip(names, curves, strict=True)):
+        for name, own, one in zip(names, styles, curves, strict=True):
             drawn = one.coverage >= _LEAST_KEPT
-            axes.plot(100 * one.coverage[drawn], 100 * (1 - one.risk[drawn]), color=style(number)[0], label=name)
+            kept, right = 100 * one.coverage[drawn], 100 * (1 - one.risk[drawn])
+            axes.plot(kept, right, color=own.colour, ls=own.line, label=name)
         axes.set(xlabel="most confident examples kept (%)", ylabel="accuracy (%)", xlim=(0, 100))
         axes.set_title(title, fontsize="medium")
         axes.grid(alpha=0.3)
@@ -142,6 +143,7 @@ def plot_rejection(
 
 def plot_entropy(
     names: Sequence[str],
+    styles: Sequence[Style],
     inside: Sequence[NDArray[np.floating]],
     outside: Mapping[str, Sequence[NDArray[np.floating]]],
     classes: int,
@@ -149,7 +151,7 @@ def plot_entropy(
     """Draw histograms of the predictive entropy in (filled) and out of distribution (lines), a panel per run.
 
     Args:
-        names: of the runs.
+        names, styles: of the runs.
         inside: (B,) each run's predictive entropies (nats) of images in distribution.
         outside: the same for each set of images out of distribution, by title.
         classes: C; log C is the largest entropy.
@@ -160,9 +162,10 @@ def plot_entropy(
     grid = np.ravel(figure.subplots(rows, columns, squeeze=False, sharex=True))
     edges = np.linspace(0, max(np.log(classes), 1e-3), 41)
     for number, (axes, name) in enumerate(zip(grid, names, strict=False)):
-        _density(axes, inside[number], edges, "#777777", "in distribution", filled=True)
+        _density(axes, inside[number], edges, "in distribution", color=styles[number].colour, fill=True, alpha=0.6)
         for place, (title, values) in enumerate(outside.items()):
-            _density(axes, values[number], edges, style(place)[0], title, filled=False)
+            ls, grey = _DASHES[place % len(_DASHES)], str(0.2 * (place // len(_DASHES) % 4))
+            _density(axes, values[number], edges, title, color=grey, ls=ls, lw=1.3)
         axes.set(xlabel="predictive entropy (nats)", ylabel="share of images", xlim=(0, edges[-1]))
         axes.set_title(name, fontsize="medium")
     for axes in grid[len(names) :]:
@@ -171,37 +174,30 @@ def plot_entropy(
     return figure
 
 
-def _density(
-    axes: Axes, values: NDArray[np.floating], edges: NDArray[np.float64], colour: str, label: str, *, filled: bool
-) -> None:
+def _density(axes: Axes, values: NDArray[np.floating], edges: NDArray[np.float64], label: str, **drawing: Any) -> None:
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-    axes.stairs(counts / max(1, len(values)), edges, color=colour, fill=filled, alpha=0.6 if filled else 1, label=label)
+    axes.stairs(counts / max(1, len(values)), edges, label=label, **drawing)
 
 
-def plot_map(names: Sequence[str], points: Sequence[NDArray[np.float64]], shares: NDArray[np.float64]) -> Figure:
+def plot_map(
+    names: Sequence[str],
+    styles: Sequence[Style],
+    points: Sequence[NDArray[np.float64]],
+    shares: NDArray[np.float64],
+) -> Figure:
     """Plot members as points of a map, in the colour of their run.
 
     Args:
-        names: of the runs.
+        names, styles: of the runs.
         points: (M, 2) of each run.
         shares: (2,) of the squared distances that each axis holds.
     """
     figure = new_figure(6.5, 6.2)
     axes = figure.subplots()
-    for number, (label, own) in enumerate(zip(names, points, strict=True)):
-        colour, marker = style(number)
-        axes.scatter(
-            own[:, 0],
-            own[:, 1],
-            s=70,
-            color=colour,
-            marker=marker,
-            edgecolors="white",
-            label=label,
-            zorder=3,
-            alpha=0.7,
-        )
-        for member, place in enumerate(own if len(own) <= _NUMBERED else ()):
+    for label, (colour, marker, _), own in zip(names, styles, points, strict=True):
+        drawing: dict[str, Any] = {"color": colour, "marker": marker, "edgecolors": "white", "zorder": 3, "alpha": 0.7}
+        axes.scatter(own[:, 0], own[:, 1], s=70, label=label, **drawing)
+        for member, place in enumerate(own if len(own) <= _NUMBERED else (), start=1):
             axes.annotate(str(member), place, (5, 5), textcoords="offset points", fontsize="x-small", color=colour)
     across, up = (f"{share:.0%} of the squared distances" for share in shares)
     axes.set(xlabel=across, ylabel=up)
@@ -213,8 +209,8 @@ def plot_map(names: Sequence[str], points: Sequence[NDArray[np.float64]], shares
 
 
 def style(number: int) -> tuple[str, str]:
-    """Return the colour and marker of a run."""
-    return STYLES[number % len(STYLES)]
+    """Return the colour and marker of the n-th of several lines that are no runs."""
+    return PALETTE[number % len(PALETTE)][:2]
 
 
 def add_legend(figure: Figure) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from ensembler.eval.metrics.classes import ClassScores, Confusion, ShownImage
 from ensembler.eval.metrics.comparison import Difference, Spread
 from ensembler.eval.metrics.groups import Groups
 from ensembler.eval.metrics.members import CurvePoint, Equivalent
@@ -113,7 +114,9 @@ class RunReport(Record):
     ``validation_examples`` images, whose hash is ``validation_sha256``; ``null`` without any. ``by_severity``,
     ``by_family`` and ``shifted`` are means over the headline corruptions; ``others``: by test set; ``ood``: by set of
     images and detector; ``groups``: by ``class``, by ``test set`` where there are several, and by the groups that were
-    given, ``group``.
+    given, ``group``. ``confusion``, ``classes``, ``surest_mistakes`` and ``most_uncertain`` are of the clean test
+    images; see :mod:`ensembler.eval.metrics.classes`. ``class_errors``: by corruption and class, means over severities;
+    of more than 20 classes, those of the 20 with the highest error under shift.
     """
 
     name: str
@@ -144,6 +147,11 @@ class RunReport(Record):
     others: dict[str, CellScores]
     ood: dict[str, dict[str, OodScores | None]]
     groups: dict[str, Groups]
+    confusion: Confusion
+    classes: dict[str, ClassScores]
+    surest_mistakes: list[ShownImage]
+    most_uncertain: list[ShownImage]
+    class_errors: dict[str, dict[str, float | None]]
 
 
 class RunDifference(Record):
@@ -188,13 +196,16 @@ class MemberCurve(Record):
 class Comparison(Record):
     """A comparison of runs with one of them, the baseline, by a paired bootstrap over test examples.
 
-    ``equivalents``: of the runs for which a deep ensemble of the same network is among the runs.
+    ``best``: by ``clean`` and ``shifted``, then by score, the positions of runs in the report: first the one with the
+    lowest value, then those that a paired interval does not tell apart from it. ``equivalents``: of the runs for which
+    a deep ensemble of the same network is among the runs.
     """
 
     baseline: str
     confidence: float
     resamples: int
     differences: list[RunDifference]
+    best: dict[str, dict[str, list[int]]]
     groups: list[Group]
     equivalents: dict[str, RunEquivalent]
     curves: list[MemberCurve]
@@ -203,14 +214,15 @@ class Comparison(Record):
 class Report(Record):
     """A whole evaluation.
 
-    ``test_sha256``: of the test images and labels; ``null`` if only their predictions are known. ``omitted``: test sets
-    that were not scored, since not all predictions that were given have them.
+    ``test_sha256``: of the test images and labels; ``null`` if only their predictions are known. ``classes``: their
+    names. ``omitted``: test sets that were not scored, since not all predictions that were given have them.
     """
 
     format: Literal[1] = 1
     dataset: str
     test_examples: int
     test_sha256: str | None
+    classes: list[str]
     omitted: list[str]
     shift: ShiftReport | None
     others: list[OtherReport]

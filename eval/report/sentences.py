@@ -23,6 +23,7 @@ __all__ = ["compared", "findings"]
 
 _SAID = ("nll", "error")
 _LONGEST = 7  # runs with a sentence each
+_NAMED = 3  # runs of a sentence that are not told apart
 
 
 def compared(report: Report) -> list[str]:
@@ -38,7 +39,8 @@ def compared(report: Report) -> list[str]:
 
 def findings(report: Report) -> list[str]:
     """Describe the cost and the findings, a sentence or two each."""
-    found = [_cost(report)]
+    found = [] if report.comparison is None else _best(report, report.comparison)
+    found.append(_cost(report))
     if report.comparison is not None:
         found += _differences(report, report.comparison)
         found += _seeds(report, report.comparison)
@@ -49,6 +51,25 @@ def findings(report: Report) -> list[str]:
         found.append(f"{text}; {_scores(run.shifted)} under shift." if run.shifted else f"{text}.")
     if len(report.runs) > 1:
         found.append("For significance of the differences, use ensembler compare.")
+    return found
+
+
+def _best(report: Report, comparison: Comparison) -> list[str]:
+    """Name the best run by NLL and by error, and those that are not told apart from it."""
+    found = []
+    for where, title in (("clean", "clean images"), ("shifted", "shifted images")):
+        if where not in comparison.best:
+            continue
+        parts = []
+        for name in _SAID:
+            best, *tied = comparison.best[where][name]
+            score, value = SCORES[name], getattr(getattr(report.runs[best], where), name)
+            unit = " %" if score.scale == 100 else ""
+            text = f"lowest {score.title.removesuffix(' %')}: {label(report, best)} ({score.write(value)}{unit})"
+            others = [label(report, place) for place in tied[:_NAMED]]
+            others += [f"{len(tied) - _NAMED} more"] if len(tied) > _NAMED else []
+            parts.append(text + (f", not told apart from {', '.join(others)}" if tied else ", alone"))
+        found.append(f"On {title}, {'; '.join(parts)}.")
     return found
 
 

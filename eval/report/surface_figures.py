@@ -5,24 +5,32 @@ from __future__ import annotations
 import matplotlib.patheffects as effects
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ensembler.eval.report.plots import new_figure, style, to_png
 from ensembler.eval.surface import Surface
 
-__all__ = ["plot_paths", "plot_surface"]
+__all__ = ["draw_surface", "plot_paths", "plot_surface"]
 
 Array = NDArray[np.float64]
 
 _LEVELS = 13
+_NARROWEST = 4  # times longer than wide, beyond which a plane is drawn wider than it is
 
 
 def plot_surface(surface: Surface) -> bytes:
-    """Plot the plane in two panels of filled contours, train loss and test error, with marked corners."""
-    shape = (surface.y[-1] - surface.y[0]) / (surface.x[-1] - surface.x[0])
-    wide = shape < 0.35
-    figure = new_figure(10, 2 * max(8.6 * shape, 0.6) + 2.8) if wide else new_figure(11, 4.2 * min(shape, 2) + 1.8)
-    left, right = figure.subplots(2, 1) if wide else figure.subplots(1, 2)
+    """Plot the plane as PNG; see :func:`draw_surface`."""
+    return to_png(draw_surface(surface))
+
+
+def draw_surface(surface: Surface) -> Figure:
+    """Draw the plane in two panels of filled contours, train loss and test error, with marked corners.
+
+    The panels are squares of the same size whatever the plane's proportions; grey is beyond it.
+    """
+    figure = new_figure(11, 5.6)
+    left, right = figure.subplots(1, 2)
     _contours(left, surface, np.array(surface.train_loss), 1e-6, "train loss (nats)")
     _contours(right, surface, 100 * np.array(surface.test_error), 50 / surface.test_examples, "test error (%)")
     handles, labels = left.get_legend_handles_labels()
@@ -33,7 +41,7 @@ def plot_surface(surface: Surface) -> bytes:
         f"at each of {len(surface.x)} x {len(surface.y)} points",
         fontsize="medium",
     )
-    return to_png(figure)
+    return figure
 
 
 def _title(surface: Surface) -> str:
@@ -48,9 +56,9 @@ def _contours(axes: Axes, surface: Surface, values: Array, floor: float, title: 
     levels = np.linspace(logs.min() - 1e-6, logs.max() + 1e-6, _LEVELS)
     filled = axes.contourf(surface.x, surface.y, logs, levels, cmap="viridis")
     axes.contour(surface.x, surface.y, logs, levels, colors="white", linewidths=0.4, linestyles="solid", alpha=0.6)
-    axes.set(title=title, xlabel="distance in weight space", aspect="equal")
-    thickness = 15 / axes.get_window_extent().width
-    bar = axes.figure.colorbar(filled, cax=axes.inset_axes((1 + thickness, 0, thickness, 1)))
+    axes.set(title=title, facecolor="#e6e6e6")
+    _make_square(axes, surface)
+    bar = axes.figure.colorbar(filled, cax=axes.inset_axes((1.04, 0, 0.04, 1)))
     bar.set_ticks(levels[::3].tolist(), labels=[_number(level) for level in np.exp(levels[::3]).tolist()])
     outlined = [effects.withStroke(linewidth=4, foreground="black")]
     if surface.curve:
@@ -73,6 +81,21 @@ def _contours(axes: Axes, surface: Surface, values: Array, floor: float, title: 
     if surface.members:
         places = zip(*surface.members, strict=True)
         axes.plot(*places, "o", color="black", mec="white", ms=4, label="members")
+
+
+def _make_square(axes: Axes, surface: Surface) -> None:
+    """Show the plane in the middle of a square panel, at one scale in both directions unless it is very narrow."""
+    middles = [(ends[-1] + ends[0]) / 2 for ends in (surface.x, surface.y)]
+    extents = [surface.x[-1] - surface.x[0], surface.y[-1] - surface.y[0]]
+    stretch = max(1.0, max(extents) / (_NARROWEST * min(extents)))
+    for axis, limit, middle, extent in zip(
+        (axes.xaxis, axes.yaxis), (axes.set_xlim, axes.set_ylim), middles, extents, strict=True
+    ):
+        narrow = extent == min(extents) and stretch > 1
+        half = max(extents) / (stretch if narrow else 1) / 2
+        limit(middle - half, middle + half)
+        axis.set_label_text("distance in weight space" + (f" ({stretch:.3g} times as large)" if narrow else ""))
+    axes.set_box_aspect(1)
 
 
 def _number(value: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -27,6 +27,10 @@ __all__ = [
     "under",
 ]
 
+BEST = (
+    "Bold: the lowest error, NLL, Brier score or ECE, and those that the 95 % interval of the paired difference does "
+    "not tell apart from it."
+)
 ONE_MEMBER = f"{NOTHING}: not defined for one member."
 
 
@@ -42,6 +46,7 @@ class Table:
         words: the number of first columns that are words; the others are figures, aligned right.
         notes: printed below it.
         detail: shown only on the page.
+        best: the row and column of each cell that is printed bold.
     """
 
     section: str
@@ -51,6 +56,7 @@ class Table:
     words: int = 1
     notes: tuple[str, ...] = ()
     detail: bool = False
+    best: frozenset[tuple[int, int]] = frozenset()
 
 
 Column = tuple[str, Callable[[RunReport], str]]
@@ -66,13 +72,28 @@ def by_run(
     notes: Sequence[str] = (),
     detail: bool = False,
     words: int = 1,
+    compared: Mapping[int, tuple[str, str]] | None = None,
 ) -> Table:
-    """Make a table with a row for each run; the other arguments are :class:`Table`'s."""
+    """Make a table with a row for each run.
+
+    Args:
+        report: of the runs.
+        section, title, notes, detail, words: as of :class:`Table`.
+        columns: those after the run's name.
+        compared: which of them are marked where they are best: the number of the column, whether its score is
+            ``"clean"`` or ``"shifted"``, and the score.
+    """
     rows = tuple(
         (label(report, number), *(write(run) for _, write in columns)) for number, run in enumerate(report.runs)
     )
     headings = ("run", *(heading for heading, _ in columns))
-    return Table(section, title, headings, rows, words, tuple(notes), detail)
+    best = {
+        (row, column + 1)
+        for column, (where, score) in (compared or {}).items()
+        for row in (report.comparison.best.get(where, {}).get(score, ()) if report.comparison else ())
+    }
+    notes = [*notes, BEST] if best else notes
+    return Table(section, title, headings, rows, words, tuple(notes), detail, frozenset(best))
 
 
 def score_column(name: str, of: Callable[[RunReport], CellScores | None], title: str | None = None) -> Column:

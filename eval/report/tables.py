@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ensembler.eval.report.class_tables import class_tables
 from ensembler.eval.report.comparison_tables import comparison_tables
 from ensembler.eval.report.group_tables import group_tables
 from ensembler.eval.report.notation import NOTHING, SCORES, Score, label, plain, training_passes
-from ensembler.eval.report.schema import Report, ShiftReport
+from ensembler.eval.report.schema import Report, RunReport, ShiftReport
 from ensembler.eval.report.table import (
     CLEAN,
     COST,
@@ -62,7 +63,9 @@ def about(report: Report) -> list[str]:
 
 def report_tables(report: Report) -> list[Table]:
     """Return all tables for which the report has data, in reading order."""
-    found = [_costs(report), _clean(report), _calibration(report), _members(report)]
+    found = [_overview(report), _costs(report), _clean(report), _calibration(report)]
+    found += class_tables(report)
+    found.append(_members(report))
     if report.shift is not None:
         found += _severities(report, report.shift) if meant_shift(report) else []
         found += _families(report, report.shift)
@@ -75,6 +78,31 @@ def report_tables(report: Report) -> list[Table]:
     if report.shift is not None:
         found += [_cells(report, report.shift, number) for number in range(len(report.runs))]
     return found
+
+
+def _overview(report: Report) -> Table:
+    """Return the one table of the first page."""
+    names = ("error", "nll", "ece")
+    columns = [*COST, *(score_column(name, CLEAN) for name in names)]
+    if (shift := meant_shift(report)) is not None:
+        columns += [score_column(name, SHIFTED, f"shifted {SCORES[name].title}") for name in names]
+    sets = ["clean", "shifted"] if shift is not None else ["clean"]
+    pairs = enumerate(((where, name) for where in sets for name in names), start=len(COST))
+    notes = ["M: members, forward passes per prediction; passes: example passes in training."]
+    notes += [f"Shifted ({shift.source}): mean over {means_over(shift)}."] if shift else []
+    if report.ood:
+        columns.append(("AUROC %", lambda run: _PERCENT.write(_detection(run))))
+        several = "mean over the sets" if len(report.ood) > 1 else plain(report.ood[0].title)
+        notes.append(f"AUROC: detection of out-of-distribution images by predictive entropy, {several}.")
+    title = f"Overview: {images_of(report)}"
+    return by_run(report, "summary", title, columns, notes=notes, compared=dict(pairs))
+
+
+def _detection(run: RunReport) -> float | None:
+    """Return the mean AUROC of the predictive entropy over out-of-distribution sets."""
+    found = [one["predictive_entropy"] for one in run.ood.values()]
+    values = [one.auroc for one in found if one is not None]
+    return sum(values) / len(values) if len(values) == len(found) and values else None
 
 
 def _costs(report: Report) -> Table:
@@ -118,7 +146,8 @@ def _clean(report: Report) -> Table:
     names = ("error", "nll", "calibrated_nll", "brier", "ece", "aurc")
     columns = [*COST, *(score_column(name, CLEAN) for name in names)]
     notes = ["M: members, and forward passes per prediction; passes: example passes in training."]
-    return by_run(report, "clean", f"Clean: {images_of(report)}", columns, notes=notes)
+    pairs = {place: ("clean", name) for place, name in enumerate(names, start=len(COST))}
+    return by_run(report, "clean", f"Clean: {images_of(report)}", columns, notes=notes, compared=pairs)
 
 
 def _calibration(report: Report) -> Table:
@@ -182,6 +211,7 @@ def _severities(report: Report, shift: ShiftReport) -> Iterator[Table]:
                 *(one_member_note(report) if name == "disagreement" else []),
             ],
             detail=name not in ("error", "nll", "ece"),
+            compared={len(columns) - 1: ("shifted", name)},
         )
 
 

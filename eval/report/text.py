@@ -24,7 +24,7 @@ _COLUMNS = (
     *("set", "source", "corruption", "severity", "score", "value"),
 )
 
-_LONG = ("costs", "groups")  # sections that the terminal shows only if asked
+_LONG = ("summary", "costs", "groups")  # sections that the terminal shows only if asked
 _GAP = 2  # blanks between two columns of the terminal
 
 __all__ = ["csv", "escape", "markdown", "markdown_table", "tables", "terminal_table"]
@@ -137,8 +137,12 @@ def markdown(report: Report) -> str:
 def markdown_table(table: Table) -> list[str]:
     """Render a table under its title, and its notes, as paragraphs of GitHub Markdown."""
     ruler = ["---" if place < table.words else "---:" for place in range(len(table.columns))]
-    lines = [table.columns, ruler, *table.rows]
-    body = "\n".join(f"| {' | '.join(cell if line is ruler else escape(cell) for cell in line)} |" for line in lines)
+    rows = [
+        [f"**{escape(cell)}**" if (row, column) in table.best else escape(cell) for column, cell in enumerate(cells)]
+        for row, cells in enumerate(table.rows)
+    ]
+    lines = [[escape(heading) for heading in table.columns], ruler, *rows]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return [f"## {escape(table.title)}", body, *(escape(note) for note in table.notes)]
 
 

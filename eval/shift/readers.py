@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,7 @@ __all__ = ["SHIFTS", "load_shift", "load_shifts"]
 
 SHIFTS = ("cifar10c", "cifar100c", "corruptions")
 _OFFICIAL = {"cifar10c": ("cifar10", "CIFAR-10-C"), "cifar100c": ("cifar100", "CIFAR-100-C")}  # dataset, folder
+_BY_DATASET = {dataset: name for name, (dataset, _) in _OFFICIAL.items()}
 
 
 def load_shifts(
@@ -43,7 +45,9 @@ def load_shifts(
     Raises:
         UsageError: two have corruptions, or two test sets have the same name.
     """
-    found = [load_shift(name, dataset, indices, root, seed) for name in dict.fromkeys(names)]
+    listed = [name for name in names if _corruptions(name)]
+    chosen = list(dict.fromkeys(name for name in names if name not in listed)) + [",".join(listed)] * bool(listed)
+    found = [load_shift(name, dataset, indices, root, seed) for name in chosen]
     corrupted = [one.name for one in found if one.corruptions]
     if len(corrupted) > 1:
         raise UsageError(f"--shift {' and '.join(corrupted)} each have corruptions: evaluate one of them at a time")
@@ -57,9 +61,11 @@ def load_shift(name: str, dataset: Dataset, indices: Tensor, root: Path | None =
     """Load shifted versions of a dataset's test images, or other test sets of its classes.
 
     Args:
-        name: one of :data:`SHIFTS`; the path of a folder, or its name in ``root``; or ``hf:NAME``. ``"cifar10c"`` and
-            ``"cifar100c"`` are the official files for the datasets ``"cifar10"`` and ``"cifar100"`` where they exist,
-            else generated, as for any other dataset; ``"corruptions"`` is always generated.
+        name: one of :data:`SHIFTS`; corruptions, separated by commas; the path of a folder, or its name in ``root``; or
+            ``hf:NAME``. ``"cifar10c"`` and ``"cifar100c"`` are the official files for the datasets ``"cifar10"`` and
+            ``"cifar100"`` where they exist, else generated, as for any other dataset; ``"corruptions"`` is always
+            generated. Named corruptions are those of ``"cifar10c"`` and ``"cifar100c"`` for these datasets, else
+            generated.
         dataset: whose test images and classes.
         indices: (N,) the test images to use; of other test sets, as many are drawn with the seed, where there are more.
         root: the folder of ``CIFAR-10-C/``, or that folder itself; by default the folder of datasets. Files that
@@ -67,7 +73,7 @@ def load_shift(name: str, dataset: Dataset, indices: Tensor, root: Path | None =
         seed: of generated corruptions, and of the choice of images.
 
     Raises:
-        UsageError: an unknown shift.
+        UsageError: an unknown shift, or an unknown corruption.
         DataError: the files exist, but are damaged or of other images or classes.
     """
     if name.startswith(PREFIX):
@@ -76,8 +82,47 @@ def load_shift(name: str, dataset: Dataset, indices: Tensor, root: Path | None =
             [(name, *read_hub(name, dataset.classes, dataset.test.shape, _chooser(indices, dataset, seed)))],
             "hub",
         )
+    if corruptions := _corruptions(name):
+        return _part(_protocol(_BY_DATASET.get(dataset.name, "corruptions"), dataset, indices, root, seed), corruptions)
     if name not in SHIFTS:
         return _found(name, _place(name, root or default_root()), dataset, indices, seed)
+    return _protocol(name, dataset, indices, root, seed)
+
+
+def _corruptions(name: str) -> list[str]:
+    """Return the corruptions that a value of ``--shift`` lists, in the protocol's order; none where it is no list.
+
+    Raises:
+        UsageError: a list with an unknown corruption.
+    """
+    parts = [part.strip() for part in name.split(",")]
+    other = len(parts) == 1 or name.startswith(PREFIX) or Path(name).expanduser().exists()
+    if not set(parts) & set(AVAILABLE) and other:
+        return []
+    if unknown := [part for part in parts if part not in AVAILABLE]:
+        raise UsageError(
+            f"--shift {name} lists {' and '.join(repr(part) for part in unknown)}, which "
+            f"{'is no corruption' if len(unknown) == 1 else 'are no corruptions'}: choose among "
+            f"{', '.join(AVAILABLE)}; other test sets take a --shift each"
+        )
+    return [one for one in AVAILABLE if one in parts]
+
+
+def _part(shift: Shift, corruptions: Sequence[str]) -> Shift:
+    """Return some corruptions of a shift.
+
+    Raises:
+        DataError: official files lack one.
+    """
+    if lacking := [one for one in corruptions if one not in shift.corruptions]:
+        raise DataError(f"the files of {shift.name} lack {', '.join(lacking)}: fetch them, or leave these out")
+    sets = tuple(one for one in shift.sets if isinstance(one, TestSet) and one.name in corruptions)
+    note = f"{shift.note} Chosen of them: {', '.join(corruptions)}."
+    return replace(shift, name=",".join(corruptions), note=note, sets=sets)
+
+
+def _protocol(name: str, dataset: Dataset, indices: Tensor, root: Path | None, seed: int) -> Shift:
+    """Load all corruptions: official files, files that were generated here, or none."""
     official_for, title = _OFFICIAL.get(name, ("", ""))
     for folder, may_be_official in _folders(title, dataset.name == official_for, root or default_root()):
         record = read_record(folder)
@@ -105,8 +150,8 @@ def _place(name: str, root: Path) -> Path:
             if found.name.lower() == name.lower() and found.is_dir():
                 return found.resolve()
     raise UsageError(
-        f"--shift {name} is none of {', '.join(SHIFTS)}, no folder here, and no folder in {root}: name one of these, a "
-        "path, or hf:NAME"
+        f"--shift {name} is none of {', '.join(SHIFTS)}, no folder here, and no folder in {root}: name one of these, "
+        f"corruptions such as fog,snow (of {', '.join(AVAILABLE)}), a path, or hf:NAME"
     )
 
 

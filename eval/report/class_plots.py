@@ -1,0 +1,101 @@
+"""Plots of classes: which are confused, and each one's error under each corruption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from ensembler.eval.report.plots import new_figure
+from ensembler.eval.report.styles import Style
+
+__all__ = ["plot_class_errors", "plot_confusion"]
+
+_DARK = 0.55  # of the scale, from which text is white
+
+
+def plot_confusion(
+    names: Sequence[str], styles: Sequence[Style], counts: Sequence[Sequence[Sequence[int]]], classes: Sequence[str]
+) -> Figure:
+    """Draw each run's confusion matrix; darkness: the share of the class, a row; numbers: images, 0 left out.
+
+    Args:
+        names, styles: of the runs.
+        counts: (C, C) of each.
+        classes: the C names.
+    """
+    side = 1.6 + 0.27 * len(classes)
+    columns = min(len(names), max(1, int(13 // side)))
+    rows = -(-len(names) // columns)
+    figure = new_figure(max(4.5, side * columns), side * rows)
+    grid = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for axes, name, own, table in zip(grid, names, styles, counts, strict=False):
+        matrix = np.array(table)
+        shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
+        _cells(axes, shares, _shades(own.colour), 1)
+        axes.set_aspect("equal")
+        for row, column in zip(*np.nonzero(matrix), strict=True):
+            text = "white" if shares[row, column] > _DARK else "black"
+            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize="x-small", color=text)
+        _ticks(axes, classes, classes)
+        axes.set(xlabel="predicted class", ylabel="class")
+        axes.set_title(name, fontsize="medium", color=own.colour)
+    for axes in grid[len(names) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def plot_class_errors(
+    names: Sequence[str],
+    styles: Sequence[Style],
+    errors: Sequence[Mapping[str, Mapping[str, float | None]]],
+    write: Callable[[str], str] = str,
+) -> Figure:
+    """Draw each run's error by class and corruption, on one scale from 0 to 100 %.
+
+    Args:
+        names, styles: of the runs.
+        errors: of each, by corruption and class.
+        write: writes a class's name.
+    """
+    corruptions = list(errors[0])
+    most = max(len(next(iter(found.values()))) for found in errors)
+    columns = 1 if len(names) == 1 else 2
+    rows = -(-len(names) // columns)
+    width = max(5.0, columns * (2.2 + 0.24 * len(corruptions)))
+    figure = new_figure(width + 0.8, rows * (2.0 + 0.2 * most))
+    grid = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for axes, name, own, found in zip(grid, names, styles, errors, strict=False):
+        shown = list(next(iter(found.values())))
+        values = [[found[one][each] for one in corruptions] for each in shown]
+        _cells(axes, 100 * np.array(values, dtype=np.float64), "Greys", 100)
+        _ticks(axes, corruptions, [write(each) for each in shown])
+        axes.set(ylabel="class")
+        axes.set_title(name, fontsize="medium", color=own.colour)
+    for axes in grid[len(names) :]:
+        axes.set_axis_off()
+    bar = ScalarMappable(Normalize(0, 100), "Greys")
+    scale = figure.colorbar(bar, ax=list(grid), label="error (%)", fraction=0.03, aspect=30)
+    scale.solids.set_rasterized(False)
+    return figure
+
+
+def _cells(axes: Axes, values: NDArray[np.float64], shades: Colormap | str, most: float) -> None:
+    """Draw a matrix from 0 to ``most``, the first row on top; not ``imshow``, whose SVG holds pixels."""
+    rows, columns = (np.arange(count + 1) - 0.5 for count in values.shape)
+    axes.pcolormesh(columns, rows, values, cmap=shades, vmin=0, vmax=most)
+    axes.invert_yaxis()
+
+
+def _ticks(axes: Axes, across: Sequence[str], down: Sequence[str]) -> None:
+    axes.set_xticks(range(len(across)), across, rotation=90, fontsize="x-small")
+    axes.set_yticks(range(len(down)), down, fontsize="x-small")
+
+
+def _shades(colour: str) -> LinearSegmentedColormap:
+    return LinearSegmentedColormap.from_list(colour, ["white", colour])
