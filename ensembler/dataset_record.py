@@ -105,7 +105,7 @@ class DatasetRecord(Record):
         name = dataset or self.name
         if dataset is None and not (is_importable(name) or name.startswith("folder:") or self._is_published):
             raise DataError(
-                f"{self.title} was given from Python, by no name to load it again: name it as module:NAME (--dataset), "
+                f"{self.title} was given from Python and cannot be loaded by name: name it as module:NAME (--dataset), "
                 "or pass the dataset from Python"
             )
         try:

@@ -57,8 +57,8 @@ def import_checkpoints(
     Args:
         files: safetensors, or what ``torch.save`` made of a state dict; one for each member.
         architecture: of all of them; see :mod:`ensembler.architectures`.
-        dataset: what they were trained on, as of :func:`ensembler.trainers.train`. Its validation images should not have
-            been trained on.
+        dataset: what they were trained on, as of :func:`ensembler.trainers.train`. Its validation images should not
+            have been trained on.
         device: where they are measured.
         on_event: told what was taken of each file, and how well it does.
 

@@ -113,18 +113,8 @@ class Import(Options):
     out: str | None = option(None, metavar="PATH|URL", help="Folder of the new run, or a URL. (default: one in runs/)")
 
 
-_WITH_RESUME = {
-    "resume",
-    "data",
-    "dataset",
-    "engine",
-    "address",
-    "parallel_members",
-    "checkpoint_every",
-    "quiet",
-    "log",
-}
-_WITH_RESUME |= {"tensorboard"}
+_WITH_RESUME = {"resume", "data", "dataset", "engine", "address", "parallel_members", "checkpoint_every", "quiet"}
+_WITH_RESUME |= {"log", "tensorboard"}
 _WITH_RESUME |= Settings.marked("computing")
 
 
