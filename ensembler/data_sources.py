@@ -89,7 +89,10 @@ def sources(train: Any, test: Any = None, validation: Any = None) -> dict[str, S
     if is_data_module(train):
         if test is not None or validation is not None:
             raise UsageError(f"{type(train).__name__} has its own validation and test images: leave out the others")
-        return {role: _source(role, given) for role, given in _from_module(train)}
+        found = {role: _source(role, given) for role, given in _from_module(train)}
+        if "train" not in found:
+            raise UsageError(f"{type(train).__name__}.train_dataloader() returns no loader: return one")
+        return found
     given = {"train": train, "validation": validation, "test": test}
     return {role: _source(role, one) for role, one in given.items() if one is not None}
 
@@ -100,7 +103,7 @@ def _from_module(module: Any) -> Iterator[tuple[str, Any]]:
     _call(name, getattr(module, "prepare_data", None))
     for role, method in _LOADERS.items():
         make = getattr(module, method, None)
-        if make is None or getattr(make, "__module__", "").partition(".")[0] in _LIGHTNING:  # not overridden
+        if make is None or not _is_overridden(module, method):
             continue
         if _STAGES[role] != stage:
             stage = _STAGES[role]
@@ -112,6 +115,12 @@ def _from_module(module: Any) -> Iterator[tuple[str, Any]]:
             raise UsageError(f"{name}.{method}() returns {len(loader)} loaders: return one")
         if loader is not None and not (isinstance(loader, list | tuple | Mapping) and not loader):
             yield role, loader
+
+
+def _is_overridden(module: Any, method: str) -> bool:
+    """Return whether a method is the user's own, in the class or the instance, not Lightning's, which only raises."""
+    inherited = getattr(type(module), method, None)
+    return method in vars(module) or getattr(inherited, "__module__", "").partition(".")[0] not in _LIGHTNING
 
 
 def _call(name: str, method: Any, **arguments: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import sys
+from contextlib import closing
 from functools import partial
 
 import numpy as np
@@ -26,6 +27,7 @@ from ensembler.naming import import_object
 from ensembler.run import Run
 from ensembler.serve.export.bundle import export_run
 from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.serve.runtime.runtime import Runtime
 from ensembler.trainers import DeepEnsemble, Settings, collapse_run, train
 from tests._small import SETTINGS
 from tests.test_cli import call
@@ -410,6 +412,10 @@ def test_what_a_data_module_lacks_is_held_out(monkeypatch):
     not_overridden.__module__ = "lightning.pytorch.core.hooks"
     monkeypatch.setattr(Bars, "val_dataloader", not_overridden)
     assert hashes(as_dataset(Bars())) == hashes(dataset)
+    module = Bars()  # as LightningDataModule.from_datasets sets methods of the instance
+    module.test_dataloader = lambda: DataLoader(Own(X, Y))
+    module.test_dataloader.__module__ = not_overridden.__module__
+    assert len(as_dataset(module).test) == 60
 
 
 def test_faults_of_data_modules_and_loaders(monkeypatch):
@@ -419,6 +425,10 @@ def test_faults_of_data_modules_and_loaders(monkeypatch):
     assert any("lambda>) is not used in train" in note for note in as_dataset(mixing).notes)
     monkeypatch.setattr(Bars, "val_dataloader", lambda self: [1, 2])
     with pytest.raises(UsageError, match=r"Bars.val_dataloader\(\) returns 2 loaders: return one"):
+        as_dataset(Bars())
+    monkeypatch.setattr(Bars, "train_dataloader", lambda self: None)
+    monkeypatch.setattr(Bars, "val_dataloader", lambda self: None)
+    with pytest.raises(UsageError, match=r"Bars.train_dataloader\(\) returns no loader"):
         as_dataset(Bars())
     monkeypatch.setattr(Bars, "setup", lambda self, stage: 1 / 0)
     with pytest.raises(DataError, match=r"Bars\.<lambda>\(\) failed: ZeroDivisionError: .*test_own_data.py"):
@@ -545,12 +555,12 @@ def test_a_dataset_by_name_is_trained_evaluated_under_shift_calibrated_exported_
     assert Run.load("fge").manifest.dataset.name == "bars_data.py:bars"
     done("export", "run", "--out", "bundle")
     assert read_bundle(module.parent / "bundle").validation is not None  # the images were found
-    from ensembler.serve.runtime.runtime import Runtime
-
-    image = expected.test.images[:4].numpy()
-    with Runtime(module.parent / "bundle") as runtime:
-        served = runtime.predict(image).mean
-    assert np.allclose(served, Ensemble.load("run", device="cpu").predict_proba(image), atol=1e-4)
+    images = expected.test.images[:4].numpy()
+    with closing(Runtime.load(module.parent / "bundle")) as runtime:
+        served = runtime.predict_members(images).mean(axis=0)
+    assert np.allclose(served, Ensemble.load("run", device="cpu").predict_proba(images), atol=1e-4)
+    Image.fromarray(images[1]).save("image.png")
+    assert "middle" in done("predict", "bundle", "image.png")
 
     # The data have changed, or are elsewhere.
     sys.modules.pop("bars_data")
