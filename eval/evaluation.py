@@ -30,9 +30,8 @@ from ensembler.eval.report.schema import OodReport, OtherReport, Report, ShiftRe
 from ensembler.eval.scoring import ScoredRun, Subject, score
 from ensembler.eval.shift.ood import load_ood
 from ensembler.eval.shift.readers import load_shifts
-from ensembler.eval.shift.test_set import Shift, TestSet, validation_set
+from ensembler.eval.shift.test_set import Shift, TestSet, check_images, validation_set
 from ensembler.eval.views import augmentations
-from ensembler.examples import Arrays
 from ensembler.images import FileSplit, Images
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
@@ -193,8 +192,8 @@ def evaluate_paths(
     runs = [Run.load(path) for path in run_paths]
     _check_views(runs, run_paths, options)
     dataset = _common_dataset(runs, run_paths, options, options.dataset if dataset is None else dataset)
-    if dataset.train.kind == Arrays.kind and (options.shift or options.ood):
-        raise UsageError(f"{dataset.title} holds rows of features, and --shift and --ood are of images: leave them out")
+    if options.ood:
+        check_images(dataset, "--ood")
     files = dataset.test.files if isinstance(dataset.test, FileSplit) else None
     groups = None if options.group is None else read_groups(options.group, len(dataset.test), files)
     indices = _choose(len(dataset.test), options.examples, seed)

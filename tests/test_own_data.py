@@ -23,6 +23,8 @@ from ensembler.eval.calibrate import calibrate
 from ensembler.eval.evaluation import evaluate_paths
 from ensembler.eval.options import CalibrationOptions, EvaluationOptions, SurfaceOptions
 from ensembler.eval.surface import measure_surface
+from ensembler.eval.shift.ood import load_ood
+from ensembler.eval.shift.writer import write_corruptions
 from ensembler.naming import import_object
 from ensembler.run import Run
 from ensembler.serve.export.bundle import export_run
@@ -597,8 +599,16 @@ def test_rows_of_features_by_name_are_evaluated_and_calibrated(module):
     assert calibrate(module.parent / "rows", CalibrationOptions(device="cpu")).fitted == 8
     surface = measure_surface([module.parent / "rows"], options=SurfaceOptions(grid=2, device="cpu"))
     assert surface.dataset == "bars_data:rows"
-    with pytest.raises(UsageError, match="holds rows of features, and --shift and --ood are of images"):
-        evaluate_paths([module.parent / "rows"], EvaluationOptions(device="cpu", shift=["cifar10c"]))
+    for given in ({"shift": ["cifar10c"]}, {"ood": ["noise:uniform"]}):
+        with pytest.raises(
+            UsageError, match=r"bars_data:rows holds no images but rows \(arrays\), which --(shift|ood)"
+        ):
+            evaluate_paths([module.parent / "rows"], EvaluationOptions(device="cpu", **given))
+    with pytest.raises(UsageError, match="bars_data:rows holds no images"):
+        load_ood("bars_data:rows", (8, 8))
+    with pytest.raises(UsageError, match="bars_data:rows holds no images"):
+        write_corruptions(datasets.load("bars_data:rows"), module.parent / "corrupted")
+    assert load_ood("bars_data:bars", (8, 8)).title == "bars, test images"
 
 
 def test_what_is_drawn_anew_is_found_by_its_hash(module):

@@ -25,7 +25,7 @@ from ensembler.eval.shift.folder import read_folder
 from ensembler.eval.shift.generated import generated_shift, read_record
 from ensembler.eval.shift.hub import PREFIX, read_hub
 from ensembler.eval.shift.ood import resized
-from ensembler.eval.shift.test_set import Shift, Source, TestSet
+from ensembler.eval.shift.test_set import Shift, Source, TestSet, check_images
 from ensembler.images import Split
 from ensembler.seeds import generator
 
@@ -43,6 +43,8 @@ def load_shifts(
     Raises:
         UsageError: two have corruptions, or two test sets have the same name.
     """
+    if names:
+        check_images(dataset, "--shift")
     found = [load_shift(name, dataset, indices, root, seed) for name in dict.fromkeys(names)]
     corrupted = [one.name for one in found if one.corruptions]
     if len(corrupted) > 1:

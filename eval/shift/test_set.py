@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ensembler.eval.shift.corruptions import HEADLINE, SEVERITIES, VALIDATION
+from ensembler.errors import UsageError
 from ensembler.examples import Arrays
 from ensembler.images import Images, Split
 
 if TYPE_CHECKING:
+    from ensembler.datasets import Dataset
     from ensembler.eval.given import GivenSet
 
-__all__ = ["Shift", "Shifted", "Source", "TestSet", "validation_set"]
+__all__ = ["Shift", "Shifted", "Source", "TestSet", "check_images", "validation_set"]
 
 Source = Literal["dataset", "folder", "hub", "official", "generated"]
 
@@ -157,6 +159,16 @@ class Shift:
     def not_covered(self) -> tuple[str, ...]:
         """Those of the protocol's 19 that it lacks."""
         return tuple(name for name in HEADLINE + VALIDATION if name not in self.corruptions)
+
+
+def check_images(dataset: Dataset, what: str) -> None:
+    """Refuse a dataset of other examples where ``what`` needs images.
+
+    Raises:
+        UsageError: it holds no images.
+    """
+    if dataset.test.kind != "images":
+        raise UsageError(f"{dataset.title} holds no images but rows ({dataset.test.kind}), which {what} needs")
 
 
 def validation_set(validation: Images | Arrays) -> TestSet:
