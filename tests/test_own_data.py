@@ -22,9 +22,9 @@ from ensembler.errors import DataError, UsageError
 from ensembler.eval.calibrate import calibrate
 from ensembler.eval.evaluation import evaluate_paths
 from ensembler.eval.options import CalibrationOptions, EvaluationOptions, SurfaceOptions
-from ensembler.eval.surface import measure_surface
 from ensembler.eval.shift.ood import load_ood
 from ensembler.eval.shift.writer import write_corruptions
+from ensembler.eval.surface import measure_surface
 from ensembler.naming import import_object
 from ensembler.run import Run
 from ensembler.serve.export.bundle import export_run
@@ -600,9 +600,7 @@ def test_rows_of_features_by_name_are_evaluated_and_calibrated(module):
     surface = measure_surface([module.parent / "rows"], options=SurfaceOptions(grid=2, device="cpu"))
     assert surface.dataset == "bars_data:rows"
     for given in ({"shift": ["cifar10c"]}, {"ood": ["noise:uniform"]}):
-        with pytest.raises(
-            UsageError, match=r"bars_data:rows holds no images but rows \(arrays\), which --(shift|ood)"
-        ):
+        with pytest.raises(UsageError, match=r"bars_data:rows holds no images but rows \(arrays\), which --"):
             evaluate_paths([module.parent / "rows"], EvaluationOptions(device="cpu", **given))
     with pytest.raises(UsageError, match="bars_data:rows holds no images"):
         load_ood("bars_data:rows", (8, 8))

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ensembler.eval.shift.corruptions import HEADLINE, SEVERITIES, VALIDATION
 from ensembler.errors import UsageError
+from ensembler.eval.shift.corruptions import HEADLINE, SEVERITIES, VALIDATION
 from ensembler.examples import Arrays
 from ensembler.images import Images, Split
 
