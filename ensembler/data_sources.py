@@ -143,7 +143,7 @@ def _source(role: str, given: Any) -> Source:
     notes: tuple[str, ...] = ()
     if isinstance(given, DataLoader):
         given, notes = _from_loader(role, given)
-    if isinstance(given, IterableDataset) or not (isinstance(given, Sized) and hasattr(given, "__getitem__")):
+    if isinstance(given, IterableDataset) or not (hasattr(given, "__len__") and hasattr(given, "__getitem__")):
         raise UsageError(
             f"{role} is a {type(given).__name__}, expected (images, labels) or a dataset with a length and an index: "
             "of one that is only iterated over, give list(dataset)"
@@ -153,7 +153,9 @@ def _source(role: str, given: Any) -> Source:
         raise UsageError(f"{role} is a {kind} without labels: give (images, labels), or a dataset of such pairs")
     if _is_pair(given) and all(isinstance(one, Dataset) for one in given):
         raise UsageError(f"{role} is a pair of datasets: give as_dataset(train, test)")
-    source = Source(role, arrays=tuple(given), notes=notes) if _is_pair(given) else Source(role, given, notes=notes)
+    source = (
+        Source(role, arrays=(given[0], given[1]), notes=notes) if _is_pair(given) else Source(role, given, notes=notes)
+    )
     try:
         lengths = [len(source)] if source.arrays is None else [len(one) for one in source.arrays]
     except Exception as error:  # of a number, or whatever a user's __len__ raises
