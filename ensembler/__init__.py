@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from ensembler.datasets import load as load_dataset
     from ensembler.ensemble import Ensemble
     from ensembler.errors import EnsemblerError
+    from ensembler.own_data import as_dataset
     from ensembler.run import Run
 
-__all__ = ["Ensemble", "EnsemblerError", "Run", "__version__", "load_dataset"]
+__all__ = ["Ensemble", "EnsemblerError", "Run", "__version__", "as_dataset", "load_dataset"]
 
 __getattr__, __dir__ = exports(
     __name__,
@@ -25,6 +26,7 @@ __getattr__, __dir__ = exports(
         "Ensemble": "ensembler.ensemble:Ensemble",
         "EnsemblerError": "ensembler.errors:EnsemblerError",
         "Run": "ensembler.run:Run",
+        "as_dataset": "ensembler.own_data:as_dataset",
         "load_dataset": "ensembler.datasets:load",
     },
 )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ensembler.device import restored_generators, seed_generators
 from ensembler.errors import UsageError
-from ensembler.naming import import_object, is_own_name, reason
+from ensembler.naming import import_object, is_importable, reason
 
 __all__ = ["CROPS", "POLICIES", "check_augmentation", "check_repeatable", "resolve", "split", "transform"]
 
@@ -48,7 +48,7 @@ def check_augmentation(augmentation: str) -> None:
         UsageError: the message says what there is.
     """
     name = split(augmentation)[1]
-    if (name or "none") not in (*POLICIES, "none") and not is_own_name(str(name)):
+    if (name or "none") not in (*POLICIES, "none") and not is_importable(str(name)):
         raise UsageError(
             f"unknown augmentation {augmentation!r}: use one of {', '.join(CROPS)}, {', '.join(POLICIES)}, or "
             "package.module:transform"

@@ -15,6 +15,7 @@ from ensembler.datasets import Dataset
 from ensembler.decoded import DecodedSplit
 from ensembler.errors import DataError, UsageError
 from ensembler.images import FileSplit
+from ensembler.naming import is_importable
 from ensembler.record import Record
 
 __all__ = ["DatasetRecord"]
@@ -87,32 +88,56 @@ class DatasetRecord(Record):
             skipped=list(dataset.skipped),
         )
 
-    def load(self, root: Path | None = None, *, download: bool = False) -> Dataset:
-        """Load the same images, normalised alike; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
+    def load(self, root: Path | None = None, *, download: bool = False, dataset: Any = None) -> Dataset:
+        """Load the same examples, normalised alike; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
 
         A folder that has moved is read at ``root``, or at its own name in ``root``. Its training images are neither
         read nor decoded, and are checked when they are first used.
 
+        Args:
+            root: see above.
+            download: see above.
+            dataset: where the examples are now, if not under the record's name: another name, the dataset, or what
+                :func:`ensembler.datasets.find` makes one of.
+
         Raises:
-            DataError: the images are missing or have changed, or the data are not images.
+            DataError: the examples are missing or have changed, or are known by no name.
         """
-        if self.kind != "images":
-            raise DataError(f"{self.title} cannot be loaded by name: pass the dataset from Python")
-        height, width = self.shape[:2]
-        size = height if height == width else None
-        dataset = datasets.load(
-            self.name,
+        if dataset is not None and not isinstance(dataset, str):
+            return self.adopt(datasets.find(dataset))
+        name = dataset or self.name
+        if dataset is None and not (is_importable(name) or name.startswith("folder:") or self._is_published):
+            raise DataError(
+                f"{self.title} was given from Python and cannot be loaded by name: name it as module:NAME (--dataset), "
+                "or pass the dataset from Python"
+            )
+        try:
+            found = self._load(name, root, download)
+        except UsageError as error:
+            if not is_importable(name):
+                raise
+            mend = "run the command in the module's folder, or name the dataset anew (--dataset module:NAME)"
+            raise DataError(f"{error}: {mend}") from error
+        if isinstance(found.train, DecodedSplit):
+            verify = partial(self._check_split, "training", title=found.title)
+            found = replace(found, train=found.train.verified(verify))
+        return self.adopt(found)
+
+    def _load(self, name: str, root: Path | None, download: bool) -> Dataset:
+        size, known = None, None
+        if self.kind == "images":
+            height, width = self.shape[:2]
+            size = height if height == width else None
+            known = datasets.Known((height, width), tuple(self.mean), tuple(self.std), self.same_size)
+        return datasets.load(
+            name,
             root,
             download=download,
             image_size=size,
             in_memory=not self.lazy,
             without=self.skipped,
-            known=datasets.Known((height, width), tuple(self.mean), tuple(self.std), self.same_size),
+            known=known,
         )
-        if isinstance(dataset.train, DecodedSplit):
-            verify = partial(self._check_split, "training", title=dataset.title)
-            dataset = replace(dataset, train=dataset.train.verified(verify))
-        return self.adopt(dataset)
 
     def adopt(self, dataset: Dataset) -> Dataset:
         """Return a dataset with the record's normalisation, which the run's networks were trained with.
@@ -131,6 +156,11 @@ class DatasetRecord(Record):
         Raises:
             DataError: the training, validation or test examples differ, so the test split might not be held out.
         """
+        if list(dataset.classes) != self.classes:
+            raise DataError(
+                f"{dataset.title} has the classes {', '.join(dataset.classes[:5])}, ... and the run "
+                f"{', '.join(self.classes[:5])}, ...: give the run's own data, with its classes in their order"
+            )
         if all(self._seems_same(name, split) for name, split in _splits(dataset)):
             return
         for name, split in _splits(dataset):
@@ -152,10 +182,20 @@ class DatasetRecord(Record):
                 f"the {name} images of {title} differ from the run's although their files are the same: "
                 "install the versions of Pillow and scikit-learn that ensembler show names, or train again"
             )
+        what = f"{name} {'images' if self.kind == 'images' else 'examples'}"
+        if self._is_published or self.name.startswith("folder:"):
+            raise DataError(
+                f"{title} has changed since the run was trained (its {what} differ): "
+                "point --data at the original files, or train again"
+            )
         raise DataError(
-            f"{title} has changed since the run was trained (its {name} images differ): "
-            "point --data at the original files, or train again"
+            f"{title} is not what the run was trained on, or has changed since (its {what} differ): seed whatever is "
+            "drawn in it, such as a random split, give the run's own data (--dataset), or train again"
         )
+
+    @property
+    def _is_published(self) -> bool:
+        return self.name in datasets.NAMES
 
     def _sha256(self, name: str) -> str:
         return {"training": self.train_sha256, "validation": self.validation_sha256, "test": self.test_sha256}[name]

@@ -6,6 +6,7 @@
 ``cifar100``
 ``fashion-mnist``    torchvision's download, or a folder of its IDX files, gzipped or not; padded to 32 x 32 RGB
 ``folder:PATH``      a folder of images by class, with or without splits of its own; :mod:`ensembler.folders`
+``module:NAME``      your own, in ``package.module:NAME`` or ``file.py:NAME``; :func:`ensembler.own_data.as_dataset`
 ===================  ===========================================================================================
 
 The validation split is a seeded, stratified part of the training images, the same in every run, or a folder's ``val/``;
@@ -14,6 +15,7 @@ it is never trained on. The split of a folder does not depend on where the folde
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -26,32 +28,35 @@ from torch import Tensor
 
 from ensembler.decoded import DecodedSplit, find_unreadable
 from ensembler.decoding import MEND_OR_SKIP, read_image
-from ensembler.errors import DataError, UsageError
+from ensembler.errors import DataError, EnsemblerError, UsageError
 from ensembler.folder_notes import Notes, describe_folder
 from ensembler.folders import Layout, place, read_layout
 from ensembler.image_cache import kept
 from ensembler.images import MEMORY_LIMIT, FileSplit, Images, Split, normalise
+from ensembler.naming import import_object, is_importable, reason
 from ensembler.published import cifar, digits, fashion_mnist
 from ensembler.seeds import generator
-from ensembler.splits import hold_out
+from ensembler.splits import complete, hold_out
 
 __all__ = [
     "CORRUPT",
     "NAMES",
+    "OWN",
     "Dataset",
     "Known",
     "Split",
     "default_root",
+    "find",
     "load",
     "moments",
     "normalise",
 ]
 
-NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder:PATH")
+NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder:PATH", "package.module:NAME")
 CORRUPT = ("refuse", "skip")
+OWN = "own data"  # the title of a dataset that was given no name
 _SPLIT_SEED = 20260101
 _SAMPLE = 2048  # files from which a channel's mean and variance are computed
-_TEST = 0.2  # share of a folder's images that are held out for testing where it has no test/
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +117,15 @@ def load(
     A folder's images that are held in memory are decoded once, and kept (:mod:`ensembler.image_cache`).
 
     Args:
-        name: one of :data:`NAMES`.
+        name: one of :data:`NAMES`. What ``package.module:NAME`` or ``file.py:NAME`` holds is a dataset, or what
+            :func:`ensembler.own_data.as_dataset` takes, or a function without arguments that returns one of these.
         root: the folder of the files; by default :func:`default_root`. For ``folder:PATH``, where that folder is now.
         download: download missing files.
         image_size: resize every image to this many pixels per side, ignoring proportions; by default no resize.
         validation: share of the training images held out, in (0, 1).
         in_memory: whether to decode a folder's images now and hold them in memory, or to read them from files when
             needed, which requires ``image_size``. By default in memory, unless they need more than
-            :data:`ensembler.images.MEMORY_LIMIT`.
+            :data:`ensembler.images.MEMORY_LIMIT`; your own dataset is then refused unless this is true.
         corrupt: how to handle images of a folder that cannot be decoded. ``"refuse"`` raises when one is decoded: here
             if they are held in memory, else during training or evaluation. ``"skip"`` leaves them out and names them;
             it decodes every image once here.
@@ -142,7 +148,7 @@ def load(
     root = root or default_root()
     train: Images
     test: Images
-    if name in NAMES and (in_memory is False or corrupt == "skip"):
+    if (name in NAMES or is_importable(name)) and (in_memory is False or corrupt == "skip"):
         raise UsageError(f"{name} is always in memory and whole: only folder:PATH can be read from files or skip any")
     elif name == "digits":
         title, classes, augmentation, train, test = digits()
@@ -150,15 +156,67 @@ def load(
         title, classes, augmentation, train, test = cifar(name, root, download)
     elif name == "fashion-mnist":
         title, classes, augmentation, train, test = fashion_mnist(root, download)
+    elif is_importable(name):
+        return _own(name, image_size, validation, bool(in_memory), known)
     else:
         path = Path(name).expanduser()
         advice = f"for the folder, give folder:{path}" if path.is_dir() else f"use one of {', '.join(NAMES)}"
+        if path.suffix == ".py":
+            advice = f"name what the file holds, {path}:NAME"
         raise UsageError(f"unknown dataset {name!r}: {advice}")
     if image_size is not None:
         train, test = _resized(train, image_size), _resized(test, image_size)
     train, held_out = _split(train, validation, title)
     mean, std = (known.mean, known.std) if known else moments(train)
     return Dataset(name, title, classes, augmentation, train, held_out, test, mean, std)
+
+
+def find(given: Any) -> Dataset:
+    """Return the dataset that is given itself, by a name for :func:`load`, or as what can be made one.
+
+    Raises:
+        UsageError, DataError: see :func:`load` and :func:`ensembler.own_data.as_dataset`.
+    """
+    if isinstance(given, Dataset):
+        return given
+    if isinstance(given, str):
+        return load(given)
+    from ensembler.own_data import as_dataset
+
+    return as_dataset(given)
+
+
+def _own(name: str, image_size: int | None, share: float, in_memory: bool, known: Known | None) -> Dataset:
+    """Import a dataset, or what one is made of."""
+    from ensembler.own_data import as_dataset
+
+    found = import_object(name, "dataset")
+    if isinstance(found, type) or (inspect.isroutine(found) or isinstance(found, partial)):
+        try:
+            found = found()
+        except EnsemblerError:
+            raise
+        except Exception as error:  # whatever a user's code raises
+            raise DataError(f"the dataset {name!r} cannot be made: {reason(error)}") from error
+    if not isinstance(found, Dataset):
+        found = as_dataset(found, image_size=image_size, validation_share=share, in_memory=in_memory)
+    elif image_size is not None:
+        found = _all_resized(found, image_size)
+    title = name if found.title == OWN else found.title
+    mean, std = (known.mean, known.std) if known else (found.mean, found.std)
+    return replace(found, name=name, title=title, mean=mean, std=std)
+
+
+def _all_resized(dataset: Dataset, size: int) -> Dataset:
+    """Return a dataset whose images have another size, and their mean and standard deviation."""
+    parts = [dataset.train, dataset.validation, dataset.test]
+    if not all(isinstance(part, Split) for part in parts):
+        raise UsageError(f"{dataset.title} holds no images in memory: leave out --image-size")
+    if all(part.shape == (size, size) for part in parts):
+        return dataset
+    train, validation, test = (_resized(part, size) for part in parts)
+    mean, std = moments(train)
+    return replace(dataset, train=train, validation=validation, test=test, mean=mean, std=std)
 
 
 def default_root() -> Path:
@@ -196,7 +254,7 @@ class _Folder:
     def load(self, share: float) -> Dataset:
         layout = read_layout(self.folder)
         found, skipped = self._readable(layout)
-        files, like = self._held_out(found, share), self._like(found["train"])
+        files, like = complete(found, share, str(self.folder)), self._like(found["train"])
         decoded = self._fits(found)
         parts: dict[str, Images] = {}
         for role, split in files.items():
@@ -248,18 +306,6 @@ class _Folder:
             shape = read_image(self.folder / found["train"].files[0], mend=MEND_OR_SKIP).shape[:2]
             found = {role: replace(split, shape=shape) for role, split in found.items()}
         return found, tuple(skipped)
-
-    def _held_out(self, found: dict[str, FileSplit], share: float) -> dict[str, FileSplit]:
-        """Return the three splits, of which those that the folder lacks are held out of its training images."""
-        title, train = str(self.folder), found["train"]
-        test, validation = found.get("test"), found.get("validation")
-        if test is None:
-            rest, held = hold_out(train.labels.numpy(), _TEST, title, spare=validation is None)
-            train, test = train.part(rest), train.part(held)
-        if validation is None:
-            rest, held = hold_out(train.labels.numpy(), share, title)
-            train, validation = train.part(rest), train.part(held)
-        return {"train": train, "validation": validation, "test": test}
 
     def _like(self, train: FileSplit) -> Path | None:
         """Return the file whose size all training images must have, if any; the others are resized to it."""

@@ -29,7 +29,18 @@ from ensembler.machine import in_threads
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MEND", "MEND_OR_SKIP", "decode", "formats", "measure", "read_image", "suffixes", "unreadable"]
+__all__ = [
+    "MEND",
+    "MEND_OR_SKIP",
+    "decode",
+    "formats",
+    "measure",
+    "on_white",
+    "read_image",
+    "suffixes",
+    "to_rgb",
+    "unreadable",
+]
 
 _SUFFIXES = {
     "PNG": (".png", ".apng"),
@@ -88,10 +99,19 @@ def decode(
     with Image.open(file, formats=formats()) as opened:
         _check_pixels(opened, max_pixels)
         opened.load()
-        image = _upright(_rgb(opened), opened)
+        image = to_rgb(opened)
     if shape is not None and image.size != shape[::-1]:
         image = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
     return np.array(image)
+
+
+def to_rgb(image: Image) -> Image:
+    """Return an image of any mode as RGB and upright, as the table at the top says.
+
+    Raises:
+        ShapeError: pixels whose meaning the image does not say.
+    """
+    return _upright(_rgb(image), image)
 
 
 def measure(content: bytes, max_pixels: int | None = None) -> tuple[int, int]:
@@ -180,9 +200,14 @@ def _from_floats(values: NDArray[Any]) -> NDArray[Any]:
 def _on_white(image: Image) -> Image:
     from PIL.Image import fromarray
 
-    rgba = np.asarray(image.convert("RGBA")).astype(np.uint32)
-    colour, alpha = rgba[..., :3], rgba[..., 3:]
-    return fromarray(((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8))
+    return fromarray(on_white(np.asarray(image.convert("RGBA"))))
+
+
+def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return images (..., 4) of red, green, blue and opacity on white, (..., 3)."""
+    wide = rgba.astype(np.uint32)
+    colour, alpha = wide[..., :3], wide[..., 3:]
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def _upright(image: Image, opened: Image) -> Image:

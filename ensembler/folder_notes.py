@@ -1,4 +1,4 @@
-"""What a user should know of a folder of images before training, in lines."""
+"""What a user should know of a folder of images, or of data of their own, before training, in lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ensembler.folders import Layout, describe
 from ensembler.images import FileSplit, Images, Split
 from ensembler.splits import repeated, repeated_files
 
-__all__ = ["Notes", "describe_folder"]
+__all__ = ["Notes", "describe_folder", "describe_splits"]
 
 _DARK = 64  # of 255: where no training image has a brighter pixel, something is wrong with their scale
 _SHOWN = 5  # names of classes in a note
@@ -59,13 +59,7 @@ def describe_folder(
     yield line + (f"; left out: {describe(layout.left_out)}" if layout.left_out else "")
     if skipped:
         yield f"{len(skipped)} images cannot be read and are left out: {', '.join(skipped)}"
-    missing = {
-        role: [name for label, name in enumerate(layout.classes) if label not in set(split.labels.tolist())]
-        for role, split in held.items()
-    }
-    said = [f"{len(names)} in the {role} images ({_some(names)})" for role, names in missing.items() if names]
-    if said:
-        yield f"classes without an image: {', '.join(said)}"
+    yield from _missing(layout.classes, held)
     for role, split in held.items():
         if pairs := _repeats(split, parts[role], files["train"], parts["train"]):
             yield (
@@ -73,10 +67,51 @@ def describe_folder(
                 f"which is {pairs[0][1]}): scores on them are too good"
             )
     if (most := brightest()) < _DARK:
-        yield (
-            f"no training image has a pixel brighter than {most} of 255: if the files hold fewer bits than their "
-            "format, scale them to its whole range"
-        )
+        yield _dark(most, "the files hold fewer bits than their format")
+
+
+def describe_splits(
+    title: str, classes: Sequence[str], parts: Mapping[str, Any], given: Sequence[str], notes: Sequence[str]
+) -> Iterator[str]:
+    """Yield what a user should know of data of their own before training, each in one line.
+
+    Args:
+        title: of the data.
+        classes: the names.
+        parts: the splits, in memory.
+        given: the names of those that the user gave; the others were held out of the training examples.
+        notes: what else there is to say.
+    """
+    held = {"validation": " (held out of train)", "test": " (a fifth of train, as there is no test)"}
+    counts = ", ".join(
+        f"{len(split):,} {_USES[role]}{'' if role in given else held[role]}" for role, split in parts.items()
+    )
+    is_images = isinstance(parts["train"], Split)
+    total, what = sum(map(len, parts.values())), "images" if is_images else "rows"
+    yield f"{title}: {total:,} {what} of {len(classes)} classes, {counts}"
+    yield from notes
+    yield from _missing(classes, parts)
+    for role, split in parts.items():
+        if role != "train" and (pairs := repeated(split.data.numpy(), parts["train"].data.numpy())):
+            yield (
+                f"{len(pairs):,} of {len(split):,} {role} {what} are training {what}, too (such as number "
+                f"{pairs[0][0]}, which is {pairs[0][1]}): scores on them are too good"
+            )
+    if is_images and (most := int(parts["train"].images.max())) < _DARK:
+        yield _dark(most, "they were divided by 255 twice, or hold fewer bits")
+
+
+def _missing(classes: Sequence[str], parts: Mapping[str, Any]) -> Iterator[str]:
+    """Say which classes have no image in some of the splits."""
+    present = {role: set(split.labels.tolist()) for role, split in parts.items()}
+    missing = {role: [name for label, name in enumerate(classes) if label not in one] for role, one in present.items()}
+    said = [f"{len(names)} in the {role} images ({_some(names)})" for role, names in missing.items() if names]
+    if said:
+        yield f"classes without an image: {', '.join(said)}"
+
+
+def _dark(most: int, why: str) -> str:
+    return f"no training image has a pixel brighter than {most} of 255: if {why}, scale them to the whole range"
 
 
 def _repeats(files: FileSplit, part: Images, train_files: FileSplit, train: Images) -> list[tuple[str, str]]:

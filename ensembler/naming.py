@@ -1,4 +1,4 @@
-"""Importing what a manifest or a user names as ``package.module:attribute``."""
+"""Importing what a manifest or a user names as ``package.module:attribute`` or ``file.py:attribute``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from ensembler.errors import UsageError
 
-__all__ = ["given", "import_object", "is_own_name", "name_of", "reason", "remember"]
+__all__ = ["given", "import_object", "is_importable", "name_of", "reason", "remember"]
 
 _BY_PYTHON = " given by Python, "
 _GIVEN: dict[str, Any] = {}  # what this process was given and cannot import, by its name
@@ -23,13 +23,23 @@ _GIVEN: dict[str, Any] = {}  # what this process was given and cannot import, by
 _LIBRARIES = {"ensembler", "torch", "torchvision", "importlib", "inspect"}
 
 
-def import_object(name: str, kind: str) -> Any:
-    """Import ``package.module:attribute``; modules in the current folder are found, too.
+def is_importable(name: str) -> bool:
+    """Return whether :func:`import_object` takes a name: ``package.module:attribute``, ``file.py:attribute``, or what
+    :func:`name_of` made of something that only this process has."""
+    if _BY_PYTHON in name:
+        return True
+    module, colon, attribute = name.rpartition(":")
+    dotted = module.endswith(".py") or all(part.isidentifier() for part in module.split("."))
+    return bool(colon) and dotted and attribute.isidentifier()
 
-    A run that names code is as trustworthy as the module that it names.
+
+def import_object(name: str, kind: str) -> Any:
+    """Import ``package.module:attribute``, or ``file.py:attribute`` of a file in the current folder or below it.
+
+    Modules in the current folder are found, too. A run that names code is as trustworthy as the module that it names.
 
     Args:
-        name: ``package.module:attribute``.
+        name: of the module or file, and of what it holds.
         kind: what it should be, for the error message.
 
     Raises:
@@ -39,15 +49,19 @@ def import_object(name: str, kind: str) -> Any:
         return _GIVEN[name]
     if _BY_PYTHON in name:
         raise UsageError(f"the {kind} {name!r} is none of this process: name one that can be imported, module:name")
-    module, _, attribute = name.partition(":")
-    if module.endswith(".py"):
-        dotted = module.removesuffix(".py").strip("./").replace("/", ".")
-        advice = f"give the {kind} as module:name, from the file's folder: {dotted}:{attribute or 'NAME'}"
-        raise UsageError(f"{name!r} names a file: {advice}")
+    given, _, attribute = name.partition(":")
+    module = _module_of(given, name, kind) if given.endswith(".py") else given
+    if not attribute:
+        raise UsageError(f"cannot import the {kind} {name!r}: name what the module holds, {given}:NAME")
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
-        return getattr(import_module(module), attribute)
+        found = import_module(module)
+        if module != given:
+            _check_file(found, Path(given), name, kind)
+        return getattr(found, attribute)
+    except UsageError:
+        raise
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"cannot import the {kind} {name!r}: {error}") from error
     except Exception as error:  # whatever the module raises as it is imported
@@ -70,11 +84,6 @@ def name_of(function: Callable[..., Any]) -> str:
     found = f"{(name or type(function).__qualname__).rpartition('.')[2]}{_BY_PYTHON}{digest[:12]}"
     _GIVEN[found] = function
     return found
-
-
-def is_own_name(name: str) -> bool:
-    """Return whether a name is of a form that :func:`import_object` takes."""
-    return ":" in name or _BY_PYTHON in name
 
 
 def given(name: str) -> Any:
@@ -107,6 +116,32 @@ def _content(value: Any) -> Any:
         except Exception:  # whatever an object that cannot be pickled raises
             return id(value)
     return [_content(part) for part in parts]
+
+
+def _module_of(file: str, name: str, kind: str) -> str:
+    """Return the dotted name of a file in the current folder or below it, as runs elsewhere can import it, too."""
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise UsageError(f"cannot import the {kind} {name!r}: there is no file {path}")
+    if not path.is_relative_to(Path.cwd()):
+        raise UsageError(
+            f"cannot import the {kind} {name!r}: the file is not in this folder or below it: run the command in its "
+            "folder, or install its package and give package.module:NAME"
+        )
+    parts = path.relative_to(Path.cwd()).with_suffix("").parts
+    if wrong := [part for part in parts if not part.isidentifier()]:
+        raise UsageError(f"cannot import the {kind} {name!r}: {wrong[0]!r} is no name of a module: rename it")
+    return ".".join(parts)
+
+
+def _check_file(module: ModuleType, file: Path, name: str, kind: str) -> None:
+    """Refuse another module of the file's name, which was imported before or comes first."""
+    found = getattr(module, "__file__", None)
+    if found is None or Path(found).resolve() != file.expanduser().resolve():
+        raise UsageError(
+            f"cannot import the {kind} {name!r}: another module is called {module.__name__}, {found or 'built in'}: "
+            "rename the file"
+        )
 
 
 def reason(error: BaseException) -> str:

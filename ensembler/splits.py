@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,10 @@ from ensembler.decoding import MEND_OR_SKIP
 from ensembler.errors import DataError
 from ensembler.machine import in_threads
 
-__all__ = ["content_sha256", "hold_out", "repeated", "repeated_files"]
+__all__ = ["complete", "content_sha256", "hold_out", "repeated", "repeated_files"]
 
 _SEED = 20260101
+_TEST = 0.2  # share of the training examples that are held out for testing where there are no others
 _TAIL = 4096  # bytes at the end of files of equal size that are compared first
 
 Indices = NDArray[np.int64]
@@ -60,6 +62,27 @@ def hold_out(labels: Indices, share: float, title: str, spare: int = 0) -> tuple
     members = [rng.permutation(np.flatnonzero(labels == label)) for label in range(len(counts))]
     some = np.sort(np.concatenate([one[:quota] for one, quota in zip(members, quotas, strict=True)]))
     return np.setdiff1d(np.arange(len(labels)), some), some
+
+
+def complete(found: Mapping[str, Any], share: float, title: str) -> dict[str, Any]:
+    """Return the splits ``train``, ``validation`` and ``test``; those missing are held out of the training examples.
+
+    Args:
+        found: the splits that there are, of :class:`ensembler.examples.Examples`; ``train`` is one of them.
+        share: of the training examples that are held out for validation; a fifth is for testing.
+        title: of the examples, for the message.
+
+    Raises:
+        DataError: too few examples to hold any out.
+    """
+    train, validation, test = found["train"], found.get("validation"), found.get("test")
+    if test is None:
+        rest, held = hold_out(train.labels.numpy(), _TEST, title, spare=validation is None)
+        train, test = train.part(rest), train.part(held)
+    if validation is None:
+        rest, held = hold_out(train.labels.numpy(), share, title)
+        train, validation = train.part(rest), train.part(held)
+    return {"train": train, "validation": validation, "test": test}
 
 
 def _quotas(counts: Indices, room: Indices, held: int, rng: np.random.Generator) -> Indices:

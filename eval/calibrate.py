@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ def calibrate(
     path: Path,
     options: CalibrationOptions | None = None,
     *,
+    dataset: Any = None,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> Calibration:
     """Fit a calibration to a run's validation split; :func:`ensembler.calibration.save` stores it.
@@ -41,6 +42,7 @@ def calibrate(
     Args:
         path: the run's folder.
         options: what is fitted, and how the prediction is made.
+        dataset: what the run was trained on, where it has no name to load it by; see :func:`ensembler.as_dataset`.
         watch: called with a title, how many images are done, and of how many.
 
     Raises:
@@ -59,7 +61,8 @@ def calibrate(
     ensemble = Ensemble.load(path, options.device, options.batch_size)
     check_task(ensemble.run)
     record = ensemble.run.manifest.dataset
-    validation = record.load(options.data, download=options.download).validation
+    given = options.dataset if dataset is None else dataset
+    validation = record.load(options.data, download=options.download, dataset=given).validation
     folder = options.cache or default_folder()
     check_writable(folder, "choose another --cache")
     ((_, (prediction,)),) = predictions([Predictor(ensemble, folder)], [validation_set(validation)], watch)

@@ -31,7 +31,7 @@ from ensembler.eval.report.schema import OodReport, OtherReport, Report, ShiftRe
 from ensembler.eval.scoring import ScoredRun, Subject, score
 from ensembler.eval.shift.ood import load_ood
 from ensembler.eval.shift.readers import load_shifts
-from ensembler.eval.shift.test_set import Shift, TestSet, validation_set
+from ensembler.eval.shift.test_set import Shift, TestSet, check_images, validation_set
 from ensembler.eval.views import augmentations
 from ensembler.images import FileSplit, Images
 from ensembler.run import Run, versions
@@ -162,6 +162,7 @@ def evaluate_paths(
     paths: Sequence[Path],
     options: EvaluationOptions | None = None,
     *,
+    dataset: Any = None,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
     engine: Engine | None = None,
 ) -> Evaluation:
@@ -174,6 +175,7 @@ def evaluate_paths(
         paths: the runs' folders, of one dataset, and files of predictions for its test images; several paths of the
             same folder are one run.
         options: the test sets, and how they are predicted; threads are set for the whole process.
+        dataset: what the runs were trained on, where it has no name to load it by; see :func:`ensembler.as_dataset`.
         watch: called with a test set's title, how many images are done, and of how many.
         engine: predicts shifted and out-of-distribution sets; by default this process.
 
@@ -196,7 +198,9 @@ def evaluate_paths(
     limit_threads(options.threads)
     runs = [Run.load(path) for path in run_paths]
     _check_views(runs, run_paths, options)
-    dataset = _common_dataset(runs, run_paths, options)
+    dataset = _common_dataset(runs, run_paths, options, options.dataset if dataset is None else dataset)
+    if options.ood:
+        check_images(dataset, "--ood")
     files = dataset.test.files if isinstance(dataset.test, FileSplit) else None
     groups = None if options.group is None else read_groups(options.group, len(dataset.test), files)
     indices = _choose(len(dataset.test), options.examples, seed)
@@ -337,7 +341,7 @@ def _check_views(runs: Sequence[Run], paths: Sequence[Path], options: Evaluation
             )
 
 
-def _common_dataset(runs: list[Run], paths: Sequence[Path], options: EvaluationOptions) -> Dataset:
+def _common_dataset(runs: list[Run], paths: Sequence[Path], options: EvaluationOptions, given: Any) -> Dataset:
     first = runs[0].manifest.dataset
     for run, path in zip(runs, paths, strict=True):
         if run.manifest.dataset.test_sha256 != first.test_sha256:
@@ -346,7 +350,7 @@ def _common_dataset(runs: list[Run], paths: Sequence[Path], options: EvaluationO
                 "evaluate runs of one dataset together"
             )
         check_task(run)
-    dataset = first.load(options.data, download=options.download)
+    dataset = first.load(options.data, download=options.download, dataset=given)
     for run in runs:
         run.manifest.dataset.check(dataset)
     return dataset

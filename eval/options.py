@@ -19,6 +19,9 @@ class _Predicting(Options):
         help="Folder of the datasets, and of CIFAR-10-C/; or of the run's images, where they have moved. (default: "
         "$ENSEMBLER_DATA, or a cache folder)",
     )
+    dataset: str | None = option(
+        None, panel="Prediction", help="Name of the runs' dataset, if it is another now: package.module:NAME."
+    )
     download: bool = option(False, panel="Prediction", flag="--download", help="Download the dataset if it is missing.")
     cache: Path | None = option(None, panel="Prediction", help="Folder of kept predictions. (default: a cache folder)")
     device: str | None = option(
@@ -104,5 +107,6 @@ class SurfaceOptions(Options):
         help="Folder of the datasets, or of the run's images, where they have moved. (default: $ENSEMBLER_DATA, or a "
         "cache folder)",
     )
+    dataset: str | None = option(None, help="Name of the runs' dataset, if it is another now: package.module:NAME.")
     device: str | None = option(None, help="Device, such as cpu or cuda. (default: CUDA where available)")
     seed: int = option(0, help="Random seed of the choice of images.")

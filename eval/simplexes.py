@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,6 +82,7 @@ def measure_simplexes(
     path: Path,
     options: SurfaceOptions | None = None,
     *,
+    dataset: Any = None,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> Simplexes:
     """Measure the vertices, edges and faces of a run's simplexes; of a run without any, of the one of all its vertices.
@@ -88,6 +90,7 @@ def measure_simplexes(
     Args:
         path: the run's folder.
         options: the points along an edge, and the images, which are the same at every point.
+        dataset: what the run was trained on, where it has no name to load it by; see :func:`ensembler.as_dataset`.
         watch: called with "simplexes", how many points are done, and of how many.
 
     Raises:
@@ -112,7 +115,7 @@ def measure_simplexes(
         for vertex, share in place:
             row[vertex] = share / parts
 
-    measuring = Measuring.of(run, options)
+    measuring = Measuring.of(run, options, dataset)
     ensemble = Ensemble(run, options.device)
     losses, errors = measuring.measure(ensemble, coefficients, "simplexes", watch)
     loss, error = dict(zip(known, losses, strict=True)), dict(zip(known, errors, strict=True))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from ensembler.datasets import Split
 from ensembler.dropout import without_masks
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DivergedError, UsageError
 from ensembler.eval.options import SurfaceOptions
-from ensembler.images import Images
+from ensembler.examples import Examples, InMemory
+from ensembler.images import FileSplit
 from ensembler.record import Record
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
@@ -125,18 +125,19 @@ class Measuring:
     """
 
     title: str
-    train: Split
-    test: Split
-    still: Split
+    train: InMemory
+    test: InMemory
+    still: InMemory
 
     @classmethod
-    def of(cls, run: Run, options: SurfaceOptions) -> Self:
+    def of(cls, run: Run, options: SurfaceOptions, given: Any = None) -> Self:
         """Choose the images of a run's dataset.
 
         Raises:
             DataError: the dataset is missing or not the one that was trained on.
         """
-        dataset, seed = run.manifest.dataset.load(options.data), options.seed
+        given = options.dataset if given is None else given
+        dataset, seed = run.manifest.dataset.load(options.data, dataset=given), options.seed
         return cls(
             dataset.title,
             _some(dataset.train, options.examples, seed, "train"),
@@ -159,10 +160,10 @@ class Measuring:
         """
         losses: list[float] = []
         errors: list[float] = []
-        still = Split(self.still.images.to(ensemble.device), self.still.labels)
+        still = self.still.to(ensemble.device)
         for start in range(0, len(coefficients), _CHUNK):
             moved = ensemble.at(coefficients[start : start + _CHUNK], still)
-            seen, unseen = moved.predict_members(self.train.images), moved.predict_members(self.test.images)
+            seen, unseen = moved.predict_members(self.train.data), moved.predict_members(self.test.data)
             if not (seen.isfinite().all() and unseen.isfinite().all()):
                 raise DivergedError(f"the outputs are not finite everywhere on the plane: {mend}")
             losses += [ensemble.task.nll(predicted, self.train.labels) for predicted in seen]
@@ -176,6 +177,7 @@ def measure_surface(
     vertices: Sequence[int] | None = None,
     options: SurfaceOptions | None = None,
     *,
+    dataset: Any = None,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> Surface:
     """Measure the plane through three vertices of one run, or through the first members of three.
@@ -184,6 +186,7 @@ def measure_surface(
         paths: one run's folder, or three of one network and dataset.
         vertices: three of the one run's; by default the first three, and of a curve its ends and middle bend.
         options: the points and the images, which are the same at every point.
+        dataset: what the runs were trained on, where it has no name to load it by; see :func:`ensembler.as_dataset`.
         watch: called with "surface", how many points are done, and of how many.
 
     Raises:
@@ -222,7 +225,7 @@ def measure_surface(
     x, y = np.linspace(corners.min(axis=0) - reach, corners.max(axis=0) + reach, grid).T
     points = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
 
-    measuring = Measuring.of(first, options)
+    measuring = Measuring.of(first, options, dataset)
     ensemble, affine = Ensemble(run, options.device), torch.cat([torch.eye(3), plane_coefficients(points, corners)])
     coefficients = torch.zeros(len(affine), run.coefficients.shape[1])
     coefficients[:, chosen] = affine
@@ -355,8 +358,11 @@ def _measured_paths(run: Run) -> list[Route]:
     return found
 
 
-def _some(split: Images, examples: int, seed: int, name: str) -> Split:
-    return split[torch.randperm(len(split), generator=generator(seed, "surface", name))[:examples]]
+def _some(split: Examples, examples: int, seed: int, name: str) -> InMemory:
+    chosen = split.part(torch.randperm(len(split), generator=generator(seed, "surface", name))[:examples])
+    if isinstance(chosen, FileSplit):
+        chosen.check_memory()
+    return next(chosen.batches(examples))
 
 
 def summary(surface: Surface) -> str:

@@ -74,6 +74,9 @@ def export(
     data: Annotated[
         Path | None, typer.Option(help="Folder of the dataset, if it has moved. (default: its usual place)")
     ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Name of the run's dataset, if it is another now: package.module:NAME.")
+    ] = None,
     no_data: Annotated[bool, typer.Option("--no-data", help="Do not look for the dataset.")] = False,
     examples: Annotated[int, typer.Option(min=1, help="Largest number of validation images.")] = 1000,
     tune: Annotated[
@@ -104,6 +107,7 @@ def export(
         pixels=pixels,
         precision=precision,
         data=data,
+        dataset=dataset,
         use_data=not no_data,
         examples=examples,
         tune=tune,

@@ -22,7 +22,7 @@ from ensembler.eval.options import EvaluationOptions
 from ensembler.eval.outputs import print_lines, write_files
 from ensembler.eval.shift.ood import load_ood
 from ensembler.eval.shift.readers import load_shifts
-from ensembler.eval.shift.test_set import TestSet
+from ensembler.eval.shift.test_set import TestSet, check_images
 from ensembler.progress import watching
 from ensembler.study.analysis import analyse
 from ensembler.study.board import showing
@@ -124,8 +124,11 @@ def _images(dataset: Dataset, tests: EvaluationOptions) -> int:
         if not one.corruptions:
             raise UsageError(f"--shift {one.name} has no corruptions: a study takes cifar10c, cifar100c or corruptions")
     sources: dict[str, Any] = {"root": tests.data, "download": tests.download, "corrupt": tests.corrupt}
-    height, width = dataset.test.example_shape[:2]
-    outside = [load_ood(name, (height, width), examples=tests.examples, **sources) for name in tests.ood or ()]
+    outside: list[TestSet] = []
+    if tests.ood:
+        check_images(dataset, "--ood")
+        height, width, _ = dataset.test.example_shape
+        outside = [load_ood(name, (height, width), examples=tests.examples, **sources) for name in tests.ood]
     shifted = [len(one.examples) for shift in shifts for one in shift.sets if isinstance(one, TestSet)]
     return len(dataset.validation) + count + sum(shifted) + sum(len(one.examples) for one in outside)
 

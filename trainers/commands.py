@@ -25,6 +25,7 @@ app = typer.Typer()
 
 _Run = Annotated[Path | None, typer.Argument(parser=place, help="Any run. (default: the newest in runs/)")]
 _Data = Annotated[Path | None, typer.Option(help="Folder of the dataset's files, if it has moved.")]
+_Dataset = Annotated[str | None, typer.Option(help="Name of the run's dataset, if it is another now: module:NAME.")]
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")]
 _Out = Annotated[
     str | None, typer.Option(metavar="PATH|URL", help="Folder of the new run, or a URL. (default: one in runs/)")
@@ -70,6 +71,7 @@ for _method in methods():
 def collapse(
     run: _Run = None,
     data: _Data = None,
+    dataset: _Dataset = None,
     device: _Device = None,
     out: _Out = None,
 ) -> None:
@@ -81,7 +83,7 @@ def collapse(
     folder, url = destination(out, "runs")
     check_free(folder or Path("runs", "new"))
     whole = Run.load(run or latest(Path("runs")))
-    found = collapse_run(whole, whole.manifest.dataset.load(data), device)
+    found = collapse_run(whole, whole.manifest.dataset.load(data, dataset=dataset), device)
     name = f"{found.manifest.method}-{label(found.manifest.architecture)}"
     push_finished(save(found, folder or new_path(Path("runs"), name)), url)
 
@@ -111,6 +113,7 @@ app.command("import")(_with_parameters(_import, [*parameters(Import, "Run"), *pa
 def combine_runs(
     runs: Annotated[list[Path], typer.Argument(parser=place, help="Runs of one dataset; their networks may differ.")],
     data: _Data = None,
+    dataset: _Dataset = None,
     device: _Device = None,
     out: _Out = None,
 ) -> None:
@@ -127,8 +130,8 @@ def combine_runs(
             raise UsageError(f"{path} is a file, not a run: make a run of checkpoints with ensembler import")
         name = path.resolve().name
         loaded[f"{name} ({len(loaded) + 1})" if name in loaded else name] = Run.load(path)
-    dataset = next(iter(loaded.values())).manifest.dataset.load(data)
-    found = combine(loaded, dataset, device)
+    images = next(iter(loaded.values())).manifest.dataset.load(data, dataset=dataset)
+    found = combine(loaded, images, device)
     given = sum(run.manifest.members for run in loaded.values())
     if found.manifest.members < given:
         typer.echo(f"{given - found.manifest.members} members have the weights of others: kept once", err=True)

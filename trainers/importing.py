@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ensembler import checkpoints, datasets, matching, normalisation
 from ensembler.artefact import MANIFEST, sha256
-from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
@@ -38,7 +38,7 @@ EXAMPLES = 1000  # validation examples on which other normalisations are tried, 
 def import_checkpoints(
     files: Sequence[str | Path],
     architecture: str,
-    dataset: Dataset | str,
+    dataset: Any,
     *,
     device: str | None = None,
     on_event: OnEvent = lambda event: None,
@@ -57,7 +57,8 @@ def import_checkpoints(
     Args:
         files: safetensors, or what ``torch.save`` made of a state dict; one for each member.
         architecture: of all of them; see :mod:`ensembler.architectures`.
-        dataset: what they were trained on, or its name. Its validation images should not have been trained on.
+        dataset: what they were trained on, as of :func:`ensembler.trainers.train`. Its validation images should not
+            have been trained on.
         device: where they are measured.
         on_event: told what was taken of each file, and how well it does.
 
@@ -68,8 +69,7 @@ def import_checkpoints(
     """
     if not files:
         raise UsageError("name at least one checkpoint")
-    if isinstance(dataset, str):
-        dataset = datasets.load(dataset)
+    dataset = datasets.find(dataset)
     for note in dataset.notes:
         on_event(Message(note))
     settings = Settings(architecture=architecture, device=device).resolved(dataset)

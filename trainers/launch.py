@@ -32,7 +32,9 @@ class Data(Options):
     """Which images to train on."""
 
     dataset: str | None = option(
-        None, help="digits, cifar10, cifar100, fashion-mnist or folder:PATH. (default: that of --init, or digits)"
+        None,
+        help="digits, cifar10, cifar100, fashion-mnist, folder:PATH, or your own: package.module:NAME or file.py:NAME. "
+        "(default: that of --init, or digits)",
     )
     data: Path | None = option(
         None, help="Folder of the dataset's files; of folder:PATH, where it is now. (default: ~/.cache/ensembler/data)"
@@ -111,8 +113,8 @@ class Import(Options):
     out: str | None = option(None, metavar="PATH|URL", help="Folder of the new run, or a URL. (default: one in runs/)")
 
 
-_WITH_RESUME = {"resume", "data", "engine", "address", "parallel_members", "checkpoint_every", "quiet", "log"}
-_WITH_RESUME |= {"tensorboard"}
+_WITH_RESUME = {"resume", "data", "dataset", "engine", "address", "parallel_members", "checkpoint_every", "quiet"}
+_WITH_RESUME |= {"log", "tensorboard"}
 _WITH_RESUME |= Settings.marked("computing")
 
 
@@ -231,7 +233,7 @@ def _resumed(
         raise UsageError(f"--resume keeps the options that the run was begun with: leave out {flags[wrong[0]]}")
     here = {name: given[name] for name in Settings.marked("computing") & chosen}
     method, settings = kind(**spec.options), Settings(**spec.settings | here)
-    dataset = group.after_first(partial(spec.dataset.load, given["data"]))
+    dataset = group.after_first(partial(spec.dataset.load, given["data"], dataset=given["dataset"]))
     return Training.of(dataset, method, settings, load_starts(method, settings), spec.collapse)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ __all__ = ["Training", "assemble", "centroid", "collapse_run", "measure", "train
 
 
 def train(
-    dataset: Dataset | str,
+    dataset: Any,
     method: Method,
     settings: Settings | None = None,
     *,
@@ -50,7 +51,8 @@ def train(
         run.save("runs/fge")
 
     Args:
-        dataset: what to train on, or the name of one; see :func:`ensembler.datasets.load`.
+        dataset: what to train on: a dataset, the name of one (:func:`ensembler.datasets.load`), or what one can be made
+            of (:func:`ensembler.own_data.as_dataset`).
         method: what to make, e.g. ``FGE(members=5)``.
         settings: what all methods share.
         on_event: told of the dataset's notes, of every epoch, and of what the method finds on its way.
@@ -63,8 +65,7 @@ def train(
     """
     settings = settings or Settings()
     starts = load_starts(method, settings)
-    if isinstance(dataset, str):
-        dataset = datasets.load(dataset)
+    dataset = datasets.find(dataset)
     for note in dataset.notes:
         on_event(Message(note))
     return Training.of(dataset, method, settings, starts).tried(on_event).make(on_event, engine=engine)

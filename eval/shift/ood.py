@@ -12,7 +12,7 @@ from ensembler import datasets
 from ensembler.decoded import DecodedSplit, find_unreadable
 from ensembler.decoding import suffixes
 from ensembler.errors import DataError, UsageError
-from ensembler.eval.shift.test_set import Source, TestSet
+from ensembler.eval.shift.test_set import Source, TestSet, check_images
 from ensembler.folders import describe, find_images, split_folder
 from ensembler.images import FileSplit, Split
 from ensembler.seeds import derive, generator
@@ -68,6 +68,7 @@ def load_ood(
         title = f"images of {folder.name}" + f" ({skipped} unreadable left out)" * (skipped > 0)
         return _test_set(f"folder:{folder}", title, DecodedSplit(chosen, "out-of-distribution").images, "folder")
     dataset = datasets.load(name, root, download=download)
+    check_images(dataset, "--ood")
     images = dataset.test[_some(len(dataset.test), examples, seed)].images
     return _test_set(dataset.name, f"{dataset.title}, test images", resized(images, shape), "dataset")
 

@@ -26,7 +26,7 @@ from ensembler.eval.shift.folder import read_folder
 from ensembler.eval.shift.generated import generated_shift, read_record
 from ensembler.eval.shift.hub import PREFIX, read_hub
 from ensembler.eval.shift.ood import resized
-from ensembler.eval.shift.test_set import Shift, Source, TestSet
+from ensembler.eval.shift.test_set import Shift, Source, TestSet, check_images
 from ensembler.images import Split
 from ensembler.seeds import generator
 
@@ -45,6 +45,8 @@ def load_shifts(
     Raises:
         UsageError: two have corruptions, or two test sets have the same name.
     """
+    if names:
+        check_images(dataset, "--shift")
     listed = [name for name in names if _corruptions(name)]
     chosen = list(dict.fromkeys(name for name in names if name not in listed)) + [",".join(listed)] * bool(listed)
     found = [load_shift(name, dataset, indices, root, seed) for name in chosen]

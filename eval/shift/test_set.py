@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,13 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ensembler.errors import UsageError
 from ensembler.eval.shift.corruptions import HEADLINE, SEVERITIES, VALIDATION
+from ensembler.examples import Arrays
 from ensembler.images import Images, Split
 
 if TYPE_CHECKING:
+    from ensembler.datasets import Dataset
     from ensembler.eval.given import GivenSet
 
-__all__ = ["Shift", "Shifted", "Source", "TestSet", "validation_set"]
+__all__ = ["Shift", "Shifted", "Source", "TestSet", "check_images", "validation_set"]
 
 Source = Literal["dataset", "folder", "hub", "official", "generated"]
 
@@ -59,6 +63,11 @@ class Shifted(ABC):
         """(H, W)."""
         return self.clean.shape
 
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """(H, W, 3)."""
+        return self.clean.example_shape
+
     def __len__(self) -> int:
         return len(self.clean)
 
@@ -90,7 +99,7 @@ class TestSet:
 
     name: str
     title: str
-    examples: Images | Shifted
+    examples: Images | Arrays | Shifted
     group: Literal["validation", "clean", "shift", "other", "ood"]
     severity: int | None = None
     source: Source = "dataset"
@@ -108,11 +117,10 @@ class TestSet:
         return self.members or self.group in ("validation", "clean")
 
     def batches(self, device: torch.device | None = None) -> Iterator[Tensor]:
-        """Yield the images in order, (B, H, W, 3) uint8 on ``device``, in batches of limited memory."""
-        height, width = self.examples.shape
-        size, examples = max(1, _BATCH // (3 * height * width)), self.examples
+        """Yield the stored examples in order on ``device``, such as images (B, H, W, 3) uint8, in limited memory."""
+        size, examples = max(1, _BATCH // math.prod(self.examples.example_shape)), self.examples
         parts = examples.batches(size, device) if isinstance(examples, Shifted) else examples.batches(size)
-        return (part.images.to(device) for part in parts)
+        return (part.data.to(device) for part in parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +161,16 @@ class Shift:
         return tuple(name for name in HEADLINE + VALIDATION if name not in self.corruptions)
 
 
-def validation_set(validation: Images) -> TestSet:
+def check_images(dataset: Dataset, what: str) -> None:
+    """Refuse a dataset of other examples where ``what`` needs images.
+
+    Raises:
+        UsageError: it holds no images.
+    """
+    if dataset.test.kind != "images":
+        raise UsageError(f"{dataset.title} holds no images but rows ({dataset.test.kind}), which {what} needs")
+
+
+def validation_set(validation: Images | Arrays) -> TestSet:
     """Return the test set of a validation split; evaluation and calibration share its prediction."""
     return TestSet("validation", "validation", validation, "validation")

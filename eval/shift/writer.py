@@ -18,6 +18,7 @@ from ensembler.errors import ArtefactError, UsageError
 from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, constants_for, corrupt
 from ensembler.eval.shift.generated import RECORD, GeneratedRecord, check_generated, generated_folder, read_record
 from ensembler.eval.shift.layout import LABELS, StoredFolder, lock
+from ensembler.eval.shift.test_set import check_images
 from ensembler.progress import Watcher
 from ensembler.run import versions
 
@@ -57,6 +58,7 @@ def write_corruptions(
     unknown = [name for name in corruptions if name not in AVAILABLE]
     if unknown or not corruptions:
         raise UsageError(f"there is no corruption {', '.join(unknown) or 'named'}: choose from {', '.join(AVAILABLE)}")
+    check_images(dataset, "data corrupt")
     folder = generated_folder(out, dataset.test)
     size = math.prod(folder.shape)
     try:

@@ -75,6 +75,7 @@ def export_run(
     pixels: Pixels = "uint8",
     precision: Precision = "float32",
     data: Path | None = None,
+    dataset: Any = None,
     use_data: bool = True,
     examples: int = VALIDATION_IMAGES,
     tune: bool = False,
@@ -96,6 +97,8 @@ def export_run(
         precision: lower ones are accepted only within :data:`ensembler.serve.export.precision.BOUNDS`.
         data: folder of the run's dataset; by default its usual place, and where it is missing, the steps that need it
             are left out.
+        dataset: what the run was trained on, or its name now, where the run knows no name to load it by; see
+            :func:`ensembler.as_dataset`.
         use_data: whether to look for the dataset.
         examples: how many of its validation images to use, at most.
         key: PEM file of an Ed25519 private key to sign the bundle with.
@@ -122,7 +125,7 @@ def export_run(
         _check_task(ensemble, run_path)
         file = run_path / calibration.FILE
         fitted = calibration.read(file, ensemble.run.sha256) if file.is_file() else None
-        dataset = _dataset(ensemble.run.manifest.dataset, data, say) if use_data else None
+        dataset = _dataset(ensemble.run.manifest.dataset, data, dataset, say) if use_data else None
         if precision != "float32" and dataset is None:
             raise UsageError(f"{precision} is accepted only after a comparison on validation images: give their --data")
         if members is not None:
@@ -182,12 +185,12 @@ def _check_task(ensemble: Ensemble, run_path: Path) -> None:
         )
 
 
-def _dataset(record: DatasetRecord, root: Path | None, say: Say) -> Dataset | None:
+def _dataset(record: DatasetRecord, root: Path | None, given: Any, say: Say) -> Dataset | None:
     """Load the run's dataset; where it is missing and nobody said where it is, say so."""
     try:
-        return record.load(root)
+        return record.load(root, dataset=given)
     except (DataError, UsageError) as error:
-        if root is not None:
+        if root is not None or given is not None:
             raise
         say(f"The run's images were not found: {error}.")
         return None
