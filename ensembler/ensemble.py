@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ensembler import examples, gaussian, task
+from ensembler.architectures import Factory
 from ensembler.batchnorm import has_batchnorm
 from ensembler.buffers import Start, member_buffers
 from ensembler.capture import Captured, CudaGraph, on_stream
@@ -77,14 +78,26 @@ class Ensemble:
 
     @classmethod
     def load(
-        cls, path: str | Path, device: str | torch.device | None = None, batch_size: int | None = None
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        batch_size: int | None = None,
+        network: Factory | None = None,
     ) -> Ensemble:
         """Load an ensemble from a run's folder, and verify every byte.
 
+        Args:
+            path: the run's folder.
+            device: as of the class.
+            batch_size: likewise.
+            network: what the run was trained with, where that was defined in a notebook or script; see
+                :func:`ensembler.trainers.train`.
+
         Raises:
-            ArtefactError: there is no run. CorruptError: a file of the run has changed.
+            ArtefactError: there is no run. CorruptError: a file of the run has changed. UsageError: the network cannot
+                be imported and is not passed, or another one is.
         """
-        return cls(Run.load(Path(path)), device, batch_size)
+        return cls(Run.load(path, network), device, batch_size)
 
     @property
     def members(self) -> int:
@@ -235,7 +248,7 @@ class Ensemble:
         buffers = {name: rows.cpu() for name, rows in found.items()}
         sizes = {"vertices": len(vertices), "members": len(coefficients), "files": {}}
         manifest = run.manifest.model_copy(update=sizes)
-        moved = replace(run, manifest=manifest, coefficients=coefficients, buffers=buffers)
+        moved = replace(run, manifest=manifest, coefficients=coefficients, buffers=buffers, path=None)
         return Ensemble(moved, self.device, self.batch_size)
 
     def _starts(self, coefficients: Tensor) -> list[Start]:
@@ -313,7 +326,7 @@ class _Part:
         A user's own network is checked: its module may have changed, or the run may come from elsewhere.
         """
         manifest = self.run.manifest
-        record, checks = manifest.dataset, NetworkChecks(manifest.architecture, kind, outputs)
+        record, checks = manifest.dataset, NetworkChecks(manifest.architecture, kind, outputs, self.run.network)
         pixels = torch.randint(0, 256, (2, *record.shape), dtype=torch.uint8, generator=generator(0, "probe"))
         x = self.inputs(pixels.to(device)) if record.kind in ("images", "arrays") else None
         return checks.built(manifest.settings.get("memory_format"), x, device)

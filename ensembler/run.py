@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ensembler import artefact
+from ensembler.architectures import Factory, given
 from ensembler.dataset_record import DatasetRecord
 from ensembler.errors import ArtefactError, CorruptError, DivergedError, UsageError
 from ensembler.record import Record
@@ -190,6 +191,8 @@ class Run:
         sha256: of the manifest when the run was saved or loaded; empty before that.
         parts: in a combination of different networks, a run for each, in the order of the members; then there are no
             vertices, coefficients and buffers here.
+        network: what builds the network, where that was passed from Python and cannot be imported; it is not saved.
+        path: where the run was saved or loaded, if it was.
     """
 
     manifest: Manifest
@@ -201,6 +204,8 @@ class Run:
     history: Sequence[Mapping[str, Any]] = ()
     sha256: str = ""
     parts: Sequence[Run] = ()
+    network: Factory | None = None
+    path: Path | None = None
 
     @property
     def networks(self) -> Sequence[Run]:
@@ -233,6 +238,7 @@ class Run:
         path = Path(path)
         self._write(path)
         _link_latest(path)
+        self.path = path
         return path
 
     def _write(self, path: Path) -> None:
@@ -256,11 +262,16 @@ class Run:
         self.manifest.files, self.sha256 = content["files"], _manifest_sha256(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Run:
+    def load(cls, path: str | Path, network: Factory | None = None) -> Run:
         """Read a run and verify every byte. Later changes of its files do not affect the run in memory.
+
+        Args:
+            path: the run's folder.
+            network: what it was trained with, where that was passed from Python and cannot be imported.
 
         Raises:
             ArtefactError: there is no run, or this version cannot read its format.
+            UsageError: ``network`` is not what the run was trained with, by its name.
             CorruptError: a file is missing or has changed (the message names it), or the run was replaced meanwhile.
         """
         path = Path(path)
@@ -268,7 +279,7 @@ class Run:
         content = artefact.read(path, "run", formats=(FORMAT,))
         try:
             manifest = Manifest.model_validate(content)
-            parts = [cls.load(path / "parts" / str(number)) for number in range(manifest.parts)]
+            parts = [cls.load(path / "parts" / str(number), network) for number in range(manifest.parts)]
             members = {"coefficients": torch.empty(0, 0)} if parts else load_tensors(path / "members.safetensors")
             optional = {
                 name: load_tensors(path / f"{name}.safetensors") if f"{name}.safetensors" in manifest.files else {}
@@ -283,6 +294,8 @@ class Run:
                 **optional,
                 history=[json.loads(line) for line in (path / "history.jsonl").read_text("utf-8").splitlines()],
                 sha256=sha256,
+                network=None if network is None or parts else given(network, manifest.architecture),
+                path=path,
             )
         except ValidationError as error:
             first = error.errors()[0]

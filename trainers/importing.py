@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ensembler import checkpoints, datasets, matching, normalisation
+from ensembler.architectures import Factory
 from ensembler.artefact import MANIFEST, sha256
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
@@ -27,7 +28,7 @@ from ensembler.trainers.settings import Settings
 from ensembler.trainers.spec import Spec
 from ensembler.trainers.starts import Solution, stack_buffers
 from ensembler.trainers.trainer import Trainer
-from ensembler.trainers.training import assemble
+from ensembler.trainers.training import assemble, with_network
 from ensembler.weights import FlatWeights
 
 __all__ = ["import_checkpoints"]
@@ -37,7 +38,7 @@ EXAMPLES = 1000  # validation examples on which other normalisations are tried, 
 
 def import_checkpoints(
     files: Sequence[str | Path],
-    architecture: str,
+    architecture: str | Factory,
     dataset: Dataset | str,
     *,
     device: str | None = None,
@@ -56,7 +57,7 @@ def import_checkpoints(
 
     Args:
         files: safetensors, or what ``torch.save`` made of a state dict; one for each member.
-        architecture: of all of them; see :mod:`ensembler.architectures`.
+        architecture: of all of them: a name of :mod:`ensembler.architectures`, or the function or class that builds it.
         dataset: what they were trained on, or its name. Its validation images should not have been trained on.
         device: where they are measured.
         on_event: told what was taken of each file, and how well it does.
@@ -72,10 +73,11 @@ def import_checkpoints(
         dataset = datasets.load(dataset)
     for note in dataset.notes:
         on_event(Message(note))
-    settings = Settings(architecture=architecture, device=device).resolved(dataset)
-    chosen = dry_pass(dataset, settings, lambda text: on_event(Message(text)))
+    settings, factory = with_network(Settings(device=device), architecture)
+    settings = settings.resolved(dataset)
+    chosen = dry_pass(dataset, settings, lambda text: on_event(Message(text)), factory=factory)
     settings = settings.model_copy(update={"memory_format": chosen})
-    trainer = Trainer(dataset, settings, on_event=on_event)
+    trainer = Trainer(dataset, settings, on_event=on_event, factory=factory)
     paths = [Path(file) for file in files]
     names = [path.name for path in paths]
     if len(set(names)) < len(names):  # seed0/best.pt, seed1/best.pt
