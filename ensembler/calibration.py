@@ -259,12 +259,13 @@ def abstentions_of(calibration: Calibration, p: Array) -> NDArray[np.bool_]:
     return np.ones(len(confidence), dtype=bool) if threshold is None else confidence < threshold
 
 
-def save(calibration: Calibration, run: Path) -> Path:
+def save(calibration: Calibration, run: str | Path) -> Path:
     """Write the calibration into its run's folder, or replace it, atomically.
 
     Raises:
         ArtefactError: the calibration was fitted for another run, or the file cannot be written.
     """
+    run = Path(run)
     _check_run(calibration, _run_sha256(run), run)
     content = calibration.model_dump()
     content["sha256"] = _seal(content)
@@ -273,7 +274,7 @@ def save(calibration: Calibration, run: Path) -> Path:
     return run / FILE
 
 
-def load(run: Path) -> Calibration | None:
+def load(run: str | Path) -> Calibration | None:
     """Load the calibration in a run's folder; ``None`` if there is none.
 
     The run's other files are not verified here, but when the run is loaded.
@@ -282,10 +283,11 @@ def load(run: Path) -> Calibration | None:
         ArtefactError: the calibration was fitted for another run or is of an unknown format, or there is no run.
         CorruptError: it has changed since it was written.
     """
+    run = Path(run)
     return read(run / FILE, _run_sha256(run)) if (run / FILE).is_file() else None
 
 
-def read(file: Path, run_sha256: str, classes: int | None = None) -> Calibration:
+def read(file: str | Path, run_sha256: str, classes: int | None = None) -> Calibration:
     """Read a calibration from a file.
 
     Args:
@@ -297,6 +299,7 @@ def read(file: Path, run_sha256: str, classes: int | None = None) -> Calibration
         ArtefactError: it was fitted for another run, is of an unknown format, or cannot be read.
         CorruptError: it has changed since it was written.
     """
+    file = Path(file)
     try:
         content = artefact.parse_json(artefact.read_text(file))
         if content.pop("sha256") != _seal(content):

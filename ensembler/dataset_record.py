@@ -84,7 +84,7 @@ class DatasetRecord(Record):
             skipped=list(dataset.skipped),
         )
 
-    def load(self, root: Path | None = None, *, download: bool = False) -> Dataset:
+    def load(self, root: str | Path | None = None, *, download: bool = False) -> Dataset:
         """Load the same images, normalised alike; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
 
         A folder that has moved is read at ``root``, or at its own name in ``root``. Its training images are neither

@@ -98,7 +98,7 @@ class Dataset:
 
 def load(
     name: str,
-    root: Path | None = None,
+    root: str | Path | None = None,
     *,
     download: bool = False,
     image_size: int | None = None,
@@ -137,6 +137,7 @@ def load(
         raise UsageError(f"the image size must be at least 1 pixel, not {image_size}")
     if corrupt not in CORRUPT:
         raise UsageError(f"corrupt must be one of {', '.join(CORRUPT)}, not {corrupt!r}")
+    root = None if root is None else Path(root).expanduser()
     if name.startswith("folder:"):
         folder = place(Path(name.removeprefix("folder:")).expanduser().resolve(), root)
         return _Folder(folder, image_size, in_memory, corrupt == "skip", frozenset(without), known).load(validation)

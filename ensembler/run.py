@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ensembler import artefact
-from ensembler.architectures import Factory, given
+from ensembler.architectures import Factory, given, is_given
 from ensembler.dataset_record import DatasetRecord
 from ensembler.errors import ArtefactError, CorruptError, DivergedError, UsageError
 from ensembler.record import Record
@@ -241,6 +241,10 @@ class Run:
         self.path = path
         return path
 
+    def is_at(self, path: Path) -> bool:
+        """Return whether the run in a folder is this one, by its manifest, which has every file's hash."""
+        return self.sha256 != "" and _manifest_sha256(path) == self.sha256
+
     def _write(self, path: Path) -> None:
         for name, tensor in chain(self.vertices.items(), self.gaussians.items()):
             if not torch.isfinite(tensor).all():
@@ -279,7 +283,7 @@ class Run:
         content = artefact.read(path, "run", formats=(FORMAT,))
         try:
             manifest = Manifest.model_validate(content)
-            parts = [cls.load(path / "parts" / str(number), network) for number in range(manifest.parts)]
+            parts = [cls.load(path / "parts" / str(number)) for number in range(manifest.parts)]
             members = {"coefficients": torch.empty(0, 0)} if parts else load_tensors(path / "members.safetensors")
             optional = {
                 name: load_tensors(path / f"{name}.safetensors") if f"{name}.safetensors" in manifest.files else {}
@@ -294,7 +298,6 @@ class Run:
                 **optional,
                 history=[json.loads(line) for line in (path / "history.jsonl").read_text("utf-8").splitlines()],
                 sha256=sha256,
-                network=None if network is None or parts else given(network, manifest.architecture),
                 path=path,
             )
         except ValidationError as error:
@@ -307,6 +310,9 @@ class Run:
             raise ArtefactError(f"{path} is not a run that this version can read ({error}): train it again") from error
         if sha256 != _manifest_sha256(path):
             raise CorruptError(f"{path} was replaced while it was read: run the same command again")
+        for part in run.networks if network is not None else ():
+            if not run.parts or is_given(part.manifest.architecture):
+                part.network = given(network, part.manifest.architecture)
         return run
 
 

@@ -78,7 +78,7 @@ class Simplexes(Measured):
 
 
 def measure_simplexes(
-    path: Path,
+    path: str | Path,
     options: SurfaceOptions | None = None,
     *,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
@@ -95,7 +95,7 @@ def measure_simplexes(
         DataError: the dataset is missing or not the one that was trained on.
         DivergedError: a network's outputs somewhere are not finite.
     """
-    began, options = time.monotonic(), options or SurfaceOptions()
+    began, options, path = time.monotonic(), options or SurfaceOptions(), Path(path)
     run = Run.load(path)
     run.check_one_network("to lie in a simplex")
     sampling, count = run.manifest.sampling, run.manifest.vertices

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ensembler import Ensemble, Run
+from ensembler import Ensemble
 from ensembler.errors import UsageError
-from ensembler.eval.evaluation import evaluate_paths
 from ensembler.serve import export_run
 from ensembler.trainers import FGE, DeepEnsemble, Settings, Simplex, collapse_run, combine, import_checkpoints, train
 from tests import _small
@@ -24,9 +23,7 @@ ONE = DeepEnsemble(members=1)
 
 
 def own(num_classes: int, width: int = 4) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(width * 9, num_classes)
-    )
+    return nn.Sequential(nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(width * 9, num_classes))
 
 
 class Net(nn.Module):
@@ -67,7 +64,7 @@ def test_a_network_that_can_be_imported_is_recorded_by_its_name(network, name, t
 def test_a_network_that_cannot_be_imported_trains_and_is_passed_again(kind, notebooks, tmp_path):
     network = {
         "notebook": notebooks,
-        "lambda": lambda num_classes: own(num_classes),
+        "lambda": lambda num_classes: nn.Sequential(own(num_classes)),
         "partial": partial(own, width=6),
         "class": type("Local", (Net,), {"__module__": "__main__"}),
     }[kind]
@@ -82,7 +79,7 @@ def test_a_network_that_cannot_be_imported_trains_and_is_passed_again(kind, note
     assert Ensemble(collapse_run(run, dataset(), "cpu"), "cpu").members == 1
     fge = train(dataset(), FGE(members=1, cycle=1), Settings(**SMALL, init=path), network=network)
     assert fge.manifest.architecture == run.manifest.architecture
-    for load in (Ensemble.load, lambda path: export_run(path, tmp_path / "bundle"), lambda path: evaluate_paths([path])):
+    for load in (Ensemble.load, partial(export_run, out=tmp_path / "bundle")):
         with pytest.raises(UsageError, match=r"defined in a notebook or script, .*: pass it from Python \(network="):
             load(path)
     assert not (tmp_path / "bundle").exists()
@@ -94,7 +91,7 @@ def test_the_name_of_another_notebooks_network_is_not_taken(notebooks, tmp_path)
     path = saved(run, tmp_path / "run")
     with pytest.raises(UsageError, match="pass it from Python"):
         Ensemble.load(path)
-    with pytest.raises(UsageError, match="trained with the network __main__:notebooks, not tests.test_notebook:own"):
+    with pytest.raises(UsageError, match=r"trained with the network __main__:notebooks, not tests.test_notebook:own"):
         Ensemble.load(path, network=own)
     with pytest.raises(UsageError, match="pass it from Python"):
         train(dataset(), ONE, Settings(**SMALL, architecture="__main__:notebooks"))
@@ -130,10 +127,10 @@ def test_what_builds_no_network_is_refused(network, message):
 
 
 def test_two_answers_to_which_network_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="the network is tests._small:network, and the settings name cnn: give one"):
+    with pytest.raises(UsageError, match=r"the network is tests._small:network, and the settings name cnn: give one"):
         train(dataset(), ONE, Settings(**SMALL, architecture="cnn"), network=_small.network)
     path = saved(train(dataset(), ONE, SETTINGS, network=_small.network), tmp_path / "run")
-    with pytest.raises(UsageError, match="is a run of tests._small:network, and tests._small:batchnorm is to be"):
+    with pytest.raises(UsageError, match=r"is a run of tests._small:network, and tests._small:batchnorm is to be"):
         train(dataset(), ONE, Settings(**SMALL, init=path), network=_small.batchnorm)
 
 

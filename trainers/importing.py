@@ -20,6 +20,7 @@ from ensembler.errors import UsageError
 from ensembler.examples import Examples
 from ensembler.run import CostEntry, Run
 from ensembler.seeds import generator
+from ensembler.storage import as_paths
 from ensembler.trainers.dry_pass import dry_pass
 from ensembler.trainers.events import Message, OnEvent
 from ensembler.trainers.ledger import Ledger
@@ -37,7 +38,7 @@ EXAMPLES = 1000  # validation examples on which other normalisations are tried, 
 
 
 def import_checkpoints(
-    files: Sequence[str | Path],
+    files: str | Path | Sequence[str | Path],
     architecture: str | Factory,
     dataset: Dataset | str,
     *,
@@ -67,7 +68,7 @@ def import_checkpoints(
         ShapeError: a file's weights do not fit the network.
         UsageError: a head of other classes, two files with the same weights, or frozen weights that differ.
     """
-    if not files:
+    if not (paths := as_paths(files)):
         raise UsageError("name at least one checkpoint")
     if isinstance(dataset, str):
         dataset = datasets.load(dataset)
@@ -78,7 +79,6 @@ def import_checkpoints(
     chosen = dry_pass(dataset, settings, lambda text: on_event(Message(text)), factory=factory)
     settings = settings.model_copy(update={"memory_format": chosen})
     trainer = Trainer(dataset, settings, on_event=on_event, factory=factory)
-    paths = [Path(file) for file in files]
     names = [path.name for path in paths]
     if len(set(names)) < len(names):  # seed0/best.pt, seed1/best.pt
         names = [str(path) for path in paths]

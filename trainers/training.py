@@ -20,12 +20,14 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
 from ensembler.normalisation import describe
+from ensembler.progress import interactive
 from ensembler.run import DatasetRecord, Manifest, Run, versions
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.dry_pass import dry_pass
 from ensembler.trainers.events import Message, OnEvent
 from ensembler.trainers.measure import member_buffers
 from ensembler.trainers.method import Members, Method
+from ensembler.trainers.progress import progress
 from ensembler.trainers.resume import Store
 from ensembler.trainers.settings import Settings
 from ensembler.trainers.spec import Spec
@@ -40,7 +42,8 @@ def train(
     method: Method,
     settings: Settings | None = None,
     *,
-    on_event: OnEvent = lambda event: None,
+    on_event: OnEvent | None = None,
+    quiet: bool = False,
     network: Factory | str | None = None,
     engine: Engine | None = None,
 ) -> Run:
@@ -55,7 +58,9 @@ def train(
         dataset: what to train on, or the name of one; see :func:`ensembler.datasets.load`.
         method: what to make, e.g. ``FGE(members=5)``.
         settings: what all methods share.
-        on_event: told of the dataset's notes, of every epoch, and of what the method finds on its way.
+        on_event: told of the dataset's notes, of every epoch, and of what the method finds on its way. By default these
+            are shown, with bars, where somebody looks: on a terminal and in a notebook.
+        quiet: show nothing; for ``on_event`` it means nothing.
         network: the function or class that builds the network, called as ``network(num_classes=C)``, or a name as of
             ``Settings(architecture=...)``, in whose place it is given. The run records it as ``package.module:name``.
             One that cannot be imported, such as a notebook's or a lambda, is recorded as ``__main__:name``, and is
@@ -67,6 +72,9 @@ def train(
             :func:`ensembler.trainers.dry_pass.dry_pass`. DataError: the data are not those that a start was trained on.
         DivergedError: the loss is not finite.
     """
+    if on_event is None:
+        with progress(quiet=quiet or not interactive()) as shown:
+            return train(dataset, method, settings, on_event=shown, network=network, engine=engine)
     settings, factory = with_network(settings or Settings(), network)
     starts = load_starts(method, settings)
     check_network(settings, starts)

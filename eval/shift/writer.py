@@ -28,7 +28,7 @@ _BATCH = 2**25  # bytes of clean images in a batch
 
 def write_corruptions(
     dataset: Dataset,
-    out: Path,
+    out: str | Path,
     corruptions: Sequence[str] = AVAILABLE,
     *,
     seed: int = 0,
@@ -57,7 +57,7 @@ def write_corruptions(
     unknown = [name for name in corruptions if name not in AVAILABLE]
     if unknown or not corruptions:
         raise UsageError(f"there is no corruption {', '.join(unknown) or 'named'}: choose from {', '.join(AVAILABLE)}")
-    folder = generated_folder(out, dataset.test)
+    folder = generated_folder(Path(out), dataset.test)
     size = math.prod(folder.shape)
     try:
         out.mkdir(parents=True, exist_ok=True)

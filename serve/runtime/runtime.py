@@ -11,12 +11,12 @@ from ensembler import artefact, calibration
 from ensembler.calibration import Calibration
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.machine import available_cpus, gpu_memory, resident_memory
+from ensembler.prediction import Prediction, predict
 from ensembler.serve.runtime import early_exit
 from ensembler.serve.runtime.early_exit import LEVEL, Mode
 from ensembler.serve.runtime.gpu import GpuOptions
 from ensembler.serve.runtime.images import check_floats, check_images
 from ensembler.serve.runtime.manifest import MERGED, BundleManifest, Strategy, Tuning, read_bundle
-from ensembler.serve.runtime.prediction import Prediction, predict
 from ensembler.serve.runtime.sessions import open_bundle, open_merged, providers
 from ensembler.serve.runtime.strategies import Members
 from ensembler.serve.runtime.tune import keep_faster_graphs
@@ -76,7 +76,7 @@ class Runtime:
         members: int | None = None,
         seed: int = 0,
         gpu: GpuOptions | None = None,
-        key: Path | None = None,
+        key: str | Path | None = None,
     ) -> Runtime:
         """Verify a bundle and open its members.
 
