@@ -22,9 +22,10 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, ValidationError
 
 from ensembler import artefact
-from ensembler.calibration_maps import FLOOR, Map
+from ensembler.calibration_maps import FLOOR, Map, Temperature
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.record import Record
+from ensembler.text import counted, printable
 
 __all__ = [
     "FILE",
@@ -122,6 +123,25 @@ class Calibration(Record):
     after: dict[str, float | None]
     created: str
     versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        def moved(name: str) -> str:
+            return " -> ".join(
+                "-" if value is None else f"{value:.4f}" for value in (self.before[name], self.after[name])
+            )
+
+        how = f"T = {self.map.temperature:.4g}" if isinstance(self.map, Temperature) else f"by {self.map.method}"
+        sets, answers = self.conformal, self.abstention
+        held = f"{counted(self.held_out, 'other validation example')}: NLL {moved('nll')}, ECE {moved('ece')}"
+        lines = [
+            f"Calibration of {printable(self.dataset)}: {how}, fitted to {counted(self.fitted, 'validation example')}",
+            f"  {held}",
+            f"  {sets.method.upper()} sets miss the true class in at most {100 * sets.alpha:g} % of cases",
+        ]
+        if answers is not None:
+            least = "always abstains" if answers.threshold is None else f"abstains below {answers.threshold:.4g}"
+            lines.append(f"  {least}, for at most {100 * answers.risk:g} % wrong answers")
+        return "\n".join(lines)
 
 
 def apply(calibration: Calibration, probs: ArrayLike) -> Array:

@@ -34,6 +34,7 @@ from ensembler.images import AUGMENTATIONS, MEMORY_LIMIT, FileSplit, Images, Spl
 from ensembler.published import cifar, digits, fashion_mnist
 from ensembler.seeds import generator
 from ensembler.splits import hold_out
+from ensembler.text import counted, printable
 
 __all__ = [
     "AUGMENTATIONS",
@@ -50,6 +51,7 @@ __all__ = [
 
 NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder:PATH")
 CORRUPT = ("refuse", "skip")
+_SHOWN = 10  # classes in a repr
 _SPLIT_SEED = 20260101
 _SAMPLE = 2048  # files from which a channel's mean and variance are computed
 _TEST = 0.2  # share of a folder's images that are held out for testing where it has no test/
@@ -86,6 +88,20 @@ class Dataset:
     skipped: tuple[str, ...] = ()
     notes: Sequence[str] = ()
     task: str = "classification"
+
+    def __repr__(self) -> str:
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
+        names = [printable(name) for name in self.classes[:_SHOWN]]
+        classes = f"{counted(len(self.classes), 'class', 'classes')}: {', '.join(names)}"
+        return "\n".join(
+            [
+                f"Dataset {self.name!r}: {printable(self.title)}",
+                f"  {sizes} examples of shape {tuple(self.train.example_shape)}",
+                f"  {classes}{', ...' if len(self.classes) > _SHOWN else ''}" if self.classes else f"  {self.task}",
+                f"  augmentation {self.augmentation}",
+            ]
+        )
 
     @property
     def class_counts(self) -> dict[str, int]:

@@ -107,6 +107,16 @@ class Ensemble:
         """
         return cls(Run.load(path, network), device, batch_size)
 
+    def __repr__(self) -> str:
+        from ensembler.describe import lines
+
+        return "\n".join([f"Ensemble on {self.device}", *(f"  {line}" for line in lines(self.run))])
+
+    def _repr_html_(self) -> str:
+        from ensembler.describe import as_html, picture
+
+        return as_html(repr(self), picture(self.run))
+
     @property
     def members(self) -> int:
         """Number of members, M."""

@@ -25,6 +25,7 @@ from ensembler.examples import Cut, Epoch, InMemory, hash_tensors, stream
 from ensembler.folders import stat_files
 from ensembler.inputs import check_images
 from ensembler.machine import in_threads
+from ensembler.text import counted, printable
 
 __all__ = [
     "AUGMENTATIONS",
@@ -52,7 +53,12 @@ class _Images:
 
     kind: ClassVar[str] = "images"
     augmentations: ClassVar[Sequence[str]] = AUGMENTATIONS
+    labels: Tensor
     shape: tuple[int, int]
+
+    def __repr__(self) -> str:
+        place = f" in {printable(self.folder)}" if isinstance(self, FileSplit) else ""
+        return f"{type(self).__name__} of {counted(len(self.labels), 'image')} {self.example_shape}{place}"
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -75,7 +81,7 @@ class _Images:
         return check_images(x, shape, mean, std)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Split(_Images):
     """Images in memory and their classes.
 
@@ -133,7 +139,7 @@ class Split(_Images):
         return stream(self, epochs, cut, augmentation, device)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FileSplit(_Images):
     """Images in files, decoded when needed, and their classes.
 

@@ -64,9 +64,9 @@ def _is_file(one: Any) -> bool:
 def _stacked(images: Sequence[Any], shape: Sequence[int], first: int) -> Tensor:
     """Return images of a list as one tensor; ``first`` is the number of the first of them, for messages."""
     found = [_one(image, shape, first + place) for place, image in enumerate(images)]
-    if different := next((one for one in found if (one.shape, one.dtype) != (found[0].shape, found[0].dtype)), None):
-        one, other = ((tuple(each.shape), str(each.dtype).removeprefix("torch.")) for each in (found[0], different))
-        raise ShapeError(f"the images are of different kinds, {one} and {other}: give arrays of one shape and type")
+    kinds = list(dict.fromkeys(f"{tuple(one.shape)} {str(one.dtype).removeprefix('torch.')}" for one in found))
+    if len(kinds) > 1:
+        raise ShapeError(f"the images are of different kinds, {' and '.join(kinds[:2])}: give arrays of one kind")
     return torch.stack(found)
 
 

@@ -62,6 +62,12 @@ class Options(BaseModel):
     def __init__(self, **values: Any) -> None:
         _fill(self, values, {})
 
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """Yield the options that are not the defaults, as a call of the record would give them."""
+        for name, field in type(self).model_fields.items():
+            if (value := getattr(self, name)) != field.get_default(call_default_factory=True):
+                yield name, value
+
     @classmethod
     def typed(cls, values: Mapping[str, Any]) -> Self:
         """The record of what a command was given, of which it takes its own fields; errors name the flags."""

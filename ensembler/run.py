@@ -207,6 +207,11 @@ class Run:
     network: Factory | None = None
     path: Path | None = None
 
+    def __repr__(self) -> str:
+        from ensembler.describe import lines
+
+        return "\n".join(["Run", *(f"  {line}" for line in lines(self))])
+
     @property
     def networks(self) -> Sequence[Run]:
         """A run for each different network: the parts, or this run."""

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 __all__ = ["Printable", "cell", "counted", "echo", "printable"]
 
 
-def counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str, plural: str = "") -> str:
     """Return a count with its noun: ``1 member``, ``2,000 images``."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def printable(text: object) -> str:

@@ -27,6 +27,7 @@ from ensembler.eval.options import EvaluationOptions
 from ensembler.eval.prediction_cache import default_folder
 from ensembler.eval.prediction_files import is_predictions, write_set, writing
 from ensembler.eval.predictions import Prediction, Predictor, predictions
+from ensembler.eval.report.notebook import evaluation_html, report_text
 from ensembler.eval.report.schema import OodReport, OtherReport, Report, ShiftReport
 from ensembler.eval.scoring import ScoredRun, Subject, score
 from ensembler.eval.shift.ood import load_ood
@@ -59,6 +60,12 @@ class Evaluation:
     report: Report
     runs: list[ScoredRun]
     labels: Labels
+
+    def __repr__(self) -> str:
+        return f"Evaluation of {report_text(self.report)}"
+
+    def _repr_html_(self) -> str:
+        return evaluation_html(self)
 
 
 def evaluate(

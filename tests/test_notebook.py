@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
 from torch import nn
 
-from ensembler import Ensemble
-from ensembler.errors import UsageError
-from ensembler.serve import export_run
+from ensembler import Ensemble, calibration, load_dataset
+from ensembler.errors import DataError, ShapeError, UsageError
+from ensembler.eval.options import EvaluationOptions
+from ensembler.progress import bars_on, has_bars
+from ensembler.run import Gaussians
+from ensembler.serve import Runtime, export_run
 from ensembler.trainers import FGE, DeepEnsemble, Settings, Simplex, collapse_run, combine, import_checkpoints, train
 from tests import _small
 from tests._small import dataset
@@ -22,8 +30,11 @@ SETTINGS = Settings(**SMALL)
 ONE = DeepEnsemble(members=1)
 
 
-def own(num_classes: int, width: int = 4) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(width * 9, num_classes))
+def own(num_classes: int, width: int = 4, size: int = 8) -> nn.Module:
+    side = (size - 1) // 2
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(width * side**2, num_classes)
+    )
 
 
 class Net(nn.Module):
@@ -141,3 +152,173 @@ def test_checkpoints_of_a_network_that_is_passed(notebooks, tmp_path):
     run = import_checkpoints([str(tmp_path / "a.pt")], notebooks, dataset(), device="cpu")
     x = torch.randn(2, 3, 8, 8).clamp(-1, 1)
     torch.testing.assert_close(Ensemble(run, "cpu").predict_outputs(x)[0], weights.eval()(x).detach())
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A run of digits, saved, of a network that only its caller has."""
+    network = partial(own, width=4, size=32)
+    run = train("digits", Simplex(vertices=2, members=3), Settings(epochs=2, lr=0.02, device="cpu"), network=network)
+    run.save(str(tmp_path_factory.mktemp("runs") / "digits"))
+    return run
+
+
+def images_of(kind, path):
+    """The first two test images of digits, as a user may have them."""
+    two = load_dataset("digits").test.images[:2]
+    pictures = [Image.fromarray(image.numpy()) for image in two]
+    files = [path / f"{number}.png" for number in range(2)]
+    for picture, file in zip(pictures, files, strict=True):
+        picture.save(file)
+    return {
+        "tensor": two,
+        "array": two.numpy(),
+        "pictures": pictures,
+        "large pictures": [picture.resize((64, 64), Image.Resampling.NEAREST) for picture in pictures],
+        "grey pictures": [picture.convert("L") for picture in pictures],
+        "paths": files,
+        "texts": list(map(str, files)),
+        "arrays": list(two.numpy()),
+        "mixed": (str(files[0]), pictures[1]),
+        "examples": load_dataset("digits").test[:2],
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["tensor", "array", "pictures", "grey pictures", "paths", "texts", "arrays", "mixed", "examples"]
+)
+def test_images_of_any_kind_have_one_answer(digits, kind, tmp_path):
+    ensemble = Ensemble(digits, "cpu", batch_size=1)
+    found = ensemble.predict(images_of(kind, tmp_path))
+    members = ensemble.predict_members(load_dataset("digits").test.images[:2]).numpy()
+    np.testing.assert_array_equal(found.members, members)
+    np.testing.assert_allclose(found.probabilities, members.mean(axis=0, dtype=np.float64))
+    assert found.classes.tolist() == members.mean(axis=0).argmax(axis=1).tolist()
+    assert found.labels == [ensemble.classes[number] for number in found.classes]
+    assert {type(value) for name, value in vars(found).items() if name != "labels"} == {np.ndarray}
+
+
+def test_one_image_and_images_of_other_sizes(digits, tmp_path):
+    ensemble, two = Ensemble(digits, "cpu"), images_of("array", tmp_path)
+    expected = ensemble.predict(two)
+    for one in (two[0], images_of("pictures", tmp_path)[0], images_of("texts", tmp_path)[0], two[:1]):
+        assert len(found := ensemble.predict(one)) == 1
+        np.testing.assert_allclose(found.probabilities[0], expected.probabilities[0], atol=1e-6)
+    larger = images_of("large pictures", tmp_path)
+    resized = np.stack([np.asarray(one.resize((32, 32), Image.Resampling.BILINEAR)) for one in larger])
+    np.testing.assert_array_equal(ensemble.predict(larger).members, ensemble.predict(resized).members)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ([], ShapeError, "no image to predict: give a path"),
+        (np.zeros((0, 32, 32, 3), np.uint8), ShapeError, "no image"),
+        (np.zeros((2, 8, 8, 3), np.uint8), ShapeError, "resize them to 32 x 32 pixels"),
+        (np.zeros((2, 32, 32, 3)), ShapeError, r"images \* 255"),
+        ([np.zeros((32, 32, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)], ShapeError, "of different kinds"),
+        ("missing.png", DataError, "cannot read the image missing.png: .* give the path of an image file"),
+        ([None], UsageError, "image 0 is of type NoneType: give a path, an image of Pillow"),
+        (7, UsageError, "image 0 is of type int"),
+        ([Image.new("I", (32, 32))], ShapeError, "image 0 cannot be read: .*mode I"),
+        (".", UsageError, "is a folder: give its images"),
+    ],
+)
+def test_what_is_no_image_is_refused(digits, images, error, message):
+    with pytest.raises(error, match=message):
+        Ensemble(digits, "cpu").predict(images)
+
+
+def test_an_ensemble_does_as_the_commands_do(digits, notebooks, tmp_path, monkeypatch, capsys):
+    """From a network that no other process has: evaluated, calibrated, exported and asked, all from text."""
+    monkeypatch.chdir(tmp_path)
+    ensemble = Ensemble.load(str(digits.path), "cpu", network=digits.network)
+    fitted = ensemble.calibrate(alpha=0.2)
+    assert calibration.load(str(digits.path)) == fitted
+    found = ensemble.evaluate("corruptions", "noise:gaussian", 10, cache="kept")
+    expected = ensemble.predict(load_dataset("digits").test).classes == load_dataset("digits").test.labels.numpy()
+    clean = ensemble.evaluate()
+    assert clean.report.runs[0].clean.accuracy == pytest.approx(expected.mean())
+    assert found.report.test_examples == 10 and len(found.report.shift.corruptions) > 5
+    bundle = ensemble.export("bundle", quiet=True)
+    runtime = Runtime.load("bundle")
+    assert runtime.calibration == fitted and bundle.name == "bundle"
+    images = load_dataset("digits").test.images[:4].numpy()
+    order = runtime.manifest.order
+    np.testing.assert_allclose(runtime.predict_members(images), ensemble.predict(images).members[order], atol=1e-5)
+    assert not (tmp_path / "kept").exists()  # another function of the same name may come
+    assert capsys.readouterr() == ("", "")
+    for thing in (clean, clean.report, fitted, runtime, runtime.manifest, ensemble, digits, digits.manifest):
+        assert 1 <= len(repr(thing).splitlines()) <= 5, repr(thing)
+        assert max(map(len, repr(thing).splitlines())) <= 130
+    assert f"accuracy {expected.mean():.4f}" in repr(clean)
+    assert "<img src" in clean._repr_html_() and "<table" in clean._repr_html_()
+    assert "data:image/png;base64" in ensemble._repr_html_()
+
+
+def test_members_that_are_not_saved(digits, tmp_path):
+    ensemble = Ensemble(digits, "cpu").sample(2, seed=1)
+    accuracy = (
+        ensemble.predict(load_dataset("digits").test).classes == load_dataset("digits").test.labels.numpy()
+    ).mean()
+    report = ensemble.evaluate().report.runs[0]
+    assert (report.clean.accuracy, report.members) == (pytest.approx(accuracy), 2)
+    assert ensemble.run.path is None and "not saved" in repr(ensemble)
+    with pytest.raises(UsageError, match=r"kept beside its run: save this one first, run.save\('runs/NAME'\)"):
+        ensemble.calibrate()
+
+
+def test_what_things_say():
+    assert repr(Simplex(vertices=3, members=7)) == "Simplex(vertices=3, members=7)"
+    assert repr(Settings()) == "Settings()"
+    lines = repr(load_dataset("digits")).splitlines()
+    assert lines[0] == "Dataset 'digits': digits (scikit-learn, 32 x 32)"
+    assert len(lines) <= 5
+    assert repr(load_dataset("digits").test) == "Split of 360 images (32, 32, 3)"
+    assert repr(Gaussians(scale=1.0)) == "Gaussians(scale=1.0)"
+
+
+def test_one_text_where_several_are_taken():
+    assert EvaluationOptions(shift="cifar10c").shift == ["cifar10c"]
+    assert EvaluationOptions(data="x").data == Path("x")
+    assert Settings(init=Path("runs/x")).init == "runs/x"
+    with pytest.raises(UsageError, match="shift"):
+        EvaluationOptions(shift=7)
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+def test_training_is_silent_where_nobody_looks(capsys):
+    train(dataset(), ONE, SETTINGS, network=_small.network)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_training_shows_bars_where_somebody_looks(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    train(dataset(), ONE, SETTINGS, network=_small.network)
+    assert "solution 1: 2 epochs" in capsys.readouterr().err
+    train(dataset(), ONE, SETTINGS, network=_small.network, quiet=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_notebooks_bars_are_one_output_that_is_replaced(monkeypatch):
+    display = pytest.importorskip("IPython.display")
+    shown = []
+    for name in ("display", "update_display"):
+        monkeypatch.setattr(
+            display, name, lambda data, **given: shown.append((given["display_id"], data["text/plain"]))
+        )
+    monkeypatch.setattr("ensembler.progress._REDRAWN", 0.0)
+    console = Console(force_jupyter=True)
+    assert has_bars(console)
+    with bars_on(console, TextColumn("{task.description}"), BarColumn(bar_width=10)) as bars:
+        task = bars.add_task("vertex 2", total=4)
+        for done in range(5):
+            bars.update(task, completed=done)
+    assert len({name for name, _ in shown}) == 1
+    assert "━" * 5 in shown[3][1] and "━" * 10 in shown[-2][1] and "vertex 2" in shown[3][1]
+    assert shown[-1][1] == ""
