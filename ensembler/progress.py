@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ensembler.text import echo
@@ -45,10 +47,9 @@ def bars_on(console: Console, *columns: ProgressColumn) -> Progress:
     if not console.is_jupyter:
         return Progress(*columns, console=console, transient=True)
 
-    import io
-
-    from IPython.display import display, update_display
     from rich.console import Console
+
+    show: Any = import_module("IPython.display")
 
     class Replaced(Progress):
         """Bars as the text of one output, drawn by whoever updates them: a thread's output has no cell."""
@@ -57,10 +58,10 @@ def bars_on(console: Console, *columns: ProgressColumn) -> Progress:
 
         def start(self) -> None:
             self.name = f"ensembler-{id(self)}"
-            display(self._content(""), raw=True, display_id=self.name)
+            show.display(_content(""), raw=True, display_id=self.name)
 
         def stop(self) -> None:
-            update_display(self._content(""), raw=True, display_id=self.name)
+            show.update_display(_content(""), raw=True, display_id=self.name)
 
         def update(self, *given: Any, **fields: Any) -> None:
             super().update(*given, **fields)
@@ -68,10 +69,7 @@ def bars_on(console: Console, *columns: ProgressColumn) -> Progress:
                 self.drawn = time.monotonic()
                 with self.console.capture() as drawn:
                     self.console.print(self.get_renderable())
-                update_display(self._content(drawn.get().rstrip()), raw=True, display_id=self.name)
-
-        def _content(self, text: str) -> dict[str, str]:
-            return {"text/plain": text}
+                show.update_display(_content(drawn.get().rstrip()), raw=True, display_id=self.name)
 
     plain = Console(file=io.StringIO(), width=_WIDTH, force_jupyter=False, force_terminal=False, color_system=None)
     return Replaced(*columns, console=plain, auto_refresh=False)
@@ -111,6 +109,11 @@ def watching(quiet: bool, *, unit: str = "", scale: float = 1.0) -> Iterator[Wat
                 bar.update(bar.task_ids[-1], description=label, completed=done, **fields)
 
             yield watch
+
+
+def _content(text: str) -> dict[str, str]:
+    """Return a notebook's output of plain text."""
+    return {"text/plain": text}
 
 
 def _lines(unit: str, scale: float) -> Watcher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,11 @@ from ensembler import Ensemble, calibration, load_dataset
 from ensembler.errors import DataError, ShapeError, UsageError
 from ensembler.eval.options import EvaluationOptions
 from ensembler.progress import bars_on, has_bars
-from ensembler.run import Gaussians
+from ensembler.run import Gaussians, Run
 from ensembler.serve import Runtime, export_run
 from ensembler.trainers import FGE, DeepEnsemble, Settings, Simplex, collapse_run, combine, import_checkpoints, train
 from tests import _small
+from tests._ports import free_port
 from tests._small import dataset
 from tests._training import saved
 
@@ -205,7 +207,8 @@ def test_one_image_and_images_of_other_sizes(digits, tmp_path):
     ensemble, two = Ensemble(digits, "cpu"), images_of("array", tmp_path)
     expected = ensemble.predict(two)
     for one in (two[0], images_of("pictures", tmp_path)[0], images_of("texts", tmp_path)[0], two[:1]):
-        assert len(found := ensemble.predict(one)) == 1
+        found = ensemble.predict(one)
+        assert len(found) == 1
         np.testing.assert_allclose(found.probabilities[0], expected.probabilities[0], atol=1e-6)
     larger = images_of("large pictures", tmp_path)
     resized = np.stack([np.asarray(one.resize((32, 32), Image.Resampling.BILINEAR)) for one in larger])
@@ -238,11 +241,11 @@ def test_an_ensemble_does_as_the_commands_do(digits, notebooks, tmp_path, monkey
     ensemble = Ensemble.load(str(digits.path), "cpu", network=digits.network)
     fitted = ensemble.calibrate(alpha=0.2)
     assert calibration.load(str(digits.path)) == fitted
-    found = ensemble.evaluate("corruptions", "noise:gaussian", 10, cache="kept")
+    found = ensemble.evaluate(ood="noise:gaussian", examples=10, cache="kept")
     expected = ensemble.predict(load_dataset("digits").test).classes == load_dataset("digits").test.labels.numpy()
     clean = ensemble.evaluate()
     assert clean.report.runs[0].clean.accuracy == pytest.approx(expected.mean())
-    assert found.report.test_examples == 10 and len(found.report.shift.corruptions) > 5
+    assert found.report.test_examples == 10 and found.report.ood[0].images == 10
     bundle = ensemble.export("bundle", quiet=True)
     runtime = Runtime.load("bundle")
     assert runtime.calibration == fitted and bundle.name == "bundle"
@@ -322,3 +325,40 @@ def test_a_notebooks_bars_are_one_output_that_is_replaced(monkeypatch):
     assert len({name for name, _ in shown}) == 1
     assert "━" * 5 in shown[3][1] and "━" * 10 in shown[-2][1] and "vertex 2" in shown[3][1]
     assert shown[-1][1] == ""
+
+
+# --- the notebook in examples/ --------------------------------------------------------------------------------------
+
+NOTEBOOK = Path(__file__).parents[1] / "examples" / "from_images_to_a_service.ipynb"
+
+
+def test_the_notebook_does_what_it_says(tmp_path):
+    """Executed from its first cell to its last, with less training, fewer images, and a port of its own."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    text = NOTEBOOK.read_text()
+    port, lighter = free_port(), {"epochs=10": "epochs=1", "examples=100": "examples=4"}
+    for old, new in (lighter | {":3000": f":{port}"}).items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    notebook = nbformat.reads(text, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # kept without
+    nbformat.validate(notebook)
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    shown = {cell.id: list(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"}
+    assert shown["data"][0].data["text/plain"].startswith("Dataset 'digits'")
+    printed = "".join(output.get("text", "") for output in shown["train"])
+    assert "solution 1: 1 epoch, " in printed and "vertex 3: " in printed
+    bars = [output for output in shown["train"] if output.output_type == "display_data"]
+    assert [bar.data for bar in bars] == [{"text/plain": ""}]  # they were replaced, and at last by nothing
+    assert '<img src="data:image/png' in shown["look"][-1].data["text/html"]
+    assert "Prediction of 360 images by 5 members" in shown["predict"][-1].data["text/plain"]
+    assert "<table" in shown["evaluate"][-1].data["text/html"] and "svg" in shown["evaluate"][-1].data["text/html"]
+    assert "Calibration of digits" in shown["calibrate"][-1].data["text/plain"]
+    answer = ast.literal_eval(shown["ask"][-1].data["text/plain"])
+    assert answer["label"] in list("0123456789") and 0 <= answer["predictive_entropy"] <= np.log(10)
+    run = Run.load(tmp_path / "runs" / "digits")
+    assert run.manifest.architecture == "__main__:network"
+    assert Runtime.load(tmp_path / "bundles" / "digits").manifest.run.sha256 == run.sha256
+    errors = [output for outputs in shown.values() for output in outputs if output.get("name") == "stderr"]
+    assert errors == []
