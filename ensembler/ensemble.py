@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -28,9 +27,8 @@ from ensembler.inputs import batches
 from ensembler.member_networks import MemberNetworks
 from ensembler.prediction import Prediction, predict
 from ensembler.progress import interactive, watching
-from ensembler.run import Gaussians, Run, Sampling
-from ensembler.seeds import derive
-from ensembler.subspace import dirichlet
+from ensembler.run import Gaussians, Run
+from ensembler.sampling import sample_coefficients
 from ensembler.task import Classification
 from ensembler.text import echo
 
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
     from ensembler.eval.evaluation import Evaluation
     from ensembler.uncertainty import Uncertainty
 
-__all__ = ["Ensemble", "sample_coefficients"]
+__all__ = ["Ensemble"]
 
 # Numbers in a batch, 341 images of CIFAR's size, below which a forward pass takes longer to launch than to compute.
 _CAPTURED = 2**20
@@ -414,30 +412,3 @@ class Ensemble:
             buffers = {name: rows[nearest] for name, rows in self.run.buffers.items()}
             starts.append((buffers, torch.equal(members[nearest], row)))
         return starts
-
-
-def sample_coefficients(sampling: Sampling, vertices: int, members: int, seed: int) -> Tensor:
-    """Draw coefficients (M, K) of members, each from a Dirichlet distribution in one of the simplexes.
-
-    Without weights, members are assigned to the simplexes in turn; with weights, each member's simplex is drawn. With
-    corners, the first members are the vertices: the first of every simplex, then the second of every simplex, and so
-    on.
-
-    Raises:
-        UsageError: ``members < 1``.
-    """
-    if members < 1:
-        raise UsageError(f"an ensemble needs at least one member, not {members}")
-    rng = np.random.default_rng(derive(seed, "members"))
-    coefficients = torch.zeros(members, vertices)
-    simplexes = sampling.simplexes
-    corners = list(dict.fromkeys(chain.from_iterable(zip(*simplexes, strict=True)))) if sampling.corners else []
-    corners = corners[:members]
-    coefficients[torch.arange(len(corners)), torch.tensor(corners, dtype=torch.int64)] = 1
-    places, count = np.arange(len(corners), members), len(simplexes)
-    drawn = places % count if sampling.weights is None else rng.choice(count, len(places), p=sampling.weights)
-    for i, simplex in enumerate(simplexes):
-        rows = torch.from_numpy(places[drawn == i])
-        points = dirichlet(len(rows), len(simplex), rng, sampling.concentration)
-        coefficients[rows[:, None], torch.tensor(simplex)] = points
-    return coefficients

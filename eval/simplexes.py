@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ensembler.architectures import Factory
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.eval.metrics.embedding import classical_scaling
@@ -82,6 +83,7 @@ def measure_simplexes(
     options: SurfaceOptions | None = None,
     *,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
+    network: Factory | None = None,
 ) -> Simplexes:
     """Measure the vertices, edges and faces of a run's simplexes; of a run without any, of the one of all its vertices.
 
@@ -89,6 +91,7 @@ def measure_simplexes(
         path: the run's folder.
         options: the points along an edge, and the images, which are the same at every point.
         watch: called with "simplexes", how many points are done, and of how many.
+        network: what builds the run's network, where it cannot be imported.
 
     Raises:
         UsageError: a run of one vertex, or of different networks.
@@ -96,7 +99,7 @@ def measure_simplexes(
         DivergedError: a network's outputs somewhere are not finite.
     """
     began, options, path = time.monotonic(), options or SurfaceOptions(), Path(path)
-    run = Run.load(path)
+    run = Run.load(path, network)
     run.check_one_network("to lie in a simplex")
     sampling, count = run.manifest.sampling, run.manifest.vertices
     if count < 2:

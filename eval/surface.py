@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
+from ensembler.architectures import Factory
 from ensembler.datasets import Split
 from ensembler.dropout import without_masks
 from ensembler.ensemble import Ensemble
@@ -178,6 +179,7 @@ def measure_surface(
     options: SurfaceOptions | None = None,
     *,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
+    network: Factory | None = None,
 ) -> Surface:
     """Measure the plane through three vertices of one run, or through the first members of three.
 
@@ -186,6 +188,7 @@ def measure_surface(
         vertices: three of the one run's; by default the first three, and of a curve its ends and middle bend.
         options: the points and the images, which are the same at every point.
         watch: called with "surface", how many points are done, and of how many.
+        network: what builds the runs' network, where it cannot be imported.
 
     Raises:
         UsageError: not one or three runs, different networks or datasets, or vertices on a line.
@@ -197,7 +200,7 @@ def measure_surface(
     folders = as_paths(paths)
     if len(folders) not in (1, 3):
         raise UsageError(f"a surface takes one run or three, not {len(folders)}")
-    runs = [Run.load(path) for path in folders]
+    runs = [Run.load(path, network) for path in folders]
     for run in runs:
         run.check_one_network("to span a plane")
     names = [path.resolve().name for path in folders]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,22 @@ from ensembler.eval.options import EvaluationOptions
 from ensembler.progress import bars_on, has_bars
 from ensembler.run import Gaussians, Run
 from ensembler.serve import Runtime, export_run
-from ensembler.trainers import FGE, DeepEnsemble, Settings, Simplex, collapse_run, combine, import_checkpoints, train
+from ensembler.side_by_side import SideBySide
+from ensembler.trainers import (
+    FGE,
+    DeepEnsemble,
+    Settings,
+    Simplex,
+    Trainer,
+    collapse_run,
+    combine,
+    import_checkpoints,
+    train,
+)
 from tests import _small
 from tests._ports import free_port
 from tests._small import dataset
-from tests._training import saved
+from tests._training import same, saved
 
 SMALL = {name: value for name, value in _small.SETTINGS.items() if name != "architecture"}
 SETTINGS = Settings(**SMALL)
@@ -122,6 +134,20 @@ def test_two_networks_of_one_name_stay_apart():
     first = Ensemble(runs[0], "cpu").network(0)
     assert isinstance(first[1], nn.Tanh)
     assert combine({"a": runs[0], "b": runs[1]}, dataset(), "cpu").manifest.parts == 2
+
+
+def test_jobs_elsewhere_have_the_network_too():
+    """Side by side each has a network of its own; another process is sent the function."""
+    network = lambda num_classes: own(num_classes, width=5)  # noqa: E731
+    here, beside = (
+        train(dataset(), DeepEnsemble(members=2), SETTINGS, network=network, engine=engine)
+        for engine in (None, SideBySide(2))
+    )
+    assert same(here, beside)
+    data = dataset()
+    trainer = Trainer(data, Settings(**SMALL, architecture="__main__:own").resolved(data), factory=own)
+    sent = pickle.loads(pickle.dumps(trainer))
+    assert sent.factory is own and len(sent.weights) == len(trainer.weights)
 
 
 @pytest.mark.parametrize(
