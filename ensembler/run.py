@@ -300,7 +300,8 @@ class Run:
                 coefficients=members.pop("coefficients"),
                 parts=parts,
                 buffers={name.removeprefix("buffer."): tensor for name, tensor in members.items()},
-                **optional,
+                frozen=optional["frozen"],
+                gaussians=optional["gaussians"],
                 history=[json.loads(line) for line in (path / "history.jsonl").read_text("utf-8").splitlines()],
                 sha256=sha256,
                 path=path,
@@ -315,10 +316,15 @@ class Run:
             raise ArtefactError(f"{path} is not a run that this version can read ({error}): train it again") from error
         if sha256 != _manifest_sha256(path):
             raise CorruptError(f"{path} was replaced while it was read: run the same command again")
-        for part in run.networks if network is not None else ():
-            if not run.parts or is_given(part.manifest.architecture):
-                part.network = given(network, part.manifest.architecture)
+        if network is not None:
+            run._take(network)
         return run
+
+    def _take(self, network: Factory) -> None:
+        """Let the run's network, or those parts' of a combination that cannot be imported, be built by ``network``."""
+        for part in self.networks:
+            if not self.parts or is_given(part.manifest.architecture):
+                part.network = given(network, part.manifest.architecture)
 
 
 def new_path(folder: Path, label: str) -> Path:

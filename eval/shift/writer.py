@@ -57,7 +57,8 @@ def write_corruptions(
     unknown = [name for name in corruptions if name not in AVAILABLE]
     if unknown or not corruptions:
         raise UsageError(f"there is no corruption {', '.join(unknown) or 'named'}: choose from {', '.join(AVAILABLE)}")
-    folder = generated_folder(Path(out), dataset.test)
+    out = Path(out)
+    folder = generated_folder(out, dataset.test)
     size = math.prod(folder.shape)
     try:
         out.mkdir(parents=True, exist_ok=True)
