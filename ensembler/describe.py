@@ -94,4 +94,5 @@ def _draw_history(axes: Axes, run: Run) -> None:
         label = part if number < _NAMED else None
         axes.plot(range(1, len(losses) + 1), losses, marker=".", label=label)
     axes.set(title="training", xlabel="epoch", ylabel="loss")
+    axes.locator_params(axis="x", integer=True)
     axes.legend()

@@ -18,10 +18,14 @@ from torch import nn
 
 from ensembler import Ensemble, calibration, load_dataset
 from ensembler.errors import DataError, ShapeError, UsageError
+from ensembler.eval.evaluation import evaluate_paths
+from ensembler.eval.given import Predictions
 from ensembler.eval.options import EvaluationOptions
+from ensembler.eval.shift.writer import write_corruptions
 from ensembler.progress import bars_on, has_bars
 from ensembler.run import Gaussians, Run
 from ensembler.serve import Runtime, export_run
+from ensembler.serve.client import predict_files
 from ensembler.side_by_side import SideBySide
 from ensembler.trainers import (
     FGE,
@@ -36,6 +40,7 @@ from ensembler.trainers import (
 )
 from tests import _small
 from tests._ports import free_port
+from tests._runs import make_bundle
 from tests._small import dataset
 from tests._training import same, saved
 
@@ -316,6 +321,16 @@ def test_one_text_where_several_are_taken():
     assert Settings(init=Path("runs/x")).init == "runs/x"
     with pytest.raises(UsageError, match="shift"):
         EvaluationOptions(shift=7)
+
+
+def test_text_is_a_path(tmp_path):
+    bundle, picture = make_bundle(tmp_path / "bundle"), tmp_path / "one.png"
+    Image.new("RGB", (6, 4)).save(picture)
+    assert len(predict_files(str(bundle), str(picture))["predictions"]) == 1
+    assert write_corruptions(dataset(), str(tmp_path / "made"), ["brightness"]) == ["brightness"]
+    np.savez(tmp_path / "given.npz", probabilities=np.full((2, 15, 3), 1 / 3), labels=np.arange(15) % 3)
+    assert evaluate_paths(str(tmp_path / "given.npz")).report.test_examples == 15
+    assert Predictions.read(str(tmp_path / "given.npz")).C == 3
 
 
 # --- progress -------------------------------------------------------------------------------------------------------
