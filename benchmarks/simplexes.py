@@ -24,8 +24,9 @@ from _harness import report
 
 from ensembler import datasets
 from ensembler.datasets import Dataset, Split
-from ensembler.ensemble import Ensemble, sample_coefficients
+from ensembler.ensemble import Ensemble
 from ensembler.run import Run, Sampling
+from ensembler.sampling import sample_coefficients
 from ensembler.task import Classification
 from ensembler.trainers import DeepEnsemble, Settings, Simplex, train
 from ensembler.trainers.events import Message

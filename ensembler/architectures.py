@@ -13,6 +13,7 @@
 ``torchvision:NAME``        any classifier of torchvision, e.g. ``torchvision:resnet18``; without auxiliary heads
 ``timm:NAME``               any model of timm, where that is installed, e.g. ``timm:convnext_tiny``
 ``package.module:factory``  the user's own: called as ``factory(num_classes=C)``, returns an ``nn.Module``
+``__main__:factory``        the same of a notebook or a script: it cannot be imported, and is passed from Python
 ==========================  ===========================================================================
 
 A network takes normalised float images (B, 3, H, W) and returns logits (B, C). Those of this package take any size
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -38,11 +40,15 @@ from ensembler.weights import tie
 
 __all__ = [
     "AUXILIARY",
+    "Factory",
     "MemoryFormat",
     "build",
     "cnn",
     "from_timm",
     "from_torchvision",
+    "given",
+    "is_given",
+    "name_of",
     "preresnet",
     "strided_pointwise",
     "takes_one_channel",
@@ -51,9 +57,53 @@ __all__ = [
 ]
 
 MemoryFormat = Literal["channels-last", "contiguous"]
+Factory = Callable[..., nn.Module]
+"""A function or class that builds a network, called as ``factory(num_classes=C)``."""
 
 
-def build(name: str, classes: int, seed: int = 0, memory_format: MemoryFormat = "channels-last") -> nn.Module:
+def name_of(factory: Factory) -> str:
+    """Return a factory's name, ``package.module:factory``; ``__main__:factory`` where it cannot be imported by one.
+
+    Raises:
+        UsageError: it is not a function or class, but for example a network.
+    """
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise UsageError(
+            f"the network is given as a {type(factory).__name__}, but every member needs one of its own: give the "
+            "function or class that builds it, called as network(num_classes=C)"
+        )
+    own = getattr(factory, "__qualname__", None) or type(factory).__qualname__
+    name = f"{getattr(factory, '__module__', None) or '__main__'}:{own}"
+    if not is_given(name):
+        with suppress(UsageError):
+            if import_object(name, "architecture") is factory:
+                return name
+    return f"{_MAIN}{own}"
+
+
+def is_given(name: str) -> bool:
+    """Return whether an architecture is a factory that cannot be imported, and so must be passed from Python."""
+    return name.startswith(_MAIN)
+
+
+def given(factory: Factory, name: str) -> Factory | None:
+    """Return the factory of a run, or ``None`` where the run's architecture is imported by its name.
+
+    Raises:
+        UsageError: the run was trained with another one, by its name.
+    """
+    if (own := name_of(factory)) != name:
+        raise UsageError(f"the run was trained with the network {name}, not {own}: pass that one")
+    return factory if is_given(name) else None
+
+
+def build(
+    name: str,
+    classes: int,
+    seed: int = 0,
+    memory_format: MemoryFormat = "channels-last",
+    factory: Factory | None = None,
+) -> nn.Module:
     """Build the named network with freshly initialised weights, which depend on ``seed`` alone.
 
     Whatever the factory draws comes from the generators of PyTorch, NumPy and Python, which are seeded and then
@@ -68,6 +118,7 @@ def build(name: str, classes: int, seed: int = 0, memory_format: MemoryFormat = 
         seed: of the weights.
         memory_format: ``"channels-last"`` is 1.3 to 2 times as fast on CPUs, and no slower on GPUs. A network in
             ``"contiguous"`` memory also makes its inputs so.
+        factory: what builds the network, where the name does not say so (:func:`is_given`).
 
     Raises:
         UsageError: an unknown name, a library that is not installed, or a factory that fails or does not return a
@@ -75,14 +126,16 @@ def build(name: str, classes: int, seed: int = 0, memory_format: MemoryFormat = 
     """
     with restored_generators():
         seed_generators(derive(seed, "initial weights"))
-        if name in _OWN:
-            network: nn.Module = _OWN[name](classes)
+        if factory is not None:
+            network = _built(name, factory, classes)
+        elif name in _OWN:
+            network = _OWN[name](classes)
         elif name.startswith("torchvision:"):
             network = from_torchvision(name.removeprefix("torchvision:"), num_classes=classes)
         elif name.startswith("timm:"):
             network = from_timm(name.removeprefix("timm:"), num_classes=classes)
         elif ":" in name:
-            network = _factory(name, classes)
+            network = _built(name, _imported(name), classes)
         else:
             known = ", ".join((*_OWN, "torchvision:NAME", "timm:NAME"))
             raise UsageError(f"unknown architecture {name!r}: use {known} or package.module:factory")
@@ -268,6 +321,8 @@ _OWN: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+_MAIN = "__main__:"  # of a notebook, a prompt or a script: in another process, another module
+
 AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 """torchvision's networks with heads that only help training: they are left out, so outputs are logits in any mode."""
 
@@ -314,10 +369,21 @@ def from_timm(name: str, **options: Any) -> nn.Module:
     return network
 
 
-def _factory(name: str, classes: int) -> nn.Module:
-    factory, attribute = import_object(name, "architecture"), name.partition(":")[2]
+def _imported(name: str) -> Factory:
+    own = name.removeprefix(_MAIN)
+    if is_given(name):
+        raise UsageError(
+            f"the network {own} was defined in a notebook or script, from which it cannot be imported: pass it from "
+            f"Python (network={own if own.isidentifier() else '...'}), or define it in a module and train again"
+        )
+    factory: Factory = import_object(name, "architecture")
     if not callable(factory):
         raise UsageError(f"{name} is a {type(factory).__name__}, expected a function that builds a network")
+    return factory
+
+
+def _built(name: str, factory: Factory, classes: int) -> nn.Module:
+    attribute = name.partition(":")[2]
     try:
         inspect.signature(factory).bind(num_classes=classes)
     except TypeError as error:

@@ -22,9 +22,10 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, ValidationError
 
 from ensembler import artefact
-from ensembler.calibration_maps import FLOOR, Map
+from ensembler.calibration_maps import FLOOR, Map, Temperature
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.record import Record
+from ensembler.text import counted, printable
 
 __all__ = [
     "FILE",
@@ -122,6 +123,25 @@ class Calibration(Record):
     after: dict[str, float | None]
     created: str
     versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        def moved(name: str) -> str:
+            return " -> ".join(
+                "-" if value is None else f"{value:.4f}" for value in (self.before[name], self.after[name])
+            )
+
+        how = f"T = {self.map.temperature:.4g}" if isinstance(self.map, Temperature) else f"by {self.map.method}"
+        sets, answers = self.conformal, self.abstention
+        held = f"{counted(self.held_out, 'other validation example')}: NLL {moved('nll')}, ECE {moved('ece')}"
+        lines = [
+            f"Calibration of {printable(self.dataset)}: {how}, fitted to {counted(self.fitted, 'validation example')}",
+            f"  {held}",
+            f"  {sets.method.upper()} sets miss the true class in at most {100 * sets.alpha:g} % of cases",
+        ]
+        if answers is not None:
+            least = "always abstains" if answers.threshold is None else f"abstains below {answers.threshold:.4g}"
+            lines.append(f"  {least}, for at most {100 * answers.risk:g} % wrong answers")
+        return "\n".join(lines)
 
 
 def apply(calibration: Calibration, probs: ArrayLike) -> Array:
@@ -259,12 +279,13 @@ def abstentions_of(calibration: Calibration, p: Array) -> NDArray[np.bool_]:
     return np.ones(len(confidence), dtype=bool) if threshold is None else confidence < threshold
 
 
-def save(calibration: Calibration, run: Path) -> Path:
+def save(calibration: Calibration, run: str | Path) -> Path:
     """Write the calibration into its run's folder, or replace it, atomically.
 
     Raises:
         ArtefactError: the calibration was fitted for another run, or the file cannot be written.
     """
+    run = Path(run)
     _check_run(calibration, _run_sha256(run), run)
     content = calibration.model_dump()
     content["sha256"] = _seal(content)
@@ -273,7 +294,7 @@ def save(calibration: Calibration, run: Path) -> Path:
     return run / FILE
 
 
-def load(run: Path) -> Calibration | None:
+def load(run: str | Path) -> Calibration | None:
     """Load the calibration in a run's folder; ``None`` if there is none.
 
     The run's other files are not verified here, but when the run is loaded.
@@ -282,10 +303,11 @@ def load(run: Path) -> Calibration | None:
         ArtefactError: the calibration was fitted for another run or is of an unknown format, or there is no run.
         CorruptError: it has changed since it was written.
     """
+    run = Path(run)
     return read(run / FILE, _run_sha256(run)) if (run / FILE).is_file() else None
 
 
-def read(file: Path, run_sha256: str, classes: int | None = None) -> Calibration:
+def read(file: str | Path, run_sha256: str, classes: int | None = None) -> Calibration:
     """Read a calibration from a file.
 
     Args:
@@ -297,6 +319,7 @@ def read(file: Path, run_sha256: str, classes: int | None = None) -> Calibration
         ArtefactError: it was fitted for another run, is of an unknown format, or cannot be read.
         CorruptError: it has changed since it was written.
     """
+    file = Path(file)
     try:
         content = artefact.parse_json(artefact.read_text(file))
         if content.pop("sha256") != _seal(content):

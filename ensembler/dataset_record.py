@@ -88,7 +88,7 @@ class DatasetRecord(Record):
             skipped=list(dataset.skipped),
         )
 
-    def load(self, root: Path | None = None, *, download: bool = False, dataset: Any = None) -> Dataset:
+    def load(self, root: str | Path | None = None, *, download: bool = False, dataset: Any = None) -> Dataset:
         """Load the same examples, normalised alike; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
 
         A folder that has moved is read at ``root``, or at its own name in ``root``. Its training images are neither

@@ -37,6 +37,7 @@ from ensembler.naming import import_object, is_importable, reason
 from ensembler.published import cifar, digits, fashion_mnist
 from ensembler.seeds import generator
 from ensembler.splits import complete, hold_out
+from ensembler.text import counted, printable
 
 __all__ = [
     "CORRUPT",
@@ -55,6 +56,7 @@ __all__ = [
 NAMES = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder:PATH", "package.module:NAME")
 CORRUPT = ("refuse", "skip")
 OWN = "own data"  # the title of a dataset that was given no name
+_SHOWN = 10  # classes in a repr
 _SPLIT_SEED = 20260101
 _SAMPLE = 2048  # files from which a channel's mean and variance are computed
 
@@ -91,6 +93,20 @@ class Dataset:
     notes: Sequence[str] = ()
     task: str = "classification"
 
+    def __repr__(self) -> str:
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
+        names = [printable(name) for name in self.classes[:_SHOWN]]
+        classes = f"{counted(len(self.classes), 'class', 'classes')}: {', '.join(names)}"
+        return "\n".join(
+            [
+                f"Dataset {self.name!r}: {printable(self.title)}",
+                f"  {sizes} examples of shape {tuple(self.train.example_shape)}",
+                f"  {classes}{', ...' if len(self.classes) > _SHOWN else ''}" if self.classes else f"  {self.task}",
+                f"  augmentation {self.augmentation}",
+            ]
+        )
+
     @property
     def class_counts(self) -> dict[str, int]:
         """Number of training images of each class."""
@@ -102,7 +118,7 @@ class Dataset:
 
 def load(
     name: str,
-    root: Path | None = None,
+    root: str | Path | None = None,
     *,
     download: bool = False,
     image_size: int | None = None,
@@ -142,6 +158,7 @@ def load(
         raise UsageError(f"the image size must be at least 1 pixel, not {image_size}")
     if corrupt not in CORRUPT:
         raise UsageError(f"corrupt must be one of {', '.join(CORRUPT)}, not {corrupt!r}")
+    root = None if root is None else Path(root).expanduser()
     if name.startswith("folder:"):
         folder = place(Path(name.removeprefix("folder:")).expanduser().resolve(), root)
         return _Folder(folder, image_size, in_memory, corrupt == "skip", frozenset(without), known).load(validation)

@@ -36,6 +36,7 @@ __all__ = [
     "formats",
     "measure",
     "on_white",
+    "pixels",
     "read_image",
     "suffixes",
     "to_rgb",
@@ -98,10 +99,22 @@ def decode(
 
     with Image.open(file, formats=formats()) as opened:
         _check_pixels(opened, max_pixels)
-        opened.load()
-        image = to_rgb(opened)
+        return pixels(opened, shape)
+
+
+def pixels(opened: Image, shape: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Return the pixels (H, W, 3) of one of Pillow's images, as :func:`decode` does those of a file.
+
+    Raises:
+        ShapeError: pixels whose meaning the image does not say.
+        Exception: of any class where its file is damaged.
+    """
+    from PIL.Image import Resampling
+
+    opened.load()
+    image = to_rgb(opened)
     if shape is not None and image.size != shape[::-1]:
-        image = image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
+        image = image.resize((shape[1], shape[0]), Resampling.BILINEAR)
     return np.array(image)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,28 +16,31 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ensembler import examples, gaussian, task
+from ensembler.architectures import Factory
 from ensembler.batchnorm import has_batchnorm
 from ensembler.buffers import Start, member_buffers
-from ensembler.capture import Captured, CudaGraph, on_stream
+from ensembler.capture import on_stream
 from ensembler.device import choose_device, limit_threads
-from ensembler.dropout import fix_masks
 from ensembler.errors import ShapeError, UsageError
 from ensembler.examples import Examples
-from ensembler.network_checks import NetworkChecks
-from ensembler.run import Gaussians, Run, Sampling
-from ensembler.seeds import derive, generator
-from ensembler.subspace import dirichlet
-from ensembler.task import Task
-from ensembler.weights import FlatWeights
+from ensembler.inputs import batches
+from ensembler.member_networks import MemberNetworks
+from ensembler.prediction import Prediction, predict
+from ensembler.progress import interactive, watching
+from ensembler.run import Gaussians, Run
+from ensembler.sampling import sample_coefficients
+from ensembler.task import Classification
+from ensembler.text import echo
 
 if TYPE_CHECKING:
+    from ensembler.calibration import Calibration
+    from ensembler.eval.evaluation import Evaluation
     from ensembler.uncertainty import Uncertainty
 
-__all__ = ["Ensemble", "sample_coefficients"]
+__all__ = ["Ensemble"]
 
 # Numbers in a batch, 341 images of CIFAR's size, below which a forward pass takes longer to launch than to compute.
 _CAPTURED = 2**20
-_GRAPHS = 8  # shapes of batches that have one; each holds memory
 
 
 class Ensemble:
@@ -45,6 +48,10 @@ class Ensemble:
 
     All members of one network share one copy of it: each member's weights are written into it before its forward pass.
     A combination of different networks has one copy of each.
+
+    :meth:`predict` takes images of any kind, and all that it returns is NumPy; so are the uncertainties of
+    :meth:`uncertainty`. For further work in PyTorch, :meth:`predict_outputs`, :meth:`predict_members` and
+    :meth:`predict_proba` take and return tensors.
 
     Args:
         run: the trained run.
@@ -72,19 +79,41 @@ class Ensemble:
         self.batch_size = batch_size or max(1, budget // math.prod(record.shape))
         outputs = self.task.outputs(len(record.classes))
         self._kind = examples.find(record.kind)
-        self._parts = [_Part(part, self.task, outputs, self.device) for part in run.networks]
+        self._parts = [MemberNetworks(part, self.task, outputs, self.device) for part in run.networks]
         self._places = [(part, row) for part in self._parts for row in range(len(part.run.coefficients))]
 
     @classmethod
     def load(
-        cls, path: str | Path, device: str | torch.device | None = None, batch_size: int | None = None
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        batch_size: int | None = None,
+        network: Factory | None = None,
     ) -> Ensemble:
         """Load an ensemble from a run's folder, and verify every byte.
 
+        Args:
+            path: the run's folder.
+            device: as of the class.
+            batch_size: likewise.
+            network: what the run was trained with, where that was defined in a notebook or script; see
+                :func:`ensembler.trainers.train`.
+
         Raises:
-            ArtefactError: there is no run. CorruptError: a file of the run has changed.
+            ArtefactError: there is no run. CorruptError: a file of the run has changed. UsageError: the network cannot
+                be imported and is not passed, or another one is.
         """
-        return cls(Run.load(Path(path)), device, batch_size)
+        return cls(Run.load(path, network), device, batch_size)
+
+    def __repr__(self) -> str:
+        from ensembler.describe import lines
+
+        return "\n".join([f"Ensemble on {self.device}", *(f"  {line}" for line in lines(self.run))])
+
+    def _repr_html_(self) -> str:
+        from ensembler.describe import as_html, picture
+
+        return as_html(repr(self), picture(self.run))
 
     @property
     def members(self) -> int:
@@ -107,6 +136,30 @@ class Ensemble:
     def run_of(self, member: int) -> Run:
         """Return the run of a member's network: one of the parts of a combination, else :attr:`run`."""
         return self._places[member][0].run
+
+    def predict(self, images: Any) -> Prediction:
+        """Predict classes, probabilities and uncertainties, as NumPy arrays.
+
+        Args:
+            images: one image or several: a path or an image of Pillow, which are resized to the size of the training
+                images; an array or tensor (H, W, 3) or (N, H, W, 3) uint8, of that size; a list of these; examples of
+                a dataset, such as ``dataset.test``. Of another kind of data, its examples as one array or tensor.
+
+        Returns:
+            The ensemble's prediction for N images: their ``labels``, ``probabilities`` (N, C), ``predictive_entropy``
+            (N,) and so on; see :class:`ensembler.prediction.Prediction`.
+
+        Raises:
+            UsageError: something else, or the ensemble is no classifier. ShapeError: no image, or an array of another
+                shape or type. DataError: a file that cannot be read.
+        """
+        if not isinstance(self.task, Classification):
+            raise UsageError(f"classes are predicted by classifiers, not by {self.task.name}: use predict_proba")
+        shape, size = self.run.manifest.dataset.shape, 16 * self.batch_size
+        parts = [self.predict_members(part).numpy() for part in batches(images, shape, size)]
+        found = np.concatenate(parts, axis=1)
+        used = np.full(found.shape[1], self.members)
+        return predict(found, used, self.members, self.classes)
 
     def predict_outputs(
         self, x: Tensor | NDArray[np.generic], vary: Callable[[int, Tensor], Tensor] | None = None
@@ -169,6 +222,119 @@ class Ensemble:
         from ensembler.uncertainty import uncertainty
 
         return uncertainty(self.predict_members(x).numpy())
+
+    def evaluate(
+        self,
+        shift: str | Sequence[str] | None = None,
+        ood: str | Sequence[str] | None = None,
+        examples: int | None = None,
+        *,
+        quiet: bool = False,
+        **options: Any,
+    ) -> Evaluation:
+        """Score the ensemble on its test images, under shift and out of distribution, as ``ensembler eval`` does.
+
+        Args:
+            shift: other test images of the same classes, such as ``"cifar10c"``.
+            ood: out-of-distribution images, such as ``"noise:gaussian"``.
+            examples: number of test images; all by default.
+            quiet: show no progress; see :func:`ensembler.progress.interactive`.
+            **options: of :class:`ensembler.eval.options.EvaluationOptions`.
+
+        Returns:
+            The scores, as ``report``; a notebook shows its tables and figures.
+
+        Raises:
+            As :func:`ensembler.eval.evaluation.evaluate_paths`.
+        """
+        from ensembler.eval.evaluation import evaluate_paths
+        from ensembler.eval.options import EvaluationOptions
+
+        given = {"shift": shift, "ood": ood, "examples": examples, **self._computed, **options}
+        with self._scratch() as scratch, watching(quiet or not interactive(), unit="images") as watch:
+            found = EvaluationOptions(**given | self._kept(scratch))
+            return evaluate_paths(self._folder(scratch), found, watch=watch, network=self._network)
+
+    def calibrate(self, *, quiet: bool = False, **options: Any) -> Calibration:
+        """Fit and store the run's calibration, prediction sets and abstention, as ``ensembler calibrate`` does.
+
+        Args:
+            quiet: show no progress.
+            **options: of :class:`ensembler.eval.options.CalibrationOptions`, such as ``alpha=0.05``.
+
+        Returns:
+            What was fitted, which :mod:`ensembler.calibration` applies, and an export takes along.
+
+        Raises:
+            UsageError: the run is not saved, as its calibration is kept beside it. Others as
+            :func:`ensembler.eval.calibrate.calibrate`.
+        """
+        from ensembler import calibration
+        from ensembler.eval.calibrate import calibrate
+        from ensembler.eval.options import CalibrationOptions
+
+        path = self.run.path
+        if path is None or not self.run.is_at(path):
+            raise UsageError("a calibration is kept beside its run: save this one first, run.save('runs/NAME')")
+        with self._scratch() as scratch, watching(quiet or not interactive(), unit="images") as watch:
+            given = CalibrationOptions(**self._computed | options | self._kept(scratch))
+            found = calibrate(path, given, watch=watch, network=self._network)
+        calibration.save(found, path)
+        return found
+
+    def export(self, out: str | Path, *, quiet: bool = False, **options: Any) -> Path:
+        """Export the members to ONNX, each compared with PyTorch, as ``ensembler export`` does.
+
+        Args:
+            out: the bundle's folder; must not exist.
+            quiet: do not say which steps were left out, and why.
+            **options: of :func:`ensembler.serve.export_run`, such as ``layout="single"``.
+
+        Returns:
+            ``out``, for :meth:`ensembler.serve.Runtime.load` and ``ensembler serve``.
+
+        Raises:
+            As :func:`ensembler.serve.export_run`.
+        """
+        from ensembler.serve import export_run
+
+        given: dict[str, Any] = {"say": lambda text: None if quiet else echo(text, err=True), "network": self._network}
+        with self._scratch() as scratch:
+            return export_run(self._folder(scratch), out, **given | options)
+
+    @contextmanager
+    def _scratch(self) -> Iterator[Path]:
+        """Yield a temporary folder."""
+        with TemporaryDirectory(prefix="ensembler-") as folder:
+            yield Path(folder)
+
+    @property
+    def _computed(self) -> dict[str, Any]:
+        """How predictions are made, as options."""
+        return {"device": str(self.device), "batch_size": self.batch_size}
+
+    @property
+    def _network(self) -> Factory | None:
+        """What builds the networks that cannot be imported.
+
+        Raises:
+            UsageError: several, which a combination cannot be given.
+        """
+        found = {part.network for part in self.run.networks if part.network is not None}
+        if len(found) > 1:
+            raise UsageError("this run combines several networks that cannot be imported: define them in a module")
+        return next(iter(found), None)
+
+    def _folder(self, scratch: Path) -> Path:
+        """Return the run's folder; of members that are not saved, one in a temporary folder."""
+        run = self.run
+        if run.path is not None and run.is_at(run.path):
+            return run.path
+        return replace(run, manifest=run.manifest.model_copy()).save(scratch / run.manifest.method)
+
+    def _kept(self, scratch: Path) -> dict[str, Any]:
+        """Where predictions are kept, as an option: temporarily, if the network's code cannot be read."""
+        return {} if self._network is None else {"cache": scratch / "predictions"}
 
     def sample(self, members: int, seed: int = 0, train: Examples | None = None) -> Ensemble:
         """Draw an ensemble of new members from the same simplexes or Gaussians.
@@ -235,7 +401,7 @@ class Ensemble:
         buffers = {name: rows.cpu() for name, rows in found.items()}
         sizes = {"vertices": len(vertices), "members": len(coefficients), "files": {}}
         manifest = run.manifest.model_copy(update=sizes)
-        moved = replace(run, manifest=manifest, coefficients=coefficients, buffers=buffers)
+        moved = replace(run, manifest=manifest, coefficients=coefficients, buffers=buffers, path=None)
         return Ensemble(moved, self.device, self.batch_size)
 
     def _starts(self, coefficients: Tensor) -> list[Start]:
@@ -246,105 +412,3 @@ class Ensemble:
             buffers = {name: rows[nearest] for name, rows in self.run.buffers.items()}
             starts.append((buffers, torch.equal(members[nearest], row)))
         return starts
-
-
-class _Part:
-    """The members of one network.
-
-    Attributes:
-        run: theirs.
-        weights: the network, in evaluation mode.
-        vertices: (K, P) on its device.
-        inputs: from stored examples to the network's inputs.
-    """
-
-    def __init__(self, run: Run, kind: Task, outputs: int, device: torch.device) -> None:
-        record = run.manifest.dataset
-        self.run = run
-        self.inputs = examples.find(record.kind).inputs(record.mean, record.std, device)
-        network = self._build(kind, outputs, device)
-        fix_masks(network, run.buffers)
-        self.weights = FlatWeights(network)
-        self.weights.load_frozen(run.frozen)
-        self.vertices = self.weights.flatten(run.vertices)
-        self._coefficients = run.coefficients.to(device)
-        self._buffers = {name: rows.to(device) for name, rows in run.buffers.items()}
-        self._forget([])
-
-    def network(self, row: int) -> nn.Module:
-        """Return the network with one member's weights and buffers."""
-        torch.mv(self.vertices.T, self._coefficients[row], out=self.weights.vector)
-        self.weights.load_buffers({name: rows[row] for name, rows in self._buffers.items()})
-        return self.weights.module
-
-    def outputs(self, x: Tensor, stored: bool, captured: bool) -> Tensor:
-        """Compute the outputs (B, O) of the network as it is, valid until the next call.
-
-        Args:
-            x: stored examples, or inputs of the network.
-            stored: which of them.
-            captured: whether a CUDA graph may be captured and replayed for this shape.
-        """
-        modes = [module.training for module in self.weights.module.modules()]
-        if modes != self._modes:  # a graph has those of its capture
-            self._forget(modes)
-        key = stored, x.shape, x.dtype, x.stride()
-        if not captured or (key not in self._outputs and len(self._outputs) == _GRAPHS):
-            return self._forward(x, stored)
-        self._graphs(stored, x)
-        return self._outputs[key]
-
-    def _forget(self, modes: list[bool]) -> None:
-        """Begin without graphs, for a network in these modes."""
-        self._modes, self._outputs = modes, dict[object, Tensor]()
-        self._graphs = Captured(self._store, _unsaid, CudaGraph)
-
-    def _store(self, stored: int, x: Tensor) -> None:
-        """Leave the outputs where :meth:`outputs` finds them; a graph leaves them at the same address every time."""
-        self._outputs[stored, x.shape, x.dtype, x.stride()] = self._forward(x, bool(stored))
-
-    def _forward(self, x: Tensor, stored: bool) -> Tensor:
-        outputs: Tensor = self.weights.module(self.inputs(x) if stored else x.float())
-        return outputs
-
-    def _build(self, kind: Task, outputs: int, device: torch.device) -> nn.Module:
-        """Build the network in evaluation mode and in the run's memory format, or in the one that it can.
-
-        A user's own network is checked: its module may have changed, or the run may come from elsewhere.
-        """
-        manifest = self.run.manifest
-        record, checks = manifest.dataset, NetworkChecks(manifest.architecture, kind, outputs)
-        pixels = torch.randint(0, 256, (2, *record.shape), dtype=torch.uint8, generator=generator(0, "probe"))
-        x = self.inputs(pixels.to(device)) if record.kind in ("images", "arrays") else None
-        return checks.built(manifest.settings.get("memory_format"), x, device)
-
-
-def _unsaid(reason: str) -> None:
-    """Say nothing: what cannot be captured gives the same predictions."""
-
-
-def sample_coefficients(sampling: Sampling, vertices: int, members: int, seed: int) -> Tensor:
-    """Draw coefficients (M, K) of members, each from a Dirichlet distribution in one of the simplexes.
-
-    Without weights, members are assigned to the simplexes in turn; with weights, each member's simplex is drawn. With
-    corners, the first members are the vertices: the first of every simplex, then the second of every simplex, and so
-    on.
-
-    Raises:
-        UsageError: ``members < 1``.
-    """
-    if members < 1:
-        raise UsageError(f"an ensemble needs at least one member, not {members}")
-    rng = np.random.default_rng(derive(seed, "members"))
-    coefficients = torch.zeros(members, vertices)
-    simplexes = sampling.simplexes
-    corners = list(dict.fromkeys(chain.from_iterable(zip(*simplexes, strict=True)))) if sampling.corners else []
-    corners = corners[:members]
-    coefficients[torch.arange(len(corners)), torch.tensor(corners, dtype=torch.int64)] = 1
-    places, count = np.arange(len(corners), members), len(simplexes)
-    drawn = places % count if sampling.weights is None else rng.choice(count, len(places), p=sampling.weights)
-    for i, simplex in enumerate(simplexes):
-        rows = torch.from_numpy(places[drawn == i])
-        points = dirichlet(len(rows), len(simplex), rng, sampling.concentration)
-        coefficients[rows[:, None], torch.tensor(simplex)] = points
-    return coefficients

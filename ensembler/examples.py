@@ -179,7 +179,7 @@ class Arrays:
     def inputs(mean: Sequence[float], std: Sequence[float], device: torch.device | str) -> Inputs:
         """Return a function that standardises features: ``(x - mean) / std``."""
         shift, scale = (torch.tensor(each, dtype=torch.float32, device=device) for each in (mean, std))
-        return lambda rows: (rows - shift) / scale
+        return lambda rows: (rows.float() - shift) / scale
 
     @staticmethod
     def check(x: Tensor, shape: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> bool:

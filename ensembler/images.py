@@ -26,6 +26,7 @@ from ensembler.examples import Cut, Epoch, InMemory, hash_tensors, stream
 from ensembler.folders import stat_files
 from ensembler.inputs import check_images
 from ensembler.machine import in_threads
+from ensembler.text import counted, printable
 
 __all__ = [
     "MEMORY_LIMIT",
@@ -51,7 +52,12 @@ class _Images:
 
     kind: ClassVar[str] = "images"
     augmentations: ClassVar[Sequence[str]] = (*POLICIES, *CROPS)
+    labels: Tensor
     shape: tuple[int, int]
+
+    def __repr__(self) -> str:
+        place = f" in {printable(self.folder)}" if isinstance(self, FileSplit) else ""
+        return f"{type(self).__name__} of {counted(len(self.labels), 'image')} {self.example_shape}{place}"
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -74,7 +80,7 @@ class _Images:
         return check_images(x, shape, mean, std)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Split(_Images):
     """Images in memory and their classes.
 
@@ -132,7 +138,7 @@ class Split(_Images):
         return stream(self, epochs, cut, augmentation, device)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FileSplit(_Images):
     """Images in files, decoded when needed, and their classes.
 

@@ -1,4 +1,5 @@
-"""Whether a tensor holds images as they are stored, or a network's normalised inputs; anything else is refused.
+"""What a user gives to predict: image files, Pillow's images, arrays, tensors; and whether a tensor holds images as
+they are stored, or a network's normalised inputs. Anything else is refused.
 
 Floats are ambiguous: pixels from 0 to 1, from 0 to 255, or normalised. A network takes all of them, and answers two of
 the three wrongly.
@@ -6,16 +7,88 @@ the three wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ensembler.errors import ShapeError
+from ensembler.decoding import pixels, read_image
+from ensembler.errors import ShapeError, UsageError
+from ensembler.examples import Examples
+from ensembler.naming import reason
 
-__all__ = ["check_images"]
+__all__ = ["batches", "check_images"]
+
+_KINDS = "a path, an image of Pillow, an array (H, W, 3) of uint8, or several of them in a list or as (N, H, W, 3)"
 
 _OVERSHOOT = 0.1  # of the pixels' range: what resampling may add to it
+
+
+def batches(images: Any, shape: Sequence[int], size: int) -> Iterator[Tensor]:
+    """Yield what a user gives to predict, ``size`` examples at a time, as tensors that :func:`check_images` takes.
+
+    Files and Pillow's images are decoded as in training, and resized to ``shape``. Arrays and tensors stay as they are.
+
+    Args:
+        images: one image or several; see :meth:`ensembler.ensemble.Ensemble.predict`.
+        shape: of one stored example; for images, (H, W, 3).
+        size: of a batch.
+
+    Raises:
+        ShapeError: none, or images of different shapes. DataError: an image cannot be read.
+        UsageError: something else.
+    """
+    if isinstance(images, Examples):
+        yield from (part.data for part in images.batches(size))
+        return
+    if isinstance(images, np.ndarray | Tensor):
+        whole = torch.as_tensor(images)
+        many: Any = whole[None] if whole.shape == torch.Size(shape) else whole
+    else:
+        many = [images] if _is_file(images) or not isinstance(images, Sequence) else images
+    if not len(many):
+        raise ShapeError(f"there is no image to predict: give {_KINDS}")
+    for start in range(0, len(many), size):
+        part = many[start : start + size]
+        yield part if isinstance(part, Tensor) else _stacked(part, shape, start)
+
+
+def _is_file(one: Any) -> bool:
+    return isinstance(one, str | os.PathLike)
+
+
+def _stacked(images: Sequence[Any], shape: Sequence[int], first: int) -> Tensor:
+    """Return images of a list as one tensor; ``first`` is the number of the first of them, for messages."""
+    found = [_one(image, shape, first + place) for place, image in enumerate(images)]
+    kinds = list(dict.fromkeys(f"{tuple(one.shape)} {str(one.dtype).removeprefix('torch.')}" for one in found))
+    if len(kinds) > 1:
+        raise ShapeError(f"the images are of different kinds, {' and '.join(kinds[:2])}: give arrays of one kind")
+    return torch.stack(found)
+
+
+def _one(image: Any, shape: Sequence[int], number: int) -> Tensor:
+    """Return one image of a list, files and Pillow's images as (H, W, 3) uint8 of ``shape``."""
+    from PIL.Image import Image
+
+    if isinstance(image, np.ndarray | Tensor):
+        return torch.as_tensor(image)
+    if not _is_file(image) and not isinstance(image, Image):
+        raise UsageError(f"image {number} is of type {type(image).__name__}: give {_KINDS}")
+    if len(shape) != 3:
+        raise UsageError(f"the run is of examples of shape {tuple(shape)}, not of images: give an array of them")
+    size = shape[0], shape[1]
+    if isinstance(image, Image):
+        try:
+            return torch.from_numpy(pixels(image, size))
+        except Exception as error:  # of any class where its file is damaged
+            raise ShapeError(f"image {number} cannot be read: {reason(error)}") from error
+    if Path(image).is_dir():
+        raise UsageError(f"{image} is a folder: give its images, such as sorted(Path({str(image)!r}).glob('*.png'))")
+    return torch.from_numpy(read_image(Path(image), size, mend="give the path of an image file"))
 
 
 def check_images(x: Tensor, shape: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> bool:

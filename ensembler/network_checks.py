@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from ensembler import architectures
-from ensembler.architectures import MemoryFormat
+from ensembler.architectures import Factory, MemoryFormat
 from ensembler.device import restored_generators, seed_generators
 from ensembler.errors import ShapeError, UsageError
 from ensembler.naming import reason
@@ -43,11 +43,17 @@ class NetworkChecks:
         name: the architecture's.
         task: what its outputs mean.
         outputs: O, the number of outputs that the task needs.
+        factory: what builds the network, where its name does not say so; see :func:`ensembler.architectures.build`.
     """
 
     name: str
     task: Task
     outputs: int
+    factory: Factory | None = None
+
+    def build(self, seed: int, memory_format: MemoryFormat) -> nn.Module:
+        """Build the network; see :func:`ensembler.architectures.build`."""
+        return architectures.build(self.name, self.outputs, seed, memory_format, self.factory)
 
     def ownership(self, network: nn.Module) -> None:
         """Refuse weights that PyTorch does not find: layers in a plain list, tensors with gradients as attributes."""
@@ -137,7 +143,7 @@ class NetworkChecks:
             device: of the network.
         """
         chosen = memory_format or "channels-last"
-        network = architectures.build(self.name, self.outputs, 0, chosen).to(device)
+        network = self.build(0, chosen).to(device)
         network.eval()
         if x is None or not (self._users_own or memory_format is None):
             return network
@@ -157,7 +163,7 @@ class NetworkChecks:
 
     def _rebuilt(self, weights: FlatWeights, seed: int, memory_format: MemoryFormat) -> nn.Module:
         """Return the network as a run gives it back: built again, with the same weights and buffers."""
-        other = architectures.build(self.name, self.outputs, seed, memory_format)
+        other = self.build(seed, memory_format)
         if {id(each) for each in other.parameters()} & {id(each) for each in weights.module.parameters()}:
             raise UsageError(
                 f"{self.name} returns the same network at every call, but every member needs its own: build a new one"

@@ -62,6 +62,12 @@ class Options(BaseModel):
     def __init__(self, **values: Any) -> None:
         _fill(self, values, {})
 
+    def __repr_args__(self) -> Iterator[tuple[str, Any]]:
+        """Yield the options that are not the defaults, as a call of the record would give them."""
+        for name, field in type(self).model_fields.items():
+            if (value := getattr(self, name)) != field.get_default(call_default_factory=True):
+                yield name, value
+
     @classmethod
     def typed(cls, values: Mapping[str, Any]) -> Self:
         """The record of what a command was given, of which it takes its own fields; errors name the flags."""
@@ -92,6 +98,8 @@ class Options(BaseModel):
 
 
 def _fill(record: Options, values: Mapping[str, Any], flags: Mapping[str, str], strict: bool = False) -> None:
+    if not strict:
+        values = {name: _as_field(type(record), name, value) for name, value in values.items()}
     try:
         if strict:  # as JSON, in which a path is text and a whole number also a float
             text = json.dumps(values, default=str)
@@ -100,6 +108,20 @@ def _fill(record: Options, values: Mapping[str, Any], flags: Mapping[str, str], 
             record.__pydantic_validator__.validate_python(dict(values), self_instance=record)
     except ValidationError as error:
         raise UsageError(_explained(error.errors()[0], type(record), flags)) from None
+
+
+def _as_field(record: type[Options], name: str, value: Any) -> Any:
+    """A value from Python as its field holds it: a path as text where it may be a URL, one of a list as a list."""
+    if (field := record.model_fields.get(name)) is None:
+        return value
+    kinds = [field.annotation, *get_args(field.annotation)]
+    if isinstance(value, str | Path) and any(get_origin(kind) is list for kind in kinds):
+        value = [value]
+    if not _extra(field)["path"]:
+        return value
+    if isinstance(value, list | tuple):
+        return [str(one) if isinstance(one, Path) else one for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def parameters(options: type[Options], panel: str) -> Iterator[inspect.Parameter]:

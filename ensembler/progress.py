@@ -1,20 +1,78 @@
-"""Progress of long commands: a bar with the time left on a terminal, otherwise a line every ten seconds."""
+"""Progress of long work: a bar with the time left on a terminal or in a notebook, else a line every ten seconds."""
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ensembler.text import echo
 
-__all__ = ["Watcher", "watching"]
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
+
+__all__ = ["Watcher", "bars_on", "has_bars", "interactive", "watching"]
 
 Watcher = Callable[[str, int, int], None]
 
 _INTERVAL = 10.0  # seconds between two lines
+_REDRAWN = 0.25  # seconds between two states of a notebook's bars
+_WIDTH = 100  # columns of these
+
+
+def interactive() -> bool:
+    """Return whether somebody looks on, at a terminal or in a notebook: otherwise functions of Python are silent."""
+    from rich.console import Console
+
+    return has_bars(Console(stderr=True))
+
+
+def has_bars(console: Console) -> bool:
+    """Return whether a console shows bars: a terminal, or a notebook's."""
+    return console.is_jupyter or console.is_terminal
+
+
+def bars_on(console: Console, *columns: ProgressColumn) -> Progress:
+    """Return bars for a console, which disappear at the end.
+
+    Rich draws a notebook's with widgets, which need another package; here they are text that is replaced.
+    """
+    from rich.progress import Progress
+
+    if not console.is_jupyter:
+        return Progress(*columns, console=console, transient=True)
+
+    from rich.console import Console
+
+    show: Any = import_module("IPython.display")
+
+    class Replaced(Progress):
+        """Bars as the text of one output, drawn by whoever updates them: a thread's output has no cell."""
+
+        drawn, name, text = 0.0, "", ""
+
+        def start(self) -> None:
+            self.name = f"ensembler-{id(self)}"
+            show.display(_content(""), raw=True, display_id=self.name)
+
+        def stop(self) -> None:
+            show.update_display(_content(""), raw=True, display_id=self.name)
+
+        def update(self, *given: Any, **fields: Any) -> None:
+            super().update(*given, **fields)
+            if time.monotonic() - self.drawn > _REDRAWN:
+                self.drawn = time.monotonic()
+                with self.console.capture() as drawn:
+                    self.console.print(self.get_renderable())
+                show.update_display(_content(drawn.get().rstrip()), raw=True, display_id=self.name)
+
+    plain = Console(file=io.StringIO(), width=_WIDTH, force_jupyter=False, force_terminal=False, color_system=None)
+    return Replaced(*columns, console=plain, auto_refresh=False)
 
 
 @contextmanager
@@ -29,17 +87,17 @@ def watching(quiet: bool, *, unit: str = "", scale: float = 1.0) -> Iterator[Wat
         scale: counts in one unit.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if quiet:
         yield lambda label, done, total: None
-    elif not console.is_terminal:
+    elif not has_bars(console):
         yield _lines(unit, scale)
     else:
         count = TextColumn(f"{{task.fields[done]}} of {{task.fields[all]}} {unit}".rstrip())
         columns = (TextColumn("{task.description:24}", markup=False), BarColumn(), count, TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
+        with bars_on(console, *columns) as bar:
             stages = [(0, -1)]
 
             def watch(label: str, done: int, total: int) -> None:
@@ -51,6 +109,11 @@ def watching(quiet: bool, *, unit: str = "", scale: float = 1.0) -> Iterator[Wat
                 bar.update(bar.task_ids[-1], description=label, completed=done, **fields)
 
             yield watch
+
+
+def _content(text: str) -> dict[str, str]:
+    """Return a notebook's output of plain text."""
+    return {"text/plain": text}
 
 
 def _lines(unit: str, scale: float) -> Watcher:

@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ensembler import artefact
+from ensembler.architectures import Factory, given, is_given
 from ensembler.dataset_record import DatasetRecord
 from ensembler.errors import ArtefactError, CorruptError, DivergedError, UsageError
 from ensembler.record import Record
@@ -190,6 +191,8 @@ class Run:
         sha256: of the manifest when the run was saved or loaded; empty before that.
         parts: in a combination of different networks, a run for each, in the order of the members; then there are no
             vertices, coefficients and buffers here.
+        network: what builds the network, where that was passed from Python and cannot be imported; it is not saved.
+        path: where the run was saved or loaded, if it was.
     """
 
     manifest: Manifest
@@ -201,6 +204,13 @@ class Run:
     history: Sequence[Mapping[str, Any]] = ()
     sha256: str = ""
     parts: Sequence[Run] = ()
+    network: Factory | None = None
+    path: Path | None = None
+
+    def __repr__(self) -> str:
+        from ensembler.describe import lines
+
+        return "\n".join(["Run", *(f"  {line}" for line in lines(self))])
 
     @property
     def networks(self) -> Sequence[Run]:
@@ -233,7 +243,12 @@ class Run:
         path = Path(path)
         self._write(path)
         _link_latest(path)
+        self.path = path
         return path
+
+    def is_at(self, path: Path) -> bool:
+        """Return whether the run in a folder is this one, by its manifest, which has every file's hash."""
+        return self.sha256 != "" and _manifest_sha256(path) == self.sha256
 
     def _write(self, path: Path) -> None:
         for name, tensor in chain(self.vertices.items(), self.gaussians.items()):
@@ -256,11 +271,16 @@ class Run:
         self.manifest.files, self.sha256 = content["files"], _manifest_sha256(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Run:
+    def load(cls, path: str | Path, network: Factory | None = None) -> Run:
         """Read a run and verify every byte. Later changes of its files do not affect the run in memory.
+
+        Args:
+            path: the run's folder.
+            network: what it was trained with, where that was passed from Python and cannot be imported.
 
         Raises:
             ArtefactError: there is no run, or this version cannot read its format.
+            UsageError: ``network`` is not what the run was trained with, by its name.
             CorruptError: a file is missing or has changed (the message names it), or the run was replaced meanwhile.
         """
         path = Path(path)
@@ -280,9 +300,11 @@ class Run:
                 coefficients=members.pop("coefficients"),
                 parts=parts,
                 buffers={name.removeprefix("buffer."): tensor for name, tensor in members.items()},
-                **optional,
+                frozen=optional["frozen"],
+                gaussians=optional["gaussians"],
                 history=[json.loads(line) for line in (path / "history.jsonl").read_text("utf-8").splitlines()],
                 sha256=sha256,
+                path=path,
             )
         except ValidationError as error:
             first = error.errors()[0]
@@ -294,7 +316,15 @@ class Run:
             raise ArtefactError(f"{path} is not a run that this version can read ({error}): train it again") from error
         if sha256 != _manifest_sha256(path):
             raise CorruptError(f"{path} was replaced while it was read: run the same command again")
+        if network is not None:
+            run._take(network)
         return run
+
+    def _take(self, network: Factory) -> None:
+        """Let the run's network, or those parts' of a combination that cannot be imported, be built by ``network``."""
+        for part in self.networks:
+            if not self.parts or is_given(part.manifest.architecture):
+                part.network = given(network, part.manifest.architecture)
 
 
 def new_path(folder: Path, label: str) -> Path:

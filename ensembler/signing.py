@@ -47,7 +47,7 @@ def check(seal: bytes, key: Ed25519PublicKey, where: Path) -> None:
         raise ArtefactError(f"{where} is not signed with this key: ask for the right key, or do not use it") from None
 
 
-def private_key(path: Path) -> Ed25519PrivateKey:
+def private_key(path: str | Path) -> Ed25519PrivateKey:
     """Read a private key in PEM, without a password.
 
     Raises:
@@ -68,7 +68,7 @@ def private_key(path: Path) -> Ed25519PrivateKey:
     return key
 
 
-def public_key(path: Path) -> Ed25519PublicKey:
+def public_key(path: str | Path) -> Ed25519PublicKey:
     """Read a public key in PEM.
 
     Raises:
@@ -87,9 +87,9 @@ def public_key(path: Path) -> Ed25519PublicKey:
     return key
 
 
-def _read(path: Path) -> bytes:
+def _read(path: str | Path) -> bytes:
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             return file.read(2**20)
     except OSError as error:
         raise UsageError(f"cannot read the key {path}: {error.strerror or error}: make one with {_MAKE}") from error

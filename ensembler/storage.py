@@ -14,6 +14,7 @@ import hashlib
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ensembler.stores import HubRepository, Store, is_url, mismatch, name_of, op
 __all__ = [
     "LARGEST",
     "Url",
+    "as_paths",
     "check_free",
     "default_folder",
     "destination",
@@ -63,6 +65,11 @@ def place(text: str | Path) -> Path:
     before a command runs.
     """
     return Url(text) if isinstance(text, str) and is_url(text) else Path(text)  # type: ignore[return-value]
+
+
+def as_paths(given: str | Path | Iterable[str | Path]) -> list[Path]:
+    """Return one path or several, given as text or as paths, as a list of paths."""
+    return [Path(given)] if isinstance(given, str | Path) else [Path(one) for one in given]
 
 
 def default_folder() -> Path:
@@ -105,7 +112,7 @@ def local(location: str | Path, watch: Watcher = silent) -> Path:
     return folder
 
 
-def pull(url: str, out: Path | None = None, watch: Watcher = silent, largest: float = LARGEST) -> Path:
+def pull(url: str, out: str | Path | None = None, watch: Watcher = silent, largest: float = LARGEST) -> Path:
     """Download a run or bundle into a folder and verify it; a partial download is not kept.
 
     Args:
@@ -119,15 +126,14 @@ def pull(url: str, out: Path | None = None, watch: Watcher = silent, largest: fl
     """
     store = open_store(url)
     seal, _ = _read_seal(store)
-    if out is None:
-        out = Path(_KINDS[_manifest(store, seal)[1]["kind"]], store.name)
+    out = Path(_KINDS[_manifest(store, seal)[1]["kind"]], store.name) if out is None else Path(out)
     if out.exists():
         raise UsageError(f"{out} already exists: choose another --out, or remove it first")
     _fetch(store, seal, store.read(CALIBRATION), out, watch, largest)
     return out
 
 
-def push(path: Path, url: str, *, private: bool | None = None, watch: Watcher = silent) -> list[str]:
+def push(path: str | Path, url: str, *, private: bool | None = None, watch: Watcher = silent) -> list[str]:
     """Verify a run or bundle and upload it to a URL; an incomplete upload is never used.
 
     An interrupted push can be repeated. A complete artefact is never overwritten: if it is the same one, only files
@@ -150,7 +156,7 @@ def push(path: Path, url: str, *, private: bool | None = None, watch: Watcher = 
     """
     from ensembler.card import card
 
-    path = path.resolve()
+    path = Path(path).resolve()
     if private is not None and not url.startswith("hf://"):
         raise UsageError(f"--private and --public are for repositories on the Hub (hf://USER/NAME), not for {url}")
     manifest = _verify(path)

@@ -10,7 +10,12 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["Printable", "cell", "echo", "printable"]
+__all__ = ["Printable", "cell", "counted", "echo", "printable"]
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return a count with its noun: ``1 member``, ``2,000 images``."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def printable(text: object) -> str:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,17 +23,21 @@ from ensembler.eval.metrics.recalibration import fit_map, fit_threshold
 from ensembler.eval.options import CalibrationOptions
 from ensembler.seeds import derive
 
+if TYPE_CHECKING:
+    from ensembler.architectures import Factory
+
 __all__ = ["calibrate", "fit", "summary"]
 
 Array = NDArray[np.float64]
 
 
 def calibrate(
-    path: Path,
+    path: str | Path,
     options: CalibrationOptions | None = None,
     *,
     dataset: Any = None,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
+    network: Factory | None = None,
 ) -> Calibration:
     """Fit a calibration to a run's validation split; :func:`ensembler.calibration.save` stores it.
 
@@ -44,6 +48,7 @@ def calibrate(
         options: what is fitted, and how the prediction is made.
         dataset: what the run was trained on, where it has no name to load it by; see :func:`ensembler.as_dataset`.
         watch: called with a title, how many images are done, and of how many.
+        network: what builds the run's network, where it cannot be imported.
 
     Raises:
         UsageError: too few validation images for the method.
@@ -58,7 +63,7 @@ def calibrate(
     from ensembler.eval.shift.test_set import validation_set
 
     options = options or CalibrationOptions()
-    ensemble = Ensemble.load(path, options.device, options.batch_size)
+    ensemble = Ensemble.load(path, options.device, options.batch_size, network)
     check_task(ensemble.run)
     record = ensemble.run.manifest.dataset
     given = options.dataset if dataset is None else dataset

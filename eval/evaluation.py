@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ensembler import artefact
+from ensembler.architectures import Factory
 from ensembler.datasets import Dataset
 from ensembler.device import configure, limit_threads
 from ensembler.engine import Engine
@@ -27,6 +28,7 @@ from ensembler.eval.options import EvaluationOptions
 from ensembler.eval.prediction_cache import default_folder
 from ensembler.eval.prediction_files import is_predictions, write_set, writing
 from ensembler.eval.predictions import Prediction, Predictor, predictions
+from ensembler.eval.report.notebook import evaluation_html, report_text
 from ensembler.eval.report.schema import OodReport, OtherReport, Report, ShiftReport
 from ensembler.eval.scoring import ScoredRun, Subject, score
 from ensembler.eval.shift.ood import load_ood
@@ -36,6 +38,7 @@ from ensembler.eval.views import augmentations
 from ensembler.images import FileSplit, Images
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
+from ensembler.storage import as_paths
 from ensembler.task import Classification
 
 __all__ = ["Evaluation", "check_task", "distinct", "evaluate", "evaluate_given", "evaluate_paths", "rows"]
@@ -60,6 +63,12 @@ class Evaluation:
     runs: list[ScoredRun]
     labels: Labels
     images: Images | None = None
+
+    def __repr__(self) -> str:
+        return f"Evaluation of {report_text(self.report)}"
+
+    def _repr_html_(self) -> str:
+        return evaluation_html(self)
 
 
 def evaluate(
@@ -159,12 +168,13 @@ def evaluate_given(
 
 
 def evaluate_paths(
-    paths: Sequence[Path],
+    paths: str | Path | Sequence[str | Path],
     options: EvaluationOptions | None = None,
     *,
     dataset: Any = None,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
     engine: Engine | None = None,
+    network: Factory | None = None,
 ) -> Evaluation:
     """Score runs, and files of predictions made elsewhere, on the same test sets.
 
@@ -172,12 +182,13 @@ def evaluate_paths(
     (:mod:`ensembler.eval.prediction_cache`).
 
     Args:
-        paths: the runs' folders, of one dataset, and files of predictions for its test images; several paths of the
-            same folder are one run.
+        paths: the runs' folders, one or several of one dataset, and files of predictions for its test images; several
+            paths of the same folder are one run.
         options: the test sets, and how they are predicted; threads are set for the whole process.
         dataset: what the runs were trained on, where it has no name to load it by; see :func:`ensembler.as_dataset`.
         watch: called with a test set's title, how many images are done, and of how many.
         engine: predicts shifted and out-of-distribution sets; by default this process.
+        network: what builds the runs' network, where it cannot be imported.
 
     Raises:
         UsageError: no run, runs of different datasets, predictions for other images, or unknown test sets.
@@ -187,16 +198,16 @@ def evaluate_paths(
         EngineError: the engine failed.
     """
     options = options or EvaluationOptions()
-    paths, seed = distinct(paths), options.seed
-    given = {path: Predictions.read(path) for path in paths if is_predictions(path)}
-    run_paths = [path for path in paths if path not in given]
+    places, seed = distinct(as_paths(paths)), options.seed
+    given = {path: Predictions.read(path) for path in places if is_predictions(path)}
+    run_paths = [path for path in places if path not in given]
     _check_options(options, run_paths, given)
     if given and not run_paths:
         images = len(next(iter(given.values())).labels)
         groups = None if options.group is None else read_groups(options.group, images)
         return evaluate_given(list(given.values()), examples=options.examples, seed=seed, groups=groups)
     limit_threads(options.threads)
-    runs = [Run.load(path) for path in run_paths]
+    runs = [Run.load(path, network) for path in run_paths]
     _check_views(runs, run_paths, options)
     dataset = _common_dataset(runs, run_paths, options, options.dataset if dataset is None else dataset)
     if options.ood:
@@ -225,7 +236,7 @@ def evaluate_paths(
     omitted = check_sets(
         given.values(), {one: len(one.examples) for one in test_sets if one.group not in ("validation", "other")}
     )
-    scored_rows, loaded = rows(paths, options), dict(zip(run_paths, runs, strict=True))
+    scored_rows, loaded = rows(places, options), dict(zip(run_paths, runs, strict=True))
     subjects = [
         Subject(name, sha256=given[path].sha256)
         if path in given

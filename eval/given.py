@@ -87,7 +87,7 @@ class Predictions:
     sha256: str | None = None
 
     @classmethod
-    def read(cls, path: Path) -> Predictions:
+    def read(cls, path: str | Path) -> Predictions:
         """Read a file.
 
         Raises:
@@ -96,6 +96,7 @@ class Predictions:
         from ensembler.artefact import sha256
         from ensembler.eval.prediction_files import read
 
+        path = Path(path)
         return replace(cls.of(path.name, read(path)), sha256=sha256(path))
 
     @classmethod

@@ -37,7 +37,8 @@ FORMAT = 1
 PREDICTING = (
     *("ensembler.architectures", "ensembler.capture", "ensembler.decoding", "ensembler.device", "ensembler.dropout"),
     *("ensembler.ensemble", "ensembler.examples", "ensembler.gaussian", "ensembler.images"),
-    *("ensembler.network_checks", "ensembler.task", "ensembler.uncertainty", "ensembler.weights"),
+    *("ensembler.member_networks", "ensembler.network_checks", "ensembler.task"),
+    *("ensembler.uncertainty", "ensembler.weights"),
     *("ensembler.eval.predictions", "ensembler.eval.views"),
 )
 """The modules that build the network, prepare images, predict and reduce."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ensembler.architectures import Factory
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.eval.metrics.embedding import classical_scaling
@@ -79,11 +80,12 @@ class Simplexes(Measured):
 
 
 def measure_simplexes(
-    path: Path,
+    path: str | Path,
     options: SurfaceOptions | None = None,
     *,
     dataset: Any = None,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
+    network: Factory | None = None,
 ) -> Simplexes:
     """Measure the vertices, edges and faces of a run's simplexes; of a run without any, of the one of all its vertices.
 
@@ -92,14 +94,15 @@ def measure_simplexes(
         options: the points along an edge, and the images, which are the same at every point.
         dataset: what the run was trained on, where it has no name to load it by; see :func:`ensembler.as_dataset`.
         watch: called with "simplexes", how many points are done, and of how many.
+        network: what builds the run's network, where it cannot be imported.
 
     Raises:
         UsageError: a run of one vertex, or of different networks.
         DataError: the dataset is missing or not the one that was trained on.
         DivergedError: a network's outputs somewhere are not finite.
     """
-    began, options = time.monotonic(), options or SurfaceOptions()
-    run = Run.load(path)
+    began, options, path = time.monotonic(), options or SurfaceOptions(), Path(path)
+    run = Run.load(path, network)
     run.check_one_network("to lie in a simplex")
     sampling, count = run.manifest.sampling, run.manifest.vertices
     if count < 2:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
+from ensembler.architectures import Factory
 from ensembler.dropout import without_masks
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DivergedError, UsageError
@@ -29,6 +30,7 @@ from ensembler.images import FileSplit
 from ensembler.record import Record
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
+from ensembler.storage import as_paths
 from ensembler.subspace import CURVES, edge_lengths, log_volume
 
 __all__ = [
@@ -173,12 +175,13 @@ class Measuring:
 
 
 def measure_surface(
-    paths: Sequence[Path],
+    paths: str | Path | Sequence[str | Path],
     vertices: Sequence[int] | None = None,
     options: SurfaceOptions | None = None,
     *,
     dataset: Any = None,
     watch: Callable[[str, int, int], None] = lambda label, done, total: None,
+    network: Factory | None = None,
 ) -> Surface:
     """Measure the plane through three vertices of one run, or through the first members of three.
 
@@ -188,6 +191,7 @@ def measure_surface(
         options: the points and the images, which are the same at every point.
         dataset: what the runs were trained on, where it has no name to load it by; see :func:`ensembler.as_dataset`.
         watch: called with "surface", how many points are done, and of how many.
+        network: what builds the runs' network, where it cannot be imported.
 
     Raises:
         UsageError: not one or three runs, different networks or datasets, or vertices on a line.
@@ -196,17 +200,18 @@ def measure_surface(
     """
     began, options = time.monotonic(), options or SurfaceOptions()
     grid, seed = options.grid, options.seed
-    if len(paths) not in (1, 3):
-        raise UsageError(f"a surface takes one run or three, not {len(paths)}")
-    runs = [Run.load(path) for path in paths]
+    folders = as_paths(paths)
+    if len(folders) not in (1, 3):
+        raise UsageError(f"a surface takes one run or three, not {len(folders)}")
+    runs = [Run.load(path, network) for path in folders]
     for run in runs:
         run.check_one_network("to span a plane")
-    names = [path.resolve().name for path in paths]
+    names = [path.resolve().name for path in folders]
     first = runs[0]
     labels: list[tuple[str, str, int | None]]
     inside, curve = torch.empty(0, 3), torch.empty(0, 3)
     if len(runs) == 1:
-        run, chosen = first, _choose(first, paths[0], vertices)
+        run, chosen = first, _choose(first, folders[0], vertices)
         labels = [(f"w{k}", names[0], k) for k in chosen]
         inside = first.coefficients[
             first.coefficients[:, chosen].count_nonzero(1) == first.coefficients.count_nonzero(1)
@@ -217,7 +222,7 @@ def measure_surface(
     elif vertices is not None:
         raise UsageError("--vertices chooses among the vertices of one run: leave it out, or name one run")
     else:
-        run, chosen = _first_members(runs, paths), [0, 1, 2]
+        run, chosen = _first_members(runs, folders), [0, 1, 2]
         labels = [(f"w{k}", name, None) for k, name in enumerate(names)]
     three = {name: rows[chosen] for name, rows in run.vertices.items()}
     corners = plane(torch.cat([rows.flatten(1) for rows in three.values()], dim=1))

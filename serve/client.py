@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ensembler.errors import ArtefactError, EnsemblerError, ShapeError, UsageError
 from ensembler.serve.http.routes import PREDICT
+from ensembler.storage import as_paths
 from ensembler.text import cell
 
 if TYPE_CHECKING:
@@ -69,8 +70,8 @@ def find_images(given: Sequence[str]) -> list[Path]:
 
 
 def predict_files(
-    target: str,
-    images: Sequence[Path],
+    target: str | Path,
+    images: str | Path | Sequence[str | Path],
     *,
     mode: str = "full",
     members: int | None = None,
@@ -80,7 +81,7 @@ def predict_files(
 
     Args:
         target: a bundle's folder, or a service's address such as ``http://localhost:3000``.
-        images: image files.
+        images: image files, one or several.
         mode, members: see :class:`ensembler.serve.http.options.Options`.
         token: sent to the service; ignored for a bundle.
 
@@ -94,8 +95,9 @@ def predict_files(
         UsageError: a mode or number of members that the ensemble does not have.
         ArtefactError: no bundle there; CorruptError: it has changed.
     """
+    target, files = str(target), as_paths(images)
     chosen = {"mode": mode} | ({} if members is None else {"members": members})
-    outcomes = _from_service(target, images, chosen, token) if is_url(target) else _from_bundle(target, images, chosen)
+    outcomes = _from_service(target, files, chosen, token) if is_url(target) else _from_bundle(target, files, chosen)
     answer: dict[str, Any] = {}
     predictions: list[dict[str, Any]] = []
     errors: list[tuple[Path, ShapeError]] = []

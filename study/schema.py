@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Literal
 
 from ensembler.record import Record
+from ensembler.text import counted, printable
 
 __all__ = ["CellReport", "Estimate", "LeftOutReport", "PublishedFigure", "StudyReport"]
 
@@ -100,3 +102,10 @@ class StudyReport(Record):
     published: list[PublishedFigure]
     device: str | None
     versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        from ensembler.study.sentences import answers
+
+        what = f"{counted(len(self.cells), 'cell')}, {counted(len(self.seeds), 'seed')}"
+        lines = [f"StudyReport of {printable(self.architecture)} on {printable(self.dataset)}: {what}", *answers(self)]
+        return "\n  ".join(textwrap.shorten(line, 118) for line in lines[:5])

@@ -100,7 +100,7 @@ def test_pixels_that_would_be_answered_wrongly_are_refused(tmp_path, wrong, mend
 def on_graphs(monkeypatch):
     """Has predictions captured by a CUDA graph's rules; how many forward passes were replayed since."""
     monkeypatch.setattr(Ensemble, "_captures", True)
-    monkeypatch.setattr("ensembler.ensemble.CudaGraph", CpuGraph)
+    monkeypatch.setattr("ensembler.member_networks.CudaGraph", CpuGraph)
     before = CpuGraph.replays
     return lambda: CpuGraph.replays - before
 

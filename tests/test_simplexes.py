@@ -11,9 +11,10 @@ from torch.nn.functional import cross_entropy
 
 from ensembler.architectures import build
 from ensembler.datasets import normalise
-from ensembler.ensemble import Ensemble, sample_coefficients
+from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
 from ensembler.run import Run, Sampling
+from ensembler.sampling import sample_coefficients
 from ensembler.subspace import log_volume
 from ensembler.task import Classification
 from ensembler.trainers import Complex, DeepEnsemble, Simplex

@@ -73,7 +73,7 @@ def combine(runs: Mapping[str, Run], dataset: Dataset | None = None, device: str
         }
     )
     history = [dict(line) | {"part": f"{name}, {line['part']}"} for name, run in runs.items() for line in run.history]
-    run = replace(stacked[0], manifest=manifest, history=history, sha256="")
+    run = replace(stacked[0], manifest=manifest, history=history, sha256="", path=None)
     if len(stacked) > 1:
         run = Run(manifest, {}, torch.empty(0, 0), {}, history=history, parts=stacked)
     manifest.metrics = measure(run, first.dataset.load() if dataset is None else first.dataset.adopt(dataset), device)
@@ -180,6 +180,7 @@ def _alike(one: Run, other: Run) -> bool:
     return (
         (ours.architecture, ours.dataset.mean, ours.dataset.std)
         == (theirs.architecture, theirs.dataset.mean, theirs.dataset.std)
+        and one.network is other.network
         and {name: rows.shape[1:] for name, rows in one.vertices.items()}
         == {name: rows.shape[1:] for name, rows in other.vertices.items()}
         and {name: rows.shape[1:] for name, rows in one.buffers.items()}
@@ -208,6 +209,7 @@ def _stack(group: Sequence[Run]) -> Run:
         coefficients,
         {name: torch.cat([run.buffers[name] for run in group]) for name in first.buffers},
         first.frozen,
+        network=first.network,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ensembler import architectures, task
-from ensembler.architectures import MemoryFormat
+from ensembler.architectures import Factory, MemoryFormat
 from ensembler.augmentations import check_augmentation, check_repeatable
 from ensembler.datasets import Dataset
 from ensembler.device import choose_device, restored_generators, seed_generators
@@ -34,6 +34,7 @@ def dry_pass(
     say: Callable[[str], None],
     processes: int = 1,
     check: Callable[[str, nn.Module, Tensor], None] | None = None,
+    factory: Factory | None = None,
 ) -> MemoryFormat:
     """Try a network on two training images: in training mode with gradients, then in evaluation mode.
 
@@ -45,6 +46,7 @@ def dry_pass(
         say: told what was chosen that the user did not ask for.
         processes: how many share a batch.
         check: the method's own, see :meth:`ensembler.trainers.method.Method.check`.
+        factory: what builds the network, where its name does not say so.
 
     Returns:
         The memory format to train and evaluate in: the settings', or channels-last where the network can.
@@ -56,7 +58,7 @@ def dry_pass(
     family, _, own = name.partition(":")
     if family == "torchvision" and own in architectures.AUXILIARY:
         say(f"{name} is built without its auxiliary heads: its main output is trained")
-    trial = _Trial.of(dataset, settings, processes)
+    trial = _Trial.of(dataset, settings, processes, factory)
     with restored_generators():
         network, memory_format = _fitting(trial, asked, say)
         if check:
@@ -112,7 +114,7 @@ class _Trial:
     losses: Losses
 
     @classmethod
-    def of(cls, dataset: Dataset, settings: Settings, processes: int) -> _Trial:
+    def of(cls, dataset: Dataset, settings: Settings, processes: int, factory: Factory | None = None) -> _Trial:
         device = choose_device(settings.device)
         settings.check_device(device.type)
         meaning, train = task.find(dataset.task), dataset.train
@@ -121,7 +123,7 @@ class _Trial:
         x = train.inputs(dataset.mean, dataset.std, device)(examples.data.to(device))
         _check_mixing(settings, examples, x)
         _check_augmentation(train, settings.augmentation or dataset.augmentation)
-        checks = NetworkChecks(settings.architecture, meaning, meaning.outputs(len(dataset.classes)))
+        checks = NetworkChecks(settings.architecture, meaning, meaning.outputs(len(dataset.classes)), factory)
         return cls(checks, x, examples.labels.to(device), settings, training_loss(settings, dataset, device))
 
     def build(self, memory_format: MemoryFormat) -> nn.Module:
@@ -131,7 +133,7 @@ class _Trial:
             UsageError: it cannot be built, or moved to the device.
         """
         try:
-            network = architectures.build(self.checks.name, self.checks.outputs, 0, memory_format).to(self.x.device)
+            network = self.checks.build(0, memory_format).to(self.x.device)
         except (RuntimeError, NotImplementedError) as error:
             raise UsageError(f"{self.checks.name} cannot be moved to {self.x.device}: {reason(error)}") from error
         return network

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from ensembler import checkpoints, datasets, matching, normalisation
+from ensembler.architectures import Factory
 from ensembler.artefact import MANIFEST, sha256
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
 from ensembler.run import CostEntry, Run
 from ensembler.seeds import generator
+from ensembler.storage import as_paths
 from ensembler.trainers.dry_pass import dry_pass
 from ensembler.trainers.events import Message, OnEvent
 from ensembler.trainers.ledger import Ledger
@@ -27,7 +29,7 @@ from ensembler.trainers.settings import Settings
 from ensembler.trainers.spec import Spec
 from ensembler.trainers.starts import Solution, stack_buffers
 from ensembler.trainers.trainer import Trainer
-from ensembler.trainers.training import assemble
+from ensembler.trainers.training import assemble, with_network
 from ensembler.weights import FlatWeights
 
 __all__ = ["import_checkpoints"]
@@ -36,8 +38,8 @@ EXAMPLES = 1000  # validation examples on which other normalisations are tried, 
 
 
 def import_checkpoints(
-    files: Sequence[str | Path],
-    architecture: str,
+    files: str | Path | Sequence[str | Path],
+    architecture: str | Factory,
     dataset: Any,
     *,
     device: str | None = None,
@@ -56,7 +58,7 @@ def import_checkpoints(
 
     Args:
         files: safetensors, or what ``torch.save`` made of a state dict; one for each member.
-        architecture: of all of them; see :mod:`ensembler.architectures`.
+        architecture: of all of them: a name of :mod:`ensembler.architectures`, or the function or class that builds it.
         dataset: what they were trained on, as of :func:`ensembler.trainers.train`. Its validation images should not
             have been trained on.
         device: where they are measured.
@@ -67,16 +69,16 @@ def import_checkpoints(
         ShapeError: a file's weights do not fit the network.
         UsageError: a head of other classes, two files with the same weights, or frozen weights that differ.
     """
-    if not files:
+    if not (paths := as_paths(files)):
         raise UsageError("name at least one checkpoint")
     dataset = datasets.find(dataset)
     for note in dataset.notes:
         on_event(Message(note))
-    settings = Settings(architecture=architecture, device=device).resolved(dataset)
-    chosen = dry_pass(dataset, settings, lambda text: on_event(Message(text)))
+    settings, factory = with_network(Settings(device=device), architecture)
+    settings = settings.resolved(dataset)
+    chosen = dry_pass(dataset, settings, lambda text: on_event(Message(text)), factory=factory)
     settings = settings.model_copy(update={"memory_format": chosen})
-    trainer = Trainer(dataset, settings, on_event=on_event)
-    paths = [Path(file) for file in files]
+    trainer = Trainer(dataset, settings, on_event=on_event, factory=factory)
     names = [path.name for path in paths]
     if len(set(names)) < len(names):  # seed0/best.pt, seed1/best.pt
         names = [str(path) for path in paths]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ensembler.errors import ArtefactError, UsageError
+from ensembler.progress import bars_on, has_bars
 from ensembler.text import echo, printable
 from ensembler.trainers.events import EpochEnd, Event, Message, OnEvent, Progress
 
@@ -27,7 +28,9 @@ _MINUTE = 60.0  # seconds between two lines within an epoch
 
 
 @contextmanager
-def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | None = None) -> Iterator[OnEvent]:
+def progress(
+    quiet: bool = False, log: str | Path | None = None, tensorboard: str | Path | None = None
+) -> Iterator[OnEvent]:
     """Yield a function that handles events; results are printed at the end, when no bar is there any more.
 
     Args:
@@ -46,11 +49,11 @@ def progress(quiet: bool = False, log: Path | None = None, tensorboard: Path | N
         stack.callback(_print, results)
         watchers: list[OnEvent] = []
         if log:
-            watchers.append(stack.enter_context(_json_lines(log)))
+            watchers.append(stack.enter_context(_json_lines(Path(log))))
         if tensorboard:
-            watchers.append(stack.enter_context(_tensorboard(tensorboard)))
+            watchers.append(stack.enter_context(_tensorboard(Path(tensorboard))))
         if not quiet:
-            watchers.append(stack.enter_context(_bars(console)) if console.is_terminal else _lines())
+            watchers.append(stack.enter_context(_bars(console)) if has_bars(console) else _lines())
 
         def on_event(event: Event) -> None:
             if isinstance(event, Message) and event.result:
@@ -100,7 +103,6 @@ def _lines() -> OnEvent:
 def _bars(console: Console) -> Iterator[OnEvent]:
     """Yield a handler that shows a bar per part that is under way; above the bars, a line per finished part."""
     from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
     from rich.table import Column
     from rich.text import Text
 
@@ -111,19 +113,21 @@ def _bars(console: Console) -> Iterator[OnEvent]:
     def text(name: str) -> TextColumn:
         return TextColumn(f"{{{name}}}", markup=False, table_column=Column(no_wrap=True))
 
-    bars = Bars(
+    bars = bars_on(
+        console,
         text("task.description"),
         BarColumn(bar_width=12),
         text("task.fields[state]"),
         Speed(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
-        console=console,
-        transient=True,
     )
     tasks: dict[str, TaskID] = {}
 
     def say(line: str) -> None:
-        console.print(printable(line), markup=False, highlight=False)
+        if console.is_jupyter:
+            echo(line)
+        else:
+            console.print(printable(line), markup=False, highlight=False)
 
     def watch(event: Event) -> None:
         if isinstance(event, Message):

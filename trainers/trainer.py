@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import SyncBatchNorm
 
 from ensembler import architectures, matching, task
+from ensembler.architectures import Factory
 from ensembler.capture import CudaGraph
 from ensembler.checkpoints import Checkpoint
 from ensembler.datasets import Dataset
@@ -63,6 +64,7 @@ class Trainer:
         engine: what runs independent jobs; see :func:`ensembler.trainers.work.each`.
         group: the processes that train together. Each makes the same calls and gets the same results; the first
             measures and keeps checkpoints.
+        factory: what builds the network, where the settings' architecture is not imported by its name.
 
     Attributes:
         start: what the settings say to start from.
@@ -79,6 +81,7 @@ class Trainer:
     store: Store | None = None
     engine: Engine = field(default_factory=Local)
     group: Group = ALONE
+    factory: Factory | None = None
 
     def __post_init__(self) -> None:
         settings, self._shown = self.settings, 0.0
@@ -110,11 +113,13 @@ class Trainer:
 
     def __reduce__(self) -> Any:
         """Sent to another process, it is made there of the same data, settings and starts."""
-        return Trainer, (self.dataset, self.settings, self.starts)
+        make = partial(Trainer, factory=self.factory)
+        return make, (self.dataset, self.settings, self.starts)
 
     def __copy__(self) -> Trainer:
         """The same with a network and a ledger of its own, for jobs at the same time."""
-        own = Trainer(self.dataset, self.settings, self.starts, self.on_event, self.store, self.engine, self.group)
+        given = (self.dataset, self.settings, self.starts, self.on_event, self.store, self.engine, self.group)
+        own = Trainer(*given, self.factory)
         own.train_examples = self.train_examples
         if self.measures:
             own.held_out = self.held_out
@@ -131,7 +136,8 @@ class Trainer:
         """The network with the fresh weights of a seed, on the device."""
         settings, outputs = self.settings, self.task.outputs(len(self.dataset.classes))
         memory_format = settings.memory_format or "channels-last"
-        return architectures.build(settings.architecture, outputs, seed, memory_format).to(self.device)
+        network = architectures.build(settings.architecture, outputs, seed, memory_format, self.factory)
+        return network.to(self.device)
 
     @property
     def captures(self) -> bool:

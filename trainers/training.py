@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ensembler import datasets
+from ensembler.architectures import Factory, is_given, name_of
 from ensembler.datasets import Dataset
 from ensembler.dropout import without_masks
 from ensembler.engine import Engine, Local
@@ -20,19 +21,21 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.examples import Examples
 from ensembler.normalisation import describe
+from ensembler.progress import interactive
 from ensembler.run import DatasetRecord, Manifest, Run, versions
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.dry_pass import dry_pass
 from ensembler.trainers.events import Message, OnEvent
 from ensembler.trainers.measure import member_buffers
 from ensembler.trainers.method import Members, Method
+from ensembler.trainers.progress import progress
 from ensembler.trainers.resume import Store
 from ensembler.trainers.settings import Settings
 from ensembler.trainers.spec import Spec
 from ensembler.trainers.starts import Start, identity, load_starts, vertices
 from ensembler.trainers.trainer import Trainer
 
-__all__ = ["Training", "assemble", "centroid", "collapse_run", "measure", "train"]
+__all__ = ["Training", "assemble", "centroid", "collapse_run", "measure", "train", "with_network"]
 
 
 def train(
@@ -40,14 +43,16 @@ def train(
     method: Method,
     settings: Settings | None = None,
     *,
-    on_event: OnEvent = lambda event: None,
+    on_event: OnEvent | None = None,
+    quiet: bool = False,
+    network: Factory | str | None = None,
     engine: Engine | None = None,
 ) -> Run:
     """Make an ensemble, and measure it on the held-out and the test data.
 
     ::
 
-        run = train("digits", FGE(members=5), Settings(epochs=20))
+        run = train("digits", FGE(members=5), Settings(epochs=20), network=my_network)
         run.save("runs/fge")
 
     Args:
@@ -55,7 +60,13 @@ def train(
             of (:func:`ensembler.own_data.as_dataset`).
         method: what to make, e.g. ``FGE(members=5)``.
         settings: what all methods share.
-        on_event: told of the dataset's notes, of every epoch, and of what the method finds on its way.
+        on_event: told of the dataset's notes, of every epoch, and of what the method finds on its way. By default these
+            are shown, with bars, where somebody looks: on a terminal and in a notebook.
+        quiet: show nothing; for ``on_event`` it means nothing.
+        network: the function or class that builds the network, called as ``network(num_classes=C)``, or a name as of
+            ``Settings(architecture=...)``, in whose place it is given. The run records it as ``package.module:name``.
+            One that cannot be imported, such as a notebook's or a lambda, is recorded as ``__main__:name``, and is
+            passed again where the run is loaded: ``Ensemble.load(path, network=...)``.
         engine: what runs its independent jobs; by default this process.
 
     Raises:
@@ -63,12 +74,32 @@ def train(
             :func:`ensembler.trainers.dry_pass.dry_pass`. DataError: the data are not those that a start was trained on.
         DivergedError: the loss is not finite.
     """
-    settings = settings or Settings()
+    if on_event is None:
+        with progress(quiet=quiet or not interactive()) as shown:
+            return train(dataset, method, settings, on_event=shown, network=network, engine=engine)
+    settings, factory = with_network(settings or Settings(), network)
     starts = load_starts(method, settings)
+    check_network(settings, starts)
     dataset = datasets.find(dataset)
     for note in dataset.notes:
         on_event(Message(note))
-    return Training.of(dataset, method, settings, starts).tried(on_event).make(on_event, engine=engine)
+    training = Training.of(dataset, method, settings, starts, factory=factory)
+    return training.tried(on_event).make(on_event, engine=engine)
+
+
+def with_network(settings: Settings, network: Factory | str | None) -> tuple[Settings, Factory | None]:
+    """Return settings with the name of a network, and what builds it, if it cannot be imported by that name.
+
+    Raises:
+        UsageError: the settings name another network, or it is no function or class.
+    """
+    if network is None:
+        return settings, None
+    name = network if isinstance(network, str) else name_of(network)
+    if "architecture" in settings.model_fields_set and settings.architecture != name:
+        raise UsageError(f"the network is {name}, and the settings name {settings.architecture}: give one of them")
+    named = settings.model_copy(update={"architecture": name})
+    return named, network if not isinstance(network, str) and is_given(name) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +111,7 @@ class Training:
     settings: Settings
     starts: Mapping[str, Start]
     collapse: bool = False
+    factory: Factory | None = None
 
     @classmethod
     def of(
@@ -89,6 +121,7 @@ class Training:
         settings: Settings,
         starts: Mapping[str, Start],
         collapse: bool = False,
+        factory: Factory | None = None,
     ) -> Training:
         """Fill in everything that is not given.
 
@@ -108,7 +141,7 @@ class Training:
                 f"{method.command} trains no solution that could stop early: leave out --early-stopping, or train a "
                 "solution with it and start from that"
             )
-        return cls(dataset, method.resolved(settings), settings, starts, collapse)
+        return cls(dataset, method.resolved(settings), settings, starts, collapse, factory)
 
     @cached_property
     def spec(self) -> Spec:
@@ -137,7 +170,7 @@ class Training:
             UsageError: the network cannot be trained, stored or evaluated.
         """
         say, check = lambda text: on_event(Message(text)), self.method.check
-        memory_format = dry_pass(self.dataset, self.settings, say, processes, check)
+        memory_format = dry_pass(self.dataset, self.settings, say, processes, check, self.factory)
         return replace(self, settings=self.settings.model_copy(update={"memory_format": memory_format}))
 
     def make(
@@ -149,7 +182,8 @@ class Training:
     ) -> Run:
         """Train. Arguments as of :class:`ensembler.trainers.trainer.Trainer`."""
         method = self.method
-        trainer = Trainer(self.dataset, self.settings, self.starts, on_event, store, engine or Local(), group)
+        given = (self.dataset, self.settings, self.starts, on_event, store, engine or Local(), group)
+        trainer = Trainer(*given, self.factory)
         if method.starts_fresh and trainer.starts_solved:
             raise UsageError(
                 f"{method.command} starts from fresh weights: leave out --init, or give one of other classes"
@@ -161,6 +195,17 @@ class Training:
             members = centroid(trainer, members.vertices, members.buffers, members.gaussians)
             name, independent = f"{name}-centroid", False
         return assemble(self.spec, trainer, members, name, independent)
+
+
+def check_network(settings: Settings, starts: Mapping[str, Start]) -> None:
+    """Refuse settings that name a network, and a run of another one to start from."""
+    for name, start in starts.items():
+        own = start.manifest.architecture if isinstance(start, Run) else settings.architecture
+        if "architecture" in settings.model_fields_set and own != settings.architecture and " + " not in own:
+            raise UsageError(
+                f"{name} is a run of {own}, and {settings.architecture} is to be trained: leave out the network, or "
+                "start from a run of it"
+            )
 
 
 def check_frozen(runs: Sequence[Run]) -> None:
@@ -214,7 +259,7 @@ def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
     run.check_one_network("to average")
     manifest = run.manifest
     settings = Settings(**manifest.settings | {"init": None, "weights": None, "device": device})
-    trainer = Trainer(manifest.dataset.adopt(dataset), settings)
+    trainer = Trainer(manifest.dataset.adopt(dataset), settings, factory=run.network)
     rows = vertices(trainer, run)
     trainer.ledger.entries.update({name: entry.model_copy() for name, entry in manifest.cost.entries.items()})
     trainer.ledger.before, trainer.ledger.history = manifest.cost.seconds or 0.0, [dict(line) for line in run.history]
@@ -266,6 +311,7 @@ def assemble(spec: Spec, trainer: Trainer, members: Members, name: str, independ
         frozen={key: tensor.cpu() for key, tensor in trainer.weights.frozen().items()},
         gaussians={key: tensor.cpu() for key, tensor in members.gaussians.items()},
         history=trainer.ledger.history,
+        network=trainer.factory,
     )
 
     manifest.metrics = members.metrics | trainer.group.from_first(lambda: measure(run, trainer.dataset, trainer.device))

@@ -15,6 +15,7 @@ from ensembler.eval.metrics.comparison import Difference, Spread
 from ensembler.eval.metrics.groups import Groups
 from ensembler.eval.metrics.members import CurvePoint, Equivalent
 from ensembler.eval.metrics.ood import OodScores
+from ensembler.eval.report.notebook import report_html, report_text
 from ensembler.eval.shift.test_set import Source
 from ensembler.record import Record
 
@@ -232,6 +233,12 @@ class Report(Record):
     device: str | None
     seed: int
     versions: dict[str, str]
+
+    def __repr__(self) -> str:
+        return f"Report of {report_text(self)}"
+
+    def _repr_html_(self) -> str:
+        return report_html(self)
 
 
 def mean_scores(cells: Sequence[CellScores]) -> CellScores:

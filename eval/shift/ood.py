@@ -28,7 +28,7 @@ def load_ood(
     name: str,
     shape: tuple[int, int],
     *,
-    root: Path | None = None,
+    root: str | Path | None = None,
     download: bool = False,
     examples: int | None = None,
     seed: int = 0,

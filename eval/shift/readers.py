@@ -59,7 +59,7 @@ def load_shifts(
     return found
 
 
-def load_shift(name: str, dataset: Dataset, indices: Tensor, root: Path | None = None, seed: int = 0) -> Shift:
+def load_shift(name: str, dataset: Dataset, indices: Tensor, root: str | Path | None = None, seed: int = 0) -> Shift:
     """Load shifted versions of a dataset's test images, or other test sets of its classes.
 
     Args:
@@ -78,6 +78,7 @@ def load_shift(name: str, dataset: Dataset, indices: Tensor, root: Path | None =
         UsageError: an unknown shift, or an unknown corruption.
         DataError: the files exist, but are damaged or of other images or classes.
     """
+    root = None if root is None else Path(root)
     if name.startswith(PREFIX):
         return _other(
             name,

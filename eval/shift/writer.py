@@ -29,7 +29,7 @@ _BATCH = 2**25  # bytes of clean images in a batch
 
 def write_corruptions(
     dataset: Dataset,
-    out: Path,
+    out: str | Path,
     corruptions: Sequence[str] = AVAILABLE,
     *,
     seed: int = 0,
@@ -59,6 +59,7 @@ def write_corruptions(
     if unknown or not corruptions:
         raise UsageError(f"there is no corruption {', '.join(unknown) or 'named'}: choose from {', '.join(AVAILABLE)}")
     check_images(dataset, "data corrupt")
+    out = Path(out)
     folder = generated_folder(out, dataset.test)
     size = math.prod(folder.shape)
     try:

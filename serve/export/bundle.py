@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensembler import artefact, calibration, signing
+from ensembler.architectures import Factory
 from ensembler.calibration import Calibration
 from ensembler.calibration_maps import Temperature
 from ensembler.datasets import NAMES, Dataset
@@ -74,13 +75,14 @@ def export_run(
     seed: int = 0,
     pixels: Pixels = "uint8",
     precision: Precision = "float32",
-    data: Path | None = None,
+    data: str | Path | None = None,
     dataset: Any = None,
     use_data: bool = True,
     examples: int = VALIDATION_IMAGES,
     tune: bool = False,
-    key: Path | None = None,
+    key: str | Path | None = None,
     say: Say = lambda sentence: None,
+    network: Factory | None = None,
 ) -> Path:
     """Export the members of a run, whole or not at all.
 
@@ -104,6 +106,7 @@ def export_run(
         key: PEM file of an Ed25519 private key to sign the bundle with.
         tune: measure how the members run fastest on this machine.
         say: called with a sentence for each step that was left out.
+        network: what builds the run's network, where it cannot be imported.
 
     Returns:
         ``out``.
@@ -121,7 +124,7 @@ def export_run(
     manifest: dict[str, Any] = {}
     signed = None if key is None else partial(signing.sign, key=signing.private_key(key))
     with artefact.write(out, manifest, signed) as folder:
-        ensemble = Ensemble.load(run_path, device="cpu")
+        ensemble = Ensemble.load(run_path, device="cpu", network=network)
         _check_task(ensemble, run_path)
         file = run_path / calibration.FILE
         fitted = calibration.read(file, ensemble.run.sha256) if file.is_file() else None
@@ -185,7 +188,7 @@ def _check_task(ensemble: Ensemble, run_path: Path) -> None:
         )
 
 
-def _dataset(record: DatasetRecord, root: Path | None, given: Any, say: Say) -> Dataset | None:
+def _dataset(record: DatasetRecord, root: str | Path | None, given: Any, say: Say) -> Dataset | None:
     """Load the run's dataset; where it is missing and nobody said where it is, say so."""
     try:
         return record.load(root, dataset=given)

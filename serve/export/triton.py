@@ -23,7 +23,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _TYPES: dict[int, str] = {onnx.TensorProto.UINT8: "TYPE_UINT8", onnx.TensorProto.FLOAT: "TYPE_FP32"}
 
 
-def write_triton(bundle: Path, repository: Path, name: str | None = None, max_batch: int = 64) -> Path:
+def write_triton(bundle: str | Path, repository: str | Path, name: str | None = None, max_batch: int = 64) -> Path:
     """Write a bundle into a model repository, whole or not at all.
 
     Args:
@@ -39,6 +39,7 @@ def write_triton(bundle: Path, repository: Path, name: str | None = None, max_ba
         ArtefactError: no bundle there, or the repository cannot be written; CorruptError: the bundle has changed.
         UsageError: no name of a model, or the repository has one of that name.
     """
+    bundle, repository = Path(bundle), Path(repository)
     manifest = read_bundle(bundle)
     name = manifest.run.name if name is None else name
     if not _NAME.fullmatch(name):

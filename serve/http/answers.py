@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from ensembler import calibration
 from ensembler.errors import UsageError
+from ensembler.prediction import Prediction
 from ensembler.serve.http.batcher import Columns
 from ensembler.serve.http.options import CALIBRATED, OUTPUTS, STANDARD, Options, calibrated_outputs
 from ensembler.serve.http.schemas import ModelCard
-from ensembler.serve.runtime.prediction import Prediction
 from ensembler.serve.runtime.runtime import Runtime
 
 __all__ = ["array_output", "as_columns", "as_json", "as_npy", "content", "metadata", "with_outputs"]

@@ -253,7 +253,7 @@ class BundleManifest(Record):
     files: dict[str, str] = Field(default_factory=dict)
 
 
-def read_bundle(bundle: Path, key: Path | None = None) -> BundleManifest:
+def read_bundle(bundle: Path, key: str | Path | None = None) -> BundleManifest:
     """Return a bundle's manifest, after verifying every file that it names, and that its graphs read no other.
 
     Args:

@@ -11,15 +11,16 @@ from ensembler import artefact, calibration
 from ensembler.calibration import Calibration
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.machine import available_cpus, gpu_memory, resident_memory
+from ensembler.prediction import Prediction, predict
 from ensembler.serve.runtime import early_exit
 from ensembler.serve.runtime.early_exit import LEVEL, Mode
 from ensembler.serve.runtime.gpu import GpuOptions
 from ensembler.serve.runtime.images import check_floats, check_images
 from ensembler.serve.runtime.manifest import MERGED, BundleManifest, Strategy, Tuning, read_bundle
-from ensembler.serve.runtime.prediction import Prediction, predict
 from ensembler.serve.runtime.sessions import open_bundle, open_merged, providers
 from ensembler.serve.runtime.strategies import Members
 from ensembler.serve.runtime.tune import keep_faster_graphs
+from ensembler.text import counted, printable
 
 __all__ = ["Runtime"]
 
@@ -76,7 +77,7 @@ class Runtime:
         members: int | None = None,
         seed: int = 0,
         gpu: GpuOptions | None = None,
-        key: Path | None = None,
+        key: str | Path | None = None,
     ) -> Runtime:
         """Verify a bundle and open its members.
 
@@ -145,6 +146,18 @@ class Runtime:
         if self.device == "cuda" and free is not None and (left := _free(self.gpu)) is not None:
             self.gpu_memory = max(0, free - left)
         self.ready = True
+
+    def __repr__(self) -> str:
+        own = self.manifest
+        size = " x ".join(map(str, own.image_shape))
+        lines = [
+            f"Runtime of {counted(self.members, 'member')} on {self.device}: {printable(own.method)} of "
+            f"{printable(own.architecture)}, {own.precision}",
+            f"  {printable(own.dataset)}: images {size}, {counted(len(own.classes), 'class', 'classes')}",
+            f"  run {printable(own.run.name)}, exported {own.created}",
+            "  calibrated" if self.calibration is not None else "  not calibrated",
+        ]
+        return "\n".join(lines)
 
     def strategy(self, batch: int) -> Strategy:
         """Return how a batch of this size is run through all members.

@@ -49,7 +49,7 @@ class Verified:
     allowed: float
 
 
-def verify_bundle(bundle: str | Path, key: Path | None = None) -> Verified:
+def verify_bundle(bundle: str | Path, key: str | Path | None = None) -> Verified:
     """Verify every byte of a bundle, run every member, and compare its answers with the stored ones.
 
     At a lower precision than float32, the answers may differ by more: processors round 8-bit products differently.

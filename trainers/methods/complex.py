@@ -80,8 +80,8 @@ class Complex(Method):
         """
         import torch
 
-        from ensembler.ensemble import sample_coefficients
         from ensembler.run import Sampling
+        from ensembler.sampling import sample_coefficients
         from ensembler.subspace import dirichlet
         from ensembler.trainers.loop import Plan
         from ensembler.trainers.measure import describe, member_buffers

@@ -145,8 +145,8 @@ class Simplex(Method):
         """
         import torch
 
-        from ensembler.ensemble import sample_coefficients
         from ensembler.run import Sampling
+        from ensembler.sampling import sample_coefficients
         from ensembler.trainers.work import each
 
         S, K = self.simplexes, self.vertices

@@ -66,8 +66,8 @@ class Subspace(Method):
         """Train all vertices together."""
         import torch
 
-        from ensembler.ensemble import sample_coefficients
         from ensembler.run import Sampling
+        from ensembler.sampling import sample_coefficients
         from ensembler.subspace import dirichlet
         from ensembler.trainers.loop import Plan
         from ensembler.trainers.measure import describe, member_buffers

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ensembler.text import counted
 from ensembler.uncertainty import mean_probabilities, uncertainty
 
 __all__ = ["Prediction", "predict"]
+
+_SHOWN = 3  # images in a repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,20 @@ class Prediction:
     disagreement: NDArray[np.float64] | None
     members_used: NDArray[np.int64]
     complete: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __repr__(self) -> str:
+        M, B, _ = self.members.shape
+        lines = [f"Prediction of {counted(B, 'image')} by {counted(M, 'member')}; entropies in nats"]
+        for number, label in enumerate(self.labels[:_SHOWN]):
+            line = f"  {number}: {label} {self.probabilities[number].max():.3f}"
+            line += f", entropy {self.predictive_entropy[number]:.3f}"
+            if self.disagreement is not None:
+                line += f", disagreement {self.disagreement[number]:.3f}"
+            lines.append(line)
+        return "\n".join([*lines, f"  and {B - _SHOWN:,} more"] if B > _SHOWN else lines)
 
 
 def predict(

@@ -1,0 +1,98 @@
+"""What a run is, in a few lines and in a picture, for whoever prints it or has a notebook show it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from typing import TYPE_CHECKING
+
+from ensembler.text import counted, printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ensembler.run import Run
+
+__all__ = ["as_html", "lines", "picture"]
+
+_NAMED = 6  # parts of a training in a legend
+
+
+def lines(run: Run) -> list[str]:
+    """Describe a run in four lines: what it is, what it was trained on, its scores, and where it is."""
+    manifest, cost = run.manifest, run.manifest.cost.example_passes
+    size = f"{counted(manifest.vertices, 'vertex', 'vertices')}, {manifest.parameters:,} parameters"
+    passes = "an unknown cost" if cost is None else counted(cost, "example pass", "example passes")
+    scores = manifest.metrics.get("test", {})
+    shown = [f"{name.replace('_', ' ')} {scores[name]:.4f}" for name in scores if isinstance(scores[name], float)]
+    return [
+        f"{manifest.method} of {counted(manifest.members, 'member')}: {manifest.architecture}, {size}",
+        f"trained on {printable(manifest.dataset.title)}, seed {manifest.seed}, {passes}",
+        f"test: {', '.join(shown).replace('nll', 'NLL') or 'not measured'}",
+        "not saved" if run.path is None else f"saved at {printable(run.path)}",
+    ]
+
+
+def as_html(text: str, figure: Figure | None) -> str:
+    """Render lines, and a figure below them, for a notebook."""
+    shown = f"<pre>{html.escape(text)}</pre>"
+    if figure is None:
+        return shown
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=96)
+    return f'{shown}\n<img src="data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}">'
+
+
+def picture(run: Run) -> Figure | None:
+    """Draw a run: its vertices and members in the plane of their largest distances, and its loss by epoch.
+
+    Returns:
+        The figure; ``None`` where there is neither, as of a checkpoint that was trained elsewhere.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = [draw for draw, wanted in ((_draw_members, _has_plane(run)), (_draw_history, run.history)) if wanted]
+    if not drawn:
+        return None
+    figure = Figure(figsize=(4.5 * len(drawn), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, draw in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+        draw(axes, run)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def _has_plane(run: Run) -> bool:
+    return not run.parts and run.manifest.vertices > 1
+
+
+def _draw_members(axes: Axes, run: Run) -> None:
+    """Draw vertices and members: the principal components of the vertices (K, P), found from their K x K products."""
+    import torch
+
+    flat = torch.cat([rows.flatten(1) for rows in run.vertices.values()], dim=1).double()
+    centred = flat - flat.mean(dim=0)
+    values, vectors = torch.linalg.eigh(centred @ centred.T)
+    places = vectors[:, -2:].flip(1) * values[-2:].flip(0).clamp_min(0).sqrt()
+    members = run.coefficients.double() @ places
+    axes.plot(*members.T.numpy(), "o", alpha=0.6, label="members")
+    axes.plot(*places.T.numpy(), "^", color="black", fillstyle="none", label="vertices")
+    axes.set(title="weight space", xlabel="first principal component", ylabel="second")
+    axes.margins(0.1)
+    axes.legend()
+
+
+def _draw_history(axes: Axes, run: Run) -> None:
+    """Draw the training loss of each part by epoch."""
+    parts: dict[str, list[float]] = {}
+    for record in run.history:
+        parts.setdefault(record["part"], []).append(record["loss"])
+    for number, (part, losses) in enumerate(parts.items()):
+        label = part if number < _NAMED else None
+        axes.plot(range(1, len(losses) + 1), losses, marker=".", label=label)
+    axes.set(title="training", xlabel="epoch", ylabel="loss")
+    axes.locator_params(axis="x", integer=True)
+    axes.legend()
