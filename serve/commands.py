@@ -9,7 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -185,14 +188,16 @@ def serve(
     from ensembler.serve.answer_log import check_appendable
     from ensembler.serve.http.settings import Settings
     from ensembler.serve.runtime.manifest import read_bundle
+    from ensembler.serve.runtime.runtime import Runtime
 
+    if log_sample != 1 and log_answers is None:
+        raise typer.BadParameter("is a share of the answers of --log-answers: give both", param_hint="--log-sample")
     manifest = read_bundle(bundle, require_signature)
     host = "127.0.0.1" if host == "localhost" else host
-    _check_free(host, port)
-    shared = _temporary_folder()
+    with _refusing():
+        _check_free(host, port)
     environment = os.environ | {
         "BENTOML_DO_NOT_TRACK": "True",
-        "BENTOML_HOME": shared,  # it makes folders in it, and serving needs nothing of another
         "ENSEMBLER_BUNDLE": str(bundle.resolve()),
         "ENSEMBLER_WORKERS": str(workers),
     }
@@ -205,9 +210,13 @@ def serve(
         environment["ENSEMBLER_CORS_ORIGIN"] = ",".join(cors_origin)
     if require_signature is not None:
         environment["ENSEMBLER_REQUIRE_SIGNATURE"] = str(require_signature.resolve())
-    settings = Settings.read(environment)
+    with _refusing({"ENSEMBLER_LOG_SAMPLE": "--log-sample", "ENSEMBLER_CORS_ORIGIN": "--cors-origin"}):
+        settings = Settings.read(environment)
+        Runtime.check(bundle, manifest, settings.members, settings)
     if settings.log_answers is not None:
         check_appendable(settings.log_answers)
+    shared = _temporary_folder()
+    environment["BENTOML_HOME"] = shared  # it makes folders in it, and serving needs nothing of another
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     echo(f"{members or manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it")
     target = "ensembler.serve.service:PredictiveUncertainty"
@@ -224,6 +233,22 @@ def serve(
     command += ["--host", "127.0.0.1", "--port", str(_free_port())]
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # noqa: S606  BentoML itself takes Ctrl-C and SIGTERM
+
+
+@contextmanager
+def _refusing(flags: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Refuse options as mistakes of what was typed, exit code 2, under the names that were typed.
+
+    Args:
+        flags: what each environment variable is called on the command line.
+    """
+    try:
+        yield
+    except UsageError as error:
+        sentence = str(error)
+        for variable, flag in flags.items():
+            sentence = sentence if os.environ.get(variable) else sentence.replace(variable, flag)
+        raise typer.BadParameter(sentence) from error
 
 
 def _target(text: str) -> Path | str:

@@ -409,7 +409,7 @@ def test_the_pareto_front_is_what_nothing_beats():
         ("batch-size = 4\nbatch_size = 4", "batch_size is given twice"),
         ("[method.fge]\ncycle = 2", "there is no table [method]: there are [methods.NAME] and [[published]]"),
         ("published = 3", "published must be a list of tables: write [[published]]"),
-        ("methods = 3", "methods: Input should be a valid string"),
+        ("methods = 3", "methods must be text, not 3"),
         (
             'methods = ["fgee"]',
             "methods.fgee: there is no method 'fgee': there are complex, csgmcmc, curve-bezier, single",
