@@ -48,10 +48,9 @@ def calibrate(
         DataError: the dataset is missing or not the one that the run was trained on.
         ArtefactError: no run there, or the prediction cannot be kept.
     """
-    from ensembler.artefact import check_writable
     from ensembler.ensemble import Ensemble
     from ensembler.eval.evaluation import check_task
-    from ensembler.eval.prediction_cache import default_folder
+    from ensembler.eval.prediction_cache import folder_of
     from ensembler.eval.predictions import Predictor, predictions
     from ensembler.eval.shift.test_set import validation_set
 
@@ -60,8 +59,7 @@ def calibrate(
     check_task(ensemble.run)
     record = ensemble.run.manifest.dataset
     validation = record.load(options.data, download=options.download).validation
-    folder = options.cache or default_folder()
-    check_writable(folder, "choose another --cache")
+    folder = folder_of(options.cache)
     ((_, (prediction,)),) = predictions([Predictor(ensemble, folder)], [validation_set(validation)], watch)
     return fit(
         prediction.mean.astype(np.float64),

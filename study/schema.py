@@ -28,8 +28,8 @@ class CellReport(Record):
         forward_passes: of its training, for BatchNorm statistics and measurements.
         scores: by name; those that were not measured are missing.
         behind: its NLL minus that of the best method at this budget, and of the best of all; ``null`` of itself.
-        needed: members whose validation NLL is not significantly worse than that of all, mean over the seeds in which it can
-            be told.
+        needed: members whose validation NLL is not significantly worse than that of all, mean over the seeds that
+            can tell.
         equivalent: networks of a deep ensemble of the same calibrated NLL, mean over the seeds, and how to say it.
     """
 

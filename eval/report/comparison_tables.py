@@ -128,7 +128,8 @@ def _curves(report: Report, comparison: Comparison) -> Iterator[Table]:
         headings = ("run", *(heading for heading, _ in COST), "sufficient", "in this order")
         notes = (
             "Sufficient: the fewest members, in this order, that are not significantly worse than all on validation "
-            f"images; {NOTHING}: so few images cannot tell. The greedy order was chosen on the same images, which favours small numbers a little.",
+            f"images; {NOTHING}: so few images cannot tell. The greedy order was chosen on the same images, which "
+            "favours small numbers a little.",
         )
         yield Table("number", "How many members, and which", headings, tuple(rows), 1, notes)
     for found in comparison.curves:
