@@ -27,6 +27,9 @@ __all__ = ["calibrate", "fit", "summary"]
 
 Array = NDArray[np.float64]
 
+_TITLES = {"error": "the error", "nll": "the NLL", "ece": "the ECE"}
+_ROUNDING = 1e-9  # of a score
+
 
 def calibrate(
     path: Path,
@@ -142,6 +145,11 @@ def summary(calibration: Calibration) -> str:
         f"error {_percent(before['error'])} -> {_percent(after['error'])}, NLL {before['nll']:.4f} -> "
         f"{after['nll']:.4f}, ECE {_percent(before['ece'])} -> {_percent(after['ece'])}",
     ]
+    if worse := [title for name, title in _TITLES.items() if (after[name] or 0) > (before[name] or 0) + _ROUNDING]:
+        lines.append(
+            f"warning: on these images, which the map has not seen, it makes {' and '.join(worse)} worse: to leave the "
+            "probabilities as they are, calibrate with --method identity"
+        )
     threshold = conformal_quantile(conformal.lac if conformal.method == "lac" else conformal.aps, conformal.alpha)
     promise = (
         f"{conformal.method.upper()} sets hold the true class in at least {_percent(1 - conformal.alpha)} of cases"

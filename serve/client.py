@@ -165,13 +165,7 @@ def as_csv(answer: dict[str, Any]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*COLUMNS, *more, "error"])
     for one in answer["predictions"]:
-        whole = [
-            one["image"],
-            one["label"],
-            one["probabilities"][one["class"]],
-            one["predictive_entropy"],
-            _abstains(one),
-        ]
+        whole = [one["image"], one["label"], one["probabilities"][one["class"]], one["predictive_entropy"]]
         values = [one.get(name) for name in more]
         texts = [json.dumps(each) if isinstance(each, list) else each for each in values]
         writer.writerow([*whole, _abstains(one), *texts, None])
