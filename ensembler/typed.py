@@ -78,7 +78,7 @@ def shown(kind: Any) -> str | None:
 def sentence(error: Any) -> str:
     """Return what is wrong with what was typed: one of Click's usage errors, as one sentence."""
     context = error.ctx
-    command = context.command_path if context is not None else "ensembler"
+    command = " ".join(["ensembler", *(context.command_path if context is not None else "").split()[1:]])
     kind, name = type(error).__name__, _name(error)
     if kind == "MissingParameter":
         return f"{name} is missing: see {command} --help"

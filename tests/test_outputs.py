@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def test_a_list_names_no_file_outside_its_folder_and_no_link_is_followed(tmp_pat
     folder, outside = tmp_path / "report", tmp_path / "outside.png"
     folder.mkdir()
     outside.write_bytes(b"outside")
-    os.symlink(outside, folder / "link.png")
+    (folder / "link.png").symlink_to(outside)
     digest = hashlib.sha256(b"outside").hexdigest()
     named = ["../outside.png", str(outside), "link.png", "missing.png", ""]
     (folder / LIST).write_text("".join(f"{digest}  {name}\n" for name in named) + "no digest\n")
