@@ -34,19 +34,22 @@ __all__ = ["app", "main"]
 COMMANDS = ("trainers.commands", "eval.commands", "study.commands", "serve.commands", "commands")
 
 
+_MISTAKE: Any = typer.BadParameter.__base__  # Click's UsageError, wherever this Typer has it
+
+
 class _Commands(TyperGroup):
     """All commands; a mistake in what was typed gets one line on standard error, and the exit code 2."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *args: Any, **extra: Any) -> Any:
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
-        except typer.BadParameter.__base__ as error:  # Click's UsageError, wherever this Typer has it
+            code = super().main(*args, **extra | {"standalone_mode": False})
+        except _MISTAKE as error:
             if type(error).__name__ == "NoArgsIsHelpError":
                 error.show()
             else:
                 _print_error(sentence(error))
             code = 2
-        if standalone_mode:
+        if extra.get("standalone_mode", True):
             sys.exit(code if isinstance(code, int) else 0)
         return code
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ensembler import buffers as carried
@@ -57,7 +58,7 @@ class Point:
         return self.task.nll(self.predicted, self.targets)
 
     @property
-    def losses(self) -> np.ndarray:
+    def losses(self) -> NDArray[np.float64]:
         """(N,) negative log-likelihood of each held-out example, in nats."""
         pairs = zip(self.predicted.split(1), self.targets.split(1), strict=True)
         return np.array([self.task.nll(*pair) for pair in pairs])
@@ -267,7 +268,7 @@ def _disagreement(group: Sequence[Point]) -> float:
     return group[0].task.disagreement(torch.stack([point.predicted for point in group]))
 
 
-def _clearly_above(losses: np.ndarray, others: np.ndarray) -> bool:
+def _clearly_above(losses: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
     """Whether the mean of paired losses (N,) is higher by more than two standard errors."""
     excess = losses - others
     return len(excess) > 1 and bool(excess.mean() > 2 * excess.std(ddof=1) / math.sqrt(len(excess)))
