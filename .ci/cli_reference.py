@@ -113,10 +113,8 @@ def _takes(kind: Any, info: Any) -> str:
         return ", ".join(f"`{value}`" for value in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"{_takes(typing.get_args(kind)[0], info)}, several"
-    name = (
-        info.metavar
-        or {int: "whole number", float: "number", Path: "path", str: "path" if info.parser else "text"}[kind]
-    )
+    own = None if (info.metavar or "<").startswith("<") else info.metavar  # else what stands for the type in --help
+    name = own or {int: "whole number", float: "number", Path: "path", str: "path" if info.parser else "text"}[kind]
     bounds = [f"from {info.min:g}"] if info.min is not None else []
     bounds += [f"to {info.max:g}"] if info.max is not None else []
     return " ".join([name, *bounds])

@@ -16,21 +16,46 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
+from typer.core import TyperGroup
+from typer.models import OptionInfo, ParameterInfo
 
 from ensembler import __version__, config
 from ensembler.errors import EnsemblerError
 from ensembler.text import echo
 from ensembler.transfers import fetch_urls
+from ensembler.typed import reader, sentence, shown
 
 __all__ = ["app", "main"]
 
 COMMANDS = ("trainers.commands", "eval.commands", "study.commands", "serve.commands", "commands")
 
+
+_MISTAKE: Any = typer.BadParameter.__base__  # Click's UsageError, wherever this Typer has it
+
+
+class _Commands(TyperGroup):
+    """All commands; a mistake in what was typed gets one line on standard error, and the exit code 2."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, **extra | {"standalone_mode": False})
+        except _MISTAKE as error:
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()
+            else:
+                _print_error(sentence(error))
+            code = 2
+        if extra.get("standalone_mode", True):
+            sys.exit(code if isinstance(code, int) else 0)
+        return code
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -62,6 +87,11 @@ def _terminate(number: int, frame: object) -> None:
     raise _Terminate
 
 
+def _print_error(sentence: object) -> None:
+    typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
+    echo(sentence, err=True)
+
+
 @contextmanager
 def _errors_on_one_line() -> Iterator[None]:
     """Print ensembler's errors, Ctrl-C and SIGTERM as one line on standard error, without a traceback, and exit."""
@@ -70,8 +100,7 @@ def _errors_on_one_line() -> Iterator[None]:
     try:
         yield
     except EnsemblerError as error:
-        typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-        echo(error, err=True)
+        _print_error(error)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as error:
         typer.echo("interrupted", err=True)
@@ -101,7 +130,7 @@ def _wrap(command: Callable[..., None]) -> Callable[..., None]:
     """Wrap a command: adds ``--config``, fetches runs and bundles from URLs, prints errors on one line."""
     signature = inspect.signature(command, eval_str=True)
     option = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_Config)
-    parameters = [_as_shown(_as_parsed(parameter)) for parameter in [*signature.parameters.values(), option]]
+    parameters = [_as_parsed(parameter) for parameter in [*signature.parameters.values(), option]]
 
     @functools.wraps(command)
     def run(config: None, **parameters: Any) -> None:
@@ -114,26 +143,18 @@ def _wrap(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _as_parsed(parameter: inspect.Parameter) -> inspect.Parameter:
-    """Return a parameter without ``Path`` where it has a parser: Typer before 0.29 converts what a parser returns.
+    """Return a parameter whose values are read, and whose ``--help`` is written, as :mod:`ensembler.typed` does.
 
-    A URL that becomes a path loses a slash.
+    It has no ``Path``: Typer before 0.29 converts what a parser returns, and a URL that becomes a path loses a slash.
     """
     kind, *infos = get_args(parameter.annotation) or (None,)
+    for info in (info for info in infos if isinstance(info, ParameterInfo)):
+        info.parser = info.parser or reader(kind, info.min, info.max)
+        if info.metavar is None and (isinstance(info, OptionInfo) or "|" in (shown(kind) or "")):
+            info.metavar = shown(kind)
     if not any(getattr(info, "parser", None) for info in infos):
         return parameter
     return parameter.replace(annotation=Annotated[_without_path(kind), *infos])
-
-
-def _as_shown(parameter: inspect.Parameter) -> inspect.Parameter:
-    """Return a parameter whose ``--help`` shows choices that break between words, and no type of a switch."""
-    kind, *infos = get_args(parameter.annotation) or (None,)
-    kinds = [each for each in (kind, *get_args(kind)) if each is not NoneType]
-    choices = next((get_args(each) for each in kinds if get_origin(each) is Literal), ())
-    shown = " | ".join(map(str, choices)) if choices else "" if bool in kinds else None
-    for info in infos if shown is not None else ():
-        if getattr(info, "metavar", shown) is None:
-            info.metavar = shown
-    return parameter
 
 
 def _without_path(kind: Any) -> Any:

@@ -154,5 +154,6 @@ def _value(path: Path, key: str, value: Any, parameter: Any, context: typer.Cont
         typed = [str(one) for one in values] if many else str(value)
         parameter.process_value(context, typed)
     except typer.BadParameter as error:
-        raise UsageError(f"{path}: {key.replace('_', '-')} = {value!r}: {error.message}") from None
+        said = error.message if error.message.startswith("it ") else f"it {error.message}"
+        raise UsageError(f"{path}: {key.replace('_', '-')} = {value!r}: {said}") from None
     return typed

@@ -33,6 +33,7 @@ from ensembler.folder_notes import Notes, describe_folder
 from ensembler.folders import Layout, place, read_layout
 from ensembler.image_cache import kept
 from ensembler.images import MEMORY_LIMIT, FileSplit, Images, Split, normalise
+from ensembler.machine import home
 from ensembler.naming import import_object, is_importable, reason
 from ensembler.published import cifar, digits, fashion_mnist
 from ensembler.seeds import generator
@@ -238,7 +239,7 @@ def _all_resized(dataset: Dataset, size: int) -> Dataset:
 
 def default_root() -> Path:
     """Return the default folder of datasets: ``$ENSEMBLER_DATA`` or ``~/.cache/ensembler/data``."""
-    return Path(os.environ.get("ENSEMBLER_DATA") or Path.home() / ".cache" / "ensembler" / "data")
+    return Path(os.environ.get("ENSEMBLER_DATA") or home() / ".cache" / "ensembler" / "data")
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 from ensembler.errors import ArtefactError
 
-__all__ = ["available_cpus", "gpu_count", "gpu_memory", "in_threads", "resident_memory", "user_cache"]
+__all__ = [
+    "available_cpus",
+    "gpu_count",
+    "gpu_memory",
+    "home",
+    "in_threads",
+    "kept_folder",
+    "resident_memory",
+    "settle_matplotlib",
+    "temporary_folder",
+    "user_cache",
+]
 
 T = TypeVar("T")
 
@@ -111,6 +126,60 @@ def user_cache() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ensembler"
     except RuntimeError as error:
         raise ArtefactError("this user has no home for a cache: set XDG_CACHE_HOME to a folder") from error
+
+
+def home() -> Path:
+    """Return this user's home; for a user without one, the name that systems give it, where nothing is."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/nonexistent")
+
+
+def kept_folder(name: str, what: str) -> Path:
+    """Return a folder of the user's cache, or a temporary one where that cannot be written, which one line says.
+
+    Args:
+        name: of the folder.
+        what: is kept in it, for that line.
+    """
+    from ensembler.artefact import check_writable
+
+    try:
+        folder = user_cache() / name
+        check_writable(folder, "set XDG_CACHE_HOME to a folder that can be written to keep them")
+    except ArtefactError as error:
+        _say(f"{what} are not kept: {error}")
+        return temporary_folder() / name
+    return folder
+
+
+@cache
+def temporary_folder() -> Path:
+    """Return a folder that is removed when this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="ensembler-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def settle_matplotlib() -> None:
+    """Before Matplotlib is imported, give it a temporary folder where it cannot write to its own."""
+    if "MPLCONFIGDIR" in os.environ or "matplotlib" in sys.modules:
+        return
+    folders = [Path(os.environ.get(f"XDG_{kind}_HOME") or home() / f".{kind.lower()}") for kind in ("CONFIG", "CACHE")]
+    for folder in folders:
+        existing = next((each for each in (folder / "matplotlib", folder, *folder.parents) if each.exists()), folder)
+        if not os.access(existing, os.W_OK | os.X_OK):
+            os.environ["MPLCONFIGDIR"] = str(temporary_folder())
+            return
+
+
+@cache
+def _say(sentence: str) -> None:
+    """Say something once, on standard error."""
+    from ensembler.text import echo
+
+    echo(sentence, err=True)
 
 
 def _limits(root: Path) -> Iterator[float]:

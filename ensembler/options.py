@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from ensembler.errors import UsageError
 from ensembler.storage import place
+from ensembler.typed import wanted
 
 __all__ = ["Options", "option", "parameters"]
 
@@ -178,26 +179,14 @@ def _explained(error: ErrorDetails, options: type[Options], flags: Mapping[str, 
     if error["type"] == "missing":
         return f"{shown} is required"
     bound = next((f"{context[key]:g}" for key in ("gt", "ge", "lt", "le") if key in context), "")
-    wanted = {
+    extent = {
         "greater_than": "positive" if bound == "0" else f"above {bound}",
         "greater_than_equal": f"at least {bound}",
         "less_than": f"below {bound}",
         "less_than_equal": f"at most {bound}",
         "finite_number": "finite",
     }.get(error["type"])
-    if wanted:
-        return f"{shown} must be {wanted}, not {found}"
-    choices = _choices(options.model_fields[name].annotation)
-    return f"{shown} must be {' or '.join(choices)}, not {found!r}" if choices else f"{shown}: {error['msg']}"
-
-
-def _choices(annotation: Any) -> list[str]:
-    """What a field with a choice of values may be, in words."""
-    if get_origin(annotation) is Literal:
-        return [str(value) for value in get_args(annotation)]
-    if get_origin(annotation) in (Union, UnionType):
-        kinds = get_args(annotation)
-        found = [choice for kind in kinds for choice in _choices(kind)]
-        numbers = float in kinds or any(get_origin(kind) is Annotated for kind in kinds)
-        return ["a number", *found] if found and numbers else found
-    return []
+    if extent:
+        return f"{shown} must be {extent}, not {found}"
+    each = "each " if any(isinstance(place, int) for place in error["loc"]) else ""
+    return f"{each}{shown} must be {wanted(options.model_fields[name].annotation)}, not {found!r}"

@@ -20,6 +20,9 @@ Parts = tuple[str, tuple[str, ...], str, Split, Split]
 """Title, names of classes, augmentation, training and test images."""
 
 
+_ELSEWHERE = ": check the network, or set ENSEMBLER_DATA or --data to a folder that can be written"
+
+
 def digits() -> Parts:
     """Return scikit-learn's digits, resized to 32 x 32 RGB."""
     from sklearn.datasets import load_digits
@@ -53,7 +56,7 @@ def cifar(name: str, root: Path, download: bool) -> Parts:
             "add --download, or point --data at the folder that holds them"
         ) from error
     except OSError as error:
-        raise DataError(f"cannot download {title} to {root}: {error}") from error
+        raise DataError(f"cannot download {title} to {root}: {error.strerror or error}{_ELSEWHERE}") from error
     train, test = (Split(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in parts)
     return title, tuple(parts[0].classes), "crop-flip", train, test
 
@@ -76,7 +79,7 @@ def fashion_mnist(root: Path, download: bool) -> Parts:
         try:
             datasets.FashionMNIST(root, download=True)
         except (OSError, RuntimeError) as error:
-            raise DataError(f"cannot download Fashion-MNIST to {root}: {error}") from error
+            raise DataError(f"cannot download Fashion-MNIST to {root}: {error}{_ELSEWHERE}") from error
         folder = folders[1]
     train, test = (_idx_split(folder, part) for part in ("train", "t10k"))
     return "Fashion-MNIST", tuple(datasets.FashionMNIST.classes), "crop-flip", train, test

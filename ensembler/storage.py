@@ -22,7 +22,7 @@ from typing import Any
 from ensembler import artefact
 from ensembler.artefact import MANIFEST, SEAL
 from ensembler.errors import ArtefactError, CorruptError, UsageError
-from ensembler.machine import user_cache
+from ensembler.machine import kept_folder, user_cache
 from ensembler.progress import Watcher
 from ensembler.signing import SIGNED
 from ensembler.stores import HubRepository, Store, is_url, mismatch, name_of, open_store, silent
@@ -91,7 +91,7 @@ def local(location: str | Path, watch: Watcher = silent) -> Path:
         A folder whose name is the last part of the URL.
 
     Raises:
-        ArtefactError: there is no artefact, it cannot be reached, or the cache cannot be written.
+        ArtefactError: there is no artefact, it cannot be reached, or it cannot be written here.
         CorruptError: it is not what was pushed. UsageError: the URL is invalid, or its package is not installed.
     """
     if isinstance(location, Path) or not is_url(location):
@@ -100,7 +100,7 @@ def local(location: str | Path, watch: Watcher = silent) -> Path:
     seal, sha256 = _read_seal(store)
     calibration = store.read(CALIBRATION)
     version = f"-{hashlib.sha256(calibration).hexdigest()[:32]}" if calibration is not None else ""
-    folder = default_folder() / f"{sha256}{version}" / store.name
+    folder = kept_folder("artefacts", "fetched runs and bundles") / f"{sha256}{version}" / store.name
     if folder.exists() and not _is_intact(folder, seal, calibration):
         _discard(folder)
     if not folder.exists():
@@ -303,7 +303,9 @@ def _fetch(
     )
     if total > most:
         raise too_large
-    copies = [each for each in default_folder().glob(f"{seal[:64].decode()}*/[!.]*") if each.is_dir()]
+    copies: list[Path] = []
+    with suppress(ArtefactError):  # this user has no cache
+        copies = [each for each in default_folder().glob(f"{seal[:64].decode()}*/[!.]*") if each.is_dir()]
     with artefact.appear(path) as folder:
         for name, expected in manifest["files"].items():
             target = folder / name

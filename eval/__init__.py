@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ensembler._lazy import exports
+from ensembler.machine import settle_matplotlib
 
 if TYPE_CHECKING:
     from ensembler.eval.comparison import compare
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from ensembler.eval.shift.corruptions import corrupt
 
 __all__ = ["compare", "corrupt", "evaluate", "scores"]
+
+settle_matplotlib()
 
 __getattr__, __dir__ = exports(
     __name__,

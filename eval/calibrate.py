@@ -30,6 +30,9 @@ __all__ = ["calibrate", "fit", "summary"]
 
 Array = NDArray[np.float64]
 
+_TITLES = {"error": "the error", "nll": "the NLL", "ece": "the ECE"}
+_ROUNDING = 1e-9  # of a score
+
 
 def calibrate(
     path: str | Path,
@@ -55,10 +58,9 @@ def calibrate(
         DataError: the dataset is missing or not the one that the run was trained on.
         ArtefactError: no run there, or the prediction cannot be kept.
     """
-    from ensembler.artefact import check_writable
     from ensembler.ensemble import Ensemble
     from ensembler.eval.evaluation import check_task
-    from ensembler.eval.prediction_cache import default_folder
+    from ensembler.eval.prediction_cache import folder_of
     from ensembler.eval.predictions import Predictor, predictions
     from ensembler.eval.shift.test_set import validation_set
 
@@ -68,8 +70,7 @@ def calibrate(
     record = ensemble.run.manifest.dataset
     given = options.dataset if dataset is None else dataset
     validation = record.load(options.data, download=options.download, dataset=given).validation
-    folder = options.cache or default_folder()
-    check_writable(folder, "choose another --cache")
+    folder = folder_of(options.cache)
     ((_, (prediction,)),) = predictions([Predictor(ensemble, folder)], [validation_set(validation)], watch)
     return fit(
         prediction.mean.astype(np.float64),
@@ -152,6 +153,11 @@ def summary(calibration: Calibration) -> str:
         f"error {_percent(before['error'])} -> {_percent(after['error'])}, NLL {before['nll']:.4f} -> "
         f"{after['nll']:.4f}, ECE {_percent(before['ece'])} -> {_percent(after['ece'])}",
     ]
+    if worse := [title for name, title in _TITLES.items() if (after[name] or 0) > (before[name] or 0) + _ROUNDING]:
+        lines.append(
+            f"warning: on these images, which the map has not seen, it makes {' and '.join(worse)} worse: to leave the "
+            "probabilities as they are, calibrate with --method identity"
+        )
     threshold = conformal_quantile(conformal.lac if conformal.method == "lac" else conformal.aps, conformal.alpha)
     promise = (
         f"{conformal.method.upper()} sets hold the true class in at least {_percent(1 - conformal.alpha)} of cases"

@@ -238,5 +238,6 @@ def _curve(found: Evaluation, number: int) -> MemberCurve | None:
         run=found.report.runs[number].name,
         order=order,
         recommended=recommended_members(run.validation.label_probabilities, order),
+        validation_examples=len(run.validation_labels),
         points=curve(test, found.labels, validation, run.validation_labels, order=order, seed=found.report.seed),
     )

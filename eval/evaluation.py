@@ -25,7 +25,7 @@ from ensembler.eval.given import Predictions, beside, check_sets
 from ensembler.eval.group_file import checked_groups, read_groups
 from ensembler.eval.metrics.classes import Places
 from ensembler.eval.options import EvaluationOptions
-from ensembler.eval.prediction_cache import default_folder
+from ensembler.eval.prediction_cache import folder_of
 from ensembler.eval.prediction_files import is_predictions, write_set, writing
 from ensembler.eval.predictions import Prediction, Predictor, predictions
 from ensembler.eval.report.notebook import evaluation_html, report_text
@@ -225,8 +225,7 @@ def evaluate_paths(
     outside = [
         load_ood(name, test.shape, examples=options.examples, seed=seed, **sources) for name in options.ood or ()
     ]
-    folder = options.cache or default_folder()
-    artefact.check_writable(folder, "choose another --cache")
+    folder = folder_of(options.cache)
     ensembles = [Ensemble(run, options.device, options.batch_size) for run in runs]
     predictors = [Predictor(one, folder, views, seed) for one in ensembles for views in options.views]
     configure(predictors[0].ensemble.device)

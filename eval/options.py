@@ -81,8 +81,8 @@ class ReportOptions(Options):
 class CalibrationOptions(_Predicting):
     """What a calibration fits, and how its predictions are made."""
 
-    method: Literal["temperature", "isotonic", "beta", "histogram"] = option(
-        "temperature", help="Map from the pooled prediction to calibrated probabilities."
+    method: Literal["temperature", "isotonic", "beta", "histogram", "identity"] = option(
+        "temperature", help="Map from the pooled prediction to calibrated probabilities; identity changes none."
     )
     alpha: float = option(0.1, gt=0, lt=1, help="Largest share of prediction sets that miss the true class.")
     conformal: Literal["lac", "aps"] = option("lac", help="Kind of prediction sets.")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["new_folder", "print_lines", "write_files"]
+__all__ = ["LIST", "new_folder", "print_lines", "write_files"]
+
+LIST = "files.sha256"
+"""Of each of a result's files, the SHA-256 and the name, as ``sha256sum --check`` reads them."""
 
 
 def new_folder(parent: Path, label: str) -> Path:
@@ -24,10 +28,16 @@ def new_folder(parent: Path, label: str) -> Path:
 
 
 def write_files(folder: Path, files: dict[str, bytes], json: Path | None) -> None:
-    """Write a command's files, and its JSON to a second place where wanted: all or none."""
+    """Write a command's files, and its JSON to a second place where wanted: all or none.
+
+    Of an older result in the folder, what this one has not is removed: the files that its list, :data:`LIST`, names and
+    that nobody has changed since. All else in the folder stays.
+    """
     from ensembler.artefact import replace_files
 
-    contents = {folder / name: content for name, content in files.items()}
+    old = _listed(folder)
+    listing = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
+    contents = {folder / name: content for name, content in (files | {LIST: listing.encode()}).items()}
     if json is not None:
         contents[json] = next(content for name, content in files.items() if name.endswith(".json"))
     try:
@@ -36,6 +46,26 @@ def write_files(folder: Path, files: dict[str, bytes], json: Path | None) -> Non
         with suppress(OSError):
             folder.rmdir()  # where nothing is in it
         raise
+    for path in old - contents.keys():
+        with suppress(OSError):
+            path.unlink()
+
+
+def _listed(folder: Path) -> set[Path]:
+    """Return the files that an older result's list names, and that are as they were written."""
+    from ensembler.artefact import NAME, sha256
+
+    try:
+        lines = [line.partition("  ") for line in (folder / LIST).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return set()
+    found = set()
+    for digest, _, name in lines:
+        path = folder / name
+        with suppress(OSError):
+            if NAME.fullmatch(name) and path.is_file() and not path.is_symlink() and sha256(path) == digest:
+                found.add(path)
+    return found
 
 
 def print_lines(*lines: str) -> None:

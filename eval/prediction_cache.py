@@ -26,12 +26,12 @@ from safetensors.numpy import save
 from torch import nn
 
 from ensembler import __version__
-from ensembler.artefact import HELD, hold, replace_file, sha256, sweep
+from ensembler.artefact import HELD, check_writable, hold, replace_file, sha256, sweep
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
-from ensembler.machine import user_cache
+from ensembler.machine import kept_folder
 
-__all__ = ["PREDICTING", "Arrays", "Entry", "MembersFile", "code_sha256", "default_folder", "identity"]
+__all__ = ["PREDICTING", "Arrays", "Entry", "MembersFile", "code_sha256", "folder_of", "identity"]
 
 FORMAT = 1
 PREDICTING = (
@@ -46,9 +46,18 @@ PREDICTING = (
 Arrays = dict[str, NDArray[Any]]
 
 
-def default_folder() -> Path:
-    """Return the default folder: ``$XDG_CACHE_HOME/ensembler/predictions``, or ``~/.cache/ensembler/predictions``."""
-    return user_cache() / "predictions"
+def folder_of(chosen: Path | None) -> Path:
+    """Return where predictions are kept: a folder that was chosen, or ``ensembler/predictions`` of the user's cache.
+
+    Where the latter cannot be written, it is a temporary one, which one line says.
+
+    Raises:
+        ArtefactError: the chosen one cannot be written.
+    """
+    if chosen is None:
+        return kept_folder("predictions", "predictions")
+    check_writable(chosen, "choose another --cache")
+    return chosen
 
 
 def code_sha256(architecture: str, network: nn.Module) -> str:

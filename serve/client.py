@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import glob
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensembler.errors import ArtefactError, EnsemblerError, ShapeError, UsageError
 from ensembler.serve.http.routes import PREDICT
 from ensembler.storage import as_paths
-from ensembler.text import cell
+from ensembler.text import printable
 
 if TYPE_CHECKING:
     import httpx
-    from rich.table import Table
 
-__all__ = ["ServiceError", "find_images", "is_url", "predict_files", "table_of"]
+__all__ = [
+    "COLUMNS",
+    "ServiceError",
+    "as_csv",
+    "as_json_lines",
+    "as_lines",
+    "find_images",
+    "is_url",
+    "predict_files",
+]
+
+COLUMNS = ("image", "class", "probability", "uncertainty", "abstains")
+"""Of a prediction's line: its path, its label and that label's probability, the entropy in nats, yes, no or -."""
+
 
 _BATCH = 32  # files of one request or pass
 _BATCH_BYTES = 8 * 2**20  # of the files of one request
@@ -118,36 +131,75 @@ def predict_files(
     return {**answer, "predictions": predictions, "errors": named}
 
 
-def table_of(answer: dict[str, Any]) -> Table:
-    """Return an answer of :func:`predict_files` as a table with a row for each image; empty columns are left out."""
-    from rich.table import Table
+def as_lines(answer: dict[str, Any], width: int | None = None) -> list[str]:
+    """Return an answer of :func:`predict_files` as aligned lines, one an image, below one with :data:`COLUMNS`.
 
-    columns: dict[str, Callable[[dict[str, Any]], str | None]] = {
-        "image": lambda one: one["image"],
-        "class": lambda one: one["label"],
-        "prob.": lambda one: f"{one['probabilities'][one['class']]:.3f}",
-        "entropy": lambda one: f"{one['predictive_entropy']:.3f}",
-        "mutual": lambda one: _figure(one["mutual_information"]),
-        "disagr.": lambda one: _figure(one["disagreement"]),
-        "members": lambda one: f"{one['members_used']} of {answer['model']['members']}",
-        "set": lambda one: ", ".join(one["prediction_set"]) or "none" if "prediction_set" in one else None,
-        "answers": lambda one: ("no" if one["abstain"] else "yes") if "abstain" in one else None,
-    }
-    rows = [[value(one) for value in columns.values()] for one in answer["predictions"]]
-    filled = [place for place in range(len(columns)) if any(row[place] is not None for row in rows)]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    words = {"image", "class", "set", "answers"}
-    for place, name in enumerate(columns):
-        if place in filled:
-            figures = name not in words
-            table.add_column(name, justify="right" if figures else "left", no_wrap=figures, overflow="fold")
-    for row in rows:
-        table.add_row(*(cell(row[place] or "") for place in filled))
-    return table
+    Args:
+        answer: the predictions.
+        width: of the terminal, at which long paths lose their beginning and long classes their end; ``None`` keeps
+            everything whole.
+    """
+    from rich.cells import cell_len
+
+    rows = [[printable(text) for text in _row(one)] for one in answer["predictions"]]
+    widths = [max(cell_len(row[column]) for row in [list(COLUMNS), *rows]) for column in range(len(COLUMNS))]
+    if width is not None:
+        room = max(16, width - sum(widths[2:]) - 2 * (len(COLUMNS) - 1))  # of path and class
+        widths[1] = min(widths[1], max(room // 2, room - widths[0]))
+        widths[0] = min(widths[0], room - widths[1])
+    lines = []
+    for row in [list(COLUMNS), *rows]:
+        texts = [_shortened(row[0], widths[0], end=True), _shortened(row[1], widths[1]), *row[2:]]
+        blanks = [" " * (size - cell_len(text)) for text, size in zip(texts, widths, strict=True)]
+        image, label, probability, uncertainty, abstains = zip(texts, blanks, strict=True)
+        cells = ["".join(image), "".join(label), "".join(probability[::-1]), "".join(uncertainty[::-1]), abstains[0]]
+        lines.append("  ".join(cells))
+    return lines
 
 
-def _figure(value: float | None) -> str | None:
-    return None if value is None else f"{value:.3f}"
+def as_csv(answer: dict[str, Any]) -> str:
+    """Return an answer of :func:`predict_files` as CSV, a row an image; at its end, the images without an answer."""
+    import csv
+    import io
+
+    more = ("mutual_information", "disagreement", "members_used", "prediction_set")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*COLUMNS, *more, "error"])
+    for one in answer["predictions"]:
+        whole = [one["image"], one["label"], one["probabilities"][one["class"]], one["predictive_entropy"]]
+        values = [one.get(name) for name in more]
+        texts = [json.dumps(each) if isinstance(each, list) else each for each in values]
+        writer.writerow([*whole, _abstains(one), *texts, None])
+    for one in answer["errors"]:
+        writer.writerow([one["image"], *[None] * (len(COLUMNS) - 1 + len(more)), one["error"]])
+    return text.getvalue()
+
+
+def as_json_lines(answer: dict[str, Any]) -> str:
+    """Return an answer of :func:`predict_files` as JSON, a line an image; at its end, those without an answer."""
+    return "".join(f"{json.dumps(one)}\n" for one in (*answer["predictions"], *answer["errors"]))
+
+
+def _row(one: dict[str, Any]) -> list[str]:
+    figures = f"{one['probabilities'][one['class']]:.3f}", f"{one['predictive_entropy']:.3f}"
+    return [one["image"], one["label"], *figures, _abstains(one) or "-"]
+
+
+def _abstains(one: dict[str, Any]) -> str | None:
+    """Whether the ensemble abstains, in a word; ``None`` where it has no threshold to."""
+    return {True: "yes", False: "no"}.get(one.get("abstain"))
+
+
+def _shortened(text: str, width: int, *, end: bool = False) -> str:
+    """Return a text of at most so many columns, which keeps its beginning, or its end."""
+    from rich.cells import cell_len
+
+    if cell_len(text) <= width:
+        return text
+    while cell_len(text) > width - 1:
+        text = text[1:] if end else text[:-1]
+    return f"…{text}" if end else f"{text}…"
 
 
 def _from_bundle(bundle: str, images: Sequence[Path], chosen: dict[str, Any]) -> Iterator[_Outcome]:

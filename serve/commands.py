@@ -9,8 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -189,7 +192,10 @@ def serve(
     from ensembler.serve.answer_log import check_appendable
     from ensembler.serve.http.settings import Settings
     from ensembler.serve.runtime.manifest import read_bundle
+    from ensembler.serve.runtime.runtime import Runtime
 
+    if log_sample != 1 and log_answers is None:
+        raise typer.BadParameter("is a share of the answers of --log-answers: give both", param_hint="--log-sample")
     manifest = read_bundle(bundle, require_signature)
     host = "127.0.0.1" if host == "localhost" else host
     environment = os.environ | {
@@ -206,10 +212,14 @@ def serve(
         environment["ENSEMBLER_CORS_ORIGIN"] = ",".join(cors_origin)
     if require_signature is not None:
         environment["ENSEMBLER_REQUIRE_SIGNATURE"] = str(require_signature.resolve())
-    settings = Settings.read(environment)
+    with _refusing({"ENSEMBLER_LOG_SAMPLE": "--log-sample", "ENSEMBLER_CORS_ORIGIN": "--cors-origin"}):
+        settings = Settings.read(environment)
+        Runtime.check(bundle, manifest, settings.members, settings)
     if settings.log_answers is not None:
         check_appendable(settings.log_answers)
-    with _listen(host, port) as public:
+    with _refusing():
+        public = _listen(host, port)
+    with public:
         environment["BENTOML_HOME"] = shared = _temporary_folder()  # BentoML makes folders in it
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         echo(f"{members or manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it")
@@ -226,6 +236,22 @@ def serve(
             "TMPDIR": str(Path(shared).parent),
         }
         os.execve(sys.executable, [*command, "127.0.0.1", "--port", "0"], environment)  # noqa: S606  BentoML takes signals
+
+
+@contextmanager
+def _refusing(flags: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Refuse options as mistakes of what was typed, exit code 2, under the names that were typed.
+
+    Args:
+        flags: what each environment variable is called on the command line.
+    """
+    try:
+        yield
+    except UsageError as error:
+        sentence = str(error)
+        for variable, flag in flags.items():
+            sentence = sentence if os.environ.get(variable) else sentence.replace(variable, flag)
+        raise typer.BadParameter(sentence) from error
 
 
 def _target(text: str) -> Path | str:
@@ -250,32 +276,51 @@ def predict(
         str | None,
         typer.Option(envvar="ENSEMBLER_TOKEN", help="Token of the service; better given in the environment."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON instead of a table.")] = False,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE|-", help="Write CSV to this file instead, or with - to the terminal.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead, a line for each image.")] = False,
 ) -> None:
-    """Predict images and their uncertainty with a bundle or a service; exits with 1 where one cannot be read."""
-    import json
+    """Predict images, a line each, with a bundle or a service; exits with 1 where one cannot be read.
 
-    from rich.console import Console
+    Uncertainty is the entropy of the mean prediction, in nats; only an ensemble calibrated with --risk abstains.
+    """
+    import shutil
 
-    from ensembler.serve.client import find_images, predict_files, table_of
+    from ensembler.artefact import check_writable, replace_file
+    from ensembler.serve.client import as_csv, as_json_lines, as_lines, find_images, predict_files
 
+    if csv is not None and as_json:
+        raise typer.BadParameter("excludes --json: give one of them", param_hint="--csv")
+    file = None if csv is None or str(csv) == "-" else csv
+    if file is not None:
+        check_writable(file.parent, "choose another --csv")
     answer = predict_files(str(target), find_images(images), mode=mode, members=members, token=token)
-    if as_json:
-        typer.echo(json.dumps(answer, indent=1))
+    if file is not None:
+        replace_file(file, as_csv(answer).encode(errors="surrogateescape"))
+        echo(f"predictions: {file}")
+    elif csv is not None:
+        typer.echo(as_csv(answer), nl=False)
+    elif as_json:
+        typer.echo(as_json_lines(answer), nl=False)
     else:
-        console = Console()
-        console.print(table_of(answer))
-        model = answer["model"]
-        console.print(
-            cell(f"{model['method']} of {model['members']} x {model['architecture']}, {model['dataset']}"),
-            "entropies in nats",
-            sep="; ",
-            style="dim",
-        )
-    if answer["errors"]:
-        for one in answer["errors"]:
-            echo(f"{one['image']}: {one['error']}", err=True)
-        count = len(answer["errors"])
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        typer.echo("\n".join(as_lines(answer, width)))
+    _say_of(answer)
+
+
+def _say_of(answer: dict[str, Any]) -> None:
+    """Say on standard error what abstains, and which images have no answer.
+
+    Raises:
+        ShapeError: there are some.
+    """
+    known = [one["abstain"] for one in answer["predictions"] if one.get("abstain") is not None]
+    if len(known) > 1:
+        echo(f"abstains from {sum(known):,} of {len(known):,} images", err=True)
+    for one in answer["errors"]:
+        echo(f"{one['image']}: {one['error']}", err=True)
+    if count := len(answer["errors"]):
         raise ShapeError(f"{count} of {count + len(answer['predictions'])} images could not be read and have no answer")
 
 

@@ -36,6 +36,7 @@ from ensembler.serve.http.routes import PREDICT
 from ensembler.serve.http.schemas import Answer
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.serve.runtime.runtime import Runtime
 
 __all__ = ["PredictiveUncertainty"]
 
@@ -99,7 +100,8 @@ class PredictiveUncertainty:
         """Run once, before any worker, so that an error stops the server instead of restarting its workers."""
         try:
             settings = Settings.read()
-            read_bundle(settings.bundle, settings.require_signature)
+            manifest = read_bundle(settings.bundle, settings.require_signature)
+            Runtime.check(settings.bundle, manifest, settings.members, settings)
         except EnsemblerError as error:
             raise bentoml.exceptions.BentoMLException(str(error)) from error
 

@@ -31,7 +31,8 @@ class CellReport(Record):
         scores: by name; those that were not measured are missing.
         behind: its score ``by`` which methods are judged minus that of the best one at this budget, and of the best of
             all; ``null`` of itself.
-        needed: members whose validation NLL is not significantly worse than that of all, mean over the seeds.
+        needed: members whose validation NLL is not significantly worse than that of all, mean over the seeds that
+            can tell.
         equivalent: networks of a deep ensemble of the same calibrated NLL, mean over the seeds, and how to say it.
     """
 

@@ -38,6 +38,7 @@ from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.eval.calibrate import summary
 from ensembler.eval.metrics.classification import nll, scores
 from ensembler.eval.metrics.recalibration import METHODS, certify, fit_map
+from ensembler.seeds import derive
 from ensembler.trainers import DeepEnsemble, Settings, train
 from tests._evaluate import calibrate, fit
 from tests._small import SETTINGS, dataset
@@ -295,7 +296,7 @@ def test_the_map_sees_one_half_and_the_rest_the_other():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "platt"}, "method must be temperature or isotonic or beta or histogram, not 'platt'"),
+        ({"method": "platt"}, "method must be temperature or isotonic or beta or histogram or identity, not 'platt'"),
         ({"conformal": "raps"}, "conformal must be lac or aps, not 'raps'"),
         ({"alpha": 0}, "alpha must be positive, not 0"),
         ({"risk": 1.0}, "risk must be below 1, not 1.0"),
@@ -307,6 +308,22 @@ def test_options_out_of_range_are_refused(options, message):
         fit(*sample(20, 3), **options, **ORIGIN)
     with pytest.raises(UsageError, match=message):
         calibrate(Path("nowhere"), **options)
+
+
+def test_a_map_that_makes_held_out_scores_worse_says_so_and_the_identity_changes_nothing():
+    probs, labels = sample(400, 3)
+    order = np.random.default_rng(derive(0, "calibration")).permutation(400)
+    wrong = labels.copy()
+    wrong[order[:200]] = probs[order[:200]].argmin(axis=1)  # the images that fit the map are not like the others
+    worse = fit(probs, wrong, **ORIGIN)
+    assert worse.after["nll"] > worse.before["nll"]
+    (line,) = [line for line in summary(worse).splitlines() if line.startswith("warning")]
+    assert "the NLL" in line and line.endswith("calibrate with --method identity")
+    same = fit(probs, wrong, method="identity", **ORIGIN)
+    np.testing.assert_allclose(same.map(probs), probs, rtol=1e-12)
+    for name in ("error", "nll", "ece"):
+        assert same.after[name] == pytest.approx(same.before[name])
+    assert "warning" not in summary(same) and "T = 1)" in summary(same)
 
 
 def test_one_image_is_too_few():

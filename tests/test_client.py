@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from ensembler.cli import app
@@ -103,36 +105,69 @@ def test_a_service_and_its_bundle_answer_alike(server: Server, bundle: Path, pic
 
 
 def predict(*arguments: Any, exit_code: int = 0, **environment: str) -> str:
-    environment = {"ENSEMBLER_TOKEN": "", "COLUMNS": "140"} | environment
+    environment = {"ENSEMBLER_TOKEN": ""} | environment
     result = CliRunner().invoke(app, ["predict", *map(str, arguments)], env=environment)
     assert result.exit_code == exit_code, result.output
     return result.output
 
 
-COLUMNS = ["image", "class", "prob.", "entropy", "mutual"]
-
-
-def test_the_command_prints_a_table_or_json(server: Server, bundle: Path, pictures: Path) -> None:
+def test_the_command_prints_a_line_an_image_or_json_or_csv(server: Server, bundle: Path, pictures: Path) -> None:
     known = Runtime.load(bundle).predict(tiny_images(3))
-    printed = json.loads(predict(server.url, pictures, "--json", ENSEMBLER_TOKEN=TOKEN))
-    assert [one["label"] for one in printed["predictions"]] == known.labels
-    table = predict(bundle, pictures / "a.png").splitlines()
-    assert table[0].split() == [*COLUMNS[:5], "disagr.", "members", "set", "answers"]
-    row = "".join(line for line in table[1:-1])
-    assert known.labels[0] in row and "3 of 3" in row
-    assert f"{known.probabilities[0].max():.3f}" in row and f"{known.predictive_entropy[0]:.3f}" in row
-    assert "set" not in predict(bundle, pictures / "a.png", "--mode", "exact").splitlines()[0].split()
+    files = [str(file) for file in find_images([str(pictures)])]
+    printed = [json.loads(line) for line in stdout(server.url, pictures, "--json", ENSEMBLER_TOKEN=TOKEN).splitlines()]
+    assert [one["image"] for one in printed] == files
+    assert [one["label"] for one in printed] == known.labels
+    abstains = ["yes" if one["abstain"] else "no" for one in printed]
+    header, *lines = stdout(bundle, pictures).splitlines()
+    assert header.split() == ["image", "class", "probability", "uncertainty", "abstains"]
+    figures = zip(known.probabilities.max(axis=1), known.predictive_entropy, strict=True)
+    texts = [[f"{probability:.3f}", f"{entropy:.3f}"] for probability, entropy in figures]
+    rows = [[file, label, *own, no] for file, label, own, no in zip(files, known.labels, texts, abstains, strict=True)]
+    assert [line.split("  ")[0] for line in lines] == files
+    assert [" ".join(line.split()) for line in lines] == [" ".join(row) for row in rows]
+    written = pictures / "out.csv"
+    assert stdout(bundle, pictures, "--csv", written) == f"predictions: {written}\n"
+    assert stdout(bundle, pictures, "--csv", "-") == written.read_text()
+    table = list(csv.DictReader(written.read_text().splitlines()))
+    assert [[row["image"], row["class"], row["abstains"]] for row in table] == [
+        [file, label, no] for file, label, no in zip(files, known.labels, abstains, strict=True)
+    ]
+    assert [float(row["probability"]) for row in table] == pytest.approx(known.probabilities.max(axis=1).tolist())
+    assert [float(row["uncertainty"]) for row in table] == pytest.approx(known.predictive_entropy.tolist())
+    assert [json.loads(row["prediction_set"]) for row in table] == [one["prediction_set"] for one in printed]
+    assert stdout(bundle, pictures / "a.png", "--mode", "exact").splitlines()[1].split()[-1] == "-"
+    refused = CliRunner().invoke(app, ["predict", str(bundle), str(pictures), "--csv", "-", "--json"])
+    assert (refused.exit_code, refused.stderr) == (2, "error: --csv excludes --json: give one of them\n")
 
 
-def test_one_member_leaves_its_silence_out(pictures: Path, tmp_path: Path) -> None:
-    header = predict(make_bundle(tmp_path / "one", members=1), pictures / "a.png").splitlines()[0]
-    assert header.split() == [*COLUMNS[:4], "members"]
+def stdout(*arguments: Any, **environment: str) -> str:
+    result = CliRunner().invoke(app, ["predict", *map(str, arguments)], env={"ENSEMBLER_TOKEN": ""} | environment)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_line_fits_the_terminal_and_is_whole_without_one() -> None:
+    long = {"image": f"{'deep/' * 30}name of a picture.png", "label": "a class of a very long name 猫" * 3, "class": 1}
+    long |= {"probabilities": [0.25, 0.75], "predictive_entropy": 0.5623, "abstain": True}
+    short = long | {"image": "a\x1b[2J.png", "label": "no", "abstain": None}
+    answer = {"predictions": [long, short], "errors": []}
+    for width in (40, 60, 80, 120):
+        lines = client.as_lines(answer, width)
+        assert len(lines) == 3 and max(map(cell_len, lines)) <= max(width, 54)
+        assert "…" in lines[1] and lines[1].endswith("  0.750        0.562  yes".replace("  0.750", "      0.750"))
+    assert "picture.png" in client.as_lines(answer, 80)[1]
+    whole = client.as_lines(answer)
+    assert long["image"] in whole[1] and long["label"] in whole[1]
+    assert whole[2].startswith(r"a\x1b[2J.png") and whole[2].endswith("-")
+    fitting = {"predictions": [short], "errors": []}
+    assert client.as_lines(fitting, 80) == client.as_lines(fitting)
 
 
 def test_exact_asks_fewer(pictures: Path, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "many", members=16, weights=agreeing_weights(16))
     full, exact = (
-        json.loads(predict(bundle, pictures, "--json", "--mode", mode))["predictions"] for mode in ("full", "exact")
+        [json.loads(line) for line in stdout(bundle, pictures, "--json", "--mode", mode).splitlines()]
+        for mode in ("full", "exact")
     )
     assert [one["label"] for one in full] == [one["label"] for one in exact]
     assert sum(one["members_used"] for one in exact) < sum(one["members_used"] for one in full) == 48
@@ -319,8 +354,11 @@ def test_predict_answers_what_it_can_and_exits_with_1(bundle: Path, many: list[P
     many[13].write_bytes(b"no image")
     done = CliRunner().invoke(app, ["predict", str(bundle), str(many[0].parent), "--json"])
     assert done.exit_code == 1
-    assert len(json.loads(done.stdout)["predictions"]) == len(many) - 1
-    named, last = done.stderr.splitlines()
+    *found, refused = map(json.loads, done.stdout.splitlines())
+    assert [one["image"] for one in found] == [str(file) for file in many if file != many[13]]
+    assert refused["image"] == str(many[13]) and refused["error"].startswith("the image is of no format")
+    summary, named, last = done.stderr.splitlines()
+    assert summary == f"abstains from {sum(one['abstain'] for one in found)} of {len(found)} images"
     assert named.startswith(f"{many[13]}: the image is of no format that is read")
     assert last == f"error: 1 of {len(many)} images could not be read and have no answer"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from ensembler.errors import DataError, UsageError
 from ensembler.run import Run
 from ensembler.subspace import bezier, chain
 from ensembler.trainers import FGE, Curve, DeepEnsemble, Simplex, collapse_run
+from ensembler.trainers.summary import lines
 from tests._small import dataset
 from tests._training import call, make, saved
 
@@ -156,3 +158,54 @@ def test_a_centroid_of_a_simplex_has_no_members_to_sample_from():
     run = collapse_run(make(Simplex(vertices=2)), dataset(), "cpu")
     with pytest.raises(UsageError, match="members of a run by simplex-centroid are fixed"):
         Ensemble(run, "cpu").sample(3)
+
+
+def in_two_valleys(run: Run, places: Sequence[int]) -> Run:
+    """The run with copies of its first network in the given order of channels (0: as they are, 1: in reverse)."""
+    orders = [torch.arange(4).roll(2 * place) for place in places]
+    first = {name: rows[0] for name, rows in run.vertices.items()}
+
+    def permuted(order: torch.Tensor) -> dict[str, torch.Tensor]:
+        head = first["3.weight"].reshape(3, 4, 9)[:, order].flatten(1)
+        return {"0.weight": first["0.weight"][order], "0.bias": first["0.bias"][order], "3.weight": head}
+
+    own = [first | permuted(order) for order in orders]
+    run.vertices = {name: torch.stack([each[name] for each in own]) for name in first}
+    run.coefficients = torch.eye(len(places))
+    return run
+
+
+def test_collapse_warns_of_vertices_in_different_valleys_by_the_barrier_between_them():
+    images = dataset(train=90)
+    run = in_two_valleys(make(DeepEnsemble(members=1), images, epochs=20), [0, 0, 1])
+    swa = collapse_run(run, images, "cpu").manifest
+    pairs = {tuple(pair["of"]): pair for pair in swa.metrics["averages"]}
+    assert pairs.keys() == {(1, 2), (1, 3), (2, 3)}
+    # Equal networks, up to the order of their channels: one loss, which the average has too where the order is one.
+    own = -Ensemble(run, "cpu").predict_members(images.validation.images)[0].log()
+    own = own[torch.arange(12), images.validation.labels].mean().item()
+    for pair in pairs.values():
+        assert pair["ends"] == pytest.approx([own, own], abs=1e-5)
+    assert pairs[1, 2]["average"] == pytest.approx(own, abs=1e-5)
+    halves = Ensemble(run, "cpu").at(torch.tensor([[0.5, 0, 0.5]]))
+    between = -halves.predict_members(images.validation.images)[0].log()
+    assert pairs[1, 3]["average"] == pytest.approx(
+        between[torch.arange(12), images.validation.labels].mean().item(), abs=1e-5
+    )
+    assert [pairs[pair]["worse"] for pair in ((1, 2), (1, 3), (2, 3))] == [False, True, True]
+    (warning,) = [line for line in lines(swa) if line.startswith("warning")]
+    assert f"NLL of {pairs[1, 3]['average']:.2f}, against {own:.2f} and {own:.2f} of their own" in warning
+    assert "vertices 1 and 3" in warning and "(2 of 3 pairs are so)" in warning
+    assert not any(
+        "warning" in line for line in lines(collapse_run(make(FGE(members=2, cycle=1)), dataset(), "cpu").manifest)
+    )
+
+
+def test_a_bounded_number_of_averages_is_measured_with_the_first_and_the_last_vertex():
+    images = dataset(train=90)
+    run = in_two_valleys(make(DeepEnsemble(members=1), images), [0] * 9 + [1])
+    found = collapse_run(run, images, "cpu").manifest
+    assert len(found.metrics["averages"]) == 6
+    assert [1, 10] in [pair["of"] for pair in found.metrics["averages"]]
+    assert found.cost.entries["measurements"].forward_passes == 10 * (90 + 12)
+    assert "averages" not in collapse_run(make(DeepEnsemble(members=1)), dataset(), "cpu").manifest.metrics

@@ -373,9 +373,9 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_what_cannot_be_loaded_ends_the_server_with_a_sentence(tmp_path: Path) -> None:
     server = started(tmp_path, "--members", "99")
-    assert server.process.wait(120) == 1
+    assert server.process.wait(120) == 2
     log = server.log.read_text()
-    assert "Error: the bundle holds 3 members and no vertices to make 99 of" in log
+    assert "error: the bundle holds 3 members and no vertices to make 99 of" in log
     assert "Traceback" not in log
 
 

@@ -127,3 +127,17 @@ def test_a_limit_holds_for_training_evaluation_reading_and_serving(
         check=True,
     )
     assert found.stdout.split() == ["2", "2", "2", "2", "5"]
+
+
+@pytest.mark.parametrize("home", ["file", "home"])
+def test_matplotlib_says_nothing_of_a_home_that_cannot_be_written_and_keeps_its_own_where_it_can(home, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    script = "import ensembler.eval, os, matplotlib; print(os.environ.get('MPLCONFIGDIR'), matplotlib.get_cachedir())"
+    left = {"XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR"}
+    environment = {name: value for name, value in os.environ.items() if name not in left}
+    environment |= {"HOME": str(tmp_path / home), "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    given, folder = done.stdout.split()
+    assert done.stderr == ""
+    assert (given != "None") == (home == "file")
+    assert given in (folder, "None") and not list(tmp_path.glob("ensembler-*"))  # removed at the end

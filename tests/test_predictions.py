@@ -18,7 +18,7 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
 from ensembler.eval import prediction_cache
 from ensembler.eval import predictions as module
-from ensembler.eval.prediction_cache import PREDICTING, Entry, default_folder
+from ensembler.eval.prediction_cache import PREDICTING, Entry, folder_of
 from ensembler.eval.predictions import Predictor, predictions
 from ensembler.eval.shift.test_set import TestSet
 from ensembler.images import Split
@@ -280,7 +280,23 @@ def test_a_folder_that_cannot_be_written_to_is_named(predictor, tmp_path):
 
 def test_where_predictions_are_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "ensembler" / "predictions"
+    assert folder_of(None) == tmp_path / "ensembler" / "predictions"
+
+
+def test_without_a_cache_that_can_be_written_the_work_goes_on_and_one_line_says_so(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset())
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    found = evaluate([run], device="cpu")
+    assert calibrate(run, device="cpu").fitted > 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"predictions are not kept: cannot write to {file}/ensembler/predictions: ")
+    assert line.endswith("set XDG_CACHE_HOME to a folder that can be written to keep them")
+    there = evaluate([run], device="cpu", cache=tmp_path / "cache")
+    assert np.array_equal(found.runs[0].clean.mean, there.runs[0].clean.mean)
+    with pytest.raises(ArtefactError, match="choose another --cache"):
+        evaluate([run], device="cpu", cache=file / "cache")
 
 
 def test_calibrate_and_eval_share_the_validation_prediction(run, tmp_path, monkeypatch):

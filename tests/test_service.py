@@ -723,20 +723,29 @@ def test_one_member_answers_null(tmp_path: Path) -> None:
 def test_the_command_refuses_before_bentoml_starts(bundle: Path, tmp_path: Path) -> None:
     from ensembler.cli import app
 
-    def refused(*arguments: str) -> str:
-        result = CliRunner().invoke(app, ["serve", *arguments])
-        assert result.exit_code == 1
+    def refused(*arguments: str, code: int = 2, **environment: str) -> str:
+        result = CliRunner().invoke(app, ["serve", *arguments], env=environment)
+        assert result.exit_code == code
+        assert len(result.output.splitlines()) == 1 and result.output.startswith("error: ")
         return result.output
 
     damaged = make_bundle(tmp_path / "damaged")
     (damaged / "member-001.onnx").write_bytes(b"")
-    assert "member-001.onnx has changed" in refused(str(damaged))
-    assert "no bundle at" in refused(str(tmp_path / "nothing"))
+    assert "member-001.onnx has changed" in refused(str(damaged), code=1)
+    assert "no bundle at" in refused(str(tmp_path / "nothing"), code=1)
     assert "--host must be an IP address" in refused(str(bundle), "--host", "example.org")
-    assert "must be * or origins" in refused(str(bundle), "--cors-origin", "example.org")
-    assert "ENSEMBLER_LOG_SAMPLE must be above 0" in refused(
-        str(bundle), "--log-answers", str(tmp_path / "log"), "--log-sample", "0"
-    )
+    assert "--cors-origin must be * or origins" in refused(str(bundle), "--cors-origin", "example.org")
+    sample = ["--log-answers", str(tmp_path / "log"), "--log-sample", "0"]
+    assert "--log-sample must be above 0" in refused(str(bundle), *sample)
+    assert "give both" in refused(str(bundle), *sample[2:])
+    assert not (tmp_path / "log").exists()
+    assert "--workers must be at least 1, not 0" in refused(str(bundle), "--workers", "0")
+    assert "--port must be 1 to 65535, not 65536" in refused(str(bundle), "--port", "65536")
+    assert "the bundle holds 3 members and no vertices to make 9 of" in refused(str(bundle), "--members", "9")
+    for name, value, said in (("MEMBERS", "9", "holds 3 members"), ("USE_TF32", "true", "not compared in TF32")):
+        assert said in refused(str(bundle), **{f"ENSEMBLER_{name}": value})
+    assert "there is no GPU 99" in refused(str(bundle), ENSEMBLER_DEVICE_ID="99")
+    assert "ENSEMBLER_MAX_BATCH must be a whole number from 1 up" in refused(str(bundle), ENSEMBLER_MAX_BATCH="0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "choose another --port" in refused(str(bundle), "--port", str(taken.getsockname()[1]))
 

@@ -282,7 +282,7 @@ def test_from_end_to_end(runs, tmp_path, monkeypatch):
         assert part in result.stdout
     assert "surface: 12 of 12 points" in result.stderr
     ((folder),) = (tmp_path / "surfaces").iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["path.png", "surface.json", "surface.png"]
+    assert sorted(path.name for path in folder.iterdir()) == ["files.sha256", "path.png", "surface.json", "surface.png"]
     text = (folder / "surface.json").read_text()
     assert text == (tmp_path / "also.json").read_text()
     surface = Surface.model_validate_json(text, strict=True)
@@ -293,7 +293,11 @@ def test_from_end_to_end(runs, tmp_path, monkeypatch):
     result = call("surface", *singles, "--grid", 2, "--device", "cpu", "--out", "of-three")
     assert result.exit_code == 0, result.output
     assert "w2 (single2): train loss" in result.stdout
-    assert sorted(path.name for path in (tmp_path / "of-three").iterdir()) == ["surface.json", "surface.png"]
+    assert sorted(path.name for path in (tmp_path / "of-three").iterdir()) == [
+        "files.sha256",
+        "surface.json",
+        "surface.png",
+    ]
 
 
 def test_bad_input_gets_one_clear_line(runs, tmp_path, monkeypatch):

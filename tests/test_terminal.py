@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("pty", reason="there are no pseudo-terminals")
 
+from tests._runs import make_bundle
+from tests._service import tiny_images
 from tests._terminal import screen
 
 TRAIN = ["--arch", "tests._small:network", "--image-size", "8", "--epochs", "1", "--device", "cpu"]
@@ -37,3 +41,19 @@ def test_help_breaks_no_choice_and_names_no_type_of_a_switch():
     lines = ensembler("train-fge", "--help", columns=80)
     assert "float32 | tf32" in " ".join(lines)
     assert not any("<bool>" in line for line in lines if "--help" not in line)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_prediction_is_one_line_of_the_terminal(columns, tmp_path):
+    folder = tmp_path / "a folder of a very long name" / "and another one below it" / "and a third"
+    folder.mkdir(parents=True)
+    for number, pixels in enumerate(tiny_images(3)):
+        Image.fromarray(pixels).save(folder / f"picture {number}.png")
+    found = ensembler("predict", make_bundle(tmp_path / "bundle"), folder, columns=columns)
+    assert found[0].split() == ["image", "class", "probability", "uncertainty", "abstains"]
+    assert len(found) == 4  # 3 images
+    for number, line in enumerate(found[1:]):
+        path, label, *figures, abstains = re.split(r" {2,}", line)
+        assert path.startswith("…") and path.endswith(f"picture {number}.png")
+        assert label.startswith("class ") and abstains == "-"
+        assert all(0 <= float(figure) < 2 for figure in figures) and len(figures) == 2

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ensembler import buffers as carried
@@ -19,13 +22,16 @@ from ensembler.subspace import dirichlet, edge_lengths, log_volume
 from ensembler.task import Task
 from ensembler.trainers.trainer import Trainer
 
-__all__ = ["Point", "describe", "inside", "member_buffers", "path_scores", "points"]
+__all__ = ["Point", "averages", "describe", "inside", "member_buffers", "path_scores", "points"]
 
 Solved = Mapping[int, Mapping[str, Tensor]]
 """The own buffers of vertices that are trained networks by themselves, by their place."""
 
 INSIDE = 4  # interior points at which a simplex is measured
 EXAMPLES = 1000  # training examples, and held-out examples, used for a measurement at most
+
+_ENDS = 4  # vertices, between which averages are measured, at most
+_AVERAGED = 500  # training examples, and held-out examples, for that, at most
 
 _NONE: Solved = {}
 
@@ -50,6 +56,12 @@ class Point:
     def nll(self) -> float:
         """Mean negative log-likelihood on the held-out examples, in nats."""
         return self.task.nll(self.predicted, self.targets)
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """(N,) negative log-likelihood of each held-out example, in nats."""
+        pairs = zip(self.predicted.split(1), self.targets.split(1), strict=True)
+        return np.array([self.task.nll(*pair) for pair in pairs])
 
     def error(self, other: Point | None = None) -> float:
         """Compute the error on the held-out examples; with ``other``, that of the ensemble of the two points."""
@@ -170,6 +182,34 @@ def describe(
     return result
 
 
+def averages(trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Measure halfway between pairs of vertices (K, P): an average is a good network in one valley of the loss only.
+
+    The barrier on the line between two networks (Frankle et al. 2020, sec. 2), at its middle, among at most four
+    vertices: the first, the last, and two between.
+
+    Returns:
+        Of each pair ``of``, its two vertices, counted from 1, their ``held_out_nll`` as ``ends``, in nats, that of
+        their ``average``, and whether it is ``worse`` than both, by more than two standard errors of the difference.
+    """
+    chosen = np.unique(np.linspace(0, len(vertices) - 1, _ENDS).round().astype(int)).tolist()
+    pairs, corners = list(combinations(range(len(chosen)), 2)), torch.eye(len(chosen))
+    if not pairs:
+        return []
+    coefficients = torch.stack([*corners, *((corners[a] + corners[b]) / 2 for a, b in pairs)])
+    measured = points(trainer, vertices[chosen], coefficients, buffers, trainer.dataset.validation, _AVERAGED)
+    ends, middles = measured[: len(chosen)], measured[len(chosen) :]
+    return [
+        {
+            "of": [chosen[a] + 1, chosen[b] + 1],
+            "ends": [ends[a].nll, ends[b].nll],
+            "average": middle.nll,
+            "worse": all(_clearly_above(middle.losses, end.losses) for end in (ends[a], ends[b])),
+        }
+        for (a, b), middle in zip(pairs, middles, strict=True)
+    ]
+
+
 def path_scores(
     trainer: Trainer,
     vertices: Tensor,
@@ -226,6 +266,12 @@ def _predict(trainer: Trainer, examples: Examples) -> Tensor:
 
 def _disagreement(group: Sequence[Point]) -> float:
     return group[0].task.disagreement(torch.stack([point.predicted for point in group]))
+
+
+def _clearly_above(losses: NDArray[np.float64], others: NDArray[np.float64]) -> bool:
+    """Whether the mean of paired losses (N,) is higher by more than two standard errors."""
+    excess = losses - others
+    return len(excess) > 1 and bool(excess.mean() > 2 * excess.std(ddof=1) / math.sqrt(len(excess)))
 
 
 def _mean(values: Sequence[float]) -> float:

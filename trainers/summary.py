@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from ensembler.run import Cost, Manifest
 
 __all__ = ["lines"]
@@ -25,6 +28,7 @@ def lines(manifest: Manifest) -> list[str]:
         )
     if "lambda" in manifest.metrics:
         result.append(f"lambda: {manifest.metrics['lambda']:g}, chosen in {len(manifest.metrics['trials'])} trials")
+    result += _barrier(manifest.metrics.get("averages", ()))
     pairs = {"": manifest.metrics["path"]} if "path" in manifest.metrics else {}
     for pair in manifest.metrics.get("paths", ()):
         pairs[f"{pair['name']}, "] = {name: path for name, path in pair.items() if name != "name"}
@@ -37,6 +41,21 @@ def lines(manifest: Manifest) -> list[str]:
             )
     result.append(f"cost: {_total(cost)}")
     return result
+
+
+def _barrier(averages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Warn of an average whose vertices lie in different valleys of the loss, with the highest barrier measured."""
+    worse = [pair for pair in averages if pair["worse"]]
+    if not worse:
+        return []
+    highest = max(worse, key=lambda pair: pair["average"] - max(pair["ends"]))
+    (a, b), (first, second) = highest["of"], highest["ends"]
+    count = f" ({len(worse)} of {len(averages)} pairs are so)" if len(averages) > 1 else ""
+    return [
+        f"warning: the average of vertices {a} and {b} has a held-out NLL of {highest['average']:.2f}, against "
+        f"{first:.2f} and {second:.2f} of their own{count}: they are not in one valley of the loss, so evaluate the "
+        "ensemble itself rather than its average"
+    ]
 
 
 def _total(cost: Cost) -> str:

@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ensembler import datasets
 from ensembler.architectures import Factory, is_given, name_of
@@ -26,7 +25,7 @@ from ensembler.run import DatasetRecord, Manifest, Run, versions
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.dry_pass import dry_pass
 from ensembler.trainers.events import Message, OnEvent
-from ensembler.trainers.measure import member_buffers
+from ensembler.trainers.measure import averages, member_buffers
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.progress import progress
 from ensembler.trainers.resume import Store
@@ -192,7 +191,7 @@ class Training:
             raise UsageError("--early-stopping has no solution to stop where one is given: leave it out")
         members, name, independent = method.train(trainer), method.name, method.independent
         if self.collapse:
-            members = centroid(trainer, members.vertices, members.buffers, members.gaussians)
+            members = centroid(trainer, members)
             name, independent = f"{name}-centroid", False
         return assemble(self.spec, trainer, members, name, independent)
 
@@ -234,20 +233,22 @@ def check_inputs(runs: Mapping[str, Run]) -> None:
             )
 
 
-def centroid(
-    trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor], gaussians: Mapping[str, Tensor]
-) -> Members:
-    """The average of vertices (K, P) as one network: SWA of snapshots (Izmailov et al. 2018).
+def centroid(trainer: Trainer, members: Members) -> Members:
+    """The average of the vertices (K, P) as one network: SWA of snapshots (Izmailov et al. 2018).
 
     Where members are drawn from Gaussians, it is the average of their means instead: SWA of all iterates. BatchNorm
     statistics are recomputed for it (sec. 3.2), unless it is the one vertex that there is; all other buffers are the
-    first member's. Dropout's masks are left out.
+    first member's. Dropout's masks are left out. Its metrics are the :func:`~ensembler.trainers.measure.averages`.
     """
+    vertices, gaussians = members.vertices, members.gaussians
     means = trainer.weights.flatten({name: rows[:, 0] for name, rows in gaussians.items()}) if gaussians else vertices
     one = means.mean(dim=0, keepdim=True)
-    first = {name: rows[0] for name, rows in without_masks(buffers).items()}
+    first = {name: rows[0] for name, rows in without_masks(members.buffers).items()}
     solved = {0: first} if len(vertices) == 1 and not gaussians else {}
-    return Members(one, torch.ones(1, 1), member_buffers(trainer, one, torch.ones(1, 1), first, solved))
+    found = averages(trainer, means, first)
+    metrics = {"averages": found} if found else {}
+    buffers = member_buffers(trainer, one, torch.ones(1, 1), first, solved)
+    return Members(one, torch.ones(1, 1), buffers, metrics=metrics)
 
 
 def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
@@ -273,9 +274,8 @@ def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
         starts={"run": run.sha256},
         collapse=True,
     ).fingerprinted(set())
-    return assemble(
-        spec, trainer, centroid(trainer, rows, buffers, run.gaussians), f"{manifest.method}-centroid", False
-    )
+    members = Members(rows, run.coefficients, buffers, gaussians=run.gaussians)
+    return assemble(spec, trainer, centroid(trainer, members), f"{manifest.method}-centroid", False)
 
 
 def assemble(spec: Spec, trainer: Trainer, members: Members, name: str, independent: bool) -> Run:

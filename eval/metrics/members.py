@@ -34,6 +34,7 @@ Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 _ELEMENTS = 2**23  # members' probabilities scored at once
+_ROUNDING = 1e-12  # of a difference of losses that is 0
 _SIZES = 12  # points of a long curve
 
 
@@ -157,16 +158,22 @@ def score_subsets(
     ]
 
 
-def recommended_members(likelihoods: NDArray[np.floating], order: Sequence[int] | None = None) -> int:
+def recommended_members(likelihoods: NDArray[np.floating], order: Sequence[int] | None = None) -> int | None:
     """Find the smallest number of members that is not significantly worse than all, on the validation images.
 
     Its NLL exceeds that of all members by at most one standard error of the paired difference (the one-standard-error
     rule, Breiman et al. 1984, sec. 3.4.3). A greedy order chosen on the same images favours small numbers a little:
     check the curve on the test images.
 
+    With few images, nothing is significant, and any number would pass. So it must be told apart, by two standard
+    errors, from losing all that the ensemble gains: the NLL of the mean prediction against the members' mean NLL.
+
     Args:
         likelihoods: (M, B) each member's probability of the label of each validation image.
         order: of all members; by default as they are.
+
+    Returns:
+        Their number; ``None`` where so few images cannot tell.
 
     Raises:
         ShapeError: not (M, B) with at least one of each.
@@ -180,13 +187,15 @@ def recommended_members(likelihoods: NDArray[np.floating], order: Sequence[int] 
     if sorted(order) != list(range(M)):
         raise UsageError(f"an order of all members takes 0 to {M - 1} once each, not {order}")
     whole = -np.log(np.maximum(likely.mean(axis=0), FLOOR))
+    gain = float((-np.log(np.maximum(likely, FLOOR)).mean(axis=0) - whole).mean())
     total = np.zeros(B)
     for size, member in enumerate(order, start=1):
         total += likely[member]
         excess = -np.log(np.maximum(total / size, FLOOR)) - whole
         error = excess.std(ddof=1) / math.sqrt(B) if B > 1 else 0.0
-        if excess.mean() <= error:
-            return size
+        if excess.mean() <= error + _ROUNDING:
+            told = size == M or (B > 1 and excess.mean() + 2 * error <= gain + _ROUNDING)
+            return size if told else None
     return M
 
 

@@ -69,7 +69,7 @@ def fit_temperature(probs: ArrayLike, labels: ArrayLike) -> float:
 
 
 def fit_map(probs: Array, labels: NDArray[np.int64], method: str) -> Map:
-    """Fit one of ``METHODS`` to probabilities (B, C) and labels (B,); all but temperature by netcal.
+    """Fit one of ``METHODS``, or the identity, to probabilities (B, C) and labels (B,).
 
     netcal's maps treat each class separately and normalise the rows. Isotonic regression and histograms can give a
     class the probability 0; a row where all classes get 0 stays as it was.
@@ -78,11 +78,13 @@ def fit_map(probs: Array, labels: NDArray[np.int64], method: str) -> Map:
         UsageError: an unknown method, or a class without examples, which netcal would give the probability 0.
         ShapeError: probabilities or labels of the wrong shape or range.
     """
+    if method == "identity":
+        return Temperature(temperature=1.0)
     if method == "temperature":
         return Temperature(temperature=fit_temperature(probs, labels))
     answers = Answers(probs, labels)
     if method not in METHODS:
-        raise UsageError(f"unknown method {method!r}: use one of {', '.join(METHODS)}")
+        raise UsageError(f"unknown method {method!r}: use one of {', '.join(METHODS)}, identity")
     if probs.shape[1] < 2:
         raise UsageError(f"{method} calibrates two classes or more, found one: use --method temperature")
     if len(missing := np.setdiff1d(np.arange(probs.shape[1]), labels)):

@@ -123,12 +123,13 @@ def _curves(report: Report, comparison: Comparison) -> Iterator[Table]:
         run = report.runs[places[found.run]]
         order = " ".join(str(member + 1) for member in found.order)
         cost = (write(run) for _, write in COST)
-        rows.append((label(report, places[found.run]), *cost, str(found.recommended), order))
+        rows.append((label(report, places[found.run]), *cost, str(found.recommended or NOTHING), order))
     if rows:
         headings = ("run", *(heading for heading, _ in COST), "sufficient", "in this order")
         notes = (
             "Sufficient: the fewest members, in this order, that are not significantly worse than all on validation "
-            "images. The greedy order was chosen on the same images, which favours small numbers a little.",
+            f"images; {NOTHING}: so few images cannot tell. The greedy order was chosen on the same images, which "
+            "favours small numbers a little.",
         )
         yield Table("number", "How many members, and which", headings, tuple(rows), 1, notes)
     for found in comparison.curves:

@@ -185,12 +185,14 @@ class MemberCurve(Record):
     """Test scores against the number of members.
 
     ``order``: the members' greedy order on the validation images; ``recommended``: the smallest number of members, in
-    that order, that is not significantly worse than all on these images.
+    that order, that is not significantly worse than all on these ``validation_examples``, ``null`` where so few cannot
+    tell.
     """
 
     run: str
     order: list[int]
-    recommended: int
+    recommended: int | None
+    validation_examples: int
     points: list[CurvePoint]
 
 

@@ -155,9 +155,17 @@ def _seeds(report: Report, comparison: Comparison) -> list[str]:
 
 def _numbers(report: Report, comparison: Comparison) -> list[str]:
     places = {run.name: number for number, run in enumerate(report.runs)}
-    parts = [
-        f"{curve.recommended} of {report.runs[places[curve.run]].members} members of {label(report, places[curve.run])}"
-        for curve in comparison.curves
-        if curve.recommended < report.runs[places[curve.run]].members
-    ]
-    return [f"Sufficient, judged on the validation images: {'; '.join(parts)}."] if parts else []
+    sufficient, unknown = [], []
+    for curve in comparison.curves:
+        number, members = places[curve.run], report.runs[places[curve.run]].members
+        if curve.recommended is None:
+            unknown.append(f"of {label(report, number)} with {curve.validation_examples:,} images")
+        elif curve.recommended < members:
+            sufficient.append(f"{curve.recommended} of {members} members of {label(report, number)}")
+    found = [f"Sufficient, judged on the validation images: {'; '.join(sufficient)}."] if sufficient else []
+    if unknown:
+        found.append(
+            f"How many members suffice cannot be told {', nor '.join(unknown)}: fewer are not told apart from all, nor "
+            "from losing all that the ensemble gains."
+        )
+    return found

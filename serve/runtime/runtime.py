@@ -20,6 +20,7 @@ from ensembler.serve.runtime.manifest import MERGED, BundleManifest, Strategy, T
 from ensembler.serve.runtime.sessions import open_bundle, open_merged, providers
 from ensembler.serve.runtime.strategies import Members
 from ensembler.serve.runtime.tune import keep_faster_graphs
+from ensembler.serve.runtime.vertices import check_members
 from ensembler.text import counted, printable
 
 __all__ = ["Runtime"]
@@ -119,6 +120,18 @@ class Runtime:
                 "device_id to use the CPU"
             )
         return cls(manifest, artefact.sha256(bundle / artefact.MANIFEST), opened, threads, fitted, before, gpu)
+
+    @staticmethod
+    def check(bundle: Path, manifest: BundleManifest, members: int | None, gpu: GpuOptions) -> None:
+        """Refuse options that a bundle cannot be opened with, before anything is opened.
+
+        Raises:
+            UsageError: as :meth:`load`.
+        """
+        check_members(bundle, manifest, manifest.members if members is None else members)
+        tf32 = _tf32(manifest, gpu)
+        if gpu.device_id is not None:
+            providers(gpu, tf32, 1)
 
     @property
     def members(self) -> int:

@@ -15,7 +15,7 @@ from ensembler.errors import ArtefactError, UsageError, first_line
 from ensembler.machine import gpu_count
 from ensembler.serve.runtime.gpu import GpuOptions
 from ensembler.serve.runtime.manifest import GRAPH, MERGED, WEIGHTS, BundleManifest, Layout
-from ensembler.serve.runtime.vertices import Vertices, further_coefficients
+from ensembler.serve.runtime.vertices import Vertices, check_members, further_coefficients
 
 __all__ = ["merged_name", "on_gpu", "open_bundle", "open_members", "open_merged", "open_session", "providers"]
 
@@ -48,18 +48,8 @@ def open_bundle(
         ArtefactError: ONNX Runtime cannot open a graph.
     """
     wanted = manifest.members if members is None else members
-    if wanted < 1:
-        raise UsageError(f"an ensemble needs at least one member, not {wanted}")
+    check_members(bundle, manifest, wanted)
     further = wanted - manifest.members
-    if further > 0 and manifest.layout == "members":
-        raise UsageError(
-            f"the bundle holds {manifest.members} members and no vertices to make {wanted} of: ask for fewer, or "
-            "export the run with --layout vertices"
-        )
-    if further > 0 and manifest.sampling is None:
-        raise UsageError(
-            f"the {manifest.members} members of a run by {manifest.method} are fixed: there are no {wanted} to ask"
-        )
     sessions = open_members(bundle, manifest.layout, manifest.graphs, manifest.order[:wanted], ways)
     if further > 0 and manifest.sampling is not None:
         vertices = Vertices.load(bundle / WEIGHTS)

@@ -24,11 +24,35 @@ from numpy.typing import NDArray
 from ensembler.errors import ArtefactError, UsageError, first_line
 from ensembler.seeds import derive
 from ensembler.serve.runtime.arrays import read_arrays
-from ensembler.serve.runtime.manifest import WEIGHTS, Simplexes
+from ensembler.serve.runtime.manifest import WEIGHTS, BundleManifest, Simplexes
 
-__all__ = ["Vertices", "further_coefficients"]
+__all__ = ["Vertices", "check_members", "further_coefficients"]
 
 Array = NDArray[np.floating]
+
+
+def check_members(bundle: Path, manifest: BundleManifest, wanted: int) -> None:
+    """Refuse a number of members that a bundle neither holds nor can make, without opening any.
+
+    Raises:
+        UsageError: the message says how many there are, and how to have more.
+    """
+    if wanted < 1:
+        raise UsageError(f"an ensemble needs at least one member, not {wanted}")
+    if wanted <= manifest.members:
+        return
+    held = "1 member" if manifest.members == 1 else f"{manifest.members} members"
+    if manifest.layout == "members":
+        raise UsageError(
+            f"the bundle holds {held} and no vertices to make {wanted} of: ask for fewer, or export the run with "
+            "--layout vertices"
+        )
+    if manifest.sampling is None:
+        raise UsageError(
+            f"the bundle holds {held} of a run by {manifest.method}, which draws no others: ask for at most "
+            f"{manifest.members}, not {wanted}"
+        )
+    Vertices.load(bundle / WEIGHTS).check_further()
 
 
 class Vertices:
@@ -96,6 +120,15 @@ class Vertices:
         """Return the weights of a new member, at coefficients (K,).
 
         Raises:
+            As :meth:`check_further`.
+        """
+        self.check_further()
+        return self.at(coefficients) | self._shared
+
+    def check_further(self) -> None:
+        """Refuse to make new members.
+
+        Raises:
             UsageError: members have buffers of their own, which a new one could get only from training images.
         """
         if self._buffers:
@@ -103,7 +136,6 @@ class Vertices:
                 "this bundle cannot make new members: their BatchNorm statistics, or other buffers, are found from the "
                 "training images: export them with ensembler export --members"
             )
-        return self.at(coefficients) | self._shared
 
     def at(self, coefficients: Array) -> dict[str, Array]:
         """Return ``c @ V``, tensor by tensor, in float32 and rounded once to the vertices' type."""
