@@ -123,7 +123,7 @@ class DatasetRecord(Record):
             found = replace(found, train=found.train.verified(verify))
         return self.adopt(found)
 
-    def _load(self, name: str, root: Path | None, download: bool) -> Dataset:
+    def _load(self, name: str, root: str | Path | None, download: bool) -> Dataset:
         size, known = None, None
         if self.kind == "images":
             height, width = self.shape[:2]

@@ -188,7 +188,7 @@ def _row(one: dict[str, Any]) -> list[str]:
 
 def _abstains(one: dict[str, Any]) -> str | None:
     """Whether the ensemble abstains, in a word; ``None`` where it has no threshold to."""
-    return {True: "yes", False: "no"}.get(one.get("abstain"))
+    return None if one.get("abstain") is None else "yes" if one["abstain"] else "no"
 
 
 def _shortened(text: str, width: int, *, end: bool = False) -> str:

@@ -60,7 +60,7 @@ class Point:
     @property
     def losses(self) -> NDArray[np.float64]:
         """(N,) negative log-likelihood of each held-out example, in nats."""
-        pairs = zip(self.predicted.split(1), self.targets.split(1), strict=True)
+        pairs = zip(torch.split(self.predicted, 1), torch.split(self.targets, 1), strict=True)
         return np.array([self.task.nll(*pair) for pair in pairs])
 
     def error(self, other: Point | None = None) -> float:

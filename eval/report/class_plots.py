@@ -81,7 +81,8 @@ def plot_class_errors(
         axes.set_axis_off()
     bar = ScalarMappable(Normalize(0, 100), "Greys")
     scale = figure.colorbar(bar, ax=list(grid), label="error (%)", fraction=0.03, aspect=30)
-    scale.solids.set_rasterized(False)
+    if scale.solids is not None:
+        scale.solids.set_rasterized(False)
     return figure
 
 
