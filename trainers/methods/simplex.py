@@ -69,7 +69,9 @@ class Simplex(Method):
     )
 
     vertices: int = option(4, ge=2, help="K, corners of the simplex.")
-    members: int = option(10, ge=1, help="M: the vertices first, then points drawn inside.")
+    members: int | None = option(
+        None, ge=1, help="M: the vertices first, then points drawn inside. (default: the vertices)"
+    )
     vertex_epochs: float | None = option(
         None, gt=0, help="Epochs for each added vertex. (default: a quarter of --epochs)"
     )
@@ -106,13 +108,15 @@ class Simplex(Method):
         return "simplex" if self.simplexes == 1 else "simplexes"
 
     def resolved(self, settings: Settings) -> Self:
-        """By default an added vertex takes a quarter of a solution's epochs."""
-        if self.members < self.simplexes:
-            raise UsageError(f"{self.members} members are too few for {self.simplexes} simplexes: each needs one")
+        """By default the members are the vertices, and an added vertex takes a quarter of a solution's epochs."""
+        members = self.members or self.simplexes * self.vertices
+        if members < self.simplexes:
+            raise UsageError(f"{members} members are too few for {self.simplexes} simplexes: each needs one")
         epochs = self.vertex_epochs or settings.epochs / 4
         if settings.warmup >= epochs:
             raise UsageError(f"--warmup {settings.warmup:g} leaves nothing of a vertex's {epochs:g} epochs: lower it")
-        return self.model_copy(update={"vertex_epochs": epochs, "vertex_lr": self.vertex_lr or settings.lr})
+        chosen = {"members": members, "vertex_epochs": epochs, "vertex_lr": self.vertex_lr or settings.lr}
+        return self.model_copy(update=chosen)
 
     def at_budget(self, budget: Budget) -> list[Piece] | str:
         """One network of B, and the rest for its vertices, --vertex-epochs each at least; of ESPRO, all that fit."""
@@ -131,7 +135,7 @@ class Simplex(Method):
             return "one network leaves nothing for a vertex"
         if self.vertex_epochs and steps < int(self.vertex_epochs * len(budget.sizes)):
             return f"what a network leaves is less than {self.vertex_epochs:g} epochs for each vertex"
-        members = {"members": max(1, self.members // count), "simplexes": 1}
+        members = {"members": self.members and max(1, self.members // count), "simplexes": 1}
         options = self.model_copy(update={"vertex_epochs": budget.in_epochs(steps), **members})
         return [
             Piece(options, added * budget.passes(steps), budget.epochs, member, {"init": budget.network(member)})
@@ -169,7 +173,7 @@ class Simplex(Method):
         vertices = torch.cat([tensors["simplex"] for tensors, _ in made])
         rows = torch.arange(S * K).view(S, K).tolist()
         sampling = Sampling(simplexes=rows, concentration=self.concentration, corners=self.corners)
-        coefficients = sample_coefficients(sampling, S * K, self.members, trainer.settings.seed)
+        coefficients = sample_coefficients(sampling, S * K, self.members or S * K, trainer.settings.seed)
         return Members(
             vertices,
             coefficients,
