@@ -118,7 +118,7 @@ def test_a_command_of_a_group_takes_its_own_table():
         (
             "a.toml",
             "[train-simplex]\nport = 1",
-            "train-simplex has no option 'port': there are address, arch, augmentation, ",
+            "train-simplex has no option 'port': there are accumulate, address, arch, augmentation, ",
         ),
         ("a.toml", "[train-simplx]\nx = 1", "there is no command 'train-simplx': did you mean train-simplex"),
         ("a.toml", "config = 'b.toml'", "no command has an option 'config'"),
@@ -231,11 +231,16 @@ def test_a_setting_that_is_not_its_default_is_made_again():
     changes = {
         **{"--lr": 0.05, "--schedule": "piecewise", "--momentum": 0.5, "--weight-decay": 1e-3, "--clip": 0.5},
         **{"--augmentation": "crop-flip", "--precision": "bfloat16", "--batch-size": 40, "--seed": 5, "--threads": 1},
+        **{"--warmup": 0.2, "--accumulate": 2, "--early-stopping": 2, "--label-smoothing": 0.1},
+        **{"--class-weights": "balanced", "--mixup": 0.2, "--cutmix": 1},
     }
     made = made_again(["train-deep-ensemble", "--members", 1, *sum(changes.items(), ())], "changed")
     default = {name: field.default for name, field in Settings.model_fields.items()}
     unchanged = {name for name, value in made.settings.items() if value == default[name]}
-    assert unchanged == {"init", "weights", "sync_batchnorm", "compile", "eager", "measure", "workers"}
+    assert unchanged == {
+        *("init", "weights", "optimiser", "parameter_groups", "loss"),
+        *("sync_batchnorm", "compile", "eager", "measure", "workers"),
+    }
 
 
 def test_another_commands_run_is_refused():

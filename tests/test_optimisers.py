@@ -254,7 +254,11 @@ def test_what_cannot_be_is_refused_before_training(given, said):
             {"optimiser": "adamw"},
             "samples by SGD at one learning rate: leave out --optimiser",
         ),
-        (CyclicalSGMCMC(members=3), {"parameter_groups": halves}, "leave out --parameter-groups"),
+        (
+            CyclicalSGMCMC(members=3),
+            {"parameter_groups": "tests.test_optimisers:halves"},
+            "leave out --parameter-groups",
+        ),
         (CyclicalSGMCMC(members=3), {"warmup": 1.9}, "--warmup 1.9 is longer than the 1.6 epochs of a cycle"),
         (Snapshots(members=2), {"warmup": 1.0}, "--warmup 1 leaves nothing of a cycle of 1 epochs"),
         (FGE(members=2), {"warmup": 1.8}, "--warmup 1.8 leaves nothing of the 1.6 epochs before the cycles"),

@@ -301,7 +301,8 @@ def test_what_cannot_be_a_complex_is_refused(modes):
 def test_a_member_at_a_vertex_does_what_the_vertex_did_and_needs_statistics_of_its_own(tmp_path):
     images, network = dataset(train=32), "tests._small:batchnorm"
     single = make(DeepEnsemble(members=1), images, architecture=network, epochs=6)
-    run = make(Simplex(vertices=3, members=6, vertex_lr=0.3), images, init=saved(single, tmp_path / "single"))
+    start = {"init": saved(single, tmp_path / "single"), "architecture": network}
+    run = make(Simplex(vertices=3, members=6, vertex_lr=0.3), images, **start)
     x = normalise(images.train.images, images.mean, images.std)
     trained = Ensemble(single, "cpu").predict_members(images.train.images)[0]
     ensemble = Ensemble(run, "cpu")
