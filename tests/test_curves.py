@@ -13,7 +13,7 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
 from ensembler.run import Run
 from ensembler.subspace import bezier, chain
-from ensembler.trainers import FGE, Curve, DeepEnsemble, Simplex, collapse_run
+from ensembler.trainers import FGE, Curve, DeepEnsemble, Settings, Simplex, collapse_run, train
 from ensembler.trainers.summary import lines
 from tests._small import dataset
 from tests._training import call, make, saved
@@ -103,6 +103,8 @@ def test_what_cannot_be_joined_is_refused(ends, tmp_path):
     refusal = r"other is a run of tests\._small:batchnorm, and tests\._small:network is to be trained"
     with pytest.raises(UsageError, match=refusal):
         make(Curve(first=first, second=other))
+    with pytest.raises(UsageError, match=r"a run of tests\._small:batchnorm and .* have no weights in common"):
+        train(dataset(), Curve(first=first, second=other), Settings(epochs=1, device="cpu"))
     with pytest.raises(DataError, match="training images differ"):
         make(Curve(first=first, second=second), dataset(train=33))
 
