@@ -86,7 +86,7 @@ def main() -> None:
     shift = ["--shift", "cifar10c", *(["--examples", "10"] if options.quick else [])]
 
     step(
-        "1. Train a simplex of four vertices; its members are these and six points inside",
+        "1. Train a simplex of four vertices, which are its members",
         *("train-simplex", "--vertices", "4", *short, "--out", "runs/simplex"),
     )
     step(
