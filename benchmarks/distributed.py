@@ -31,7 +31,8 @@ from ensembler.seeds import derive
 from ensembler.task import Classification
 from ensembler.trainers.batches import Batch
 from ensembler.trainers.distributed import ALONE, Group, join_group
-from ensembler.trainers.loop import Plan, fit
+from ensembler.trainers.loop import fit
+from ensembler.trainers.plan import Plan
 from ensembler.trainers.schedules import constant
 from ensembler.weights import FlatWeights
 

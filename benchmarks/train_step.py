@@ -32,8 +32,9 @@ from ensembler.device import keep_freed
 from ensembler.subspace import bezier, dirichlet
 from ensembler.task import Classification
 from ensembler.trainers.batches import Batch
-from ensembler.trainers.loop import Plan, fit
+from ensembler.trainers.loop import fit
 from ensembler.trainers.methods.subspace import cosine_regulariser
+from ensembler.trainers.plan import Plan
 from ensembler.trainers.regularisers import Volumes, hellinger_repulsion, volume_regulariser
 from ensembler.trainers.schedules import constant
 from ensembler.weights import FlatWeights

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ensembler.datasets import Dataset
 from ensembler.study.plan import Plan
 from ensembler.trainers.budget import Budget
-from ensembler.trainers.loop import Plan as Steps
+from ensembler.trainers.plan import Plan as Steps
 from ensembler.trainers.settings import Settings
 from ensembler.trainers.starts import fresh
 from ensembler.trainers.trainer import Trainer

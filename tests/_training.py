@@ -21,7 +21,7 @@ from ensembler.task import Classification
 from ensembler.trainers import Method, Settings, Trainer, loop, train
 from ensembler.trainers.batches import Batch
 from ensembler.trainers.events import Event, Message, OnEvent
-from ensembler.trainers.loop import Fitted, Plan
+from ensembler.trainers.plan import Fitted, Plan
 from ensembler.trainers.starts import Start
 from ensembler.weights import FlatWeights
 from tests._small import SETTINGS, dataset

@@ -11,8 +11,8 @@ from torch import nn
 
 from ensembler.errors import UsageError
 from ensembler.trainers import CyclicalSGMCMC, Settings, Trainer, train
-from ensembler.trainers.loop import Plan
 from ensembler.trainers.methods.csgmcmc import langevin
+from ensembler.trainers.plan import Plan
 from ensembler.trainers.schedules import constant, cosine
 from ensembler.trainers.starts import fresh
 from tests._small import SETTINGS, dataset

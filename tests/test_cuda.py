@@ -22,9 +22,9 @@ from ensembler.trainers import (
     Simplex,
     Snapshots,
     Subspace,
-    loop,
     train,
 )
+from ensembler.trainers.step import Step
 from tests._small import SETTINGS, dataset
 from tests._training import flat
 
@@ -115,7 +115,7 @@ def test_a_step_waits_for_nothing(method, options, monkeypatch):
         return call
 
     monkeypatch.setattr(capture.Captured, "__call__", within("error", capture.Captured.__call__))
-    monkeypatch.setattr(loop._Step, "__call__", within("error", loop._Step.__call__))
+    monkeypatch.setattr(Step, "__call__", within("error", Step.__call__))
     if method == "cSG-MCMC" and options:
         pytest.skip("samples by SGD")
     train(dataset(train=32), METHODS[method], settings(**options))
@@ -149,7 +149,7 @@ def test_a_training_resumes_on_the_gpu(method, options, tmp_path, monkeypatch):
 
     whole = Training.of(dataset(train=32), METHODS[method], settings(**options), {})
     expected = flat(whole.make())
-    work, unfinished = loop._Step.epoch, UnfinishedRun(tmp_path / "run", whole.spec, every=0)
+    work, unfinished = Step.epoch, UnfinishedRun(tmp_path / "run", whole.spec, every=0)
 
     def interrupted(self: Any, number: int, *given: Any) -> Any:
         if number == 3:
@@ -157,7 +157,7 @@ def test_a_training_resumes_on_the_gpu(method, options, tmp_path, monkeypatch):
         return work(self, number, *given)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(loop._Step, "epoch", interrupted)
+        patched.setattr(Step, "epoch", interrupted)
         whole.make(store=unfinished.store)
     found = flat(whole.make(store=unfinished.store))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

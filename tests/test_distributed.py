@@ -25,7 +25,7 @@ from ensembler.run import Run
 from ensembler.trainers import DeepEnsemble, Trainer
 from ensembler.trainers.batches import Batches
 from ensembler.trainers.distributed import ALONE, Group, join_group
-from ensembler.trainers.loop import Plan
+from ensembler.trainers.plan import Plan
 from ensembler.trainers.resume import UnfinishedRun
 from ensembler.trainers.starts import fresh
 from ensembler.trainers.trainer import _synchronised

@@ -23,7 +23,7 @@ from ensembler.run import Run
 from ensembler.trainers import DeepEnsemble, Settings, Simplex, train
 from ensembler.trainers.events import EpochEnd
 from ensembler.trainers.ledger import Ledger
-from ensembler.trainers.loop import Epoch
+from ensembler.trainers.plan import Epoch
 from tests._evaluate import evaluate
 from tests._interrupt import after, make
 from tests._small import SETTINGS, dataset

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ensembler.architectures import build
-from ensembler.trainers.loop import Plan
+from ensembler.trainers.plan import Plan
 from ensembler.trainers.schedules import constant
 from ensembler.weights import FlatWeights
 from tests._host import on_meta

@@ -14,8 +14,8 @@ from ensembler.errors import UsageError
 from ensembler.seeds import derive
 from ensembler.trainers import DeepEnsemble, train
 from ensembler.trainers.batches import Batch, Batches
-from ensembler.trainers.loop import Plan
 from ensembler.trainers.mixing import Mixing
+from ensembler.trainers.plan import Plan
 from ensembler.trainers.schedules import constant
 from ensembler.weights import FlatWeights
 from tests import _training

@@ -27,7 +27,7 @@ from ensembler.trainers import (
     optimisers,
 )
 from ensembler.trainers.events import EpochEnd, Progress
-from ensembler.trainers.loop import Plan
+from ensembler.trainers.plan import Plan
 from ensembler.trainers.schedules import constant
 from ensembler.weights import FlatWeights
 from tests._small import SETTINGS, dataset

@@ -16,7 +16,7 @@ from ensembler.cli import app
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.run import Run
 from ensembler.trainers.events import EpochEnd, Message, Progress
-from ensembler.trainers.loop import Epoch
+from ensembler.trainers.plan import Epoch
 from ensembler.trainers.progress import progress
 
 SMALL = ["--arch", "tests._small:network", "--image-size", 8, "--device", "cpu"]

@@ -18,8 +18,8 @@ from ensembler.sampling import sample_coefficients
 from ensembler.subspace import log_volume
 from ensembler.task import Classification
 from ensembler.trainers import Complex, DeepEnsemble, Simplex
-from ensembler.trainers.loop import Plan
 from ensembler.trainers.methods.simplex import LADDER
+from ensembler.trainers.plan import Plan
 from ensembler.trainers.regularisers import Volumes, hellinger_repulsion, volume_regulariser
 from ensembler.trainers.schedules import constant
 from ensembler.uncertainty import disagreement

@@ -29,14 +29,14 @@ from ensembler.trainers import (
     Snapshots,
     Subspace,
     Trainer,
-    loop,
 )
 from ensembler.trainers.events import Message
-from ensembler.trainers.loop import Plan
 from ensembler.trainers.method import methods
+from ensembler.trainers.plan import Plan
 from ensembler.trainers.regularisers import volume_regulariser
 from ensembler.trainers.schedules import constant
 from ensembler.trainers.starts import load_starts
+from ensembler.trainers.step import Step
 from ensembler.weights import FlatWeights
 from tests._host import CpuGraph, Operations, Recorder, on_meta
 from tests._small import batchnorm as small_batchnorm
@@ -90,7 +90,7 @@ def test_every_method_is_among_the_cases(ends):
 )
 def test_a_step_needs_nothing_of_the_host(case, options, ends, monkeypatch):
     """On "meta", where nothing can be read: no value, no copy, no tensor made of numbers; SGD fused, clipping on."""
-    method, step, counted = CASES[case](ends), loop._Step.__call__, []
+    method, step, counted = CASES[case](ends), Step.__call__, []
 
     def noted(self: Any, *args: Any) -> None:
         needs.noting = True
@@ -101,7 +101,7 @@ def test_a_step_needs_nothing_of_the_host(case, options, ends, monkeypatch):
     with on_meta() as needs:
         needs.noting = False
         own = work(method, device="meta", **options)
-        monkeypatch.setattr(loop._Step, "__call__", noted)
+        monkeypatch.setattr(Step, "__call__", noted)
         monkeypatch.setattr("ensembler.trainers.optimisers._FUSED", ("meta",))
         method.train(own)
     assert len(counted) >= 8
@@ -152,7 +152,7 @@ def test_steps_of_every_loss_are_captured_bit_for_bit_and_need_nothing_of_the_ho
     assert torch.equal(found.vertices, eager.vertices)
     if given == "policy":
         return  # it is computed on the CPU, before the step
-    step = loop._Step.__call__
+    step = Step.__call__
 
     def noted(self: Any, *args: Any) -> None:
         needs.noting = True
@@ -162,7 +162,7 @@ def test_steps_of_every_loss_are_captured_bit_for_bit_and_need_nothing_of_the_ho
     with on_meta() as needs:
         needs.noting = False
         trainer_on_meta = work(method, device="meta", eager=True, **own)
-        monkeypatch.setattr(loop._Step, "__call__", noted)
+        monkeypatch.setattr(Step, "__call__", noted)
         monkeypatch.setattr("ensembler.trainers.optimisers._FUSED", ("meta",))
         method.train(trainer_on_meta)
     assert not needs.places, needs.places
@@ -244,13 +244,13 @@ def test_captured_steps_are_the_eager_ones_with_every_optimiser_and_precision(op
 
 def test_a_rate_that_the_host_chooses_would_be_found(monkeypatch):
     """The check is one: a step that takes its rate from the host differs, as the graph keeps the first."""
-    call = loop._Step.__call__
+    call = Step.__call__
 
     def by_the_host(self: Any, size: int, x: Tensor, y: Tensor, rate: Tensor, *given: Any) -> None:
         count[0] += 1
         call(self, size, x, y, torch.full((), 0.1 / count[0]), *given)
 
-    monkeypatch.setattr(loop._Step, "__call__", by_the_host)
+    monkeypatch.setattr(Step, "__call__", by_the_host)
     found = []
     for graph in (None, CpuGraph):
         count = [0]

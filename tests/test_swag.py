@@ -17,8 +17,8 @@ from ensembler.examples import Arrays
 from ensembler.run import Gaussians, Run
 from ensembler.seeds import generator
 from ensembler.trainers import SWAG, DeepEnsemble, Settings, collapse_run, combine, train
-from ensembler.trainers.loop import Plan, Snapshot
 from ensembler.trainers.methods.swag import moments
+from ensembler.trainers.plan import Plan, Snapshot
 from ensembler.trainers.schedules import after, constant, one_cycle
 from ensembler.trainers.starts import fresh
 from tests._small import SETTINGS, dataset

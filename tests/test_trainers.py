@@ -18,8 +18,8 @@ from ensembler.errors import DataError, DivergedError, UsageError
 from ensembler.run import Run
 from ensembler.subspace import log_volume
 from ensembler.trainers import FGE, DeepEnsemble, Settings, Simplex, Snapshots, train
-from ensembler.trainers.loop import Plan
 from ensembler.trainers.methods.fge import cyclic, cyclic_middles
+from ensembler.trainers.plan import Plan
 from ensembler.trainers.schedules import after, constant, cosine, one_cycle, repeated
 from ensembler.trainers.starts import fresh
 from ensembler.trainers.work import each

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ensembler.trainers.loop import Epoch
+    from ensembler.trainers.plan import Epoch
 
 __all__ = ["EpochEnd", "Event", "Message", "OnEvent", "Progress", "named"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ensembler.seeds import generator
 from ensembler.subspace import AffineHull, log_volume
 from ensembler.task import Task
-from ensembler.trainers.loop import Penalty, Regulariser
+from ensembler.trainers.plan import Penalty, Regulariser
 
 __all__ = ["Volumes", "hellinger_repulsion", "perturbed", "volume_regulariser"]
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from ensembler import artefact
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 from ensembler.jobs import Job
-from ensembler.trainers.loop import Best, Snapshot, TrainState
+from ensembler.trainers.plan import Best, Snapshot, TrainState
 from ensembler.trainers.spec import SPEC, Spec, unfinished
 
 __all__ = ["JobResult", "Store", "UnfinishedRun", "lock"]

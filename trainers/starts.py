@@ -18,8 +18,8 @@ from ensembler.pretrained import pretrained
 from ensembler.run import CostEntry, Run
 from ensembler.seeds import derive
 from ensembler.storage import local
-from ensembler.trainers.loop import Plan, Snapshot
 from ensembler.trainers.method import Method
+from ensembler.trainers.plan import Plan, Snapshot
 from ensembler.trainers.settings import Settings
 from ensembler.weights import FlatWeights
 

@@ -39,9 +39,10 @@ from ensembler.trainers.batches import Batches
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.events import EpochEnd, Message, OnEvent, Progress
 from ensembler.trainers.ledger import Ledger
-from ensembler.trainers.loop import Best, Epoch, Fitted, Plan, TrainState, fit
+from ensembler.trainers.loop import fit
 from ensembler.trainers.losses import training_loss
 from ensembler.trainers.mixing import Mixing
+from ensembler.trainers.plan import Best, Epoch, Fitted, Plan, TrainState
 from ensembler.trainers.resume import Store
 from ensembler.trainers.schedules import SCHEDULES, Schedule, warmed
 from ensembler.trainers.settings import Settings

@@ -83,8 +83,8 @@ class Complex(Method):
         from ensembler.run import Sampling
         from ensembler.sampling import sample_coefficients
         from ensembler.subspace import dirichlet
-        from ensembler.trainers.loop import Plan
         from ensembler.trainers.measure import describe, member_buffers
+        from ensembler.trainers.plan import Plan
         from ensembler.trainers.regularisers import Volumes, perturbed
         from ensembler.trainers.starts import inherit
 

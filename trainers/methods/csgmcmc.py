@@ -101,7 +101,7 @@ class CyclicalSGMCMC(Method):
         """Train one network through the cycles, each a part of the cost, and collect the samples at their ends."""
         import torch
 
-        from ensembler.trainers.loop import Plan, Snapshot
+        from ensembler.trainers.plan import Plan, Snapshot
         from ensembler.trainers.schedules import cosine
         from ensembler.trainers.starts import fresh, solution, stack_buffers
 

@@ -78,8 +78,8 @@ class Curve(Method):
         import torch
 
         from ensembler.subspace import CURVES
-        from ensembler.trainers.loop import Plan
         from ensembler.trainers.measure import member_buffers, path_scores
+        from ensembler.trainers.plan import Plan
         from ensembler.trainers.starts import inherit
 
         basis, K = CURVES[self.curve], self.bends + 2

@@ -81,7 +81,7 @@ class FGE(Method):
         """Train one network, from fresh weights or a start, and collect M snapshots of it."""
         import torch
 
-        from ensembler.trainers.loop import Plan
+        from ensembler.trainers.plan import Plan
         from ensembler.trainers.starts import fresh, solution, stack_buffers
 
         length = trainer.steps(self.cycle)

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ensembler.trainers.budget import Budget, Piece
-    from ensembler.trainers.loop import Fitted
     from ensembler.trainers.measure import Solved
+    from ensembler.trainers.plan import Fitted
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
     from ensembler.trainers.work import Made
@@ -243,7 +243,7 @@ def add_vertex(
     import torch
 
     from ensembler.subspace import dirichlet
-    from ensembler.trainers.loop import Plan
+    from ensembler.trainers.plan import Plan
     from ensembler.trainers.regularisers import hellinger_repulsion, perturbed, volume_regulariser
     from ensembler.trainers.schedules import cosine
 

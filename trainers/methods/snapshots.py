@@ -73,7 +73,7 @@ class Snapshots(Method):
         """Train one network through M cosine cycles, and collect it at the end of each."""
         import torch
 
-        from ensembler.trainers.loop import Plan
+        from ensembler.trainers.plan import Plan
         from ensembler.trainers.schedules import cosine, repeated
         from ensembler.trainers.starts import fresh, solution, stack_buffers
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ensembler.trainers.budget import Budget, Piece
-    from ensembler.trainers.loop import Regulariser
+    from ensembler.trainers.plan import Regulariser
     from ensembler.trainers.trainer import Trainer
     from ensembler.weights import FlatWeights
 
@@ -69,8 +69,8 @@ class Subspace(Method):
         from ensembler.run import Sampling
         from ensembler.sampling import sample_coefficients
         from ensembler.subspace import dirichlet
-        from ensembler.trainers.loop import Plan
         from ensembler.trainers.measure import describe, member_buffers
+        from ensembler.trainers.plan import Plan
         from ensembler.trainers.starts import fresh
 
         K = self.vertices

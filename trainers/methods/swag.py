@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ensembler.trainers.budget import Budget, Piece
-    from ensembler.trainers.loop import Gather, Snapshot
+    from ensembler.trainers.plan import Gather, Snapshot
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
     from ensembler.trainers.work import Made
@@ -154,7 +154,7 @@ def fit_gaussian(trainer: Trainer, options: SWAG, number: int, name: str) -> Mad
     """A job: one ``gaussian`` (K + 2, P), the buffers at the end of its training, ``last.NAME``, and its numbers."""
     import torch
 
-    from ensembler.trainers.loop import Plan
+    from ensembler.trainers.plan import Plan
     from ensembler.trainers.starts import fresh, solution
 
     schedule, begin = constant(options.swa_lr or trainer.lr / 5), 0
@@ -201,7 +201,7 @@ def moments(rank: int, collect: range) -> Gather:
     Returns:
         For :attr:`Plan.gather`: 2 + min(rank, n) snapshots, of (1, P) each.
     """
-    from ensembler.trainers.loop import Snapshot
+    from ensembler.trainers.plan import Snapshot
 
     def gather(kept: list[Snapshot], new: Snapshot, iteration: int) -> list[Snapshot]:
         import torch
