@@ -135,8 +135,9 @@ class Simplex(Method):
             return "one network leaves nothing for a vertex"
         if self.vertex_epochs and steps < int(self.vertex_epochs * len(budget.sizes)):
             return f"what a network leaves is less than {self.vertex_epochs:g} epochs for each vertex"
-        members = {"members": self.members and max(1, self.members // count), "simplexes": 1}
-        options = self.model_copy(update={"vertex_epochs": budget.in_epochs(steps), **members})
+        members = max(1, self.members // count) if self.members else self.vertices
+        own = {"members": members, "simplexes": 1, "vertex_epochs": budget.in_epochs(steps)}
+        options = self.model_copy(update=own)
         return [
             Piece(options, added * budget.passes(steps), budget.epochs, member, {"init": budget.network(member)})
             for member in range(count)
