@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ensembler import gaussian
 from ensembler.datasets import Dataset
 from ensembler.ensemble import Ensemble
-from ensembler.errors import UsageError
+from ensembler.errors import DataError, UsageError
 from ensembler.examples import Arrays
 from ensembler.run import Gaussians, Run
 from ensembler.seeds import generator
@@ -234,7 +234,7 @@ def test_members_are_drawn_again_with_a_seed(network, tmp_path):
     third = more.sample(5, seed=2, train=dataset().train)  # what was drawn can be drawn from
     assert same(third.run, run)
     if network == "batchnorm":
-        with pytest.raises(UsageError, match="unknown dataset 'small'"):
+        with pytest.raises(DataError, match="small was given from Python and cannot be loaded by name"):
             ensemble.sample(3)
 
 
