@@ -106,18 +106,18 @@ class DatasetRecord(Record):
         if dataset is not None and not isinstance(dataset, str):
             return self.adopt(datasets.find(dataset))
         name = dataset or self.name
-        if dataset is None and not (is_importable(name) or name.startswith("folder:") or self._is_published):
-            raise DataError(
-                f"{self.title} was given from Python and cannot be loaded by name: name it as module:NAME (--dataset), "
-                "or pass the dataset from Python"
-            )
         try:
             found = self._load(name, root, download)
         except UsageError as error:
-            if not is_importable(name):
-                raise
-            mend = "run the command in the module's folder, or name the dataset anew (--dataset module:NAME)"
-            raise DataError(f"{error}: {mend}") from error
+            if is_importable(name):
+                mend = "run the command in the module's folder, or name the dataset anew (--dataset module:NAME)"
+                raise DataError(f"{error}: {mend}") from error
+            if dataset is None and not (name.startswith("folder:") or self._is_published):
+                raise DataError(
+                    f"{self.title} was given from Python and cannot be loaded by name: name it as module:NAME "
+                    "(--dataset), or pass the dataset from Python"
+                ) from error
+            raise
         if isinstance(found.train, DecodedSplit):
             verify = partial(self._check_split, "training", title=found.title)
             found = replace(found, train=found.train.verified(verify))

@@ -175,7 +175,9 @@ def test_members_that_cannot_be_made_are_refused(
     with pytest.raises(UsageError, match="at least one member, not 0"):
         Runtime.load(bundle, members=0)
     fixed = make_run(tmp_path / "fixed", "tests._small:network", 4, dataset)
-    with pytest.raises(UsageError, match="holds 4 members of a run by spro-simplex, which draws no others: ask for at most 4"):
+    with pytest.raises(
+        UsageError, match="holds 4 members of a run by spro-simplex, which draws no others: ask for at most 4"
+    ):
         Runtime.load(export_run(fixed, tmp_path / "fixed-bundle"), members=5)
     with pytest.raises(UsageError, match="fixed: nothing to sample from"):
         export_run(fixed, tmp_path / "other", members=5)

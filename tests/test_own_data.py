@@ -582,6 +582,7 @@ def test_a_dataset_by_name_is_trained_evaluated_under_shift_calibrated_exported_
     assert result.exit_code == 1
     assert "there is no file" in result.output
     assert "run the command in the module's folder, or name the dataset anew (--dataset" in result.output
+    module.write_text(MODULE.replace("+= 100", "+= 90"))  # the network is where it was, and the data are not
     assert "calibration: " in done("calibrate", "run", "--dataset", "moved:bars")
     sys.modules.pop("moved")
 
