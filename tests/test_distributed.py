@@ -288,7 +288,8 @@ def test_masks_differ_between_processes_and_steps_and_come_again():
 
         class Spy(torch.nn.Module):
             def forward(self, x):
-                found.append(torch.rand(4))
+                if self.training:  # not in the held-out measurement of an epoch
+                    found.append(torch.rand(4))
                 return x
 
         trainer = Trainer(DATASET, settings().resolved(DATASET), group=Group(rank))
