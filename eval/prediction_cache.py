@@ -34,12 +34,13 @@ from ensembler.machine import kept_folder
 __all__ = ["PREDICTING", "Arrays", "Entry", "MembersFile", "code_sha256", "folder_of", "identity"]
 
 FORMAT = 1
-PREDICTING = (
-    *("ensembler.architectures", "ensembler.capture", "ensembler.decoding", "ensembler.device", "ensembler.dropout"),
-    *("ensembler.ensemble", "ensembler.examples", "ensembler.gaussian", "ensembler.images"),
-    *("ensembler.member_networks", "ensembler.network_checks", "ensembler.task"),
-    *("ensembler.uncertainty", "ensembler.weights"),
-    *("ensembler.eval.predictions", "ensembler.eval.views"),
+PREDICTING = tuple(
+    f"ensembler.{name}"
+    for name in (
+        *("architectures", "augmentations", "capture", "decoding", "device", "dropout", "ensemble", "examples"),
+        *("gaussian", "images", "member_networks", "network_checks", "task", "uncertainty", "weights"),
+        *("eval.predictions", "eval.views"),
+    )
 )
 """The modules that build the network, prepare images, predict and reduce."""
 

@@ -22,7 +22,7 @@ from ensembler.trainers import Method, Settings, Trainer, loop, train
 from ensembler.trainers.batches import Batch
 from ensembler.trainers.events import Event, Message, OnEvent
 from ensembler.trainers.plan import Fitted, Plan
-from ensembler.trainers.starts import Start
+from ensembler.trainers.starts import Start, load_starts
 from ensembler.weights import FlatWeights
 from tests._small import SETTINGS, dataset
 
@@ -42,7 +42,10 @@ def make(
             said.append(event.text)
         on_event(event)
 
-    return train(data or dataset(), method, Settings(**(SETTINGS | settings)), on_event=tell)
+    own = SETTINGS | settings
+    if "architecture" not in settings and load_starts(method, Settings(**own)):
+        own.pop("architecture")  # it is that of the start
+    return train(data or dataset(), method, Settings(**own), on_event=tell)
 
 
 def trainer(data: Dataset | None = None, starts: dict[str, Start] | None = None, **settings) -> Trainer:

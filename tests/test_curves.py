@@ -13,7 +13,7 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
 from ensembler.run import Run
 from ensembler.subspace import bezier, chain
-from ensembler.trainers import FGE, Curve, DeepEnsemble, Settings, Simplex, collapse_run, train
+from ensembler.trainers import FGE, Curve, DeepEnsemble, Simplex, collapse_run
 from ensembler.trainers.summary import lines
 from tests._small import dataset
 from tests._training import call, make, saved
@@ -102,9 +102,9 @@ def test_what_cannot_be_joined_is_refused(ends, tmp_path):
     other = saved(make(DeepEnsemble(members=1), architecture="tests._small:batchnorm"), tmp_path / "other")
     refusal = r"other is a run of tests\._small:batchnorm, and tests\._small:network is to be trained"
     with pytest.raises(UsageError, match=refusal):
-        make(Curve(first=first, second=other))
+        make(Curve(first=first, second=other), architecture="tests._small:network")
     with pytest.raises(UsageError, match=r"a run of tests\._small:batchnorm and .* have no weights in common"):
-        train(dataset(), Curve(first=first, second=other), Settings(epochs=1, device="cpu"))
+        make(Curve(first=first, second=other))
     with pytest.raises(DataError, match="training images differ"):
         make(Curve(first=first, second=second), dataset(train=33))
 

@@ -238,7 +238,7 @@ def test_a_start_does_not_hide_a_fault(tmp_path):
     run.manifest.architecture = "tests._odd_networks:dropout_always"
     changed = saved(replace(run), tmp_path / "changed")
     with pytest.raises(UsageError, match=EACH_TIME):
-        make(Simplex(vertices=2, members=2), init=changed, architecture=run.manifest.architecture)
+        make(Simplex(vertices=2, members=2), init=changed)
 
 
 @pytest.mark.parametrize("name", ["attribute", "by_numpy", "buffer", "thousand", "dropout_always", "in_place"])

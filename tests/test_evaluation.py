@@ -215,7 +215,7 @@ def test_what_cannot_be_evaluated_is_refused(runs, monkeypatch):
         with pytest.raises(UsageError, match=message):
             evaluate(runs, device="cpu", examples=wrong)
     monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset(train=31))
-    with pytest.raises(DataError, match="has changed since the run was trained"):
+    with pytest.raises(DataError, match="is not what the run was trained on, or has changed since"):
         evaluate(runs, device="cpu")
 
 

@@ -92,12 +92,16 @@ def test_a_step_is_that_of_both_losses_by_their_share():
     (0.3 * cross_entropy(outputs, y) + 0.7 * cross_entropy(outputs, other_y)).backward()
     gradient = torch.nn.utils.parameters_to_vector([parameter.grad for parameter in module.parameters()])
     epochs, expected = [], vertices[0] - gradient
+
+    def note(epoch, best):
+        epochs.append(epoch)
+
     for samples in (1, 2):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_training, "Given", Mixed)
             plan = Plan(constant(1.0), 1, samples=samples)
             own = vertices.clone()
-            fitted = _training.fit(weights, own, [(x, y)], plan, _training.plain, on_epoch=epochs.append)
+            fitted = _training.fit(weights, own, [(x, y)], plan, _training.plain, on_epoch=note)
         torch.testing.assert_close(fitted.vertices[0], expected)
     assert [epoch.metric for epoch in epochs] == [None, None]
 

@@ -52,6 +52,7 @@ class Counted:
     def __init__(self, examples: Split, size: int | None = None, broken: bool = False) -> None:
         self.examples, self.size, self.broken, self.made = examples, size, broken, 0
         self.labels, self.shape, self.sha256 = examples.labels, examples.shape, examples.sha256
+        self.example_shape = examples.example_shape
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -192,6 +193,8 @@ def test_the_modules_that_predict_are_all_looked_at():
         "machine",
         "eval.prediction_cache",
         "eval.shift.test_set",
+        *("prediction", "progress", "sampling", "text", "describe"),
+        *("calibration", "eval.evaluation", "eval.options", "eval.calibrate", "serve"),  # the commands, called by it
     }
     for name in PREDICTING:
         path = ROOT / (name.removeprefix("ensembler.").replace(".", "/") + ".py")

@@ -303,7 +303,6 @@ def test_the_command_says_how_to_resume_and_resumes(here, images, monkeypatch):
         (["--vertices", 2], "--vertices"),
         (["--no-corners"], "--corners"),
         (["--arch", "cnn"], "--arch"),
-        (["--dataset", "digits"], "--dataset"),
         (["--seed", 1], "--seed"),
         (["--seeds", 2], "--seeds"),
         (["--recipe", "fast"], "--recipe"),

@@ -412,7 +412,7 @@ REFUSED_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a level that is no number": ({"level": float("nan")}, "level is NaN: it must lie between 0 and 1"),
     "an unknown output": ({"outputs": ["class", "colour"]}, 'outputs[1] is "colour": use one of class, label'),
     "an output that is a number": ({"outputs": [3]}, "outputs[0] is 3: use one of"),
-    "outputs without any": ({"outputs": []}, "outputs is a list: send a list of some of class"),
+    "outputs without any": ({"outputs": []}, "outputs is empty: send a list of some of class"),
     "outputs that are a string": ({"outputs": "class"}, 'outputs is "class": send a list'),
     "deep outputs": ({"outputs": json.loads("[" * 8 + "]" * 8)}, "outputs[0] is a list: use one of"),
     "abstention without a calibration": ({"outputs": ["abstain"]}, "has no calibration, which abstain needs"),

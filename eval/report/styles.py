@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
+from zlib import adler32
 
 __all__ = ["PALETTE", "Style", "styles"]
 
@@ -21,11 +22,6 @@ class Style(NamedTuple):
 PALETTE = tuple(map(Style, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vP*"))
 
 _LINES = ("-", "--", ":", "-.")
-_OWN = {
-    **{"deep-ensemble": 0, "simplex": 1, "simplexes": 1, "fge": 2, "curve": 3, "complex": 3, "subspace": 3},
-    **{"swag": 4, "multi-swag": 4, "csgmcmc": 5, "snapshots": 5, "mc-dropout": 5, "single": 6},
-}
-"""The colour of a method that is free to have it; a method is also found by the start of its name, before a hyphen."""
 
 
 def styles(runs: Sequence[tuple[str, str]], first: Sequence[int] = ()) -> list[Style]:
@@ -53,6 +49,6 @@ def styles(runs: Sequence[tuple[str, str]], first: Sequence[int] = ()) -> list[S
     return [found[place] for place in range(len(runs))]
 
 
-def _own(method: str) -> int | None:
-    """Return a method's own colour; ``None`` where it has none."""
-    return _OWN.get(method, _OWN.get(method.partition("-")[0]))
+def _own(method: str) -> int:
+    """Return a method's own colour, by its name up to a hyphen: the same in every report."""
+    return adler32(method.partition("-")[0].encode()) % len(PALETTE)
