@@ -259,7 +259,7 @@ def test_what_cannot_be_drawn_is_refused(runs, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"trained on other and .*single0 on small.*: name three runs of one dataset"):
         measure_surface(paths, device="cpu")
     monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset(train=31))
-    with pytest.raises(DataError, match="has changed since the run was trained"):
+    with pytest.raises(DataError, match="is not what the run was trained on, or has changed since"):
         draw(["four"])
 
 

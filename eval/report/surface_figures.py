@@ -88,11 +88,13 @@ def _make_square(axes: Axes, surface: Surface) -> None:
     middles = [(ends[-1] + ends[0]) / 2 for ends in (surface.x, surface.y)]
     extents = [surface.x[-1] - surface.x[0], surface.y[-1] - surface.y[0]]
     stretch = max(1.0, max(extents) / (_NARROWEST * min(extents)))
+    limits = []
     for axis, middle, extent in zip((axes.xaxis, axes.yaxis), middles, extents, strict=True):
         narrow = extent == min(extents) and stretch > 1
         half = max(extents) / (stretch if narrow else 1) / 2
-        axis.set_view_interval(middle - half, middle + half, ignore=True)
+        limits.append((middle - half, middle + half))
         axis.set_label_text("distance in weight space" + (f" ({stretch:.3g} times as large)" if narrow else ""))
+    axes.set(xlim=limits[0], ylim=limits[1])
     axes.set_box_aspect(1)
 
 
