@@ -245,7 +245,7 @@ class Ensemble:
             The scores, as ``report``; a notebook shows its tables and figures.
 
         Raises:
-            As :func:`ensembler.eval.evaluation.evaluate_paths`.
+            EnsemblerError: as of :func:`ensembler.eval.evaluation.evaluate_paths`.
         """
         from ensembler.eval.evaluation import evaluate_paths
         from ensembler.eval.options import EvaluationOptions
@@ -266,8 +266,8 @@ class Ensemble:
             What was fitted, which :mod:`ensembler.calibration` applies, and an export takes along.
 
         Raises:
-            UsageError: the run is not saved, as its calibration is kept beside it. Others as
-            :func:`ensembler.eval.calibrate.calibrate`.
+            UsageError: the run is not saved, as its calibration is kept beside it.
+            EnsemblerError: as of :func:`ensembler.eval.calibrate.calibrate`.
         """
         from ensembler import calibration
         from ensembler.eval.calibrate import calibrate
@@ -294,7 +294,7 @@ class Ensemble:
             ``out``, for :meth:`ensembler.serve.Runtime.load` and ``ensembler serve``.
 
         Raises:
-            As :func:`ensembler.serve.export_run`.
+            EnsemblerError: as of :func:`ensembler.serve.export_run`.
         """
         from ensembler.serve import export_run
 
