@@ -238,7 +238,7 @@ def test_what_the_checks_catch(tmp_path: Path):
     )
     for text in wrong:
         (arguments,) = commands(text)
-        with pytest.raises(Exception, match=r"vertexes|lists|[Mm]issing|trian|integer"):
+        with pytest.raises(Exception, match=r"vertexes|lists|[Mm]issing|trian|whole number"):
             check_command(arguments, typer.main.get_command(app))
     assert not list(commands("systemctl start ensembler && cat <<END\nensembler nonsense\nEND\nls ensembler"))
     for arguments in commands('ensembler train-fge --seed "$SEED" --out "runs/$SEED" --config nowhere.toml'):
