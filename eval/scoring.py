@@ -71,6 +71,7 @@ class ScoredRun:
         clean: its prediction of the clean test images, with every member's.
         losses: on the clean test images.
         shifted: on the shift's headline corruptions.
+        shifted_calibrated: the same with the temperature of the validation images; ``None`` without any.
         entropies: predictive entropy (B,) in nats, of the clean test images and of each out-of-distribution set.
     """
 
@@ -81,6 +82,7 @@ class ScoredRun:
     clean: Prediction
     losses: Losses
     shifted: Losses | None
+    shifted_calibrated: Losses | None
     entropies: dict[str, NDArray[np.float64]]
 
 
@@ -133,6 +135,7 @@ class _Scorer:
     cells: dict[str, dict[int, CellScores]] = field(default_factory=dict)
     others: dict[str, CellScores] = field(default_factory=dict)
     headline: list[Losses] = field(default_factory=list)
+    headline_calibrated: list[Losses] = field(default_factory=list)
     entropies: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     ood: dict[str, dict[str, OodScores | None]] = field(default_factory=dict)
     pictured: dict[str, Any] = field(init=False)
@@ -170,9 +173,14 @@ class _Scorer:
             self.class_errors.setdefault(test_set.name, []).append(errors)
             if headline:
                 self.headline.append(losses)
+                if self.temperature is not None:
+                    calibrated = temper(prediction.mean, self.temperature)
+                    self.headline_calibrated.append(Losses.of(calibrated, labels))
 
     def finish(self, headline: Sequence[str]) -> tuple[RunReport, ScoredRun]:
-        shifted = Losses.over_cells(self.headline) if self.headline else None
+        shifted, calibrated = (
+            Losses.over_cells(cells) if cells else None for cells in (self.headline, self.headline_calibrated)
+        )
         scored = ScoredRun(
             manifest=self.subject.manifest,
             views=self.subject.views,
@@ -181,6 +189,7 @@ class _Scorer:
             clean=self.clean,
             losses=self.losses,
             shifted=shifted,
+            shifted_calibrated=calibrated,
             entropies=self.entropies,
         )
         return self._report(headline), scored

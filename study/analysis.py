@@ -126,13 +126,14 @@ def _behind(
         return min(some, key=lambda one: (one.scores[name].mean, one.passes, one.members))
 
     best_of_all = best(cells, by)
-    best_shifted = best(cells, "shifted_nll") if "shifted_nll" in cells[0].scores else None
+    shifted = f"shifted_{by}"
+    best_shifted = best(cells, shifted) if shifted in cells[0].scores else None
     return [
         cell.model_copy(
             update={
                 "behind": against(cell, best([one for one in cells if one.budget == cell.budget], by), by),
                 "behind_all": against(cell, best_of_all, by),
-                "shift_behind": against(cell, best_shifted, "shifted_nll") if best_shifted else None,
+                "shift_behind": against(cell, best_shifted, shifted) if best_shifted else None,
             }
         )
         for cell in cells

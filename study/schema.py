@@ -31,6 +31,7 @@ class CellReport(Record):
         scores: by name; those that were not measured are missing.
         behind: its score ``by`` which methods are judged minus that of the best one at this budget, and of the best of
             all; ``null`` of itself.
+        shift_behind: likewise under shift, minus that of the best of all.
         needed: members whose validation NLL is not significantly worse than that of all, mean over the seeds that
             can tell.
         equivalent: networks of a deep ensemble of the same calibrated NLL, mean over the seeds, and how to say it.

@@ -16,6 +16,10 @@ NAMES: dict[str, Score] = {
         title="TTA cal. NLL", meaning="calibrated NLL with test-time augmentation"
     ),
     "shifted_nll": SCORES["nll"]._replace(title="shifted NLL", meaning="NLL, mean over corruptions and severities"),
+    "shifted_calibrated_nll": SCORES["calibrated_nll"]._replace(
+        title="shifted cal. NLL",
+        meaning="NLL, mean over corruptions and severities, with the temperature of the clean validation images",
+    ),
     "shifted_ece": SCORES["ece"]._replace(title="shifted ECE %", meaning="ECE, mean over corruptions and severities"),
     "ood_auroc": Score(
         "OOD AUROC %",
@@ -101,15 +105,16 @@ def _recommended(report: StudyReport, chosen: CellReport, best: CellReport, cost
 
 
 def _shifted(report: StudyReport) -> str:
-    if "shifted_nll" not in report.cells[0].scores:
+    name = f"shifted_{report.by}"
+    if name not in report.cells[0].scores:
         return "not measured: name shifted test images with --shift."
     best = next(cell for cell in report.cells if cell.shift_behind is None)
     alike = [cell for cell in report.cells if cell is not best and not _worse(cell.shift_behind)]
     text = (
-        f"{_named(best)}: shifted NLL {within('shifted_nll', best.scores['shifted_nll'])}, {_cost(report, best)}, "
+        f"{_named(best)}: {NAMES[name].title} {within(name, best.scores[name])}, {_cost(report, best)}, "
         f"{_forward(best)}"
     )
-    listed = ", ".join(f"{_named(cell)} ({_value(cell, 'shifted_nll')})" for cell in alike)
+    listed = ", ".join(f"{_named(cell)} ({_value(cell, name)})" for cell in alike)
     return f"{text}; not told apart from it: {listed}." if listed else f"{text}; everything else is worse."
 
 

@@ -54,6 +54,8 @@ def scored(run: ScoredRun, labels: NDArray[np.int64], temperature: float | None)
         found["calibrated_nll"] = _of(calibrated, ("nll",))["nll"]
     if run.shifted is not None:
         found |= {f"shifted_{name}": one for name, one in _of(run.shifted, ("nll", "ece")).items()}
+    if run.shifted_calibrated is not None:
+        found["shifted_calibrated_nll"] = _of(run.shifted_calibrated, ("nll",))["nll"]
     outside = [values for name, values in run.entropies.items() if name != "clean"]
     if outside:
         each = [auroc(run.entropies["clean"], values) for values in outside]

@@ -237,7 +237,8 @@ class OfRun:
     """What :func:`scored` reads of a run."""
 
     def __init__(self, probs, labels, entropies):
-        self.losses, self.shifted, self.clean, self.entropies = Losses.of(probs, labels), None, self, entropies
+        self.losses, self.clean, self.entropies = Losses.of(probs, labels), self, entropies
+        self.shifted = self.shifted_calibrated = None
         self.mean = probs
 
 
@@ -387,6 +388,18 @@ def test_a_confidence_that_a_temperature_mends_does_not_decide():
     )
     assert [one.method for one in pareto(cells, "members", "calibrated_nll")] == ["sharp"]
     assert [one.method for one in pareto(cells, "members", "nll")] == ["sharp", "soft"]
+
+
+def test_under_shift_the_same_score_decides(tmp_path, images):
+    """A temperature of the clean validation images, as what is shipped has it, on every corruption."""
+    command = [*WHOLE, *images, "--shift", "fog,gaussian_noise", "--out", tmp_path / "out"]
+    result = call(*command)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "report.json").read_bytes())
+    best = min(found["cells"], key=lambda one: one["scores"]["shifted_calibrated_nll"]["mean"])
+    assert best["shift_behind"] is None
+    assert all(one["shift_behind"] is not None for one in found["cells"] if one is not best)
+    assert "shifted cal. NLL" in recommendations(StudyReport.model_validate(found))["Best under shift"]
 
 
 def test_where_everything_else_is_worse_it_is_said():
