@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -193,6 +189,7 @@ def serve(
     from ensembler.serve.http.settings import Settings
     from ensembler.serve.runtime.manifest import read_bundle
     from ensembler.serve.runtime.runtime import Runtime
+    from ensembler.serve.starting import listen, start
 
     if log_sample != 1 and log_answers is None:
         raise typer.BadParameter("is a share of the answers of --log-answers: give both", param_hint="--log-sample")
@@ -218,24 +215,8 @@ def serve(
     if settings.log_answers is not None:
         check_appendable(settings.log_answers)
     with _refusing():
-        public = _listen(host, port)
-    with public:
-        environment["BENTOML_HOME"] = shared = _temporary_folder()  # BentoML makes folders in it
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        echo(f"{members or manifest.members} members of {bundle} at {address}/predictive-uncertainty; Ctrl-C stops it")
-        sys.stdout.flush()
-        command = [sys.executable, "-m", "bentoml", "serve", "ensembler.serve.service:PredictiveUncertainty", "--host"]
-        if os.name == "nt":
-            public.close()
-            raise typer.Exit(subprocess.call([*command, host, "--port", str(port)], env=environment))  # noqa: S603  our own arguments
-        # The front takes over the open socket, and BentoML listens at an address that nobody asks.
-        public.set_inheritable(True)
-        environment |= {
-            "ENSEMBLER_LISTEN": str(public.fileno()),
-            "ENSEMBLER_SHARED": shared,
-            "TMPDIR": str(Path(shared).parent),
-        }
-        os.execve(sys.executable, [*command, "127.0.0.1", "--port", "0"], environment)  # noqa: S606  BentoML takes signals
+        public = listen(host, port)
+    start(public, environment, f"{members or manifest.members} members of {bundle}")
 
 
 @contextmanager
@@ -425,38 +406,3 @@ def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
     table.add_row("time", f"{seconds:.1f} s")
     table.add_row("next", cell(f"ensembler serve {out}"))
     return table
-
-
-def _temporary_folder() -> str:
-    """Make the folder of one server's processes.
-
-    Raises:
-        UsageError: no temporary folder can be written.
-    """
-    for place_of in (None, "/dev/shm"):  # noqa: S108  where the root file system is read-only
-        try:
-            folder = Path(tempfile.mkdtemp(prefix="ensembler-serve-", dir=place_of))
-            (folder / "probe").write_bytes(b"x")  # a full disk makes folders, but no files
-        except OSError:
-            continue
-        return str(folder)
-    raise UsageError("serving needs a folder for temporary files: set TMPDIR to one that can be written")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Listen at an address, before BentoML starts, whose workers would end with a stack trace.
-
-    Raises:
-        UsageError: not an IP address of this machine, or a port that is in use.
-    """
-    from ensembler.serve.http.front import listen
-
-    try:
-        ipaddress.ip_address(host)
-    except ValueError as error:
-        raise UsageError(f"--host must be an IP address such as 127.0.0.1 or 0.0.0.0, not {host!r}") from error
-    try:
-        return listen(host, port)
-    except OSError as error:
-        reason = str(error.strerror).partition(" (while")[0]  # Python adds the address
-        raise UsageError(f"cannot listen on {host}, port {port}: {reason}: choose another --port") from error
