@@ -73,9 +73,12 @@ def _draw_members(axes: Axes, run: Run) -> None:
     """Draw vertices and members: the principal components of the vertices (K, P), found from their K x K products."""
     import torch
 
-    flat = torch.cat([rows.flatten(1) for rows in run.vertices.values()], dim=1).double()
-    centred = flat - flat.mean(dim=0)
-    values, vectors = torch.linalg.eigh(centred @ centred.T)
+    products = torch.zeros(run.manifest.vertices, run.manifest.vertices, dtype=torch.float64)
+    for rows in run.vertices.values():  # one parameter at a time: all of them may take much of the memory
+        centred = rows.flatten(1).double()
+        centred -= centred.mean(dim=0)
+        products += centred @ centred.T
+    values, vectors = torch.linalg.eigh(products)
     places = vectors[:, -2:].flip(1) * values[-2:].flip(0).clamp_min(0).sqrt()
     members = run.coefficients.double() @ places
     axes.plot(*members.T.numpy(), "o", alpha=0.6, label="members")

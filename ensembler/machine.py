@@ -31,10 +31,8 @@ __all__ = [
 T = TypeVar("T")
 
 _WAITING = 4  # threads more than CPUs: some wait for the disk
-_SMALL, _FEW = (
-    2**14,
-    2,
-)  # bytes of a file that Python takes longer for than the disk or a decoder; threads for such files
+_SMALL = 2**14  # bytes of a file that Python takes longer for than the disk or a decoder
+_FEW = 2  # threads for such files
 _AT_ONCE = 64  # files that a thread takes at once, at most: a task of its own costs as much as a small one
 
 
