@@ -84,7 +84,7 @@ def conduct(file: Path | None, typed: Mapping[str, Any], options: StudyOptions) 
             options.parallel_members,
         ) as engine,
     ):
-        elsewhere = index(options.runs if options.runs is not None else [Path("runs")])
+        known = index([out.resolve() / "runs", *(options.runs if options.runs is not None else [Path("runs")])])
         try:
             with showing(found, options.quiet) as board:
                 maker = Maker(
@@ -93,7 +93,7 @@ def conduct(file: Path | None, typed: Mapping[str, Any], options: StudyOptions) 
                     out.resolve() / "runs",
                     engine,
                     computing,
-                    elsewhere,
+                    known,
                     board.on_run,
                     options.checkpoint_every,
                     board.on_event,

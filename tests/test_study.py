@@ -390,6 +390,14 @@ def test_a_confidence_that_a_temperature_mends_does_not_decide():
     assert [one.method for one in pareto(cells, "members", "nll")] == ["sharp", "soft"]
 
 
+def test_a_run_of_another_name_is_taken_too(tmp_path, images):
+    """Its name is of what was typed, its fingerprint of what was trained: --methods may say the same in other words."""
+    trained = finished(tmp_path / "out", *WHOLE, *images)
+    first = tmp_path / "out" / "runs" / trained[0]
+    first.rename(first.with_name("another-s0-name"))
+    assert finished(tmp_path / "out", *WHOLE, *images) == []
+
+
 def test_under_shift_the_same_score_decides(tmp_path, images):
     """A temperature of the clean validation images, as what is shipped has it, on every corruption."""
     command = [*WHOLE, *images, "--shift", "fog,gaussian_noise", "--out", tmp_path / "out"]
