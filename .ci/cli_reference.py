@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import typer
 
 from ensembler.cli import COMMANDS, app
+from ensembler.config import commands
 
 __all__ = ["commands", "reference"]
 
@@ -38,15 +39,6 @@ class Row(NamedTuple):
     takes: str
     default: str
     help: str
-
-
-def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command below a group, by the words that are typed."""
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}", command
 
 
 def reference() -> str:

@@ -29,7 +29,7 @@ from ensembler import normalisation
 from ensembler.artefact import MANIFEST
 from ensembler.errors import UsageError
 
-__all__ = ["read"]
+__all__ = ["commands", "read"]
 
 
 def read(path: Path, context: typer.Context) -> dict[str, Any]:
@@ -40,23 +40,23 @@ def read(path: Path, context: typer.Context) -> dict[str, Any]:
             another command.
     """
     root = context.find_root()
-    commands = {name: _parameters(each) for name, each in _commands(root.command)}
+    known = {words.replace(" ", "-"): _parameters(each) for words, each in commands(root.command)}
     command = context.command_path.removeprefix(root.command_path).strip().replace(" ", "-")
     path = path / MANIFEST if path.is_dir() else path
     content = _parse(path)
     if "kind" in content:
-        chosen = {key: value for key, value in _from_run(path, content, command).items() if key in commands[command]}
+        chosen = {key: value for key, value in _from_run(path, content, command).items() if key in known[command]}
     else:
-        chosen = _from_file(path, content, command, commands)
-    own = commands[command]
+        chosen = _from_file(path, content, command, known)
+    own = known[command]
     return {own[key].name: _value(path, key, value, own[key], context) for key, value in chosen.items()}
 
 
-def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every command of a group by name; a subgroup's command as ``data-corrupt``."""
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every command below a group, by the words that are typed, such as ``data corrupt``."""
     for name, each in group.commands.items():
         if hasattr(each, "commands"):
-            yield from _commands(each, f"{prefix}{name}-")
+            yield from commands(each, f"{prefix}{name} ")
         else:
             yield f"{prefix}{name}", each
 
@@ -99,7 +99,7 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _from_file(
-    path: Path, content: Mapping[str, Any], command: str, commands: Mapping[str, Mapping[str, Any]]
+    path: Path, content: Mapping[str, Any], command: str, options: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
     def check(key: Any, known: Mapping[str, str], problem: str) -> str:
         name = _plain(str(key))
@@ -110,16 +110,16 @@ def _from_file(
         return name
 
     typed = {
-        name: {key: parameter.opts[0].lstrip("-") for key, parameter in own.items()} for name, own in commands.items()
+        name: {key: parameter.opts[0].lstrip("-") for key, parameter in own.items()} for name, own in options.items()
     }
     everywhere = {key: name for names in typed.values() for key, name in names.items()}
     chosen, own = {}, {}
     for key, value in content.items():
         if not isinstance(value, dict):
             chosen[check(key, everywhere, "no command has an option")] = value
-        elif check(key, {_plain(name): name for name in commands}, "there is no command") == _plain(command):
+        elif check(key, {_plain(name): name for name in options}, "there is no command") == _plain(command):
             own = value
-    chosen = {key: value for key, value in chosen.items() if key in commands[command]}
+    chosen = {key: value for key, value in chosen.items() if key in options[command]}
     return chosen | {check(key, typed[command], f"{command} has no option"): value for key, value in own.items()}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from ensembler.cli import COMMANDS, app
+from ensembler.config import commands
 from ensembler.errors import UsageError
 from ensembler.options import Options
 from ensembler.trainers.method import methods
@@ -24,14 +24,6 @@ FOREIGN = re.compile(
     r"Input should|Value error|valid (integer|number|float)|not one of|Invalid value|in the range|parse"
 )
 UsageMistake = typer.BadParameter.__base__
-
-
-def commands(group: Any, words: str = "") -> Iterator[tuple[str, Any]]:
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, f"{words}{name} ")
-        else:
-            yield f"{words}{name}", command
 
 
 ALL = dict(commands(typer.main.get_command(app)))
