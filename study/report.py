@@ -65,6 +65,8 @@ def terminal(report: StudyReport) -> RenderableType:
     parts: list[RenderableType] = [Text(line) for line in compared(report)]
     for table in _tables(report, intervals=False):
         parts += [Text(), *terminal_table(table, table.notes)]
+    if report.left_out:
+        parts += [Text(), *(Text(_left_out(one.method, one.budget, one.why)) for one in report.left_out)]
     lines = [*answers(report), *(f"{title}: {text}" for title, text in recommendations(report).items())]
     return Group(*parts, Text(), *map(Text, lines))
 
@@ -76,7 +78,7 @@ def _title(report: StudyReport) -> str:
 def _tables(report: StudyReport, *, intervals: bool) -> list[Table]:
     budgets = dict.fromkeys(cell.budget for cell in report.cells)
     found = [table for budget in budgets for table in _scores(report, budget, intervals)]
-    if report.left_out:
+    if report.left_out and intervals:  # a terminal has no room for the reasons in a table
         rows = tuple((one.method, f"{one.budget:g}", one.why) for one in report.left_out)
         found.append(Table("budgets", "Left out", ("method", "budget", "why"), rows, words=3))
     if report.published:
@@ -129,6 +131,10 @@ def _score(cell: CellReport, name: str, intervals: bool) -> str:
     return within(name, found) if intervals else NAMES[name].write(found.mean)
 
 
+def _left_out(method: str, budget: float, why: str) -> str:
+    return f"left out: {method} at {budget:g}: {why}"
+
+
 def _published(report: StudyReport) -> Table:
     rows = tuple(
         (
@@ -171,7 +177,7 @@ def planned(plan: Plan, speed: Speed, images: int) -> RenderableType:
     rows = tuple(_planned_row(plan, cell) for _, cell in sorted(first.items(), key=lambda item: item[0][1]))
     columns = ("method", "budget", "example passes", "B", "trained for it alone")
     parts: list[RenderableType] = terminal_table(Table("plan", "Plan, of each seed", columns, rows), ())
-    parts += [Text(f"left out: {one.label} at {one.budget:g}: {one.why}") for one in plan.left_out]
+    parts += [Text(_left_out(one.label, one.budget, one.why)) for one in plan.left_out]
     members = sum(_members(cell) for cell in {cell.name: cell for cell in plan.cells}.values())
     training, predicting = plan.passes / speed.training, members * images / speed.prediction
     parts.append(

@@ -390,6 +390,12 @@ def test_a_confidence_that_a_temperature_mends_does_not_decide():
     assert [one.method for one in pareto(cells, "members", "nll")] == ["sharp", "soft"]
 
 
+def test_a_terminal_says_what_is_left_out_and_why(tmp_path, images):
+    result = call(*WHOLE, *images, "--out", tmp_path / "out")
+    assert "left out: deep-ensemble at 1: a budget below 2 holds one network only" in result.stdout
+    assert "| deep-ensemble | 1 | a budget below 2" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_a_run_of_another_name_is_taken_too(tmp_path, images):
     """Its name is of what was typed, its fingerprint of what was trained: --methods may say the same in other words."""
     trained = finished(tmp_path / "out", *WHOLE, *images)
