@@ -43,8 +43,9 @@ def make(
         on_event(event)
 
     own = SETTINGS | settings
-    if "architecture" not in settings and load_starts(method, Settings(**own)):
-        own.pop("architecture")  # it is that of the start
+    starts = load_starts(method, Settings(**own)).values()
+    if "architecture" not in settings and any(isinstance(start, Run) for start in starts):
+        own.pop("architecture")  # it is that of the run
     return train(data or dataset(), method, Settings(**own), on_event=tell)
 
 
