@@ -17,8 +17,8 @@ from typing import Any
 
 from _harness import report
 
-from ensembler import datasets
-from ensembler.datasets import Split
+from ensembler.data import datasets
+from ensembler.data.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.subspace import dirichlet
 from ensembler.trainers import DeepEnsemble, Settings, Simplex, train

@@ -23,9 +23,9 @@ from _harness import report
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ensembler import datasets
 from ensembler.calibration import Calibration, abstain, apply, prediction_sets
-from ensembler.datasets import Dataset
+from ensembler.data import datasets
+from ensembler.data.datasets import Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.eval.calibrate import fit
 from ensembler.eval.metrics.classification import ece, nll

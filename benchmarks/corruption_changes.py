@@ -18,9 +18,9 @@ import per_image
 import torch
 from _harness import report
 
-from ensembler.decoding import suffixes
+from ensembler.data.decoding import suffixes
+from ensembler.data.images import read_images
 from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, corrupt
-from ensembler.images import read_images
 
 SEEDS = 3
 

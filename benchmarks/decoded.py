@@ -36,7 +36,7 @@ CLASSES, SIDE = 10, 32
 COMMAND = """
 import functools, json, os, sys
 from pathlib import Path
-from ensembler import decoding
+from ensembler.data import decoding
 from ensembler.cli import main
 
 decoded, decode = [], decoding.decode

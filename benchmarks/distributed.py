@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from _harness import arguments, report, spread, timed
 
-from ensembler import architectures
 from ensembler.device import choose_device, keep_freed, seed_generators
+from ensembler.networks import architectures
 from ensembler.seeds import derive
 from ensembler.task import Classification
 from ensembler.trainers.batches import Batch

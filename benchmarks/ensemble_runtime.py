@@ -31,10 +31,10 @@ import torch
 from _harness import report
 from numpy.typing import NDArray
 
-from ensembler import datasets
-from ensembler.datasets import Dataset
+from ensembler.data import datasets
+from ensembler.data.datasets import Dataset
+from ensembler.data.images import normalise
 from ensembler.ensemble import Ensemble
-from ensembler.images import normalise
 from ensembler.machine import available_cpus
 from ensembler.serve.export.bundle import export_run
 from ensembler.serve.export.writer import write_merged

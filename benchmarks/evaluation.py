@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from _harness import arguments, report, spread, timed
 
-from ensembler import architectures, load_dataset
+from ensembler import load_dataset
+from ensembler.data.images import normalise
 from ensembler.ensemble import Ensemble
 from ensembler.eval.evaluation import evaluate_paths
 from ensembler.eval.options import EvaluationOptions
 from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, corrupt
-from ensembler.images import normalise
+from ensembler.networks import architectures
 from ensembler.run import Cost, DatasetRecord, Manifest, Run
 from ensembler.weights import FlatWeights
 

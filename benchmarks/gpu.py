@@ -30,10 +30,11 @@ from typing import Any
 
 import torch
 
-from ensembler import Ensemble, architectures
-from ensembler.datasets import Dataset, Split
+from ensembler import Ensemble
+from ensembler.data.datasets import Dataset, Split
+from ensembler.data.images import augment, draw, normaliser
 from ensembler.device import configure
-from ensembler.images import augment, draw, normaliser
+from ensembler.networks import architectures
 from ensembler.side_by_side import SideBySide
 from ensembler.trainers import DeepEnsemble, Settings, train
 from ensembler.trainers.events import EpochEnd

@@ -226,11 +226,11 @@ def measure() -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from ensembler import architectures
-    from ensembler.artefact import sha256
     from ensembler.device import keep_freed
     from ensembler.eval.shift.corruptions import AVAILABLE, corrupt
+    from ensembler.networks import architectures
     from ensembler.run import versions
+    from ensembler.storage.artefact import sha256
     from ensembler.uncertainty import entropy, expected_entropy
 
     torch.set_num_threads(1)
@@ -294,8 +294,8 @@ def _folder(folder: Path, files: int = 20_000) -> dict[str, float]:
     import torch
     from PIL import Image
 
-    from ensembler import datasets
-    from ensembler.images import read_images
+    from ensembler.data import datasets
+    from ensembler.data.images import read_images
 
     frost = resources.files("torch_uncertainty_assets") / "frost" / "frost4.jpg"
     with resources.as_file(frost) as path, Image.open(path) as opened:

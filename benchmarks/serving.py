@@ -419,7 +419,7 @@ def memory(port: int) -> int:
 
 def make_bundle(folder: Path, architecture: str, members: int) -> Path:
     """A deep ensemble of one short epoch on the digits: the cost of serving does not depend on its weights."""
-    from ensembler import datasets
+    from ensembler.data import datasets
     from ensembler.serve.export.bundle import export_run
     from ensembler.trainers import DeepEnsemble, Settings, train
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from _harness import report
 
-from ensembler import datasets
-from ensembler.datasets import Dataset, Split
+from ensembler.data import datasets
+from ensembler.data.datasets import Dataset, Split
 from ensembler.ensemble import Ensemble
 from ensembler.run import Run, Sampling
 from ensembler.sampling import sample_coefficients

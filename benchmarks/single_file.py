@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 from _harness import report
 
-from ensembler import datasets
+from ensembler.data import datasets
 from ensembler.machine import available_cpus
 from ensembler.serve.export.bundle import export_run
 from ensembler.serve.runtime.manifest import SINGLE

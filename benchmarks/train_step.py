@@ -27,8 +27,8 @@ from _harness import arguments, report, spread, timed
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ensembler import architectures
 from ensembler.device import keep_freed
+from ensembler.networks import architectures
 from ensembler.subspace import bezier, dirichlet
 from ensembler.task import Classification
 from ensembler.trainers.batches import Batch

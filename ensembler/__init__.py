@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from ensembler._lazy import exports
 
 if TYPE_CHECKING:
-    from ensembler.datasets import load as load_dataset
+    from ensembler.data.datasets import load as load_dataset
+    from ensembler.data.own_data import as_dataset
     from ensembler.ensemble import Ensemble
     from ensembler.errors import EnsemblerError
-    from ensembler.own_data import as_dataset
     from ensembler.run import Run
 
 __all__ = ["Ensemble", "EnsemblerError", "Run", "__version__", "as_dataset", "load_dataset"]
@@ -26,8 +26,8 @@ __getattr__, __dir__ = exports(
         "Ensemble": "ensembler.ensemble:Ensemble",
         "EnsemblerError": "ensembler.errors:EnsemblerError",
         "Run": "ensembler.run:Run",
-        "as_dataset": "ensembler.own_data:as_dataset",
-        "load_dataset": "ensembler.datasets:load",
+        "as_dataset": "ensembler.data.own_data:as_dataset",
+        "load_dataset": "ensembler.data.datasets:load",
     },
 )
 

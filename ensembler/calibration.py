@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, ValidationError
 
-from ensembler import artefact
 from ensembler.calibration_maps import FLOOR, Map, Temperature
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.record import Record
+from ensembler.storage import artefact
 from ensembler.text import counted, printable
 
 __all__ = [

@@ -25,13 +25,13 @@ from typer.models import OptionInfo, ParameterInfo
 
 from ensembler import __version__, config
 from ensembler.errors import EnsemblerError
+from ensembler.storage.transfers import fetch_urls
 from ensembler.text import echo
-from ensembler.transfers import fetch_urls
 from ensembler.typed import reader, sentence, shown
 
 __all__ = ["app", "main"]
 
-COMMANDS = ("trainers.commands", "eval.commands", "study.commands", "serve.commands", "commands")
+COMMANDS = ("trainers.commands", "eval.commands", "study.commands", "serve.commands", "storage.commands")
 
 
 _MISTAKE: Any = typer.BadParameter.__base__  # Click's UsageError, wherever this Typer has it

@@ -25,9 +25,9 @@ from typing import Any
 
 import typer
 
-from ensembler import normalisation
-from ensembler.artefact import MANIFEST
+from ensembler.data import normalisation
 from ensembler.errors import UsageError
+from ensembler.storage.artefact import MANIFEST
 
 __all__ = ["commands", "read"]
 

@@ -15,16 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ensembler import examples, gaussian, task
-from ensembler.architectures import Factory
-from ensembler.batchnorm import has_batchnorm
-from ensembler.buffers import Start, member_buffers
-from ensembler.capture import on_stream
+from ensembler import gaussian, task
+from ensembler.data import examples
+from ensembler.data.examples import Examples
+from ensembler.data.inputs import batches
 from ensembler.device import choose_device, limit_threads
 from ensembler.errors import ShapeError, UsageError
-from ensembler.examples import Examples
-from ensembler.inputs import batches
-from ensembler.member_networks import MemberNetworks
+from ensembler.networks.architectures import Factory
+from ensembler.networks.batchnorm import has_batchnorm
+from ensembler.networks.buffers import Start, member_buffers
+from ensembler.networks.capture import on_stream
+from ensembler.networks.members import MemberNetworks
 from ensembler.prediction import Prediction, predict
 from ensembler.progress import interactive, watching
 from ensembler.run import Gaussians, Run
@@ -361,7 +362,7 @@ class Ensemble:
         """Return an ensemble with other coefficients of the same vertices: any points of their affine span.
 
         Each point takes over the buffers of the member whose coefficients are nearest; where they are the same, to the
-        bit, else as in :mod:`ensembler.buffers`.
+        bit, else as in :mod:`ensembler.networks.buffers`.
 
         Args:
             coefficients: (M, K), M >= 1; rows with sum 1.

@@ -141,7 +141,7 @@ def kept_folder(name: str, what: str) -> Path:
         name: of the folder.
         what: is kept in it, for that line.
     """
-    from ensembler.artefact import check_writable
+    from ensembler.storage.artefact import check_writable
 
     try:
         folder = user_cache() / name

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from ensembler.errors import UsageError
-from ensembler.storage import place
+from ensembler.storage.urls import place
 from ensembler.typed import wanted
 
 __all__ = ["Options", "option", "parameters"]

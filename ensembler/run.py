@@ -1,6 +1,6 @@
 """Runs on disk: the vertices and coefficients of a trained ensemble, how it was trained, and its cost.
 
-A run is a folder (see :mod:`ensembler.artefact` for how it is written and verified):
+A run is a folder (see :mod:`ensembler.storage.artefact` for how it is written and verified):
 
 ``manifest.json``
     :class:`Manifest`: method, architecture, dataset, seed, versions, cost, metrics, and the hash of every file.
@@ -38,11 +38,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ensembler import artefact
-from ensembler.architectures import Factory, given, is_given
-from ensembler.dataset_record import DatasetRecord
+from ensembler.data.record import DatasetRecord
 from ensembler.errors import ArtefactError, CorruptError, DivergedError, UsageError
+from ensembler.networks.architectures import Factory, given, is_given
 from ensembler.record import Record
+from ensembler.storage import artefact
 
 __all__ = [
     "Cost",

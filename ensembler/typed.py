@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
-from ensembler.stores import is_url
+from ensembler.storage.stores import is_url
 
 __all__ = ["reader", "sentence", "shown", "wanted"]
 

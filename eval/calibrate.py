@@ -24,7 +24,7 @@ from ensembler.eval.options import CalibrationOptions
 from ensembler.seeds import derive
 
 if TYPE_CHECKING:
-    from ensembler.architectures import Factory
+    from ensembler.networks.architectures import Factory
 
 __all__ = ["calibrate", "fit", "summary"]
 

@@ -15,7 +15,7 @@ from ensembler.eval.options import CalibrationOptions, EvaluationOptions, Report
 from ensembler.eval.outputs import new_folder, print_lines, write_files
 from ensembler.options import Options, parameters
 from ensembler.progress import watching
-from ensembler.storage import is_url, place
+from ensembler.storage.urls import is_url, place
 
 __all__ = ["app"]
 
@@ -112,7 +112,6 @@ def _report(
 
     from rich.console import Console
 
-    from ensembler.artefact import check_writable
     from ensembler.device import choose_device
     from ensembler.engine import choose
     from ensembler.eval.comparison import compare_runs
@@ -121,6 +120,7 @@ def _report(
     from ensembler.eval.report.page import page
     from ensembler.eval.report.plots import to_png
     from ensembler.eval.report.text import csv, markdown, tables
+    from ensembler.storage.artefact import check_writable
 
     start = time.monotonic()
     check_writable(report.out or Path("reports"))
@@ -157,10 +157,10 @@ def _calibrate(
 ) -> None:
     """Fit a run's calibration, prediction sets and abstention on its validation images; stored in the run's folder."""
     from ensembler import calibration
-    from ensembler.artefact import check_writable
     from ensembler.errors import UsageError
     from ensembler.eval.calibrate import calibrate, summary
     from ensembler.run import latest
+    from ensembler.storage.artefact import check_writable
 
     if run is not None and is_url(run):
         raise UsageError(
@@ -202,11 +202,11 @@ def _surface(
     quiet: _Quiet = False,
 ) -> None:
     """Draw loss and error on the plane through three networks (Garipov et al. 2018), and along a curve's path."""
-    from ensembler.artefact import check_writable
     from ensembler.errors import UsageError
     from ensembler.eval.report.surface_figures import plot_paths, plot_surface
     from ensembler.eval.surface import measure_surface, summary
     from ensembler.run import latest
+    from ensembler.storage.artefact import check_writable
 
     try:
         chosen = None if vertices is None else [int(number) for number in vertices.split(",")]

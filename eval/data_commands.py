@@ -40,7 +40,7 @@ def download(
     quiet: _Quiet = False,
 ) -> None:
     """Download a published test set (0.7 to 23 GB), check its MD5 and unpack it; resumes an interrupted download."""
-    from ensembler.datasets import default_root
+    from ensembler.data.datasets import default_root
     from ensembler.eval.shift.download import ARCHIVES, download
 
     try:
@@ -71,10 +71,10 @@ def corrupt(
     quiet: _Quiet = False,
 ) -> None:
     """Write a dataset's test images under corruptions at 5 severities, in the layout of CIFAR-10-C."""
-    from ensembler.artefact import check_writable
-    from ensembler.datasets import load
+    from ensembler.data.datasets import load
     from ensembler.eval.shift.corruptions import AVAILABLE
     from ensembler.eval.shift.writer import write_corruptions
+    from ensembler.storage.artefact import check_writable
 
     check_writable(out)
     images = load(dataset, data, download=download, image_size=image_size, corrupt=unreadable)
@@ -97,7 +97,7 @@ def cache(
     """List the decoded images of folders that are kept, the last used first; or remove them."""
     from datetime import datetime
 
-    from ensembler import image_cache
+    from ensembler.data import image_cache
 
     folder, entries = image_cache.default_folder(), image_cache.listed()
     if clear:

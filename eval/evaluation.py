@@ -14,9 +14,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ensembler import artefact
-from ensembler.architectures import Factory
-from ensembler.datasets import Dataset
+from ensembler.data.datasets import Dataset
+from ensembler.data.images import FileSplit, Images
 from ensembler.device import configure, limit_threads
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
@@ -35,10 +34,11 @@ from ensembler.eval.shift.ood import load_ood
 from ensembler.eval.shift.readers import load_shifts
 from ensembler.eval.shift.test_set import Shift, TestSet, check_images, validation_set
 from ensembler.eval.views import augmentations
-from ensembler.images import FileSplit, Images
+from ensembler.networks.architectures import Factory
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
-from ensembler.storage import as_paths
+from ensembler.storage import artefact
+from ensembler.storage.urls import as_paths
 from ensembler.task import Classification
 
 __all__ = ["Evaluation", "check_task", "distinct", "evaluate", "evaluate_given", "evaluate_paths", "rows"]

@@ -93,8 +93,8 @@ class Predictions:
         Raises:
             DataError: it cannot be read. ShapeError: its arrays are no predictions; the message names the array.
         """
-        from ensembler.artefact import sha256
         from ensembler.eval.prediction_files import read
+        from ensembler.storage.artefact import sha256
 
         path = Path(path)
         return replace(cls.of(path.name, read(path)), sha256=sha256(path))

@@ -33,7 +33,7 @@ def write_files(folder: Path, files: dict[str, bytes], json: Path | None) -> Non
     Of an older result in the folder, what this one has not is removed: the files that its list, :data:`LIST`, names and
     that nobody has changed since. All else in the folder stays.
     """
-    from ensembler.artefact import replace_files
+    from ensembler.storage.artefact import replace_files
 
     old = _listed(folder)
     listing = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in files.items())
@@ -53,7 +53,7 @@ def write_files(folder: Path, files: dict[str, bytes], json: Path | None) -> Non
 
 def _listed(folder: Path) -> set[Path]:
     """Return the files that an older result's list names, and that are as they were written."""
-    from ensembler.artefact import NAME, sha256
+    from ensembler.storage.artefact import NAME, sha256
 
     try:
         lines = [line.partition("  ") for line in (folder / LIST).read_text(encoding="utf-8").splitlines()]

@@ -26,10 +26,10 @@ from safetensors.numpy import save
 from torch import nn
 
 from ensembler import __version__
-from ensembler.artefact import HELD, check_writable, hold, replace_file, sha256, sweep
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
 from ensembler.machine import kept_folder
+from ensembler.storage.artefact import HELD, check_writable, hold, replace_file, sha256, sweep
 
 __all__ = ["PREDICTING", "Arrays", "Entry", "MembersFile", "code_sha256", "folder_of", "identity"]
 

@@ -20,11 +20,11 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from ensembler.artefact import HELD, hold, sweep
 from ensembler.errors import ArtefactError, DataError, UsageError
 from ensembler.eval.given import title_of
 from ensembler.eval.predictions import Prediction
 from ensembler.eval.shift.test_set import TestSet
+from ensembler.storage.artefact import HELD, hold, sweep
 
 __all__ = ["SUFFIXES", "Writer", "is_predictions", "read", "write_set", "writing"]
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from ensembler.architectures import Factory
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.eval.metrics.embedding import classical_scaling
 from ensembler.eval.options import SurfaceOptions
 from ensembler.eval.surface import Measured, Measuring
+from ensembler.networks.architectures import Factory
 from ensembler.record import Record
 from ensembler.run import Run, Sampling, versions
 

@@ -20,17 +20,17 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from ensembler.architectures import Factory
-from ensembler.dropout import without_masks
+from ensembler.data.examples import Examples, InMemory
+from ensembler.data.images import FileSplit
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DivergedError, UsageError
 from ensembler.eval.options import SurfaceOptions
-from ensembler.examples import Examples, InMemory
-from ensembler.images import FileSplit
+from ensembler.networks.architectures import Factory
+from ensembler.networks.dropout import without_masks
 from ensembler.record import Record
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
-from ensembler.storage import as_paths
+from ensembler.storage.urls import as_paths
 from ensembler.subspace import CURVES, edge_lengths, log_volume
 
 __all__ = [

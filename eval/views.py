@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ensembler.data.images import augment, draw
 from ensembler.ensemble import Ensemble
-from ensembler.images import augment, draw
 from ensembler.run import Run
 from ensembler.seeds import generator
 

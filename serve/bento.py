@@ -19,9 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ensembler import __version__, artefact
+from ensembler import __version__
 from ensembler.errors import EnsemblerError, UsageError
 from ensembler.serve.runtime.manifest import BundleManifest, read_bundle
+from ensembler.storage import artefact
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ensembler.errors import ArtefactError, EnsemblerError, ShapeError, UsageError
 from ensembler.serve.http.routes import PREDICT
-from ensembler.storage import as_paths
+from ensembler.storage.urls import as_paths
 from ensembler.text import printable
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def find_images(given: Sequence[str]) -> list[Path]:
     Raises:
         UsageError: no such file, or a folder or pattern without an image.
     """
-    from ensembler import folders
+    from ensembler.data import folders
 
     found: list[Path] = []
     for name in given:

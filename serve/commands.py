@@ -15,9 +15,9 @@ import typer
 
 from ensembler.errors import ShapeError, UsageError
 from ensembler.serve.client import is_url
-from ensembler.storage import destination, place
+from ensembler.storage.transfers import push_finished
+from ensembler.storage.urls import destination, place
 from ensembler.text import cell, echo
-from ensembler.transfers import push_finished
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -268,8 +268,8 @@ def predict(
     """
     import shutil
 
-    from ensembler.artefact import check_writable, replace_file
     from ensembler.serve.client import as_csv, as_json_lines, as_lines, find_images, predict_files
+    from ensembler.storage.artefact import check_writable, replace_file
 
     if csv is not None and as_json:
         raise typer.BadParameter("excludes --json: give one of them", param_hint="--csv")

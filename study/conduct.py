@@ -12,8 +12,7 @@ import torch
 import typer
 from rich.console import Console
 
-from ensembler.artefact import check_writable
-from ensembler.datasets import Dataset
+from ensembler.data.datasets import Dataset
 from ensembler.device import choose_device
 from ensembler.engine import choose
 from ensembler.errors import UsageError
@@ -24,6 +23,7 @@ from ensembler.eval.shift.ood import load_ood
 from ensembler.eval.shift.readers import load_shifts
 from ensembler.eval.shift.test_set import TestSet, check_images
 from ensembler.progress import watching
+from ensembler.storage.artefact import check_writable
 from ensembler.study.analysis import analyse
 from ensembler.study.board import showing
 from ensembler.study.estimate import measure_speed

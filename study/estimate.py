@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from ensembler.datasets import Dataset
+from ensembler.data.datasets import Dataset
 from ensembler.study.plan import Plan
 from ensembler.trainers.budget import Budget
 from ensembler.trainers.plan import Plan as Steps

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ensembler.datasets import Dataset
+from ensembler.data.datasets import Dataset
 from ensembler.errors import UsageError
 from ensembler.study.file import Entry, Study
 from ensembler.trainers.batches import batch_sizes

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ensembler import artefact
-from ensembler.datasets import Dataset
+from ensembler.data.datasets import Dataset
 from ensembler.engine import Engine
 from ensembler.errors import UsageError
 from ensembler.run import Run
+from ensembler.storage import artefact
 from ensembler.study.plan import Cell, Node, Plan
 from ensembler.trainers.combining import combination, combine
 from ensembler.trainers.events import OnEvent

@@ -24,7 +24,7 @@ OUTSIDE = ("noise:uniform", "noise:constant")
 @lru_cache(maxsize=1)
 def evaluation() -> Evaluation:
     """Four runs, one of a single member and two that differ in their seeds, under shift and out of distribution."""
-    with tempfile.TemporaryDirectory() as name, mock.patch("ensembler.datasets.load", lambda *_, **__: dataset()):
+    with tempfile.TemporaryDirectory() as name, mock.patch("ensembler.data.datasets.load", lambda *_, **__: dataset()):
         folder = Path(name)
         made = {
             "single": (DeepEnsemble(members=1), 0),

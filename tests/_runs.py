@@ -9,10 +9,11 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from ensembler import architectures, artefact
-from ensembler.datasets import Dataset
+from ensembler.data.datasets import Dataset
+from ensembler.networks import architectures
 from ensembler.run import Cost, DatasetRecord, Manifest, Run, Sampling
 from ensembler.serve.runtime.manifest import PROBE, BundleManifest, Origin
+from ensembler.storage import artefact
 from ensembler.weights import FlatWeights
 
 CLASSES = [f"class {index}" for index in range(5)]

@@ -22,13 +22,13 @@ import psutil
 import pytest
 from prometheus_client import CollectorRegistry
 
-from ensembler import artefact
 from ensembler.prediction import Prediction
 from ensembler.serve import Runtime
 from ensembler.serve.http.application import application
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.drift import MEASURES, bin_values
 from ensembler.serve.runtime.manifest import Validation, read_bundle
+from ensembler.storage import artefact
 from tests._ports import free_port  # noqa: F401  tests find it here
 from tests._runs import CLASSES, TINY, make_bundle
 

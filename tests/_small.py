@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ensembler.datasets import Dataset, Split
+from ensembler.data.datasets import Dataset, Split
 
 SETTINGS = {"architecture": "tests._small:network", "epochs": 2, "batch_size": 8, "device": "cpu"}
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typer.testing import CliRunner, Result
 
 from ensembler.cli import app
-from ensembler.datasets import Dataset
+from ensembler.data.datasets import Dataset
 from ensembler.run import Run
 from ensembler.task import Classification
 from ensembler.trainers import Method, Settings, Trainer, loop, train

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from ensembler.architectures import build, preresnet
 from ensembler.errors import UsageError
+from ensembler.networks.architectures import build, preresnet
 from ensembler.weights import FlatWeights
 
 OWN = (

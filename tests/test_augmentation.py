@@ -11,9 +11,9 @@ import torch
 from torchvision.transforms import v2
 
 from ensembler import load_dataset
-from ensembler.dataset_record import DatasetRecord
+from ensembler.data.images import augment, draw
+from ensembler.data.record import DatasetRecord
 from ensembler.errors import UsageError
-from ensembler.images import augment, draw
 from ensembler.run import Run
 from ensembler.seeds import generator
 from ensembler.trainers import DeepEnsemble, Settings, Simplex, train

@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ensembler import datasets
-from ensembler import images as pictures
-from ensembler.architectures import build
+from ensembler.data import datasets
+from ensembler.data import images as pictures
+from ensembler.data.images import FileSplit, Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
-from ensembler.images import FileSplit, Split
+from ensembler.networks.architectures import build
 from ensembler.run import Run
 from ensembler.trainers import DeepEnsemble, Settings, Simplex
 from ensembler.trainers.batches import Batches
@@ -244,7 +244,7 @@ def test_the_processes_end_when_the_training_is_interrupted(photos):
 SCRIPT = """
 import sys
 import torch
-from ensembler import datasets
+from ensembler.data import datasets
 from ensembler.trainers.batches import Batches
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from ensembler.architectures import build
-from ensembler.batchnorm import Counters, has_batchnorm, recompute
-from ensembler.buffers import member_buffers
 from ensembler.ensemble import Ensemble
+from ensembler.networks.architectures import build
+from ensembler.networks.batchnorm import Counters, has_batchnorm, recompute
+from ensembler.networks.buffers import member_buffers
 from ensembler.trainers import Simplex
 from tests._host import on_meta
 from tests._small import dataset

@@ -21,13 +21,14 @@ import yaml
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
-from ensembler import __version__, artefact, signing
+from ensembler import __version__
 from ensembler.cli import app
 from ensembler.errors import CorruptError, UsageError
 from ensembler.serve import Runtime
 from ensembler.serve.bento import BentoError, build_bento, pinned, write_sources
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.storage import artefact, signing
 from tests._service import ROUTE, Server, free_port, make_calibrated, tiny_images
 from tests.test_signing import pair
 

@@ -19,9 +19,9 @@ from PIL import Image
 from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
-from ensembler import artefact, calibration, calibration_maps, load_dataset
+from ensembler import calibration, calibration_maps, load_dataset
 from ensembler.cli import app
-from ensembler.datasets import Dataset
+from ensembler.data.datasets import Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, CorruptError, DataError, ExportError, UsageError
 from ensembler.ordering import greedy_order
@@ -32,6 +32,7 @@ from ensembler.serve.export import graphs, precision, writer
 from ensembler.serve.http import page
 from ensembler.serve.runtime.manifest import Layout, Precision, Timing, Tuning, read_bundle
 from ensembler.serve.runtime.verify import verify_bundle
+from ensembler.storage import artefact
 from tests._runs import make_run
 
 SAMPLING = Sampling(simplexes=[[0, 1], [1, 2]], concentration=1.0)

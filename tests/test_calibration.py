@@ -353,7 +353,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset())
+    monkeypatch.setattr("ensembler.data.datasets.load", lambda name, root=None, **_: dataset())
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 

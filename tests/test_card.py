@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ensembler import artefact
-from ensembler.card import card
 from ensembler.run import Cost, CostEntry
+from ensembler.storage import artefact
+from ensembler.storage.card import card
 from tests._runs import make_bundle, make_run
 
 

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ensembler import checkpoints, matching
-from ensembler.architectures import build
-from ensembler.checkpoints import Checkpoint
 from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, ShapeError
+from ensembler.networks import checkpoints, matching
+from ensembler.networks.architectures import build
+from ensembler.networks.checkpoints import Checkpoint
 from ensembler.weights import FlatWeights
 from tests._checkpoints import Makes, Small, noted, same
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ensembler import Ensemble, Run
+from ensembler.data.normalisation import normalised
 from ensembler.errors import CorruptError, UsageError
-from ensembler.normalisation import normalised
 from ensembler.serve.export.bundle import export_run
 from ensembler.serve.runtime.manifest import read_bundle
 from ensembler.serve.runtime.runtime import Runtime

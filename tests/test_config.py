@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ensembler.artefact import sha256
 from ensembler.cli import app
 from ensembler.run import Run
+from ensembler.storage.artefact import sha256
 from ensembler.trainers import Settings
 from ensembler.trainers.method import methods
 

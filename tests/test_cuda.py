@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ensembler import Ensemble, batchnorm, capture
+from ensembler import Ensemble
+from ensembler.networks import batchnorm, capture
 from ensembler.side_by_side import SideBySide
 from ensembler.trainers import (
     FGE,
@@ -165,7 +166,7 @@ def test_a_training_resumes_on_the_gpu(method, options, tmp_path, monkeypatch):
 
 def test_corruptions_have_the_bytes_that_a_cpu_makes():
     """Those that a GPU makes otherwise, on the first images, are made on the CPU."""
-    from ensembler.datasets import Split
+    from ensembler.data.datasets import Split
     from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES
     from ensembler.eval.shift.generated import Corrupted
 

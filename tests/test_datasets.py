@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torchvision import datasets as published
 
-from ensembler import datasets
-from ensembler import images as pictures
-from ensembler.datasets import Split, normalise
+from ensembler.data import datasets
+from ensembler.data import images as pictures
+from ensembler.data.datasets import Split, normalise
+from ensembler.data.images import FileSplit, augment, draw, read_images
 from ensembler.errors import DataError, UsageError
-from ensembler.images import FileSplit, augment, draw, read_images
 
 
 def disjoint(dataset):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ensembler.decoding import decode, measure
+from ensembler.data.decoding import decode, measure
 from ensembler.errors import ShapeError
 from ensembler.serve.http import decoder as module
 from ensembler.serve.http.batcher import DeadlineError

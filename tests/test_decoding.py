@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from ensembler import datasets
-from ensembler.decoding import decode, read_image
+from ensembler.data import datasets
+from ensembler.data.decoding import decode, read_image
 from ensembler.errors import DataError, ShapeError
 
 GREY = np.random.default_rng(0).integers(0, 256, (6, 8), dtype=np.uint8)

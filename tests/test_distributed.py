@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ensembler.architectures import build
+from ensembler.data.images import FileSplit
 from ensembler.errors import UsageError
-from ensembler.images import FileSplit
+from ensembler.networks.architectures import build
 from ensembler.run import Run
 from ensembler.trainers import DeepEnsemble, Trainer
 from ensembler.trainers.batches import Batches

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from ensembler.architectures import build, strided_pointwise
+from ensembler.data.images import normalise
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
-from ensembler.images import normalise
+from ensembler.networks.architectures import build, strided_pointwise
 from ensembler.run import Run
 from ensembler.trainers import FGE, DeepEnsemble, Settings, Simplex, train
 from ensembler.trainers.dry_pass import dry_pass

@@ -509,7 +509,7 @@ def test_seeds_by_ray(ray, tmp_path, images, monkeypatch):
 
 
 def test_an_evaluation_by_ray_says_the_same(ray, tmp_path, monkeypatch):
-    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset())
+    monkeypatch.setattr("ensembler.data.datasets.load", lambda name, root=None, **_: dataset())
     runs = [train(dataset(), DeepEnsemble(members=2), settings(seed=s)).save(tmp_path / f"run{s}") for s in (0, 1)]
     images = {"shift": "corruptions", "ood": ["noise:uniform"], "examples": 9, "device": "cpu", "threads": 1}
     asked, told = [], []

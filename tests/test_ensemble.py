@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from ensembler import Ensemble
-from ensembler.architectures import build
-from ensembler.datasets import normalise
+from ensembler.data.datasets import normalise
 from ensembler.device import choose_device
 from ensembler.errors import ShapeError, UsageError
+from ensembler.networks.architectures import build
 from ensembler.run import Run
 from ensembler.trainers import DeepEnsemble, Simplex
 from tests._host import CpuGraph
@@ -100,7 +100,7 @@ def test_pixels_that_would_be_answered_wrongly_are_refused(tmp_path, wrong, mend
 def on_graphs(monkeypatch):
     """Has predictions captured by a CUDA graph's rules; how many forward passes were replayed since."""
     monkeypatch.setattr(Ensemble, "_captures", True)
-    monkeypatch.setattr("ensembler.member_networks.CudaGraph", CpuGraph)
+    monkeypatch.setattr("ensembler.networks.members.CudaGraph", CpuGraph)
     before = CpuGraph.replays
     return lambda: CpuGraph.replays - before
 
@@ -186,7 +186,7 @@ def test_fresh_members_of_a_batchnorm_network_need_its_images(monkeypatch):
     ensemble = Ensemble(trained("tests._small:batchnorm"), "cpu")
     sampled = ensemble.sample(3, train=dataset().train)
     assert sampled.run.buffers["body.1.running_mean"].shape == (3, 4)
-    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset())
+    monkeypatch.setattr("ensembler.data.datasets.load", lambda name, root=None, **_: dataset())
     again = ensemble.sample(3)
     assert torch.equal(again.run.buffers["body.1.running_mean"], sampled.run.buffers["body.1.running_mean"])
 

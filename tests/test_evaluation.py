@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from ensembler.cli import app
-from ensembler.datasets import Split
+from ensembler.data.datasets import Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.comparison import compare_runs
@@ -26,7 +26,7 @@ from tests._small import SETTINGS, dataset
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset())
+    monkeypatch.setattr("ensembler.data.datasets.load", lambda name, root=None, **_: dataset())
     return [
         train(dataset(), method, Settings(**SETTINGS)).save(tmp_path / "runs" / name)
         for name, method in (("simplex", Simplex(vertices=3, members=4)), ("single", DeepEnsemble(members=1)))
@@ -89,7 +89,7 @@ def test_calibrated_nll_uses_a_temperature_of_the_validation_images(runs, monkey
     images, labels = dataset(), dataset().validation.labels
     wrong = torch.where(torch.arange(len(labels)) % 4 == 0, (labels + 1) % 3, labels)  # too sure of a quarter of them
     images = dataclasses.replace(images, validation=Split(images.validation.images, wrong))
-    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: images)
+    monkeypatch.setattr("ensembler.data.datasets.load", lambda name, root=None, **_: images)
     monkeypatch.setattr("ensembler.run.DatasetRecord.check", lambda self, dataset: None)
     found = evaluate(runs, device="cpu").report.runs[0]
     ensemble = Ensemble.load(runs[0], device="cpu")
@@ -214,7 +214,7 @@ def test_what_cannot_be_evaluated_is_refused(runs, monkeypatch):
     for wrong, message in ((0, "examples must be at least 1"), (16, "the test set has 15 images")):
         with pytest.raises(UsageError, match=message):
             evaluate(runs, device="cpu", examples=wrong)
-    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset(train=31))
+    monkeypatch.setattr("ensembler.data.datasets.load", lambda name, root=None, **_: dataset(train=31))
     with pytest.raises(DataError, match="is not what the run was trained on, or has changed since"):
         evaluate(runs, device="cpu")
 

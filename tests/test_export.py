@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ensembler import artefact, load_dataset
+from ensembler import load_dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, CorruptError, ExportError, UsageError
 from ensembler.run import Run
@@ -20,6 +20,7 @@ from ensembler.serve.export import graphs, writer
 from ensembler.serve.http import page
 from ensembler.serve.runtime.manifest import read_bundle
 from ensembler.serve.runtime.verify import verify_bundle
+from ensembler.storage import artefact
 from ensembler.task import Task
 from ensembler.trainers import DeepEnsemble
 from tests._runs import CLASSES, SHAPE, make_run

@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ensembler import artefact, calibration
+from ensembler import calibration
 from ensembler.run import Run, latest
 from ensembler.serve.runtime.verify import verify_bundle
+from ensembler.storage import artefact
 from tests._faults import Nursery, Process, small_disk, until
 
 # BatchNorm and dropout: all that a checkpoint must hold.

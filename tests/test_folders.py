@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ensembler import datasets, decoding, folders
-from ensembler.datasets import Dataset
-from ensembler.decoding import decode
+from ensembler.data import datasets, decoding, folders
+from ensembler.data.datasets import Dataset
+from ensembler.data.decoding import decode
+from ensembler.data.splits import hold_out
 from ensembler.errors import DataError
 from ensembler.run import DatasetRecord, Run
-from ensembler.splits import hold_out
 from ensembler.trainers.methods.deep_ensemble import DeepEnsemble
 from ensembler.trainers.settings import Settings
 from ensembler.trainers.training import train

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ensembler import artefact, calibration
+from ensembler import calibration
 from ensembler.errors import ArtefactError
 from ensembler.run import Run
 from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.storage import artefact
 from ensembler.trainers import DeepEnsemble, Settings
 from tests import _interrupt
 from tests._evaluate import fit

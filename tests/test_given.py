@@ -35,7 +35,7 @@ ONE = MEMBERS[0]
 
 @pytest.fixture
 def run(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset())
+    monkeypatch.setattr("ensembler.data.datasets.load", lambda name, root=None, **_: dataset())
     return train(dataset(), DeepEnsemble(members=2), Settings(**SETTINGS)).save(tmp_path / "runs" / "deep")
 
 

@@ -12,7 +12,6 @@ import onnxruntime
 import pytest
 from typer.testing import CliRunner
 
-from ensembler import artefact
 from ensembler.cli import app
 from ensembler.errors import ArtefactError, ExportError, UsageError
 from ensembler.serve import Runtime, export_run
@@ -23,6 +22,7 @@ from ensembler.serve.runtime import runtime as runtime_module
 from ensembler.serve.runtime import sessions, strategies, tune
 from ensembler.serve.runtime.gpu import GpuOptions
 from ensembler.serve.runtime.manifest import PrecisionCheck, Tuning, read_bundle
+from ensembler.storage import artefact
 from tests._runs import TINY, make_bundle
 from tests.test_bundles import dataset, run, traced  # noqa: F401  fixtures
 from tests.test_runtime import by_hand, tiny_images

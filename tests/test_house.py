@@ -118,7 +118,7 @@ def loaded(code: str) -> set[str]:
     [
         "import ensembler",
         "import ensembler.serve.runtime.runtime",
-        "import ensembler.uncertainty, ensembler.artefact, ensembler.trainers, ensembler.eval, ensembler.serve",
+        "import ensembler.uncertainty, ensembler.storage.artefact, ensembler.trainers, ensembler.eval, ensembler.serve",
         *(
             f"import sys; sys.argv = ['ensembler', {arguments}]\n"
             "from ensembler.cli import main\n"

@@ -17,12 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ensembler import datasets, decoded, decoding, image_cache, images
-from ensembler.datasets import Dataset
-from ensembler.decoded import DecodedSplit
+from ensembler.data import datasets, decoded, decoding, image_cache, images
+from ensembler.data.datasets import Dataset
+from ensembler.data.decoded import DecodedSplit
+from ensembler.data.image_cache import LIMIT, listed
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.calibrate import calibrate
-from ensembler.image_cache import LIMIT, listed
 from ensembler.run import Run
 from ensembler.serve.export.bundle import export_run
 from ensembler.trainers import DeepEnsemble
@@ -349,7 +349,7 @@ def test_a_damaged_header_refuses_no_scoring(photos, tmp_path):
 
 SCRIPT = """
 import os, pathlib, sys
-from ensembler import datasets
+from ensembler.data import datasets
 datasets.load(sys.argv[1])  # as root, who may read what is imported
 del os.environ["XDG_CACHE_HOME"]
 if sys.argv[2] == "none":
@@ -490,7 +490,7 @@ def test_two_at_once_do_no_harm(photos):
 
 HOLD = """
 import sys
-from ensembler import datasets
+from ensembler.data import datasets
 dataset = datasets.load(sys.argv[1])
 print(dataset.test.images.sum().item(), flush=True)
 sys.stdin.readline()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ensembler import Ensemble, Run
+from ensembler.data.normalisation import NAMES, normalised, parse, text
 from ensembler.errors import ShapeError, UsageError
-from ensembler.normalisation import NAMES, normalised, parse, text
 from ensembler.trainers import FGE, DeepEnsemble, collapse_run, import_checkpoints
 from tests._small import dataset
 from tests._training import call, make, passes
@@ -83,7 +83,7 @@ def test_a_wrong_normalisation_is_found(files):
 
 
 def test_networks_that_guess_are_named(tmp_path):
-    from ensembler.architectures import build
+    from ensembler.networks.architectures import build
 
     said, data = [], dataset(train=90)
     torch.save(build(ARCHITECTURE, 3).state_dict(), tmp_path / "a.pt")
@@ -132,7 +132,7 @@ def test_a_run_keeps_its_normalisation_wherever_training_goes_on(files, tmp_path
 
 
 def test_the_command(tmp_path, monkeypatch):
-    from ensembler.architectures import build
+    from ensembler.networks.architectures import build
 
     monkeypatch.chdir(tmp_path)
     torch.save(build("cnn", 10, seed=1).state_dict(), "a.pt")

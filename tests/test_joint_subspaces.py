@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ensembler.architectures import build
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
+from ensembler.networks.architectures import build
 from ensembler.subspace import dirichlet
 from ensembler.trainers import Subspace
 from ensembler.trainers.methods.subspace import cosine_regulariser, spread

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from ensembler.architectures import build
+from ensembler.networks.architectures import build
 from ensembler.trainers.plan import Plan
 from ensembler.trainers.schedules import constant
 from ensembler.weights import FlatWeights

@@ -84,7 +84,7 @@ machine._limits = lambda root: limits(Path(sys.argv[1]))
 os.sched_getaffinity = lambda process: set(range(8))
 import torch
 torch.set_num_threads(8)
-from ensembler import loading
+from ensembler.data import loading
 from ensembler.ensemble import Ensemble
 from ensembler.serve.runtime.runtime import Runtime
 from tests._runs import make_bundle, make_run

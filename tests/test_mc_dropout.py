@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ensembler import architectures
-from ensembler.dropout import FixedDropout, draw_masks, fix_masks, mask_shapes
+from ensembler.data.images import normalise
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
-from ensembler.images import normalise
+from ensembler.networks import architectures
+from ensembler.networks.dropout import FixedDropout, draw_masks, fix_masks, mask_shapes
 from ensembler.run import Run
 from ensembler.serve import Runtime, export_run
 from ensembler.trainers import FGE, DeepEnsemble, MCDropout, combine

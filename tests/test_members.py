@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from ensembler.architectures import build
-from ensembler.buffers import recomputed
+from ensembler.data.images import normalise
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
-from ensembler.images import normalise
+from ensembler.networks.architectures import build
+from ensembler.networks.buffers import recomputed
 from ensembler.run import Run
 from ensembler.serve import Runtime, export_run
 from ensembler.serve.runtime.verify import verify_bundle

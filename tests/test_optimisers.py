@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from torchvision.models import VisionTransformer
 
 from ensembler import Ensemble
-from ensembler.architectures import build
 from ensembler.errors import UsageError
+from ensembler.networks.architectures import build
 from ensembler.run import Run
 from ensembler.trainers import (
     FGE,

@@ -15,8 +15,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, WeightedRandomSampler
 from torchvision.transforms import v2
 
-from ensembler import as_dataset, calibration, datasets
-from ensembler.decoding import read_image
+from ensembler import as_dataset, calibration
+from ensembler.data import datasets
+from ensembler.data.decoding import read_image
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.calibrate import calibrate
@@ -349,7 +350,7 @@ def test_data_larger_than_memory_are_refused_before_they_are_read(monkeypatch):
             read.append(index)
             return super().__getitem__(index)
 
-    monkeypatch.setattr("ensembler.own_data.MEMORY_LIMIT", 3 * SIZE * SIZE * 70)
+    monkeypatch.setattr("ensembler.data.own_data.MEMORY_LIMIT", 3 * SIZE * SIZE * 70)
     as_dataset(Large(X, Y))
     read.clear()
     with pytest.raises(

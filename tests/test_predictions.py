@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from ensembler.data.images import Split
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
 from ensembler.eval import prediction_cache
@@ -21,7 +22,6 @@ from ensembler.eval import predictions as module
 from ensembler.eval.prediction_cache import PREDICTING, Entry, folder_of
 from ensembler.eval.predictions import Predictor, predictions
 from ensembler.eval.shift.test_set import TestSet
-from ensembler.images import Split
 from ensembler.trainers import DeepEnsemble, Settings, train
 from ensembler.uncertainty import uncertainty
 from tests._evaluate import calibrate, evaluate
@@ -287,7 +287,7 @@ def test_where_predictions_are_kept(monkeypatch, tmp_path):
 
 
 def test_without_a_cache_that_can_be_written_the_work_goes_on_and_one_line_says_so(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset())
+    monkeypatch.setattr("ensembler.data.datasets.load", lambda name, root=None, **_: dataset())
     file = tmp_path / "file"
     file.write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
@@ -304,7 +304,7 @@ def test_without_a_cache_that_can_be_written_the_work_goes_on_and_one_line_says_
 
 def test_calibrate_and_eval_share_the_validation_prediction(run, tmp_path, monkeypatch):
     """Whichever comes first makes it; the other asks no member again."""
-    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset())
+    monkeypatch.setattr("ensembler.data.datasets.load", lambda name, root=None, **_: dataset())
     calibrate(run, device="cpu", cache=tmp_path / "one")
     evaluate([run], device="cpu", cache=tmp_path / "two")
     seen, predict = [], Ensemble.predict_outputs

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torchvision import models
 
-from ensembler import matching, pretrained
-from ensembler.architectures import build
 from ensembler.errors import ArtefactError, CorruptError, UsageError
+from ensembler.networks import matching, pretrained
+from ensembler.networks.architectures import build
 from tests._checkpoints import Makes, noted, same
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ensembler import artefact
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, CorruptError, DivergedError, UsageError
 from ensembler.run import Run, latest, new_path
+from ensembler.storage import artefact
 from tests._runs import make_run
 
 

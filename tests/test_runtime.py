@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ensembler import artefact
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.machine import available_cpus
 from ensembler.serve import Runtime
 from ensembler.serve.runtime.images import check_images
 from ensembler.serve.runtime.manifest import PROBE, Tuning
+from ensembler.storage import artefact
 from tests._runs import CLASSES, TINY, agreeing_weights, make_bundle, tiny_weights
 
 

@@ -22,15 +22,16 @@ import pytest
 from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
-from ensembler import artefact, calibration
-from ensembler.artefact import sha256
-from ensembler.decoding import read_image
+from ensembler import calibration
+from ensembler.data.decoding import read_image
 from ensembler.errors import CorruptError
 from ensembler.serve import Runtime
 from ensembler.serve.http import json_body, page
 from ensembler.serve.http.options import CALIBRATED, OUTPUTS, Options
 from ensembler.serve.http.routes import PROBES, PUBLIC, reads_a_body
 from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.storage import artefact
+from ensembler.storage.artefact import sha256
 from tests._runs import CLASSES, TINY, make_bundle
 from tests._service import (
     LIMIT,

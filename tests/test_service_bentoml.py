@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ensembler import artefact
 from ensembler.serve import Runtime
 from ensembler.serve.http.options import Options
 from ensembler.serve.http.schemas import Answer
+from ensembler.storage import artefact
 from tests._runs import make_bundle
 from tests._service import ROUTE, Server, TestClient, free_port, tiny_images
 

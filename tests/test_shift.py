@@ -17,7 +17,8 @@ import torch
 from typer.testing import CliRunner
 
 from ensembler.cli import app
-from ensembler.datasets import Dataset, load
+from ensembler.data.datasets import Dataset, load
+from ensembler.data.images import FileSplit, Split
 from ensembler.errors import ArtefactError, DataError, UsageError
 from ensembler.eval.shift import generated as generated_module
 from ensembler.eval.shift import writer as module
@@ -26,7 +27,6 @@ from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VA
 from ensembler.eval.shift.layout import Rows, StoredFolder, lock
 from ensembler.eval.shift.readers import load_shift, load_shifts
 from ensembler.eval.shift.writer import write_corruptions
-from ensembler.images import FileSplit, Split
 
 ROOT = Path(__file__).parents[1]
 N = 60

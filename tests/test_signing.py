@@ -11,13 +11,13 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from typer.testing import CliRunner
 
-from ensembler import artefact, signing, storage
-from ensembler.artefact import SEAL
 from ensembler.cli import app
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.serve import Runtime, export_run
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.storage import artefact, signing, urls
+from ensembler.storage.artefact import SEAL
 from tests._runs import make_bundle
 from tests._service import in_process
 from tests.test_bundles import dataset, run, traced  # noqa: F401  fixtures
@@ -110,10 +110,10 @@ def test_a_signature_goes_where_the_bundle_goes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     url = f"file://{tmp_path}/store/mine"
-    storage.push(signed, url)
-    for found in (storage.pull(url), storage.local(url)):
+    urls.push(signed, url)
+    for found in (urls.pull(url), urls.local(url)):
         read_bundle(found, keys[1])
-    assert artefact.read(storage.local(url), "bundle", (1,))["kind"] == "bundle"
+    assert artefact.read(urls.local(url), "bundle", (1,))["kind"] == "bundle"
 
 
 def test_keys_that_are_none_are_told(signed: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.test_surface import by_hand, flat
 
 @pytest.fixture(autouse=True)
 def _images(monkeypatch):
-    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset(train=32))
+    monkeypatch.setattr("ensembler.data.datasets.load", lambda name, root=None, **_: dataset(train=32))
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from ensembler.architectures import build
-from ensembler.datasets import normalise
+from ensembler.data.datasets import normalise
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
+from ensembler.networks.architectures import build
 from ensembler.run import Run, Sampling
 from ensembler.sampling import sample_coefficients
 from ensembler.subspace import log_volume

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ensembler.architectures import build
 from ensembler.errors import ShapeError, UsageError
+from ensembler.networks.architectures import build
 from ensembler.trainers import FGE, DeepEnsemble, Simplex
 from tests._training import call, make, passes
 

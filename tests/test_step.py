@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ensembler.architectures import build
-from ensembler.batchnorm import layers as batchnorm_layers
-from ensembler.capture import WARM_UP, Graph
+from ensembler.networks.architectures import build
+from ensembler.networks.batchnorm import layers as batchnorm_layers
+from ensembler.networks.capture import WARM_UP, Graph
 from ensembler.subspace import dirichlet
 from ensembler.trainers import (
     FGE,

@@ -23,12 +23,13 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
-from ensembler import artefact, calibration, storage
-from ensembler.artefact import MANIFEST, SEAL
+from ensembler import calibration
 from ensembler.cli import app
 from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, UsageError
 from ensembler.run import Run
-from ensembler.storage import CALIBRATION, CARD, Url, default_folder, is_url, local, name_of, place, pull, push
+from ensembler.storage import artefact, urls
+from ensembler.storage.artefact import MANIFEST, SEAL
+from ensembler.storage.urls import CALIBRATION, CARD, Url, default_folder, is_url, local, name_of, place, pull, push
 from tests._hub import Hub, serving
 from tests._interrupt import after
 from tests._runs import make_bundle, make_run
@@ -223,9 +224,9 @@ def test_nothing_is_overwritten(scheme, tmp_path):
     with pytest.raises(UsageError, match=r"holds another run or bundle.*choose another URL, or remove"):
         push(other, url)
     with pytest.raises(UsageError, match="holds another run or bundle"):
-        storage.check_free(url)
+        urls.check_free(url)
     assert content(pull(url)) == content(one)
-    storage.check_free(at(scheme, tmp_path, "free"))
+    urls.check_free(at(scheme, tmp_path, "free"))
 
 
 def test_a_push_in_between_is_respected(tmp_path):
@@ -233,7 +234,7 @@ def test_a_push_in_between_is_respected(tmp_path):
     there = tmp_path / "store" / "mine"
     there.mkdir(parents=True)
     shutil.copy(one / MANIFEST, there)  # where a push of one was broken off
-    for refuse in (lambda: push(other, url), lambda: storage.check_free(url)):
+    for refuse in (lambda: push(other, url), lambda: urls.check_free(url)):
         with pytest.raises(UsageError, match=r"another push to .* is running or was interrupted"):
             refuse()
     with pytest.raises(CorruptError, match="incomplete: wait until its push has finished, or push it again"):
@@ -422,22 +423,23 @@ def python(code: str, *arguments: object, **options) -> subprocess.Popen:
 PULL = """
 import os, sys
 from pathlib import Path
-from ensembler import errors, storage
+from ensembler import errors
+from ensembler.storage import urls
 print("ready", flush=True)
 if sys.stdin.readline() == "die\\n":  # when the first file is written there
     sys.addaudithook(lambda event, found: event == "open" and "w" in str(found[1]) and os.kill(os.getpid(), 9))
-try: print(storage.local(sys.argv[1]) if sys.argv[2] == "cache" else storage.pull(sys.argv[1], Path(sys.argv[2])))
+try: print(urls.local(sys.argv[1]) if sys.argv[2] == "cache" else urls.pull(sys.argv[1], Path(sys.argv[2])))
 except errors.UsageError as error: print(error)
 """
 PUSH = """
 import os, sys
 from pathlib import Path
-from ensembler import storage
-import ensembler.card, ensembler.calibration, fsspec.implementations.local, yaml
+from ensembler.storage import urls
+import ensembler.storage.card, ensembler.calibration, fsspec.implementations.local, yaml
 print("ready", flush=True)
 if sys.stdin.readline() == "die\\n":  # when the first file is written there
     sys.addaudithook(lambda event, found: event == "open" and "w" in str(found[1]) and os.kill(os.getpid(), 9))
-storage.push(Path(sys.argv[2]), sys.argv[1])
+urls.push(Path(sys.argv[2]), sys.argv[1])
 """
 
 
@@ -738,7 +740,7 @@ def test_a_repository_of_the_hub(hub, tmp_path):
     first = hub.sha(hub.repositories["user/mine"], 1)
     assert CALIBRATION in content(local(url))
     assert CALIBRATION not in content(local(f"{url}@{first}"))  # as it was
-    storage.check_free("hf://user/open")
+    urls.check_free("hf://user/open")
     assert hub.repositories.keys() == {"user/mine"}
     push(source, "hf://user/open", private=False)
     assert hub.visibility["user/open"] == "public"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ensembler import artefact, storage
-from ensembler.artefact import MANIFEST, SEAL
 from ensembler.errors import ArtefactError, CorruptError, UsageError
+from ensembler.storage import artefact, urls
+from ensembler.storage.artefact import MANIFEST, SEAL
 
 pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
@@ -53,37 +53,37 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_there_and_back(s3, tmp_path):
     source, url = made(tmp_path / "source"), "s3://bucket/runs/mine"
-    sent = storage.push(source, url)
+    sent = urls.push(source, url)
     assert (sent[0], sent[-1]) == (MANIFEST, SEAL)
     keys = {entry["Key"] for entry in s3.list_objects_v2(Bucket="bucket")["Contents"]}
     assert keys == {f"runs/mine/{name}" for name in sent}
-    assert content(storage.local(url)) == content(source)
-    assert content(storage.pull(url, tmp_path / "back")) == content(source)
-    assert storage.push(source, url) == []
+    assert content(urls.local(url)) == content(source)
+    assert content(urls.pull(url, tmp_path / "back")) == content(source)
+    assert urls.push(source, url) == []
     with pytest.raises(UsageError, match="holds another run or bundle"):
-        storage.push(made(tmp_path / "other", 1), url)
+        urls.push(made(tmp_path / "other", 1), url)
 
 
 def test_what_is_missing_is_said_and_mended(s3, tmp_path):
     source, url = made(tmp_path / "source"), "s3://bucket/runs/mine"
-    storage.push(source, url)
+    urls.push(source, url)
     for name in ("vertices.safetensors", MANIFEST, SEAL):
         s3.delete_object(Bucket="bucket", Key=f"runs/mine/{name}")
         with pytest.raises(CorruptError, match="push"):
-            storage.pull(url, tmp_path / "back")
-        assert name in storage.push(source, url)
+            urls.pull(url, tmp_path / "back")
+        assert name in urls.push(source, url)
     s3.put_object(Bucket="bucket", Key="runs/mine/vertices.safetensors", Body=b"short")
     with pytest.raises(CorruptError, match=r"vertices.safetensors is not what was pushed"):
-        storage.pull(url, tmp_path / "back")
-    assert storage.push(source, url) == ["vertices.safetensors"]
-    assert content(storage.pull(url, tmp_path / "back")) == content(source)
+        urls.pull(url, tmp_path / "back")
+    assert urls.push(source, url) == ["vertices.safetensors"]
+    assert content(urls.pull(url, tmp_path / "back")) == content(source)
 
 
 def test_a_bucket_that_is_not_there_is_not_made(s3, tmp_path):
     source = made(tmp_path / "source")
     with pytest.raises(ArtefactError, match="it does not exist: create it first"):
-        storage.push(source, "s3://nowhere/mine")
+        urls.push(source, "s3://nowhere/mine")
     for url in ("s3://nowhere/mine", "s3://bucket/nothing"):
         with pytest.raises(ArtefactError, match="no run or bundle at"):
-            storage.local(url)
+            urls.local(url)
     assert [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]] == ["bucket"]

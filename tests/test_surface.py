@@ -15,7 +15,7 @@ from torch.nn.utils import vector_to_parameters
 from typer.testing import CliRunner
 
 from ensembler.cli import app
-from ensembler.datasets import normalise
+from ensembler.data.datasets import normalise
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, DivergedError, UsageError
 from ensembler.eval import surface as module
@@ -57,7 +57,7 @@ def curve(paths, **options):
 
 @pytest.fixture(autouse=True)
 def _images(monkeypatch):
-    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset(train=32))
+    monkeypatch.setattr("ensembler.data.datasets.load", lambda name, root=None, **_: dataset(train=32))
 
 
 def flat(run, network):
@@ -258,7 +258,7 @@ def test_what_cannot_be_drawn_is_refused(runs, tmp_path, monkeypatch):
     paths.append(trained(DeepEnsemble(members=1), dataset=other).save(tmp_path / "other"))
     with pytest.raises(UsageError, match=r"trained on other and .*single0 on small.*: name three runs of one dataset"):
         measure_surface(paths, device="cpu")
-    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: dataset(train=31))
+    monkeypatch.setattr("ensembler.data.datasets.load", lambda name, root=None, **_: dataset(train=31))
     with pytest.raises(DataError, match="is not what the run was trained on, or has changed since"):
         draw(["four"])
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ensembler import gaussian
-from ensembler.datasets import Dataset
+from ensembler.data.datasets import Dataset
+from ensembler.data.examples import Arrays
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, UsageError
-from ensembler.examples import Arrays
 from ensembler.run import Gaussians, Run
 from ensembler.seeds import generator
 from ensembler.trainers import SWAG, DeepEnsemble, Settings, collapse_run, combine, train

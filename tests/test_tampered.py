@@ -23,13 +23,13 @@ from onnx import TensorProto, helper
 from PIL import Image
 from typer.testing import CliRunner
 
-from ensembler import artefact
-from ensembler.artefact import MANIFEST, SEAL
 from ensembler.cli import app
 from ensembler.serve.export.graphs import without_weights
 from ensembler.serve.runtime.external_data import external_files
 from ensembler.serve.runtime.manifest import GIVEN, read_bundle
 from ensembler.serve.runtime.vertices import Vertices
+from ensembler.storage import artefact
+from ensembler.storage.artefact import MANIFEST, SEAL
 from tests._runs import make_bundle, tiny_weights
 from tests._service import make_calibrated
 

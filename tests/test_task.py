@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ensembler import Ensemble, Run, examples, task
-from ensembler.datasets import Dataset
+from ensembler import Ensemble, Run, task
+from ensembler.data import examples
+from ensembler.data.datasets import Dataset
+from ensembler.data.examples import Arrays, Examples, stream
 from ensembler.errors import DataError, ShapeError, UsageError
-from ensembler.examples import Arrays, Examples, stream
 from ensembler.task import Classification, Task
 from ensembler.trainers import (
     FGE,

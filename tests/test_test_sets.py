@@ -434,7 +434,7 @@ def test_the_extra_is_named(monkeypatch):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    monkeypatch.setattr("ensembler.datasets.load", lambda name, root=None, **_: _small.dataset())
+    monkeypatch.setattr("ensembler.data.datasets.load", lambda name, root=None, **_: _small.dataset())
     return train(_small.dataset(), DeepEnsemble(members=2), Settings(**SETTINGS)).save(tmp_path / "runs" / "deep")
 
 

@@ -12,7 +12,7 @@ import torch
 
 import ensembler
 import ensembler.trainers
-from ensembler.datasets import normalise
+from ensembler.data.datasets import normalise
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, DivergedError, UsageError
 from ensembler.run import Run

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ensembler import artefact
 from ensembler.serve import Runtime
 from ensembler.serve.http import page
 from ensembler.serve.runtime.manifest import EXAMPLES, PROBE, read_bundle
+from ensembler.storage import artefact
 from tests._runs import TINY
 from tests._service import Server, free_port, in_process, make_calibrated, tiny_images
 

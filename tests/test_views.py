@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from ensembler.data.images import Split, augment, draw
 from ensembler.engine import Local
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
@@ -19,7 +20,6 @@ from ensembler.eval.report.text import markdown
 from ensembler.eval.shift.corruptions import corrupt
 from ensembler.eval.shift.test_set import TestSet
 from ensembler.eval.views import passes
-from ensembler.images import Split, augment, draw
 from ensembler.seeds import generator
 from ensembler.trainers import DeepEnsemble, Settings, train
 from tests._evaluate import evaluate

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ensembler.architectures import build
 from ensembler.errors import ShapeError, UsageError
+from ensembler.networks.architectures import build
 from ensembler.weights import FlatWeights
 
 

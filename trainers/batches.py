@@ -10,8 +10,8 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from ensembler.data.examples import Examples
 from ensembler.errors import UsageError
-from ensembler.examples import Examples
 from ensembler.seeds import derive, generator
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.mixing import Drawn, Mixing
@@ -45,7 +45,7 @@ class Batches:
     Every epoch has every example once. Its last batch may be smaller; a single last example joins the batch before it,
     because BatchNorm cannot normalise one alone. An epoch's order and augmentation depend only on the seed, the part
     and the epoch, and are drawn at once, so that a stream can start at any step. The examples make the batches
-    (:meth:`ensembler.examples.Examples.stream`), in memory or from files.
+    (:meth:`ensembler.data.examples.Examples.stream`), in memory or from files.
 
     Processes that train together draw the same batches, and each takes its share of every batch, which may be empty.
 
@@ -56,7 +56,7 @@ class Batches:
         mean, std: of the normalisation.
         stream: the seed, and the name of the random stream.
         device: the network's device.
-        workers: processes that read files; see :func:`ensembler.loading.read_ahead`.
+        workers: processes that read files; see :func:`ensembler.data.loading.read_ahead`.
         group: the processes that train together.
         mixing: how the examples of a batch are mixed, if they are.
     """

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 import torch
 
-from ensembler.datasets import Dataset
+from ensembler.data.datasets import Dataset
 from ensembler.errors import UsageError
 from ensembler.run import Cost, CostEntry, Run, versions
 from ensembler.trainers.spec import Spec

@@ -12,12 +12,12 @@ import typer
 
 from ensembler.errors import UsageError
 from ensembler.options import parameters
-from ensembler.storage import destination, place
+from ensembler.storage.transfers import push_finished
+from ensembler.storage.urls import destination, place
 from ensembler.text import cell
 from ensembler.trainers.launch import Data, Import, Launch
 from ensembler.trainers.method import Method, methods
 from ensembler.trainers.settings import Settings
-from ensembler.transfers import push_finished
 
 __all__ = ["app", "command_of"]
 

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ensembler import architectures, task
-from ensembler.architectures import Factory, MemoryFormat
-from ensembler.augmentations import check_augmentation, check_repeatable
-from ensembler.datasets import Dataset
+from ensembler import task
+from ensembler.data.augmentations import check_augmentation, check_repeatable
+from ensembler.data.datasets import Dataset
+from ensembler.data.examples import Examples, InMemory
 from ensembler.device import choose_device, restored_generators, seed_generators
 from ensembler.errors import UsageError
-from ensembler.examples import Examples, InMemory
 from ensembler.naming import reason
-from ensembler.network_checks import NetworkChecks
+from ensembler.networks import architectures
+from ensembler.networks.architectures import Factory, MemoryFormat
+from ensembler.networks.checks import NetworkChecks
 from ensembler.seeds import generator
 from ensembler.trainers.losses import Losses, check_loss, training_loss
 from ensembler.trainers.method import Method

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ensembler.capture import Captured, Graph
+from ensembler.networks.capture import Captured, Graph
 from ensembler.task import Task
 from ensembler.trainers.distributed import Group
 from ensembler.weights import FlatWeights

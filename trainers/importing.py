@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensembler import checkpoints, datasets, matching, normalisation
-from ensembler.architectures import Factory
-from ensembler.artefact import MANIFEST, sha256
+from ensembler.data import datasets, normalisation
+from ensembler.data.examples import Examples
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
-from ensembler.examples import Examples
+from ensembler.networks import checkpoints, matching
+from ensembler.networks.architectures import Factory
 from ensembler.run import CostEntry, Run
 from ensembler.seeds import generator
-from ensembler.storage import as_paths
+from ensembler.storage.artefact import MANIFEST, sha256
+from ensembler.storage.urls import as_paths
 from ensembler.trainers.dry_pass import dry_pass
 from ensembler.trainers.events import Message, OnEvent
 from ensembler.trainers.ledger import Ledger
@@ -53,12 +54,12 @@ def import_checkpoints(
         run.save("runs/imported")
 
     Weights and BatchNorm statistics stay as they are. What the training cost is unknown. The images are normalised as
-    ``dataset`` says (:func:`ensembler.normalisation.normalised` changes it), which must be what the checkpoints were
-    trained with; where another normalisation gives clearly more right answers, that is reported.
+    ``dataset`` says (:func:`ensembler.data.normalisation.normalised` changes it), which must be what the checkpoints
+    were trained with; where another normalisation gives clearly more right answers, that is reported.
 
     Args:
         files: safetensors, or what ``torch.save`` made of a state dict; one for each member.
-        architecture: of all of them: a name of :mod:`ensembler.architectures`, or the function or class that builds it.
+        architecture: a name of :mod:`ensembler.networks.architectures`, or what builds the network.
         dataset: what they were trained on, as of :func:`ensembler.trainers.train`. Its validation images should not
             have been trained on.
         device: where they are measured.

@@ -11,13 +11,13 @@ import typer
 
 from ensembler.errors import UsageError
 from ensembler.options import Options, option
-from ensembler.storage import destination
+from ensembler.storage.transfers import push_finished
+from ensembler.storage.urls import destination
 from ensembler.text import echo
 from ensembler.trainers.settings import Settings
-from ensembler.transfers import push_finished
 
 if TYPE_CHECKING:
-    from ensembler.datasets import Dataset
+    from ensembler.data.datasets import Dataset
     from ensembler.run import Run
     from ensembler.trainers.distributed import Group
     from ensembler.trainers.method import Method
@@ -62,8 +62,8 @@ class Data(Options):
         Raises:
             DataError: they are missing. UsageError: an option out of range.
         """
-        from ensembler import datasets
-        from ensembler.normalisation import normalised
+        from ensembler.data import datasets
+        from ensembler.data.normalisation import normalised
 
         asked = self.model_dump(include={"download", "image_size", "in_memory", "corrupt"})
         return normalised(datasets.load(self.dataset or "digits", self.data, **asked), self.normalisation)
@@ -192,7 +192,7 @@ def _say_how_to_resume(runs: Runs, command: str) -> None:
 
 def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: Launch, group: Group) -> Training:
     """What a command's options ask for."""
-    from ensembler import normalisation
+    from ensembler.data import normalisation
     from ensembler.run import Run
     from ensembler.trainers import recipes
     from ensembler.trainers.starts import load_starts
@@ -263,7 +263,7 @@ def check_free(path: Path, resumed: bool = False, restarted: bool = False) -> No
         UsageError: a run is there, or what was begun of one; or nothing is there to resume. ArtefactError: the folder
             cannot be written to.
     """
-    from ensembler.artefact import check_writable
+    from ensembler.storage.artefact import check_writable
     from ensembler.trainers.spec import SPEC, unfinished
 
     begun = unfinished(path)

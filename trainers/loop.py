@@ -7,7 +7,7 @@ optimiser does the rest. A single network is the case ``K = 1``, ``c = [1]``.
 Everything random in a step (the batch, the coefficients, the regulariser's draws) is drawn for a whole epoch and copied
 to the device at once. It depends only on the seed, the part of the training and the epoch. So no step waits for the
 host, a checkpoint needs no generator's state, and on a GPU the step is captured once and replayed
-(:mod:`ensembler.capture`).
+(:mod:`ensembler.networks.capture`).
 
 Processes that train together (:mod:`ensembler.trainers.distributed`) do the same steps, each on its share of every
 batch; their gradients are summed once per step, and everything else is the same in each process.
@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ensembler.capture import Captured, Graph, on_stream
 from ensembler.device import upload
+from ensembler.networks.capture import Captured, Graph, on_stream
 from ensembler.seeds import derive
 from ensembler.task import Task
 from ensembler.trainers.batches import Batches

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ensembler import task
-from ensembler.datasets import Dataset
+from ensembler.data.datasets import Dataset
 from ensembler.errors import UsageError
 from ensembler.naming import import_object, reason
 from ensembler.task import Classification

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ensembler import buffers as carried
-from ensembler.batchnorm import has_batchnorm
-from ensembler.buffers import BATCHNORM_EXAMPLES, Start
-from ensembler.examples import Examples
+from ensembler.data.examples import Examples
+from ensembler.networks import buffers as carried
+from ensembler.networks.batchnorm import has_batchnorm
+from ensembler.networks.buffers import BATCHNORM_EXAMPLES, Start
 from ensembler.seeds import generator
 from ensembler.subspace import dirichlet, edge_lengths, log_volume
 from ensembler.task import Task
@@ -120,7 +120,7 @@ def member_buffers(
     buffers: Mapping[str, Tensor],
     solved: Solved = _NONE,
 ) -> dict[str, Tensor]:
-    """Compute the buffers (M, ...) of members by the rule of :mod:`ensembler.buffers`, and count the forward passes.
+    """Compute the buffers (M, ...) of members as :mod:`ensembler.networks.buffers` says, and count the forward passes.
 
     They are on the CPU, as a run's are.
 

@@ -32,9 +32,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from ensembler import artefact
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 from ensembler.jobs import Job
+from ensembler.storage import artefact
 from ensembler.trainers.plan import Best, Snapshot, TrainState
 from ensembler.trainers.spec import SPEC, Spec, unfinished
 

@@ -16,7 +16,7 @@ from ensembler.options import Options, option
 if TYPE_CHECKING:
     import torch
 
-    from ensembler.datasets import Dataset
+    from ensembler.data.datasets import Dataset
 
 __all__ = ["Settings"]
 
@@ -176,7 +176,7 @@ class Settings(Options):
         Raises:
             UsageError: options that do not go together, or no such optimiser.
         """
-        from ensembler.augmentations import resolve
+        from ensembler.data.augmentations import resolve
 
         batch_size = self.batch_size or (128 if len(dataset.train) >= 10_000 else 32)
         if self.accumulate > 1 and 2 * self.accumulate > batch_size:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ensembler import artefact, checkpoints, matching
-from ensembler.checkpoints import Checkpoint
-from ensembler.dropout import without_masks
 from ensembler.errors import UsageError
-from ensembler.pretrained import pretrained
+from ensembler.networks import checkpoints, matching
+from ensembler.networks.checkpoints import Checkpoint
+from ensembler.networks.dropout import without_masks
+from ensembler.networks.pretrained import pretrained
 from ensembler.run import CostEntry, Run
 from ensembler.seeds import derive
-from ensembler.storage import local
+from ensembler.storage import artefact
+from ensembler.storage.urls import local
 from ensembler.trainers.method import Method
 from ensembler.trainers.plan import Plan, Snapshot
 from ensembler.trainers.settings import Settings

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ensembler.batchnorm import Counters
 from ensembler.errors import DivergedError
+from ensembler.networks.batchnorm import Counters
 from ensembler.task import Task
 from ensembler.trainers import optimisers
 from ensembler.trainers.decay import SampledDecay

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import SyncBatchNorm
 
-from ensembler import architectures, matching, task
-from ensembler.architectures import Factory
-from ensembler.capture import CudaGraph
-from ensembler.checkpoints import Checkpoint
-from ensembler.datasets import Dataset
+from ensembler import task
+from ensembler.data.datasets import Dataset
+from ensembler.data.examples import Examples
 from ensembler.device import (
     choose_device,
     configure,
@@ -30,7 +28,10 @@ from ensembler.device import (
 )
 from ensembler.engine import Engine, Local
 from ensembler.errors import UsageError
-from ensembler.examples import Examples
+from ensembler.networks import architectures, matching
+from ensembler.networks.architectures import Factory
+from ensembler.networks.capture import CudaGraph
+from ensembler.networks.checkpoints import Checkpoint
 from ensembler.run import CostEntry, DatasetRecord, Run
 from ensembler.seeds import derive
 from ensembler.side_by_side import turn

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from ensembler import datasets
-from ensembler.architectures import Factory, is_given, name_of
-from ensembler.datasets import Dataset
-from ensembler.dropout import without_masks
+from ensembler.data import datasets
+from ensembler.data.datasets import Dataset
+from ensembler.data.examples import Examples
+from ensembler.data.normalisation import describe
 from ensembler.engine import Engine, Local
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
-from ensembler.examples import Examples
-from ensembler.normalisation import describe
+from ensembler.networks.architectures import Factory, is_given, name_of
+from ensembler.networks.dropout import without_masks
 from ensembler.progress import interactive
 from ensembler.run import DatasetRecord, Manifest, Run, versions
 from ensembler.trainers.distributed import ALONE, Group
@@ -55,8 +55,8 @@ def train(
         run.save("runs/fge")
 
     Args:
-        dataset: what to train on: a dataset, the name of one (:func:`ensembler.datasets.load`), or what one can be made
-            of (:func:`ensembler.own_data.as_dataset`).
+        dataset: what to train on: a dataset, the name of one (:func:`ensembler.data.datasets.load`), or what one can
+            be made of (:func:`ensembler.data.own_data.as_dataset`).
         method: what to make, e.g. ``FGE(members=5)``.
         settings: what all methods share.
         on_event: told of the dataset's notes, of every epoch, and of what the method finds on its way. By default these

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ensembler.data.images import Images
 from ensembler.errors import DataError
 from ensembler.eval.shift.corruptions import SEVERITIES
 from ensembler.eval.shift.layout import LABELS, Rows, StoredFolder
 from ensembler.eval.shift.test_set import Shift, TestSet
-from ensembler.images import Images
 
 __all__ = ["LABELS", "check_official", "official_shift"]
 

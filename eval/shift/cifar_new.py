@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ensembler.data.images import Split
 from ensembler.errors import DataError
 from ensembler.eval.shift.classes import CIFAR10, Matched, match
 from ensembler.eval.shift.layout import map_array
-from ensembler.images import Split
 
 __all__ = ["read_cifar101", "read_cifar102"]
 

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import httpx
 
 from ensembler import __version__
-from ensembler.decoding import suffixes
+from ensembler.data.decoding import suffixes
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.shift.corruptions import HEADLINE, VALIDATION
 from ensembler.eval.shift.generated import RECORD

@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ensembler.data.folders import find_images
+from ensembler.data.images import FileSplit
 from ensembler.errors import DataError
 from ensembler.eval.shift.classes import Matched, match
 from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES
 from ensembler.eval.shift.test_set import TestSet
-from ensembler.folders import find_images
-from ensembler.images import FileSplit
 
 __all__ = ["read_folder"]
 

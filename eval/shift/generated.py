@@ -15,11 +15,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from ensembler.data.images import Images
 from ensembler.errors import DataError
 from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, Constants, constants_for, corrupt, fingerprint
 from ensembler.eval.shift.layout import Rows, StoredFolder
 from ensembler.eval.shift.test_set import Shift, Shifted, TestSet
-from ensembler.images import Images
 from ensembler.record import Record
 
 __all__ = [

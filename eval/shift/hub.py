@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensembler.decoding import decode
+from ensembler.data.decoding import decode
+from ensembler.data.images import MEMORY_LIMIT, Split
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.shift.classes import Matched, match
-from ensembler.images import MEMORY_LIMIT, Split
 
 __all__ = ["PREFIX", "read_hub"]
 

@@ -19,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ensembler.data.images import Images
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES
 from ensembler.eval.shift.test_set import Shifted
-from ensembler.images import Images
 
 __all__ = ["LABELS", "Rows", "StoredFolder", "lock", "map_array"]
 

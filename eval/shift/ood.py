@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensembler import datasets
-from ensembler.decoded import DecodedSplit, find_unreadable
-from ensembler.decoding import suffixes
+from ensembler.data import datasets
+from ensembler.data.decoded import DecodedSplit, find_unreadable
+from ensembler.data.decoding import suffixes
+from ensembler.data.folders import describe, find_images, split_folder
+from ensembler.data.images import FileSplit, Split
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.shift.test_set import Source, TestSet, check_images
-from ensembler.folders import describe, find_images, split_folder
-from ensembler.images import FileSplit, Split
 from ensembler.seeds import derive, generator
 
 __all__ = ["NOISES", "load_ood", "noise_images", "resized"]
@@ -41,10 +41,10 @@ def load_ood(
     Args:
         name: ``noise:KIND`` of :data:`NOISES`; ``folder:PATH``: every image in the folder and below, sorted by class or
             not, or those in its ``test/`` where it has ``train/`` and ``test/``, also named as
-            :mod:`ensembler.folders` knows them; or another dataset of :data:`ensembler.datasets.NAMES`, of which the
-            test images are taken.
+            :mod:`ensembler.data.folders` knows them; or another dataset of :data:`ensembler.data.datasets.NAMES`, of
+            which the test images are taken.
         shape: (H, W) to bring them to by a plain bilinear resize, whatever their proportions.
-        root, download: of a dataset's files, see :func:`ensembler.datasets.load`.
+        root, download: of a dataset's files, see :func:`ensembler.data.datasets.load`.
         examples: how many, drawn with the seed where there are more; by default all, and of noise 10,000.
         seed: of the choice, and of noise.
         corrupt: ``"refuse"`` images of a folder that cannot be read, or ``"skip"`` them; the title then counts them.

@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ensembler.datasets import Dataset, default_root
+from ensembler.data.datasets import Dataset, default_root
+from ensembler.data.images import Split
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.shift.cifar_c import LABELS, official_shift
 from ensembler.eval.shift.cifar_new import read_cifar101, read_cifar102
@@ -27,7 +28,6 @@ from ensembler.eval.shift.generated import generated_shift, read_record
 from ensembler.eval.shift.hub import PREFIX, read_hub
 from ensembler.eval.shift.ood import resized
 from ensembler.eval.shift.test_set import Shift, Source, TestSet, check_images
-from ensembler.images import Split
 from ensembler.seeds import generator
 
 __all__ = ["SHIFTS", "load_shift", "load_shifts"]

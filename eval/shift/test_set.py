@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ensembler.data.examples import Arrays
+from ensembler.data.images import Images, Split
 from ensembler.errors import UsageError
 from ensembler.eval.shift.corruptions import HEADLINE, SEVERITIES, VALIDATION
-from ensembler.examples import Arrays
-from ensembler.images import Images, Split
 
 if TYPE_CHECKING:
-    from ensembler.datasets import Dataset
+    from ensembler.data.datasets import Dataset
     from ensembler.eval.given import GivenSet
 
 __all__ = ["Shift", "Shifted", "Source", "TestSet", "check_images", "validation_set"]
@@ -31,7 +31,7 @@ _BATCH = 2**26  # bytes of images in a batch
 
 @dataclass(frozen=True, eq=False)
 class Shifted(ABC):
-    """Test images under one corruption at one severity; used like :class:`ensembler.images.Split`.
+    """Test images under one corruption at one severity; used like :class:`ensembler.data.images.Split`.
 
     Attributes:
         clean: the clean images.

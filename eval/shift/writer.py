@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ensembler.artefact import replace_file
-from ensembler.datasets import Dataset
+from ensembler.data.datasets import Dataset
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, constants_for, corrupt
 from ensembler.eval.shift.generated import RECORD, GeneratedRecord, check_generated, generated_folder, read_record
@@ -21,6 +20,7 @@ from ensembler.eval.shift.layout import LABELS, StoredFolder, lock
 from ensembler.eval.shift.test_set import check_images
 from ensembler.progress import Watcher
 from ensembler.run import versions
+from ensembler.storage.artefact import replace_file
 
 __all__ = ["write_corruptions"]
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ensembler.data.images import normalise
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ExportError
-from ensembler.images import normalise
 from ensembler.seeds import derive
 from ensembler.serve.runtime.manifest import PROBE, Precision
 from ensembler.serve.runtime.strategies import Members

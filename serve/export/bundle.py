@@ -20,14 +20,14 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler import artefact, calibration, signing
-from ensembler.architectures import Factory
+from ensembler import calibration
 from ensembler.calibration import Calibration
 from ensembler.calibration_maps import Temperature
-from ensembler.datasets import NAMES, Dataset
+from ensembler.data.datasets import NAMES, Dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, DataError, ExportError, UsageError
 from ensembler.machine import available_cpus
+from ensembler.networks.architectures import Factory
 from ensembler.run import DatasetRecord, Gaussians, Sampling, versions
 from ensembler.serve.export.agreement import check_merged, compare, patches
 from ensembler.serve.export.graphs import save
@@ -52,6 +52,7 @@ from ensembler.serve.runtime.sessions import on_gpu, open_members, open_merged, 
 from ensembler.serve.runtime.strategies import Members
 from ensembler.serve.runtime.tune import tune as measure_strategies
 from ensembler.serve.runtime.verify import single_difference
+from ensembler.storage import artefact, signing
 from ensembler.task import Classification
 
 __all__ = ["VALIDATION_IMAGES", "export_run"]

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ensembler.data.images import normalise
 from ensembler.errors import ExportError
-from ensembler.images import normalise
 from ensembler.run import DatasetRecord
 from ensembler.serve.export.reasons import reason
 from ensembler.serve.runtime.manifest import GIVEN

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import onnx
 
-from ensembler import artefact
 from ensembler.errors import UsageError
 from ensembler.serve.export.graphs import save
 from ensembler.serve.export.single import single_graph
 from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.storage import artefact
 from ensembler.text import printable
 
 __all__ = ["write_triton"]

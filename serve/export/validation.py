@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from ensembler.calibration import Calibration
+from ensembler.data.images import Images
 from ensembler.ensemble import Ensemble
-from ensembler.images import Images
 from ensembler.ordering import greedy_order
 from ensembler.seeds import derive
 from ensembler.serve.export.precision import check_precision

@@ -12,9 +12,9 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from ensembler.buffers import recomputed
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ExportError, UsageError
+from ensembler.networks.buffers import recomputed
 from ensembler.serve.export.graphs import (
     Graph,
     holds_weights,

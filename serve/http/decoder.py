@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler.decoding import measure
+from ensembler.data.decoding import measure
 from ensembler.errors import ShapeError
 from ensembler.serve.http.batcher import DeadlineError
 from ensembler.serve.http.bodies import MediaTypeError

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler.decoding import decode, formats
+from ensembler.data.decoding import decode, formats
 from ensembler.errors import ShapeError
 from ensembler.serve.http.bodies import MediaTypeError
 from ensembler.serve.runtime.images import shown
@@ -99,7 +99,7 @@ def _pixels(content: memoryview, shape: tuple[int, ...], dtype: np.dtype[Any]) -
 
 
 def image_from_file(body: bytes, image_shape: Sequence[int], max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Decode an image file to (H, W, 3), as training does (:func:`ensembler.decoding.decode`).
+    """Decode an image file to (H, W, 3), as training does (:func:`ensembler.data.decoding.decode`).
 
     Args:
         body: the file's content.

@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler.artefact import open_file
+from ensembler.storage.artefact import open_file
 
 __all__ = ["read_array", "read_arrays"]
 

@@ -10,7 +10,7 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-from ensembler.artefact import open_file
+from ensembler.storage.artefact import open_file
 
 __all__ = ["external_files"]
 

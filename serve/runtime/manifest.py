@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from ensembler import artefact, signing
 from ensembler.errors import ArtefactError, first_line
 from ensembler.record import Record
 from ensembler.serve.runtime.external_data import external_files
+from ensembler.storage import artefact, signing
 
 __all__ = [
     "EXAMPLES",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler import artefact, calibration
+from ensembler import calibration
 from ensembler.calibration import Calibration
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.machine import available_cpus, gpu_memory, resident_memory
@@ -21,6 +21,7 @@ from ensembler.serve.runtime.sessions import open_bundle, open_merged, providers
 from ensembler.serve.runtime.strategies import Members
 from ensembler.serve.runtime.tune import keep_faster_graphs
 from ensembler.serve.runtime.vertices import check_members
+from ensembler.storage import artefact
 from ensembler.text import counted, printable
 
 __all__ = ["Runtime"]

@@ -1,8 +1,8 @@
 """MC dropout: one network, and M of its dropout masks (Gal & Ghahramani 2016, "Dropout as a Bayesian Approximation").
 
 Vertices: the one solution. Coefficients: one for each member. What tells the members apart are buffers: a fixed mask of
-each dropout layer, drawn once with the seed (:mod:`ensembler.dropout`). With more members, their mean prediction comes
-closer to that of dropout drawn anew for each image.
+each dropout layer, drawn once with the seed (:mod:`ensembler.networks.dropout`). With more members, their mean
+prediction comes closer to that of dropout drawn anew for each image.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class MCDropout(Method):
 
     def check(self, name: str, network: nn.Module, x: Tensor) -> None:
         """Refuse a network without dropout, or with dropout that no masks can take the place of."""
-        from ensembler.dropout import mask_shapes
+        from ensembler.networks.dropout import mask_shapes
 
         mask_shapes(name, network, x)
 
@@ -50,7 +50,7 @@ class MCDropout(Method):
         """Train one network, or take that of the run to start from, and draw its members' masks."""
         import torch
 
-        from ensembler.dropout import draw_masks, mask_shapes
+        from ensembler.networks.dropout import draw_masks, mask_shapes
         from ensembler.trainers.starts import solution, stack_buffers
 
         found, settings, record = solution(trainer), trainer.settings, trainer.record

@@ -21,11 +21,11 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ensembler import batchnorm
-from ensembler.batchnorm import has_batchnorm, keeping_modes
+from ensembler.data.examples import Examples
 from ensembler.device import upload
 from ensembler.errors import UsageError
-from ensembler.examples import Examples
+from ensembler.networks import batchnorm
+from ensembler.networks.batchnorm import has_batchnorm, keeping_modes
 from ensembler.run import DatasetRecord
 from ensembler.seeds import generator
 from ensembler.weights import FlatWeights

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensembler.data_sources import Source, sources
-from ensembler.datasets import NAMES, OWN, Dataset, moments
+from ensembler.data.datasets import NAMES, OWN, Dataset, moments
+from ensembler.data.examples import Arrays
+from ensembler.data.folder_notes import Notes, describe_splits
+from ensembler.data.image_arrays import is_array, resize, to_array, to_image, to_images, to_label, to_labels
+from ensembler.data.images import MEMORY_LIMIT, Split
+from ensembler.data.normalisation import normalised
+from ensembler.data.sources import Source, sources
+from ensembler.data.splits import complete
 from ensembler.errors import DataError, UsageError
-from ensembler.examples import Arrays
-from ensembler.folder_notes import Notes, describe_splits
-from ensembler.image_arrays import is_array, resize, to_array, to_image, to_images, to_label, to_labels
-from ensembler.images import MEMORY_LIMIT, Split
-from ensembler.normalisation import normalised
-from ensembler.splits import complete
 
 __all__ = ["as_dataset"]
 
@@ -51,8 +51,8 @@ def as_dataset(
 
     A split is ``(images, labels)`` or any map-style dataset of pairs ``(image, label)``, such as a
     ``torch.utils.data.Dataset``, a list, or the dataset of a ``DataLoader``. Images are PIL images, arrays or tensors
-    as :mod:`ensembler.image_arrays` says: of 8 bits, or floats from 0 to 1, which are rounded to 8 bits. Rows (N, F) of
-    numbers are features. Labels are whole numbers from 0.
+    as :mod:`ensembler.data.image_arrays` says: of 8 bits, or floats from 0 to 1, which are rounded to 8 bits. Rows
+    (N, F) of numbers are features. Labels are whole numbers from 0.
 
     Transforms must give the same image each time: random ones belong to training's augmentation, and ``Normalize`` is
     left out, because the package normalises.
@@ -65,10 +65,10 @@ def as_dataset(
         name: in reports. For commands to find the data again, it is the ``package.module:attribute`` or
             ``file.py:attribute`` of this dataset, or of a function without arguments that returns it.
         image_size: resize every image to this many pixels per side, ignoring proportions.
-        normalisation: of the network's inputs, see :func:`ensembler.normalisation.parse`; by default the mean and
+        normalisation: of the network's inputs, see :func:`ensembler.data.normalisation.parse`; by default the mean and
             standard deviation of the training examples.
         validation_share: of the training examples that are held out where there is no ``validation``.
-        in_memory: read images that take more than :data:`ensembler.images.MEMORY_LIMIT`, too.
+        in_memory: read images that take more than :data:`ensembler.data.images.MEMORY_LIMIT`, too.
 
     Raises:
         UsageError: an object of a kind that is not taken, or an option out of range.

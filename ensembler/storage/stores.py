@@ -1,4 +1,4 @@
-"""Folders at URLs for :mod:`ensembler.storage`: reading, listing and writing, with errors on one line.
+"""Folders at URLs for :mod:`ensembler.storage.urls`: reading, listing and writing, with errors on one line.
 
 fsspec and huggingface_hub are imported when a URL is opened, because few commands need them.
 """
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from ensembler.artefact import LARGEST_TEXT, MANIFEST, NAME, SEAL, open_file
 from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, UsageError
 from ensembler.progress import Watcher
+from ensembler.storage.artefact import LARGEST_TEXT, MANIFEST, NAME, SEAL, open_file
 
 __all__ = ["HubRepository", "Store", "is_url", "mismatch", "name_of", "open_store", "silent"]
 

@@ -1,6 +1,6 @@
 """The interface of data for training and prediction, and arrays of features as one implementation.
 
-Images are the other implementation (:mod:`ensembler.images`). Your own is any class with the members of
+Images are the other implementation (:mod:`ensembler.data.images`). Your own is any class with the members of
 :class:`Examples`: a run's manifest names it as ``package.module:Class``, and it is imported from there.
 """
 
@@ -216,10 +216,10 @@ def find(kind: str) -> type[Examples]:
     Raises:
         UsageError: there is no such kind.
     """
-    from ensembler.images import Split
+    from ensembler.data.images import Split
 
     own: dict[str, type[Examples]] = {"images": Split, "arrays": Arrays}
     cls = own.get(kind) or import_object(kind, "kind of data")
     if not isinstance(cls, type):
-        raise UsageError(f"{kind} is not a kind of data: name a class with the members of ensembler.examples.Examples")
+        raise UsageError(f"{kind} is not a kind of data: name a class that does as ensembler.data.examples.Examples")
     return cls

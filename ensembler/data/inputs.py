@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensembler.decoding import pixels, read_image
+from ensembler.data.decoding import pixels, read_image
+from ensembler.data.examples import Examples
 from ensembler.errors import ShapeError, UsageError
-from ensembler.examples import Examples
 from ensembler.naming import reason
 
 __all__ = ["batches", "check_images"]

@@ -1,7 +1,7 @@
 """Images and labels that are objects in memory, brought to the package's own: uint8 (N, H, W, 3), int64 from 0.
 
 =====================  =============================================================================================
-PIL images             as files are (:mod:`ensembler.decoding`): palettes, 16 bits, transparency, EXIF orientation
+PIL images             as files are (:mod:`ensembler.data.decoding`): palettes, 16 bits, transparency, EXIF orientation
 NumPy arrays, tensors  (H, W), or with 1, 3 or 4 channels, which are first or last; grey becomes three equal channels
 uint8, other integers  pixels from 0 to 255
 floats                 pixels from 0 to 1, rounded to 8 bits; those of another range are refused
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ensembler.decoding import on_white, to_rgb
+from ensembler.data.decoding import on_white, to_rgb
 from ensembler.errors import DataError, first_line
 
 __all__ = ["is_array", "resize", "to_array", "to_image", "to_images", "to_label", "to_labels"]

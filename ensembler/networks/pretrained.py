@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor, nn
 
-from ensembler import architectures
-from ensembler.checkpoints import Checkpoint
 from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, UsageError
+from ensembler.networks import architectures
+from ensembler.networks.checkpoints import Checkpoint
 
 __all__ = ["pretrained"]
 

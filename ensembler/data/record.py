@@ -9,12 +9,12 @@ from typing import Any
 
 from pydantic import Field
 
-from ensembler import datasets
-from ensembler.augmentations import check_augmentation
-from ensembler.datasets import Dataset
-from ensembler.decoded import DecodedSplit
+from ensembler.data import datasets
+from ensembler.data.augmentations import check_augmentation
+from ensembler.data.datasets import Dataset
+from ensembler.data.decoded import DecodedSplit
+from ensembler.data.images import FileSplit
 from ensembler.errors import DataError, UsageError
-from ensembler.images import FileSplit
 from ensembler.naming import is_importable
 from ensembler.record import Record
 
@@ -25,7 +25,7 @@ class DatasetRecord(Record):
     """The identity of a dataset, its normalisation and its augmentation.
 
     Attributes:
-        kind: of data; see :func:`ensembler.examples.find`.
+        kind: of data; see :func:`ensembler.data.examples.find`.
         shape: of one stored example; for images, [H, W, 3].
         lazy: whether images were read from files when needed.
         skipped: the files of a folder that cannot be read and were left out.
@@ -89,7 +89,7 @@ class DatasetRecord(Record):
         )
 
     def load(self, root: str | Path | None = None, *, download: bool = False, dataset: Any = None) -> Dataset:
-        """Load the same examples, normalised alike; ``root`` and ``download`` as in :func:`ensembler.datasets.load`.
+        """Load the same examples, normalised alike; ``root``, ``download`` as in :func:`ensembler.data.datasets.load`.
 
         A folder that has moved is read at ``root``, or at its own name in ``root``. Its training images are neither
         read nor decoded, and are checked when they are first used.
@@ -98,7 +98,7 @@ class DatasetRecord(Record):
             root: see above.
             download: see above.
             dataset: where the examples are now, if not under the record's name: another name, the dataset, or what
-                :func:`ensembler.datasets.find` makes one of.
+                :func:`ensembler.data.datasets.find` makes one of.
 
         Raises:
             DataError: the examples are missing or have changed, or are known by no name.

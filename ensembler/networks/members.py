@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ensembler import examples
-from ensembler.capture import Captured, CudaGraph
-from ensembler.dropout import fix_masks
-from ensembler.network_checks import NetworkChecks
+from ensembler.data import examples
+from ensembler.networks.capture import Captured, CudaGraph
+from ensembler.networks.checks import NetworkChecks
+from ensembler.networks.dropout import fix_masks
 from ensembler.run import Run
 from ensembler.seeds import generator
 from ensembler.task import Task

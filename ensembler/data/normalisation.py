@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ensembler.errors import UsageError
 
 if TYPE_CHECKING:
-    from ensembler.datasets import Dataset
+    from ensembler.data.datasets import Dataset
 
 __all__ = ["NAMES", "describe", "normalised", "parse", "text"]
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ensembler.data.images import Split
+from ensembler.data.splits import hold_out
 from ensembler.errors import DataError
-from ensembler.images import Split
-from ensembler.splits import hold_out
 
 __all__ = ["Parts", "cifar", "digits", "fashion_mnist"]
 

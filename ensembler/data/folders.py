@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ensembler.decoding import suffixes
+from ensembler.data.decoding import suffixes
 from ensembler.errors import DataError
 
 __all__ = ["Layout", "Part", "describe", "find_images", "place", "read_layout", "split_folder", "stat_files"]

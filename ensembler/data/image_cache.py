@@ -26,12 +26,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ensembler import decoding
-from ensembler.artefact import HELD, hold, sweep
+from ensembler.data import decoding
+from ensembler.data.examples import hash_tensors
+from ensembler.data.folders import stat_files
 from ensembler.errors import ArtefactError, UsageError
-from ensembler.examples import hash_tensors
-from ensembler.folders import stat_files
 from ensembler.machine import user_cache
+from ensembler.storage.artefact import HELD, hold, sweep
 
 __all__ = ["LIMIT", "Listed", "clear", "default_folder", "kept", "listed", "maximum", "recorded"]
 
@@ -104,7 +104,7 @@ def kept(
 
     Returns:
         The tensor, mapped into memory where it comes from the cache; and the texts, with ``"sha256"``, which is
-        :func:`ensembler.examples.hash_tensors` of the tensor and the labels.
+        :func:`ensembler.data.examples.hash_tensors` of the tensor and the labels.
 
     Raises:
         UsageError: :data:`LIMIT` is not a number. Whatever ``make`` raises.
@@ -194,7 +194,7 @@ def _decoder() -> list[Any]:
     import PIL
     from PIL import features
 
-    from ensembler.images import read_images
+    from ensembler.data.images import read_images
 
     source = hashlib.sha256()
     for code in (decoding, decoding.decode, read_images):

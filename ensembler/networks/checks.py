@@ -18,13 +18,13 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from ensembler import architectures
-from ensembler.architectures import Factory, MemoryFormat
 from ensembler.device import restored_generators, seed_generators
 from ensembler.errors import ShapeError, UsageError
 from ensembler.naming import reason
+from ensembler.networks import architectures
+from ensembler.networks.architectures import Factory, MemoryFormat
+from ensembler.networks.unheld import differences, unheld
 from ensembler.task import Classification, Task
-from ensembler.unheld import differences, unheld
 from ensembler.weights import FlatWeights
 
 __all__ = ["NetworkChecks"]
@@ -43,7 +43,7 @@ class NetworkChecks:
         name: the architecture's.
         task: what its outputs mean.
         outputs: O, the number of outputs that the task needs.
-        factory: what builds the network, where its name does not say so; see :func:`ensembler.architectures.build`.
+        factory: what builds the network, where its name does not; see :func:`ensembler.networks.architectures.build`.
     """
 
     name: str
@@ -52,7 +52,7 @@ class NetworkChecks:
     factory: Factory | None = None
 
     def build(self, seed: int, memory_format: MemoryFormat) -> nn.Module:
-        """Build the network; see :func:`ensembler.architectures.build`."""
+        """Build the network; see :func:`ensembler.networks.architectures.build`."""
         return architectures.build(self.name, self.outputs, seed, memory_format, self.factory)
 
     def ownership(self, network: nn.Module) -> None:

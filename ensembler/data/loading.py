@@ -22,7 +22,7 @@ from ensembler.machine import available_cpus
 from ensembler.naming import given, reason, remember
 
 if TYPE_CHECKING:
-    from ensembler.images import FileSplit
+    from ensembler.data.images import FileSplit
 
 __all__ = ["read_ahead"]
 
@@ -117,8 +117,8 @@ class _Reader(Dataset[Any]):
         self._transform = given(augmentation)
 
     def __getitem__(self, key: _Key) -> tuple[Tensor, Tensor] | EnsemblerError:
-        from ensembler.decoding import MEND_OR_SKIP
-        from ensembler.images import read_images
+        from ensembler.data.decoding import MEND_OR_SKIP
+        from ensembler.data.images import read_images
 
         files, labels, choices = key
         if self._transform is not None:
@@ -142,7 +142,7 @@ def _context() -> BaseContext:
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
-    context.set_forkserver_preload(["ensembler.images", "torchvision.transforms.v2"])
+    context.set_forkserver_preload(["ensembler.data.images", "torchvision.transforms.v2"])
     return context
 
 

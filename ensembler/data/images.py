@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensembler.augmentations import CROPS, POLICIES, split, transform
-from ensembler.decoding import MEND, read_image
+from ensembler.data.augmentations import CROPS, POLICIES, split, transform
+from ensembler.data.decoding import MEND, read_image
+from ensembler.data.examples import Cut, Epoch, InMemory, hash_tensors, stream
+from ensembler.data.folders import stat_files
+from ensembler.data.inputs import check_images
 from ensembler.errors import DataError
-from ensembler.examples import Cut, Epoch, InMemory, hash_tensors, stream
-from ensembler.folders import stat_files
-from ensembler.inputs import check_images
 from ensembler.machine import in_threads
 from ensembler.text import counted, printable
 
@@ -48,7 +48,7 @@ _GLOBAL_GENERATOR = Lock()
 
 
 class _Images:
-    """Base of :class:`Split` and :class:`FileSplit`; see :class:`ensembler.examples.Examples`."""
+    """Base of :class:`Split` and :class:`FileSplit`; see :class:`ensembler.data.examples.Examples`."""
 
     kind: ClassVar[str] = "images"
     augmentations: ClassVar[Sequence[str]] = (*POLICIES, *CROPS)
@@ -76,7 +76,7 @@ class _Images:
 
     @staticmethod
     def check(x: Tensor, shape: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> bool:
-        """Return whether these are stored images or normalised inputs; see :func:`ensembler.inputs.check_images`."""
+        """Whether these are stored images or normalised inputs; see :func:`ensembler.data.inputs.check_images`."""
         return check_images(x, shape, mean, std)
 
 
@@ -134,7 +134,7 @@ class Split(_Images):
     def stream(
         self, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device, workers: int | None = None
     ) -> Generator[InMemory, None, None]:
-        """Yield the batches of epochs; see :func:`ensembler.examples.stream`."""
+        """Yield the batches of epochs; see :func:`ensembler.data.examples.stream`."""
         return stream(self, epochs, cut, augmentation, device)
 
 
@@ -228,8 +228,8 @@ class FileSplit(_Images):
     def stream(
         self, epochs: Iterator[Epoch], cut: Cut, augmentation: str, device: torch.device, workers: int | None = None
     ) -> Generator[InMemory, None, None]:
-        """Yield the batches of epochs, read by worker processes; see :func:`ensembler.loading.read_ahead`."""
-        from ensembler.loading import read_ahead
+        """Yield the batches of epochs, read by worker processes; see :func:`ensembler.data.loading.read_ahead`."""
+        from ensembler.data.loading import read_ahead
 
         keys = (key for order, choices in epochs for key in cut(order, choices))
         with closing(read_ahead(self, keys, augmentation, device, workers)) as batches:
@@ -292,7 +292,7 @@ def augment(images: Tensor, augmentation: str, choices: Tensor) -> Tensor:
     ``"crop"`` pads by 4 black pixels and crops to the original size; ``"crop-flip"`` also mirrors half of the images;
     ``"resized-crop-flip"`` is usual for ImageNet: torchvision's ``v2.RandomResizedCrop`` (8 to 100 % of the area,
     proportions from 3:4 to 4:3, resized to the original size) and ``v2.RandomHorizontalFlip``; ``"none"`` changes
-    nothing. The transform that may follow is computed on the CPU; see :func:`ensembler.augmentations.transform`.
+    nothing. The transform that may follow is computed on the CPU; see :func:`ensembler.data.augmentations.transform`.
     """
     crop, name = split(augmentation)
     if name is None or not len(images):

@@ -1,7 +1,7 @@
 """Reading of checkpoints: files of weights that were trained elsewhere.
 
 Nothing is unpickled: a file is safetensors, or is read by ``torch.load(..., weights_only=True)``. Which of a file's
-state dicts a network takes, :mod:`ensembler.matching` decides by names and shapes.
+state dicts a network takes, :mod:`ensembler.networks.matching` decides by names and shapes.
 """
 
 from __future__ import annotations

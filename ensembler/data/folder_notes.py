@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from ensembler.folders import Layout, describe
-from ensembler.images import FileSplit, Images, Split
-from ensembler.splits import repeated, repeated_files
+from ensembler.data.folders import Layout, describe
+from ensembler.data.images import FileSplit, Images, Split
+from ensembler.data.splits import repeated, repeated_files
 
 __all__ = ["Notes", "describe_folder", "describe_splits"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler.decoding import MEND_OR_SKIP
+from ensembler.data.decoding import MEND_OR_SKIP
 from ensembler.errors import DataError
 from ensembler.machine import in_threads
 
@@ -68,7 +68,7 @@ def complete(found: Mapping[str, Any], share: float, title: str) -> dict[str, An
     """Return the splits ``train``, ``validation`` and ``test``; those missing are held out of the training examples.
 
     Args:
-        found: the splits that there are, of :class:`ensembler.examples.Examples`; ``train`` is one of them.
+        found: the splits that there are, of :class:`ensembler.data.examples.Examples`; ``train`` is one of them.
         share: of the training examples that are held out for validation; a fifth is for testing.
         title: of the examples, for the message.
 

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from ensembler import storage
 from ensembler.errors import UsageError
 from ensembler.progress import watching
+from ensembler.storage import urls
+from ensembler.storage.transfers import MEGABYTES
 from ensembler.text import echo
-from ensembler.transfers import MEGABYTES
 
 __all__ = ["app"]
 
@@ -39,10 +39,10 @@ def push(
 ) -> None:
     """Verify a run or bundle and upload it to a URL, with a model card; an incomplete upload is never used."""
     *given, url = places
-    if len(given) > 1 or not storage.is_url(url):
+    if len(given) > 1 or not urls.is_url(url):
         raise UsageError("push takes a run or bundle, and the URL to push it to, such as s3://BUCKET/NAME")
     with watching(quiet, **MEGABYTES) as watch:
-        sent = storage.push(storage.local(given[0], watch) if given else _latest(), url, private=private, watch=watch)
+        sent = urls.push(urls.local(given[0], watch) if given else _latest(), url, private=private, watch=watch)
     echo(f"pushed: {url} ({', '.join(sent)})" if sent else f"{url} is up to date: nothing was sent")
 
 
@@ -54,14 +54,14 @@ def pull(
     ] = None,
     largest: Annotated[
         float, typer.Option(min=0.0, metavar="GB", help="Largest size in GB; more is refused, and not kept.")
-    ] = storage.LARGEST,
+    ] = urls.LARGEST,
     quiet: _Quiet = False,
 ) -> None:
     """Download a run or bundle from a URL and verify every byte; a partial download is not kept."""
-    if not storage.is_url(url):
+    if not urls.is_url(url):
         raise UsageError(f"{url} is not a URL: pull is only for runs and bundles on other machines")
     with watching(quiet, **MEGABYTES) as watch:
-        folder = storage.pull(url, out, watch, largest)
+        folder = urls.pull(url, out, watch, largest)
     echo(f"pulled: {folder}")
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ensembler import storage
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.progress import watching
-from ensembler.storage import Url, local
+from ensembler.storage import urls
+from ensembler.storage.urls import Url, local
 from ensembler.text import echo
 
 __all__ = ["MEGABYTES", "fetch_urls", "push_finished"]
@@ -21,7 +21,7 @@ def fetch_urls(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Fetch the runs and bundles among a command's parameters, and replace each URL by its local folder.
 
     Raises:
-        As :func:`ensembler.storage.local`.
+        As :func:`ensembler.storage.urls.local`.
     """
     many = {name: value if isinstance(value, list | tuple) else [value] for name, value in parameters.items()}
     remote = {name for name, values in many.items() if any(isinstance(value, Url) for value in values)}
@@ -48,7 +48,7 @@ def push_finished(path: Path, url: str | None, quiet: bool = False) -> None:
     again = f"{path} is finished and kept; to push it: ensembler push {path} {url}"
     try:
         with watching(quiet, **MEGABYTES) as watch:
-            storage.push(path, url, watch=watch)
+            urls.push(path, url, watch=watch)
     except (ArtefactError, UsageError) as error:
         raise ArtefactError(f"{error}; {again}") from error
     except KeyboardInterrupt:

@@ -1,8 +1,9 @@
 """Runs and bundles at URLs: on S3, Google Cloud Storage, any file system of fsspec, or the Hugging Face Hub.
 
-A URL holds the artefact's folder (:mod:`ensembler.artefact`): its files, ``manifest.json``, ``manifest.sha256``, a
-run's calibration, and a ``README.md``. Object stores cannot rename folders, so the order of writing marks what is
-complete: the manifest comes first and claims the URL, the seal comes last. On the Hub, everything is one commit.
+A URL holds the folder of a run or bundle (:mod:`ensembler.storage.artefact`): its files, ``manifest.json``,
+``manifest.sha256``, a run's calibration, and a ``README.md``. Object stores cannot rename folders, so the order of
+writing marks what is complete: the manifest comes first and claims the URL, the seal comes last. On the Hub, everything
+is one commit.
 
 The content of a URL is untrusted: a manifest that names files outside its folder is refused, and every file must have
 the SHA-256 that the sealed manifest gives, or it is discarded.
@@ -19,13 +20,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ensembler import artefact
-from ensembler.artefact import MANIFEST, SEAL
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 from ensembler.machine import kept_folder, user_cache
 from ensembler.progress import Watcher
-from ensembler.signing import SIGNED
-from ensembler.stores import HubRepository, Store, is_url, mismatch, name_of, open_store, silent
+from ensembler.storage import artefact
+from ensembler.storage.artefact import MANIFEST, SEAL
+from ensembler.storage.signing import SIGNED
+from ensembler.storage.stores import HubRepository, Store, is_url, mismatch, name_of, open_store, silent
 
 __all__ = [
     "LARGEST",
@@ -154,7 +155,7 @@ def push(path: str | Path, url: str, *, private: bool | None = None, watch: Watc
         CorruptError: a file has changed.
         UsageError: the URL holds something else, or the URL or an option for it is invalid.
     """
-    from ensembler.card import card
+    from ensembler.storage.card import card
 
     path = Path(path).resolve()
     if private is not None and not url.startswith("hf://"):

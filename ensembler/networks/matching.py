@@ -17,8 +17,8 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor, nn
 
-from ensembler.checkpoints import Checkpoint
 from ensembler.errors import ShapeError
+from ensembler.networks.checkpoints import Checkpoint
 
 __all__ = ["Fit", "fit", "load"]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
+from ensembler.data.image_arrays import is_array
 from ensembler.errors import DataError, UsageError
-from ensembler.image_arrays import is_array
 from ensembler.naming import reason
 
 __all__ = ["Source", "is_data_module", "sources"]
@@ -81,7 +81,7 @@ def is_data_module(given: Any) -> bool:
 
 
 def sources(train: Any, test: Any = None, validation: Any = None) -> dict[str, Source]:
-    """Return the source of each split that was given; see :func:`ensembler.own_data.as_dataset`.
+    """Return the source of each split that was given; see :func:`ensembler.data.own_data.as_dataset`.
 
     Raises:
         UsageError: a kind of object that is not taken. DataError: it has no examples.

@@ -5,8 +5,8 @@
 ``cifar10``          CIFAR-10 and CIFAR-100 (torchvision's archives, MD5-checked before anything is read)
 ``cifar100``
 ``fashion-mnist``    torchvision's download, or a folder of its IDX files, gzipped or not; padded to 32 x 32 RGB
-``folder:PATH``      a folder of images by class, with or without splits of its own; :mod:`ensembler.folders`
-``module:NAME``      your own, in ``package.module:NAME`` or ``file.py:NAME``; :func:`ensembler.own_data.as_dataset`
+``folder:PATH``      a folder of images by class, with or without splits of its own; :mod:`ensembler.data.folders`
+``module:NAME``      ``package.module:NAME`` or ``file.py:NAME``; :func:`ensembler.data.own_data.as_dataset`
 ===================  ===========================================================================================
 
 The validation split is a seeded, stratified part of the training images, the same in every run, or a folder's ``val/``;
@@ -26,18 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensembler.decoded import DecodedSplit, find_unreadable
-from ensembler.decoding import MEND_OR_SKIP, read_image
+from ensembler.data.decoded import DecodedSplit, find_unreadable
+from ensembler.data.decoding import MEND_OR_SKIP, read_image
+from ensembler.data.folder_notes import Notes, describe_folder
+from ensembler.data.folders import Layout, place, read_layout
+from ensembler.data.image_cache import kept
+from ensembler.data.images import MEMORY_LIMIT, FileSplit, Images, Split, normalise
+from ensembler.data.published import cifar, digits, fashion_mnist
+from ensembler.data.splits import complete, hold_out
 from ensembler.errors import DataError, EnsemblerError, UsageError
-from ensembler.folder_notes import Notes, describe_folder
-from ensembler.folders import Layout, place, read_layout
-from ensembler.image_cache import kept
-from ensembler.images import MEMORY_LIMIT, FileSplit, Images, Split, normalise
 from ensembler.machine import home
 from ensembler.naming import import_object, is_importable, reason
-from ensembler.published import cifar, digits, fashion_mnist
 from ensembler.seeds import generator
-from ensembler.splits import complete, hold_out
 from ensembler.text import counted, printable
 
 __all__ = [
@@ -70,9 +70,9 @@ class Dataset:
         name: the name for :func:`load`.
         title: the name in reports.
         classes: the class names, in label order; none where the targets are numbers.
-        augmentation: the default augmentation, one of :data:`ensembler.augmentations.CROPS`.
+        augmentation: the default augmentation, one of :data:`ensembler.data.augmentations.CROPS`.
         train, validation, test: all in memory, or all in files. :func:`load` returns images; your own dataset may hold
-            other examples (:mod:`ensembler.examples`).
+            other examples (:mod:`ensembler.data.examples`).
         mean: (3,) of the training images, pixels in [0, 1]; for images in files, of a seeded sample of 2,048.
         std: (3,), the standard deviation of the same pixels.
         skipped: the files of a folder that cannot be read and were left out, relative to it.
@@ -131,18 +131,18 @@ def load(
 ) -> Dataset:
     """Load a dataset by name.
 
-    A folder's images that are held in memory are decoded once, and kept (:mod:`ensembler.image_cache`).
+    A folder's images that are held in memory are decoded once, and kept (:mod:`ensembler.data.image_cache`).
 
     Args:
         name: one of :data:`NAMES`. What ``package.module:NAME`` or ``file.py:NAME`` holds is a dataset, or what
-            :func:`ensembler.own_data.as_dataset` takes, or a function without arguments that returns one of these.
+            :func:`ensembler.data.own_data.as_dataset` takes, or a function without arguments that returns one of these.
         root: the folder of the files; by default :func:`default_root`. For ``folder:PATH``, where that folder is now.
         download: download missing files.
         image_size: resize every image to this many pixels per side, ignoring proportions; by default no resize.
         validation: share of the training images held out, in (0, 1).
         in_memory: whether to decode a folder's images now and hold them in memory, or to read them from files when
             needed, which requires ``image_size``. By default in memory, unless they need more than
-            :data:`ensembler.images.MEMORY_LIMIT`; your own dataset is then refused unless this is true.
+            :data:`ensembler.data.images.MEMORY_LIMIT`; your own dataset is then refused unless this is true.
         corrupt: how to handle images of a folder that cannot be decoded. ``"refuse"`` raises when one is decoded: here
             if they are held in memory, else during training or evaluation. ``"skip"`` leaves them out and names them;
             it decodes every image once here.
@@ -193,20 +193,20 @@ def find(given: Any) -> Dataset:
     """Return the dataset that is given itself, by a name for :func:`load`, or as what can be made one.
 
     Raises:
-        UsageError, DataError: see :func:`load` and :func:`ensembler.own_data.as_dataset`.
+        UsageError, DataError: see :func:`load` and :func:`ensembler.data.own_data.as_dataset`.
     """
     if isinstance(given, Dataset):
         return given
     if isinstance(given, str):
         return load(given)
-    from ensembler.own_data import as_dataset
+    from ensembler.data.own_data import as_dataset
 
     return as_dataset(given)
 
 
 def _own(name: str, image_size: int | None, share: float, in_memory: bool, known: Known | None) -> Dataset:
     """Import a dataset, or what one is made of."""
-    from ensembler.own_data import as_dataset
+    from ensembler.data.own_data import as_dataset
 
     found = import_object(name, "dataset")
     if isinstance(found, type) or (inspect.isroutine(found) or isinstance(found, partial)):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensembler.decoding import MEND_OR_SKIP, unreadable
-from ensembler.image_cache import kept, recorded
-from ensembler.images import FileSplit, Split, read_images
-from ensembler.splits import content_sha256
+from ensembler.data.decoding import MEND_OR_SKIP, unreadable
+from ensembler.data.image_cache import kept, recorded
+from ensembler.data.images import FileSplit, Split, read_images
+from ensembler.data.splits import content_sha256
 
 __all__ = ["DecodedSplit", "find_unreadable"]
 
@@ -21,7 +21,7 @@ __all__ = ["DecodedSplit", "find_unreadable"]
 class DecodedSplit(Split):
     """Images in memory from their first use on: mapped from the cache, or decoded and kept there.
 
-    Labels, shape and length are known without. See :mod:`ensembler.image_cache`.
+    Labels, shape and length are known without. See :mod:`ensembler.data.image_cache`.
 
     Args:
         source: the files.
