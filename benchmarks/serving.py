@@ -138,13 +138,13 @@ def soak(
             raise SystemExit(f"no rate keeps p99 under {LATE} ms on this machine, now")
         rate *= 0.8  # room for what else the machine does meanwhile
         time.sleep(10)
-        sizes = [memory(port)]
+        sizes = [memory()]
         steady = client(ours, port=port, shape=shape, rates=[[rate, seconds]])
-        sizes.append(memory(port))
+        sizes.append(memory())
         floods = []
         for _ in range(2):
             floods.append(client(ours, port=port, shape=shape, rates=[[4 * rate, seconds / 5], [rate, 15]])["phases"])
-            sizes.append(memory(port))
+            sizes.append(memory())
     recovered = [recovery(after) for _, after in floods]
     for name, found in {"steady": steady, "four times that": floods[0][0], "and again": floods[1][0]}.items():
         print(f"soak, {name}: p99 {found['p99']:.0f} ms, {found['statuses']}, passes of {found['mean_batch']:.1f}")
@@ -406,15 +406,11 @@ def pin(on: Iterable[int]) -> None:
         os.sched_setaffinity(0, on)
 
 
-def memory(port: int) -> int:
-    """Bytes that the server listening on a port holds, with its children."""
+def memory() -> int:
+    """Bytes that the processes started here hold: the server and its workers, while no client runs."""
     import psutil
 
-    for process in psutil.process_iter(["cmdline"]):
-        if str(port) in (process.info["cmdline"] or []):
-            family = [process, *process.children(recursive=True)]
-            return sum(member.memory_info().rss for member in family)
-    raise SystemExit("the server is gone")
+    return sum(process.memory_info().rss for process in psutil.Process().children(recursive=True))
 
 
 def make_bundle(folder: Path, architecture: str, members: int) -> Path:
