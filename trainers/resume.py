@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
 
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 from ensembler.jobs import Job
@@ -40,15 +39,15 @@ from ensembler.trainers.spec import SPEC, Spec, unfinished
 
 __all__ = ["JobResult", "Store", "UnfinishedRun", "lock"]
 
-FORMAT = 1
+FORMAT = 2
 _FILE = "state.pt"
 
 
 @dataclass(frozen=True, eq=False)
 class JobResult:
-    """The result of a job: tensors, JSON values, and its ledger's record."""
+    """The result of a job: tensors by name, or mappings of them, JSON values, and its ledger's record."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     facts: dict[str, Any]
     ledger: dict[str, Any]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ensembler import jobs
@@ -15,8 +16,8 @@ from ensembler.trainers.trainer import Trainer
 
 __all__ = ["Made", "each"]
 
-Made = tuple[dict[str, Tensor], dict[str, Any]]
-"""What a job's function returns: tensors, and JSON values."""
+Made = tuple[Mapping[str, Any], dict[str, Any]]
+"""What a job's function returns: tensors by name, or mappings of them, and JSON values."""
 
 
 def each(trainer: Trainer, function: Callable[..., Made], arguments: Mapping[str, Mapping[str, Any]]) -> list[Made]:
@@ -48,10 +49,7 @@ def each(trainer: Trainer, function: Callable[..., Made], arguments: Mapping[str
             done[job.name] = result
         results = [done[name] for name in arguments]
         ledgers += [result.ledger for result in results]
-    return [
-        ({name: tensor.to(trainer.device) for name, tensor in result.tensors.items()}, result.facts)
-        for result in results
-    ]
+    return [(_moved(result.tensors, trainer.device), result.facts) for result in results]
 
 
 def _work(
@@ -59,4 +57,9 @@ def _work(
 ) -> JobResult:
     own = trainer.fork(name, emit)
     tensors, facts = function(own, **given)
-    return JobResult({key: tensor.cpu() for key, tensor in tensors.items()}, facts, own.ledger.record())
+    return JobResult(_moved(tensors, "cpu"), facts, own.ledger.record())
+
+
+def _moved(tensors: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The same tensors on another device."""
+    return {name: own.to(device) if isinstance(own, Tensor) else _moved(own, device) for name, own in tensors.items()}
