@@ -42,7 +42,7 @@ from ensembler.data.record import DatasetRecord
 from ensembler.errors import ArtefactError, CorruptError, DivergedError, UsageError
 from ensembler.naming import is_given
 from ensembler.networks.architectures import Factory, factory_name
-from ensembler.record import Record
+from ensembler.record import Record, mistake
 from ensembler.storage import artefact
 
 __all__ = [
@@ -308,9 +308,9 @@ class Run:
                 path=path,
             )
         except ValidationError as error:
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-            raise ArtefactError(f"{path} is not a run that this version can read ({reason}): train it again") from error
+            raise ArtefactError(
+                f"{path} is not a run that this version can read ({mistake(error)}): train it again"
+            ) from error
         except OSError as error:
             raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
         except (KeyError, ValueError, SafetensorError) as error:

@@ -31,7 +31,7 @@ from typing import IO, Any
 
 import torch
 
-from ensembler.errors import ArtefactError, CorruptError, UsageError
+from ensembler.errors import ArtefactError, CorruptError, UsageError, first_line
 from ensembler.jobs import Job
 from ensembler.storage import artefact
 from ensembler.trainers.plan import Best, Snapshot, TrainState
@@ -242,7 +242,7 @@ class Store:
                 torch.save(dict(content), file)
         except RuntimeError as error:  # PyTorch raises it while it handles the system's error, such as a full disk
             system = error.__context__
-            reason = system.strerror if isinstance(system, OSError) else str(error).splitlines()[0]
+            reason = system.strerror if isinstance(system, OSError) else first_line(error)
             raise ArtefactError(f"cannot write {path}: {reason}: make room, or choose another place") from error
         self.unfinished.written = time.monotonic()
 

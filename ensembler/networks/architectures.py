@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ensembler.device import restored_generators, seed_generators
-from ensembler.errors import UsageError
+from ensembler.errors import UsageError, first_line
 from ensembler.naming import import_object, is_given, name_of, reason
 from ensembler.seeds import derive
 from ensembler.weights import tie
@@ -337,8 +337,7 @@ def from_timm(name: str, **options: Any) -> nn.Module:
     try:
         network: nn.Module = timm.create_model(name, **options)
     except RuntimeError as error:  # an unknown tag, or a missing library
-        reason, _, _ = str(error).partition("\n")
-        raise UsageError(f"timm cannot build {name!r}: {reason}") from error
+        raise UsageError(f"timm cannot build {name!r}: {first_line(error)}") from error
     return network
 
 
