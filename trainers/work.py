@@ -14,13 +14,15 @@ from ensembler.trainers.events import OnEvent
 from ensembler.trainers.resume import JobResult
 from ensembler.trainers.trainer import Trainer
 
-__all__ = ["Made", "each"]
+__all__ = ["JobOutput", "each"]
 
-Made = tuple[Mapping[str, Any], dict[str, Any]]
+JobOutput = tuple[Mapping[str, Any], dict[str, Any]]
 """What a job's function returns: tensors by name, or mappings of them, and JSON values."""
 
 
-def each(trainer: Trainer, function: Callable[..., Made], arguments: Mapping[str, Mapping[str, Any]]) -> list[Made]:
+def each(
+    trainer: Trainer, function: Callable[..., JobOutput], arguments: Mapping[str, Mapping[str, Any]]
+) -> list[JobOutput]:
     """What ``function(trainer, **arguments[name])`` makes for each name, in their order.
 
     The trainer's engine does the jobs, here or in other processes; the result is the same, for a job depends on its
@@ -53,7 +55,7 @@ def each(trainer: Trainer, function: Callable[..., Made], arguments: Mapping[str
 
 
 def _work(
-    trainer: Trainer, emit: OnEvent, name: str, function: Callable[..., Made], given: dict[str, Any]
+    trainer: Trainer, emit: OnEvent, name: str, function: Callable[..., JobOutput], given: dict[str, Any]
 ) -> JobResult:
     own = trainer.fork(name, emit)
     tensors, facts = function(own, **given)

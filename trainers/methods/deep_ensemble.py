@@ -14,7 +14,7 @@ from ensembler.trainers.recipes import ASHUKHA_2020, GARIPOV_2018, SOLUTIONS, Re
 if TYPE_CHECKING:
     from ensembler.trainers.budget import Budget, Piece
     from ensembler.trainers.trainer import Trainer
-    from ensembler.trainers.work import Made
+    from ensembler.trainers.work import JobOutput
 
 __all__ = ["DeepEnsemble"]
 
@@ -70,7 +70,7 @@ class DeepEnsemble(Method):
         return Members(torch.stack([one.vector for one in found]), torch.eye(self.members), stack_buffers(found))
 
 
-def solve(trainer: Trainer, member: int) -> Made:
+def solve(trainer: Trainer, member: int) -> JobOutput:
     """A job: one solution, its ``vector`` (P,) and its ``buffers``."""
     from ensembler.trainers.starts import solution
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ensembler.trainers.plan import Fitted
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
-    from ensembler.trainers.work import Made
+    from ensembler.trainers.work import JobOutput
 
 __all__ = ["BASE", "BENTON_2021", "LADDER", "Simplex"]
 
@@ -159,7 +159,7 @@ class Simplex(Method):
             raise UsageError("several simplexes start from independent solutions: leave out --init")
         names = ["simplex"] if S == 1 else [f"simplex {number + 1}" for number in range(S)]
 
-        def grow_all(numbers: range, strength: float | str) -> list[Made]:
+        def grow_all(numbers: range, strength: float | str) -> list[JobOutput]:
             jobs = {names[n]: {"number": n, "name": names[n], "strength": strength} for n in numbers}
             return each(trainer, partial(grow, options=self), jobs)
 
@@ -183,7 +183,7 @@ class Simplex(Method):
         return Members(vertices, coefficients, buffers, sampling, metrics)
 
 
-def grow(trainer: Trainer, options: Simplex, number: int, name: str, strength: float | Literal["auto"]) -> Made:
+def grow(trainer: Trainer, options: Simplex, number: int, name: str, strength: float | Literal["auto"]) -> JobOutput:
     """A job: one ``simplex`` (K, P), the buffers of its ``solution`` and those at the end of its ``last`` training.
 
     Also what was found at each stage, and lambda.

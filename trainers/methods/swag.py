@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ensembler.trainers.plan import Gather, Snapshot
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
-    from ensembler.trainers.work import Made
+    from ensembler.trainers.work import JobOutput
 
 __all__ = ["SWAG", "moments"]
 
@@ -146,7 +146,7 @@ class SWAG(Method):
         )
 
 
-def fit_gaussian(trainer: Trainer, options: SWAG, number: int, name: str) -> Made:
+def fit_gaussian(trainer: Trainer, options: SWAG, number: int, name: str) -> JobOutput:
     """A job: one ``gaussian`` (K + 2, P), the ``buffers`` at the end of its training, and its numbers."""
     import torch
 
