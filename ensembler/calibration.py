@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 
 from ensembler.calibration_maps import FLOOR, Map, Temperature
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
-from ensembler.record import Record
+from ensembler.record import Record, mistake
 from ensembler.storage import artefact
 from ensembler.text import counted, printable
 
@@ -335,11 +335,11 @@ def read(file: str | Path, run_sha256: str, classes: int | None = None) -> Calib
     try:
         calibration = Calibration.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise ArtefactError(f"{file} is not a calibration of this version ({reason}): calibrate again") from error
+        raise ArtefactError(
+            f"{file} is not a calibration of this version ({mistake(error)}): calibrate again"
+        ) from error
     _check_run(calibration, run_sha256, file)
-    if calibration.classes != (calibration.classes if classes is None else classes):
+    if classes not in (None, calibration.classes):
         raise ArtefactError(f"{file} is for {calibration.classes} classes, not {classes}: calibrate again")
     try:  # lengths that do not go together
         usable = bool(np.isfinite(calibration.map(np.full((1, calibration.classes), 1 / calibration.classes))).all())

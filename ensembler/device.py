@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from ensembler.errors import UsageError
+from ensembler.errors import UsageError, first_line
 from ensembler.machine import available_cpus
 
 __all__ = [
@@ -43,8 +43,7 @@ def choose_device(device: str | torch.device | None = None) -> torch.device:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"cannot compute on the device {device!r}: {reason}") from error
+        raise UsageError(f"cannot compute on the device {device!r}: {first_line(error)}") from error
     return chosen
 
 

@@ -13,13 +13,14 @@ import os
 import socket
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from ensembler.errors import EngineError, EnsemblerError, UsageError
+from ensembler.errors import EngineError, EnsemblerError, UsageError, first_line
 
 __all__ = ["Engine", "Local", "Ray", "choose", "resources"]
 
@@ -35,15 +36,16 @@ _HEAD_LIMIT = 30.0  # seconds without an answer after which Ray's head counts as
 _LOCAL_LIMIT = 5.0  # the same for Ray's process on this machine, where Ray gives up after about 15
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Runs jobs. As a context manager, it stops what it started.
 
     Attributes:
         here: whether jobs run in this process.
     """
 
-    here: ClassVar[bool]
+    here: ClassVar[bool] = True
 
+    @abstractmethod
     def run(
         self, function: Callable[[S, A, Emit], R], shared: S, arguments: Sequence[A], on_event: Emit
     ) -> Generator[tuple[int, R], None, None]:
@@ -52,18 +54,17 @@ class Engine(Protocol):
         An :class:`~ensembler.errors.EnsemblerError` of a job is raised here, and stops the others. Closing the
         generator stops them, too.
         """
-        ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *_: object) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        return
 
 
 @dataclass(frozen=True)
-class Local:
+class Local(Engine):
     """Runs the jobs in this process, in order; ``emit`` is ``on_event``, and nothing is copied."""
-
-    here: ClassVar[bool] = True
 
     def run(
         self, function: Callable[[S, A, Emit], R], shared: S, arguments: Sequence[A], on_event: Emit
@@ -72,15 +73,9 @@ class Local:
         for place, argument in enumerate(arguments):
             yield place, function(shared, argument, on_event)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
 
 @dataclass(eq=False)
-class Ray:
+class Ray(Engine):
     """Runs the jobs as Ray tasks, each on a worker with its own CPUs and, if needed, its own GPU.
 
     A job whose worker is lost (killed, out of memory, machine gone) is run again on another. If Ray is already
@@ -155,8 +150,9 @@ class Ray:
                     warnings.simplefilter("ignore")  # it warns about changes in later versions
                     ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise EngineError(f"cannot reach Ray at {address}: {reason}: is it running there?") from error
+                raise EngineError(
+                    f"cannot reach Ray at {address}: {first_line(error)}: is it running there?"
+                ) from error
             self._started = True
         return ray
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,8 @@ __all__ = ["Ensemble"]
 
 # Numbers in a batch, 341 images of CIFAR's size, below which a forward pass takes longer to launch than to compute.
 _CAPTURED = 2**20
+
+_scratch = partial(TemporaryDirectory, prefix="ensembler-")
 
 
 class Ensemble:
@@ -252,7 +255,7 @@ class Ensemble:
         from ensembler.eval.options import EvaluationOptions
 
         given = {"shift": shift, "ood": ood, "examples": examples, **self._computed, **options}
-        with self._scratch() as scratch, watching(quiet or not interactive(), unit="images") as watch:
+        with _scratch() as scratch, watching(quiet or not interactive(), unit="images") as watch:
             found = EvaluationOptions(**given | self._kept(scratch))
             return evaluate_paths(self._folder(scratch), found, watch=watch, network=self._network)
 
@@ -277,7 +280,7 @@ class Ensemble:
         path = self.run.path
         if path is None or not self.run.is_at(path):
             raise UsageError("a calibration is kept beside its run: save this one first, run.save('runs/NAME')")
-        with self._scratch() as scratch, watching(quiet or not interactive(), unit="images") as watch:
+        with _scratch() as scratch, watching(quiet or not interactive(), unit="images") as watch:
             given = CalibrationOptions(**self._computed | options | self._kept(scratch))
             found = calibrate(path, given, watch=watch, network=self._network)
         calibration.save(found, path)
@@ -300,14 +303,8 @@ class Ensemble:
         from ensembler.serve import export_run
 
         given: dict[str, Any] = {"say": lambda text: None if quiet else echo(text, err=True), "network": self._network}
-        with self._scratch() as scratch:
+        with _scratch() as scratch:
             return export_run(self._folder(scratch), out, **given | options)
-
-    @contextmanager
-    def _scratch(self) -> Iterator[Path]:
-        """Yield a temporary folder."""
-        with TemporaryDirectory(prefix="ensembler-") as folder:
-            yield Path(folder)
 
     @property
     def _computed(self) -> dict[str, Any]:
@@ -326,16 +323,16 @@ class Ensemble:
             raise UsageError("this run combines several networks that cannot be imported: define them in a module")
         return next(iter(found), None)
 
-    def _folder(self, scratch: Path) -> Path:
+    def _folder(self, scratch: str) -> Path:
         """Return the run's folder; of members that are not saved, one in a temporary folder."""
         run = self.run
         if run.path is not None and run.is_at(run.path):
             return run.path
-        return replace(run, manifest=run.manifest.model_copy()).save(scratch / run.manifest.method)
+        return replace(run, manifest=run.manifest.model_copy()).save(Path(scratch, run.manifest.method))
 
-    def _kept(self, scratch: Path) -> dict[str, Any]:
+    def _kept(self, scratch: str) -> dict[str, Any]:
         """Where predictions are kept, as an option: temporarily, if the network's code cannot be read."""
-        return {} if self._network is None else {"cache": scratch / "predictions"}
+        return {} if self._network is None else {"cache": Path(scratch, "predictions")}
 
     def sample(self, members: int, seed: int = 0, train: Examples | None = None) -> Ensemble:
         """Draw an ensemble of new members from the same simplexes or Gaussians.

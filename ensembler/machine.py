@@ -142,12 +142,13 @@ def kept_folder(name: str, what: str) -> Path:
         what: is kept in it, for that line.
     """
     from ensembler.storage.artefact import check_writable
+    from ensembler.text import echo_once
 
     try:
         folder = user_cache() / name
         check_writable(folder, "set XDG_CACHE_HOME to a folder that can be written to keep them")
     except ArtefactError as error:
-        _say(f"{what} are not kept: {error}")
+        echo_once(f"{what} are not kept: {error}")
         return temporary_folder() / name
     return folder
 
@@ -170,14 +171,6 @@ def settle_matplotlib() -> None:
         if not os.access(existing, os.W_OK | os.X_OK):
             os.environ["MPLCONFIGDIR"] = str(temporary_folder())
             return
-
-
-@cache
-def _say(sentence: str) -> None:
-    """Say something once, on standard error."""
-    from ensembler.text import echo
-
-    echo(sentence, err=True)
 
 
 def _limits(root: Path) -> Iterator[float]:

@@ -1,4 +1,8 @@
-"""Importing what a manifest or a user names as ``package.module:attribute`` or ``file.py:attribute``."""
+"""Names of what users write in Python, ``package.module:attribute`` or ``file.py:attribute``, and its import by them.
+
+What no other process could import, such as a notebook's function or a lambda, is called ``__main__:NAME``, and must be
+passed from Python. Of functions that decide a training, a hash follows: ``__main__:NAME#HASH``.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +13,30 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from ensembler.errors import UsageError
 
-__all__ = ["given", "import_object", "is_importable", "name_of", "reason", "remember"]
+__all__ = ["given", "import_object", "is_given", "is_importable", "name_of", "reason", "register", "remember"]
 
-_BY_PYTHON = " given by Python, "
+_MAIN = "__main__:"  # of a notebook, a prompt or a script: in another process, another module
 _GIVEN: dict[str, Any] = {}  # what this process was given and cannot import, by its name
 
 _LIBRARIES = {"ensembler", "torch", "torchvision", "importlib", "inspect"}
 
 
+def is_given(name: str) -> bool:
+    """Return whether a name is of what cannot be imported, and so must be passed from Python."""
+    return name.startswith(_MAIN)
+
+
 def is_importable(name: str) -> bool:
     """Return whether :func:`import_object` takes a name: ``package.module:attribute``, ``file.py:attribute``, or what
-    :func:`name_of` made of something that only this process has."""
-    if _BY_PYTHON in name:
+    :func:`register` made of something that only this process has."""
+    if is_given(name):
         return True
     module, colon, attribute = name.rpartition(":")
     dotted = module.endswith(".py") or all(part.isidentifier() for part in module.split("."))
@@ -47,8 +57,11 @@ def import_object(name: str, kind: str) -> Any:
     """
     if name in _GIVEN:
         return _GIVEN[name]
-    if _BY_PYTHON in name:
-        raise UsageError(f"the {kind} {name!r} is none of this process: name one that can be imported, module:name")
+    if is_given(name):
+        raise UsageError(
+            f"the {kind} {name.removeprefix(_MAIN)} was defined in a notebook or script, from which it cannot be "
+            "imported: pass it from Python, or define it in a module and train again"
+        )
     given, _, attribute = name.partition(":")
     module = _module_of(given, name, kind) if given.endswith(".py") else given
     if not attribute:
@@ -71,23 +84,35 @@ def import_object(name: str, kind: str) -> Any:
             sys.path.remove(here)
 
 
-def name_of(function: Callable[..., Any]) -> str:
+def name_of(value: Callable[..., Any]) -> str:
+    """Return the name of a function, class or callable object that Python code passes.
+
+    It is ``package.module:attribute``, of the shortest package that has it, if importing that gives the very object in
+    any process: ``torch.optim:AdamW``. Otherwise it is ``__main__:NAME``.
+    """
+    name = getattr(value, "__qualname__", None) or type(value).__qualname__
+    modules = accumulate((getattr(value, "__module__", None) or "__main__").split("."), "{}.{}".format)
+    for module in modules:
+        if module != "__main__" and getattr(sys.modules.get(module), "__dict__", {}).get(name) is value:
+            return f"{module}:{name}"
+    return f"{_MAIN}{name}"
+
+
+def register(function: Callable[..., Any]) -> str:
     """Return the name under which :func:`import_object` finds a function or callable object that Python code passes.
 
-    It is ``package.module:attribute`` if importing gives that very object in any process. Otherwise it is the object's
-    class or name and a hash of what it computes with, and only this process finds it.
+    It is that of :func:`name_of`. To what cannot be imported, a hash of what it computes with is added: another
+    function of the same name is another one, and only this process finds it.
     """
-    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
-    if module and module != "__main__" and name and getattr(sys.modules.get(module), name, None) is function:
-        return f"{module}:{name}"
-    digest = hashlib.sha256(repr(_content(function)).encode()).hexdigest()
-    found = f"{(name or type(function).__qualname__).rpartition('.')[2]}{_BY_PYTHON}{digest[:12]}"
-    _GIVEN[found] = function
-    return found
+    name = name_of(function)
+    if is_given(name):
+        name += f"#{hashlib.sha256(repr(_content(function)).encode()).hexdigest()[:12]}"
+        remember(name, function)
+    return name
 
 
 def given(name: str) -> Any:
-    """Return what this process was given under a name of :func:`name_of`, or ``None``: it is to be imported."""
+    """Return what this process was given under a name of :func:`register`, or ``None``: it is to be imported."""
     return _GIVEN.get(name)
 
 

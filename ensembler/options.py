@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Self, Union, get_args, get_origin
@@ -18,7 +18,7 @@ from ensembler.errors import UsageError
 from ensembler.storage.urls import place
 from ensembler.typed import wanted
 
-__all__ = ["Options", "option", "parameters"]
+__all__ = ["Options", "chosen", "option", "parameters", "with_parameters"]
 
 
 def option(
@@ -90,7 +90,7 @@ class Options(BaseModel):
     @classmethod
     def flags(cls) -> dict[str, str]:
         """Each field's option as it is typed."""
-        return {name: _flags(name, field)[0].partition("/")[0] for name, field in cls.model_fields.items()}
+        return {name: _flag(name, field).partition("/")[0] for name, field in cls.model_fields.items()}
 
     @classmethod
     def marked(cls, mark: str) -> set[str]:
@@ -140,11 +140,25 @@ def parameters(options: type[Options], panel: str) -> Iterator[inspect.Parameter
         info = (
             typer.Argument(**common)
             if extra["argument"]
-            else typer.Option(*_flags(name, field), rich_help_panel=extra["panel"] or panel, **common)
+            else typer.Option(_flag(name, field), rich_help_panel=extra["panel"] or panel, **common)
         )
         annotation = Annotated[_typed(field.annotation, extra["path"]), info]  # type: ignore[valid-type]
         default = inspect.Parameter.empty if field.is_required() else field.default
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def with_parameters(command: Callable[..., None], every: Iterable[inspect.Parameter]) -> Callable[..., None]:
+    """Give a command these parameters, as Typer reads them."""
+    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in every]
+    command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in own}
+    return command
+
+
+def chosen(context: typer.Context) -> set[str]:
+    """The options of a command that were typed, or given by a file: the others have their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name != "DEFAULT"}
 
 
 def _extra(field: FieldInfo) -> dict[str, Any]:
@@ -153,9 +167,8 @@ def _extra(field: FieldInfo) -> dict[str, Any]:
     return extra
 
 
-def _flags(name: str, field: FieldInfo) -> tuple[str, ...]:
-    flag = _extra(field)["flag"] or "--" + name.replace("_", "-")
-    return (flag,)
+def _flag(name: str, field: FieldInfo) -> str:
+    return str(_extra(field)["flag"] or "--" + name.replace("_", "-"))
 
 
 def _typed(annotation: Any, path: bool) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-__all__ = ["Record"]
+__all__ = ["Record", "mistake"]
 
 _SHOWN = 3  # entries of a list in a repr
 
@@ -24,6 +24,12 @@ class Record(BaseModel):
 
     def __str__(self) -> str:
         return repr(self)
+
+
+def mistake(error: ValidationError) -> str:
+    """Return the first thing that is wrong with a file's content: where, and what."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _short(value: Any) -> str:

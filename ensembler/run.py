@@ -40,8 +40,9 @@ from torch import Tensor
 
 from ensembler.data.record import DatasetRecord
 from ensembler.errors import ArtefactError, CorruptError, DivergedError, UsageError
-from ensembler.networks.architectures import Factory, given, is_given
-from ensembler.record import Record
+from ensembler.naming import is_given
+from ensembler.networks.architectures import Factory, factory_name
+from ensembler.record import Record, mistake
 from ensembler.storage import artefact
 
 __all__ = [
@@ -307,9 +308,9 @@ class Run:
                 path=path,
             )
         except ValidationError as error:
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-            raise ArtefactError(f"{path} is not a run that this version can read ({reason}): train it again") from error
+            raise ArtefactError(
+                f"{path} is not a run that this version can read ({mistake(error)}): train it again"
+            ) from error
         except OSError as error:
             raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
         except (KeyError, ValueError, SafetensorError) as error:
@@ -322,9 +323,12 @@ class Run:
 
     def _take(self, network: Factory) -> None:
         """Let the run's network, or those parts' of a combination that cannot be imported, be built by ``network``."""
+        own = factory_name(network)
         for part in self.networks:
-            if not self.parts or is_given(part.manifest.architecture):
-                part.network = given(network, part.manifest.architecture)
+            name = part.manifest.architecture
+            if own != name and (is_given(name) or not self.parts):
+                raise UsageError(f"the run was trained with the network {name}, not {own}: pass that one")
+            part.network = network if is_given(name) else None
 
 
 def new_path(folder: Path, label: str) -> Path:

@@ -15,10 +15,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Self
 
 from ensembler.device import Room, restored_generators
-from ensembler.engine import A, Emit, R, S
+from ensembler.engine import A, Emit, Engine, R, S
 from ensembler.errors import UsageError
 
 __all__ = ["SideBySide", "own_time", "turn"]
@@ -40,7 +39,7 @@ def own_time() -> float:
 
 
 @dataclass(frozen=True)
-class SideBySide:
+class SideBySide(Engine):
     """Runs up to ``count`` jobs at once, each with its own copy of what they share (:func:`copy.copy`).
 
     Attributes:
@@ -50,7 +49,6 @@ class SideBySide:
 
     count: int
     room: Callable[[], Room] = Room
-    here: ClassVar[bool] = True
 
     def run(
         self, function: Callable[[S, A, Emit], R], shared: S, arguments: Sequence[A], on_event: Emit
@@ -92,12 +90,6 @@ class SideBySide:
             finally:
                 turns.stop()
                 pool.shutdown(cancel_futures=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 class _Stopped(BaseException):

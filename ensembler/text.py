@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import typer
@@ -10,12 +12,17 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["Printable", "cell", "counted", "echo", "printable"]
+__all__ = ["Printable", "cell", "counted", "echo", "echo_once", "printable", "some"]
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
     """Return a count with its noun: ``1 member``, ``2,000 images``."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def some(names: Sequence[str], shown: int) -> str:
+    """Return the first few of many names: ``a, b, c, ...``."""
+    return ", ".join(names[:shown]) + ", ..." * (len(names) > shown)
 
 
 def printable(text: object) -> str:
@@ -29,6 +36,12 @@ def printable(text: object) -> str:
 def echo(text: object, *, err: bool = False) -> None:
     """Print one line, :func:`printable`."""
     typer.echo(printable(text), err=err)
+
+
+@cache
+def echo_once(text: str) -> None:
+    """Print one line on standard error, the first time that this process has it to say."""
+    echo(text, err=True)
 
 
 def cell(text: object) -> Text:

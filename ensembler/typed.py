@@ -23,7 +23,7 @@ def wanted(annotation: Any) -> str:
     kinds = _kinds(annotation)
     choices = [str(value) for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
     words = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "text"}
-    named = [next((words[kind] for kind in words if _plain(each) is kind), "") for each in kinds]
+    named = [next((words[kind] for kind in words if each is kind), "") for each in kinds]
     return " or ".join([*dict.fromkeys(name for name in named if name), *choices])
 
 
@@ -113,10 +113,6 @@ def _kinds(annotation: Any) -> list[Any]:
     if get_origin(annotation) in (Union, UnionType, list):
         return [each for kind in get_args(annotation) for each in _kinds(kind)]
     return [] if annotation is NoneType else [annotation]
-
-
-def _plain(kind: Any) -> Any:
-    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def _number(kind: type[int] | type[float], text: str) -> float | None:

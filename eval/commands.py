@@ -13,7 +13,7 @@ import typer
 from ensembler.eval import data_commands
 from ensembler.eval.options import CalibrationOptions, EvaluationOptions, ReportOptions, SurfaceOptions
 from ensembler.eval.outputs import new_folder, print_lines, write_files
-from ensembler.options import Options, parameters
+from ensembler.options import Options, parameters, with_parameters
 from ensembler.progress import watching
 from ensembler.storage.urls import is_url, place
 
@@ -42,11 +42,8 @@ def _command(name: str, *records: type[Options]) -> Callable[[Callable[..., None
                 *(record.typed(given) for record in records), **{option.name: given[option.name] for option in own}
             )
 
-        options = [option.replace(kind=option.KEYWORD_ONLY) for option in (*own, *shared)]
-        command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
-        command.__annotations__ = {option.name: option.annotation for option in options}
         command.__doc__ = function.__doc__
-        app.command(name)(command)
+        app.command(name)(with_parameters(command, [*own, *shared]))
         return function
 
     return decorate

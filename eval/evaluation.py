@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -242,7 +242,7 @@ def evaluate_paths(
         else Subject(name, loaded[path].manifest, loaded[path].sha256, dataset.validation.sha256, views)
         for name, path, views in scored_rows
     ]
-    found: Iterable[tuple[TestSet, list[Prediction]]] = predictions(predictors, test_sets, watch, engine)
+    found = predictions(predictors, test_sets, watch, engine)
     with ExitStack() as stack:
         if options.save_predictions is not None:
             writer = stack.enter_context(writing(options.save_predictions))
@@ -284,7 +284,7 @@ def _of_test_images(one: Predictions, dataset: Dataset, test: Images, indices: T
 
 
 def _saved(
-    found: Iterable[tuple[TestSet, list[Prediction]]], writer: Any
+    found: Iterator[tuple[TestSet, list[Prediction]]], writer: Any
 ) -> Iterator[tuple[TestSet, list[Prediction]]]:
     for test_set, each in found:
         write_set(writer, test_set, each[0])

@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ensembler.errors import ShapeError, UsageError
+from ensembler.errors import ShapeError, UsageError, first_line
 from ensembler.eval.metrics.classification import SUM_TOLERANCE
 from ensembler.eval.predictions import Prediction, reduce_logits, reduce_members
 from ensembler.eval.shift.corruptions import SEVERITIES
@@ -123,9 +123,7 @@ class Predictions:
     @property
     def labels(self) -> Labels:
         """(N,) of the test images."""
-        labels = self.clean.labels
-        assert labels is not None  # noqa: S101
-        return labels
+        return np.asarray(self.clean.labels)
 
     @property
     def C(self) -> int:  # noqa: N802
@@ -238,17 +236,14 @@ def _prediction(one: Predictions, test_set: TestSet | GivenSet) -> Prediction | 
 
 
 def _check_labels(name: str, labels: Labels, other: str, expected: Labels) -> None:
+    mend = "give predictions for the same images, in the same order"
     if len(labels) != len(expected):
-        raise UsageError(
-            f"{name} has {len(labels):,} labels and {other} {len(expected):,}: give predictions for the same images, "
-            "in the same order"
-        )
-    differ = np.flatnonzero(labels != expected)
-    if len(differ):
+        raise UsageError(f"{name} has {len(labels):,} labels and {other} {len(expected):,}: {mend}")
+    if len(differ := np.flatnonzero(labels != expected)):
         first = differ[0]
         raise UsageError(
             f"{len(differ):,} labels differ between {name} and {other}, first of image {first} ({labels[first]} and "
-            f"{expected[first]}): give predictions for the same images, in the same order"
+            f"{expected[first]}): {mend}"
         )
 
 
@@ -284,18 +279,13 @@ def _checked(name: str, arrays: Mapping[str, ArrayLike]) -> Predictions:
         if any(one.title == other.title for other in sets):
             raise ShapeError(f"there are two sets {one.title}: give each another name")
         sets[one] = prediction
-    _check_severities(sets)
+    shifted = [one for one in sets if one.group == "shift"]
+    # Means over a set's severities would take one without a severity for one more.
+    if both := {one.name for one in shifted if one.severity} & {one.name for one in shifted if not one.severity}:
+        raise ShapeError(f"shift/{min(both)} is there with severities and without: give one of them another name")
     classes = _texts(arrays, "classes", shape[1])
     sha256 = _texts(arrays, "test_sha256", None)
     return Predictions(name, sets, classes, sha256[0] if sha256 else None)
-
-
-def _check_severities(sets: Iterable[GivenSet]) -> None:
-    """Refuse a set that has severities and also none: means over its severities would take it for one more."""
-    shifted = [one for one in sets if one.group == "shift"]
-    for one in shifted:
-        if one.severity is None and any(other.name == one.name and other.severity for other in shifted):
-            raise ShapeError(f"shift/{one.name} is there with severities and without: give one of them another name")
 
 
 def _array(name: str, given: ArrayLike) -> NDArray[Any]:
@@ -306,8 +296,9 @@ def _array(name: str, given: ArrayLike) -> NDArray[Any]:
         ValueError,
         RuntimeError,
     ) as error:  # a tensor on a GPU or with a gradient, rows of other lengths
-        reason = str(error).splitlines()[0]
-        raise ShapeError(f"{name} is no array ({reason}): give one of NumPy's, or a tensor.detach().cpu()") from error
+        raise ShapeError(
+            f"{name} is no array ({first_line(error)}): give one of NumPy's, or a tensor.detach().cpu()"
+        ) from error
 
 
 def _named(prefix: str, own: Mapping[str, Any], labels: Labels) -> GivenSet:
@@ -341,7 +332,8 @@ def _reduced(prefix: str, own: Mapping[str, NDArray[Any]], labels: Labels | None
     members = _members(title, own[values[0]])
     extra = {name: own[name] for name in ("energy", "max_logit") if name in own}
     if values[0] == "logits":
-        _refuse_extra(prefix, extra)
+        if extra:
+            raise ShapeError(f"{prefix}{next(iter(extra))} follows from the logits: leave it out")
         extra = reduce_logits(members)
         members = _softmax(title, members)
     _check_distributions(title, members)
@@ -357,11 +349,6 @@ def _reduced(prefix: str, own: Mapping[str, NDArray[Any]], labels: Labels | None
     keeps = prefix in ("", "validation_")
     reduced = reduce_members(members, np.empty(0, dtype=np.int64) if y is None else y)
     return Prediction(**reduced, **extra, members=members if keeps else None)
-
-
-def _refuse_extra(prefix: str, extra: Mapping[str, Any]) -> None:
-    for name in extra:
-        raise ShapeError(f"{prefix}{name} follows from the logits: leave it out")
 
 
 def _members(title: str, array: NDArray[Any]) -> NDArray[Any]:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -37,9 +38,9 @@ FORMAT = 1
 PREDICTING = tuple(
     f"ensembler.{name}"
     for name in (
-        *("architectures", "augmentations", "capture", "decoding", "device", "dropout", "ensemble", "examples"),
-        *("gaussian", "images", "member_networks", "network_checks", "task", "uncertainty", "weights"),
-        *("eval.predictions", "eval.views"),
+        *("data.augmentations", "data.decoding", "data.examples", "data.images", "device", "ensemble", "gaussian"),
+        *("networks.architectures", "networks.capture", "networks.checks", "networks.dropout", "networks.members"),
+        *("task", "uncertainty", "weights", "eval.predictions", "eval.views"),
     )
 )
 """The modules that build the network, prepare images, predict and reduce."""
@@ -67,12 +68,13 @@ def code_sha256(architecture: str, network: nn.Module) -> str:
     Further imports of a user's modules are not followed; torch counts by its version.
     """
     builder = architecture.partition(":")[0]  # of package.module:factory
-    modules = {*PREDICTING, builder, *(type(part).__module__ for part in network.modules())}
+    own = {builder, *(type(part).__module__ for part in network.modules())} & sys.modules.keys()
     digest = hashlib.sha256(repr(network).encode())
-    for name in sorted(name for name in modules & sys.modules.keys() if name.split(".")[0] != "torch"):
+    for name in sorted({*PREDICTING, *(each for each in own if each.split(".")[0] != "torch")}):
         digest.update(name.encode())
+        module = import_module(name)
         with suppress(OSError, TypeError):  # no source, such as a class from a prompt
-            digest.update(inspect.getsource(sys.modules[name]).encode())
+            digest.update(inspect.getsource(module).encode())
     return digest.hexdigest()
 
 

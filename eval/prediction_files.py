@@ -20,7 +20,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from ensembler.errors import ArtefactError, DataError, UsageError
+from ensembler.errors import ArtefactError, DataError, UsageError, first_line
 from ensembler.eval.given import title_of
 from ensembler.eval.predictions import Prediction
 from ensembler.eval.shift.test_set import TestSet
@@ -141,8 +141,7 @@ def _read_npz(path: Path) -> Arrays:
                     _check_header(path, info, file)  # type: ignore[arg-type]
             return {info.filename.removesuffix(".npy"): _array(archive, info) for info in infos}
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"{path} is damaged or not of numpy.savez ({reason}): write it again") from error
+        raise DataError(f"{path} is damaged or not of numpy.savez ({first_line(error)}): write it again") from error
     except ImportError as error:  # of a compression that this Python was built without
         raise DataError(f"{path} cannot be unpacked here ({error}): write it with numpy.savez") from error
 
@@ -217,7 +216,7 @@ def _read_parquet(path: Path) -> Arrays:
         rows = (row for batch in batches for row in zip(*(c.to_pylist() for c in batch.columns), strict=True))
         return _from_rows(path, headings, rows)
     except ArrowException as error:
-        raise DataError(f"{path} is damaged or no Parquet ({str(error).splitlines()[0]}): write it again") from error
+        raise DataError(f"{path} is damaged or no Parquet ({first_line(error)}): write it again") from error
 
 
 def _from_rows(path: Path, headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> Arrays:

@@ -17,7 +17,7 @@ from ensembler.errors import ShapeError, UsageError
 from ensembler.serve.client import is_url
 from ensembler.storage.transfers import push_finished
 from ensembler.storage.urls import destination, place
-from ensembler.text import cell, echo
+from ensembler.text import cell, echo, some
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -195,20 +195,17 @@ def serve(
         raise typer.BadParameter("is a share of the answers of --log-answers: give both", param_hint="--log-sample")
     manifest = read_bundle(bundle, require_signature)
     host = "127.0.0.1" if host == "localhost" else host
-    environment = os.environ | {
-        "BENTOML_DO_NOT_TRACK": "True",
-        "ENSEMBLER_BUNDLE": str(bundle.resolve()),
-        "ENSEMBLER_WORKERS": str(workers),
+    given = {
+        "bundle": bundle.resolve(),
+        "workers": workers,
+        "members": members,
+        "log_answers": log_answers and log_answers.resolve(),
+        "log_sample": log_sample if log_answers else None,
+        "cors_origin": ",".join(cors_origin) if cors_origin else None,
+        "require_signature": require_signature and require_signature.resolve(),
     }
-    if members is not None:
-        environment["ENSEMBLER_MEMBERS"] = str(members)
-    if log_answers is not None:
-        environment["ENSEMBLER_LOG_ANSWERS"] = str(log_answers.resolve())
-        environment["ENSEMBLER_LOG_SAMPLE"] = str(log_sample)
-    if cors_origin:
-        environment["ENSEMBLER_CORS_ORIGIN"] = ",".join(cors_origin)
-    if require_signature is not None:
-        environment["ENSEMBLER_REQUIRE_SIGNATURE"] = str(require_signature.resolve())
+    environment = os.environ | {"BENTOML_DO_NOT_TRACK": "True"}
+    environment |= {f"ENSEMBLER_{name.upper()}": str(value) for name, value in given.items() if value is not None}
     with _refusing({"ENSEMBLER_LOG_SAMPLE": "--log-sample", "ENSEMBLER_CORS_ORIGIN": "--cors-origin"}):
         settings = Settings.read(environment)
         Runtime.check(bundle, manifest, settings.members, settings)
@@ -394,9 +391,7 @@ def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
     table.add_row("calibration", "the run's" if bundle.calibration else "none")
     if (known := bundle.validation) is not None:
         table.add_row("validation", f"accuracy {known.accuracy:.3f}, NLL {known.nll:.3f} on {known.examples} images")
-    table.add_row(
-        "order", f"by {bundle.ordered_by}: {', '.join(map(str, bundle.order[:8]))}{', ...' * (bundle.members > 8)}"
-    )
+    table.add_row("order", f"by {bundle.ordered_by}: {some([str(member) for member in bundle.order], 8)}")
     if (tuning := bundle.tuning) is not None:
         for batch, winner in tuning.winners.items():
             times = [f"{row.strategy} {row.seconds * 1e3:.2f} ms" for row in tuning.table if row.batch == batch]

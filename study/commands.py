@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ensembler.options import parameters
+from ensembler.options import chosen, parameters, with_parameters
 from ensembler.study.file import DECIDED, Grid
 from ensembler.study.options import StudyOptions
 from ensembler.trainers.launch import Data
@@ -24,9 +24,8 @@ def _study(context: typer.Context, file: Path | None, **given: Any) -> None:
     """Train, evaluate and compare methods at equal budgets, and recommend one; resumes where it was interrupted."""
     from ensembler.study.conduct import conduct
 
-    sources = {name: context.get_parameter_source(name) for name in given}
-    chosen = {name for name, source in sources.items() if source and source.name != "DEFAULT"}
-    conduct(file, {name: value for name, value in given.items() if name in chosen}, StudyOptions.typed(given))
+    typed = {name: given[name] for name in chosen(context) & given.keys()}
+    conduct(file, typed, StudyOptions.typed(given))
 
 
 _File = Annotated[Path | None, typer.Argument(metavar="[FILE.toml]", help="A study, with its methods and options.")]
@@ -40,6 +39,4 @@ _every = [
     *parameters(Data, "Images"),
     *(option for option in parameters(Settings, "Training") if option.name not in DECIDED),
 ]
-_study.__signature__ = inspect.Signature(_every)  # type: ignore[attr-defined]
-_study.__annotations__ = {option.name: option.annotation for option in _every}
-app.command("study")(_study)
+app.command("study")(with_parameters(_study, _every))

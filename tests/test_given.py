@@ -372,8 +372,15 @@ def test_arrays_that_are_no_predictions_are_refused(tmp_path, change: dict[str, 
     assert result.stderr.count("\n") == 1
 
 
+class Silent:
+    """Fails as no array does, without a word."""
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError
+
+
 def test_what_is_no_array_is_refused() -> None:
-    for wrong in ([[0.5, 0.5], [1.0]], torch.tensor([[0.5, 0.5]], requires_grad=True)):
+    for wrong in ([[0.5, 0.5], [1.0]], torch.tensor([[0.5, 0.5]], requires_grad=True), Silent()):
         with pytest.raises(ShapeError, match=r"^predictions: probabilities is no array \(.*give one of NumPy's"):
             evaluate(wrong, [0])
     assert evaluate(torch.tensor([[0.75, 0.25]]), torch.tensor([0])).runs[0].clean.accuracy == 1

@@ -57,7 +57,7 @@ def read(monkeypatch) -> list[Path]:
 @pytest.fixture(autouse=True)
 def _nothing_said():
     """Each sentence is said once a process."""
-    image_cache._say.cache_clear()
+    image_cache.echo_once.cache_clear()
 
 
 def load(folder: Path, **options) -> Dataset:

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from ensembler import load_dataset
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
-from ensembler.naming import import_object, name_of
+from ensembler.naming import import_object, name_of, register
 from ensembler.run import Run
 from ensembler.trainers import DeepEnsemble, Settings, Simplex
 from ensembler.trainers.losses import training_loss
@@ -279,18 +279,30 @@ def test_smoothed_mixed_and_augmented_is_trained_evaluated_under_shift_exported_
     assert manifest.metrics["test"]["nll"] == pytest.approx(nll, rel=1e-4), "scores are of the plain loss"
 
 
+def test_what_can_be_imported_has_its_public_name():
+    """Not that of the private module in which a library has it today."""
+    for value, name in (
+        (torch.optim.AdamW, "torch.optim:AdamW"),
+        (cross_entropy, "torch.nn.functional:cross_entropy"),
+        (nn.Linear, "torch.nn:Linear"),
+        (failing, "tests.test_losses:failing"),
+    ):
+        assert name_of(value) == register(value) == name and import_object(name, "object") is value
+    assert Settings(optimiser=torch.optim.RAdam).optimiser == "torch.optim:RAdam"
+
+
 def test_a_function_that_cannot_be_imported_has_a_name_of_what_it_computes():
     def scaled(by):
         return lambda outputs, targets: by * cross_entropy(outputs, targets)
 
-    two, again, three = (name_of(scaled(by)) for by in (2.0, 2.0, 3.0))
+    two, again, three = (register(scaled(by)) for by in (2.0, 2.0, 3.0))
     assert two == again != three
-    assert " given by Python, " in two
+    assert two.startswith("__main__:") and "#" in two
     assert import_object(three, "loss")(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)) == 3 * math.log(2)
-    with pytest.raises(UsageError, match="'focal given by Python, 0123' is none of this process: name one that can be"):
-        import_object("focal given by Python, 0123", "loss")
+    with pytest.raises(UsageError, match=r"the loss focal#0123 was defined in a notebook or script, .*: pass it from"):
+        import_object("__main__:focal#0123", "loss")
     hooks = [nn.CrossEntropyLoss(weight=torch.tensor(weight)) for weight in ([1.0, 2.0], [1.0, 3.0])]
-    assert name_of(hooks[0]) != name_of(hooks[1])
+    assert register(hooks[0]) != register(hooks[1])
 
 
 def test_a_command_takes_them_and_another_is_made_of_its_run(tmp_path, monkeypatch):

@@ -6,18 +6,21 @@ Annotations are evaluated here, not postponed: Typer reads them.
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ensembler.errors import UsageError
-from ensembler.options import parameters
+from ensembler.options import chosen, parameters, with_parameters
 from ensembler.storage.transfers import push_finished
 from ensembler.storage.urls import destination, place
 from ensembler.text import cell
 from ensembler.trainers.launch import Data, Import, Launch
 from ensembler.trainers.method import Method, methods
 from ensembler.trainers.settings import Settings
+
+if TYPE_CHECKING:
+    from ensembler.run import Run
 
 __all__ = ["app", "command_of"]
 
@@ -38,12 +41,11 @@ def command_of(method: type[Method]) -> Callable[..., None]:
     def command(context: typer.Context, **given: Any) -> None:
         from ensembler.trainers.launch import launch
 
-        sources = {name: context.get_parameter_source(name) for name in given}
         # A start at a URL has been fetched; the run's manifest names the URL, not the cache.
         typed = {
             name: context.params[name] for name in given.keys() & (method.marked("path") | Settings.marked("path"))
         }
-        launch(method, given | typed, {name for name, source in sources.items() if source and source.name != "DEFAULT"})
+        launch(method, given | typed, chosen(context) & given.keys())
 
     joins_runs = bool(method.marked("path"))
     shared = [
@@ -53,14 +55,17 @@ def command_of(method: type[Method]) -> Callable[..., None]:
     ]
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     command.__doc__ = method.__doc__
-    return _with_parameters(command, [context, *parameters(method, "Method"), *shared])
+    return with_parameters(command, [context, *parameters(method, "Method"), *shared])
 
 
-def _with_parameters(command: Callable[..., None], every: list[inspect.Parameter]) -> Callable[..., None]:
-    """Give a command these parameters, as Typer reads them."""
-    command.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in every}
-    return command
+def _keeper(out: str | None) -> Callable[["Run", str], None]:
+    """Check where a run is to be, and return what saves it there, or in runs/ under a name, and pushes it."""
+    from ensembler.run import new_path
+    from ensembler.trainers.launch import check_free, label, save
+
+    folder, url = destination(out, "runs")
+    check_free(folder or Path("runs", "new"))
+    return lambda run, name: push_finished(save(run, folder or new_path(Path("runs"), label(name))), url)
 
 
 for _method in methods():
@@ -76,37 +81,30 @@ def collapse(
     out: _Out = None,
 ) -> None:
     """Average a run's vertices, or its Gaussians' means, into one network: SWA (Izmailov et al. 2018)."""
-    from ensembler.run import Run, latest, new_path
-    from ensembler.trainers.launch import check_free, label, save
+    from ensembler.run import Run, latest
     from ensembler.trainers.training import collapse_run
 
-    folder, url = destination(out, "runs")
-    check_free(folder or Path("runs", "new"))
+    keep = _keeper(out)
     whole = Run.load(run or latest(Path("runs")))
     found = collapse_run(whole, whole.manifest.dataset.load(data, dataset=dataset), device)
-    name = f"{found.manifest.method}-{label(found.manifest.architecture)}"
-    push_finished(save(found, folder or new_path(Path("runs"), name)), url)
+    keep(found, f"{found.manifest.method}-{found.manifest.architecture}")
 
 
 def _import(**given: Any) -> None:
     """Make a run of checkpoints that were trained elsewhere: a deep ensemble, evaluated and served like any other."""
-    from ensembler.run import new_path
     from ensembler.trainers.importing import import_checkpoints
-    from ensembler.trainers.launch import check_free, label, save
     from ensembler.trainers.progress import progress
 
     own, data = Import.typed(given), Data.typed(given)
     if data.dataset is None:
         raise UsageError("--dataset is required: the images that the checkpoints were trained on")
-    folder, url = destination(own.out, "runs")
-    check_free(folder or Path("runs", "new"))
-    dataset = data.load()
+    keep, dataset = _keeper(own.out), data.load()
     with progress() as on_event:
         run = import_checkpoints(own.checkpoints, own.architecture, dataset, device=own.device, on_event=on_event)
-    push_finished(save(run, folder or new_path(Path("runs"), f"imported-{label(own.architecture)}")), url)
+    keep(run, f"imported-{own.architecture}")
 
 
-app.command("import")(_with_parameters(_import, [*parameters(Import, "Run"), *parameters(Data, "Images")]))
+app.command("import")(with_parameters(_import, [*parameters(Import, "Run"), *parameters(Data, "Images")]))
 
 
 @app.command("combine")
@@ -118,12 +116,10 @@ def combine_runs(
     out: _Out = None,
 ) -> None:
     """Combine the members of several runs into one run; their costs are added up."""
-    from ensembler.run import Run, new_path
+    from ensembler.run import Run
     from ensembler.trainers.combining import combine
-    from ensembler.trainers.launch import check_free, label, save
 
-    folder, url = destination(out, "runs")
-    check_free(folder or Path("runs", "new"))
+    keep = _keeper(out)
     loaded: dict[str, Run] = {}
     for path in runs:
         if path.is_file():
@@ -135,8 +131,7 @@ def combine_runs(
     given = sum(run.manifest.members for run in loaded.values())
     if found.manifest.members < given:
         typer.echo(f"{given - found.manifest.members} members have the weights of others: kept once", err=True)
-    name = f"combined-{label(found.manifest.architecture.replace(' ', ''))}"
-    push_finished(save(found, folder or new_path(Path("runs"), name)), url)
+    keep(found, f"combined-{found.manifest.architecture.replace(' ', '')}")
 
 
 @app.command("show")

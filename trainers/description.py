@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ensembler.options import Options
 from ensembler.run import Cost, CostEntry, DatasetRecord, Manifest
+from ensembler.text import counted
 from ensembler.trainers.method import methods
 from ensembler.trainers.settings import Settings
 
@@ -30,7 +31,7 @@ def rows(manifest: Manifest) -> Iterator[Row]:
     yield Row("network", f"{manifest.architecture}, {manifest.parameters:,} parameters")
     yield Row("dataset", f"{manifest.dataset.title}, {manifest.dataset.train_examples:,} training images")
     yield Row("classes", _classes(manifest.dataset))
-    yield Row("sizes", f"{_count(manifest.vertices, 'vertex', 'vertices')}, {_count(manifest.members, 'member')}")
+    yield Row("sizes", f"{counted(manifest.vertices, 'vertex', 'vertices')}, {counted(manifest.members, 'member')}")
     yield Row("cost", costs(manifest.cost))
     for name, part in manifest.cost.entries.items():
         yield Row(f"  {name}", costs(part))
@@ -43,10 +44,6 @@ def rows(manifest: Manifest) -> Iterator[Row]:
     yield Row("created", manifest.created)
     yield Row("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()), aside=True)
     yield Row("files", ", ".join(manifest.files), aside=True)
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _classes(record: DatasetRecord) -> str:

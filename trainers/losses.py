@@ -20,6 +20,7 @@ from ensembler.data.datasets import Dataset
 from ensembler.errors import UsageError
 from ensembler.naming import import_object, reason
 from ensembler.task import Classification
+from ensembler.text import some
 from ensembler.trainers.settings import Settings
 
 __all__ = ["Losses", "check_loss", "training_loss"]
@@ -64,7 +65,7 @@ def _class_weights(text: str, counts: Mapping[str, int]) -> Tensor:
         if absent := [name for name, count in counts.items() if not count]:
             raise UsageError(
                 f"balanced class weights need training examples of every class, and there are none of "
-                f"{', '.join(absent[:3])}{', ...' * (len(absent) > 3)}: give --class-weights a number for each class"
+                f"{some(absent, 3)}: give --class-weights a number for each class"
             )
         weights = 1 / sizes
     else:

@@ -24,7 +24,9 @@ from ensembler.trainers.trainer import Trainer
 
 __all__ = ["Point", "averages", "describe", "inside", "member_buffers", "path_scores", "points"]
 
-Solved = Mapping[int, Mapping[str, Tensor]]
+Buffers = Mapping[str, Tensor]
+"""A network's buffers by name."""
+Solved = Mapping[int, Buffers]
 """The own buffers of vertices that are trained networks by themselves, by their place."""
 
 INSIDE = 4  # interior points at which a simplex is measured
@@ -73,7 +75,7 @@ def points(
     trainer: Trainer,
     vertices: Tensor,
     coefficients: Tensor,
-    buffers: Mapping[str, Tensor],
+    buffers: Buffers,
     held_out: Examples,
     examples: int = EXAMPLES,
     solved: Solved = _NONE,
@@ -117,7 +119,7 @@ def member_buffers(
     trainer: Trainer,
     vertices: Tensor,
     coefficients: Tensor,
-    buffers: Mapping[str, Tensor],
+    buffers: Buffers | Sequence[Buffers],
     solved: Solved = _NONE,
 ) -> dict[str, Tensor]:
     """Compute the buffers (M, ...) of members as :mod:`ensembler.networks.buffers` says, and count the forward passes.
@@ -128,7 +130,8 @@ def member_buffers(
         trainer: provides the network and the training examples.
         vertices: (K, P).
         coefficients: (M, K).
-        buffers: carried by all points, and BatchNorm statistics recomputed, except at ``solved`` vertices.
+        buffers: carried by all points, or M of them, by each; BatchNorm statistics are recomputed, except at
+            ``solved`` vertices.
         solved: the own buffers of vertices that are trained networks by themselves, by their place: a member that is
             such a vertex keeps them.
     """
@@ -148,9 +151,7 @@ def inside(vertices: int) -> Tensor:
     return dirichlet(INSIDE, vertices, np.random.default_rng(0))
 
 
-def describe(
-    trainer: Trainer, simplex: Tensor, buffers: Mapping[str, Tensor], name: str, solved: Solved = _NONE
-) -> dict[str, Any]:
+def describe(trainer: Trainer, simplex: Tensor, buffers: Buffers, name: str, solved: Solved = _NONE) -> dict[str, Any]:
     """Measure a simplex (K, P) on held-out examples, and report the result on one line.
 
     ``buffers`` and ``solved`` as of :func:`member_buffers`.
@@ -182,7 +183,7 @@ def describe(
     return result
 
 
-def averages(trainer: Trainer, vertices: Tensor, buffers: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def averages(trainer: Trainer, vertices: Tensor, buffers: Buffers) -> list[dict[str, Any]]:
     """Measure halfway between pairs of vertices (K, P): an average is a good network in one valley of the loss only.
 
     The barrier on the line between two networks (Frankle et al. 2020, sec. 2), at its middle, among at most four
@@ -214,7 +215,7 @@ def path_scores(
     trainer: Trainer,
     vertices: Tensor,
     coefficients: Tensor,
-    buffers: Mapping[str, Tensor],
+    buffers: Buffers,
     t: Tensor,
     examples: int,
     solved: Solved = _NONE,
@@ -238,13 +239,14 @@ def path_scores(
     }
 
 
-def _starts(coefficients: Tensor, buffers: Mapping[str, Tensor], solved: Solved) -> list[Start]:
+def _starts(coefficients: Tensor, buffers: Buffers | Sequence[Buffers], solved: Solved) -> list[Start]:
     """Return what the buffers of each point (M, K) start from."""
     corners = torch.eye(coefficients.shape[1])
+    each = [buffers] * len(coefficients) if isinstance(buffers, Mapping) else buffers
     starts: list[Start] = []
-    for row in coefficients.cpu():
+    for row, own in zip(coefficients.cpu(), each, strict=True):
         corner = next((k for k in solved if torch.equal(row, corners[k])), None)
-        starts.append((buffers, False) if corner is None else (solved[corner], True))
+        starts.append((own, False) if corner is None else (solved[corner], True))
     return starts
 
 

@@ -30,9 +30,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
 
-from ensembler.errors import ArtefactError, CorruptError, UsageError
+from ensembler.errors import ArtefactError, CorruptError, UsageError, first_line
 from ensembler.jobs import Job
 from ensembler.storage import artefact
 from ensembler.trainers.plan import Best, Snapshot, TrainState
@@ -40,15 +39,15 @@ from ensembler.trainers.spec import SPEC, Spec, unfinished
 
 __all__ = ["JobResult", "Store", "UnfinishedRun", "lock"]
 
-FORMAT = 1
+FORMAT = 2
 _FILE = "state.pt"
 
 
 @dataclass(frozen=True, eq=False)
 class JobResult:
-    """The result of a job: tensors, JSON values, and its ledger's record."""
+    """The result of a job: tensors by name, or mappings of them, JSON values, and its ledger's record."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     facts: dict[str, Any]
     ledger: dict[str, Any]
 
@@ -243,7 +242,7 @@ class Store:
                 torch.save(dict(content), file)
         except RuntimeError as error:  # PyTorch raises it while it handles the system's error, such as a full disk
             system = error.__context__
-            reason = system.strerror if isinstance(system, OSError) else str(error).splitlines()[0]
+            reason = system.strerror if isinstance(system, OSError) else first_line(error)
             raise ArtefactError(f"cannot write {path}: {reason}: make room, or choose another place") from error
         self.unfinished.written = time.monotonic()
 

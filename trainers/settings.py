@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import field_validator
 
 from ensembler.errors import UsageError
-from ensembler.naming import name_of, reason
+from ensembler.naming import reason, register
 from ensembler.options import Options, option
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Settings(Options):
     @classmethod
     def _by_name(cls, value: Any) -> Any:
         """A function or class from Python goes by its name."""
-        return name_of(value) if callable(value) else value
+        return register(value) if callable(value) else value
 
     @field_validator("class_weights", mode="before")
     @classmethod
@@ -184,8 +184,7 @@ class Settings(Options):
                 f"--accumulate {self.accumulate} leaves fewer than two of a batch of {batch_size} for each part: lower "
                 "it, or raise --batch-size"
             )
-        if self.warmup >= self.epochs:
-            raise UsageError(f"--warmup {self.warmup:g} leaves nothing of --epochs {self.epochs:g}: lower it")
+        self.check_warmup(self.epochs, f"--epochs {self.epochs:g}")
         if self.early_stopping and not len(dataset.validation):
             raise UsageError("--early-stopping needs held-out examples, and the dataset has none: leave it out")
         return self.model_copy(
@@ -215,6 +214,11 @@ class Settings(Options):
             "weight_decay": decay if self.weight_decay is None or decay is None else self.weight_decay,
             "momentum": (0.9 if self.momentum is None else self.momentum) if name == "sgd" else None,
         }
+
+    def check_warmup(self, epochs: float, what: str) -> None:
+        """Refuse a warm-up that is no shorter than so many epochs, which ``what`` names."""
+        if self.warmup >= epochs:
+            raise UsageError(f"--warmup {self.warmup:g} leaves nothing of {what}: lower it")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -19,7 +19,7 @@ from ensembler.run import CostEntry, Run
 from ensembler.seeds import derive
 from ensembler.storage import artefact
 from ensembler.storage.urls import local
-from ensembler.trainers.method import Method
+from ensembler.trainers.method import Members, Method
 from ensembler.trainers.plan import Plan, Snapshot
 from ensembler.trainers.settings import Settings
 from ensembler.weights import FlatWeights
@@ -27,12 +27,21 @@ from ensembler.weights import FlatWeights
 if TYPE_CHECKING:
     from ensembler.trainers.trainer import Trainer
 
-__all__ = ["Solution", "Start", "fresh", "identity", "inherit", "load_starts", "solution", "stack_buffers", "vertices"]
+__all__ = [
+    "Solution",
+    "Start",
+    "as_members",
+    "begin",
+    "fresh",
+    "identity",
+    "inherit",
+    "load_starts",
+    "solution",
+    "stack_buffers",
+    "vertices",
+]
 
 Start = Run | Checkpoint
-
-FIRST = "solution 1"
-"""The cost entry of an independent run's first member."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +86,26 @@ def fresh(trainer: Trainer, member: int = 0) -> Solution:
     return Solution(weights.vector, weights.buffers())
 
 
+def begin(trainer: Trainer, member: int = 0) -> Solution:
+    """Where a training begins: the solution of the run that the settings start from, or fresh weights."""
+    if isinstance(trainer.start, Run):
+        return inherit(trainer, trainer.start, _part(member))
+    return fresh(trainer, member)
+
+
 def solution(trainer: Trainer, member: int = 0) -> Solution:
     """A solution: that of the settings' start, or one trained from fresh weights."""
-    part = f"solution {member + 1}"
-    if isinstance(trainer.start, Run):
-        return inherit(trainer, trainer.start, part)
-    begin = fresh(trainer, member)
+    found = begin(trainer, member)
     if trainer.starts_solved:
-        return begin
+        return found
     iterations = trainer.steps(trainer.settings.epochs)
     plan = Plan(trainer.schedule(iterations), iterations, patience=trainer.settings.early_stopping)
-    fitted = trainer.fit(part, begin.vector[None].clone(), begin.buffers, plan)
+    fitted = trainer.fit(_part(member), found.vector[None].clone(), found.buffers, plan)
     return Solution(fitted.vertices[0], fitted.buffers)
+
+
+def _part(member: int) -> str:
+    return f"solution {member + 1}"
 
 
 def inherit(trainer: Trainer, run: Start, part: str) -> Solution:
@@ -100,7 +117,7 @@ def inherit(trainer: Trainer, run: Start, part: str) -> Solution:
     assert isinstance(run, Run)  # noqa: S101  methods join runs
     cost = run.manifest.cost
     # An independent member was trained alone; of any other, the whole run was needed.
-    alone = next((e for name, e in cost.entries.items() if run.manifest.independent and name.endswith(FIRST)), None)
+    alone = next((e for name, e in cost.entries.items() if run.manifest.independent and name.endswith(_part(0))), None)
     whole = cost.model_dump(exclude={"entries"}) | {"example_passes": cost.example_passes or 0}
     ids = [each for entry in cost.entries.values() for each in entry.ids]
     entry = alone or CostEntry.model_validate(whole | {"origin": ", ".join(cost.unknown) or None, "ids": ids})
@@ -124,6 +141,12 @@ def vertices(trainer: Trainer, run: Run) -> Tensor:
         raise UsageError(f"a run of {other} and {own} have no weights in common")
     trainer.weights.load_frozen(run.frozen)
     return trainer.weights.flatten(run.vertices)
+
+
+def as_members(snapshots: Sequence[Snapshot]) -> Members:
+    """The ensemble of snapshots of one network: each is a vertex, and a member."""
+    vertices = torch.cat([snapshot.vertices for snapshot in snapshots])
+    return Members(vertices, torch.eye(len(vertices)), stack_buffers(snapshots))
 
 
 def stack_buffers(solutions: Sequence[Solution | Snapshot]) -> dict[str, Tensor]:

@@ -195,12 +195,12 @@ class Step:
             return best
         return Best(loss, epoch.number, self.vertices[self.trainable].clone(), self.weights.buffers())
 
-    def take(self, best: Best) -> None:
-        """Go back to the best epoch's vertices and buffers."""
+    def take(self, kept: Best | TrainState) -> None:
+        """Go back to an earlier state's vertices and buffers."""
         with torch.no_grad():
-            for vertex, kept in zip(self.moving, best.vertices, strict=True):
-                vertex.copy_(kept)
-        self.weights.load_buffers(best.buffers)
+            for vertex, own in zip(self.moving, kept.vertices, strict=True):
+                vertex.copy_(own)
+        self.weights.load_buffers(kept.buffers)
 
     def state(
         self, iteration: int, snapshots: Sequence[Snapshot], examples: int, best: Best | None, stopped: bool
@@ -213,10 +213,7 @@ class Step:
 
     def restore(self, state: TrainState) -> None:
         """Resume from a state."""
-        with torch.no_grad():
-            for vertex, saved in zip(self.moving, state.vertices, strict=True):
-                vertex.copy_(saved)
-        self.weights.load_buffers(state.buffers)
+        self.take(state)
         optimisers.restore(self.optimiser, state.optimiser)
         self.totals.copy_(state.totals)
         if state.scaler:

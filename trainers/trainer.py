@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any
@@ -45,7 +45,7 @@ from ensembler.trainers.losses import training_loss
 from ensembler.trainers.mixing import Mixing
 from ensembler.trainers.plan import Best, Epoch, Fitted, Plan, TrainState
 from ensembler.trainers.resume import Store
-from ensembler.trainers.schedules import SCHEDULES, Schedule, warmed
+from ensembler.trainers.schedules import SCHEDULES, Schedule, after, warmed
 from ensembler.trainers.settings import Settings
 from ensembler.trainers.starts import Start
 from ensembler.weights import FlatWeights
@@ -120,8 +120,7 @@ class Trainer:
 
     def __copy__(self) -> Trainer:
         """The same with a network and a ledger of its own, for jobs at the same time."""
-        given = (self.dataset, self.settings, self.starts, self.on_event, self.store, self.engine, self.group)
-        own = Trainer(*given, self.factory)
+        own = replace(self)
         own.train_examples = self.train_examples
         if self.measures:
             own.held_out = self.held_out
@@ -187,6 +186,18 @@ class Trainer:
     def schedule(self, iterations: int) -> Schedule:
         """The settings' schedule over so many steps, with its warm-up."""
         return self.warmed(SCHEDULES[self.settings.schedule](self.lr, iterations))
+
+    def before(self, share: float, then: Schedule) -> tuple[int, Schedule]:
+        """A share of a solution's schedule, then another one; the latter alone where training starts from a solution.
+
+        Returns:
+            The iterations of the share, and the whole schedule.
+        """
+        if self.starts_solved:
+            return 0, then
+        budget = self.steps(self.settings.epochs)
+        iterations = max(1, round(share * budget))
+        return iterations, after(iterations, self.schedule(budget), then)
 
     def warmed(self, schedule: Schedule) -> Schedule:
         """A schedule with the settings' warm-up."""

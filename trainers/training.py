@@ -18,7 +18,8 @@ from ensembler.data.normalisation import describe
 from ensembler.engine import Engine, Local
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
-from ensembler.networks.architectures import Factory, is_given, name_of
+from ensembler.naming import is_given
+from ensembler.networks.architectures import Factory, factory_name
 from ensembler.networks.dropout import without_masks
 from ensembler.progress import interactive
 from ensembler.run import DatasetRecord, Manifest, Run, versions
@@ -94,7 +95,7 @@ def with_network(settings: Settings, network: Factory | str | None) -> tuple[Set
     """
     if network is None:
         return settings, None
-    name = network if isinstance(network, str) else name_of(network)
+    name = network if isinstance(network, str) else factory_name(network)
     if "architecture" in settings.model_fields_set and settings.architecture != name:
         raise UsageError(f"the network is {name}, and the settings name {settings.architecture}: give one of them")
     named = settings.model_copy(update={"architecture": name})

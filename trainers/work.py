@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ensembler import jobs
@@ -13,13 +14,15 @@ from ensembler.trainers.events import OnEvent
 from ensembler.trainers.resume import JobResult
 from ensembler.trainers.trainer import Trainer
 
-__all__ = ["Made", "each"]
+__all__ = ["JobOutput", "each"]
 
-Made = tuple[dict[str, Tensor], dict[str, Any]]
-"""What a job's function returns: tensors, and JSON values."""
+JobOutput = tuple[Mapping[str, Any], dict[str, Any]]
+"""What a job's function returns: tensors by name, or mappings of them, and JSON values."""
 
 
-def each(trainer: Trainer, function: Callable[..., Made], arguments: Mapping[str, Mapping[str, Any]]) -> list[Made]:
+def each(
+    trainer: Trainer, function: Callable[..., JobOutput], arguments: Mapping[str, Mapping[str, Any]]
+) -> list[JobOutput]:
     """What ``function(trainer, **arguments[name])`` makes for each name, in their order.
 
     The trainer's engine does the jobs, here or in other processes; the result is the same, for a job depends on its
@@ -48,15 +51,17 @@ def each(trainer: Trainer, function: Callable[..., Made], arguments: Mapping[str
             done[job.name] = result
         results = [done[name] for name in arguments]
         ledgers += [result.ledger for result in results]
-    return [
-        ({name: tensor.to(trainer.device) for name, tensor in result.tensors.items()}, result.facts)
-        for result in results
-    ]
+    return [(_moved(result.tensors, trainer.device), result.facts) for result in results]
 
 
 def _work(
-    trainer: Trainer, emit: OnEvent, name: str, function: Callable[..., Made], given: dict[str, Any]
+    trainer: Trainer, emit: OnEvent, name: str, function: Callable[..., JobOutput], given: dict[str, Any]
 ) -> JobResult:
     own = trainer.fork(name, emit)
     tensors, facts = function(own, **given)
-    return JobResult({key: tensor.cpu() for key, tensor in tensors.items()}, facts, own.ledger.record())
+    return JobResult(_moved(tensors, "cpu"), facts, own.ledger.record())
+
+
+def _moved(tensors: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The same tensors on another device."""
+    return {name: own.to(device) if isinstance(own, Tensor) else _moved(own, device) for name, own in tensors.items()}

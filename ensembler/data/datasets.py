@@ -38,7 +38,7 @@ from ensembler.errors import DataError, EnsemblerError, UsageError
 from ensembler.machine import home
 from ensembler.naming import import_object, is_importable, reason
 from ensembler.seeds import generator
-from ensembler.text import counted, printable
+from ensembler.text import counted, printable, some
 
 __all__ = [
     "CORRUPT",
@@ -97,13 +97,13 @@ class Dataset:
     def __repr__(self) -> str:
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
-        names = [printable(name) for name in self.classes[:_SHOWN]]
-        classes = f"{counted(len(self.classes), 'class', 'classes')}: {', '.join(names)}"
+        names = some([printable(name) for name in self.classes], _SHOWN)
+        classes = f"{counted(len(self.classes), 'class', 'classes')}: {names}"
         return "\n".join(
             [
                 f"Dataset {self.name!r}: {printable(self.title)}",
                 f"  {sizes} examples of shape {tuple(self.train.example_shape)}",
-                f"  {classes}{', ...' if len(self.classes) > _SHOWN else ''}" if self.classes else f"  {self.task}",
+                f"  {classes if self.classes else self.task}",
                 f"  augmentation {self.augmentation}",
             ]
         )

@@ -9,6 +9,7 @@ from typing import Any
 from ensembler.data.folders import Layout, describe
 from ensembler.data.images import FileSplit, Images, Split
 from ensembler.data.splits import repeated, repeated_files
+from ensembler.text import some
 
 __all__ = ["Notes", "describe_folder", "describe_splits"]
 
@@ -105,7 +106,7 @@ def _missing(classes: Sequence[str], parts: Mapping[str, Any]) -> Iterator[str]:
     """Say which classes have no image in some of the splits."""
     present = {role: set(split.labels.tolist()) for role, split in parts.items()}
     missing = {role: [name for label, name in enumerate(classes) if label not in one] for role, one in present.items()}
-    said = [f"{len(names)} in the {role} images ({_some(names)})" for role, names in missing.items() if names]
+    said = [f"{len(names)} in the {role} images ({some(names, _SHOWN)})" for role, names in missing.items() if names]
     if said:
         yield f"classes without an image: {', '.join(said)}"
 
@@ -136,7 +137,3 @@ def _source(layout: Layout, role: str) -> str:
     if role == "validation":
         return f" (held out of {layout.train.name}/)"
     return f" (a fifth of {layout.train.name}/, as there is no test/)"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ensembler.data.decoding import suffixes
 from ensembler.errors import DataError
+from ensembler.text import some
 
 __all__ = ["Layout", "Part", "describe", "find_images", "place", "read_layout", "split_folder", "stat_files"]
 
@@ -114,7 +115,7 @@ def stat_files(folder: Path, files: Iterable[str]) -> Iterator[tuple[str, os.sta
 
 def describe(left_out: Mapping[str, list[str]]) -> str:
     """Return how many files are left out, by reason, with the names of the first few."""
-    return ", ".join(f"{len(names)} {reason} ({_some(names)})" for reason, names in left_out.items())
+    return ", ".join(f"{len(names)} {reason} ({some(names, _SHOWN)})" for reason, names in left_out.items())
 
 
 def place(folder: Path, root: Path | None) -> Path:
@@ -180,8 +181,8 @@ def _read(folder: Path, places: Mapping[str, Path], others: list[str]) -> Layout
         if unknown := [f"{name!r}" for name in classes if name not in train]:
             known = "class" if len(unknown) == 1 else "classes"
             raise DataError(
-                f"{path} has the {known} {_some(unknown)}, which {places['train']} has not: give every split the same "
-                "classes"
+                f"{path} has the {known} {some(unknown, _SHOWN)}, which {places['train']} has not: give every split "
+                "the same classes"
             )
         parts[role] = _part(folder, path, list(train), classes, left_out)
     for path in dict.fromkeys((folder, *(places[role] for role in parts))):
@@ -329,11 +330,6 @@ def _readable(path: Path) -> Path:
 
 def _relative(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
 
 
 def _and(names: Iterable[str]) -> str:

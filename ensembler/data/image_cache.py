@@ -17,11 +17,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import typer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,6 +30,7 @@ from ensembler.data.folders import stat_files
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.machine import user_cache
 from ensembler.storage.artefact import HELD, hold, sweep
+from ensembler.text import echo_once
 
 __all__ = ["LIMIT", "Listed", "clear", "default_folder", "kept", "listed", "maximum", "recorded"]
 
@@ -164,17 +163,11 @@ def _refuse(text: str) -> int:
     raise UsageError(f"{LIMIT} must be a number of GiB, 0 or more, not {text!r}: 0 keeps no decoded images")
 
 
-@cache
-def _say(text: str) -> None:
-    """Say something once."""
-    typer.echo(text, err=True)
-
-
 def _place() -> Path | None:
     try:
         return default_folder()
     except ArtefactError as error:
-        return _say(f"decoded images are not kept: {error}")
+        return echo_once(f"decoded images are not kept: {error}")
 
 
 def _name(folder: Path, files: Sequence[str], what: Mapping[str, Any]) -> str | None:
@@ -225,7 +218,7 @@ def _load(path: Path, labels: Sequence[Tensor]) -> tuple[Tensor, dict[str, str]]
         tensor, metadata = None, {}
     known = metadata.get("sha256"), metadata.get("dtype")
     if tensor is None or known != (hash_tensors(tensor, *labels), str(tensor.dtype)):
-        _say(f"{path} is damaged: the images are decoded again")
+        echo_once(f"{path} is damaged: the images are decoded again")
         return None
     with suppress(OSError):  # a cache that can only be read
         os.utime(path)
@@ -251,7 +244,7 @@ def _save(path: Path, tensor: Tensor, metadata: dict[str, str], limit: int) -> N
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        _say(f"decoded images are not kept in {path.parent}: {reason}; they are decoded again when needed")
+        echo_once(f"decoded images are not kept in {path.parent}: {reason}; they are decoded again when needed")
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -33,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ensembler.device import restored_generators, seed_generators
-from ensembler.errors import UsageError
-from ensembler.naming import import_object, reason
+from ensembler.errors import UsageError, first_line
+from ensembler.naming import import_object, is_given, name_of, reason
 from ensembler.seeds import derive
 from ensembler.weights import tie
 
@@ -44,11 +43,9 @@ __all__ = [
     "MemoryFormat",
     "build",
     "cnn",
+    "factory_name",
     "from_timm",
     "from_torchvision",
-    "given",
-    "is_given",
-    "name_of",
     "preresnet",
     "strided_pointwise",
     "takes_one_channel",
@@ -61,8 +58,8 @@ Factory = Callable[..., nn.Module]
 """A function or class that builds a network, called as ``factory(num_classes=C)``."""
 
 
-def name_of(factory: Factory) -> str:
-    """Return a factory's name, ``package.module:factory``; ``__main__:factory`` where it cannot be imported by one.
+def factory_name(factory: Factory) -> str:
+    """Return a factory's name; see :func:`ensembler.naming.name_of`.
 
     Raises:
         UsageError: it is not a function or class, but for example a network.
@@ -72,29 +69,7 @@ def name_of(factory: Factory) -> str:
             f"the network is given as a {type(factory).__name__}, but every member needs one of its own: give the "
             "function or class that builds it, called as network(num_classes=C)"
         )
-    own = getattr(factory, "__qualname__", None) or type(factory).__qualname__
-    name = f"{getattr(factory, '__module__', None) or '__main__'}:{own}"
-    if not is_given(name):
-        with suppress(UsageError):
-            if import_object(name, "architecture") is factory:
-                return name
-    return f"{_MAIN}{own}"
-
-
-def is_given(name: str) -> bool:
-    """Return whether an architecture is a factory that cannot be imported, and so must be passed from Python."""
-    return name.startswith(_MAIN)
-
-
-def given(factory: Factory, name: str) -> Factory | None:
-    """Return the factory of a run, or ``None`` where the run's architecture is imported by its name.
-
-    Raises:
-        UsageError: the run was trained with another one, by its name.
-    """
-    if (own := name_of(factory)) != name:
-        raise UsageError(f"the run was trained with the network {name}, not {own}: pass that one")
-    return factory if is_given(name) else None
+    return name_of(factory)
 
 
 def build(
@@ -118,7 +93,7 @@ def build(
         seed: of the weights.
         memory_format: ``"channels-last"`` is 1.3 to 2 times as fast on CPUs, and no slower on GPUs. A network in
             ``"contiguous"`` memory also makes its inputs so.
-        factory: what builds the network, where the name does not say so (:func:`is_given`).
+        factory: what builds the network, where the name does not say so (:func:`ensembler.naming.is_given`).
 
     Raises:
         UsageError: an unknown name, a library that is not installed, or a factory that fails or does not return a
@@ -321,8 +296,6 @@ _OWN: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-_MAIN = "__main__:"  # of a notebook, a prompt or a script: in another process, another module
-
 AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 """torchvision's networks with heads that only help training: they are left out, so outputs are logits in any mode."""
 
@@ -364,14 +337,13 @@ def from_timm(name: str, **options: Any) -> nn.Module:
     try:
         network: nn.Module = timm.create_model(name, **options)
     except RuntimeError as error:  # an unknown tag, or a missing library
-        reason, _, _ = str(error).partition("\n")
-        raise UsageError(f"timm cannot build {name!r}: {reason}") from error
+        raise UsageError(f"timm cannot build {name!r}: {first_line(error)}") from error
     return network
 
 
 def _imported(name: str) -> Factory:
-    own = name.removeprefix(_MAIN)
     if is_given(name):
+        own = name.partition(":")[2]
         raise UsageError(
             f"the network {own} was defined in a notebook or script, from which it cannot be imported: pass it from "
             f"Python (network={own if own.isidentifier() else '...'}), or define it in a module and train again"

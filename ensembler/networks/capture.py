@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ensembler.errors import first_line
+
 __all__ = ["Captured", "CudaGraph", "Graph", "on_stream"]
 
 Step = Callable[..., None]
@@ -104,8 +106,7 @@ class Captured:
             self._eager = True
             random.setstate(before[0])
             np.random.set_state(before[1])
-            reason = str(error).strip().partition("\n")[0]
-            self._say(f"a step of this training cannot be captured as a CUDA graph, and is not: {reason}")
+            self._say(f"a step of this training cannot be captured as a CUDA graph, and is not: {first_line(error)}")
             return False
         self._recorded[shape] = inputs, graph
         return True

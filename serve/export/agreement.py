@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ensembler.data.images import normalise
 from ensembler.ensemble import Ensemble
-from ensembler.errors import ExportError
+from ensembler.errors import ExportError, first_line
 from ensembler.seeds import derive
 from ensembler.serve.runtime.manifest import PROBE, Precision
 from ensembler.serve.runtime.strategies import Members
@@ -121,7 +121,7 @@ def _difference(
         try:
             found = opened.ask(images[part], "loop", member, member + 1)[0]
         except Exception as error:
-            raise ExportError(f"the graph fails at a batch of {batch}: {str(error).splitlines()[0]}") from error
+            raise ExportError(f"the graph fails at a batch of {batch}: {first_line(error)}") from error
         difference = float(np.abs(found - expected[part]).max())
         if np.isnan(difference):
             raise ExportError(f"the graph answers with NaN at a batch of {batch}")

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from ensembler.errors import ArtefactError, first_line
-from ensembler.record import Record
+from ensembler.record import Record, mistake
 from ensembler.serve.runtime.external_data import external_files
 from ensembler.storage import artefact, signing
 
@@ -272,9 +272,7 @@ def read_bundle(bundle: Path, key: str | Path | None = None) -> BundleManifest:
     try:
         manifest = BundleManifest.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ArtefactError(f"{bundle} has an unusable manifest ({where}: {first['msg']}): export it again") from error
+        raise ArtefactError(f"{bundle} has an unusable manifest ({mistake(error)}): export it again") from error
     if fault := next(_faults(manifest), None):
         raise ArtefactError(f"{bundle} {fault}: export it again")
     for graph in [*manifest.graphs, *(name for name in (MERGED, SINGLE) if name in manifest.files)]:

@@ -99,11 +99,9 @@ class CyclicalSGMCMC(Method):
 
     def train(self, trainer: Trainer) -> Members:
         """Train one network through the cycles, each a part of the cost, and collect the samples at their ends."""
-        import torch
-
         from ensembler.trainers.plan import Plan, Snapshot
         from ensembler.trainers.schedules import cosine
-        from ensembler.trainers.starts import fresh, solution, stack_buffers
+        from ensembler.trainers.starts import as_members, begin
 
         settings, length = trainer.settings, trainer.steps(self.cycle or 1)
         quiet = round(self.exploration * length)
@@ -112,7 +110,7 @@ class CyclicalSGMCMC(Method):
                 f"the noisy part of a cycle has {length - quiet} of its {length} steps, fewer than the "
                 f"{self.samples_per_cycle} samples: raise --cycle or lower --exploration"
             )
-        begin = solution(trainer) if trainer.starts_solved else fresh(trainer)
+        network = begin(trainer)
         rate, count = cosine(trainer.lr, length), self.samples_per_cycle
         plan = Plan(
             rate,
@@ -120,14 +118,13 @@ class CyclicalSGMCMC(Method):
             noise=langevin(rate, quiet, self.temperature, settings.momentum or 0, len(trainer.train_examples)),
             collect={quiet + (length - quiet) * (sample + 1) // count for sample in range(count)},
         )
-        vertices, buffers, samples = begin.vector[None].clone(), begin.buffers, list[Snapshot]()
+        vertices, buffers, samples = network.vector[None].clone(), network.buffers, list[Snapshot]()
         for cycle in range(self.cycles):
             own = plan if cycle else replace(plan, schedule=trainer.warmed(rate))
             fitted = trainer.fit(f"cycle {cycle + 1}", vertices, buffers, own)
             vertices, buffers = fitted.vertices, fitted.buffers
             samples += fitted.snapshots
-        rows = torch.cat([sample.vertices for sample in samples])
-        return Members(rows, torch.eye(self.members), stack_buffers(samples))
+        return as_members(samples)
 
 
 def langevin(rate: Schedule, quiet: int, temperature: float, momentum: float, examples: int) -> Schedule:

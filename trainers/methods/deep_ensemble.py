@@ -14,7 +14,7 @@ from ensembler.trainers.recipes import ASHUKHA_2020, GARIPOV_2018, SOLUTIONS, Re
 if TYPE_CHECKING:
     from ensembler.trainers.budget import Budget, Piece
     from ensembler.trainers.trainer import Trainer
-    from ensembler.trainers.work import Made
+    from ensembler.trainers.work import JobOutput
 
 __all__ = ["DeepEnsemble"]
 
@@ -62,19 +62,16 @@ class DeepEnsemble(Method):
         """Train each member from its own weights and on its own order of the data."""
         import torch
 
+        from ensembler.trainers.starts import Solution, stack_buffers
         from ensembler.trainers.work import each
 
         jobs = {f"solution {member + 1}": {"member": member} for member in range(self.members)}
-        made = [tensors for tensors, _ in each(trainer, solve, jobs)]
-        whole = {name: torch.stack([tensors[name] for tensors in made]) for name in made[0]}
-        vertices = whole.pop("vector")
-        buffers = {name.removeprefix("buffer."): rows.cpu() for name, rows in whole.items()}
-        return Members(vertices, torch.eye(self.members), buffers)
+        found = [Solution(**tensors) for tensors, _ in each(trainer, solve, jobs)]
+        return Members(torch.stack([one.vector for one in found]), torch.eye(self.members), stack_buffers(found))
 
 
-def solve(trainer: Trainer, member: int) -> Made:
-    """A job: one solution's ``vector`` (P,) and its buffers."""
+def solve(trainer: Trainer, member: int) -> JobOutput:
+    """A job: one solution, its ``vector`` (P,) and its ``buffers``."""
     from ensembler.trainers.starts import solution
 
-    found = solution(trainer, member)
-    return {"vector": found.vector} | {f"buffer.{name}": buffer for name, buffer in found.buffers.items()}, {}
+    return vars(solution(trainer, member)), {}

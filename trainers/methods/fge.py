@@ -13,10 +13,10 @@ from ensembler.errors import UsageError
 from ensembler.options import option
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.recipes import ASHUKHA_2020, GARIPOV_2018, SOLUTIONS, Recipe
-from ensembler.trainers.schedules import Schedule, after
 
 if TYPE_CHECKING:
     from ensembler.trainers.budget import Budget, Piece
+    from ensembler.trainers.schedules import Schedule
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
 
@@ -52,10 +52,7 @@ class FGE(Method):
     def resolved(self, settings: Settings) -> Self:
         """By default, the cycles' rates are those of the paper's ResNet at --lr 0.1."""
         before = self.start * settings.epochs
-        if settings.warmup >= before:
-            raise UsageError(
-                f"--warmup {settings.warmup:g} leaves nothing of the {before:g} epochs before the cycles: lower it"
-            )
+        settings.check_warmup(before, f"the {before:g} epochs before the cycles")
         return self.model_copy(update=dict(zip(("high", "low"), self.rates(settings.lr or 0), strict=True)))
 
     def rates(self, lr: float) -> tuple[float, float]:
@@ -79,25 +76,15 @@ class FGE(Method):
 
     def train(self, trainer: Trainer) -> Members:
         """Train one network, from fresh weights or a start, and collect M snapshots of it."""
-        import torch
-
         from ensembler.trainers.plan import Plan
-        from ensembler.trainers.starts import fresh, solution, stack_buffers
+        from ensembler.trainers.starts import as_members, begin
 
-        length = trainer.steps(self.cycle)
-        schedule, begin = cyclic(*self.rates(trainer.lr), length), 0
-        if trainer.starts_solved:
-            begin_at = solution(trainer)
-        else:
-            begin_at, budget = fresh(trainer), trainer.steps(trainer.settings.epochs)
-            begin = max(1, round(self.start * budget))
-            schedule = after(begin, trainer.schedule(budget), schedule)
+        network, length = begin(trainer), trainer.steps(self.cycle)
+        first, schedule = trainer.before(self.start, cyclic(*self.rates(trainer.lr), length))
         # The last cycle ends with its snapshot: the rise after it would change nothing.
-        collect = [begin + middle for middle in cyclic_middles(length, self.members)]
+        collect = [first + middle for middle in cyclic_middles(length, self.members)]
         plan = Plan(schedule, collect[-1], collect=collect)
-        fitted = trainer.fit("fge", begin_at.vector[None].clone(), begin_at.buffers, plan)
-        vertices = torch.cat([snapshot.vertices for snapshot in fitted.snapshots])
-        return Members(vertices, torch.eye(self.members), stack_buffers(fitted.snapshots))
+        return as_members(trainer.fit("fge", network.vector[None].clone(), network.buffers, plan).snapshots)
 
 
 def cyclic(high: float, low: float, cycle: int) -> Schedule:

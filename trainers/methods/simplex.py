@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ensembler.trainers.plan import Fitted
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
-    from ensembler.trainers.work import Made
+    from ensembler.trainers.work import JobOutput
 
 __all__ = ["BASE", "BENTON_2021", "LADDER", "Simplex"]
 
@@ -113,8 +113,7 @@ class Simplex(Method):
         if members < self.simplexes:
             raise UsageError(f"{members} members are too few for {self.simplexes} simplexes: each needs one")
         epochs = self.vertex_epochs or settings.epochs / 4
-        if settings.warmup >= epochs:
-            raise UsageError(f"--warmup {settings.warmup:g} leaves nothing of a vertex's {epochs:g} epochs: lower it")
+        settings.check_warmup(epochs, f"a vertex's {epochs:g} epochs")
         chosen = {"members": members, "vertex_epochs": epochs, "vertex_lr": self.vertex_lr or settings.lr}
         return self.model_copy(update=chosen)
 
@@ -152,6 +151,7 @@ class Simplex(Method):
 
         from ensembler.run import Sampling
         from ensembler.sampling import sample_coefficients
+        from ensembler.trainers.measure import member_buffers
         from ensembler.trainers.work import each
 
         S, K = self.simplexes, self.vertices
@@ -159,7 +159,7 @@ class Simplex(Method):
             raise UsageError("several simplexes start from independent solutions: leave out --init")
         names = ["simplex"] if S == 1 else [f"simplex {number + 1}" for number in range(S)]
 
-        def grow_all(numbers: range, strength: float | str) -> list[Made]:
+        def grow_all(numbers: range, strength: float | str) -> list[JobOutput]:
             jobs = {names[n]: {"number": n, "name": names[n], "strength": strength} for n in numbers}
             return each(trainer, partial(grow, options=self), jobs)
 
@@ -169,25 +169,24 @@ class Simplex(Method):
         strength, trials = made[0][1]["strength"], made[0][1]["trials"]
         made += grow_all(range(first, S), strength) if first < S else []
 
-        stages = [facts["stages"] for _, facts in made]
+        tensors, stages = [tensors for tensors, _ in made], [facts["stages"] for _, facts in made]
         metrics = {"simplexes": [found[-1] for found in stages], "growth": list(chain(*stages))}
-        vertices = torch.cat([tensors["simplex"] for tensors, _ in made])
+        vertices = torch.cat([own["simplex"] for own in tensors])
         rows = torch.arange(S * K).view(S, K).tolist()
         sampling = Sampling(simplexes=rows, concentration=self.concentration, corners=self.corners)
         coefficients = sample_coefficients(sampling, S * K, self.members or S * K, trainer.settings.seed)
-        return Members(
-            vertices,
-            coefficients,
-            buffers_of_members(trainer, [tensors for tensors, _ in made], vertices, coefficients),
-            sampling,
-            metrics | ({"lambda": strength, "trials": trials} if trials else {}),
-        )
+        # Each member has the buffers of its own simplex.
+        places = coefficients.view(-1, S, K).sum(dim=2).argmax(dim=1).tolist()
+        solved = {n * K: own["solution"] for n, own in enumerate(tensors)}
+        buffers = member_buffers(trainer, vertices, coefficients, [tensors[n]["last"] for n in places], solved)
+        metrics |= {"lambda": strength, "trials": trials} if trials else {}
+        return Members(vertices, coefficients, buffers, sampling, metrics)
 
 
-def grow(trainer: Trainer, options: Simplex, number: int, name: str, strength: float | Literal["auto"]) -> Made:
-    """A job: one ``simplex`` (K, P) with its buffers; what was found at each stage, and lambda.
+def grow(trainer: Trainer, options: Simplex, number: int, name: str, strength: float | Literal["auto"]) -> JobOutput:
+    """A job: one ``simplex`` (K, P), the buffers of its ``solution`` and those at the end of its ``last`` training.
 
-    The solution's buffers are ``solution.NAME``, those at the end of the last vertex's training ``last.NAME``.
+    Also what was found at each stage, and lambda.
     """
     from ensembler.trainers.measure import describe
     from ensembler.trainers.starts import solution
@@ -204,31 +203,8 @@ def grow(trainer: Trainer, options: Simplex, number: int, name: str, strength: f
             fitted = add_vertex(trainer, options, simplex, buffers, part, strength)
         simplex, buffers = fitted.vertices, fitted.buffers
         stages.append(describe(trainer, simplex, buffers, f"{name} of {k + 1} vertices", solved))
-    tensors = {f"solution.{key}": own for key, own in base.buffers.items()}
-    tensors |= {f"last.{key}": own for key, own in buffers.items()}
-    return {"simplex": simplex, **tensors}, {"stages": stages, "strength": strength, "trials": trials}
-
-
-def buffers_of_members(
-    trainer: Trainer, made: list[dict[str, Tensor]], vertices: Tensor, coefficients: Tensor
-) -> dict[str, Tensor]:
-    """Compute the buffers (M, ...) of members: of each, from those of its own simplex; see :func:`grow`."""
-    from ensembler.trainers.measure import member_buffers
-
-    K = len(vertices) // len(made)
-    found: dict[str, Tensor] = {}
-    simplexes = coefficients.view(-1, len(made), K).sum(dim=2).argmax(dim=1)
-    for number, tensors in enumerate(made):
-        kinds = {
-            kind: {name.removeprefix(kind): own for name, own in tensors.items() if name.startswith(kind)}
-            for kind in ("solution.", "last.")
-        }
-        members = (simplexes == number).nonzero()[:, 0]
-        solved = {number * K: kinds["solution."]}
-        own = member_buffers(trainer, vertices, coefficients[members], kinds["last."], solved)
-        for name, rows in own.items():
-            found.setdefault(name, rows.new_empty(len(coefficients), *rows.shape[1:]))[members] = rows
-    return found
+    tensors = {"simplex": simplex, "solution": base.buffers, "last": buffers}
+    return tensors, {"stages": stages, "strength": strength, "trials": trials}
 
 
 def add_vertex(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from ensembler.errors import UsageError
 from ensembler.options import option
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.recipes import ASHUKHA_2020, SGD, SOLUTIONS, Recipe
@@ -51,8 +50,7 @@ class Snapshots(Method):
     def resolved(self, settings: Settings) -> Self:
         """By default, the whole ensemble costs what one network does."""
         cycle = self.cycle or settings.epochs / self.members
-        if settings.warmup >= cycle:
-            raise UsageError(f"--warmup {settings.warmup:g} leaves nothing of a cycle of {cycle:g} epochs: lower it")
+        settings.check_warmup(cycle, f"a cycle of {cycle:g} epochs")
         return self.model_copy(update={"cycle": cycle})
 
     def at_budget(self, budget: Budget) -> list[Piece] | str:
@@ -71,19 +69,14 @@ class Snapshots(Method):
 
     def train(self, trainer: Trainer) -> Members:
         """Train one network through M cosine cycles, and collect it at the end of each."""
-        import torch
-
         from ensembler.trainers.plan import Plan
         from ensembler.trainers.schedules import cosine, repeated
-        from ensembler.trainers.starts import fresh, solution, stack_buffers
+        from ensembler.trainers.starts import as_members, begin
 
-        length = trainer.steps(self.cycle or 1)
-        begin = solution(trainer) if trainer.starts_solved else fresh(trainer)
+        network, length = begin(trainer), trainer.steps(self.cycle or 1)
         plan = Plan(
             trainer.warmed(repeated(cosine(trainer.lr, length), length)),
             length * self.members,
             collect=range(length, length * self.members + 1, length),
         )
-        fitted = trainer.fit("snapshots", begin.vector[None].clone(), begin.buffers, plan)
-        vertices = torch.cat([snapshot.vertices for snapshot in fitted.snapshots])
-        return Members(vertices, torch.eye(self.members), stack_buffers(fitted.snapshots))
+        return as_members(trainer.fit("snapshots", network.vector[None].clone(), network.buffers, plan).snapshots)

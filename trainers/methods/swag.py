@@ -27,16 +27,14 @@ from ensembler.errors import UsageError
 from ensembler.options import option
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.recipes import ASHUKHA_2020, MADDOX_2019, SOLUTIONS, Recipe
-from ensembler.trainers.schedules import after, constant
+from ensembler.trainers.schedules import constant
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ensembler.trainers.budget import Budget, Piece
     from ensembler.trainers.plan import Gather, Snapshot
     from ensembler.trainers.settings import Settings
     from ensembler.trainers.trainer import Trainer
-    from ensembler.trainers.work import Made
+    from ensembler.trainers.work import JobOutput
 
 __all__ = ["SWAG", "moments"]
 
@@ -92,11 +90,7 @@ class SWAG(Method):
         if self.swa_epochs is None and self.start == 1:
             raise UsageError("--start 1 leaves no epochs in which to collect iterates: give --swa-epochs")
         before = self.start * settings.epochs
-        if settings.warmup >= before:
-            raise UsageError(
-                f"--warmup {settings.warmup:g} leaves nothing of the {before:g} epochs before iterates are collected: "
-                "lower it"
-            )
+        settings.check_warmup(before, f"the {before:g} epochs before iterates are collected")
         swa_epochs = self.swa_epochs or (1 - self.start) * settings.epochs
         return self.model_copy(update={"swa_epochs": swa_epochs, "swa_lr": self.swa_lr or (settings.lr or 0) / 5})
 
@@ -127,6 +121,7 @@ class SWAG(Method):
 
         from ensembler import gaussian
         from ensembler.run import Gaussians
+        from ensembler.trainers.measure import member_buffers
         from ensembler.trainers.work import each
 
         S = self.swags
@@ -139,41 +134,36 @@ class SWAG(Method):
         each_own = [trainer.weights.unflatten(tensors["gaussian"]) for tensors, _ in made]
         gaussians = {name: torch.stack([own[name] for own in each_own]) for name in each_own[0]}
         drawn = gaussian.draw(gaussians, self.scale, self.members, trainer.settings.seed)
-        vertices = trainer.weights.flatten(drawn)
+        vertices, coefficients = trainer.weights.flatten(drawn), torch.eye(self.members)
+        last = [made[m % S][0]["buffers"] for m in range(self.members)]
         return Members(
             vertices,
-            torch.eye(self.members),
-            buffers_of_members(trainer, [tensors for tensors, _ in made], vertices),
+            coefficients,
+            member_buffers(trainer, vertices, coefficients, last),
             Gaussians(scale=self.scale),
             {"gaussians": [facts for _, facts in made]},
             gaussians,
         )
 
 
-def fit_gaussian(trainer: Trainer, options: SWAG, number: int, name: str) -> Made:
-    """A job: one ``gaussian`` (K + 2, P), the buffers at the end of its training, ``last.NAME``, and its numbers."""
+def fit_gaussian(trainer: Trainer, options: SWAG, number: int, name: str) -> JobOutput:
+    """A job: one ``gaussian`` (K + 2, P), the ``buffers`` at the end of its training, and its numbers."""
     import torch
 
     from ensembler.trainers.plan import Plan
-    from ensembler.trainers.starts import fresh, solution
+    from ensembler.trainers.starts import begin
 
-    schedule, begin = constant(options.swa_lr or trainer.lr / 5), 0
-    if trainer.starts_solved:
-        begin_at = solution(trainer, number)
-    else:
-        begin_at, budget = fresh(trainer, number), trainer.steps(trainer.settings.epochs)
-        begin = max(1, round(options.start * budget))
-        schedule = after(begin, trainer.schedule(budget), schedule)
-    iterates, every = collection(trainer, options)
+    network, (iterates, every) = begin(trainer, number), collection(trainer, options)
+    first, schedule = trainer.before(options.start, constant(options.swa_lr or trainer.lr / 5))
     # What comes after the last iterate would change nothing.
-    collect = range(begin + every, begin + iterates * every + 1, every)
+    collect = range(first + every, first + iterates * every + 1, every)
     plan = Plan(schedule, collect[-1], collect=collect, gather=moments(options.rank, collect))
-    fitted = trainer.fit(name, begin_at.vector[None].clone(), begin_at.buffers, plan)
+    fitted = trainer.fit(name, network.vector[None].clone(), network.buffers, plan)
     mean, squares, *deviations = (snapshot.vertices[0] for snapshot in fitted.snapshots)
     found = torch.stack([mean, (squares / iterates).sqrt(), *deviations])
     facts = {"name": name, "iterates": iterates, "rank": len(deviations), "distance": found[1].norm().item()}
     trainer.say("{name}: {iterates} iterates, rank {rank}, {distance:.4g} from their mean".format(**facts))
-    return {"gaussian": found} | {f"last.{key}": own for key, own in fitted.buffers.items()}, facts
+    return {"gaussian": found, "buffers": fitted.buffers}, facts
 
 
 def collection(trainer: Trainer, options: SWAG) -> tuple[int, int]:
@@ -215,19 +205,3 @@ def moments(rank: int, collect: range) -> Gather:
         return [Snapshot(mean, {}), Snapshot(squares + before * deviation, {}), *last]
 
     return gather
-
-
-def buffers_of_members(trainer: Trainer, made: list[dict[str, Tensor]], vertices: Tensor) -> dict[str, Tensor]:
-    """Compute the buffers (M, ...) of members: of each, from those of its own Gaussian's training."""
-    import torch
-
-    from ensembler.trainers.measure import member_buffers
-
-    found: dict[str, Tensor] = {}
-    for number, tensors in enumerate(made):
-        carried = {name.removeprefix("last."): own for name, own in tensors.items() if name.startswith("last.")}
-        members = torch.arange(number, len(vertices), len(made))
-        own = member_buffers(trainer, vertices, torch.eye(len(vertices))[members], carried)
-        for name, rows in own.items():
-            found.setdefault(name, rows.new_empty(len(vertices), *rows.shape[1:]))[members] = rows
-    return found
