@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -37,9 +38,9 @@ FORMAT = 1
 PREDICTING = tuple(
     f"ensembler.{name}"
     for name in (
-        *("architectures", "augmentations", "capture", "decoding", "device", "dropout", "ensemble", "examples"),
-        *("gaussian", "images", "member_networks", "network_checks", "task", "uncertainty", "weights"),
-        *("eval.predictions", "eval.views"),
+        *(f"data.{own}" for own in ("augmentations", "decoding", "examples", "images")),
+        *(f"networks.{own}" for own in ("architectures", "capture", "checks", "dropout", "members")),
+        *("device", "ensemble", "gaussian", "task", "uncertainty", "weights", "eval.predictions", "eval.views"),
     )
 )
 """The modules that build the network, prepare images, predict and reduce."""
@@ -67,12 +68,12 @@ def code_sha256(architecture: str, network: nn.Module) -> str:
     Further imports of a user's modules are not followed; torch counts by its version.
     """
     builder = architecture.partition(":")[0]  # of package.module:factory
-    modules = {*PREDICTING, builder, *(type(part).__module__ for part in network.modules())}
+    own = {builder, *(type(part).__module__ for part in network.modules())} & sys.modules.keys()
     digest = hashlib.sha256(repr(network).encode())
-    for name in sorted(name for name in modules & sys.modules.keys() if name.split(".")[0] != "torch"):
+    for name in sorted({*PREDICTING, *(name for name in own if name.split(".")[0] != "torch")}):
         digest.update(name.encode())
         with suppress(OSError, TypeError):  # no source, such as a class from a prompt
-            digest.update(inspect.getsource(sys.modules[name]).encode())
+            digest.update(inspect.getsource(import_module(name)).encode())
     return digest.hexdigest()
 
 
