@@ -290,7 +290,7 @@ def _scores(prediction: Prediction, labels: Labels, temperature: float | None) -
             "disagreement": None if disagreement is None else float(disagreement.mean()),
             "predictive_entropy": float(prediction.predictive_entropy.mean()),
             "expected_entropy": float(prediction.expected_entropy.mean(dtype=np.float64)),
-            "mutual_information": None if information is None else float(information.mean()),
+            "mutual_information": None if information is None else float(information.mean(dtype=np.float64)),
         }
     )
 
@@ -312,5 +312,4 @@ def _member_losses(prediction: Prediction) -> NDArray[np.float64]:
 
 
 def _detectors(prediction: Prediction) -> dict[str, NDArray[np.float64] | None]:
-    spread = None if prediction.size == 1 else prediction.expected_entropy
-    return detectors(prediction.mean, spread, prediction.energy, prediction.max_logit)
+    return detectors(prediction.mean, prediction.mutual_information, prediction.energy, prediction.max_logit)

@@ -317,10 +317,10 @@ def test_memory_does_not_grow_with_the_members(predictor):
     images = torch.zeros(3000, 8, 8, 3, dtype=torch.uint8)
     many = TestSet("many", "many", Counted(Split(images, torch.zeros(3000, dtype=torch.int64)), 500), "shift", 1)
     for _, (found,) in predictions([predictor], [many]):
-        held = [found.mean, found.expected_entropy, found.classes, found.label_probabilities]
+        held = [found.mean, found.expected_entropy, found.mutual_information, found.classes, found.label_probabilities]
         assert found.members is None
     ensemble = predictor.ensemble
-    assert sum(array.nbytes for array in held) == 3000 * 4 * (len(ensemble.classes) + 1 + 2 * ensemble.members)
+    assert sum(array.nbytes for array in held) == 3000 * 4 * (len(ensemble.classes) + 2 + 2 * ensemble.members)
 
 
 def test_energy_and_max_logit_are_of_the_members_mean_logits(predictor):
@@ -335,3 +335,12 @@ def test_energy_and_max_logit_are_of_the_members_mean_logits(predictor):
     np.testing.assert_array_equal(some.energy, found.energy[[3, 0]])
     np.testing.assert_array_equal(some.classes, found.classes[:, [3, 0]])
     np.testing.assert_array_equal(some.members, found.members[:, [3, 0]])
+
+
+def test_a_network_that_ends_in_log_softmax_has_no_energy(predictor, monkeypatch):
+    outputs = predictor.ensemble.predict_outputs
+    monkeypatch.setattr(predictor.ensemble, "predict_outputs", lambda *given: outputs(*given).log_softmax(dim=2))
+    ((_, (found,)),) = predictions([predictor], [TestSet("test", "test images", dataset().test, "clean")])
+    assert (found.energy, found.max_logit) == (None, None)
+    np.testing.assert_allclose(found.members, outputs(dataset().test.images).softmax(dim=2), atol=1e-6)
+    assert predictor.kept(TestSet("test", "test images", dataset().test, "clean")).energy is None
