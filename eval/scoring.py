@@ -196,7 +196,10 @@ class _Scorer:
 
     def _report(self, headline: Sequence[str]) -> RunReport:
         means = [self.cells[name] for name in headline]
-        families = {family: [self.cells[n] for n in names if n in self.cells] for family, names in FAMILIES.items()}
+        complete = {name: levels for name, levels in self.cells.items() if levels.keys() == set(SEVERITIES)}
+        families = {
+            family: [complete[name] for name in names if name in complete] for family, names in FAMILIES.items()
+        }
         return RunReport(
             name=self.subject.name,
             sha256=self.subject.sha256,
@@ -240,7 +243,7 @@ def _errors_by_class(
     if not errors:
         return {}
     means = np.array([np.mean(levels, axis=0) for levels in errors.values()])
-    order = np.argsort(-np.nan_to_num(means.mean(axis=0), nan=-1.0), kind="stable")
+    order = np.argsort(-np.ma.masked_invalid(means).mean(axis=0).filled(-1.0), kind="stable")
     shown = sorted(order[:CLASSES].tolist())
     return {
         corruption: {classes[k]: None if np.isnan(row[k]) else float(row[k]) for k in shown}
