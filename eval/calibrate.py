@@ -63,6 +63,7 @@ def calibrate(
     from ensembler.eval.prediction_cache import folder_of
     from ensembler.eval.predictions import Predictor, predictions
     from ensembler.eval.shift.test_set import validation_set
+    from ensembler.uncertainty import mean_probabilities
 
     options = options or CalibrationOptions()
     ensemble = Ensemble.load(path, options.device, options.batch_size, network)
@@ -73,7 +74,7 @@ def calibrate(
     folder = folder_of(options.cache)
     ((_, (prediction,)),) = predictions([Predictor(ensemble, folder)], [validation_set(validation)], watch)
     return fit(
-        prediction.mean.astype(np.float64),
+        mean_probabilities(np.asarray(prediction.members)),  # in float64, as it is served: a threshold may be a tie
         validation.labels.numpy(),
         options,
         run_sha256=ensemble.run.sha256,

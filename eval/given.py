@@ -32,8 +32,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ensembler.errors import ShapeError, UsageError, first_line
-from ensembler.eval.metrics.classification import SUM_TOLERANCE
-from ensembler.eval.predictions import Prediction, reduce_logits, reduce_members
+from ensembler.eval.metrics.classification import SUM_ROUNDING, SUM_TOLERANCE
+from ensembler.eval.predictions import Prediction, log_probabilities, reduce_logits, reduce_members
 from ensembler.eval.shift.corruptions import SEVERITIES
 from ensembler.eval.shift.test_set import TestSet
 
@@ -334,9 +334,9 @@ def _reduced(prefix: str, own: Mapping[str, NDArray[Any]], labels: Labels | None
     if values[0] == "logits":
         if extra:
             raise ShapeError(f"{prefix}{next(iter(extra))} follows from the logits: leave it out")
-        extra = reduce_logits(members)
+        extra = {} if log_probabilities(members) else reduce_logits(members)
         members = _softmax(title, members)
-    _check_distributions(title, members)
+    members = _distributions(title, members)
     y = own.get("labels", labels)
     if y is not None:
         y = _labels(prefix, y, title, members)
@@ -378,7 +378,8 @@ def _softmax(title: str, logits: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(torch.from_numpy(np.ascontiguousarray(logits)).softmax(dim=2).numpy())
 
 
-def _check_distributions(title: str, members: NDArray[Any]) -> None:
+def _distributions(title: str, members: NDArray[Any]) -> NDArray[Any]:
+    """Refuse what is no distribution, and normalise the rows as :class:`.classification.Answers` does."""
     sums = members.sum(axis=2, dtype=np.float64)
     bad = np.argwhere(~((np.abs(sums - 1.0) <= SUM_TOLERANCE) & (members >= 0.0).all(axis=2)))
     if len(bad):
@@ -388,6 +389,10 @@ def _check_distributions(title: str, members: NDArray[Any]) -> None:
             f"{members[member, image].min():g} and it sums to {sums[member, image]:g}; give probabilities that sum to "
             f"1, or name the array {title.removesuffix('probabilities')}logits"
         )
+    rounded = np.abs(sums - 1.0) > SUM_ROUNDING
+    if not rounded.any():
+        return members
+    return np.where(rounded[..., None], members / sums[..., None], members).astype(members.dtype)
 
 
 def _labels(prefix: str, labels: NDArray[Any], title: str, members: NDArray[Any]) -> Labels:

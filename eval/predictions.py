@@ -30,13 +30,13 @@ from ensembler.eval.views import Variations
 from ensembler.eval.views import identity as view_identity
 from ensembler.jobs import Job
 from ensembler.run import Run
-from ensembler.uncertainty import disagreement_of_votes, entropy, expected_entropy
+from ensembler.uncertainty import SUM_TOLERANCE, disagreement_of_votes, entropy, expected_entropy, information
 
-__all__ = ["Prediction", "Predictor", "predictions", "reduce_logits", "reduce_members"]
+__all__ = ["Prediction", "Predictor", "log_probabilities", "predictions", "reduce_logits", "reduce_members"]
 
 _CHUNK = 2**26  # bytes of images, and of members' probabilities, in memory at once
 _EXAMPLES_AXIS = {
-    **{"mean": 0, "expected_entropy": 0, "classes": 1, "label_probabilities": 1},
+    **{"mean": 0, "expected_entropy": 0, "mutual_information": 0, "classes": 1, "label_probabilities": 1},
     **{"energy": 0, "max_logit": 0},
 }
 
@@ -48,6 +48,8 @@ class Prediction:
     Attributes:
         mean: (B, C) float32, the mean of the members' probabilities.
         expected_entropy: (B,) float32, the mean of the members' own entropies, in nats.
+        mutual_information: (B,) float32 nats, ``None`` where M = 1; computed in float64, as float32's rounding of both
+            entropies is larger where members agree.
         classes: (M, B) int32, each member's most probable class.
         label_probabilities: (M, B) float32, each member's probability of the label; (M, 0) without labels.
         energy, max_logit: (B,) float32, see :func:`.metrics.ood.detectors`; ``None`` where the logits are unknown.
@@ -58,6 +60,7 @@ class Prediction:
     expected_entropy: NDArray[np.float32]
     classes: NDArray[np.int32]
     label_probabilities: NDArray[np.float32]
+    mutual_information: NDArray[np.float32] | None = None
     energy: NDArray[np.float32] | None = None
     max_logit: NDArray[np.float32] | None = None
     members: NDArray[np.float32] | None = None
@@ -78,11 +81,6 @@ class Prediction:
     def predictive_entropy(self) -> NDArray[np.float64]:
         """(B,) in nats."""
         return entropy(self.mean)
-
-    @property
-    def mutual_information(self) -> NDArray[np.float64] | None:
-        """(B,) in nats, ``None`` where M = 1; see :func:`ensembler.uncertainty.mutual_information`."""
-        return None if self.size == 1 else np.maximum(self.predictive_entropy - self.expected_entropy, 0.0)
 
     @property
     def disagreement(self) -> NDArray[np.float64] | None:
@@ -261,20 +259,35 @@ def reduce_members(probabilities: NDArray[np.floating], labels: NDArray[np.int64
 
     They keep the type of the probabilities.
     """
-    return {
-        "mean": probabilities.mean(axis=0, dtype=np.float64).astype(probabilities.dtype),
-        "expected_entropy": expected_entropy(probabilities).astype(probabilities.dtype),
+    mean, expected = probabilities.mean(axis=0, dtype=np.float64), expected_entropy(probabilities)
+    kind = probabilities.dtype
+    found = {
+        "mean": mean.astype(kind),
+        "expected_entropy": expected.astype(kind),
         "classes": probabilities.argmax(axis=2).astype(np.int32),
         "label_probabilities": probabilities[:, np.arange(len(labels)), labels],
     }
+    if len(probabilities) > 1:
+        found["mutual_information"] = information(entropy(mean), expected).astype(kind)
+    return found
 
 
 def reduce_logits(logits: NDArray[np.floating]) -> Arrays:
-    """Reduce the members' logits (M, B, C) to ``energy`` and ``max_logit``, (B,) each, of their type."""
+    """Reduce the members' logits (M, B, C) to ``energy`` and ``max_logit``, (B,) each, of their type.
+
+    Neither is known of :func:`log_probabilities`.
+    """
     mean = logits.mean(axis=0, dtype=np.float64)
     largest = mean.max(axis=1)
     energy = -largest - np.log(np.exp(mean - largest[:, None]).sum(axis=1))
     return {"energy": energy.astype(logits.dtype), "max_logit": (-largest).astype(logits.dtype)}
+
+
+def log_probabilities(logits: NDArray[np.floating]) -> bool:
+    """Return whether logits (M, B, C) are logarithms of probabilities: their energy is the rounding error of 0."""
+    if logits.max() > SUM_TOLERANCE:
+        return False
+    return bool((np.abs(np.exp(logits).sum(axis=2, dtype=np.float64) - 1.0) <= SUM_TOLERANCE).all())
 
 
 class _Reduction:
@@ -295,7 +308,8 @@ class _Reduction:
         self._classes = None if test_set.classes is None else list(test_set.classes)
         labels = test_set.labels
         self._labels = np.empty(0, dtype=np.int64) if labels is None else labels
-        self._parts: dict[str, list[NDArray[Any]]] = {name: [] for name in _EXAMPLES_AXIS}
+        self._parts: dict[str, list[NDArray[Any]]] = {}
+        self._logits = False  # whether outputs are more than logarithms of probabilities
 
     def add(self, batch: Tensor) -> None:
         """Predict the next images."""
@@ -305,7 +319,7 @@ class _Reduction:
             found, outputs = self._predict(images)
             labels = self._labels[self._done : self._done + len(images)]
             for name, array in (reduce_members(found, labels) | reduce_logits(outputs)).items():
-                self._parts[name].append(array)
+                self._parts.setdefault(name, []).append(array)
             if self._file is not None:
                 self._file.write(self._done, found)
             self._done += len(images)
@@ -317,12 +331,15 @@ class _Reduction:
         outputs = [ensemble.predict_outputs(images, vary) for vary in each]
         if self._classes is not None:
             outputs = [one[..., self._classes] for one in outputs]
+        self._logits = self._logits or not all(log_probabilities(one.numpy()) for one in outputs)
         probabilities = [ensemble.task.distribution(one) for one in outputs]
         return _mean(probabilities).numpy(), _mean(outputs).numpy()
 
     def arrays(self) -> Arrays:
         """Return the reduced arrays by name."""
-        whole = {name: np.concatenate(parts, _EXAMPLES_AXIS[name]) for name, parts in self._parts.items()}
+        left_out = () if self._logits else ("energy", "max_logit")
+        parts = {name: own for name, own in self._parts.items() if name not in left_out}
+        whole = {name: np.concatenate(own, _EXAMPLES_AXIS[name]) for name, own in parts.items()}
         return {name: np.ascontiguousarray(array) for name, array in whole.items()}  # as safetensors needs them
 
     def keep(self, place: Entry) -> Prediction:

@@ -196,7 +196,10 @@ class _Scorer:
 
     def _report(self, headline: Sequence[str]) -> RunReport:
         means = [self.cells[name] for name in headline]
-        families = {family: [self.cells[n] for n in names if n in self.cells] for family, names in FAMILIES.items()}
+        complete = {name: levels for name, levels in self.cells.items() if levels.keys() == set(SEVERITIES)}
+        families = {
+            family: [complete[name] for name in names if name in complete] for family, names in FAMILIES.items()
+        }
         return RunReport(
             name=self.subject.name,
             sha256=self.subject.sha256,
@@ -240,7 +243,7 @@ def _errors_by_class(
     if not errors:
         return {}
     means = np.array([np.mean(levels, axis=0) for levels in errors.values()])
-    order = np.argsort(-np.nan_to_num(means.mean(axis=0), nan=-1.0), kind="stable")
+    order = np.argsort(-np.ma.masked_invalid(means).mean(axis=0).filled(-1.0), kind="stable")
     shown = sorted(order[:CLASSES].tolist())
     return {
         corruption: {classes[k]: None if np.isnan(row[k]) else float(row[k]) for k in shown}
@@ -290,7 +293,7 @@ def _scores(prediction: Prediction, labels: Labels, temperature: float | None) -
             "disagreement": None if disagreement is None else float(disagreement.mean()),
             "predictive_entropy": float(prediction.predictive_entropy.mean()),
             "expected_entropy": float(prediction.expected_entropy.mean(dtype=np.float64)),
-            "mutual_information": None if information is None else float(information.mean()),
+            "mutual_information": None if information is None else float(information.mean(dtype=np.float64)),
         }
     )
 
@@ -312,5 +315,4 @@ def _member_losses(prediction: Prediction) -> NDArray[np.float64]:
 
 
 def _detectors(prediction: Prediction) -> dict[str, NDArray[np.float64] | None]:
-    spread = None if prediction.size == 1 else prediction.expected_entropy
-    return detectors(prediction.mean, spread, prediction.energy, prediction.max_logit)
+    return detectors(prediction.mean, prediction.mutual_information, prediction.energy, prediction.max_logit)

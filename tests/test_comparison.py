@@ -196,6 +196,18 @@ def test_the_interval_of_ece_covers_what_another_test_set_would_measure() -> Non
     assert 0.9 <= np.mean([one.low <= measured <= one.high for one in found]) <= 0.99
 
 
+def test_what_rounding_makes_is_no_difference() -> None:
+    """The same members, saved in another precision: lower in every resample, and by nothing that can be printed."""
+    members = np.random.default_rng(0).dirichlet(np.ones(5), (3, 200))
+    labels = np.random.default_rng(1).integers(0, 5, 200)
+    other = members ** (1 + 1e-7)
+    runs = [resample(Losses.of(each.mean(axis=0), labels)) for each in (members, other / other.sum(axis=2)[..., None])]
+    found = differences(runs[1], runs[0])["nll"]
+    assert found.difference != 0.0
+    assert (found.low, found.high, found.probability_better) == (0.0, 0.0, 0.5)
+    assert sorted(best(runs)["nll"]) == [0, 1]
+
+
 def test_pairing_narrows_the_interval() -> None:
     a, labels = informed(400, 3, 0, noise=1.0)
     b = 0.9 * a + 0.1 / 3

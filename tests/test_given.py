@@ -22,6 +22,7 @@ from ensembler.errors import DataError, EnsemblerError, ShapeError, UsageError
 from ensembler.eval import compare, evaluate, prediction_files, scores
 from ensembler.eval.given import Predictions
 from ensembler.eval.metrics.recalibration import fit_temperature
+from ensembler.eval.report.tables import report_tables
 from ensembler.trainers import DeepEnsemble, Settings, train
 from tests._evaluate import evaluate as evaluate_paths
 from tests._small import SETTINGS, dataset
@@ -97,6 +98,20 @@ def test_every_test_set_is_scored() -> None:
     assert {(one.name, one.images) for one in report.ood} == {("ood", 7), ("noise:a/b", 5)}
     assert found.ood["ood"]["predictive_entropy"].examples_out == 7
     assert found.ood["noise:a/b"]["energy"] is None  # of probabilities alone it is unknown
+
+
+def test_a_family_is_a_mean_over_what_is_scored_at_every_severity() -> None:
+    """Neither a single severity nor images of one's own under a corruption's name weigh in it."""
+    cells = {f"shift/fog/{level}/probabilities": RNG.dirichlet(np.ones(3), (4, 15)) for level in range(1, 6)}
+    more = {"shift/snow/5/probabilities": MEMBERS, "shift/saturate/1/probabilities": MEMBERS}
+    more |= {"shift/brightness/probabilities": MEMBERS[:, :6], "shift/brightness/labels": LABELS[:6]}
+    report = evaluate(ARRAYS | cells | more)
+    (found,) = report.runs
+    each = [scores(array.mean(axis=0), LABELS)["nll"] for array in cells.values()]
+    assert list(found.by_family) == ["weather"]
+    assert found.by_family["weather"].nll == pytest.approx(np.mean(each), abs=1e-12)
+    families = [table for table in report_tables(report) if "weather" in table.columns]
+    assert families and all("weather: fog." in table.notes[0] for table in families)
 
 
 def test_a_comparison_is_paired_and_names_its_baseline() -> None:

@@ -32,6 +32,7 @@ from ensembler.uncertainty import SUM_TOLERANCE
 
 __all__ = [
     "BINS",
+    "SUM_ROUNDING",
     "SUM_TOLERANCE",
     "Answers",
     "accuracy",
@@ -50,7 +51,8 @@ BINS = 15
 
 Array = NDArray[np.float64]
 
-_ROUNDING = 1e-5  # what the sum of a float32 softmax may miss 1 by; its rows are left as they are
+SUM_ROUNDING = 1e-5
+"""What the sum of a float32 softmax may miss 1 by; its rows are left as they are."""
 
 
 def accuracy(probs: ArrayLike, labels: ArrayLike) -> float:
@@ -301,7 +303,7 @@ def _probabilities(probs: ArrayLike) -> Array:
             f"probs[{bad[0]}] is no distribution: its smallest entry is {p[bad[0]].min():g} and it sums to "
             f"{rows[bad[0]]:g}; give probabilities that sum to 1, not logits"
         )
-    rounded = np.abs(rows - 1.0) > _ROUNDING
+    rounded = np.abs(rows - 1.0) > SUM_ROUNDING
     p[rounded] /= rows[rounded, None]
     return p
 

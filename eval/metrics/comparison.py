@@ -23,6 +23,7 @@ __all__ = ["Difference", "Losses", "Resampled", "Spread", "best", "differences",
 Array = NDArray[np.float64]
 
 _MEANS = ("error", "nll", "brier")  # scores that are means over the examples
+_ROUNDING = 1e-6  # of scores of float32 predictions: a smaller difference is none, however often it is drawn
 _DRAWS = 2_000_000  # examples drawn at once in a bootstrap: some 50 MB
 
 
@@ -168,7 +169,8 @@ def resample(losses: Losses, resamples: int = 2000, seed: int = 0) -> Resampled:
 def differences(a: Resampled, b: Resampled, confidence: float = 0.95) -> dict[str, Difference]:
     """Compute the differences in error, NLL, Brier score and ECE, with paired bootstrap intervals over test examples.
 
-    The interval is the percentile interval (Efron & Tibshirani 1993, ch. 13).
+    The interval is the percentile interval (Efron & Tibshirani 1993, ch. 13). A resample's difference below 1e-6, which
+    the rounding of float32 predictions makes, counts as 0.
 
     ECE adds absolute values, so noise increases it, most of all where calibration is good, and a resample is noisier
     than the sample. Its resamples are therefore shifted to have the measured difference as their mean. The interval is
@@ -196,8 +198,9 @@ def differences(a: Resampled, b: Resampled, confidence: float = 0.95) -> dict[st
         raise UsageError(f"confidence must lie between 0 and 1, not {confidence}")
     drawn = a.drawn - b.drawn
     drawn[:, -1] += a.scores["ece"] - b.scores["ece"] - drawn[:, -1].mean()
+    drawn = np.where(np.abs(drawn) > _ROUNDING, drawn, 0.0)
     low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0).tolist()
-    better = ((1 - np.sign(drawn.round(12))).mean(axis=0) / 2).tolist()  # sums in another order are still a tie
+    better = ((1 - np.sign(drawn)).mean(axis=0) / 2).tolist()
     return {
         name: Difference(
             difference=a.scores[name] - b.scores[name],

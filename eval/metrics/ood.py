@@ -49,7 +49,7 @@ class OodScores(Record):
 
 def detectors(
     mean: NDArray[np.floating],
-    expected_entropy: NDArray[np.floating] | None,
+    mutual_information: NDArray[np.floating] | None,
     energy: NDArray[np.floating] | None = None,
     max_logit: NDArray[np.floating] | None = None,
 ) -> dict[str, Array | None]:
@@ -57,21 +57,19 @@ def detectors(
 
     Args:
         mean: (B, C) the members' mean probabilities.
-        expected_entropy: (B,) the mean of the members' own entropies, in nats; ``None`` if M = 1: the mutual
-            information is then ``None``, too.
+        mutual_information: (B,) between prediction and member, in nats; ``None`` if M = 1.
         energy: (B,) as it is; ``None`` where the logits are unknown.
         max_logit: (B,) likewise.
 
     Returns:
-        (B,) each: the entropy of the mean (nats); the same minus the expected entropy, at least 0 (nats); 1 minus the
-        largest probability (Hendrycks & Gimpel 2017, https://arxiv.org/abs/1610.02136); of the members' mean logits z,
-        the energy ``-log sum_c exp z_c`` (Liu et al. 2020, https://arxiv.org/abs/2010.03759) and ``-max_c z_c``
-        (Hendrycks et al. 2022, https://arxiv.org/abs/1911.11132).
+        (B,) each: the entropy of the mean (nats); the mutual information (nats); 1 minus the largest probability
+        (Hendrycks & Gimpel 2017, https://arxiv.org/abs/1610.02136); of the members' mean logits z, the energy
+        ``-log sum_c exp z_c`` (Liu et al. 2020, https://arxiv.org/abs/2010.03759) and ``-max_c z_c`` (Hendrycks et al.
+        2022, https://arxiv.org/abs/1911.11132).
     """
-    total = entropy(mean)
     return {
-        "predictive_entropy": total,
-        "mutual_information": None if expected_entropy is None else np.maximum(total - expected_entropy, 0.0),
+        "predictive_entropy": entropy(mean),
+        "mutual_information": None if mutual_information is None else np.asarray(mutual_information, np.float64),
         "one_minus_max": 1.0 - np.minimum(np.asarray(mean).max(axis=1), 1.0).astype(np.float64),
         "energy": None if energy is None else np.asarray(energy, dtype=np.float64),
         "max_logit": None if max_logit is None else np.asarray(max_logit, dtype=np.float64),

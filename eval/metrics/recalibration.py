@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ensembler.calibration import Abstention
-from ensembler.calibration_maps import FLOOR, Beta, Histogram, Isotonic, Map, Temperature, temper
+from ensembler.calibration_maps import FLOOR, Beta, Histogram, Isotonic, Map, Temperature, bin_indices, temper
 from ensembler.errors import UsageError
 from ensembler.eval.metrics.classification import BINS, Answers
 
@@ -92,6 +92,8 @@ def fit_map(probs: Array, labels: NDArray[np.int64], method: str) -> Map:
             f"{method} needs examples of every class, and of class {missing[0]} there is none among the {len(labels)} "
             "that fit the map: use --method temperature"
         )
+    if method == "histogram":
+        return _histogram(answers.p, answers.y)
     fitted = _fit_netcal(np.minimum(answers.p, 1.0), answers.y, method)
     if method == "beta":
         sites = {name: np.asarray(site["values"], dtype=np.float64) for name, site in fitted._sites.items()}
@@ -100,8 +102,6 @@ def fit_map(probs: Array, labels: NDArray[np.int64], method: str) -> Map:
             ab, c = np.vstack([[0.0, 0.0], ab]), np.append(0.0, c)
         return Beta(a=ab[:, 0].tolist(), b=ab[:, 1].tolist(), c=c.tolist())
     one_vs_rest = [model for _, model in fitted._multiclass_instances] or [fitted]
-    if method == "histogram":
-        return Histogram(y=[model._bin_map.tolist() for model in one_vs_rest])
     return Isotonic(
         x=[model._iso.X_thresholds_.tolist() for model in one_vs_rest],
         y=[model._iso.y_thresholds_.tolist() for model in one_vs_rest],
@@ -109,15 +109,31 @@ def fit_map(probs: Array, labels: NDArray[np.int64], method: str) -> Map:
 
 
 def _fit_netcal(probs: Array, labels: NDArray[np.int64], method: str) -> Any:
-    from netcal.binning import HistogramBinning, IsotonicRegression
+    from netcal.binning import IsotonicRegression
     from netcal.scaling import BetaCalibration
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # pyro's, of netcal's calls
         if method == "beta":
             return BetaCalibration().fit(probs, labels, tensorboard=False)
-        model = IsotonicRegression() if method == "isotonic" else HistogramBinning(bins=BINS)
-        return model.fit(probs, labels)
+        return IsotonicRegression().fit(probs, labels)
+
+
+def _histogram(p: Array, y: NDArray[np.int64]) -> Histogram:
+    """Compute each class's frequency in each bin of its probability; the middle of a bin that is empty.
+
+    netcal's, but for its edges: it fits right-open bins and applies left-open ones, which puts votes (1 of 3 members)
+    into one bin and reads another.
+    """
+    first = 1 if p.shape[1] == 2 else 0
+    places = bin_indices(p, BINS)
+    middles = (np.arange(BINS) + 0.5) / BINS
+    rows = []
+    for c in range(first, p.shape[1]):
+        count = np.bincount(places[:, c], minlength=BINS)
+        hits = np.bincount(places[:, c], weights=y == c, minlength=BINS)
+        rows.append(np.where(count > 0, hits / np.maximum(count, 1), middles).tolist())
+    return Histogram(y=rows)
 
 
 def certify(

@@ -113,11 +113,12 @@ class RunReport(Record):
     is ``null`` where all of it is unknown. ``training_peak_memory``: bytes. ``views``:
     variations of each image that predictions are means over, 0 for the image itself. ``temperature``: fitted to
     ``validation_examples`` images, whose hash is ``validation_sha256``; ``null`` without any. ``by_severity``,
-    ``by_family`` and ``shifted`` are means over the headline corruptions; ``others``: by test set; ``ood``: by set of
-    images and detector; ``groups``: by ``class``, by ``test set`` where there are several, and by the groups that were
-    given, ``group``. ``confusion``, ``classes``, ``surest_mistakes`` and ``most_uncertain`` are of the clean test
-    images; see :mod:`ensembler.eval.metrics.classes`. ``class_errors``: by corruption and class, means over severities;
-    of more than 20 classes, those of the 20 with the highest error under shift.
+    ``by_family`` and ``shifted`` are means over corruptions at all severities, of the headline or of the family;
+    ``others``: by test set; ``ood``: by set of images and detector; ``groups``: by ``class``, by ``test set`` where
+    there are several, and by the groups that were given, ``group``. ``confusion``, ``classes``, ``surest_mistakes`` and
+    ``most_uncertain`` are of the clean test images; see :mod:`ensembler.eval.metrics.classes`. ``class_errors``: by
+    corruption and class, means over severities; of more than 20 classes, those of the 20 with the highest error under
+    shift.
     """
 
     name: str

@@ -26,7 +26,7 @@ from ensembler.eval.report.table import (
     score_column,
     under,
 )
-from ensembler.eval.shift.corruptions import FAMILIES
+from ensembler.eval.shift.corruptions import FAMILIES, SEVERITIES
 
 __all__ = ["Table", "about", "report_tables"]
 
@@ -217,7 +217,8 @@ def _severities(report: Report, shift: ShiftReport) -> Iterator[Table]:
 
 def _families(report: Report, shift: ShiftReport) -> Iterator[Table]:
     families = list(report.runs[0].by_family)
-    covered = {family: [name for name in FAMILIES[family] if name in shift.corruptions] for family in families}
+    complete = [name for name, levels in report.runs[0].cells.items() if levels.keys() == set(SEVERITIES)]
+    covered = {family: [name for name in FAMILIES[family] if name in complete] for family in families}
     notes = [f"{family}: {', '.join(names)}" for family, names in covered.items()]
     if "validation" in covered:
         notes[-1] += ", which no other mean includes"
