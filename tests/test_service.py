@@ -796,11 +796,11 @@ def test_bentoml_itself_starts_the_service_from_any_folder(bundle: Path, tmp_pat
 
 
 def test_what_was_accepted_before_sigterm_is_answered(bundle: Path, tmp_path: Path) -> None:
-    limits = {"MAX_BATCH": 20_000, "MAX_QUEUE": 10**6, "RUN_BATCH": 16, "DEADLINE_MS": 600_000}
+    limits = {"MAX_BATCH": 8_000, "MAX_QUEUE": 10**6, "RUN_BATCH": 16, "DEADLINE_MS": 600_000}
     environment = {f"ENSEMBLER_{name}": str(value) for name, value in limits.items()}
     server = Server([sys.executable, "-m", "ensembler.cli", "serve", str(bundle)], tmp_path, free_port(), **environment)
-    batch = np.zeros((20_000, *TINY), np.uint8)
-    headers = {"X-Shape": "20000,4,6,3", "Accept": "application/x-npy", "Content-Type": "application/octet-stream"}
+    batch = np.zeros((8_000, *TINY), np.uint8)
+    headers = {"X-Shape": "8000,4,6,3", "Accept": "application/x-npy", "Content-Type": "application/octet-stream"}
     stopped = threading.Event()
     small: list[tuple[bool, object]] = []
 
@@ -825,13 +825,13 @@ def test_what_was_accepted_before_sigterm_is_answered(bundle: Path, tmp_path: Pa
 
     try:
         server.wait_until_ready()
-        with ThreadPoolExecutor(7) as pool:
+        with ThreadPoolExecutor(4) as pool:
             others = pool.submit(keep_asking)
             large: list[Future[httpx.Response]] = []
-            while waiting() < 100_000:  # all six are there: the first is being predicted, five wait
+            while waiting() < 16_000:  # all three are there: the first is being predicted, two wait
                 if any(answer.done() for answer in large) or not large:  # it was too quick: once more
                     wait(large)
-                    large = [pool.submit(ask, n) for n in range(6)]
+                    large = [pool.submit(ask, n) for n in range(3)]
                 time.sleep(0.01)
             pending = sum(not answer.done() for answer in large)
             stopped.set()
@@ -842,7 +842,7 @@ def test_what_was_accepted_before_sigterm_is_answered(bundle: Path, tmp_path: Pa
             assert pending, [answer.result().text for answer in large]  # else this test would show nothing
             for answer in large:
                 assert answer.result().status_code == 200
-                assert np.load(io.BytesIO(answer.result().content)).shape == (20_000, len(CLASSES))
+                assert np.load(io.BytesIO(answer.result().content)).shape == (8_000, len(CLASSES))
             others.result(600)
         # The connection that the stopping server closes is the only one that a caller loses, and after SIGTERM; until
         # it has ended, whoever comes is told to come again.
