@@ -751,26 +751,32 @@ def test_the_command_refuses_before_bentoml_starts(bundle: Path, tmp_path: Path)
         assert "choose another --port" in refused(str(bundle), "--port", str(taken.getsockname()[1]))
 
 
-def test_a_real_server_serves_and_leaves_nothing_behind(bundle: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ensembler.cli", "serve", str(bundle)]
-    server = Server(command, tmp_path, free_port(), ENSEMBLER_MAX_BATCH="8")
+@pytest.fixture(scope="module")
+def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real server of two workers; it leaves nothing behind."""
+    command = [sys.executable, "-m", "ensembler.cli", "serve", str(bundle), "--workers", "2"]
+    server = Server(command, tmp_path_factory.mktemp("server"), free_port(), ENSEMBLER_MAX_BATCH="8")
     try:
-        server.wait_until_ready()
-        images = tiny_images(3)
-        plain = httpx.post(server.url + ROUTE, json={"images": images.tolist()})
-        assert plain.status_code == 200
-        assert len(plain.json()["predictions"]) == 3
-        with ThreadPoolExecutor(8) as pool:
-            bodies = [{"images": tiny_images(1 + n % 10).tolist()} for n in range(40)]
-            answers = list(pool.map(lambda body: httpx.post(server.url + ROUTE, json=body, timeout=600), bodies))
-        for body, answer in zip(bodies, answers, strict=True):
-            assert answer.status_code == (200 if len(body["images"]) <= 8 else 400)
-            assert answer.status_code == 400 or len(answer.json()["predictions"]) == len(body["images"])
-        assert httpx.get(f"{server.url}/livez").status_code == 200
-        assert "predictive-uncertainty" in httpx.get(f"{server.url}/metrics").text
-        assert "Traceback" not in server.log.read_text()
+        server.wait_until_ready(workers=2)
+        yield server
     finally:
         server.stop(signal.SIGTERM)
+
+
+def test_a_real_server_serves(server: Server) -> None:
+    images = tiny_images(3)
+    plain = httpx.post(server.url + ROUTE, json={"images": images.tolist()})
+    assert plain.status_code == 200
+    assert len(plain.json()["predictions"]) == 3
+    with ThreadPoolExecutor(8) as pool:
+        bodies = [{"images": tiny_images(1 + n % 10).tolist()} for n in range(40)]
+        answers = list(pool.map(lambda body: httpx.post(server.url + ROUTE, json=body, timeout=600), bodies))
+    for body, answer in zip(bodies, answers, strict=True):
+        assert answer.status_code == (200 if len(body["images"]) <= 8 else 400)
+        assert answer.status_code == 400 or len(answer.json()["predictions"]) == len(body["images"])
+    assert httpx.get(f"{server.url}/livez").status_code == 200
+    assert "predictive-uncertainty" in httpx.get(f"{server.url}/metrics").text
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_bentoml_itself_starts_the_service_from_any_folder(bundle: Path, tmp_path: Path) -> None:
@@ -853,10 +859,7 @@ def test_what_was_accepted_before_sigterm_is_answered(bundle: Path, tmp_path: Pa
         server.process.kill()
 
 
-def test_a_killed_worker_comes_back_while_the_other_serves_on(bundle: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ensembler.cli", "serve", str(bundle), "--workers", "2"]
-    server = Server(command, tmp_path, free_port())
-
+def test_a_killed_worker_comes_back_while_the_other_serves_on(server: Server) -> None:
     def workers() -> list[int]:
         alive = [process for process in server.family() if process.status() != psutil.STATUS_ZOMBIE]
         return [process.pid for process in alive if "--worker-id" in process.cmdline()]
@@ -867,22 +870,18 @@ def test_a_killed_worker_comes_back_while_the_other_serves_on(bundle: Path, tmp_
         except httpx.TransportError:
             return False
 
-    try:
-        server.wait_until_ready(workers=2)
-        before = workers()
-        assert len(before) == 2
-        killed = psutil.Process(before[0])
-        killed.kill()
-        killed.wait(300)
-        assert all(answered() for _ in range(20))
-        deadline = time.monotonic() + 300
-        while len(now := workers()) < 2 and time.monotonic() < deadline:
-            assert answered()
-            time.sleep(0.2)
-        assert len(set(now) - set(before)) == 1
-        assert all(answered() for _ in range(20))
-    finally:
-        server.stop(signal.SIGTERM)
+    before = workers()
+    assert len(before) == 2
+    killed = psutil.Process(before[0])
+    killed.kill()
+    killed.wait(300)
+    assert all(answered() for _ in range(20))
+    deadline = time.monotonic() + 300
+    while len(now := workers()) < 2 and time.monotonic() < deadline:
+        assert answered()
+        time.sleep(0.2)
+    assert len(set(now) - set(before)) == 1
+    assert all(answered() for _ in range(20))
 
 
 def test_the_pages_examples_are_those_of_the_seal(bundle: Path, tmp_path: Path) -> None:
