@@ -296,7 +296,7 @@ def test_digits_by_the_cnn(ray, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for engine in ("local", "ray"):
         result = call(
-            *["train-deep-ensemble", "--members", 2, "--epochs", 0.3, "--threads", 1, "--device", "cpu"],
+            *["train-deep-ensemble", "--members", 2, "--epochs", 0.1, "--threads", 1, "--device", "cpu"],
             *["--engine", engine, "--out", engine],
         )
         assert result.exit_code == 0, result.output
