@@ -17,6 +17,7 @@ import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 IMPORTS = (  # not ensembler.cli: a page's own command is added before that is imported
     "ensembler.eval.calibrate",
@@ -82,9 +83,24 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     return server
 
 
+def fewer_images() -> None:
+    """Train the pages' networks on a third of the digits, and draw 100 images of noise: the numbers shown are any."""
+    from ensembler.data import datasets
+    from ensembler.eval.shift import ood
+
+    whole, ood._EXAMPLES = datasets.digits, 100
+
+    def third() -> tuple[Any, ...]:
+        *about, train, test = whole()
+        return *about, train.part(slice(None, None, 3)), test
+
+    datasets.digits = third
+
+
 def main(address: str) -> None:
     for name in IMPORTS:
         import_module(name)
+    fewer_images()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()

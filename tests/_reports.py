@@ -36,7 +36,7 @@ def evaluation() -> Evaluation:
             train(dataset(), method, Settings(**SETTINGS, seed=seed)).save(folder / name)
             for name, (method, seed) in made.items()
         ]
-        found = evaluate(paths, "corruptions", ood=OUTSIDE, device="cpu", cache=folder / "kept", seed=3)
+        found = evaluate(paths, "corruptions", ood=OUTSIDE, examples=15, device="cpu", cache=folder / "kept", seed=3)
         # The members lie in files that are about to go.
         runs = [
             dataclasses.replace(run, validation=_held(run.validation), clean=_held(run.clean)) for run in found.runs

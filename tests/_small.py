@@ -7,7 +7,9 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from ensembler.data.datasets import Dataset, Split
@@ -137,3 +139,15 @@ def dataset(train: int = 30, classes: int = 3, size: int = 8) -> Dataset:
     return Dataset(
         "small", "small", names, "none", split(train), split(12), split(15), (0.4, 0.4, 0.4), (0.25, 0.25, 0.25)
     )
+
+
+def make_images(folder: Path) -> list[str]:
+    """Make a folder of 90 images of three classes, told apart by where they are bright; as options of a command."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(("top", "middle", "bottom")):
+        (folder / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = rng.integers(0, 100, (8, 8, 3), dtype=np.uint8)
+            pixels[label * 3 : label * 3 + 2] += 120
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return ["--dataset", f"folder:{folder}"]

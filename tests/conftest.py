@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests._small import make_images
+
 torch.set_num_threads(1)  # the networks here are too small for two
 settings.register_profile("whatever the load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("whatever the load")
+_numbers = itertools.count()
 
 
 def pytest_configure(config):
@@ -29,18 +31,14 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def _cache_of_its_own(tmp_path_factory, monkeypatch):
-    """No test finds another's predictions, nor leaves any behind."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    """No test finds another's predictions, nor leaves any behind.
+
+    The folder is named, not made: most tests need none, and ``mktemp`` reads the names of all that there are.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "caches" / str(next(_numbers))))
 
 
 @pytest.fixture
 def images(tmp_path):
-    """A folder of 90 images of three classes, told apart by where they are bright; as options of a command."""
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(("top", "middle", "bottom")):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(30):
-            pixels = rng.integers(0, 100, (8, 8, 3), dtype=np.uint8)
-            pixels[label * 3 : label * 3 + 2] += 120
-            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{number}.png")
-    return ["--dataset", f"folder:{tmp_path / 'images'}"]
+    """A folder of images, as options of a command."""
+    return make_images(tmp_path / "images")

@@ -164,18 +164,6 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path, images
         assert "epoch" not in result.stderr
 
 
-def test_a_name_taken_during_training_loses_nothing(tmp_path, images):
-    arguments = ["train-deep-ensemble", "--members", 1, *SMALL, "--epochs", 200, *images, "--out", "same"]
-    both = [start(tmp_path, *arguments) for _ in range(2)]
-    errors = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sum("was taken while this run was trained" in text for text in errors) == 1
-    saved = [path for path in tmp_path.glob("same*") if path.is_dir()]
-    assert len(saved) == 2
-    for path in saved:
-        Run.load(path)
-
-
 def start(folder, *arguments):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "ensembler.cli", *map(str, arguments)]
@@ -184,18 +172,6 @@ def start(folder, *arguments):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=listen)  # noqa: PLW1509
-
-
-def test_ctrl_c_leaves_no_run_and_no_traceback(tmp_path, images):
-    process = start(tmp_path, "train-simplex", *SMALL, "--epochs", 10_000, *images)
-    assert "90 images of 3 classes" in process.stderr.readline()
-    assert "epoch 1" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 130
-    assert "interrupted" in errors
-    assert "Traceback" not in errors
-    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.long

@@ -296,7 +296,7 @@ def test_digits_by_the_cnn(ray, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for engine in ("local", "ray"):
         result = call(
-            *["train-deep-ensemble", "--members", 2, "--epochs", 0.3, "--threads", 1, "--device", "cpu"],
+            *["train-deep-ensemble", "--members", 2, "--epochs", 0.1, "--threads", 1, "--device", "cpu"],
             *["--engine", engine, "--out", engine],
         )
         assert result.exit_code == 0, result.output
@@ -540,7 +540,8 @@ def test_the_evaluation_commands_take_an_engine(ray, tmp_path, images, monkeypat
     monkeypatch.chdir(tmp_path)
     assert call("train-deep-ensemble", "--members", 2, *SMALL, *images, "--out", "run").exit_code == 0
     for engine in ("local", "ray"):
-        result = call("eval", "run", "--ood", "noise:uniform", "--engine", engine, "--threads", 1, "--json", engine)
+        options = ["--ood", "noise:uniform", "--examples", 18, "--threads", 1]
+        result = call("eval", "run", *options, "--engine", engine, "--json", engine)
         assert result.exit_code == 0, result.output
     assert Path("local").read_bytes() == Path("ray").read_bytes()
     assert "add --engine ray" in call("eval", "run", "--address", "here:6379").stderr

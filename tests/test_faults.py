@@ -19,20 +19,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from ensembler import calibration
 from ensembler.run import Run, latest
 from ensembler.serve.runtime.verify import verify_bundle
 from ensembler.storage import artefact
 from tests._faults import Nursery, Process, small_disk, until
+from tests._small import make_images
 
 # BatchNorm and dropout: all that a checkpoint must hold.
 SMALL = ["--arch", "tests._small:noisy", "--epochs", "6", "--device", "cpu"]
 TRAIN = ["train-simplex", "--vertices", "3", "--vertex-epochs", "2", "--checkpoint-every", "0", *SMALL]
 LONG = pytest.mark.long
 KILLS = [pytest.param(2, id="quick"), pytest.param(20, id="long", marks=LONG)]
-EVAL = ["--ood", "noise:uniform", "--ood", "noise:gaussian", "--device", "cpu"]
+EVAL = ["--ood", "noise:uniform", "--ood", "noise:gaussian", "--examples", "18", "--device", "cpu"]
 # Where to stop a process: before it makes a checkpoint, while it writes one, and while it writes a bundle.
 BEFORE_CHECKPOINT = ("os.mkdir", "*x.unfinished/*", 1)
 IN_CHECKPOINT = ("open", "*x.unfinished/*.partial-*/*", 1)
@@ -59,14 +59,7 @@ def nursery(tmp_path_factory):
 def world(tmp_path_factory, nursery):
     """Images, a run of them, and what the commands made of it when nothing disturbed them."""
     world = tmp_path_factory.mktemp("world")
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(("top", "middle", "bottom")):
-        (world / "images" / name).mkdir(parents=True)
-        for number in range(30):
-            pixels = rng.integers(0, 100, (8, 8, 3), dtype=np.uint8)
-            pixels[label * 3 : label * 3 + 2] += 120
-            Image.fromarray(pixels).save(world / "images" / name / f"{number}.png")
-    images = ["--dataset", f"folder:{world / 'images'}"]
+    images = make_images(world / "images")
     for command in (
         [*TRAIN, *images, "--out", "run"],
         ["eval", "run", *EVAL, "--cache", "cache", "--out", "report"],
@@ -586,6 +579,20 @@ def test_two_calibrations_of_one_run(nursery, world, run, tmp_path):
     assert hidden(run) == []
 
 
+def test_a_name_taken_during_training_loses_nothing(nursery, images, tmp_path):
+    command = ["train-deep-ensemble", "--members", "1", *SMALL, *images, "--out", "same"]
+    both = [nursery.start(tmp_path, *command, stops=("os.mkdir", "*/.partial-*", 1)) for _ in range(2)]
+    for process in both:
+        process.wait_until_stopped()  # before it saves its run
+    for process in both:
+        process.send(signal.SIGCONT)
+    assert [process.wait() for process in both] == [0, 0], [process.err for process in both]
+    assert sum("was taken while this run was trained" in process.err for process in both) == 1
+    saved = [path for path in tmp_path.glob("same*") if path.is_dir()]
+    assert len(saved) == 2
+    assert [weights(path) for path in saved] == [weights(saved[0])] * 2
+
+
 # --- a clock that jumps ---
 
 
@@ -682,6 +689,16 @@ def test_sigterm_and_ctrl_c(nursery, world, images, run, tmp_path, name, tries):
         assert calibration.load(run) is None
         begun = (tmp_path / "x.unfinished").exists()
         assert (f"to resume: ensembler {name} --resume x" in process.err) == begun
+
+
+def test_ctrl_c_before_the_first_checkpoint_leaves_nothing(nursery, images, tmp_path):
+    process = nursery.start(tmp_path, "train-simplex", *SMALL[:2], "--epochs", 10_000, *images)
+    until(lambda: "epoch 1 of" in process.err, process)
+    process.send(signal.SIGINT)
+    process.wait()
+    assert_interrupted(process, 130)
+    assert "90 images of 3 classes" in process.err
+    assert visible(tmp_path) == []
 
 
 def assert_interrupted(process: Process, code: int) -> None:

@@ -145,7 +145,7 @@ def test_only_shared_test_sets_are_scored_and_the_others_are_named() -> None:
 
 def test_a_saved_run_scores_as_the_run(run, tmp_path) -> None:
     file = tmp_path / "saved" / "deep.npz"
-    options: dict[str, Any] = {"ood": ["noise:uniform"], "device": "cpu", "seed": 3}
+    options: dict[str, Any] = {"ood": ["noise:uniform"], "examples": 15, "device": "cpu", "seed": 3}
     of_run = evaluate_paths([run], "corruptions", save_predictions=file, **options)
     of_file = evaluate_paths([file])
     (expected,), (found,) = of_run.report.runs, of_file.report.runs

@@ -212,46 +212,40 @@ from ensembler.trainers import DeepEnsemble, Settings, Simplex
 from tests._interrupt import make
 from tests._small import SETTINGS
 
-folder, kills, made, random_moments = Path(sys.argv[1]), 0, 0, random.Random(0)
-method = {"deep ensemble": DeepEnsemble(members=3), "simplex": Simplex(vertices=3)}[sys.argv[2]]
-options = {"architecture": "tests._small:noisy", "epochs": 60, "augmentation": "crop"}
+options, random_moments = {"architecture": "tests._small:noisy", "epochs": 15, "augmentation": "crop"}, random.Random(0)
+for method in (DeepEnsemble(members=3), Simplex(vertices=3)):
+    folder, kills, made = Path(sys.argv[1]) / method.command, 0, 0
 
-def train(path):
-    return make(path, method, Settings(**SETTINGS | options))
+    def train(path):
+        return make(path, method, Settings(**SETTINGS | options))
 
-train(None).save(folder / "whole")
-while kills < 10 or not (folder / f"killed-{made}").exists():
-    made += (folder / f"killed-{made}").exists()  # quicker than ten kills: another one
-    child = os.fork()
-    if child == 0:
-        train(folder / f"killed-{made}").save(folder / f"killed-{made}")
-        os._exit(0)
-    if kills < 10:
-        time.sleep(random_moments.uniform(0.02, 0.3))
-        os.kill(child, signal.SIGKILL)
-        kills += os.waitpid(child, 0)[1] == signal.SIGKILL
-    else:
-        os.waitpid(child, 0)
-print(kills)
+    train(None).save(folder / "whole")
+    while kills < 10 or not (folder / f"killed-{made}").exists():
+        made += (folder / f"killed-{made}").exists()  # quicker than ten kills: another one
+        child = os.fork()
+        if child == 0:
+            train(folder / f"killed-{made}").save(folder / f"killed-{made}")
+            os._exit(0)
+        if kills < 10:
+            time.sleep(random_moments.uniform(0.02, 0.3))
+            os.kill(child, signal.SIGKILL)
+            kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+        else:
+            os.waitpid(child, 0)
+    print(kills)
 """
 
 
-@pytest.mark.parametrize("method", ["deep ensemble", "simplex"])
-def test_ten_kills_at_random_moments_change_nothing(tmp_path, method):
-    done = subprocess.run(
-        [sys.executable, "-c", _TEN_KILLS, str(tmp_path), method],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=True,
-    )
-    assert int(done.stdout.split()[-1]) == 10
-    killed = list(tmp_path.glob("killed-?"))
-    assert killed
-    for path in killed:
-        assert_the_same(Run.load(tmp_path / "whole"), Run.load(path))
-        assert same_bytes(tmp_path / "whole", path)
+def test_ten_kills_at_random_moments_change_nothing(tmp_path):
+    command = [sys.executable, "-c", _TEN_KILLS, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=True)
+    assert done.stdout.split() == ["10", "10"]
+    for folder in (tmp_path / DeepEnsemble.command, tmp_path / Simplex.command):
+        killed = list(folder.glob("killed-?"))
+        assert killed
+        for path in killed:
+            assert_the_same(Run.load(folder / "whole"), Run.load(path))
+            assert same_bytes(folder / "whole", path)
 
 
 # --- the command line ---

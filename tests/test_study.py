@@ -40,7 +40,7 @@ from ensembler.study.statistics import Scored, auroc, difference, draw_seeds, es
 from ensembler.trainers import DeepEnsemble, train
 from ensembler.trainers.budget import Budget
 from tests import _tally
-from tests._small import dataset
+from tests._small import dataset, make_images
 from tests.test_cli import ROOT, call
 
 SMALL = {"arch": "tests._tally:tallying", "budget": 4, "batch-size": 8, "budgets": [1, 2, 3], "seeds": 1}
@@ -69,7 +69,7 @@ def made(found, folder, **options):
 
 
 def test_every_method_takes_its_budget_and_no_more(tmp_path):
-    _, found = planned()
+    _, found = planned(budgets=[1, 3])
     places, counted = made(found, tmp_path)
     assert {name: node.passes for name, node in found.nodes.items()} == {
         name: seen for name, (how, seen) in counted.items() if how == "trained"
@@ -390,20 +390,6 @@ def test_a_confidence_that_a_temperature_mends_does_not_decide():
     assert [one.method for one in pareto(cells, "members", "nll")] == ["sharp", "soft"]
 
 
-def test_a_terminal_says_what_is_left_out_and_why(tmp_path, images):
-    result = call(*WHOLE, *images, "--out", tmp_path / "out")
-    assert "left out: deep-ensemble at 1: a budget below 2 holds one network only" in result.stdout
-    assert "| deep-ensemble | 1 | a budget below 2" in (tmp_path / "out" / "report.md").read_text()
-
-
-def test_a_run_of_another_name_is_taken_too(tmp_path, images):
-    """Its name is of what was typed, its fingerprint of what was trained: --methods may say the same in other words."""
-    trained = finished(tmp_path / "out", *WHOLE, *images)
-    first = tmp_path / "out" / "runs" / trained[0]
-    first.rename(first.with_name("another-s0-name"))
-    assert finished(tmp_path / "out", *WHOLE, *images) == []
-
-
 def test_under_shift_the_same_score_decides(tmp_path, images):
     """A temperature of the clean validation images, as what is shipped has it, on every corruption."""
     command = [*WHOLE, *images, "--shift", "fog,gaussian_noise", "--out", tmp_path / "out"]
@@ -575,7 +561,7 @@ def plan_of_one(found, cell):
 # --- the whole way --------------------------------------------------------------------------------------------------
 
 WHOLE = ["study", "--arch", "tests._small:noisy", "--batch-size", "4", "--budget", "2", "--budgets", "1,2"]
-WHOLE += ["--seeds", "1", "--methods", "single,deep-ensemble,fge", "--ood", "noise:uniform"]
+WHOLE += ["--seeds", "1", "--methods", "single,deep-ensemble,fge", "--ood", "noise:uniform", "--examples", "18"]
 WHOLE += ["--device", "cpu", "--threads", "1", "--checkpoint-every", "0.05", "--runs", "nowhere"]
 REPORT = ("report.html", "report.md", "report.json", "pareto-training.png", "pareto-serving.png")
 
@@ -598,15 +584,45 @@ def finished(folder: Path, *command) -> list[str]:
     """Run a study to its end, and return the runs that were trained for it."""
     result = call(*command, "--out", folder)
     assert result.exit_code == 0, result.output
+    return trained(result)
+
+
+def trained(result) -> list[str]:
     return [line.split(": ")[1].split()[0] for line in result.stderr.splitlines() if " trained," in line]
 
 
-def test_killed_and_resumed_it_says_the_same_and_a_seed_more_trains_its_own_runs_only(tmp_path, images):
-    every = finished(tmp_path / "whole", *WHOLE, *images)
-    killed(tmp_path / "killed", *WHOLE, *images, runs=1, seconds=0.05)
-    assert set(finished(tmp_path / "killed", *WHOLE, *images)) < set(every)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    found = json.loads((tmp_path / "whole" / "report.json").read_bytes())
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A finished study, its command, and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    command = [*WHOLE, *make_images(folder / "images")]
+    result = call(*command, "--out", folder / "out")
+    assert result.exit_code == 0, result.output
+    return folder / "out", command, result
+
+
+def test_a_terminal_says_what_is_left_out_and_why(whole):
+    folder, _, result = whole
+    assert "left out: deep-ensemble at 1: a budget below 2 holds one network only" in result.stdout
+    assert "| deep-ensemble | 1 | a budget below 2" in (folder / "report.md").read_text()
+
+
+def test_a_run_of_another_name_is_taken_too(whole, tmp_path):
+    """Its name is of what was typed, its fingerprint of what was trained: --methods may say the same in other words."""
+    folder, command, result = whole
+    out = Path(shutil.copytree(folder, tmp_path / "out"))
+    first = out / "runs" / trained(result)[0]
+    first.rename(first.with_name("another-s0-name"))
+    assert finished(out, *command) == []
+
+
+def test_killed_and_resumed_it_says_the_same_and_a_seed_more_trains_its_own_runs_only(whole, tmp_path):
+    folder, command, result = whole
+    every = trained(result)
+    killed(tmp_path / "killed", *command, runs=1, seconds=0.05)
+    assert set(finished(tmp_path / "killed", *command)) < set(every)
+    assert contents(tmp_path / "killed") == contents(folder)
+    found = json.loads((folder / "report.json").read_bytes())
     assert {cell["method"] for cell in found["cells"]} == {"single", "deep-ensemble", "fge"}
     assert set(found["cells"][0]["scores"]) == {"error", "nll", "ece", "calibrated_nll", "ood_auroc"}
     assert found["by"] == "calibrated_nll"
@@ -614,11 +630,11 @@ def test_killed_and_resumed_it_says_the_same_and_a_seed_more_trains_its_own_runs
         judged = [one["scores"]["calibrated_nll"]["mean"] for one in found["cells"] if one["budget"] == budget]
         assert judged == sorted(judged)
     names = {cell["method"]: cell["scores"]["nll"]["mean"] for cell in found["cells"] if cell["budget"] == 2}
-    folders = {path.name.split("-b2")[0]: path for path in (tmp_path / "whole" / "runs").glob("*-b2-s0-*")}
+    folders = {path.name.split("-b2")[0]: path for path in (folder / "runs").glob("*-b2-s0-*")}
     measured = {name: Run.load(path).manifest.metrics["test"]["nll"] for name, path in folders.items()}
     assert measured.keys() == {"deep-ensemble", "fge"}
     assert all(names[name] == pytest.approx(nll, rel=1e-5) for name, nll in measured.items())
-    more = finished(tmp_path / "killed", *WHOLE, *images, "--seeds", 2)
+    more = finished(tmp_path / "killed", *command, "--seeds", 2)
     assert len(more) == len(every)
     assert {name.split("-s")[1].split("-")[0] for name in more} == {"1", "1001"}
 
