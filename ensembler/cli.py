@@ -20,7 +20,7 @@ from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.models import OptionInfo, ParameterInfo
 
 from ensembler import __version__, config
@@ -37,7 +37,25 @@ COMMANDS = ("trainers.commands", "eval.commands", "study.commands", "serve.comma
 _MISTAKE: Any = typer.BadParameter.__base__  # Click's UsageError, wherever this Typer has it
 
 
-class _Commands(TyperGroup):
+class _Help:
+    """A command whose ``--help`` names no type of a switch."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.metavar = ""
+        return option
+
+
+class _Command(_Help, TyperCommand):
+    """One command."""
+
+
+class _Group(_Help, TyperGroup):
+    """The commands of a group."""
+
+
+class _Commands(_Group):
     """All commands; a mistake in what was typed gets one line on standard error, and the exit code 2."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -72,7 +90,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -169,9 +190,10 @@ def _without_path(kind: Any) -> Any:
 def _wrap_all(commands: typer.Typer) -> None:
     for command in commands.registered_commands:
         if command.callback:
-            command.callback = _wrap(command.callback)
+            command.callback, command.cls = _wrap(command.callback), _Command
     for group in commands.registered_groups:
         if group.typer_instance:
+            group.cls = _Group
             _wrap_all(group.typer_instance)
 
 
