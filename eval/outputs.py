@@ -68,8 +68,11 @@ def _listed(folder: Path) -> set[Path]:
     return found
 
 
-def print_lines(*lines: str) -> None:
-    """Print lines as they are, however long."""
+def print_lines(*lines: str, prose: str = "") -> None:
+    """Print prose, on a terminal wrapped between words, and then lines as they are, however long: paths stay whole."""
     from rich.console import Console
 
-    Console(highlight=False, markup=False).print("\n".join(lines), soft_wrap=True)
+    console = Console(highlight=False, markup=False)
+    if prose:
+        console.print(prose, soft_wrap=not console.is_terminal)
+    console.print("\n".join(lines), soft_wrap=True)

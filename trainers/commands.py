@@ -12,9 +12,10 @@ import typer
 
 from ensembler.errors import UsageError
 from ensembler.options import parameters
+from ensembler.progress import waiting
 from ensembler.storage.transfers import push_finished
 from ensembler.storage.urls import destination, place
-from ensembler.text import cell
+from ensembler.text import cell, counted, echo
 from ensembler.trainers.launch import Data, Import, Launch
 from ensembler.trainers.method import Method, methods
 from ensembler.trainers.settings import Settings
@@ -82,8 +83,9 @@ def collapse(
 
     folder, url = destination(out, "runs")
     check_free(folder or Path("runs", "new"))
-    whole = Run.load(run or latest(Path("runs")))
-    found = collapse_run(whole, whole.manifest.dataset.load(data, dataset=dataset), device)
+    with waiting(False, "averaging"):
+        whole = Run.load(run or latest(Path("runs")))
+        found = collapse_run(whole, whole.manifest.dataset.load(data, dataset=dataset), device)
     name = f"{found.manifest.method}-{label(found.manifest.architecture)}"
     push_finished(save(found, folder or new_path(Path("runs"), name)), url)
 
@@ -130,11 +132,11 @@ def combine_runs(
             raise UsageError(f"{path} is a file, not a run: make a run of checkpoints with ensembler import")
         name = path.resolve().name
         loaded[f"{name} ({len(loaded) + 1})" if name in loaded else name] = Run.load(path)
-    images = next(iter(loaded.values())).manifest.dataset.load(data, dataset=dataset)
-    found = combine(loaded, images, device)
-    given = sum(run.manifest.members for run in loaded.values())
-    if found.manifest.members < given:
-        typer.echo(f"{given - found.manifest.members} members have the weights of others: kept once", err=True)
+    with waiting(False, "combining"):
+        images = next(iter(loaded.values())).manifest.dataset.load(data, dataset=dataset)
+        found = combine(loaded, images, device)
+    if again := sum(run.manifest.members for run in loaded.values()) - found.manifest.members:
+        echo(f"left out: {counted(again, 'member')} with the weights of another", err=True)
     name = f"combined-{label(found.manifest.architecture.replace(' ', ''))}"
     push_finished(save(found, folder or new_path(Path("runs"), name)), url)
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ensembler.options import Options
 from ensembler.run import Cost, CostEntry, DatasetRecord, Manifest
+from ensembler.text import counted
 from ensembler.trainers.method import methods
 from ensembler.trainers.settings import Settings
 
@@ -30,7 +31,7 @@ def rows(manifest: Manifest) -> Iterator[Row]:
     yield Row("network", f"{manifest.architecture}, {manifest.parameters:,} parameters")
     yield Row("dataset", f"{manifest.dataset.title}, {manifest.dataset.train_examples:,} training images")
     yield Row("classes", _classes(manifest.dataset))
-    yield Row("sizes", f"{_count(manifest.vertices, 'vertex', 'vertices')}, {_count(manifest.members, 'member')}")
+    yield Row("sizes", f"{counted(manifest.vertices, 'vertex', 'vertices')}, {counted(manifest.members, 'member')}")
     yield Row("cost", costs(manifest.cost))
     for name, part in manifest.cost.entries.items():
         yield Row(f"  {name}", costs(part))
@@ -45,10 +46,6 @@ def rows(manifest: Manifest) -> Iterator[Row]:
     yield Row("files", ", ".join(manifest.files), aside=True)
 
 
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
-
-
 def _classes(record: DatasetRecord) -> str:
     pairs = zip(record.classes, record.class_counts, strict=True)
     return ", ".join(f"{name} ({count:,})" for name, count in pairs)
@@ -61,7 +58,7 @@ def _metric(name: str, value: Any) -> Iterator[Row]:
             rest = {key: part for key, part in one.items() if key != "name"}
             yield from _metric(str(one.get("name", f"{name} {number}")), rest)
     elif isinstance(value, Mapping):
-        flat = {key: part for key, part in value.items() if not isinstance(part, Mapping)}
+        flat = {key: part for key, part in value.items() if part is not None and not isinstance(part, Mapping)}
         yield Row(name, ", ".join(f"{_words(key)} {_value(part)}" for key, part in flat.items()))
         for key, part in value.items():
             if isinstance(part, Mapping):
@@ -115,7 +112,7 @@ def _name(kind: type[Options] | None, name: str) -> str:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ").replace("nll", "NLL")
+    return name.replace("held_out", "held-out").replace("_", " ").replace("nll", "NLL")
 
 
 def _value(value: Any) -> str:

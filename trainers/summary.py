@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ensembler.run import Cost, Manifest
+from ensembler.text import counted
 
 __all__ = ["lines"]
 
@@ -13,13 +14,15 @@ __all__ = ["lines"]
 def lines(manifest: Manifest) -> list[str]:
     """Describe a run's method, scores, geometry and cost, in lines."""
     cost, test = manifest.cost, manifest.metrics["test"]
-    members = "1 member" if manifest.members == 1 else f"{manifest.members} members"
     scores = [
-        f"{name.replace('_', ' ').replace('nll', 'NLL')} " + ("unknown" if value is None else f"{value:.4f}")
+        f"{name.replace('_', ' ').replace('nll', 'NLL')} {value:.4f}"
         for name, value in test.items()
-        if name != "examples"
+        if name != "examples" and value is not None
     ]
-    result = [f"{manifest.method} of {members} on {manifest.dataset.title}", f"test: {', '.join(scores)}"]
+    result = [
+        f"{manifest.method} of {counted(manifest.members, 'member')} on {manifest.dataset.title}",
+        f"test: {', '.join(scores)}",
+    ]
     for simplex in manifest.metrics.get("simplexes", ()):
         lengths = simplex["edge_lengths"]
         result.append(
