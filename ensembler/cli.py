@@ -26,7 +26,7 @@ from typer.models import OptionInfo, ParameterInfo
 from ensembler import __version__, config
 from ensembler.errors import EnsemblerError
 from ensembler.storage.transfers import fetch_urls
-from ensembler.text import echo
+from ensembler.text import print_prose, printable
 from ensembler.typed import reader, sentence, shown
 
 __all__ = ["app", "main"]
@@ -109,8 +109,7 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _print_error(sentence: object) -> None:
-    typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-    echo(sentence, err=True)
+    print_prose(printable(sentence), label="error: ", err=True)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import hashlib
 from contextlib import suppress
 from pathlib import Path
 
+from ensembler.text import print_prose
+
 __all__ = ["LIST", "new_folder", "print_lines", "write_files"]
 
 LIST = "files.sha256"
@@ -72,7 +74,6 @@ def print_lines(*lines: str, prose: str = "") -> None:
     """Print prose, on a terminal wrapped between words, and then lines as they are, however long: paths stay whole."""
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False)
     if prose:
-        console.print(prose, soft_wrap=not console.is_terminal)
-    console.print("\n".join(lines), soft_wrap=True)
+        print_prose(prose)
+    Console(highlight=False, markup=False).print("\n".join(lines), soft_wrap=True)
