@@ -20,13 +20,13 @@ from types import UnionType
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.models import OptionInfo, ParameterInfo
 
 from ensembler import __version__, config
 from ensembler.errors import EnsemblerError
 from ensembler.storage.transfers import fetch_urls
-from ensembler.text import echo
+from ensembler.text import print_prose, printable
 from ensembler.typed import reader, sentence, shown
 
 __all__ = ["app", "main"]
@@ -37,7 +37,25 @@ COMMANDS = ("trainers.commands", "eval.commands", "study.commands", "serve.comma
 _MISTAKE: Any = typer.BadParameter.__base__  # Click's UsageError, wherever this Typer has it
 
 
-class _Commands(TyperGroup):
+class _Help:
+    """A command whose ``--help`` names no type of a switch."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.metavar = ""
+        return option
+
+
+class _Command(_Help, TyperCommand):
+    """One command."""
+
+
+class _Group(_Help, TyperGroup):
+    """The commands of a group."""
+
+
+class _Commands(_Group):
     """All commands; a mistake in what was typed gets one line on standard error, and the exit code 2."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
@@ -72,7 +90,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", metavar="", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -88,8 +109,7 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _print_error(sentence: object) -> None:
-    typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-    echo(sentence, err=True)
+    print_prose(printable(sentence), label="error: ", err=True)
 
 
 @contextmanager
@@ -169,9 +189,10 @@ def _without_path(kind: Any) -> Any:
 def _wrap_all(commands: typer.Typer) -> None:
     for command in commands.registered_commands:
         if command.callback:
-            command.callback = _wrap(command.callback)
+            command.callback, command.cls = _wrap(command.callback), _Command
     for group in commands.registered_groups:
         if group.typer_instance:
+            group.cls = _Group
             _wrap_all(group.typer_instance)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn
 
-__all__ = ["Watcher", "bars_on", "has_bars", "interactive", "watching"]
+__all__ = ["Watcher", "bars_on", "has_bars", "interactive", "waiting", "watching"]
 
 Watcher = Callable[[str, int, int], None]
 
@@ -109,6 +109,19 @@ def watching(quiet: bool, *, unit: str = "", scale: float = 1.0) -> Iterator[Wat
                 bar.update(bar.task_ids[-1], description=label, completed=done, **fields)
 
             yield watch
+
+
+@contextmanager
+def waiting(quiet: bool, what: str) -> Iterator[None]:
+    """Show on a terminal, until the block ends, what is under way that has no count."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield
+        return
+    with console.status(what):
+        yield
 
 
 def _content(text: str) -> dict[str, str]:

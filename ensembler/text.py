@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["Printable", "cell", "counted", "echo", "echo_once", "printable", "some"]
+__all__ = ["Printable", "cell", "counted", "echo", "echo_once", "print_prose", "printable", "some"]
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -42,6 +42,28 @@ def echo(text: object, *, err: bool = False) -> None:
 def echo_once(text: str) -> None:
     """Print one line on standard error, the first time that this process has it to say."""
     echo(text, err=True)
+
+
+def print_prose(text: object, *, label: str = "", err: bool = False) -> None:
+    """Print lines, :func:`printable`, on a terminal wrapped between words: paths stay whole, however long.
+
+    Args:
+        text: the lines.
+        label: before them, in colour.
+        err: whether they go to standard error.
+    """
+    import textwrap
+
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=err, highlight=False)
+    lines = [printable(line) for line in f"{label}{text}".split("\n")]
+    if console.is_terminal:
+        lines = [textwrap.fill(each, console.width, break_long_words=False, break_on_hyphens=False) for each in lines]
+    whole = Text("\n".join(lines))
+    whole.stylize("bold red", 0, len(label))
+    console.print(whole, soft_wrap=True)
 
 
 def cell(text: object) -> Text:

@@ -14,7 +14,7 @@ from ensembler.eval import data_commands
 from ensembler.eval.options import CalibrationOptions, EvaluationOptions, ReportOptions, SurfaceOptions
 from ensembler.eval.outputs import new_folder, print_lines, write_files
 from ensembler.options import Options, parameters, with_parameters
-from ensembler.progress import watching
+from ensembler.progress import waiting, watching
 from ensembler.storage.urls import is_url, place
 
 __all__ = ["app"]
@@ -129,20 +129,21 @@ def _report(
         choose(report.engine, report.address, device, options.threads) as engine,
     ):
         found = evaluate_paths(runs, options, watch=watch, engine=engine)
-    result = found.report if comparison is None else compare_runs(found, **comparison)
-    drawn = figures(found, result)
-    seconds = time.monotonic() - start
-    files = {
-        "report.html": page(found, result, drawn, seconds=seconds, command=shlex.join(["ensembler", *sys.argv[1:]])),
-        "report.md": markdown(result).encode(),
-        "report.csv": csv(result).encode(),
-        "report.json": (result.model_dump_json(indent=2) + "\n").encode(),
-        **{f"{title}.png": to_png(picture.figure) for title, picture in drawn.items()},
-    }
+    with waiting(report.quiet, "writing the report"):
+        result = found.report if comparison is None else compare_runs(found, **comparison)
+        drawn = figures(found, result)
+        took, command = time.monotonic() - start, shlex.join(["ensembler", *sys.argv[1:]])
+        files = {
+            "report.html": page(found, result, drawn, seconds=took, command=command),
+            "report.md": markdown(result).encode(),
+            "report.csv": csv(result).encode(),
+            "report.json": (result.model_dump_json(indent=2) + "\n").encode(),
+            **{f"{title}.png": to_png(picture.figure) for title, picture in drawn.items()},
+        }
     folder = report.out or new_folder(Path("reports"), name)
     write_files(folder, files, report.json_file)
     console = Console(highlight=False)
-    console.print(tables(result, console.width, report.full))
+    console.print(tables(result, console.width, report.full, bold=console.is_terminal))
     print_lines(f"took {time.monotonic() - start:.0f} s; report: {folder}/report.html")
 
 
@@ -174,7 +175,7 @@ def _calibrate(
     check_writable(path, "a calibration lies in its run's folder: copy the run to where you may write")
     with watching(quiet, unit="images") as watch:
         found = calibrate(path, options, watch=watch)
-    print_lines(summary(found), f"calibration: {calibration.save(found, path)}")
+    print_lines(f"calibration: {calibration.save(found, path)}", prose=summary(found))
 
 
 @_command("surface", SurfaceOptions)
@@ -226,7 +227,7 @@ def _surface(
     }
     folder = out or new_folder(Path("surfaces"), "surface")
     write_files(folder, files, json)
-    print_lines(summary(found), f"took {found.seconds:.0f} s; surface: {folder} ({', '.join(files)})")
+    print_lines(f"took {found.seconds:.0f} s; surface: {folder} ({', '.join(files)})", prose=summary(found))
 
 
 def _simplexes(run: Path, options: SurfaceOptions, out: Path | None, json: Path | None, quiet: bool) -> None:
@@ -244,4 +245,4 @@ def _simplexes(run: Path, options: SurfaceOptions, out: Path | None, json: Path 
     }
     folder = out or new_folder(Path("surfaces"), "simplexes")
     write_files(folder, files, json)
-    print_lines(summary(found), f"took {found.seconds:.0f} s; simplexes: {folder} ({', '.join(files)})")
+    print_lines(f"took {found.seconds:.0f} s; simplexes: {folder} ({', '.join(files)})", prose=summary(found))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from ensembler.progress import watching
-from ensembler.text import echo
+from ensembler.text import counted, echo
 
 __all__ = ["app"]
 
@@ -85,7 +85,8 @@ def corrupt(
     except KeyboardInterrupt:
         echo("complete files were kept: run the same command again to resume", err=True)
         raise
-    echo(f"{out}: generated {len(made)} corruptions of {len(images.test)} images, marked as generated")
+    what = f"{counted(len(made), 'corruption')} of {counted(len(images.test), 'image')}"
+    echo(f"{out}: generated {what}, marked as generated")
 
 
 @app.command("cache")
@@ -103,11 +104,12 @@ def cache(
     if clear:
         removed, size = image_cache.clear()
         used = f"; {len(entries) - removed} are used by other processes and stay" if removed < len(entries) else ""
-        echo(f"{folder}: removed {removed} of {len(entries)} files, {size / 1e6:,.1f} MB{used}")
+        echo(f"{folder}: removed {removed} of {counted(len(entries), 'file')}, {size / 1e6:,.1f} MB{used}")
         return
     for entry in entries:
         used = f"{datetime.fromtimestamp(entry.used):%Y-%m-%d %H:%M}"
         echo(f"{used}  {entry.bytes / 1e6:>9,.1f} MB  {entry.images:>9,} images  {entry.what}")
     size, limit = sum(entry.bytes for entry in entries), image_cache.maximum()
     most = f"{limit / 2**30:g} GiB, {image_cache.LIMIT}"
-    echo(f"{folder}: {len(entries)} files, {size / 1e6:,.1f} MB (at most {most}), by the time of their last use")
+    files = counted(len(entries), "file")
+    echo(f"{folder}: {files}, {size / 1e6:,.1f} MB (at most {most}), by the time of their last use")

@@ -6,6 +6,8 @@ import hashlib
 from contextlib import suppress
 from pathlib import Path
 
+from ensembler.text import print_prose
+
 __all__ = ["LIST", "new_folder", "print_lines", "write_files"]
 
 LIST = "files.sha256"
@@ -68,8 +70,10 @@ def _listed(folder: Path) -> set[Path]:
     return found
 
 
-def print_lines(*lines: str) -> None:
-    """Print lines as they are, however long."""
+def print_lines(*lines: str, prose: str = "") -> None:
+    """Print prose, on a terminal wrapped between words, and then lines as they are, however long: paths stay whole."""
     from rich.console import Console
 
+    if prose:
+        print_prose(prose)
     Console(highlight=False, markup=False).print("\n".join(lines), soft_wrap=True)

@@ -17,7 +17,7 @@ from ensembler.errors import ShapeError, UsageError
 from ensembler.serve.client import is_url
 from ensembler.storage.transfers import push_finished
 from ensembler.storage.urls import destination, place
-from ensembler.text import cell, echo, some
+from ensembler.text import cell, counted, echo, some
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,22 +97,23 @@ def export(
     folder, url = destination(out, "bundles")
     folder = folder or Path("bundles") / run.name
     started = time.perf_counter()
-    export_run(
-        run,
-        folder,
-        layout=layout,
-        members=members,
-        seed=seed,
-        pixels=pixels,
-        precision=precision,
-        data=data,
-        dataset=dataset,
-        use_data=not no_data,
-        examples=examples,
-        tune=tune,
-        key=sign,
-        say=lambda sentence: console.print(cell(sentence)),
-    )
+    with console.status("exporting"):
+        export_run(
+            run,
+            folder,
+            layout=layout,
+            members=members,
+            seed=seed,
+            pixels=pixels,
+            precision=precision,
+            data=data,
+            dataset=dataset,
+            use_data=not no_data,
+            examples=examples,
+            tune=tune,
+            key=sign,
+            say=lambda sentence: console.print(cell(sentence)),
+        )
     console.print(_of_bundle(folder, read_bundle(folder), time.perf_counter() - started))
     push_finished(folder, url)
 
@@ -213,7 +214,7 @@ def serve(
         check_appendable(settings.log_answers)
     with _refusing():
         public = listen(host, port)
-    start(public, environment, f"{members or manifest.members} members of {bundle}")
+    start(public, environment, f"{counted(members or manifest.members, 'member')} of {bundle}")
 
 
 @contextmanager
@@ -299,7 +300,8 @@ def _say_of(answer: dict[str, Any]) -> None:
     for one in answer["errors"]:
         echo(f"{one['image']}: {one['error']}", err=True)
     if count := len(answer["errors"]):
-        raise ShapeError(f"{count} of {count + len(answer['predictions'])} images could not be read and have no answer")
+        asked = counted(count + len(answer["predictions"]), "image")
+        raise ShapeError(f"{count} of {asked} could not be read and {'has' if count == 1 else 'have'} no answer")
 
 
 @app.command()
@@ -327,8 +329,10 @@ def drift(
     table.add_row("bound", "", *(f"{value:.3f} " for value in found.bound.values()), style="dim")
     console = Console()
     console.print(table)
-    left_out = f"; {found.left_out} others left out" if found.left_out else ""
-    typer.echo(f"population stability index of windows of {found.window} images; {found.answers} answers{left_out}")
+    left_out = f"; {counted(found.left_out, 'other')} left out" if found.left_out else ""
+    typer.echo(
+        f"population stability index of windows of {found.window} images; {counted(found.answers, 'answer')}{left_out}"
+    )
     drifted = f"the last window has drifted: {', '.join(found.drifted)}"
     typer.echo(drifted if found.drifted else "no drift in the last window")
 
@@ -391,7 +395,8 @@ def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
     table.add_row("calibration", "the run's" if bundle.calibration else "none")
     if (known := bundle.validation) is not None:
         table.add_row("validation", f"accuracy {known.accuracy:.3f}, NLL {known.nll:.3f} on {known.examples} images")
-    table.add_row("order", f"by {bundle.ordered_by}: {some([str(member) for member in bundle.order], 8)}")
+    order = some([str(member + 1) for member in bundle.order], 8)
+    table.add_row("order", f"by {bundle.ordered_by}: {order}")
     if (tuning := bundle.tuning) is not None:
         for batch, winner in tuning.winners.items():
             times = [f"{row.strategy} {row.seconds * 1e3:.2f} ms" for row in tuning.table if row.batch == batch]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ensembler.study.plan import Plan
+from ensembler.text import counted
 from ensembler.trainers.events import EpochEnd, Event
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Board:
             self.live.update(self.table())
         elif not self.quiet:
             done = sum(node in self.losses for node in self.plan.nodes)
-            count = f"{done} of {len(self.plan.nodes)} runs"
+            count = f"{done} of {counted(len(self.plan.nodes), 'run')}"
             typer.echo(f"{count}: {name} {how}, test NLL {scores['nll']:.4f}", err=True)
 
     def on_event(self, event: Event) -> None:

@@ -16,6 +16,7 @@ from ensembler.study.figures import figures
 from ensembler.study.plan import Cell, Plan
 from ensembler.study.schema import CellReport, StudyReport
 from ensembler.study.sentences import NAMES, answers, compared, recommendations, within
+from ensembler.text import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -182,7 +183,7 @@ def planned(plan: Plan, speed: Speed, images: int) -> RenderableType:
     training, predicting = plan.passes / speed.training, members * images / speed.prediction
     parts.append(
         Text(
-            f"{len(plan.nodes)} runs, seeds {plan.seeds[0]} to {plan.seeds[-1]}: {compact(plan.passes)} example passes "
+            f"{counted(len(plan.nodes), 'run')}, {_seeds(plan)}: {compact(plan.passes)} example passes "
             f"({plan.passes / plan.one:.1f} B), {compact(members * images)} forward passes of evaluation"
         )
     )
@@ -193,6 +194,11 @@ def planned(plan: Plan, speed: Speed, images: int) -> RenderableType:
         )
     )
     return Group(*parts)
+
+
+def _seeds(plan: Plan) -> str:
+    first, last = plan.seeds[0], plan.seeds[-1]
+    return f"seed {first}" if first == last else f"seeds {first} to {last}"
 
 
 def _planned_row(plan: Plan, cell: Cell) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ def test_train_then_eval_the_latest_run(tmp_path, images, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call("train-simplex", "--vertices", 3, "--members", 4, *SMALL, *images)
     assert result.exit_code == 0, result.output
-    assert "simplex of 4 members on images of images" in result.stdout
+    assert "simplex of 4 members on images\n" in result.stdout
     assert "log volume" in result.stdout
     assert "vertex 3: epoch 1 of 1" in result.stderr
     run = Run.load(tmp_path / "runs" / "latest")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -279,6 +280,8 @@ def test_the_command_exports_the_latest_run_and_says_what_is_next(
     assert result.exit_code == 0, result.output
     assert "ensembler serve bundles/mine" in result.output
     assert "2 x odd_networks:tied" in result.output
+    order = re.search(r"order +by .*: ([\d, ]+)", result.output)
+    assert order and sorted(map(int, order[1].split(","))) == [1, 2]  # members count from 1, as everywhere
     assert Runtime.load("bundles/mine").members == 2
     assert capfd.readouterr() == ("", "")  # the exporter's chatter is not shown
     again = CliRunner().invoke(app, ["export"])

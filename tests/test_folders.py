@@ -263,7 +263,7 @@ def test_names_in_any_script_are_shown_as_they_are(tmp_path, monkeypatch):
     command = ["train-deep-ensemble", "--dataset", "folder:[red]photos", "--members", 1, "--epochs", 0.2]
     done = call(*command, "--arch", "tests._small:network", "--out", "runs/[x]")
     assert done.exit_code == 0, done.output
-    assert "on images of [red]photos" in done.output
+    assert "on [red]photos" in done.output
     shown = call("show", "runs/[x]").output
     for name in NAMES:
         assert f"{name} (" in shown

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ensembler.errors import ArtefactError
-from ensembler.eval.outputs import LIST, write_files
+from ensembler.eval.outputs import LIST, print_lines, write_files
 
 OLD = {"report.json": b"{}", "members.png": b"old picture", "table.csv": b"old table"}
 NEW = {"report.json": b"[]", "severity.png": b"new picture"}
@@ -53,3 +53,16 @@ def test_a_result_that_cannot_be_written_leaves_the_older_one_whole(tmp_path):
         write_files(folder, NEW, tmp_path / "file" / "copy.json")
     assert {name: (folder / name).read_bytes() for name in OLD} == OLD
     assert names(folder) == {*OLD, LIST}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_prose_is_wrapped_between_words_on_a_terminal_and_a_path_never(terminal, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+    prose = "sets hold the true class in at least 90 % of cases, on average over calibrations"
+    path = f"calibration: {'folder/' * 9}calibration.json"
+    print_lines(path, prose=prose)
+    *wrapped, last = capsys.readouterr().out.splitlines()
+    assert last == path
+    assert " ".join(line.strip() for line in wrapped) == prose
+    assert (len(wrapped) > 1) == terminal and all(len(line) <= 40 for line in wrapped if terminal)

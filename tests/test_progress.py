@@ -62,6 +62,8 @@ def test_a_terminal_gets_bars(capsys, monkeypatch):
     out, error = capsys.readouterr()
     assert out == "kept [back]\n"
     assert "found [this]" in error
+    assert error.index("loading") < error.index("found [this]")  # what comes first may take seconds
+    assert "loading" not in error[error.index("found [this]") :]
     assert "2/4, loss 1.500, accuracy 0.250" in error  # beside the bar
     assert re.search(r"[\d,]+ images/s", error)
     assert "vertex 2: 4 epochs, loss 1.500, accuracy 0.250\n" in error

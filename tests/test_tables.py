@@ -30,7 +30,7 @@ HOSTILE = ["[red]a[/red]", "a|b`c*_#<b>&$x", 'quote " comma, line\nnext', "=1+1"
 
 def rendered(report: Report, width: int, full: bool = True) -> str:
     console = Console(width=width, file=io.StringIO(), color_system=None, highlight=False)
-    console.print(tables(report, width, full))
+    console.print(tables(report, width, full, bold=False))
     return console.file.getvalue()
 
 
@@ -173,6 +173,18 @@ def test_a_terminal_shows_every_figure_whole(width):
     for table in report_tables(report):
         cells = {part for row in table.rows for cell in row[table.words :] for part in cell.split()}
         assert cells <= words, table.title
+
+
+@pytest.mark.parametrize("width", [60, 120])  # in several parts, and in one
+def test_a_terminal_shows_the_best_figures_in_bold_and_a_pipe_says_nothing_of_bold(width):
+    report = comparison()
+    console = Console(width=width, file=io.StringIO(), color_system="standard", force_terminal=True, highlight=False)
+    console.print(tables(report, width, full=True))
+    found = re.findall(r"\x1b\[1m *([\d.]+)\x1b", console.file.getvalue())
+    best = [table.rows[row][column] for table in report_tables(report) for row, column in sorted(table.best)]
+    assert sorted(found) == sorted(best) and best
+    assert "Bold: the lowest" in console.file.getvalue()
+    assert "Bold" not in rendered(report, width)
 
 
 def test_the_terminal_has_the_findings_first_and_long_tables_only_if_asked():

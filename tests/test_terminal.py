@@ -57,3 +57,14 @@ def test_a_prediction_is_one_line_of_the_terminal(columns, tmp_path):
         assert path.startswith("…") and path.endswith(f"picture {number}.png")
         assert label.startswith("class ") and abstains == "-"
         assert all(0 <= float(figure) < 2 for figure in figures) and len(figures) == 2
+
+
+def test_an_error_breaks_between_words_and_a_path_never(tmp_path):
+    given = "train-mc-dropout", "--arch", "tests._small:network", "--image-size", 8, "--out", tmp_path / "run"
+    error = ensembler(*given, columns=80)
+    assert len(error) > 1 and all(len(line) <= 80 for line in error)
+    assert " ".join(error).startswith("error: tests._small:network has no dropout")
+    assert " ".join(error).endswith("choose an --arch with dropout, such as vgg16")
+    lost = tmp_path / ("a-folder-of-a-long-name-" * 4)
+    joined = "".join(ensembler("show", lost, columns=80))
+    assert str(lost) in joined

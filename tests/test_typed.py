@@ -61,6 +61,17 @@ def test_every_option_refuses_what_it_cannot_be_in_its_own_name(words):
 
 
 @pytest.mark.parametrize("words", ALL)
+def test_help_splits_no_name_on_a_terminal_of_80_columns(words):
+    written = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).invoke(app, [*words.split(), "--help"]).stdout
+    assert "<bool>" not in written
+    for option in ALL[words].params:
+        for name in [*option.opts, *option.secondary_opts] if option.param_type_name == "option" else []:
+            assert re.search(rf"{name}\b", written), name
+        for word in (option.metavar or "").split():
+            assert f" {word.strip('[]')}" in written.replace("[", " ").replace("]", " "), option.name
+
+
+@pytest.mark.parametrize("words", ALL)
 def test_every_place_that_a_result_goes_to_takes_a_url_or_refuses_it(words):
     """A ``Path`` made of a URL would be a local folder called ``s3:``."""
     for option in ALL[words].params:

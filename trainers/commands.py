@@ -12,9 +12,10 @@ import typer
 
 from ensembler.errors import UsageError
 from ensembler.options import chosen, parameters, with_parameters
+from ensembler.progress import waiting
 from ensembler.storage.transfers import push_finished
 from ensembler.storage.urls import destination, place
-from ensembler.text import cell
+from ensembler.text import cell, counted, echo
 from ensembler.trainers.launch import Data, Import, Launch
 from ensembler.trainers.method import Method, methods
 from ensembler.trainers.settings import Settings
@@ -85,8 +86,9 @@ def collapse(
     from ensembler.trainers.training import collapse_run
 
     keep = _keeper(out)
-    whole = Run.load(run or latest(Path("runs")))
-    found = collapse_run(whole, whole.manifest.dataset.load(data, dataset=dataset), device)
+    with waiting(False, "averaging"):
+        whole = Run.load(run or latest(Path("runs")))
+        found = collapse_run(whole, whole.manifest.dataset.load(data, dataset=dataset), device)
     keep(found, f"{found.manifest.method}-{found.manifest.architecture}")
 
 
@@ -126,11 +128,11 @@ def combine_runs(
             raise UsageError(f"{path} is a file, not a run: make a run of checkpoints with ensembler import")
         name = path.resolve().name
         loaded[f"{name} ({len(loaded) + 1})" if name in loaded else name] = Run.load(path)
-    images = next(iter(loaded.values())).manifest.dataset.load(data, dataset=dataset)
-    found = combine(loaded, images, device)
-    given = sum(run.manifest.members for run in loaded.values())
-    if found.manifest.members < given:
-        typer.echo(f"{given - found.manifest.members} members have the weights of others: kept once", err=True)
+    with waiting(False, "combining"):
+        images = next(iter(loaded.values())).manifest.dataset.load(data, dataset=dataset)
+        found = combine(loaded, images, device)
+    if again := sum(run.manifest.members for run in loaded.values()) - found.manifest.members:
+        echo(f"left out: {counted(again, 'member')} with the weights of another", err=True)
     keep(found, f"combined-{found.manifest.architecture.replace(' ', '')}")
 
 

@@ -58,7 +58,7 @@ def _metric(name: str, value: Any) -> Iterator[Row]:
             rest = {key: part for key, part in one.items() if key != "name"}
             yield from _metric(str(one.get("name", f"{name} {number}")), rest)
     elif isinstance(value, Mapping):
-        flat = {key: part for key, part in value.items() if not isinstance(part, Mapping)}
+        flat = {key: part for key, part in value.items() if part is not None and not isinstance(part, Mapping)}
         yield Row(name, ", ".join(f"{_words(key)} {_value(part)}" for key, part in flat.items()))
         for key, part in value.items():
             if isinstance(part, Mapping):
@@ -112,7 +112,7 @@ def _name(kind: type[Options] | None, name: str) -> str:
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ").replace("nll", "NLL")
+    return name.replace("held_out", "held-out").replace("_", " ").replace("nll", "NLL")
 
 
 def _value(value: Any) -> str:

@@ -121,6 +121,7 @@ def _bars(console: Console) -> Iterator[OnEvent]:
         Speed(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
     )
+    loading = bars.add_task("loading", total=None, state="")
     tasks: dict[str, TaskID] = {}
 
     def say(line: str) -> None:
@@ -130,6 +131,7 @@ def _bars(console: Console) -> Iterator[OnEvent]:
             console.print(printable(line), markup=False, highlight=False)
 
     def watch(event: Event) -> None:
+        bars.update(loading, visible=False)
         if isinstance(event, Message):
             say(event.text)
             return

@@ -46,12 +46,12 @@ class Settings(Options):
     )
     optimiser: str = option(
         "sgd",
-        metavar="sgd|adamw|package.module:Class",
+        metavar="sgd | adamw | MODULE:CLASS",
         help="sgd, adamw, or any class such as torch.optim:RAdam.",
     )
     parameter_groups: str | None = option(
         None,
-        metavar="package.module:function",
+        metavar="MODULE:FUNCTION",
         help="Function from the network to parameter groups, as torch.optim takes them. (default: all weights decay "
         "with sgd; otherwise no biases, normalisation layers and embeddings)",
     )
@@ -80,7 +80,7 @@ class Settings(Options):
     clip: float = option(1.0, ge=0, help="Largest norm of the gradient; 0 for no limit.")
     loss: str = option(
         "task",
-        metavar="task|MODULE:FUNCTION",
+        metavar="task | MODULE:FUNCTION",
         help="Training loss: the task's, cross entropy, or your own, package.module:function of outputs (B, C) and "
         "targets (B,).",
     )
@@ -89,7 +89,7 @@ class Settings(Options):
     )
     class_weights: str = option(
         "none",
-        metavar="balanced|none|NUMBERS",
+        metavar="balanced | none | NUMBERS",
         help="Weight of each class in the loss: balanced, none, numbers as in 1,2.5,1, or a file of numbers.",
     )
     mixup: float = option(

@@ -15,9 +15,9 @@ def lines(manifest: Manifest) -> list[str]:
     """Describe a run's method, scores, geometry and cost, in lines."""
     cost, test = manifest.cost, manifest.metrics["test"]
     scores = [
-        f"{name.replace('_', ' ').replace('nll', 'NLL')} " + ("unknown" if value is None else f"{value:.4f}")
+        f"{name.replace('_', ' ').replace('nll', 'NLL')} {value:.4f}"
         for name, value in test.items()
-        if name != "examples"
+        if name != "examples" and value is not None
     ]
     result = [
         f"{manifest.method} of {counted(manifest.members, 'member')} on {manifest.dataset.title}",

@@ -289,7 +289,7 @@ class _Folder:
         brightest = partial(_brightest, train, counts)
         return Dataset(
             name=f"folder:{self.folder}",
-            title=f"images of {self.folder.name}",
+            title=self.folder.name,
             classes=layout.classes,
             augmentation="crop-flip" if decoded else "resized-crop-flip",
             train=train,

@@ -81,7 +81,8 @@ def _cost(report: Report) -> str:
     passes = [run.training_example_passes for run in report.runs]
     known = [number for number in passes if number is not None]
     text = f"Training took {_extent(known) if known else 'an unknown number of'} example passes; a prediction takes "
-    text += f"{_extent([run.forward_passes_per_prediction for run in report.runs])} forward passes."
+    forward = [run.forward_passes_per_prediction for run in report.runs]
+    text += f"{_extent(forward)} forward pass{'es' * (max(forward) > 1)}."
     given = [label(report, n) for n, run in enumerate(report.runs) if run.architecture is None]
     if given:
         text += f" The training cost is unknown of predictions made elsewhere: {', '.join(given)}."

@@ -8,8 +8,10 @@ from operator import attrgetter
 
 from ensembler.eval.report.notation import NOTHING, SCORES, label, plain, training_passes
 from ensembler.eval.report.schema import CellScores, Report, RunReport, ShiftReport
+from ensembler.text import counted
 
 __all__ = [
+    "BEST",
     "CLEAN",
     "COST",
     "ONE_MEMBER",
@@ -148,4 +150,4 @@ def one_member_note(report: Report) -> list[str]:
 
 def means_over(shift: ShiftReport) -> str:
     """Describe what means under shift are over."""
-    return f"{len(shift.headline)} corruptions x 5 severities"
+    return f"{counted(len(shift.headline), 'corruption')} x 5 severities"

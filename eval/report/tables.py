@@ -27,6 +27,7 @@ from ensembler.eval.report.table import (
     under,
 )
 from ensembler.eval.shift.corruptions import FAMILIES, SEVERITIES
+from ensembler.text import counted
 
 __all__ = ["Table", "about", "report_tables"]
 
@@ -207,7 +208,7 @@ def _severities(report: Report, shift: ShiftReport) -> Iterator[Table]:
             f"{title}, {shift.source} shift",
             columns,
             notes=[
-                f"By severity; means over {len(shift.headline)} corruptions, {images_of(report)} each.",
+                f"By severity; means over {counted(len(shift.headline), 'corruption')}, {images_of(report)} each.",
                 *(one_member_note(report) if name == "disagreement" else []),
             ],
             detail=name not in ("error", "nll", "ece"),

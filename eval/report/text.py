@@ -13,7 +13,7 @@ from ensembler.eval.metrics.ood import OodScores
 from ensembler.eval.report.notation import label, plain
 from ensembler.eval.report.schema import CellScores, Report, RunReport
 from ensembler.eval.report.sentences import findings
-from ensembler.eval.report.table import Table
+from ensembler.eval.report.table import BEST, Table
 from ensembler.eval.report.tables import about, report_tables
 
 if TYPE_CHECKING:
@@ -30,13 +30,14 @@ _GAP = 2  # blanks between two columns of the terminal
 __all__ = ["csv", "escape", "markdown", "markdown_table", "tables", "terminal_table"]
 
 
-def tables(report: Report, width: int = 80, full: bool = False) -> RenderableType:
+def tables(report: Report, width: int = 80, full: bool = False, bold: bool = True) -> RenderableType:
     """Render the findings and the main tables for a terminal; runs by their number and method.
 
     Args:
         report: the report.
         width: of the terminal, in columns.
         full: whether every table is shown.
+        bold: whether what prints it shows bold; otherwise nothing is said of it.
     """
     from rich.console import Group as Lines
     from rich.text import Text
@@ -45,7 +46,7 @@ def tables(report: Report, width: int = 80, full: bool = False) -> RenderableTyp
     parts: list[RenderableType] = [Text(line) for line in about(report)]
     parts += [Text(short(label(report, number)) + f": {plain(run.name)}") for number, run in enumerate(report.runs)]
     parts += [Text(), Text("In short", style="bold"), *(Text(short(line)) for line in findings(report))]
-    said: set[str] = set()
+    said = set() if bold else {BEST}
     for table in report_tables(report):
         if not full and (table.detail or table.section in _LONG):
             continue
@@ -78,6 +79,7 @@ def _grids(table: Table, short: Callable[[str], str], width: int) -> Iterator[Re
 
     columns = [[short(cell) for cell in column] for column in zip(table.columns, *table.rows, strict=True)]
     names, figures = columns[: table.words], columns[table.words :]
+    first = table.words  # of a part's columns
     room = width - sum(max(map(len, column)) + _GAP for column in names)
     for part in _parts(figures, room):
         grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
@@ -89,8 +91,11 @@ def _grids(table: Table, short: Callable[[str], str], width: int) -> Iterator[Re
             own = _least(column) + (more if more <= left else 0)
             left -= own - _least(column)
             grid.add_column(Text(column[0]), justify="right", width=own)
-        for row in zip(*(cells for _, *cells in [*names, *part]), strict=True):
-            grid.add_row(*map(Text, row))
+        places = [*range(table.words), *range(first, first + len(part))]
+        first += len(part)
+        for number, row in enumerate(zip(*(cells for _, *cells in [*names, *part]), strict=True)):
+            bold = ["bold" if (number, place) in table.best else "" for place in places]
+            grid.add_row(*map(Text, row, bold))
         yield grid
 
 

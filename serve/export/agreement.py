@@ -70,12 +70,12 @@ def compare(
             try:
                 difference, batch = _difference(opened, member, images, expected[member])
             except ExportError as error:
-                raise ExportError(f"member {member}: {error}") from error
+                raise ExportError(f"member {member + 1}: {error}") from error
             if exact and difference > TOLERANCE:
                 tolerance = max(tolerance, _ROUNDING * _rounding(ensemble, member, images, expected[member]))
             if exact and difference > tolerance:
                 raise ExportError(
-                    f"member {member}: ONNX differs from PyTorch by {difference:.1e} in a probability at a "
+                    f"member {member + 1}: ONNX differs from PyTorch by {difference:.1e} in a probability at a "
                     f"batch of {batch}, more than {tolerance:.0e}: the network computes something that ONNX does not "
                     "reproduce"
                 )

@@ -160,7 +160,7 @@ class Writer:
         try:
             return trace(graph, self._record)
         except ExportError as error:
-            raise ExportError(f"member {member}: {error}") from error
+            raise ExportError(f"member {member + 1}: {error}") from error
 
     def _converted(self, model: onnx.ModelProto) -> onnx.ModelProto:
         if self._precision == "float16":

@@ -221,7 +221,9 @@ class Runtime:
         checked = self._check(images)
         members = self.members if members is None else members
         if not 1 <= members <= self.members:
-            raise UsageError(f"this ensemble has {self.members} members: ask from 1 to {self.members}, not {members}")
+            raise UsageError(
+                f"this ensemble has {counted(self.members, 'member')}: ask from 1 to {self.members}, not {members}"
+            )
         if mode == "full":
             asked, used = self._ask(checked, 0, members), np.full(len(checked), members)
         else:

@@ -85,7 +85,7 @@ def verify_bundle(bundle: str | Path, key: str | Path | None = None) -> Verified
     allowed = max(_ALLOWED[manifest.precision], manifest.tolerance)
     differences = [float(np.abs(a - b).max()) for a, b in zip(found, expected, strict=True)]
     for member, difference in zip(manifest.order, differences, strict=True):
-        _check(f"member {member} of {bundle} differs", difference, allowed)
+        _check(f"member {member + 1} of {bundle} differs", difference, allowed)
     merged_difference = None if found_merged is None else float(np.abs(found_merged - expected).max())
     if merged_difference is not None:
         _check(f"the members of {bundle} in one graph differ", merged_difference, allowed)

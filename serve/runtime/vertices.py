@@ -25,6 +25,7 @@ from ensembler.errors import ArtefactError, UsageError, first_line
 from ensembler.seeds import derive
 from ensembler.serve.runtime.arrays import read_arrays
 from ensembler.serve.runtime.manifest import WEIGHTS, BundleManifest, Simplexes
+from ensembler.text import counted
 
 __all__ = ["Vertices", "check_members", "further_coefficients"]
 
@@ -41,7 +42,7 @@ def check_members(bundle: Path, manifest: BundleManifest, wanted: int) -> None:
         raise UsageError(f"an ensemble needs at least one member, not {wanted}")
     if wanted <= manifest.members:
         return
-    held = "1 member" if manifest.members == 1 else f"{manifest.members} members"
+    held = counted(manifest.members, "member")
     if manifest.layout == "members":
         raise UsageError(
             f"the bundle holds {held} and no vertices to make {wanted} of: ask for fewer, or export the run with "

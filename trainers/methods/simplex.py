@@ -80,7 +80,7 @@ class Simplex(Method):
     )
     regularisation: NonNegativeFloat | Literal["auto"] = option(
         0.01,
-        metavar="NUMBER|auto",
+        metavar="NUMBER | auto",
         help="lambda, the reward of log size; auto: the largest that --tolerance allows.",
     )
     regulariser: Literal["volume", "function"] = option(
