@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import numpy as np
 import torch
@@ -148,6 +149,12 @@ def raises_in_forward(num_classes):
 
 def no_network(num_classes):
     return [plain(num_classes)]
+
+
+def scripted(num_classes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch advises against it
+        return torch.jit.script(plain_head(num_classes))
 
 
 def without_argument():

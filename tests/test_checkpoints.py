@@ -50,11 +50,34 @@ def test_read_what_pytorch_saved(tmp_path, content, zipped):
 
 
 def test_read_safetensors(tmp_path):
-    for name in ("weights.safetensors", "WEIGHTS.SAFETENSORS"):
+    for name in ("weights.safetensors", "WEIGHTS.SAFETENSORS", "weights.pt", "pytorch_model.bin"):
         save_file({f"module.{key}": tensor for key, tensor in STATE.items()}, tmp_path / name)
         network = Small()
         matching.load(network, checkpoints.read(tmp_path / name))
         assert same(network.state_dict(), STATE)
+
+
+def test_a_file_of_pytorch_may_be_called_safetensors(tmp_path):
+    torch.save(STATE, tmp_path / "weights.safetensors")
+    network = Small()
+    matching.load(network, checkpoints.read(tmp_path / "weights.safetensors"))
+    assert same(network.state_dict(), STATE)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model-00001-of-00002.safetensors"])
+def test_one_of_several_files_is_refused(tmp_path, name):
+    save_file(STATE, tmp_path / name)
+    kind, message = refusal(tmp_path / name)
+    assert kind is ArtefactError
+    assert message.startswith("FILE is one of several files that hold the weights of one network: load them with what ")
+
+
+def test_a_large_file_cut_short_is_damaged(tmp_path):
+    """PyTorch says of it: Invalid argument."""
+    torch.save({str(number): torch.zeros(300) for number in range(40)}, tmp_path / "whole.pt")
+    path = tmp_path / "weights.pt"
+    path.write_bytes((tmp_path / "whole.pt").read_bytes()[:5000])
+    assert refusal(path) == (CorruptError, DAMAGED)
 
 
 DAMAGED = "FILE is damaged, or not a file of weights: copy or download it again"
@@ -149,7 +172,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(torch, "load", denied)
+    monkeypatch.setattr(checkpoints.Path, "open", denied)
     with pytest.raises(ArtefactError, match=r"^cannot read .*weights\.pt: Permission denied$"):
         checkpoints.read(tmp_path / "weights.pt")
 

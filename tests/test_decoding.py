@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,50 @@ def test_photos_are_upright(tmp_path, orientation, suffix):
     assert read_image(path, (3, 5)).shape == (3, 5, 3)
 
 
+def tiff(path: Path, data: bytes, bits: int, **tags: int) -> Path:
+    """Write a grey TIFF file of 8 x 6 pixels, uncompressed, with tags by their names."""
+    numbers = {"white": 262, "orientation": 274, "kind": 339}  # PhotometricInterpretation, Orientation, SampleFormat
+    entries = {256: 8, 257: 6, 258: bits, 259: 1, 262: 1, 273: 200, 277: 1, 278: 6, 279: len(data)}
+    entries |= {numbers[name]: value for name, value in tags.items()}
+    table = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in sorted(entries.items()))
+    header = b"II*\0" + struct.pack("<IH", 8, len(entries)) + table + bytes(4)
+    path.write_bytes(header.ljust(200, b"\0") + data)
+    return path
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, np.uint8), (16, np.uint16)])
+def test_grey_tiff_files_are_upright(tmp_path, bits, kind):
+    data = (GREY.astype(np.uint16) * (257 if bits == 16 else 1)).astype(kind).tobytes()
+    read = read_image(tiff(tmp_path / "image.tif", data, bits, orientation=6))
+    assert np.array_equal(read[..., 1], np.rot90(GREY, -1))
+
+
+def test_tiff_files_say_what_is_white(tmp_path):
+    wide = (GREY.astype("<u2") * 257).tobytes()
+    assert np.array_equal(read_image(tiff(tmp_path / "image.tif", wide, 16, white=0))[..., 1], 255 - GREY)
+    values = np.rint(GREY.astype(float) * 4095 / 255).astype(int)
+    packed = bytes.fromhex("".join(f"{value:03x}" for value in values.flat))
+    assert np.array_equal(read_image(tiff(tmp_path / "image.tif", packed, 12))[..., 1], GREY)
+    with pytest.raises(DataError, match=r"pixels of mode L \(signed\), which do not say what is white"):
+        read_image(tiff(tmp_path / "image.tif", GREY.tobytes(), 8, kind=2))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_transparent_grey_of_a_png_of_few_bits_is_white(tmp_path, bits):
+    values = GREY % 2**bits
+    values[0, 0] = 1
+    rows = [int("".join(f"{value:0{bits}b}" for value in row), 2).to_bytes(bits, "big") for row in values]
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    header = struct.pack(">IIBBBBB", 8, 6, bits, 0, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, chunk in {b"IHDR": header, b"tRNS": b"\0\1", b"IDAT": data, b"IEND": b""}.items():
+        content += struct.pack(">I", len(chunk)) + name + chunk + struct.pack(">I", zlib.crc32(name + chunk))
+    path = tmp_path / "image.png"
+    path.write_bytes(content)
+    seen = np.where(values == 1, 255, values.astype(int) * 255 // (2**bits - 1))
+    assert np.array_equal(read_image(path)[..., 1], seen)
+
+
 def test_an_animation_is_its_first_image(tmp_path):
     frames = [Image.fromarray(pixels) for pixels in (GREY, 255 - GREY)]
     path = saved(tmp_path, frames[0], ".gif", save_all=True, append_images=frames[1:])
@@ -100,7 +146,7 @@ def test_an_animation_is_its_first_image(tmp_path):
         (Image.fromarray(np.full((6, 8), np.nan, np.float32)), r"floats from nan to nan \(mode F\)"),
         (
             Image.fromarray(GREY.astype(np.int32)),
-            "pixels of mode I, which do not say what is white: save it with 8 or 16",
+            r"pixels of mode I \(signed\), which do not say what is white: save it with 8 or 16",
         ),
         (Image.fromarray(COLOUR).convert("LAB"), "pixels of mode LAB, which do not say"),
     ],

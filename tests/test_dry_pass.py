@@ -64,6 +64,7 @@ def tried(name, data=None, **settings):
         ("detached", "returns outputs without gradients, so that nothing would be trained"),
         ("raises", "cannot build a network for 3 classes: KeyError: 'hidden' (_odd_networks.py, line"),
         ("raises_in_forward", "AttributeError: 'Net' object has no attribute 'absent' (_odd_networks.py, line"),
+        ("scripted", "returns a RecursiveScriptModule: return the network itself, without torch.jit"),
         ("no_network", "returned list, not a torch.nn.Module"),
         ("without_argument", "cannot be called as without_argument(num_classes=3)"),
         ("NOT_CALLABLE", "is a int, expected a function that builds a network"),

@@ -120,6 +120,13 @@ def test_a_class_may_have_a_splits_name(tmp_path):
             "test has the classes 'ant', 'cow', which .*train has",
         ),
         ({"train": COUNTS, "val": {"Cat": 1}}, "val has the class 'Cat', which .*train has not"),
+        (
+            {"training_set": COUNTS, "test_set": COUNTS},
+            "holds test_set/ and training_set/, which hold folders: if they",
+        ),
+        ({"train2017": COUNTS, "val2017": COUNTS, "cow": COUNTS}, "holds train2017/ and val2017/, which hold folders"),
+        ({"TrainData/a": COUNTS, "seg-test/b": COUNTS}, "if they are splits, call them train/, val/ and test/"),
+        ({"": {"photos": 20}}, r"found 1: sort the images into folders, or .* from Python \(ensembler.as_dataset\)$"),
         ({"": COUNTS | {"emu": 0}}, "emu holds no image that is read .*: add some, or remove the folder$"),
     ],
 )
@@ -131,12 +138,34 @@ def test_layouts_that_mean_nothing_are_refused_in_one_line(tmp_path, filled, mes
     assert "\n" not in str(refused.value)
 
 
+def test_classes_may_be_called_like_parts_of_a_split(tmp_path):
+    assert load(fill(tmp_path, {"bullet_train": 20, "test_tube": 20})).classes == ("bullet_train", "test_tube")
+
+
+def test_folders_of_the_same_names_in_all_classes_are_said(tmp_path):
+    for name in ("photo", "sketch"):
+        fill(tmp_path / name)
+    (note,) = load(tmp_path).notes[1:]
+    assert note.startswith("all classes hold folders of the same names (cat, dog): if those are the classes, name a")
+    assert note.endswith(f"such as {tmp_path / 'photo'}")
+    fill(tmp_path / "sketch", {"emu": 1})
+    assert len(load(tmp_path).notes) == 1
+
+
+def test_an_archive_is_to_be_unpacked(tmp_path):
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"photos.zip is a file: name a folder of images; unpack an archive first"):
+        load(tmp_path / "photos.zip")
+
+
 def test_splits_without_folders_of_classes_are_left_out_and_said(tmp_path):
     fill(tmp_path / "train")
     fill(tmp_path, {"test": 3})
     dataset = load(tmp_path)
     assert sizes(dataset) == (28, 4, 8)
     assert "3 in a split without a folder for each class (test/000.png, test/001.png, test/002.png)" in dataset.notes[0]
+    (tmp_path / "val").mkdir()
+    assert "without a folder for each class (val/, test/000.png, " in load(tmp_path).notes[0]
 
 
 def test_a_class_that_a_split_lacks_is_said(tmp_path):

@@ -2,9 +2,9 @@
 
 ========================  ==========================================================================================
 8 bits, 1 bit, palettes   as they are; grey becomes three equal channels
-16-bit grey               divided by 257: 65,535 is white
+12- and 16-bit grey       scaled: 4,095 or 65,535 is white, or black where a TIFF file says so
 floats                    from 0 to 1, times 255; other ranges are refused
-32-bit integers, LAB      refused: the file does not say what is white
+32-bit or signed, LAB     refused: the file does not say what is white
 transparent pixels        on white
 CMYK, YCbCr               Pillow's conversion to RGB; colour profiles are ignored
 EXIF orientation          applied
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -56,6 +57,7 @@ _SUFFIXES = {
 _BYTES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"}  # modes of Pillow without alpha, 8 bits a channel
 _ALPHA = {"LA", "La", "PA", "RGBA", "RGBa"}
 _SAVE = "save it with 8 or 16 bits a channel"
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _SIGNED = 258, 262, 339, 2  # of TIFF
 
 
 MEND = "repair it, or put the original back"
@@ -97,7 +99,9 @@ def decode(
     """
     from PIL import Image
 
-    with Image.open(file, formats=formats()) as opened:
+    # Not by its name: Pillow then maps some TIFF files into memory, and turns those with an orientation wrongly.
+    content = file.open("rb") if isinstance(file, Path) else nullcontext(file)
+    with content as readable, Image.open(readable, formats=formats()) as opened:
         _check_pixels(opened, max_pixels)
         return pixels(opened, shape)
 
@@ -111,6 +115,7 @@ def pixels(opened: Image, shape: tuple[int, int] | None = None) -> NDArray[np.ui
     """
     from PIL.Image import Resampling
 
+    _scale_transparency(opened)
     opened.load()
     image = to_rgb(opened)
     if shape is not None and image.size != shape[::-1]:
@@ -187,20 +192,32 @@ def _rgb(image: Image) -> Image:
     from PIL.Image import fromarray
 
     mode = image.mode
+    tags = getattr(image, "tag_v2", {})  # of a TIFF file
+    signed = _SIGNED in np.atleast_1d(tags.get(_SAMPLE_FORMAT, 0))
     if mode in _ALPHA or (mode in _BYTES and "transparency" in image.info):
         return _on_white(image.convert("LA") if mode == "La" else image)
-    if mode in _BYTES:
+    if mode in _BYTES and not signed:
         return image.convert("RGB")
     if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.int64)
-        grey = (values + 128) // 257
+        white = 2 ** np.atleast_1d(tags.get(_BITS, 16))[0] - 1
+        grey = (values * 255 + white // 2) // white
+        if tags.get(_PHOTOMETRIC) == 0:  # white is zero
+            grey = 255 - grey
         if "transparency" in image.info:
             grey[values == image.info["transparency"]] = 255
     elif mode == "F":
         grey = _from_floats(np.asarray(image))
     else:
-        raise ShapeError(f"pixels of mode {mode}, which do not say what is white: {_SAVE}")
+        raise ShapeError(f"pixels of mode {mode}{' (signed)' * signed}, which do not say what is white: {_SAVE}")
     return fromarray(grey.astype(np.uint8)).convert("RGB")
+
+
+def _scale_transparency(opened: Image) -> None:
+    """Scale the transparent grey of a PNG of 2 or 4 bits to 8 bits, as Pillow scales the pixels alone."""
+    kinds = [tile.args for tile in getattr(opened, "tile", ())]
+    if "transparency" in opened.info and kinds in (["L;2"], ["L;4"]):
+        opened.info["transparency"] *= 85 if kinds == ["L;2"] else 17
 
 
 def _from_floats(values: NDArray[Any]) -> NDArray[Any]:

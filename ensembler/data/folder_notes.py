@@ -60,6 +60,11 @@ def describe_folder(
     yield line + (f"; left out: {describe(layout.left_out)}" if layout.left_out else "")
     if skipped:
         yield f"{len(skipped)} images cannot be read and are left out: {', '.join(skipped)}"
+    if inside := _same_inside(layout):
+        yield (
+            f"all classes hold folders of the same names ({_some(inside)}): if those are the classes, name a folder of "
+            f"them, such as {layout.folder / layout.classes[0]}"
+        )
     yield from _missing(layout.classes, held)
     for role, split in held.items():
         if pairs := _repeats(split, parts[role], files["train"], parts["train"]):
@@ -100,6 +105,17 @@ def describe_splits(
             )
     if is_images and (most := int(parts["train"].images.max())) < _DARK:
         yield _dark(most, "they were divided by 255 twice, or hold fewer bits")
+
+
+def _same_inside(layout: Layout) -> list[str]:
+    """Return the names of the folders in every class, where all hold the same ones, two or more, and nothing else."""
+    inside: dict[int, set[str]] = {}
+    for file, label in zip(layout.train.files, layout.train.labels, strict=True):
+        below = file.removeprefix(f"{layout.train.name}/").split("/")
+        inside.setdefault(label, set()).add(below[1] if len(below) > 2 else "")
+    first, *others = inside.values()
+    alike = len(first) > 1 and "" not in first and all(other == first for other in others)
+    return sorted(first) if alike else []
 
 
 def _missing(classes: Sequence[str], parts: Mapping[str, Any]) -> Iterator[str]:

@@ -7,6 +7,7 @@ entered twice. Of the rest, the files whose suffix is one of a format that is re
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ _ROLES = {
     "validation": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+_AROUND = re.compile("set|data|images?")  # parts of a split's name, as in train_images, testset
 _HIDDEN = "hidden or of the system"
 _SHOWN = 3  # names after a count
 
@@ -141,10 +143,7 @@ def read_layout(folder: Path) -> Layout:
     Raises:
         DataError: neither of these, a class without images, or splits whose classes differ.
     """
-    if not folder.is_dir():
-        raise DataError(
-            f"no folder of images at {folder}: check the path; if the images of a run have moved, give --data PATH"
-        )
+    _check_folder(folder, "; if the images of a run have moved, give --data PATH")
     names = _folders(folder)
     roles = _roles(folder, names)
     if not _is_split(folder, names, roles):
@@ -161,11 +160,17 @@ def split_folder(folder: Path, role: str) -> Path:
     Raises:
         DataError: there is no such folder.
     """
-    if not folder.is_dir():
-        raise DataError(f"no folder of images at {folder}: check the path")
+    _check_folder(folder)
     names = _folders(folder)
     roles = _roles(folder, names)
     return folder / roles[role] if "train" in roles and role in roles else folder
+
+
+def _check_folder(folder: Path, mend: str = "") -> None:
+    if folder.is_file():
+        raise DataError(f"{folder} is a file: name a folder of images; unpack an archive first")
+    if not folder.is_dir():
+        raise DataError(f"no folder of images at {folder}: check the path{mend}")
 
 
 def _read(folder: Path, places: Mapping[str, Path], others: list[str]) -> Layout:
@@ -176,7 +181,8 @@ def _read(folder: Path, places: Mapping[str, Path], others: list[str]) -> Layout
         classes = train if role == "train" else _class_folders(path, least=0)
         if not classes:
             images, _ = find_images(path)
-            left_out["in a split without a folder for each class"] += [_relative(image, folder) for image in images]
+            names = [_relative(image, folder) for image in images] or [f"{path.name}/"]
+            left_out["in a split without a folder for each class"] += names
             continue
         if unknown := [f"{name!r}" for name in classes if name not in train]:
             known = "class" if len(unknown) == 1 else "classes"
@@ -227,9 +233,10 @@ def _class_folders(folder: Path, least: int = 2) -> dict[str, Path]:
         found[composed] = folder / name
     if len(found) < least:
         one = next(iter(found.values()), None)
-        inside = f"; is {one} meant?" if one and _folders(one) else ""
+        mend = ": sort the images into folders, or give them with their labels from Python (ensembler.as_dataset)"
         raise DataError(
-            f"{folder} must hold one folder of images for each class, at least two; found {len(found)}{inside}"
+            f"{folder} must hold one folder of images for each class, at least two; found {len(found)}"
+            + (f"; is {one} meant?" if one and _folders(one) else mend)
         )
     if found and all(map(_has_splits, found.values())):
         first = next(iter(found.values()))
@@ -247,10 +254,9 @@ def _is_split(folder: Path, names: list[str], roles: Mapping[str, str]) -> bool:
     Raises:
         DataError: they can be read as either.
     """
-    if not roles:
-        return False
-    if len(roles) == len(names) or ("train" in roles and len(roles) > 1):
+    if roles and (len(roles) == len(names) or ("train" in roles and len(roles) > 1)):
         return True
+    _check_names(folder, names)
     if "train" not in roles or not _folders(folder / roles["train"]) or _has_images(folder / roles["train"]):
         return False  # a class of this name
     others = [name for name in names if name not in roles.values() and find_images(folder / name)[0]]
@@ -260,6 +266,21 @@ def _is_split(folder: Path, names: list[str], roles: Mapping[str, str]) -> bool:
         f"{folder} holds {roles['train']}/, which holds folders, beside {_and(others)}: if it is a split, move the "
         f"others away; if it is a class, put its images into {roles['train']}/ itself"
     )
+
+
+def _check_names(folder: Path, names: list[str]) -> None:
+    """Refuse folders that read like splits and are not called so, such as ``training_set`` and ``test_set``."""
+    read: dict[str, str] = {}
+    for name in names:
+        words = set(re.findall("[a-z]+", _AROUND.sub(" ", name.lower())))
+        role = next((role for role, known in _ROLES.items() if words.intersection(known)), None)
+        if role and _folders(folder / name) and not _has_images(folder / name):
+            read[name] = role
+    if "train" in read.values() and len({*read.values()}) > 1:
+        raise DataError(
+            f"{folder} holds {_and(read)}, which hold folders: if they are splits, call them train/, val/ and test/, "
+            "with one folder for each class in each; if they are classes, put their images into them directly"
+        )
 
 
 def _has_splits(folder: Path) -> bool:

@@ -366,6 +366,8 @@ def _built(name: str, factory: Factory, classes: int) -> nn.Module:
         network = factory(num_classes=classes)
     except Exception as error:  # whatever a user's code raises
         raise UsageError(f"{name} cannot build a network for {classes} classes: {reason(error)}") from error
+    if isinstance(network, torch.jit.ScriptModule):
+        raise UsageError(f"{name} returns a {type(network).__name__}: return the network itself, without torch.jit")
     if not isinstance(network, nn.Module):
         raise UsageError(f"{name} returned {type(network).__name__}, not a torch.nn.Module")
     return network

@@ -21,6 +21,7 @@ from ensembler.run import load_tensors
 
 __all__ = ["Checkpoint", "read"]
 
+_OF_SEVERAL = re.compile(r"-\d+-of-\d+\.|\.index\.json$")  # as Hugging Face names them
 _DEPTH = 5  # of nested state dicts: an untrusted file may nest them without end
 
 
@@ -41,8 +42,8 @@ class Checkpoint:
 def read(path: Path) -> Checkpoint:
     """Read the tensors of a checkpoint, on the CPU.
 
-    ``.safetensors`` is read as such, any other file (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) as PyTorch's. What is
-    neither a tensor nor a container of them (epochs, options, scores) is ignored.
+    Files of safetensors and of PyTorch (``.pt``, ``.pth``, ``.bin``, ``.ckpt``) are told apart by their content. What
+    is neither a tensor nor a container of them (epochs, options, scores) is ignored.
 
     Raises:
         ArtefactError: there is no such file, it holds pickled objects, or it holds no tensors by name.
@@ -56,20 +57,28 @@ def read(path: Path) -> Checkpoint:
 
 
 def _read_file(path: Path) -> Any:
+    if _OF_SEVERAL.search(path.name) and path.is_file():
+        raise ArtefactError(
+            f"{path} is one of several files that hold the weights of one network: load them with what wrote them, and "
+            "save them as one, torch.save(network.state_dict(), FILE)"
+        )
     try:
         if path.is_dir():
             raise IsADirectoryError
-        if path.suffix.lower() == ".safetensors":
-            return load_tensors(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what it warns about, it also refuses or reads
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            start = file.read(9)
     except FileNotFoundError as error:
         raise ArtefactError(f"no weights at {path}: there is no such file") from error
     except IsADirectoryError as error:
         raise ArtefactError(f"{path} is a folder: name the file of weights in it") from error
     except OSError as error:
         raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        if start[8:] == b"{":  # of safetensors: 8 bytes of length, then JSON
+            return load_tensors(path)
+        with warnings.catch_warnings(), path.open("rb") as file:  # by a name, PyTorch would go by its suffix
+            warnings.simplefilter("ignore")  # what it warns about, it also refuses or reads
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # any exception: the file is untrusted
         if pickled := re.search(r"GLOBAL ([\w.]+)|(TorchScript|legacy \.tar)", str(error)):
             raise ArtefactError(

@@ -190,7 +190,8 @@ def _check_shapes(model: onnx.ModelProto, image_shape: list[int], classes: int) 
     if not isinstance(batch, str) or shapes != [[batch, *image_shape], [batch, classes]]:
         raise ExportError(
             f"expected a graph from (batch, {', '.join(map(str, image_shape))}) to (batch, {classes}), found "
-            f"{' to '.join(map(str, shapes))}: the network must take any batch and return logits (batch, classes)"
+            f"{' to '.join(map(str, shapes))}: the network must take any batch and return logits (batch, classes); "
+            "len(x) fixes its size, x.shape[0] does not"
         )
 
 
