@@ -14,6 +14,7 @@ import torch
 
 from ensembler.errors import UsageError
 from ensembler.machine import available_cpus
+from ensembler.text import counted
 
 __all__ = [
     "Room",
@@ -52,7 +53,7 @@ def device_name(device: torch.device) -> str:
     """Return the name of a GPU, or the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+    return f"{device.type} ({counted(torch.get_num_threads(), 'thread')})"
 
 
 def configure(device: torch.device) -> None:

@@ -109,6 +109,7 @@ def _report(
     import shlex
     import sys
     import time
+    from dataclasses import replace
 
     from rich.console import Console
 
@@ -116,10 +117,8 @@ def _report(
     from ensembler.engine import choose
     from ensembler.eval.comparison import compare_runs
     from ensembler.eval.evaluation import evaluate_paths
-    from ensembler.eval.report.figures import figures
-    from ensembler.eval.report.page import page
-    from ensembler.eval.report.plots import to_png
-    from ensembler.eval.report.text import csv, markdown, tables
+    from ensembler.eval.report.files import report_files
+    from ensembler.eval.report.text import tables
     from ensembler.storage.artefact import check_writable
 
     start = time.monotonic()
@@ -132,20 +131,13 @@ def _report(
         choose(report.engine, report.address, device, options.threads) as engine,
     ):
         found = evaluate_paths(runs, options, watch=watch, engine=engine)
-    result = found.report if comparison is None else compare_runs(found, **comparison)
-    drawn = figures(found, result)
-    seconds = time.monotonic() - start
-    files = {
-        "report.html": page(found, result, drawn, seconds=seconds, command=shlex.join(["ensembler", *sys.argv[1:]])),
-        "report.md": markdown(result).encode(),
-        "report.csv": csv(result).encode(),
-        "report.json": (result.model_dump_json(indent=2) + "\n").encode(),
-        **{f"{title}.png": to_png(picture.figure) for title, picture in drawn.items()},
-    }
+    if comparison is not None:
+        found = replace(found, report=compare_runs(found, **comparison))
+    files = report_files(found, seconds=time.monotonic() - start, command=shlex.join(["ensembler", *sys.argv[1:]]))
     folder = report.out or new_folder(Path("reports"), name)
     write_files(folder, files, report.json_file)
     console = Console(highlight=False)
-    console.print(tables(result, console.width, report.full))
+    console.print(tables(found.report, console.width, report.full))
     print_lines(f"took {time.monotonic() - start:.0f} s; report: {folder}/report.html")
 
 
