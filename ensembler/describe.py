@@ -1,10 +1,11 @@
-"""What a run is, in a few lines and in a picture, for whoever prints it or has a notebook show it."""
+"""What a run is, in a few lines and in a picture; and tables for a notebook."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ensembler.text import counted, printable
@@ -15,34 +16,62 @@ if TYPE_CHECKING:
 
     from ensembler.run import Run
 
-__all__ = ["as_html", "lines", "picture"]
+__all__ = ["lines", "picture", "run_html", "table_html"]
 
 _NAMED = 6  # parts of a training in a legend
 
 
 def lines(run: Run) -> list[str]:
     """Describe a run in four lines: what it is, what it was trained on, its scores, and where it is."""
+    return [text if name in ("members", "saved") else f"{name} {text}" for name, text in _facts(run).items()]
+
+
+def _facts(run: Run) -> dict[str, str]:
     manifest, cost = run.manifest, run.manifest.cost.example_passes
     size = f"{counted(manifest.vertices, 'vertex', 'vertices')}, {manifest.parameters:,} parameters"
     passes = "an unknown cost" if cost is None else counted(cost, "example pass", "example passes")
     scores = manifest.metrics.get("test", {})
     shown = [f"{name.replace('_', ' ')} {scores[name]:.4f}" for name in scores if isinstance(scores[name], float)]
-    return [
-        f"{manifest.method} of {counted(manifest.members, 'member')}: {manifest.architecture}, {size}",
-        f"trained on {printable(manifest.dataset.title)}, seed {manifest.seed}, {passes}",
-        f"test: {', '.join(shown).replace('nll', 'NLL') or 'not measured'}",
-        "not saved" if run.path is None else f"saved at {printable(run.path)}",
-    ]
+    return {
+        "members": f"{manifest.method} of {counted(manifest.members, 'member')}: {manifest.architecture}, {size}",
+        "trained on": f"{printable(manifest.dataset.title)}, seed {manifest.seed}, {passes}",
+        "test:": ", ".join(shown).replace("nll", "NLL") or "not measured",
+        "saved": "not saved" if run.path is None else f"saved at {printable(run.path)}",
+    }
 
 
-def as_html(text: str, figure: Figure | None) -> str:
-    """Render lines, and a figure below them, for a notebook."""
-    shown = f"<pre>{html.escape(text)}</pre>"
+def run_html(run: Run, title: str) -> str:
+    """Render a run for a notebook: what it is as a table, and its picture."""
+    rows = [(name.removesuffix(":"), text.removeprefix("saved ")) for name, text in _facts(run).items()]
+    shown, figure = table_html(title, (), rows), picture(run)
     if figure is None:
         return shown
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=96)
-    return f'{shown}\n<img src="data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}">'
+    png = base64.b64encode(content.getvalue()).decode()
+    return f'{shown}\n<img src="data:image/png;base64,{png}" alt="{html.escape(figure.get_label())}">'
+
+
+def table_html(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
+    """Render text as a table for a notebook.
+
+    Args:
+        title: above it.
+        columns: the headings; none for a table of names and values.
+        rows: their cells, the first of each its name.
+        note: below it.
+    """
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "\n".join(
+        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+        for name, *cells in rows
+    )
+    return (
+        f"<table>\n<caption>{html.escape(title)}</caption>\n"
+        + (f"<thead><tr>{head}</tr></thead>\n" if head else "")
+        + f"<tbody>\n{body}\n</tbody>\n</table>"
+        + (f"\n<p>{html.escape(note)}</p>" if note else "")
+    )
 
 
 def picture(run: Run) -> Figure | None:
@@ -54,12 +83,16 @@ def picture(run: Run) -> Figure | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = [draw for draw, wanted in ((_draw_members, _has_plane(run)), (_draw_history, run.history)) if wanted]
+    panels = {
+        "members and vertices in weight space": (_draw_members, _has_plane(run)),
+        "the training loss by epoch": (_draw_history, run.history),
+    }
+    drawn = {name: draw for name, (draw, wanted) in panels.items() if wanted}
     if not drawn:
         return None
-    figure = Figure(figsize=(4.5 * len(drawn), 3.2), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(drawn), 3.2), layout="constrained", label=", and ".join(drawn))
     FigureCanvasAgg(figure)
-    for axes, draw in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn, strict=True):
+    for axes, draw in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.values(), strict=True):
         draw(axes, run)
         axes.grid(alpha=0.3)
     return figure

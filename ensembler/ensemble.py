@@ -115,9 +115,9 @@ class Ensemble:
         return "\n".join([f"Ensemble on {self.device}", *(f"  {line}" for line in lines(self.run))])
 
     def _repr_html_(self) -> str:
-        from ensembler.describe import as_html, picture
+        from ensembler.describe import run_html
 
-        return as_html(repr(self), picture(self.run))
+        return run_html(self.run, f"Ensemble on {self.device}")
 
     @property
     def members(self) -> int:

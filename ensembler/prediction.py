@@ -14,6 +14,7 @@ from ensembler.uncertainty import mean_probabilities, uncertainty
 __all__ = ["Prediction", "predict"]
 
 _SHOWN = 3  # images in a repr
+_ROWS = 10  # in a notebook
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +50,8 @@ class Prediction:
         return len(self.classes)
 
     def __repr__(self) -> str:
-        M, B, _ = self.members.shape
-        lines = [f"Prediction of {counted(B, 'image')} by {counted(M, 'member')}; entropies in nats"]
+        B = len(self)
+        lines = [self._title]
         for number, label in enumerate(self.labels[:_SHOWN]):
             line = f"  {number}: {label} {self.probabilities[number].max():.3f}"
             line += f", entropy {self.predictive_entropy[number]:.3f}"
@@ -58,6 +59,28 @@ class Prediction:
                 line += f", disagreement {self.disagreement[number]:.3f}"
             lines.append(line)
         return "\n".join([*lines, f"  and {B - _SHOWN:,} more"] if B > _SHOWN else lines)
+
+    @property
+    def _title(self) -> str:
+        M, B, _ = self.members.shape
+        return f"Prediction of {counted(B, 'image')} by {counted(M, 'member')}; entropies in nats"
+
+    def _repr_html_(self) -> str:
+        from ensembler.describe import table_html
+
+        measures = {
+            "probability": self.probabilities.max(axis=1),
+            "predictive entropy": self.predictive_entropy,
+            "mutual information": self.mutual_information,
+            "disagreement": self.disagreement,
+        }
+        measured = {name: values for name, values in measures.items() if values is not None}
+        rows = [
+            (str(number), label, *(f"{values[number]:.3f}" for values in measured.values()))
+            for number, label in enumerate(self.labels[:_ROWS])
+        ]
+        left = len(self) - len(rows)
+        return table_html(self._title, ("image", "class", *measured), rows, f"and {left:,} more" if left else "")
 
 
 def predict(

@@ -213,6 +213,11 @@ class Run:
 
         return "\n".join(["Run", *(f"  {line}" for line in lines(self))])
 
+    def _repr_html_(self) -> str:
+        from ensembler.describe import run_html
+
+        return run_html(self, "Run")
+
     @property
     def networks(self) -> Sequence[Run]:
         """A run for each different network: the parts, or this run."""

@@ -106,6 +106,7 @@ def _report(
     import shlex
     import sys
     import time
+    from dataclasses import replace
 
     from rich.console import Console
 
@@ -113,10 +114,8 @@ def _report(
     from ensembler.engine import choose
     from ensembler.eval.comparison import compare_runs
     from ensembler.eval.evaluation import evaluate_paths
-    from ensembler.eval.report.figures import figures
-    from ensembler.eval.report.page import page
-    from ensembler.eval.report.plots import to_png
-    from ensembler.eval.report.text import csv, markdown, tables
+    from ensembler.eval.report.files import report_files
+    from ensembler.eval.report.text import tables
     from ensembler.storage.artefact import check_writable
 
     start = time.monotonic()
@@ -130,20 +129,14 @@ def _report(
     ):
         found = evaluate_paths(runs, options, watch=watch, engine=engine)
     with waiting(report.quiet, "writing the report"):
-        result = found.report if comparison is None else compare_runs(found, **comparison)
-        drawn = figures(found, result)
+        if comparison is not None:
+            found = replace(found, report=compare_runs(found, **comparison))
         took, command = time.monotonic() - start, shlex.join(["ensembler", *sys.argv[1:]])
-        files = {
-            "report.html": page(found, result, drawn, seconds=took, command=command),
-            "report.md": markdown(result).encode(),
-            "report.csv": csv(result).encode(),
-            "report.json": (result.model_dump_json(indent=2) + "\n").encode(),
-            **{f"{title}.png": to_png(picture.figure) for title, picture in drawn.items()},
-        }
+        files = report_files(found, seconds=took, command=command)
     folder = report.out or new_folder(Path("reports"), name)
     write_files(folder, files, report.json_file)
     console = Console(highlight=False)
-    console.print(tables(result, console.width, report.full, bold=console.is_terminal))
+    console.print(tables(found.report, console.width, report.full, bold=console.is_terminal))
     print_lines(f"took {time.monotonic() - start:.0f} s; report: {folder}/report.html")
 
 

@@ -24,6 +24,7 @@ from ensembler.eval.given import Predictions, beside, check_sets
 from ensembler.eval.group_file import checked_groups, read_groups
 from ensembler.eval.metrics.classes import Places
 from ensembler.eval.options import EvaluationOptions
+from ensembler.eval.outputs import write_files
 from ensembler.eval.prediction_cache import folder_of
 from ensembler.eval.prediction_files import is_predictions, write_set, writing
 from ensembler.eval.predictions import Prediction, Predictor, predictions
@@ -38,7 +39,7 @@ from ensembler.networks.architectures import Factory
 from ensembler.run import Run, versions
 from ensembler.seeds import generator
 from ensembler.storage import artefact
-from ensembler.storage.urls import as_paths
+from ensembler.storage.urls import as_paths, is_url
 from ensembler.task import Classification
 
 __all__ = ["Evaluation", "check_task", "distinct", "evaluate", "evaluate_given", "evaluate_paths", "rows"]
@@ -69,6 +70,44 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         return evaluation_html(self)
+
+    def compare(self, baseline: str | None = None, *, curves: bool = False) -> Evaluation:
+        """Return the evaluation with a comparison of its runs, as ``ensembler compare`` makes it.
+
+        Args:
+            baseline: name of the run that the others are compared with; the first by default.
+            curves: whether to score every run of several members against their number.
+
+        Raises:
+            UsageError: a single run, two runs of the same name, or no such baseline.
+        """
+        from ensembler.eval.comparison import compare_runs
+
+        names = [run.name for run in self.report.runs]
+        if baseline is not None and baseline not in names:
+            raise UsageError(f"the baseline {baseline!r} is none of {', '.join(map(repr, names))}")
+        place = 0 if baseline is None else names.index(baseline)
+        return replace(self, report=compare_runs(self, baseline=place, curves=curves))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the report, as ``ensembler eval`` and ``compare`` do: a page, Markdown, CSV, JSON and the figures.
+
+        Args:
+            folder: on this machine; of an older report in it, nothing is left.
+
+        Returns:
+            The page's path, ``folder/report.html``.
+
+        Raises:
+            UsageError: the folder is a URL. ArtefactError: it cannot be written to.
+        """
+        from ensembler.eval.report.files import report_files
+
+        if is_url(str(folder)):
+            raise UsageError(f"a report is a folder on this machine, not {folder}: save it there, and copy it")
+        artefact.check_writable(Path(folder), "choose another folder")
+        write_files(Path(folder), report_files(self))
+        return Path(folder) / "report.html"
 
 
 def evaluate(
@@ -147,7 +186,7 @@ def evaluate_given(
     )
     known = {one.test_sha256 for one in given}
     report = Report(
-        dataset="predictions made elsewhere",
+        dataset="an unnamed dataset",
         test_examples=len(first.labels),
         test_sha256=known.pop() if len(known) == 1 else None,
         classes=list(classes),

@@ -29,7 +29,7 @@ def new_folder(parent: Path, label: str) -> Path:
         return path
 
 
-def write_files(folder: Path, files: dict[str, bytes], json: Path | None) -> None:
+def write_files(folder: Path, files: dict[str, bytes], json: Path | None = None) -> None:
     """Write a command's files, and its JSON to a second place where wanted: all or none.
 
     Of an older result in the folder, what this one has not is removed: the files that its list, :data:`LIST`, names and

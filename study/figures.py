@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ensembler.eval.report.figures import Picture
-from ensembler.eval.report.plots import add_legend, new_figure
+from ensembler.eval.report.notation import percent
+from ensembler.eval.report.plots import add_legend, drawable, new_figure
 from ensembler.eval.report.styles import styles
 from ensembler.study.schema import CellReport, StudyReport
 from ensembler.study.sentences import NAMES, pareto
@@ -51,7 +52,7 @@ def _picture(report: StudyReport, cost: str, title: str) -> Picture:
             capsize=3,
             lw=0.8,
             ls=own.line,
-            label=method,
+            label=drawable(method),
         )
     front, score = pareto(report.cells, cost, report.by), NAMES[report.by].title
     best = [cell.scores[report.by].mean for cell in front]
@@ -64,7 +65,7 @@ def _picture(report: StudyReport, cost: str, title: str) -> Picture:
     named = ", ".join(f"{cell.method} at {cell.budget:g}" for cell in front)
     score = score[0].upper() + score[1:]
     caption = (
-        f"{score} against {title}, with {report.confidence:.0%} intervals; lines join a method's budgets, and "
+        f"{score} against {title}, with {percent(report.confidence)} intervals; lines join a method's budgets, and "
         f"methods stand a little aside of one another. Grey: the Pareto front, which nothing beats in both: {named}."
     )
     return Picture("pareto", figure, caption, f"{score} of every method and budget against {title}.")

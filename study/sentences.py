@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ensembler.eval.report.notation import SCORES, Score, compact, plain
+from ensembler.eval.report.notation import SCORES, Score, compact, percent, plain
 from ensembler.study.schema import CellReport, Estimate, StudyReport
 
 __all__ = ["NAMES", "answers", "compared", "pareto", "recommendations", "within"]
@@ -44,7 +44,7 @@ def compared(report: StudyReport) -> list[str]:
         f"passes. Nothing exceeds its budget. Trained in all: {compact(report.trained)} example passes; what methods "
         "share is trained once and counted in each.",
         f"Scores are means over {_seeds(report)} on {report.test_examples:,} test images, with "
-        f"{report.confidence:.0%} intervals over {'seeds and images' if len(report.seeds) > 1 else 'images'}.",
+        f"{percent(report.confidence)} intervals over {'seeds and images' if len(report.seeds) > 1 else 'images'}.",
     ]
     if len(report.seeds) == 1:
         found.append("One seed says nothing of the next: the intervals hold for these networks only.")

@@ -133,7 +133,8 @@ def test_predictions_made_elsewhere_have_no_pictures_and_the_same_words():
     assert "<img" not in html
     assert f"image {report.runs[0].most_uncertain[0].image}" in html
     one = report.runs[0].surest_mistakes[0]
-    assert f"{one.predicted}, {100 * one.confidence:.2f} %; is {one.label}<br>votes: " in html
+    count, votes = next(iter(one.votes.items()))[::-1]
+    assert f"{one.predicted}, {100 * one.confidence:.2f} %; is {one.label}<br>votes: {count} for {votes}" in html
     right = evaluate(np.eye(3)[labels][None], labels)
     assert "None: every answer is right." in card_html(found, right)
 

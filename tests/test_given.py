@@ -180,7 +180,7 @@ def test_files_and_a_run_in_one_report(run, tmp_path) -> None:
     assert difference["run"] == "forest.npz"
     assert report["omitted"] == ["ood/ood"]
     page = (tmp_path / "report" / "report.html").read_text()
-    for words in ("training cost is unknown of predictions made elsewhere", "Not scored, as not all have"):
+    for words in ("training cost of predictions made elsewhere is unknown", "Not scored, as not all have"):
         assert words in page or words in (tmp_path / "report" / "report.md").read_text()
     examples = evaluate_paths([file, run], device="cpu", examples=9, seed=5).report
     assert {one.clean.accuracy * 9 % 1 for one in examples.runs} == {0.0}

@@ -15,13 +15,16 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from torch import nn
+from typer.testing import CliRunner
 
 from ensembler import Ensemble, calibration, load_dataset
+from ensembler.cli import app
 from ensembler.errors import DataError, ShapeError, UsageError
 from ensembler.eval.evaluation import evaluate_paths
 from ensembler.eval.given import Predictions
 from ensembler.eval.options import EvaluationOptions
 from ensembler.eval.shift.writer import write_corruptions
+from ensembler.prediction import predict
 from ensembler.progress import bars_on, has_bars
 from ensembler.run import Gaussians, Run
 from ensembler.serve import Runtime, export_run
@@ -291,6 +294,34 @@ def test_an_ensemble_does_as_the_commands_do(digits, notebooks, tmp_path, monkey
     assert f"accuracy {expected.mean():.4f}" in repr(clean)
     assert "<img src" in clean._repr_html_() and "<table" in clean._repr_html_()
     assert "data:image/png;base64" in ensemble._repr_html_()
+    for thing, rows in ((ensemble, 4), (digits, 4), (ensemble.predict(images), 5)):
+        shown = thing._repr_html_()
+        assert shown.count("<tr>") == rows and shown.count("<table>") == 1, shown
+    assert 'alt="members and vertices in weight space' in digits._repr_html_()
+
+
+def test_an_evaluation_writes_the_report_that_the_command_writes(tmp_path):
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(3), (2, 3, 15))
+    for number, own in enumerate(probabilities):
+        np.savez(tmp_path / f"{number}.npz", probabilities=own, labels=np.arange(15) % 3)
+    files = [tmp_path / "0.npz", tmp_path / "1.npz"]
+    found = evaluate_paths(files).compare("1.npz")
+    assert found.save(str(tmp_path / "python")) == tmp_path / "python" / "report.html"
+    command = ["compare", *map(str, files), "--baseline", str(files[1]), "--out", str(tmp_path / "command"), "--quiet"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    written = [{one.name: one.read_bytes() for one in (tmp_path / name).iterdir()} for name in ("python", "command")]
+    assert written[0].keys() == written[1].keys()
+    assert {name for name in written[0] if written[0][name] != written[1][name]} == {"report.html", "files.sha256"}
+    with pytest.raises(UsageError, match=r"the baseline 'x' is none of '0.npz', '1.npz'"):
+        found.compare("x")
+    with pytest.raises(UsageError, match="a folder on this machine, not s3://bucket/report"):
+        found.save("s3://bucket/report")
+
+
+def test_names_in_a_notebook_are_text():
+    found = predict(np.full((2, 1, 2), 0.5, np.float32), np.array([2]), 2, ["<img src=x>", "b"])
+    assert "&lt;img src=x&gt;" in found._repr_html_() and "<img" not in found._repr_html_()
 
 
 def test_members_that_are_not_saved(digits, tmp_path):
@@ -394,6 +425,7 @@ def test_the_notebook_does_what_it_says(tmp_path):
     assert [bar.data for bar in bars] == [{"text/plain": ""}]  # they were replaced, and at last by nothing
     assert '<img src="data:image/png' in shown["look"][-1].data["text/html"]
     assert "Prediction of 360 images by 5 members" in shown["predict"][-1].data["text/plain"]
+    assert shown["predict"][-1].data["text/html"].endswith("<p>and 350 more</p>")
     assert "<table" in shown["evaluate"][-1].data["text/html"] and "svg" in shown["evaluate"][-1].data["text/html"]
     assert "Calibration of digits" in shown["calibrate"][-1].data["text/plain"]
     answer = ast.literal_eval(shown["ask"][-1].data["text/plain"])

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from ensembler.eval.comparison import compare_runs
 from ensembler.eval.metrics.classification import accuracy, ece
@@ -18,8 +19,9 @@ from ensembler.eval.metrics.comparison import Losses
 from ensembler.eval.report import figures as drawing
 from ensembler.eval.report.figures import figures
 from ensembler.eval.report.page import page
-from ensembler.eval.report.plots import to_png, to_svg
+from ensembler.eval.report.plots import plot_entropy, plot_map, plot_reliability, to_png, to_svg
 from ensembler.eval.report.schema import Group
+from ensembler.eval.report.styles import styles
 from ensembler.eval.report.tables import report_tables
 from tests._reports import comparison, evaluation, named, part
 
@@ -188,6 +190,65 @@ def test_too_many_runs_for_the_colours_are_shown_by_one_of_each_group():
 
 def titles(figure: Figure) -> list[str]:
     return [axes.get_title() for axes in figure.axes if axes.get_title()]
+
+
+LONG = "a-run-with-a-name-that-goes-on-for-quite-a-while-lr0.1-wd5e-4-"
+
+
+def cut(figure: Figure) -> list[str]:
+    """The names in a figure that are not whole."""
+    figure.draw_without_rendering()
+    whole = figure.bbox.padded(1)
+    names = [one for one in figure.findobj(Text) if one.get_visible() and "a" in one.get_text()]
+    boxes = [(one.get_text(), one.get_window_extent()) for one in names]
+    return [text for text, box in boxes if not (whole.contains(*box.min) and whole.contains(*box.max))]
+
+
+@pytest.mark.parametrize(("runs", "more"), [(1, False), (4, True)])
+def test_long_names_are_whole_in_every_figure(runs, more):
+    found = part(runs, shift=more, ood=more)
+    report = found.report
+    for number, run in enumerate(report.runs):
+        run.name = f"{LONG}{number}"
+    long = {name: f"a class whose name is rather long, number {n}" for n, name in enumerate(report.classes)}
+    report.classes = list(long.values())
+    for run in report.runs:
+        run.class_errors = {
+            one: {long[name]: error for name, error in own.items()} for one, own in run.class_errors.items()
+        }
+    pictures = figures(found, report)
+    assert {name: cut(picture.figure) for name, picture in pictures.items()} == {name: [] for name in pictures}
+
+
+def test_every_panel_can_be_read():
+    rng = np.random.default_rng(0)
+    losses = Losses.of(rng.dirichlet(np.ones(3), 50).astype(np.float32), rng.integers(0, 3, 50))
+    names, own = [f"{n}: run" for n in range(6)], styles([("swag", str(n)) for n in range(6)])
+    entropies = [rng.random(50) for _ in names]
+    drawn = (
+        (plot_reliability(names, own, [drawing._reliability(losses)] * 6), {2, 3, 4, 5}),  # the lowest of 4 columns
+        (plot_entropy(names[:5], own, entropies, {"noise": entropies}, 3), {2, 3, 4}),
+    )
+    for figure, lowest in drawn:
+        figure.draw_without_rendering()
+        labelled = {n for n, axes in enumerate(figure.axes) if any(t.get_visible() for t in axes.get_xticklabels())}
+        assert labelled == lowest
+    points = [rng.normal(size=(3, 2)) * (1, 9), rng.normal(size=(2, 2))]
+    (axes,) = plot_map(names[:2], own[:2], points, np.array([0.5, 0.4])).axes
+    places = axes.transAxes.inverted().transform(axes.transData.transform(np.concatenate(points)))
+    assert places.min() > 0.05 and places.max() < 0.95
+
+
+def test_classes_whose_names_cannot_be_drawn_are_numbered():
+    classes = ["cat", "猫", "犬", "قطة", "lady’s slipper", "what?", "кошка", "x" * 50, "x" * 51, "a $b$"]
+    expected = ["cat", "#2", "#3", "#4", "lady’s slipper", "what?", "кошка", "#8", "#9", r"a \$b\$"]
+    assert drawing._class_names(classes) == dict(zip(classes, expected, strict=True))
+    found = part()
+    found.report.classes = ["猫", "b", "c"]
+    confusion = figures(found, found.report)["confusion"]
+    assert [text.get_text() for text in confusion.figure.axes[0].get_xticklabels()] == ["#1", "b", "c"]
+    assert "#N" in confusion.caption
+    assert "#N" not in figures(part(), part().report)["confusion"].caption
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.integers(1, 40))

@@ -204,7 +204,8 @@ def test_every_path_of_a_complex_has_its_row(runs, tmp_path):
 def test_pictures_of_flat_and_of_narrow_planes(runs):
     surface = measure_surface([runs["curve"]], grid=2, device="cpu")
     zeros = [[0.0, 0.0], [0.0, 0.0]]
-    for update in ({"train_loss": zeros, "test_error": zeros}, {"y": [0.0, 1e-3]}, {"y": [0.0, 1e3]}):
+    named = {"dataset": r"images of $\frac{1$", "architecture": "x" * 90}
+    for update in (named, {"train_loss": zeros, "test_error": zeros}, {"y": [0.0, 1e-3]}, {"y": [0.0, 1e3]}):
         assert plot_surface(surface.model_copy(update=update)).startswith(b"\x89PNG")
 
 

@@ -277,8 +277,12 @@ def test_sentences_state_the_costs_and_the_intervals():
     ends = sorted(f"{abs(end):.4f}" for end in (one.low, one.high))
     assert all(end in text for end in ends)
     assert "The runs differ in training cost" in text
-    assert "Over 2 seeds of deep-ensemble (2, 3), clean: NLL" in text
+    assert re.search(
+        r"Over 2 seeds of deep-ensemble \(2, 3\), clean: NLL [\d.]+ ± [\d.]+, error [\d.]+ ± [\d.]+ % \(", text
+    )
+    assert "95 % intervals" in text and "95%" not in text
     alone = "\n".join(findings(part().report))
+    assert "a prediction takes 1 forward pass." in alone
     assert "differ in training cost" not in alone
     assert "ensembler compare" not in alone
     assert "ensembler compare" in "\n".join(findings(evaluation().report))

@@ -11,12 +11,13 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ensembler.eval.report.plots import new_figure
+from ensembler.eval.report.plots import name_panel, new_figure, panels
 from ensembler.eval.report.styles import Style
 
 __all__ = ["plot_class_errors", "plot_confusion"]
 
 _DARK = 0.55  # of the scale, from which text is white
+_WIDEST = 13.0  # inches of a figure
 
 
 def plot_confusion(
@@ -29,12 +30,11 @@ def plot_confusion(
         counts: (C, C) of each.
         classes: the C names.
     """
-    side = 1.6 + 0.27 * len(classes)
-    columns = min(len(names), max(1, int(13 // side)))
-    rows = -(-len(names) // columns)
-    figure = new_figure(max(4.5, side * columns), side * rows)
-    grid = np.ravel(figure.subplots(rows, columns, squeeze=False))
-    for axes, name, own, table in zip(grid, names, styles, counts, strict=False):
+    cells = 0.27 * len(classes)
+    side = 1.3 + cells + _room(classes)
+    columns = min(len(names), max(1, int(_WIDEST // side)))
+    figure = new_figure(max(4.5, side * columns), side * -(-len(names) // columns))
+    for axes, name, own, table in zip(panels(figure, len(names), columns), names, styles, counts, strict=True):
         matrix = np.array(table)
         shares = matrix / np.maximum(1, matrix.sum(axis=1, keepdims=True))
         _cells(axes, shares, _shades(own.colour), 1)
@@ -44,9 +44,7 @@ def plot_confusion(
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize="x-small", color=text)
         _ticks(axes, classes, classes)
         axes.set(xlabel="predicted class", ylabel="class")
-        axes.set_title(name, fontsize="medium", color=own.colour)
-    for axes in grid[len(names) :]:
-        axes.set_axis_off()
+        name_panel(axes, name, max(1.5, cells), own.colour)
     return figure
 
 
@@ -65,24 +63,22 @@ def plot_class_errors(
     """
     corruptions = list(errors[0])
     most = max(len(next(iter(found.values()))) for found in errors)
-    columns = 1 if len(names) == 1 else 2
-    rows = -(-len(names) // columns)
-    width = max(5.0, columns * (2.2 + 0.24 * len(corruptions)))
-    figure = new_figure(width + 0.8, rows * (2.0 + 0.2 * most))
-    grid = np.ravel(figure.subplots(rows, columns, squeeze=False))
-    for axes, name, own, found in zip(grid, names, styles, errors, strict=False):
+    cells = 0.24 * len(corruptions)
+    width = 1.4 + cells + _room([write(each) for found in errors for each in next(iter(found.values()))])
+    columns = min(len(names), max(1, int(_WIDEST // width)))
+    figure = new_figure(max(5.0, columns * width) + 0.8, -(-len(names) // columns) * (2.0 + 0.2 * most))
+    grid = panels(figure, len(names), columns)
+    for axes, name, own, found in zip(grid, names, styles, errors, strict=True):
         shown = list(next(iter(found.values())))
         values = [[found[one][each] for one in corruptions] for each in shown]
         _cells(axes, 100 * np.array(values, dtype=np.float64), "Greys", 100)
         _ticks(axes, corruptions, [write(each) for each in shown])
         axes.set(ylabel="class")
-        axes.set_title(name, fontsize="medium", color=own.colour)
-    for axes in grid[len(names) :]:
-        axes.set_axis_off()
+        name_panel(axes, name, max(1.5, cells), own.colour)
     bar = ScalarMappable(Normalize(0, 100), "Greys")
-    scale = figure.colorbar(bar, ax=list(grid), label="error (%)", fraction=0.03, aspect=30)
+    scale = figure.colorbar(bar, ax=grid, label="error (%)", fraction=0.03, aspect=30)
     if scale.solids is not None:
-        scale.solids.set_rasterized(False)
+        scale.solids.set(rasterized=False, edgecolor="face")  # no seams between the shades
     return figure
 
 
@@ -91,6 +87,11 @@ def _cells(axes: Axes, values: NDArray[np.float64], shades: Colormap | str, most
     rows, columns = (np.arange(count + 1) - 0.5 for count in values.shape)
     axes.pcolormesh(columns, rows, values, cmap=shades, vmin=0, vmax=most)
     axes.invert_yaxis()
+
+
+def _room(classes: Sequence[str]) -> float:
+    """Return the inches that the longest name takes beside a matrix."""
+    return 0.06 * max(map(len, classes), default=0)
 
 
 def _ticks(axes: Axes, across: Sequence[str], down: Sequence[str]) -> None:

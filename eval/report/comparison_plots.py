@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from ensembler.eval.metrics.comparison import Difference
 from ensembler.eval.metrics.members import CurvePoint
-from ensembler.eval.report.plots import add_legend, new_figure
+from ensembler.eval.report.notation import percent
+from ensembler.eval.report.plots import add_legend, name_figure, new_figure
 from ensembler.eval.report.styles import Style
 
 __all__ = ["plot_differences", "plot_members"]
@@ -52,9 +53,9 @@ def plot_differences(
         axes.set_yticks(rows, names)
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.grid(alpha=0.3, axis="x")
-    figure.suptitle(
-        f"Differences from {baseline}, with {confidence:.0%} intervals; left is better, hollow: not significant",
-        fontsize="medium",
+    name_figure(
+        figure,
+        f"Differences from {baseline}, with {percent(confidence)} intervals; left is better, hollow: not significant",
     )
     return figure
 
@@ -89,5 +90,5 @@ def plot_members(
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     add_legend(figure)
-    figure.suptitle("Solid: random members (band: best to worst subset); dashed: in greedy order", fontsize="medium")
+    name_figure(figure, "Solid: random members (band: best to worst subset); dashed: in greedy order")
     return figure

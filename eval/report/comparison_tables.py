@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ensembler.eval.metrics.comparison import Difference
 from ensembler.eval.metrics.members import CurvePoint, MemberScores
-from ensembler.eval.report.notation import NOTHING, SCORES, group_label, label, spread_text, verdict
+from ensembler.eval.report.notation import NOTHING, SCORES, group_label, label, percent, spread_text, verdict
 from ensembler.eval.report.schema import Comparison, Report, RunReport
 from ensembler.eval.report.table import (
     CLEAN,
@@ -38,8 +38,9 @@ def _differences(report: Report, comparison: Comparison) -> Iterator[Table]:
     baseline = label(report, places[comparison.baseline])
     base = " and ".join(f"{heading} {write(report.runs[places[comparison.baseline]])}" for heading, write in COST)
     note = (
-        f"The run's score minus that of {baseline} ({base}); lower is better. Low to high: {comparison.confidence:.0%} "
-        f"interval of a paired bootstrap over the test images, {comparison.resamples:,} resamples. P(better): share of "
+        f"The run's score minus that of {baseline} ({base}); lower is better. Low to high: "
+        f"{percent(comparison.confidence)} interval of a "
+        f"paired bootstrap over the test images, {comparison.resamples:,} resamples. P(better): share of "
         "these in which the run has the lower score. Both account for the choice of test images, not for that of the "
         "training seed."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,8 +17,9 @@ from ensembler.eval.metrics.embedding import classical_scaling, pairwise_disagre
 from ensembler.eval.metrics.selective import Reliability, RiskCoverage, reliability, risk_coverage
 from ensembler.eval.report.class_plots import plot_class_errors, plot_confusion
 from ensembler.eval.report.comparison_plots import plot_differences, plot_members
-from ensembler.eval.report.notation import count_runs, label, representatives, training_passes
+from ensembler.eval.report.notation import count_runs, label, percent, representatives, training_passes
 from ensembler.eval.report.plots import (
+    drawable,
     plot_boxes,
     plot_entropy,
     plot_map,
@@ -30,7 +32,7 @@ from ensembler.eval.report.styles import PALETTE, Style, styles
 
 __all__ = ["Picture", "figures", "run_styles"]
 
-_LONGEST = 40  # characters of a name in a figure
+_SHORT = 28  # characters of a class in a figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +114,7 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
         f"Accuracy-rejection curves of {listed}.",
     )
     if report.ood:
-        titles = {f"{place}: {_printable(one.title)}": one.name for place, one in enumerate(report.ood, start=1)}
+        titles = {f"{place}: {drawable(one.title)}": one.name for place, one in enumerate(report.ood, start=1)}
         pictures["entropy"] = Picture(
             "ood",
             plot_entropy(
@@ -147,12 +149,14 @@ def _classes(
 ) -> dict[str, Picture]:
     """Draw the confusion of few classes, and the classes' errors under shift."""
     pictures = {}
-    listed = count_runs(len(names))
+    listed, classes = count_runs(len(names)), _class_names(report.classes)
+    if any(name.startswith("#") for name in classes.values() if name not in report.classes):
+        drawn += " A name that the figure's font lacks is given as #N, the class's place in the order of the classes."
     counts = [run.confusion.counts for run in runs if run.confusion.counts is not None]
     if counts:
         pictures["confusion"] = Picture(
             "classes",
-            plot_confusion(names, own, counts, [_printable(name) for name in report.classes]),
+            plot_confusion(names, own, counts, list(classes.values())),
             "Confusion on the clean test images: rows are classes, columns the classes that they are answered with. "
             f"Numbers are images; the darker, the larger the share of the row.{drawn}",
             f"Confusion matrices of {listed} on clean images.",
@@ -161,7 +165,7 @@ def _classes(
     if report.shift is not None and all(shifted):
         pictures["class-errors"] = Picture(
             "classes",
-            plot_class_errors(names, own, shifted, _printable),
+            plot_class_errors(names, own, shifted, classes.__getitem__),
             f"Error by class and corruption, means over severities, on one scale.{drawn}",
             f"Heat maps of the error of {listed} by class and corruption.",
         )
@@ -177,7 +181,7 @@ def _map(
     if not disagreement.any():
         return {}
     points, shares = classical_scaling(disagreement)
-    most = f"{disagreement.max():.1%}"
+    most = percent(disagreement.max(), 1)
     return {
         "map": Picture(
             "members",
@@ -209,8 +213,8 @@ def _comparison(report: Report, every: Sequence[Style]) -> dict[str, Picture]:
                     [differences for _, differences in known],
                     comparison.confidence,
                 ),
-                f"Scores minus those of {baseline}, {where}, with {comparison.confidence:.0%} bootstrap intervals over "
-                "the test images; lower is better. Hollow mark: the interval contains 0.",
+                f"Scores minus those of {baseline}, {where}, with {percent(comparison.confidence)} bootstrap intervals "
+                "over the test images; lower is better. Hollow mark: the interval contains 0.",
                 f"Forest plot of the differences of {count_runs(len(known))} from the baseline, {where}.",
             )
     if comparison.curves:
@@ -236,14 +240,17 @@ def _passes(run: RunReport) -> str:
 
 
 def _name(report: Report, number: int) -> str:
-    return _printable(label(report, number))
+    return drawable(label(report, number))
 
 
-def _printable(text: str) -> str:
-    """Escape a name for matplotlib: no formulas, and only letters of its font."""
-    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 15]}…{text[-14:]}"
-    known = "".join(letter if letter < "\u0500" or letter == "…" else "?" for letter in short)
-    return known.replace("$", r"\$")
+def _class_names(classes: Sequence[str]) -> dict[str, str]:
+    """Return how each class is called in figures: by its number, from 1, if its name cannot be drawn or told apart."""
+    drawn = [drawable(name, _SHORT) for name in classes]
+    once = [name for name, count in Counter(drawn).items() if count == 1]
+    return {
+        own: name if name in once and name.count("?") == own.count("?") else f"#{number}"
+        for number, (own, name) in enumerate(zip(classes, drawn, strict=True), start=1)
+    }
 
 
 def _reliability(losses: Losses) -> Reliability:

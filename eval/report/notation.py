@@ -16,6 +16,7 @@ __all__ = [
     "count_runs",
     "group_label",
     "label",
+    "percent",
     "plain",
     "representatives",
     "spread_text",
@@ -97,6 +98,11 @@ def plain(text: str) -> str:
 def label(report: Report, number: int) -> str:
     """Return a run's label in tables and figures: its number, since names may be equal, and its name."""
     return f"{number + 1}: {plain(report.runs[number].name)}"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """Format a share, such as "95 %"."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def compact(passes: int | None) -> str:

@@ -44,7 +44,12 @@ _FOLDED = "cells"  # long: folded on screen, omitted in print
 
 
 def page(
-    found: Evaluation, report: Report, pictures: Mapping[str, Picture], *, seconds: float, command: str | None = None
+    found: Evaluation,
+    report: Report,
+    pictures: Mapping[str, Picture],
+    *,
+    seconds: float | None = None,
+    command: str | None = None,
 ) -> bytes:
     """Render the report as HTML, in UTF-8.
 
@@ -52,7 +57,7 @@ def page(
         found: the evaluation.
         report: its report, or the one with a comparison.
         pictures: :func:`ensembler.eval.report.figures.figures` of both.
-        seconds: the duration.
+        seconds: the duration, if known.
         command: as typed.
     """
     tables = report_tables(report)
@@ -164,14 +169,14 @@ def html_figure(picture: Picture) -> str:
     )
 
 
-def _made(found: Evaluation, report: Report, seconds: float, command: str | None) -> str:
+def _made(found: Evaluation, report: Report, seconds: float | None, command: str | None) -> str:
     manifests = {n: run.manifest for n, run in enumerate(found.runs, 1) if run.manifest is not None}
     validation = {n: run.validation_examples for n, run in enumerate(report.runs, 1) if run.validation_examples}
     trained = dict.fromkeys(manifest.dataset.train_sha256 for manifest in manifests.values())
     hashes = dict.fromkeys(run.validation_sha256 for run in report.runs if run.validation_sha256)
     facts = {
         "command": f"<code>{escape(plain(command))}</code>" if command else "",
-        "took": f"{seconds:,.1f} s",
+        "took": "" if seconds is None else f"{seconds:,.1f} s",
         "predicted on": escape(plain(report.device or "elsewhere")),
         "seed": str(report.seed),
         "images": escape(f"{plain(report.dataset)}: {report.test_examples:,} test images to score"),

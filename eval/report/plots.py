@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unicodedata import bidirectional
 
 import numpy as np
 from matplotlib import rc_context
@@ -12,15 +14,21 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cbook import boxplot_stats
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from numpy.typing import NDArray
 
 from ensembler.eval.metrics.selective import Reliability, RiskCoverage
+from ensembler.eval.report.notation import percent
 from ensembler.eval.report.schema import RunReport
 from ensembler.eval.report.styles import PALETTE, Style
 
 __all__ = [
     "add_legend",
+    "drawable",
+    "name_figure",
+    "name_panel",
     "new_figure",
+    "panels",
     "plot_boxes",
     "plot_entropy",
     "plot_map",
@@ -35,6 +43,7 @@ __all__ = [
 _SCORES = (("error", "error (%)", 100), ("nll", "NLL (nats)", 1), ("ece", "ECE (%)", 100))
 
 _DASHES = ("-", "--", ":", "-.")
+_LONGEST = 40  # characters of a name
 _NUMBERED = 12  # members of a run, at most, whose numbers are written in a map
 _LEAST_KEPT = 0.05  # share of the examples below which the accuracy is noise
 
@@ -57,14 +66,11 @@ def plot_severity(names: Sequence[str], styles: Sequence[Style], runs: Sequence[
 def plot_reliability(names: Sequence[str], styles: Sequence[Style], diagrams: Sequence[Reliability]) -> Figure:
     """Plot accuracy against confidence, a panel per run; dots are at mean confidences, the line is a bin's share."""
     columns = min(4, len(names))
-    rows = -(-len(names) // columns)
-    figure = new_figure(3.2 * columns, 3.1 * rows)
-    grid = np.ravel(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True))
-    for axes, name, own, diagram in zip(grid, names, styles, diagrams, strict=False):
+    figure = new_figure(3.2 * columns, 3.1 * -(-len(names) // columns))
+    grid = panels(figure, len(names), columns, sharex=True, sharey=True)
+    for axes, name, own, diagram in zip(grid, names, styles, diagrams, strict=True):
         _reliability(axes, diagram, own.colour)
-        axes.set_title(name, fontsize="small")
-    for axes in grid[len(names) :]:
-        axes.set_axis_off()
+        name_panel(axes, name, 2.7)
     figure.supxlabel("confidence", fontsize="medium")
     figure.supylabel("accuracy (bars), share of images (line)", fontsize="medium")
     return figure
@@ -116,7 +122,7 @@ def plot_boxes(
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3, axis="y")
     add_legend(figure)
-    figure.suptitle(f"Over {len(headline)} corruptions: median, quartiles, minimum and maximum", fontsize="medium")
+    name_figure(figure, f"Over {len(headline)} corruptions: median, quartiles, minimum and maximum")
     return figure
 
 
@@ -157,19 +163,16 @@ def plot_entropy(
         classes: C; log C is the largest entropy.
     """
     columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure = new_figure(4.4 * columns, 3.2 * rows + 0.8)
-    grid = np.ravel(figure.subplots(rows, columns, squeeze=False, sharex=True))
+    figure = new_figure(4.4 * columns, 3.2 * -(-len(names) // columns) + 0.8)
+    grid = panels(figure, len(names), columns, sharex=True)
     edges = np.linspace(0, max(np.log(classes), 1e-3), 41)
-    for number, (axes, name) in enumerate(zip(grid, names, strict=False)):
+    for number, (axes, name) in enumerate(zip(grid, names, strict=True)):
         _density(axes, inside[number], edges, "in distribution", color=styles[number].colour, fill=True, alpha=0.6)
         for place, (title, values) in enumerate(outside.items()):
             ls, grey = _DASHES[place % len(_DASHES)], str(0.2 * (place // len(_DASHES) % 4))
             _density(axes, values[number], edges, title, color=grey, ls=ls, lw=1.3)
         axes.set(xlabel="predictive entropy (nats)", ylabel="share of images", xlim=(0, edges[-1]))
-        axes.set_title(name, fontsize="medium")
-    for axes in grid[len(names) :]:
-        axes.set_axis_off()
+        name_panel(axes, name, 3.7)
     add_legend(figure)
     return figure
 
@@ -199,10 +202,14 @@ def plot_map(
         axes.scatter(own[:, 0], own[:, 1], s=70, label=label, **drawing)
         for member, place in enumerate(own if len(own) <= _NUMBERED else (), start=1):
             axes.annotate(str(member), place, (5, 5), textcoords="offset points", fontsize="x-small", color=colour)
-    across, up = (f"{share:.0%} of the squared distances" for share in shares)
+    across, up = (f"{percent(share)} of the squared distances" for share in shares)
     axes.set(xlabel=across, ylabel=up)
-    axes.margins(0.1)
-    axes.set_aspect("equal", adjustable="datalim")
+    every = np.concatenate(points)
+    low, high = every.min(axis=0), every.max(axis=0)
+    half = 0.6 * max(high - low)  # a tenth of the panel stays free around the outermost members and their numbers
+    for limit, middle in zip((axes.set_xlim, axes.set_ylim), (low + high) / 2, strict=True):
+        limit(middle - half, middle + half)
+    axes.set_aspect("equal")
     axes.grid(alpha=0.3)
     add_legend(figure)
     return figure
@@ -213,10 +220,43 @@ def style(number: int) -> tuple[str, str]:
     return PALETTE[number % len(PALETTE)][:2]
 
 
-def add_legend(figure: Figure) -> None:
-    """Add one legend for all panels, below them."""
+def panels(figure: Figure, count: int, columns: int, **shared: Any) -> list[Axes]:
+    """Add panels in rows; the lowest of each column has the tick labels of a shared axis."""
+    grid = np.ravel(figure.subplots(-(-count // columns), columns, squeeze=False, **shared))
+    for axes in grid[count:]:
+        axes.remove()
+    for axes in grid[max(0, count - columns) : count]:
+        axes.tick_params(labelbottom=True)
+    return list(grid[:count])
+
+
+def drawable(text: str, longest: int = _LONGEST) -> str:
+    """Escape a name for matplotlib: no formulas, and "?" for what its font lacks or it cannot set, as Arabic."""
+    known = get_font(findfont("DejaVu Sans"))
+    short = text if len(text) <= longest else f"{text[: longest - longest // 3 - 2]}…{text[-(longest // 3 + 1) :]}"
+    letters = (
+        letter if known.get_char_index(ord(letter)) and bidirectional(letter) not in ("R", "AL", "AN") else "?"
+        for letter in short
+    )
+    return "".join(letters).replace("$", r"\$")
+
+
+def name_figure(figure: Figure, *lines: str) -> None:
+    """Write lines above a figure, broken where they are wider than it."""
+    most = int(11 * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.fill(line, most) for line in lines), fontsize="medium")
+
+
+def name_panel(axes: Axes, name: str, inches: float, colour: str = "black") -> None:
+    """Write a run's name above its panel, in as many lines as it needs at that width."""
+    axes.set_title(textwrap.fill(name, max(8, int(13 * inches))), fontsize="small", color=colour)
+
+
+def add_legend(figure: Figure, most: int = 3) -> None:
+    """Add one legend for all panels, below them, in as many columns as fit, ``most`` at most."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = min(3, max(1, len(labels)))
+    widest = 0.6 + 0.075 * max(map(len, labels), default=0)  # inches, with the handle
+    columns = max(1, min(most, len(labels), int(figure.get_figwidth() / widest)))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 

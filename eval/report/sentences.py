@@ -12,6 +12,7 @@ from ensembler.eval.report.notation import (
     count_runs,
     group_label,
     label,
+    percent,
     plain,
     representatives,
     spread_text,
@@ -80,12 +81,12 @@ def _scores(scores: CellScores) -> str:
 def _cost(report: Report) -> str:
     passes = [run.training_example_passes for run in report.runs]
     known = [number for number in passes if number is not None]
-    text = f"Training took {_extent(known) if known else 'an unknown number of'} example passes; a prediction takes "
     forward = [run.forward_passes_per_prediction for run in report.runs]
+    text = f"Training took {_extent(known) if known else 'an unknown number of'} example passes; a prediction takes "
     text += f"{_extent(forward)} forward pass{'es' * (max(forward) > 1)}."
     given = [label(report, n) for n, run in enumerate(report.runs) if run.architecture is None]
     if given:
-        text += f" The training cost is unknown of predictions made elsewhere: {', '.join(given)}."
+        text += f" The training cost of predictions made elsewhere is unknown: {', '.join(given)}."
     if any(run.training_unknown for run in report.runs):
         text += " Some weights were trained elsewhere: their training cost is unknown and not counted."
     if len(set(passes)) > 1:
@@ -102,8 +103,8 @@ def _differences(report: Report, comparison: Comparison) -> list[str]:
     places = {run.name: number for number, run in enumerate(report.runs)}
     baseline = report.runs[places[comparison.baseline]]
     found = [
-        f"Compared with {label(report, places[comparison.baseline])}; {comparison.confidence:.0%} intervals over the "
-        "choice of test images, not over training seeds; about one in "
+        f"Compared with {label(report, places[comparison.baseline])}; {percent(comparison.confidence)} intervals over "
+        "the choice of test images, not over training seeds; about one in "
         f"{1 / (1 - comparison.confidence):.0f} misses by chance:"
     ]
     shown, said = representatives(report, _LONGEST)
@@ -147,11 +148,15 @@ def _phrase(score: Score, one: Difference) -> str:
 def _seeds(report: Report, comparison: Comparison) -> list[str]:
     return [
         f"Over {len(group.runs)} seeds of {group_label(report, group)}, clean: "
-        + ", ".join(f"{SCORES[name].title} {spread_text(name, group.scores.get(name))}" for name in _SAID)
+        + ", ".join(_spread(SCORES[name], spread_text(name, group.scores.get(name))) for name in _SAID)
         + " (mean ± standard deviation)."
         for group in comparison.groups
         if len(group.runs) > 1
     ]
+
+
+def _spread(score: Score, text: str) -> str:
+    return f"{score.title.removesuffix(' %')} {text}{' %' * score.title.endswith(' %')}"
 
 
 def _numbers(report: Report, comparison: Comparison) -> list[str]:

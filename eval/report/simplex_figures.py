@@ -10,8 +10,10 @@ from matplotlib.colors import LogNorm, Normalize
 from mpl_toolkits.mplot3d.art3d import Line3DCollection, Poly3DCollection
 from numpy.typing import NDArray
 
-from ensembler.eval.report.plots import new_figure, style, to_png
+from ensembler.eval.report.notation import percent
+from ensembler.eval.report.plots import add_legend, drawable, name_figure, new_figure, style, to_png
 from ensembler.eval.simplexes import Face, Simplexes
+from ensembler.text import counted
 
 __all__ = ["plot_edges", "plot_faces", "plot_simplexes"]
 
@@ -59,11 +61,11 @@ def plot_simplexes(found: Simplexes) -> bytes:
         axes.tick_params(labelsize="x-small")
         axes.locator_params(nbins=5)
         figure.colorbar(shade, ax=axes, shrink=0.7, pad=0.12, format="%.3g")
-    shown = ", ".join(f"{share:.0%}" for share in found.shares)
-    figure.suptitle(
-        f"{_title(found)}\nvertices on the three principal directions of weight space ({shown} of their squared "
-        f"distances); {_images(found)}",
-        fontsize="medium",
+    name_figure(
+        figure,
+        _title(found),
+        f"vertices on the three principal directions of weight space ({', '.join(map(percent, found.shares))} of their "
+        f"squared distances); {_images(found)}",
     )
     return to_png(figure)
 
@@ -85,11 +87,8 @@ def plot_edges(found: Simplexes) -> bytes:
     figure.axes[1].set_ylim(bottom=0)
     if min(min(edge.train_loss) for edge in found.edges) > 0:
         figure.axes[0].set_yscale("log")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=min(8, len(labels)), frameon=False, fontsize="small"
-    )
-    figure.suptitle(f"{_title(found)}\nalong the edges; {_images(found)}", fontsize="medium")
+    add_legend(figure, most=8)
+    name_figure(figure, _title(found), f"along the edges; {_images(found)}")
     return to_png(figure)
 
 
@@ -122,7 +121,7 @@ def plot_faces(found: Simplexes) -> bytes:
         axes.set_axis_off()
     figure.colorbar(ScalarMappable(norm, _MAP), ax=list(panels), label="train loss (nats)", format="%.3g")
     left_out = f", {found.faces_left_out} others left out" if found.faces_left_out else ""
-    figure.suptitle(f"{_title(found)}\n{len(found.faces)} faces{left_out}; {_images(found)}", fontsize="medium")
+    name_figure(figure, _title(found), f"{counted(len(found.faces), 'face')}{left_out}; {_images(found)}")
     return to_png(figure)
 
 
@@ -153,7 +152,7 @@ def _triangles(face: Face) -> NDArray[np.int64]:
 
 
 def _title(found: Simplexes) -> str:
-    return f"{found.dataset}, {found.architecture}, {found.run}"
+    return ", ".join(map(drawable, (found.dataset, found.architecture, found.run)))
 
 
 def _images(found: Simplexes) -> str:

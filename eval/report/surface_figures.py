@@ -6,9 +6,10 @@ import matplotlib.patheffects as effects
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
-from ensembler.eval.report.plots import new_figure, style, to_png
+from ensembler.eval.report.plots import add_legend, drawable, name_figure, new_figure, style, to_png
 from ensembler.eval.surface import Surface
 
 __all__ = ["draw_surface", "plot_paths", "plot_surface"]
@@ -33,21 +34,21 @@ def draw_surface(surface: Surface) -> Figure:
     left, right = figure.subplots(1, 2)
     _contours(left, surface, np.array(surface.train_loss), 1e-6, "train loss (nats)")
     _contours(right, surface, 100 * np.array(surface.test_error), 50 / surface.test_examples, "test error (%)")
-    handles, labels = left.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
-    figure.suptitle(
-        f"{_title(surface)}\n{surface.train_examples:,} training and {surface.test_examples:,} test images "
+    if surface.curve or surface.members:
+        add_legend(figure)
+    name_figure(
+        figure,
+        _title(surface),
+        f"{surface.train_examples:,} training and {surface.test_examples:,} test images "
         f"at each of {len(surface.x)} x {len(surface.y)} points",
-        fontsize="medium",
     )
     return figure
 
 
 def _title(surface: Surface) -> str:
-    corners = {f"{corner.label}: {corner.run}": corner.run for corner in surface.corners}
+    corners = [f"{corner.label}: {corner.run}" for corner in surface.corners]
     names = corners if len(surface.methods) > 1 else [surface.corners[0].run]
-    return f"{surface.dataset}, {surface.architecture}, {', '.join(names)}"
+    return ", ".join(map(drawable, (surface.dataset, surface.architecture, *names)))
 
 
 def _contours(axes: Axes, surface: Surface, values: Array, floor: float, title: str) -> None:
@@ -128,7 +129,9 @@ def plot_paths(surface: Surface) -> bytes:
             axes.set(xlabel="t", ylabel=label, xlim=(0, 1))
             axes.grid(alpha=0.3)
         row[0].set_yscale("log")
+        for labels in (row[0].yaxis.set_major_formatter, row[0].yaxis.set_minor_formatter):
+            labels(LogFormatter(minor_thresholds=(2, 0.5)))  # 0.6 and 2, not powers of ten
         row[0].legend(frameon=False, fontsize="small")
-        row[1].set_title(path.name, fontsize="medium")
-    figure.suptitle(_title(surface), fontsize="medium")
+        row[1].set_title(drawable(path.name), fontsize="medium")
+    name_figure(figure, _title(surface))
     return to_png(figure)

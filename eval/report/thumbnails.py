@@ -75,7 +75,8 @@ def _card(one: ShownImage, png: str | None) -> str:
     if sum(one.votes.values()) > 1:
         votes = list(one.votes.items())
         others = sum(count for _, count in votes[_VOTES:])
-        written = [f"{plain(name)} {count}" for name, count in votes[:_VOTES]] + [f"others {others}"] * bool(others)
+        written = [f"{count} for {plain(name)}" for name, count in votes[:_VOTES]]
+        written += [f"{others} for others"] * bool(others)
         lines.append(f"votes: {', '.join(written)}")
     lines.append(f"entropy {one.entropy:.2f} nats; {name}")
     return picture + "<br>".join(map(escape, lines))
