@@ -37,9 +37,9 @@ FORMAT = 1
 PREDICTING = tuple(
     f"ensembler.{name}"
     for name in (
-        *("architectures", "augmentations", "capture", "decoding", "device", "dropout", "ensemble", "examples"),
-        *("gaussian", "images", "member_networks", "network_checks", "task", "uncertainty", "weights"),
-        *("eval.predictions", "eval.views"),
+        *("data.augmentations", "data.decoding", "data.examples", "data.images", "device", "ensemble", "gaussian"),
+        *("networks.architectures", "networks.capture", "networks.checks", "networks.dropout", "networks.members"),
+        *("task", "uncertainty", "weights", "eval.predictions", "eval.views"),
     )
 )
 """The modules that build the network, prepare images, predict and reduce."""
