@@ -5,15 +5,17 @@ Neither this module nor any ``commands.py`` imports heavy packages: a command im
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import io
 import operator
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from types import UnionType
@@ -35,6 +37,7 @@ COMMANDS = ("trainers.commands", "eval.commands", "study.commands", "serve.comma
 
 
 _MISTAKE: Any = typer.BadParameter.__base__  # Click's UsageError, wherever this Typer has it
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # a terminal that was closed gives the last
 
 
 class _Help:
@@ -56,20 +59,45 @@ class _Group(_Help, TyperGroup):
 
 
 class _Commands(_Group):
-    """All commands; a mistake in what was typed gets one line on standard error, and the exit code 2."""
+    """All commands; a mistake in what was typed gets one line on standard error, and the exit code 2.
+
+    So does output that cannot be written, with the exit code 1; where nobody reads it any more, as after ``| head``, a
+    command ends silently with it, as Click has it.
+    """
 
     def main(self, *args: Any, **extra: Any) -> Any:
         try:
-            code = super().main(*args, **extra | {"standalone_mode": False})
+            code = self._run(*args, **extra)
+            for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed
+                stream.flush()
+        except OSError as error:
+            code = _without_output(error)
+        if extra.get("standalone_mode", True):
+            sys.exit(code if isinstance(code, int) else 0)
+        return code
+
+    def _run(self, *args: Any, **extra: Any) -> Any:
+        try:
+            return super().main(*args, **extra | {"standalone_mode": False})
         except _MISTAKE as error:
             if type(error).__name__ == "NoArgsIsHelpError":
                 error.show()
             else:
                 _print_error(sentence(error))
-            code = 2
-        if extra.get("standalone_mode", True):
-            sys.exit(code if isinstance(code, int) else 0)
-        return code
+            return 2
+
+
+def _without_output(error: OSError) -> int:
+    """Say that output cannot be written, and return the exit code; raise again what is another error."""
+    if not isinstance(error, BrokenPipeError):
+        if error.errno not in _UNWRITABLE or error.filename is not None:
+            raise error
+        with suppress(OSError):
+            _print_error(f"cannot write the output: {error.strerror}: make room, or send it to another place")
+    with Path(os.devnull).open("wb") as nowhere:
+        for number in (1, 2):  # the interpreter writes what they still hold at its end
+            os.dup2(nowhere.fileno(), number)
+    return 1
 
 
 app = typer.Typer(
@@ -100,12 +128,18 @@ def _common(
 
 
 class _Terminate(KeyboardInterrupt):
-    """SIGTERM, as schedulers send it; code that cleans up after Ctrl-C cleans up after it, too."""
+    """SIGTERM, as schedulers send it, or a terminal's SIGHUP; what cleans up after Ctrl-C cleans up after it, too."""
+
+
+def _endings() -> list[signal.Signals]:
+    """SIGTERM, and SIGHUP unless it is ignored, as nohup makes it."""
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    return [*([hangup] if hangup and signal.getsignal(hangup) != signal.SIG_IGN else []), signal.SIGTERM]
 
 
 def _terminate(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second SIGTERM must not interrupt the cleanup
-    raise _Terminate
+    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleanup
+    raise _Terminate(number)
 
 
 def _print_error(sentence: object) -> None:
@@ -114,20 +148,21 @@ def _print_error(sentence: object) -> None:
 
 @contextmanager
 def _errors_on_one_line() -> Iterator[None]:
-    """Print ensembler's errors, Ctrl-C and SIGTERM as one line on standard error, without a traceback, and exit."""
+    """Print ensembler's errors and interruptions as one line on standard error, without a traceback, and exit."""
     is_main = threading.current_thread() is threading.main_thread()  # only that one may set handlers
-    before = signal.signal(signal.SIGTERM, _terminate) if is_main else None
+    before = {number: signal.signal(number, _terminate) for number in _endings() if is_main}
     try:
         yield
     except EnsemblerError as error:
         _print_error(error)
         raise typer.Exit(1) from None
     except KeyboardInterrupt as error:
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(143 if isinstance(error, _Terminate) else 130) from None
+        with suppress(OSError):  # a closed terminal
+            typer.echo("interrupted", err=True)
+        raise typer.Exit(128 + (error.args[0] if isinstance(error, _Terminate) else signal.SIGINT)) from None
     finally:
-        if is_main:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _read_config(context: typer.Context, path: Path | None) -> None:

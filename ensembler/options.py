@@ -89,8 +89,18 @@ class Options(BaseModel):
 
     @classmethod
     def flags(cls) -> dict[str, str]:
-        """Each field's option as it is typed."""
-        return {name: _flag(name, field).partition("/")[0] for name, field in cls.model_fields.items()}
+        """Each field's option as it is typed, or its argument as ``--help`` shows it."""
+        return {
+            name: (_extra(field)["metavar"] or name.upper()).rstrip(".")
+            if _extra(field)["argument"]
+            else _flag(name, field).partition("/")[0]
+            for name, field in cls.model_fields.items()
+        }
+
+    @classmethod
+    def required(cls) -> list[str]:
+        """The fields without a default; a command needs them unless it resumes."""
+        return [name for name, field in cls.model_fields.items() if field.is_required()]
 
     @classmethod
     def marked(cls, mark: str) -> set[str]:

@@ -21,10 +21,11 @@ A run is a folder (see :mod:`ensembler.storage.artefact` for how it is written a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -294,6 +295,9 @@ class Run:
         content = artefact.read(path, "run", formats=(FORMAT,))
         try:
             manifest = Manifest.model_validate(content)
+            needed = {"history.jsonl", *(() if manifest.parts else ("vertices.safetensors", "members.safetensors"))}
+            if missing := sorted(needed - manifest.files.keys()):
+                raise ValueError(f"its manifest names no {missing[0]}")
             parts = [cls.load(path / "parts" / str(number)) for number in range(manifest.parts)]
             members = {"coefficients": torch.empty(0, 0)} if parts else load_tensors(path / "members.safetensors")
             optional = {
@@ -308,10 +312,12 @@ class Run:
                 buffers={name.removeprefix("buffer."): tensor for name, tensor in members.items()},
                 frozen=optional["frozen"],
                 gaussians=optional["gaussians"],
-                history=[json.loads(line) for line in (path / "history.jsonl").read_text("utf-8").splitlines()],
+                history=[artefact.parse_json(line) for line in (path / "history.jsonl").read_bytes().splitlines()],
                 sha256=sha256,
                 path=path,
             )
+            if fault := next(_faults(run), None):
+                raise ValueError(fault)
         except ValidationError as error:
             raise ArtefactError(
                 f"{path} is not a run that this version can read ({mistake(error)}): train it again"
@@ -334,6 +340,28 @@ class Run:
             if own != name and (is_given(name) or not self.parts):
                 raise UsageError(f"the run was trained with the network {name}, not {own}: pass that one")
             part.network = network if is_given(name) else None
+
+
+def _faults(run: Run) -> Iterator[str]:
+    """Yield what does not go together in a run that was read."""
+    if not all(isinstance(line, dict) and "part" in line for line in run.history):
+        yield "its history is not of a training"
+    K, M = run.manifest.vertices, run.manifest.members
+    if run.parts:
+        if sum(part.manifest.members for part in run.parts) != M:
+            yield f"its parts do not have {M} members in all"
+        return
+    if run.coefficients.shape != (M, K) or run.coefficients.dtype != torch.float32:
+        yield f"its coefficients are not float32 of shape ({M}, {K})"
+    for name, tensor in run.vertices.items():
+        if not tensor.dim() or len(tensor) != K:
+            yield f"parameter {name!r} is not there for each of its {K} vertices"
+    for name, tensor in run.buffers.items():
+        if not tensor.dim() or len(tensor) != M:
+            yield f"buffer {name!r} is not there for each of its {M} members"
+    simplexes = run.manifest.sampling.simplexes if isinstance(run.manifest.sampling, Sampling) else []
+    if not all(0 <= vertex < K for simplex in simplexes for vertex in simplex):
+        yield f"its simplexes have vertices beyond its {K}"
 
 
 def new_path(folder: Path, label: str) -> Path:
@@ -391,8 +419,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _manifest_sha256(path: Path) -> str:
     try:
-        return artefact.sha256(path / artefact.MANIFEST)
-    except OSError:
+        return hashlib.sha256(artefact.read_text(path, artefact.MANIFEST)).hexdigest()
+    except (OSError, ArtefactError):  # who reads it says what is wrong
         return ""
 
 

@@ -211,3 +211,18 @@ def test_help_names_every_command_and_every_command_has_help():
         assert command in overview
         assert "--config" in call("data", command, "--help").stdout
     assert call("--version").stdout.startswith("ensembler ")
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_output_that_cannot_be_written_is_said(buffered):
+    command = [sys.executable, "-m", "ensembler", "--version"]
+    environment = os.environ | {"PYTHONUNBUFFERED": buffered}
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    said = "error: cannot write the output: No space left on device: make room, or send it to another place\n"
+    assert (done.returncode, done.stderr) == (1, said)
+    reading, writing = os.pipe()
+    os.close(reading)  # as head does, before everything is written
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -372,11 +372,33 @@ def test_files_that_may_not_grow(nursery, world, images, tmp_path, what):
     assert_as_undisturbed(what, world, disk, tmp_path)
 
 
+def test_a_curve_that_was_interrupted_is_resumed_by_the_line_that_says_how(nursery, images, tmp_path):
+    """Its command has arguments, which are not typed again."""
+    short = [*SMALL[:2], "--device", "cpu", "--epochs", "1", *images]
+    for seed in "12":
+        assert (
+            nursery.run(tmp_path, "train-deep-ensemble", "--members", "1", "--seed", seed, *short, "--out", seed)[0]
+            == 0
+        )
+    command = ["train-curve", "1", "2", "--epochs", "1", "--points", "3", "--checkpoint-every", "0", "--out", "x"]
+    result = nursery.run(tmp_path, *command, largest=2000)
+    assert_one_line(result, "File too large")
+    (line,) = [line for line in result[2].splitlines() if line.startswith("to resume: ensembler ")]
+    again = nursery.run(tmp_path, *line.removeprefix("to resume: ensembler ").split())
+    assert again[0] == 0, again[2]
+    assert (tmp_path / "x" / "manifest.json").exists()
+    without = nursery.run(tmp_path, "train-curve")
+    assert (without[0], without[2]) == (2, "error: FIRST is missing: see ensembler train-curve --help\n")
+
+
 def test_a_log_on_a_full_disk(nursery, images, tmp_path):
     (tmp_path / "log").symlink_to("/dev/full")
     result = nursery.run(tmp_path, *TRAIN, *images, "--out", "x", "--log", "log")
     assert_one_line(result, "cannot write log: No space left on device: choose another path")
     assert not (tmp_path / "x").exists()
+    with small_disk(tmp_path / "disk", "4k") as disk:
+        result = nursery.run(tmp_path, *TRAIN, *images, "--out", "x", "--tensorboard", disk / "events")
+        assert_one_line(result, f"cannot write {disk / 'events'}: No space left on device: choose another path")
 
 
 # --- a folder that cannot be written ---
@@ -642,7 +664,9 @@ def test_two_reports_named_in_one_second(nursery, world, tmp_path):
     assert len({*(tmp_path / "reports").iterdir()}) == 2
 
 
-# --- Ctrl-C and SIGTERM ---
+# --- Ctrl-C, SIGTERM and a terminal that is closed ---
+
+ENDINGS = ((signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129))
 
 
 def interruptible(world: Path, images: list[str]) -> dict[str, list]:
@@ -660,7 +684,7 @@ def interruptible(world: Path, images: list[str]) -> dict[str, list]:
 
 @pytest.mark.parametrize("tries", [pytest.param(1, id="quick"), pytest.param(5, id="long", marks=LONG)])
 @pytest.mark.parametrize("name", quick(list(interruptible(Path(), [])), "train-simplex", "calibrate"))
-def test_sigterm_and_ctrl_c(nursery, world, images, run, tmp_path, name, tries):
+def test_sigterm_ctrl_c_and_a_closed_terminal(nursery, world, images, run, tmp_path, name, tries):
     command, rng = interruptible(world, images)[name], random.Random(name)
     if name == "compare":
         shutil.copytree(world / "run", tmp_path / "other")
@@ -671,7 +695,7 @@ def test_sigterm_and_ctrl_c(nursery, world, images, run, tmp_path, name, tries):
         for path in ("x", "cache", "x.unfinished"):
             shutil.rmtree(tmp_path / path, ignore_errors=True)
         (run / calibration.FILE).unlink(missing_ok=True)
-        number, code = ((signal.SIGTERM, 143), (signal.SIGINT, 130))[interrupted % 2]
+        number, code = ENDINGS[(interrupted + len(name)) % 3]
         process = nursery.start(tmp_path, *command)
         process.wait_until_listening()
         time.sleep(rng.uniform(0.05, 0.9) * seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import torch
 
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, CorruptError, DivergedError, UsageError
-from ensembler.run import Run, latest, new_path
+from ensembler.run import Run, latest, load_tensors, new_path, save_tensors
 from ensembler.storage import artefact
 from tests._runs import make_run
 
@@ -187,3 +188,66 @@ def test_a_kill_while_saving_leaves_whole_runs_or_none(run, tmp_path):
     assert killed == [str(int(signal.SIGKILL))] * 3
     for path in (tmp_path / "out").glob("*/run-*"):
         Run.load(path)
+
+
+# --- runs from elsewhere, whose hashes are all true ---
+
+
+def with_true_hashes(run: Path) -> Path:
+    names = json.loads((run / "manifest.json").read_text())["files"]
+    reseal(run, files={name: artefact.sha256(run / name) for name in names})
+    return run
+
+
+def changed(name, change):
+    def harm(run: Path) -> None:
+        tensors = load_tensors(run / f"{name}.safetensors")
+        change(tensors)
+        save_tensors(tensors, run / f"{name}.safetensors")
+
+    return harm
+
+
+def each(tensors, prefix, change):
+    tensors.update({key: change(tensor) for key, tensor in tensors.items() if key.startswith(prefix)})
+
+
+HARMED = {
+    "fewer coefficients": changed("members", lambda t: each(t, "coefficients", lambda c: c[:1])),
+    "coefficients of more vertices": changed("members", lambda t: each(t, "coefficients", lambda c: torch.ones(3, 5))),
+    "coefficients of one axis": changed("members", lambda t: each(t, "coefficients", lambda c: c[0])),
+    "coefficients of another type": changed("members", lambda t: each(t, "coefficients", torch.Tensor.double)),
+    "buffers of fewer members": changed("members", lambda t: each(t, "buffer", lambda b: b[:1])),
+    "a buffer of no axis": changed("members", lambda t: each(t, "buffer", lambda b: b.flatten()[0])),
+    "fewer vertices": changed("vertices", lambda t: each(t, "", lambda v: v[:2])),
+    "a vertex of no axis": changed("vertices", lambda t: each(t, "", lambda v: v.flatten()[0])),
+    "history nested": lambda run: (run / "history.jsonl").write_text("[" * 100_000),
+    "history of numbers": lambda run: (run / "history.jsonl").write_text("3\n"),
+}
+
+
+@pytest.mark.parametrize("name", HARMED)
+def test_what_does_not_go_together_is_one_sentence(name, run):
+    HARMED[name](run)
+    with pytest.raises(ArtefactError, match="is not a run that this version can read"):
+        Run.load(with_true_hashes(run))
+
+
+def test_a_file_whose_hash_is_not_in_the_manifest_is_not_read(run):
+    reseal(run, files={"members.safetensors": artefact.sha256(run / "members.safetensors")})
+    with pytest.raises(ArtefactError, match=r"names no history\.jsonl"):
+        Run.load(run)
+
+
+def test_simplexes_of_vertices_that_are_not_there(run):
+    reseal(run, sampling={"simplexes": [[0, 1, 3]], "concentration": 1.0})
+    with pytest.raises(ArtefactError, match="vertices beyond its 3"):
+        Run.load(run)
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_a_manifest_that_is_no_file_is_not_opened(run, put):
+    (run / "manifest.json").unlink()
+    put(run / "manifest.json")
+    with pytest.raises(ArtefactError, match=r"manifest\.json is (not a regular file|a link)"):
+        Run.load(run)

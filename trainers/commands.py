@@ -42,6 +42,10 @@ def command_of(method: type[Method]) -> Callable[..., None]:
     def command(context: typer.Context, **given: Any) -> None:
         from ensembler.trainers.launch import launch
 
+        if missing := [name for name in method.required() if not given[name] and given["resume"] is None]:
+            raise typer.BadParameter(
+                f"is missing: see ensembler {method.command} --help", param_hint=method.flags()[missing[0]]
+            )
         # A start at a URL has been fetched; the run's manifest names the URL, not the cache.
         typed = {
             name: context.params[name] for name in given.keys() & (method.marked("path") | Settings.marked("path"))
@@ -55,8 +59,9 @@ def command_of(method: type[Method]) -> Callable[..., None]:
         *parameters(Launch, "Run"),
     ]
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    own = [p.replace(default=None) if p.name in method.required() else p for p in parameters(method, "Method")]
     command.__doc__ = method.__doc__
-    return with_parameters(command, [context, *parameters(method, "Method"), *shared])
+    return with_parameters(command, [context, *own, *shared])
 
 
 def _keeper(out: str | None) -> Callable[["Run", str], None]:

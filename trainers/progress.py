@@ -6,6 +6,7 @@ Each is a function that handles the events of :mod:`ensembler.trainers.events`.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -180,6 +181,11 @@ def _tensorboard(folder: Path) -> Iterator[OnEvent]:
         raise UsageError("--tensorboard needs TensorBoard: pip install 'ensembler[tensorboard]'") from error
     with _writing(folder):
         writer = SummaryWriter(str(folder))
+    report = threading.excepthook
+
+    def report_others(failed: threading.ExceptHookArgs) -> None:
+        if not isinstance(failed.exc_value, OSError):  # of the writer's thread, which the next flush raises again
+            report(failed)
 
     def watch(event: Event) -> None:
         if not isinstance(event, EpochEnd):
@@ -192,8 +198,12 @@ def _tensorboard(folder: Path) -> Iterator[OnEvent]:
                     writer.add_scalar(f"{event.part}/{name}", record[name], event.epoch.number)
             writer.flush()
 
-    with closing(writer):
-        yield watch
+    threading.excepthook = report_others
+    try:
+        with closing(writer):
+            yield watch
+    finally:
+        threading.excepthook = report
 
 
 @contextmanager
