@@ -62,8 +62,8 @@ def describe_folder(
         yield f"{len(skipped)} images cannot be read and are left out: {', '.join(skipped)}"
     if inside := _same_inside(layout):
         yield (
-            f"all classes hold folders of the same names ({some(inside, _SHOWN)}): if those are the classes, name a folder of "
-            f"them, such as {layout.folder / layout.classes[0]}"
+            f"all classes hold folders of the same names ({some(inside, _SHOWN)}): if those are the classes, name a "
+            f"folder of them, such as {layout.folder / layout.classes[0]}"
         )
     yield from _missing(layout.classes, held)
     for role, split in held.items():
