@@ -101,7 +101,7 @@ def test_every_method_trains_and_deep_ensembles_are_compared(tmp_path, images, m
     assert not set("{}[]") & set(shown)
     lines = [line.strip() for line in shown.splitlines()]
     options = [line.split()[0] for line in lines[lines.index("options") : lines.index("settings")]]
-    assert options == ["options", "first", "second", "points"]  # the others are at their defaults
+    assert options == ["options", "FIRST", "SECOND", "points"]  # the others are at their defaults
     defaults = shown[shown.index("default options") :]
     assert "curve bezier" in defaults and "points" not in defaults and "epochs 2" not in defaults
     shown = call("show", "made-train-complex").stdout
