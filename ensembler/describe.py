@@ -54,7 +54,8 @@ def picture(run: Run) -> Figure | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawn = [draw for draw, wanted in ((_draw_members, _has_plane(run)), (_draw_history, run.history)) if wanted]
+    has_plane = not run.parts and run.manifest.vertices > 1
+    drawn = [draw for draw, wanted in ((_draw_members, has_plane), (_draw_history, run.history)) if wanted]
     if not drawn:
         return None
     figure = Figure(figsize=(4.5 * len(drawn), 3.2), layout="constrained")
@@ -63,10 +64,6 @@ def picture(run: Run) -> Figure | None:
         draw(axes, run)
         axes.grid(alpha=0.3)
     return figure
-
-
-def _has_plane(run: Run) -> bool:
-    return not run.parts and run.manifest.vertices > 1
 
 
 def _draw_members(axes: Axes, run: Run) -> None:

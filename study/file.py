@@ -132,7 +132,9 @@ class Study:
 
 def known_methods() -> dict[str, tuple[type[Method], Mapping[str, Any]]]:
     """Every method of the package by its name, with the options that make that name."""
-    return {_made(kind, options).name: (kind, options) for kind in methods() for options in kind.compared}
+    return {
+        kind(**_unplaced(kind) | dict(options)).name: (kind, options) for kind in methods() for options in kind.compared
+    }
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -283,10 +285,6 @@ def _entry(
             f"{place}: these options make it {made.name}: give the table another name, and method = {label!r}"
         )
     return Entry(label, made, {key: value for key, value in changed.items() if value != getattr(settings, key)})
-
-
-def _made(kind: type[Method], options: Mapping[str, Any]) -> Method:
-    return kind(**_unplaced(kind) | dict(options))
 
 
 def _unplaced(kind: type[Method]) -> dict[str, Any]:
