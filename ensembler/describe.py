@@ -83,8 +83,9 @@ def picture(run: Run) -> Figure | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    has_plane = not run.parts and run.manifest.vertices > 1
     panels = {
-        "members and vertices in weight space": (_draw_members, _has_plane(run)),
+        "members and vertices in weight space": (_draw_members, has_plane),
         "the training loss by epoch": (_draw_history, run.history),
     }
     drawn = {name: draw for name, (draw, wanted) in panels.items() if wanted}
@@ -96,10 +97,6 @@ def picture(run: Run) -> Figure | None:
         draw(axes, run)
         axes.grid(alpha=0.3)
     return figure
-
-
-def _has_plane(run: Run) -> bool:
-    return not run.parts and run.manifest.vertices > 1
 
 
 def _draw_members(axes: Axes, run: Run) -> None:

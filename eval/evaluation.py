@@ -44,8 +44,6 @@ from ensembler.task import Classification
 
 __all__ = ["Evaluation", "check_task", "distinct", "evaluate", "evaluate_given", "evaluate_paths", "rows"]
 
-Labels = NDArray[np.int64]
-
 _GIVEN = "Shifted predictions were made elsewhere: which images they are for is not checked."
 
 
@@ -62,7 +60,7 @@ class Evaluation:
 
     report: Report
     runs: list[ScoredRun]
-    labels: Labels
+    labels: NDArray[np.int64]
     images: Images | None = None
 
     def __repr__(self) -> str:

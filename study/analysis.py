@@ -192,13 +192,10 @@ def _equivalent(found: Evaluation, number: int, points: Sequence[CurvePoint], re
 def equivalents_said(each: Sequence[Equivalent]) -> str:
     """The mean over seeds, or the bound that it lies beyond."""
     known = [one.members for one in each if one.members is not None]
-    if len(known) < len(each):
-        return f"> {each[0].largest}" if not known else f"> {np.mean([*known, *_bounds(each)]):.1f}"
+    beyond = [one.largest for one in each if one.members is None]
+    if beyond:
+        return f"> {each[0].largest}" if not known else f"> {np.mean([*known, *beyond]):.1f}"
     return "< 1" if all(one.below_one for one in each) else f"{np.mean(known):.1f}"
-
-
-def _bounds(each: Sequence[Equivalent]) -> list[float]:
-    return [float(one.largest) for one in each if one.members is None]
 
 
 def _figures(published: Published, cells: Sequence[CellReport]) -> list[PublishedFigure]:

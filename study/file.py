@@ -32,6 +32,7 @@ from ensembler.options import Options, option
 from ensembler.trainers.budget import one_network
 from ensembler.trainers.launch import Data
 from ensembler.trainers.method import Method, methods
+from ensembler.trainers.recipes import published
 from ensembler.trainers.settings import Settings
 
 __all__ = ["DECIDED", "Entry", "Grid", "Published", "Study", "known_methods", "read", "study_of"]
@@ -132,7 +133,9 @@ class Study:
 
 def known_methods() -> dict[str, tuple[type[Method], Mapping[str, Any]]]:
     """Every method of the package by its name, with the options that make that name."""
-    return {_made(kind, options).name: (kind, options) for kind in methods() for options in kind.compared}
+    return {
+        kind(**_unplaced(kind) | dict(options)).name: (kind, options) for kind in methods() for options in kind.compared
+    }
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -181,7 +184,7 @@ def study_of(content: Mapping[str, Any], typed: Mapping[str, Any], name: str = "
     chosen = fields.keys() | typed.keys()
     dataset, architecture = data.dataset or "digits", settings.architecture
     if grid.recipe:
-        base = _published(type(one_network()), dataset, architecture)
+        base = published(type(one_network()), architecture, dataset)
         if not base:
             raise UsageError(
                 f"{name}: no recipe was published for {architecture} on {dataset}: give the options instead of recipe"
@@ -270,8 +273,8 @@ def _entry(
     kind, options = method
     paths = kind.marked("path")
     given = _fields(place, table, [kind, Settings], _SHARED | paths | kind.by_budget)
-    published = _published(kind, recipe, settings.architecture) if recipe else {}
-    own = dict(published) | dict(options) | given
+    base = published(kind, settings.architecture, recipe) if recipe else {}
+    own = dict(base) | dict(options) | given
     try:
         made = kind.written(_unplaced(kind) | {key: value for key, value in own.items() if key in kind.model_fields})
         changed = {key: value for key, value in own.items() if key in Settings.model_fields and key not in _SHARED}
@@ -285,20 +288,9 @@ def _entry(
     return Entry(label, made, {key: value for key, value in changed.items() if value != getattr(settings, key)})
 
 
-def _made(kind: type[Method], options: Mapping[str, Any]) -> Method:
-    return kind(**_unplaced(kind) | dict(options))
-
-
 def _unplaced(kind: type[Method]) -> dict[str, Any]:
     """Empty values of the options that name runs, which are known only when those runs are trained."""
     return {name: [] if get_origin(kind.model_fields[name].annotation) is list else "" for name in kind.marked("path")}
-
-
-def _published(kind: type[Method], dataset: str, architecture: str) -> Mapping[str, Any]:
-    """A method's published options for a network and a dataset; empty without any."""
-    return next(
-        (one.options for one in kind.published if one.architecture == architecture and dataset in one.datasets), {}
-    )
 
 
 def _figures(name: str, tables: Any, labels: set[str], dataset: str, architecture: str) -> list[Published]:

@@ -22,6 +22,7 @@ from ensembler.trainers.combining import combination, combine
 from ensembler.trainers.events import OnEvent
 from ensembler.trainers.runs import Runs
 from ensembler.trainers.settings import Settings
+from ensembler.trainers.spec import unfinished
 from ensembler.trainers.starts import load_starts
 from ensembler.trainers.training import Training
 
@@ -113,7 +114,7 @@ class Maker:
         """
         path = self.folder / name
         if not path.exists():
-            if fingerprint not in self.elsewhere or path.with_name(f"{name}.unfinished").exists():
+            if fingerprint not in self.elsewhere or unfinished(path).exists():
                 return None
             path = self.elsewhere[fingerprint]
         run = Run.load(path)

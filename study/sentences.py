@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ensembler.eval.report.notation import SCORES, Score, compact, percent, plain
 from ensembler.study.schema import CellReport, Estimate, StudyReport
+from ensembler.text import counted
 
 __all__ = ["NAMES", "answers", "compared", "pareto", "recommendations", "within"]
 
@@ -43,7 +44,7 @@ def compared(report: StudyReport) -> list[str]:
         f"{plain(report.architecture)}; B is one network of {report.epochs:g} epochs, {compact(report.one)} example "
         f"passes. Nothing exceeds its budget. Trained in all: {compact(report.trained)} example passes; what methods "
         "share is trained once and counted in each.",
-        f"Scores are means over {_seeds(report)} on {report.test_examples:,} test images, with "
+        f"Scores are means over {counted(len(report.seeds), 'seed')} on {report.test_examples:,} test images, with "
         f"{percent(report.confidence)} intervals over {'seeds and images' if len(report.seeds) > 1 else 'images'}.",
     ]
     if len(report.seeds) == 1:
@@ -164,7 +165,3 @@ def _cost(report: StudyReport, cell: CellReport) -> str:
 
 def _forward(cell: CellReport) -> str:
     return f"{cell.members} forward pass{'es' * (cell.members > 1)} a prediction"
-
-
-def _seeds(report: StudyReport) -> str:
-    return "1 seed" if len(report.seeds) == 1 else f"{len(report.seeds)} seeds"

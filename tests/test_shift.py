@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -24,9 +25,10 @@ from ensembler.eval.shift import generated as generated_module
 from ensembler.eval.shift import writer as module
 from ensembler.eval.shift.cifar_c import check_official
 from ensembler.eval.shift.corruptions import AVAILABLE, HEADLINE, SEVERITIES, VALIDATION, corrupt
-from ensembler.eval.shift.layout import Rows, StoredFolder, lock
+from ensembler.eval.shift.layout import Rows, StoredFolder
 from ensembler.eval.shift.readers import load_shift, load_shifts
 from ensembler.eval.shift.writer import write_corruptions
+from ensembler.storage.artefact import lock
 
 ROOT = Path(__file__).parents[1]
 N = 60
@@ -641,4 +643,13 @@ class FullDisk(io.BytesIO):
 def test_a_lock_ends_with_its_block(tmp_path):
     for _ in range(2):
         with lock(tmp_path / ".lock", tmp_path), pytest.raises(UsageError, match="another process is working on"):
-            lock(tmp_path / ".lock", tmp_path).__enter__()
+            lock(tmp_path / ".lock", tmp_path)
+
+
+def test_where_a_file_system_has_no_locks_the_work_goes_on(tmp_path, monkeypatch):
+    def without(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", without)
+    with lock(tmp_path / ".lock", tmp_path) as held:
+        assert not held.closed

@@ -263,7 +263,7 @@ def check_free(path: Path, resumed: bool = False, restarted: bool = False) -> No
         UsageError: a run is there, or what was begun of one; or nothing is there to resume. ArtefactError: the folder
             cannot be written to.
     """
-    from ensembler.storage.artefact import check_writable
+    from ensembler.storage.artefact import check_writable, lock
     from ensembler.trainers.spec import SPEC, unfinished
 
     begun = unfinished(path)
@@ -276,9 +276,7 @@ def check_free(path: Path, resumed: bool = False, restarted: bool = False) -> No
     if path.exists():
         raise UsageError(f"{path} already exists: choose another --out, or remove it first")
     if (begun / SPEC).is_file() and not (resumed or restarted):
-        from ensembler.trainers.resume import lock
-
-        if held := lock(begun):
+        if held := lock(begun / ".lock", begun):
             held.close()
         raise UsageError(f"{begun} holds an interrupted run: resume it with --resume {path}, or remove it")
     check_writable(path.parent)

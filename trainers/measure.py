@@ -172,7 +172,10 @@ def describe(trainer: Trainer, simplex: Tensor, buffers: Buffers, name: str, sol
         result |= {
             "train_loss": {group: _mean([point.train_loss for point in own]) for group, own in groups.items()},
             "held_out_nll": {group: _mean([point.nll for point in own]) for group, own in groups.items()},
-            "disagreement": {group: _disagreement(groups[group]) for group in ("vertices", "inside")},
+            "disagreement": {
+                group: trainer.task.disagreement(torch.stack([point.predicted for point in groups[group]]))
+                for group in ("vertices", "inside")
+            },
         }
         texts += [
             f"{group} loss {result['train_loss'][group]:.4f}, held-out NLL {result['held_out_nll'][group]:.4f}"
@@ -264,10 +267,6 @@ def _predict(trainer: Trainer, examples: Examples) -> Tensor:
         call = trainer.weights.module._call_impl  # not compiled: that takes longer than so few batches
         outputs = [call(prepare(part.data.to(trainer.device))) for part in parts]  # type: ignore[no-untyped-call]
     return trainer.task.distribution(torch.cat(outputs)).cpu()
-
-
-def _disagreement(group: Sequence[Point]) -> float:
-    return group[0].task.disagreement(torch.stack([point.predicted for point in group]))
 
 
 def _clearly_above(losses: NDArray[np.float64], others: NDArray[np.float64]) -> bool:

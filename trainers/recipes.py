@@ -24,7 +24,7 @@ from ensembler.errors import UsageError
 if TYPE_CHECKING:
     from ensembler.trainers.method import Method
 
-__all__ = ["ASHUKHA_2020", "GARIPOV_2018", "MADDOX_2019", "SGD", "SOLUTIONS", "Recipe", "find"]
+__all__ = ["ASHUKHA_2020", "GARIPOV_2018", "MADDOX_2019", "SGD", "SOLUTIONS", "Recipe", "find", "published"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,13 @@ def find(recipe: str, method: type[Method], architecture: str, dataset: str) -> 
         return method.fast
     if not method.published:
         raise UsageError(f"{method.command} has no published recipe: leave out --recipe, and give its options")
-    for published in method.published:
-        if published.architecture == architecture and dataset in published.datasets:
-            return published.options
+    if options := published(method, architecture, dataset):
+        return options
     known = "; ".join(f"{r.architecture} on {' or '.join(r.datasets)} ({r.source})" for r in method.published)
     raise UsageError(f"no recipe of {method.command} was published for {architecture} on {dataset}: use {known}")
+
+
+def published(method: type[Method], architecture: str, dataset: str) -> Mapping[str, Any]:
+    """Return a method's published options for a network and a dataset, by field name; empty without any."""
+    fits = (one for one in method.published if one.architecture == architecture and dataset in one.datasets)
+    return next((one.options for one in fits), {})

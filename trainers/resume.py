@@ -37,7 +37,7 @@ from ensembler.storage import artefact
 from ensembler.trainers.plan import Best, Snapshot, TrainState
 from ensembler.trainers.spec import SPEC, Spec, unfinished
 
-__all__ = ["JobResult", "Store", "UnfinishedRun", "lock"]
+__all__ = ["JobResult", "Store", "UnfinishedRun"]
 
 FORMAT = 2
 _FILE = "state.pt"
@@ -121,7 +121,7 @@ class UnfinishedRun:
         self._exists = True
 
     def _acquire_lock(self, folder: Path) -> None:
-        self._lock = lock(folder)
+        self._lock = artefact.lock(folder / ".lock", folder)
         if self._lock:
             weakref.finalize(self, self._lock.close)
 
@@ -135,25 +135,6 @@ class UnfinishedRun:
         self.close()
         if self._exists:  # otherwise it is another process's
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def lock(folder: Path) -> IO[bytes] | None:
-    """Lock a folder until the file that is returned is closed, so that no other process trains the same run.
-
-    Raises:
-        UsageError: another process has locked it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
-    file = (folder / ".lock").open("wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise UsageError(f"another process is working on {folder}: let it finish, or stop it") from error
-    return file
 
 
 @dataclass(frozen=True, eq=False)

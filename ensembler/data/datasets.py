@@ -31,7 +31,7 @@ from ensembler.data.decoding import MEND_OR_SKIP, read_image
 from ensembler.data.folder_notes import Notes, describe_folder
 from ensembler.data.folders import Layout, place, read_layout
 from ensembler.data.image_cache import kept
-from ensembler.data.images import MEMORY_LIMIT, FileSplit, Images, Split, normalise
+from ensembler.data.images import MEMORY_LIMIT, FileSplit, Images, Split, normalise, resized
 from ensembler.data.published import cifar, digits, fashion_mnist
 from ensembler.data.splits import complete, hold_out
 from ensembler.errors import DataError, EnsemblerError, UsageError
@@ -345,15 +345,7 @@ class _Folder:
 
 
 def _resized(split: Images, size: int) -> Images:
-    from torchvision.transforms.v2.functional import resize
-
-    if isinstance(split, FileSplit) or split.shape == (size, size):
-        return split
-    small = [
-        resize(batch.images.permute(0, 3, 1, 2), [size, size], antialias=True).permute(0, 2, 3, 1)
-        for batch in split.batches(1024)
-    ]
-    return Split(torch.cat(small).contiguous(), split.labels)
+    return split if isinstance(split, FileSplit) else Split(resized(split.images, (size, size)), split.labels)
 
 
 def _split(split: Images, share: float, title: str) -> tuple[Images, Images]:

@@ -145,13 +145,13 @@ def listed(folder: Path | None = None) -> list[Listed]:
     return sorted(found, key=lambda entry: -entry.used)
 
 
-def clear(folder: Path | None = None) -> tuple[int, int]:
+def clear() -> tuple[int, int]:
     """Remove all entries but those that other processes use; return how many were removed, and how many bytes.
 
     Raises:
         ArtefactError: one cannot be removed.
     """
-    entries = listed(folder)
+    entries = listed()
     try:
         removed = [entry.bytes for entry in entries if _remove(entry.path)]
     except OSError as error:

@@ -39,6 +39,7 @@ __all__ = [
     "normaliser",
     "read_image",
     "read_images",
+    "resized",
 ]
 
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images that are held in memory by default
@@ -257,6 +258,16 @@ def normaliser(mean: Sequence[float], std: Sequence[float], device: torch.device
     scale = torch.tensor([1 / (255 * s) for s in std], dtype=torch.float32, device=device)
     shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], dtype=torch.float32, device=device)
     return lambda images: images.float().mul_(scale).sub_(shift).permute(0, 3, 1, 2)
+
+
+def resized(images: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Resize images (N, H, W, 3) uint8 to ``shape`` bilinearly, whatever the proportions."""
+    from torchvision.transforms.v2.functional import resize
+
+    if tuple(images.shape[1:3]) == shape:
+        return images
+    parts = (part.permute(0, 3, 1, 2) for part in torch.split(images, 1024))
+    return torch.cat([resize(part, list(shape), antialias=True).permute(0, 2, 3, 1) for part in parts]).contiguous()
 
 
 def draw(augmentation: str, count: int, generator: torch.Generator) -> Tensor:

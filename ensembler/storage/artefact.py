@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "appear",
     "check_writable",
     "hold",
+    "lock",
     "open_file",
     "parse",
     "parse_json",
@@ -197,6 +198,29 @@ def hold(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def lock(file: Path, what: Path) -> BufferedWriter | None:
+    """Open a file and lock it until it is closed, so that one process at a time works on ``what``.
+
+    Returns:
+        The open file, without a lock on network file systems that have none; ``None`` on Windows.
+
+    Raises:
+        UsageError: another process has locked it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    held = file.open("wb")
+    with suppress(OSError):
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            held.close()
+            raise UsageError(f"another process is working on {what}: let it finish, or stop it") from error
+    return held
 
 
 def sweep(folder: Path) -> None:

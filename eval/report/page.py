@@ -137,7 +137,7 @@ def html_table(table: Table, notes: Sequence[str]) -> str:
     rows = "\n".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
         + "".join(
-            f"<td{kind}>{_bold(escape(cell), (number, place) in table.best)}</td>"
+            f"<td{kind}>{f'<b>{escape(cell)}</b>' if (number, place) in table.best else escape(cell)}</td>"
             for place, (cell, kind) in enumerate(zip(row[1:], kinds[1:], strict=True), start=1)
         )
         + "</tr>"
@@ -148,10 +148,6 @@ def html_table(table: Table, notes: Sequence[str]) -> str:
         f'<div class="table">\n<table>\n<caption>{escape(table.title)}</caption>\n<thead>\n<tr>{head}</tr>\n</thead>\n'
         f"<tbody>\n{rows}\n</tbody>\n</table>{below}\n</div>"
     )
-
-
-def _bold(text: str, best: bool) -> str:
-    return f"<b>{text}</b>" if best else text
 
 
 def _heading(text: str) -> str:

@@ -122,8 +122,8 @@ def _costs(report: Report) -> Table:
     if any(run.architecture is None for run in report.runs):
         notes.append("elsewhere: predictions that were given; their training cost is unknown.")
 
-    def or_nothing(value: object, text: str = "{}") -> str:
-        return NOTHING if value is None else plain(text.format(value))
+    def or_nothing(value: object) -> str:
+        return NOTHING if value is None else plain(str(value))
 
     columns: list[Column] = [
         ("method", lambda run: plain(run.method)),

@@ -12,6 +12,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,8 +23,9 @@ from ensembler.data.decoding import suffixes
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.shift.corruptions import HEADLINE, VALIDATION
 from ensembler.eval.shift.generated import RECORD
-from ensembler.eval.shift.layout import LABELS, lock
+from ensembler.eval.shift.layout import LABELS
 from ensembler.progress import Watcher
+from ensembler.storage.artefact import lock
 
 __all__ = ["ARCHIVES", "HOST", "Archive", "download"]
 
@@ -140,7 +142,7 @@ def download(
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with lock(root / f".{archive.folder}.lock", folder):
+        with lock(root / f".{archive.folder}.lock", folder) or nullcontext():
             if _is_there(archive, folder):  # another process was quicker
                 return folder
             tar = own if own.is_file() else partial

@@ -7,8 +7,6 @@ the test set's order. Files are mapped, never read whole, and never unpickled.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ensembler.data.images import Images
-from ensembler.errors import DataError, UsageError
+from ensembler.errors import DataError
 from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES
 from ensembler.eval.shift.test_set import Shifted
 
-__all__ = ["LABELS", "Rows", "StoredFolder", "lock", "map_array"]
+__all__ = ["LABELS", "Rows", "StoredFolder", "map_array"]
 
 LABELS = "labels.npy"
 
@@ -151,23 +149,3 @@ class Rows(Shifted):
         for batch in self.batches(1024):
             digest.update(batch.images.numpy().data)
         return digest.hexdigest()
-
-
-@contextmanager
-def lock(file: Path, what: Path) -> Iterator[None]:
-    """Hold a lock on a file; it ends with the block, or with the process.
-
-    Raises:
-        UsageError: another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with file.open("wb") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"another process is working on {what}: let it finish, or stop it") from error
-        yield

@@ -12,12 +12,12 @@ from ensembler.data import datasets
 from ensembler.data.decoded import DecodedSplit, find_unreadable
 from ensembler.data.decoding import suffixes
 from ensembler.data.folders import describe, find_images, split_folder
-from ensembler.data.images import FileSplit, Split
+from ensembler.data.images import FileSplit, Split, resized
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.shift.test_set import Source, TestSet, check_images
 from ensembler.seeds import derive, generator
 
-__all__ = ["NOISES", "load_ood", "noise_images", "resized"]
+__all__ = ["NOISES", "load_ood", "noise_images"]
 
 NOISES = ("gaussian", "uniform", "constant")
 
@@ -127,16 +127,3 @@ def _some(available: int, examples: int | None, seed: int) -> Tensor:
     if examples is None or examples >= available:
         return torch.arange(available)
     return torch.randperm(available, generator=generator(seed, "ood"))[:examples].sort().values
-
-
-def resized(images: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Resize (N, H, W, 3) uint8 to ``shape`` bilinearly, whatever the proportions."""
-    from torchvision.transforms.v2.functional import resize
-
-    if tuple(images.shape[1:3]) == shape:
-        return images
-    parts = [
-        resize(images[start : start + 1024].permute(0, 3, 1, 2), list(shape), antialias=True).permute(0, 2, 3, 1)
-        for start in range(0, len(images), 1024)
-    ]
-    return torch.cat(parts).contiguous()

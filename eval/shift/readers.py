@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ensembler.data.datasets import Dataset, default_root
-from ensembler.data.images import Split
+from ensembler.data.images import Split, resized
 from ensembler.errors import DataError, UsageError
 from ensembler.eval.shift.cifar_c import LABELS, official_shift
 from ensembler.eval.shift.cifar_new import read_cifar101, read_cifar102
@@ -26,7 +26,6 @@ from ensembler.eval.shift.corruptions import AVAILABLE
 from ensembler.eval.shift.folder import read_folder
 from ensembler.eval.shift.generated import generated_shift, read_record
 from ensembler.eval.shift.hub import PREFIX, read_hub
-from ensembler.eval.shift.ood import resized
 from ensembler.eval.shift.test_set import Shift, Source, TestSet, check_images
 from ensembler.seeds import generator
 

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Generator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,11 @@ from ensembler.data.datasets import Dataset
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.eval.shift.corruptions import AVAILABLE, SEVERITIES, constants_for, corrupt
 from ensembler.eval.shift.generated import RECORD, GeneratedRecord, check_generated, generated_folder, read_record
-from ensembler.eval.shift.layout import LABELS, StoredFolder, lock
+from ensembler.eval.shift.layout import LABELS, StoredFolder
 from ensembler.eval.shift.test_set import check_images
 from ensembler.progress import Watcher
 from ensembler.run import versions
-from ensembler.storage.artefact import replace_file
+from ensembler.storage.artefact import lock, replace_file
 
 __all__ = ["write_corruptions"]
 
@@ -64,7 +64,7 @@ def write_corruptions(
     size = math.prod(folder.shape)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with lock(out / ".lock", out):
+        with lock(out / ".lock", out) or nullcontext():
             _begin(dataset, out, seed)
             labels = io.BytesIO()
             dtype = np.uint8 if len(dataset.classes) <= 256 else np.int64

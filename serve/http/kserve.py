@@ -114,8 +114,8 @@ def read(body: bytes, head_length: str | None, limits: Limits) -> Question:
     parameters = dict(_object(content.get("parameters") or {}, "parameters"))
     all_binary = _flag(parameters.pop("binary_data_output", False), "binary_data_output")
     binary = _outputs(content.get("outputs"), all_binary)
-    if twice := {"outputs"} & parameters.keys():
-        raise UsageError(f"{twice.pop()} is no parameter: send it beside inputs")
+    if "outputs" in parameters:
+        raise UsageError("outputs is no parameter: send it beside inputs")
     name = content.get("id")
     if name is not None and not isinstance(name, str):
         raise ShapeError(f"id is {kind_of(name)}, not a string: send a string, or none")

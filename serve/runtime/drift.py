@@ -57,15 +57,14 @@ def stability(found: ArrayLike, expected: ArrayLike) -> NDArray[np.float64]:
     return index
 
 
-def bound(expected: Sequence[int], images: int, level: float = _LEVEL) -> float:
-    """Return what the index of a window stays below with probability ``level``, where nothing drifts.
+def bound(expected: Sequence[int], images: int) -> float:
+    """Return what the index of a window stays below with probability 0.999, where nothing drifts.
 
     Window and validation images are both samples: both are drawn again from the validation images' shares.
 
     Args:
         expected: images of the validation split in each bin.
         images: of a window.
-        level: in (0, 1).
     """
     generator = np.random.default_rng(0)
     total = int(sum(expected))
@@ -74,7 +73,7 @@ def bound(expected: Sequence[int], images: int, level: float = _LEVEL) -> float:
         stability(generator.multinomial(images, shares, _BLOCK), generator.multinomial(total, shares, _BLOCK))
         for _ in range(_BLOCKS)
     ]
-    return float(np.quantile(np.concatenate(indices), level))
+    return float(np.quantile(np.concatenate(indices), _LEVEL))
 
 
 class Window:

@@ -95,9 +95,9 @@ def pad(
     return wide
 
 
-def gaussian_taps(sigma: float, truncate: float = 4.0) -> Taps:
-    """Return a Gaussian cut at ``truncate`` sigma, with weights of sum 1."""
-    weights = np.exp(-0.5 * (np.arange(int(truncate * sigma + 0.5) + 1) / sigma) ** 2)
+def gaussian_taps(sigma: float) -> Taps:
+    """Return a Gaussian cut at 4 sigma, with weights of sum 1."""
+    weights = np.exp(-0.5 * (np.arange(int(4 * sigma + 0.5) + 1) / sigma) ** 2)
     return tuple((weights / (2 * weights.sum() - weights[0])).tolist())
 
 
