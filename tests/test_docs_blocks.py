@@ -12,7 +12,9 @@ import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -50,6 +52,12 @@ def name(page: Path) -> str:
 
 def each(*languages: str) -> list[Block]:
     return [block for own in BLOCKS.values() for block in own if block.language in languages]
+
+
+@cache
+def command_line() -> Any:
+    """The commands, which take a tenth of a second to make."""
+    return typer.main.get_command(app)
 
 
 class Folder:
@@ -196,7 +204,7 @@ def test_every_command_is_one_that_the_command_line_takes():
     for block in each(*SHELL):
         for arguments in commands(script(block)):
             try:
-                check_command(arguments, typer.main.get_command(app))
+                check_command(arguments, command_line())
             except Exception as error:
                 pytest.fail(f"{block}: ensembler {' '.join(arguments)}: {getattr(error, 'message', error)}")
             checked += 1
@@ -207,7 +215,7 @@ def test_every_command_in_the_text_exists():
     for page in PAGES:
         for words in spans(page):
             try:
-                check_span(words, typer.main.get_command(app))
+                check_span(words, command_line())
             except AssertionError as error:
                 pytest.fail(f"{name(page)}: `{' '.join(words)}`: {error}")
 
@@ -239,10 +247,10 @@ def test_what_the_checks_catch(tmp_path: Path):
     for text in wrong:
         (arguments,) = commands(text)
         with pytest.raises(Exception, match=r"vertexes|lists|[Mm]issing|trian|whole number"):
-            check_command(arguments, typer.main.get_command(app))
+            check_command(arguments, command_line())
     assert not list(commands("systemctl start ensembler && cat <<END\nensembler nonsense\nEND\nls ensembler"))
     for arguments in commands('ensembler train-fge --seed "$SEED" --out "runs/$SEED" --config nowhere.toml'):
-        check_command(arguments, typer.main.get_command(app))
+        check_command(arguments, command_line())
 
     page = tmp_path / "page.md"
     page.write_text('<!-- not run: no -->\n```sh\na\n```\n<!-- long: runs/a -->\n\n```python title="b.py"\nb\n```\n')

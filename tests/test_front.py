@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -34,6 +35,8 @@ from tests._service import ROUTE, Server, free_port, tiny_images
 
 HEAD = b"GET /there HTTP/1.1\r\nHost: x\r\n\r\n"
 
+PATIENCE = 300  # seconds: more than the slowest machine needs
+
 
 class Worker:
     """A worker that counts the connections passed to it."""
@@ -43,7 +46,7 @@ class Worker:
         self.numbers: list[int] = []
         front.sockets.append(self.channel)
         self.channel.connect(str(front.folder / CHANNEL))
-        self.channel.settimeout(30)
+        self.channel.settimeout(PATIENCE)
         if message:
             self.tell(**message)
 
@@ -55,10 +58,11 @@ class Worker:
         self.numbers.append(int.from_bytes(number, "little"))
         return socket.socket(fileno=file)
 
-    def waiting(self) -> int:
-        self.channel.settimeout(0.2)
+    def waiting(self, expected: int = 0) -> int:
+        """How many come: those that are expected, however long they take, and more within a moment."""
         count = 0
         while True:
+            self.channel.settimeout(PATIENCE if count < expected else 0.2)
             try:
                 self.take().close()
             except TimeoutError:
@@ -76,7 +80,7 @@ class Fixture:
         self.front.start()
 
     def connect(self, content: bytes = b"", address: str = "127.0.0.1") -> socket.socket:
-        peer = socket.create_connection(self.public.getsockname(), timeout=30, source_address=(address, 0))
+        peer = socket.create_connection(self.public.getsockname(), timeout=PATIENCE, source_address=(address, 0))
         self.sockets.append(peer)
         peer.sendall(content)
         return peer
@@ -86,7 +90,7 @@ class Fixture:
             return int(read(peer).split()[1])
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -131,11 +135,11 @@ def test_connections_are_shared_by_who_has_fewest(front: Fixture) -> None:
     workers = [Worker(front, ready=True) for _ in range(2)]
     front.wait_until(lambda: sum(worker.ready for worker in front.front._workers) == 2)
     peers = [front.connect(HEAD) for _ in range(40)]
-    assert [worker.waiting() for worker in workers] == [20, 20]
+    assert [worker.waiting(20) for worker in workers] == [20, 20]
     workers[0].tell(closed=workers[0].numbers)
     front.wait_until(lambda: min(len(worker.connections) for worker in front.front._workers) == 0)
     peers += [front.connect(HEAD) for _ in range(10)]
-    assert [worker.waiting() for worker in workers] == [10, 0]
+    assert [worker.waiting(count) for worker, count in zip(workers, (10, 0), strict=True)] == [10, 0]
 
 
 def test_a_head_is_passed_whole_or_not_at_all(front: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +150,7 @@ def test_a_head_is_passed_whole_or_not_at_all(front: Fixture, monkeypatch: pytes
         pieces.sendall(bytes([byte]))
     assert worker.waiting() == 0
     pieces.sendall(HEAD[-1:])
-    worker.channel.settimeout(30)
+    worker.channel.settimeout(PATIENCE)
     with worker.take() as passed:
         assert passed.recv(1000) == HEAD  # nothing was read from it
     with front.connect(b"GET /livez HTTP/1.1\r\nA: " + bytes(70_000)), worker.take() as passed:
@@ -185,12 +189,12 @@ def test_one_address_has_half_of_the_connections(front: Fixture) -> None:
     assert refused.startswith(b"HTTP/1.1 503 ") and b"too many connections of this address" in refused
     assert front.ask("/livez") == 200
     held += [front.connect(HEAD, "127.0.0.2") for _ in range(2)]
-    assert worker.waiting() == 6
+    assert worker.waiting(6) == 6
     assert b"of this address" in read(front.connect(HEAD, "127.0.0.2"))
     assert b"too many connections are open" in read(front.connect(HEAD, "127.0.0.3"))
     worker.tell(closed=worker.numbers)
     front.wait_until(lambda: not front.front._passed_of)
-    assert not front.connect(HEAD).close() and worker.waiting() == 1
+    assert not front.connect(HEAD).close() and worker.waiting(1) == 1
     worker.channel.close()
     front.wait_until(lambda: not front.front._passed_of)
     assert len(held) == 5
@@ -208,6 +212,7 @@ def test_the_socket_of_a_worker_becomes_the_fronts(front: Fixture) -> None:
         front.public = listening
         front.wait_until(lambda: front.ask("/readyz") == 200)
         front.connect(HEAD)
+        select.select([worker.channel, again.channel], [], [], PATIENCE)
         assert sorted([worker.waiting(), again.waiting()]) == [0, 1]
         other.close()
         listening.close()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from rich.progress import Progress as Bars
 from typer.testing import CliRunner
 
 from ensembler.cli import app
@@ -47,8 +47,21 @@ def test_plain_lines_say_the_time_left(capsys, monkeypatch):
     ]
 
 
-def test_a_terminal_gets_bars(capsys, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Bars that every update draws, not only a thread ten times a second."""
+    update = Bars.update
+
+    def draw(self, *given, **fields):
+        update(self, *given, **fields)
+        self.refresh()
+
+    monkeypatch.setattr(Bars, "update", draw)
     monkeypatch.setenv("FORCE_COLOR", "1")
+
+
+@pytest.mark.usefixtures("drawn")
+def test_a_terminal_gets_bars(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     with progress() as on_event:
         on_event(Message("kept [back]", result=True))
@@ -56,7 +69,6 @@ def test_a_terminal_gets_bars(capsys, monkeypatch):
             on_event(Progress("vertex 2", done, 120))
         report(on_event, 1)
         for number in (2, 3):
-            time.sleep(0.11)  # it is drawn ten times a second
             on_event(epoch("vertex 2", number, 4))
         report(on_event, 4)
     out, error = capsys.readouterr()
@@ -112,12 +124,11 @@ def measured(number, epochs):
     ("columns", "state"),
     [(80, "loss 1.500, held-out 1.750, 0.500"), (120, "loss 1.500, accuracy 0.250, held-out loss 1.750, accuracy 0.5")],
 )
+@pytest.mark.usefixtures("drawn")
 def test_held_out_numbers_are_beside_the_bar(capsys, monkeypatch, columns, state):
-    monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", str(columns))
     with progress() as on_event:
         on_event(measured(1, 4))
-        time.sleep(0.11)
         on_event(measured(2, 4))
     assert f"2/4, {state}" in capsys.readouterr().err
 
