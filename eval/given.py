@@ -305,8 +305,8 @@ def _check_names(sets: Iterable[GivenSet]) -> None:
 
 def _check_held_out(sets: Mapping[GivenSet, Prediction]) -> None:
     """Refuse test images as validation images: a temperature and an order of members must not have seen them."""
-    labelled = {one.group: (one.labels, found.members) for one, found in sets.items()}
-    if all(map(np.array_equal, labelled["clean"], labelled.get("validation", (None, None)))):
+    known = {one.group: (np.asarray(one.labels), np.asarray(found.members)) for one, found in sets.items()}
+    if "validation" in known and all(map(np.array_equal, known["clean"], known["validation"])):
         raise ShapeError(
             "the validation predictions and labels are those of the test images: give those of other, held-out images, "
             "or leave them out"
