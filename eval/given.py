@@ -279,16 +279,38 @@ def _checked(name: str, arrays: Mapping[str, ArrayLike]) -> Predictions:
         if any(one.title == other.title for other in sets):
             raise ShapeError(f"there are two sets {one.title}: give each another name")
         sets[one] = prediction
-    shifted = [one for one in sets if one.group == "shift"]
-    # Means over a set's severities would take one without a severity for one more.
-    if both := {one.name for one in shifted if one.severity} & {one.name for one in shifted if not one.severity}:
-        raise ShapeError(f"shift/{min(both)} is there with severities and without: give one of them another name")
+    _check_names(sets)
+    _check_held_out(sets)
     classes = _texts(arrays, "classes", shape[1])
     sha256 = _texts(arrays, "test_sha256", None)
     return Predictions(name, sets, classes, sha256[0] if sha256 else None)
 
 
+def _check_names(sets: Iterable[GivenSet]) -> None:
+    """Refuse a set that has severities and also none, and two that a report would call by one name."""
+    shifted = [one for one in sets if one.group == "shift"]
+    # Means over a set's severities would take one without a severity for one more.
+    if both := {one.name for one in shifted if one.severity} & {one.name for one in shifted if not one.severity}:
+        raise ShapeError(f"shift/{min(both)} is there with severities and without: give one of them another name")
+    cells = {f"{one.name} {one.severity}" for one in shifted if one.severity}
+    for one in sets:
+        if (one.group == "shift" and one.name in cells) or (one.group in ("shift", "ood") and one.name == "clean"):
+            raise ShapeError(f"{one.title} has the name that another test set has in a report: give it another one")
+
+
+def _check_held_out(sets: Mapping[GivenSet, Prediction]) -> None:
+    """Refuse test images as validation images: a temperature and an order of members must not have seen them."""
+    known = {one.group: (np.asarray(one.labels), np.asarray(found.members)) for one, found in sets.items()}
+    if "validation" in known and all(map(np.array_equal, known["clean"], known["validation"])):
+        raise ShapeError(
+            "the validation predictions and labels are those of the test images: give those of other, held-out images, "
+            "or leave them out"
+        )
+
+
 def _array(name: str, given: ArrayLike) -> NDArray[Any]:
+    if np.ma.is_masked(given):
+        raise ShapeError(f"{name} has masked entries: leave these images out of every array")
     try:
         return np.asarray(given)
     except (

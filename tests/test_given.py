@@ -128,7 +128,7 @@ def test_a_comparison_is_paired_and_names_its_baseline() -> None:
 
 
 def test_curves_need_validation_predictions() -> None:
-    more = {"validation_probabilities": MEMBERS, "validation_labels": LABELS}
+    more = {"validation_probabilities": MEMBERS[:, 1:], "validation_labels": LABELS[1:]}
     found = compare({"a": ARRAYS | more, "b": ARRAYS}, curves=True)
     assert [curve.run for curve in found.comparison.curves] == ["a"]
     assert found.comparison.equivalents == {}
@@ -367,6 +367,16 @@ NAN = np.where(np.arange(3) == 1, np.nan, ONE)
             {"shift/fog/probabilities": MEMBERS, "shift/fog/3/probabilities": MEMBERS},
             "shift/fog is there with severities and without",
         ),
+        (
+            {"shift/fog 3/probabilities": MEMBERS, "shift/fog/3/probabilities": MEMBERS},
+            "shift/fog 3 has the name that another test set has in a report",
+        ),
+        ({"shift/clean/probabilities": MEMBERS}, "shift/clean has the name that another test set has in a report"),
+        ({"ood/clean/probabilities": MEMBERS}, "ood/clean has the name that another test set has in a report"),
+        (
+            {"validation_probabilities": MEMBERS, "validation_labels": LABELS},
+            "the validation predictions and labels are those of the test images: give those of other",
+        ),
         ({"energy": ONE}, r"energy must be 15 finite numbers, one an image, found float64 \(15, 3\)"),
         ({"energy": np.full(15, np.inf)}, "energy must be 15 finite numbers"),
         ({"probabilities": None, "logits": np.log(MEMBERS), "energy": LABELS}, "energy follows from the logits"),
@@ -385,6 +395,16 @@ def test_arrays_that_are_no_predictions_are_refused(tmp_path, change: dict[str, 
     assert "a.npz: " in result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_masked_entries_are_refused() -> None:
+    """An array made of a masked one has what was masked: it would be scored."""
+    labels = np.ma.masked_array(LABELS, LABELS == 1)
+    with pytest.raises(ShapeError, match="labels has masked entries: leave these images out of every array"):
+        evaluate(ONE, labels)
+    with pytest.raises(ShapeError, match="has masked entries"):
+        scores(ONE, labels)
+    assert scores(ONE, np.ma.masked_array(LABELS)) == scores(ONE, LABELS)
 
 
 class Silent:

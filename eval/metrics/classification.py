@@ -309,7 +309,13 @@ def _probabilities(probs: ArrayLike) -> Array:
 
 
 def _array(values: Any) -> NDArray[Any]:
-    """Return an array of numbers, also of a PyTorch tensor on any device, and of bfloat16, which NumPy lacks."""
+    """Return an array of numbers, also of a PyTorch tensor on any device, and of bfloat16, which NumPy lacks.
+
+    Raises:
+        ShapeError: masked entries, which an array has no more.
+    """
+    if np.ma.is_masked(values):
+        raise ShapeError("an array has masked entries: leave these examples out of the probabilities and the labels")
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         values = values.float() if "bfloat16" in str(values.dtype) else values

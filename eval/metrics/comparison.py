@@ -5,6 +5,7 @@ The scores are error, NLL, Brier score and ECE in 15 bins; lower is better.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +33,7 @@ class Difference(Record):
 
     Attributes:
         difference: on the examples themselves.
-        low, high: the percentile interval of the bootstrap.
+        low, high: the expanded percentile interval of the bootstrap.
         probability_better: share of the resamples in which ``a`` has the lower score; a tie counts half. It accounts
             for the choice of test examples, not for that of the training seed.
     """
@@ -169,8 +170,10 @@ def resample(losses: Losses, resamples: int = 2000, seed: int = 0) -> Resampled:
 def differences(a: Resampled, b: Resampled, confidence: float = 0.95) -> dict[str, Difference]:
     """Compute the differences in error, NLL, Brier score and ECE, with paired bootstrap intervals over test examples.
 
-    The interval is the percentile interval (Efron & Tibshirani 1993, ch. 13). A resample's difference below 1e-6, which
-    the rounding of float32 predictions makes, counts as 0.
+    The interval is the percentile interval (Efron & Tibshirani 1993, ch. 13), expanded for few examples as Student's t
+    is (Hesterberg 2015, https://arxiv.org/abs/1411.5279, sec. 5.3). So few examples that all their differences have one
+    sign by chance more often than ``1 - confidence``, below 6 at 95 %, tell nothing apart: the interval then holds 0.
+    A resample's difference below 1e-6, which the rounding of float32 predictions makes, counts as 0.
 
     ECE adds absolute values, so noise increases it, most of all where calibration is good, and a resample is noisier
     than the sample. Its resamples are therefore shifted to have the measured difference as their mean. The interval is
@@ -199,17 +202,30 @@ def differences(a: Resampled, b: Resampled, confidence: float = 0.95) -> dict[st
     drawn = a.drawn - b.drawn
     drawn[:, -1] += a.scores["ece"] - b.scores["ece"] - drawn[:, -1].mean()
     drawn = np.where(np.abs(drawn) > _ROUNDING, drawn, 0.0)
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0).tolist()
+    low, high = np.quantile(drawn, _levels(a.of[1], confidence), axis=0)
+    if 2 * 0.5 ** a.of[1] > 1 - confidence:
+        low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
     better = ((1 - np.sign(drawn)).mean(axis=0) / 2).tolist()
     return {
         name: Difference(
             difference=a.scores[name] - b.scores[name],
-            low=low[column],
-            high=high[column],
+            low=float(low[column]),
+            high=float(high[column]),
             probability_better=better[column],
         )
         for column, name in enumerate(a.scores)
     }
+
+
+def _levels(examples: int, confidence: float) -> tuple[float, float]:
+    """Return the levels of the quantiles of an expanded percentile interval."""
+    from scipy.stats import norm, t
+
+    if examples < 2:
+        return 0.0, 1.0
+    scale = math.sqrt(examples / (examples - 1))
+    tail = float(norm.cdf(scale * t.ppf((1 - confidence) / 2, examples - 1)))
+    return tail, 1 - tail
 
 
 def best(runs: Sequence[Resampled], confidence: float = 0.95) -> dict[str, list[int]]:

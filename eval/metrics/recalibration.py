@@ -71,8 +71,8 @@ def fit_temperature(probs: ArrayLike, labels: ArrayLike) -> float:
 def fit_map(probs: Array, labels: NDArray[np.int64], method: str) -> Map:
     """Fit one of ``METHODS``, or the identity, to probabilities (B, C) and labels (B,).
 
-    netcal's maps treat each class separately and normalise the rows. Isotonic regression and histograms can give a
-    class the probability 0; a row where all classes get 0 stays as it was.
+    But for the temperature, maps treat each class separately and normalise the rows. Isotonic regression and
+    histograms can give a class the probability 0; a row where all classes get 0 stays as it was.
 
     Raises:
         UsageError: an unknown method, or a class without examples, which netcal would give the probability 0.
