@@ -13,7 +13,7 @@ from ensembler.errors import UsageError
 from ensembler.options import Options, option
 from ensembler.storage.transfers import push_finished
 from ensembler.storage.urls import destination
-from ensembler.text import echo
+from ensembler.text import echo, print_prose
 from ensembler.trainers.settings import Settings
 
 if TYPE_CHECKING:
@@ -284,7 +284,7 @@ def check_free(path: Path, resumed: bool = False, restarted: bool = False) -> No
     check_writable(path.parent)
 
 
-def save(run: Run, path: Path, say: Callable[[str], None] = echo) -> Path:
+def save(run: Run, path: Path, say: Callable[[str], None] = print_prose) -> Path:
     """Save a run, or beside ``path`` if another process took that name meanwhile, and say what it is.
 
     Returns:
