@@ -287,3 +287,6 @@ def test_the_command_exports_the_latest_run_and_says_what_is_next(
     again = CliRunner().invoke(app, ["export"])
     assert again.exit_code == 1
     assert "bundles/mine already exists" in again.output
+    bundle = CliRunner().invoke(app, ["export", "bundles/mine"])  # whose own name is taken, too
+    assert bundle.exit_code == 1
+    assert "is a bundle, not a run" in " ".join(bundle.output.split())

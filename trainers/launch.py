@@ -129,6 +129,9 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
     Raises:
         UsageError: options that do not go together, or a run that already exists.
     """
+    own = Launch.typed(given)
+    for record in (Data, kind, Settings):  # before torch is loaded: a mistake is answered at once
+        record.typed({name: _written(value) for name, value in given.items()})
     from ensembler.engine import choose
     from ensembler.trainers.distributed import join_group, under_torchrun
     from ensembler.trainers.events import Message
@@ -136,7 +139,6 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
     from ensembler.trainers.runs import Runs
     from ensembler.trainers.spec import Spec, unfinished
 
-    own = Launch.typed(given)
     several = own.seeds > 1
     with (
         join_group(given["device"]) as group,
