@@ -55,15 +55,13 @@ def print_prose(text: object, *, label: str = "", err: bool = False) -> None:
     import textwrap
 
     from rich.console import Console
-    from rich.text import Text
 
-    console = Console(stderr=err, highlight=False)
+    console = Console(stderr=err)
     lines = [printable(line) for line in f"{label}{text}".split("\n")]
     if console.is_terminal:
         lines = [textwrap.fill(each, console.width, break_long_words=False, break_on_hyphens=False) for each in lines]
-    whole = Text("\n".join(lines))
-    whole.stylize("bold red", 0, len(label))
-    console.print(whole, soft_wrap=True)
+    written = "\n".join(lines).removeprefix(label)
+    typer.echo(typer.style(label, fg=typer.colors.RED, bold=True) * bool(label) + written, err=err)
 
 
 def cell(text: object) -> Text:

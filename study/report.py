@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["files", "planned", "terminal"]
 
+_LONG = 90  # minutes, from which on a time is in hours
 _LEGEND = (
     "B: example passes of training, in those of one network. M: members, forward passes a prediction. needed: members "
     "that suffice, judged on the validation images. DEE: networks of a deep ensemble with the same calibrated NLL. *: "
@@ -189,11 +190,16 @@ def planned(plan: Plan, speed: Speed, images: int) -> RenderableType:
     )
     parts.append(
         Text(
-            f"about {(training + predicting) / 3600:.2g} hours, one run at a time, on {speed.device}: "
+            f"about {_duration(training + predicting)}, one run at a time, on {speed.device}: "
             f"{speed.training:,.0f} example passes and {speed.prediction:,.0f} forward passes a second"
         )
     )
     return Group(*parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes = max(1, round(seconds / 60))
+    return counted(minutes, "minute") if minutes < _LONG else f"{seconds / 3600:.2g} hours"
 
 
 def _seeds(plan: Plan) -> str:

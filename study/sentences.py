@@ -41,7 +41,8 @@ def compared(report: StudyReport) -> list[str]:
     budgets = ", ".join(f"{budget:g}" for budget in _budgets(report))
     found = [
         f"{len(methods)} methods at budgets of {budgets} times B on {plain(report.dataset)} with "
-        f"{plain(report.architecture)}; B is one network of {report.epochs:g} epochs, {compact(report.one)} example "
+        f"{plain(report.architecture)}; B is one network of {report.epochs:g} "
+        f"epoch{'s' * (report.epochs != 1)}, {compact(report.one)} example "
         f"passes. Nothing exceeds its budget. Trained in all: {compact(report.trained)} example passes; what methods "
         "share is trained once and counted in each.",
         f"Scores are means over {counted(len(report.seeds), 'seed')} on {report.test_examples:,} test images, with "

@@ -123,7 +123,7 @@ def test_a_member_that_differs_is_named_and_leaves_no_bundle(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "replace_weights", lambda model, weights: None)
-    with pytest.raises(ExportError, match=r"resnet20: member 1: ONNX differs from PyTorch by .* at a batch of \d"):
+    with pytest.raises(ExportError, match=r"resnet20: member 2: ONNX differs from PyTorch by .* at a batch of \d"):
         export_run(folder / "runs" / "resnet20", tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
@@ -287,3 +287,6 @@ def test_the_command_exports_the_latest_run_and_says_what_is_next(
     again = CliRunner().invoke(app, ["export"])
     assert again.exit_code == 1
     assert "bundles/mine already exists" in again.output
+    bundle = CliRunner().invoke(app, ["export", "bundles/mine"])  # whose own name is taken, too
+    assert bundle.exit_code == 1
+    assert "is a bundle, not a run" in " ".join(bundle.output.split())

@@ -127,6 +127,9 @@ def loaded(code: str) -> set[str]:
             "assert '--help' in out.getvalue()"
             for arguments in ("'--help'", "'train-simplex', '--help'")
         ),
+        "import contextlib, sys; sys.argv = ['ensembler', 'train-fge', '--lr', '0']\n"
+        "from ensembler.cli import main\n"
+        "with contextlib.suppress(SystemExit): main()",  # a mistake is answered at once
     ],
 )
 def test_light_imports(code):

@@ -133,6 +133,25 @@ def test_held_out_numbers_are_beside_the_bar(capsys, monkeypatch, columns, state
     assert f"2/4, {state}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("columns", [80, 100, 120])
+def test_a_long_name_loses_its_beginning_and_no_figure_is_cut(capsys, monkeypatch, columns):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    name = "seed 0, simplex 2 of 4, vertex 3"
+    with progress() as on_event:
+        for done in (9_000, 18_000, 27_000):
+            on_event(Progress(name, done, 900_000))
+            time.sleep(0.11)
+        on_event(replace(measured(2, 4), part=name))
+        time.sleep(0.15)
+    drawn = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", capsys.readouterr().err)
+    last = next(line for line in reversed(re.split(r"[\r\n]+", drawn)) if "2/4" in line)
+    assert re.search(
+        r"vertex 3 +━*[╸╺]?━* +2/4, loss 1.500, held-out 1.750, 0.500 +[\d,]+( images)?/s +\d:\d\d:\d\d$", last.strip()
+    )
+    assert len(last.rstrip()) <= columns
+
+
 def test_held_out_numbers_are_in_the_lines_and_the_log_and_what_is_not_finite_is_left_out(capsys, tmp_path):
     with progress(log=tmp_path / "log") as on_event:
         on_event(measured(4, 4))

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -657,6 +658,6 @@ def test_a_dry_run_trains_nothing(tmp_path, images):
     result = call(*WHOLE, *images, "--out", tmp_path / "out", "--dry-run")
     assert result.exit_code == 0, result.output
     assert "left out: deep-ensemble at 1: a budget below 2 holds one network only" in result.stdout
-    assert "runs, seeds 0 to 0:" in result.stdout
-    assert "hours, one run at a time, on cpu" in result.stdout.replace("\n", " ")
+    assert "runs, seed 0:" in result.stdout
+    assert re.search(r"about \d+ minutes?, one run at a time, on cpu", result.stdout.replace("\n", " "))
     assert not (tmp_path / "out").exists()

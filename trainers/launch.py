@@ -13,7 +13,7 @@ from ensembler.errors import UsageError
 from ensembler.options import Options, option
 from ensembler.storage.transfers import push_finished
 from ensembler.storage.urls import destination
-from ensembler.text import echo
+from ensembler.text import echo, print_prose
 from ensembler.trainers.settings import Settings
 
 if TYPE_CHECKING:
@@ -129,6 +129,9 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
     Raises:
         UsageError: options that do not go together, or a run that already exists.
     """
+    own = Launch.typed(given)
+    for record in (Data, kind, Settings):  # before torch is loaded: a mistake is answered at once
+        record.typed({name: _written(value) for name, value in given.items()})
     from ensembler.engine import choose
     from ensembler.trainers.distributed import join_group, under_torchrun
     from ensembler.trainers.events import Message
@@ -136,7 +139,6 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
     from ensembler.trainers.runs import Runs
     from ensembler.trainers.spec import Spec, unfinished
 
-    own = Launch.typed(given)
     several = own.seeds > 1
     with (
         join_group(given["device"]) as group,
@@ -282,7 +284,7 @@ def check_free(path: Path, resumed: bool = False, restarted: bool = False) -> No
     check_writable(path.parent)
 
 
-def save(run: Run, path: Path, say: Callable[[str], None] = echo) -> Path:
+def save(run: Run, path: Path, say: Callable[[str], None] = print_prose) -> Path:
     """Save a run, or beside ``path`` if another process took that name meanwhile, and say what it is.
 
     Returns:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.progress import bars_on, has_bars
-from ensembler.text import echo, printable
+from ensembler.text import echo, print_prose, printable
 from ensembler.trainers.events import EpochEnd, Event, Message, OnEvent, Progress
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["progress"]
 
 _MINUTE = 60.0  # seconds between two lines within an epoch
+_WIDE = 100  # columns of a terminal with long bars
+_NAME, _LONG = 10, 24  # characters of a part's name that a line has room for, at least and at most where it is full
 
 
 @contextmanager
@@ -68,7 +70,7 @@ def progress(
 
 def _print(lines: Sequence[str]) -> None:
     for line in lines:
-        echo(line)
+        print_prose(line)
 
 
 def _lines() -> OnEvent:
@@ -102,25 +104,36 @@ def _lines() -> OnEvent:
 
 @contextmanager
 def _bars(console: Console) -> Iterator[OnEvent]:
-    """Yield a handler that shows a bar per part that is under way; above the bars, a line per finished part."""
+    """Yield a handler that shows a bar per part that is under way; above the bars, a line per finished part.
+
+    Where a line has no room for all, a part's name loses its beginning, and no figure is cut.
+    """
     from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.table import Column
     from rich.text import Text
 
+    narrow = console.width < _WIDE
+    unit, bar = ("/s", 4) if narrow else (" images/s", 12)
+    room = console.width - bar - len(f"99,999{unit}") - len("0:00:00") - 4  # of name and state
+
     class Speed(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.speed:,.0f} images/s" if task.speed else "")
+            return Text(f"{task.speed:,.0f}{unit}" if task.speed else "")
 
-    def text(name: str) -> TextColumn:
-        return TextColumn(f"{{{name}}}", markup=False, table_column=Column(no_wrap=True))
+    class Part(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            left = max(_NAME, room - len(task.fields["state"]))
+            name = task.description
+            return Text(name if len(name) <= left else f"…{name[1 - left :]}")
 
+    whole = Column(no_wrap=True)
     bars = bars_on(
         console,
-        text("task.description"),
-        BarColumn(bar_width=12),
-        text("task.fields[state]"),
-        Speed(table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        Part(table_column=whole),
+        BarColumn(bar_width=bar),
+        TextColumn("{task.fields[state]}", markup=False, table_column=whole),
+        Speed(table_column=whole),
+        TimeRemainingColumn(table_column=whole),
     )
     loading = bars.add_task("loading", total=None, state="")
     tasks: dict[str, TaskID] = {}
@@ -142,7 +155,7 @@ def _bars(console: Console) -> Iterator[OnEvent]:
             bars.update(tasks[event.part], completed=event.done, total=event.total)
             ended = event.done == event.total
         else:
-            bars.update(tasks[event.part], state=f"{event.epoch.number}/{event.epochs}, {_state(event, console.width)}")
+            bars.update(tasks[event.part], state=_beside(event, room - min(len(event.part), _LONG)))
             if ended := event.epoch.number == event.epochs:
                 say(f"{event.part}: {event.epochs} epoch{'s' * (event.epochs > 1)}, {_state(event)}")
         if ended:
@@ -214,13 +227,19 @@ def _writing(path: Path) -> Iterator[None]:
         raise ArtefactError(f"cannot write {path}: {error.strerror or error}: choose another path") from error
 
 
-def _state(event: EpochEnd, width: int = 100) -> str:
-    """The epoch's numbers, for a line of so many characters."""
+def _beside(event: EpochEnd, room: int) -> str:
+    """The epoch and its numbers, beside a bar: in short where there is no room for so many characters."""
+    texts = [f"{event.epoch.number}/{event.epochs}, {_state(event, short)}" for short in (False, True)]
+    return next((text for text in texts if len(text) <= room), texts[-1])
+
+
+def _state(event: EpochEnd, short: bool = False) -> str:
+    """The epoch's numbers."""
     epoch = event.epoch
     numbers = [f"loss {epoch.loss:.3f}"]
-    if epoch.metric is not None and (width >= 100 or epoch.held_out_loss is None):
+    if epoch.metric is not None and not (short and epoch.held_out_loss is not None):
         numbers.append(f"{event.metric} {epoch.metric:.3f}")
     if epoch.held_out_loss is not None:
-        name = f"loss {epoch.held_out_loss:.3f}, {event.metric}" if width >= 100 else f"{epoch.held_out_loss:.3f},"
+        name = f"{epoch.held_out_loss:.3f}," if short else f"loss {epoch.held_out_loss:.3f}, {event.metric}"
         numbers.append(f"held-out {name} {epoch.held_out_metric:.3f}")
     return ", ".join(numbers)

@@ -124,9 +124,9 @@ def export_run(
         raise UsageError(f"at least 1 validation image is needed, not {examples}: to use none, add --no-data")
     manifest: dict[str, Any] = {}
     signed = None if key is None else partial(signing.sign, key=signing.private_key(key))
+    ensemble = Ensemble.load(run_path, device="cpu", network=network)
+    _check_task(ensemble, run_path)
     with artefact.write(out, manifest, signed) as folder:
-        ensemble = Ensemble.load(run_path, device="cpu", network=network)
-        _check_task(ensemble, run_path)
         file = run_path / calibration.FILE
         fitted = calibration.read(file, ensemble.run.sha256) if file.is_file() else None
         dataset = _dataset(ensemble.run.manifest.dataset, data, dataset, say) if use_data else None
