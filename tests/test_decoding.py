@@ -159,6 +159,13 @@ def test_pixels_without_a_meaning_are_refused(tmp_path, image, message):
         decode(path)
 
 
+def test_an_image_of_too_many_pixels_is_to_be_made_smaller(tmp_path, monkeypatch):
+    path = saved(tmp_path, Image.fromarray(GREY), ".png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(DataError, match=r"^the image .*image.png has more pixels than Pillow reads: make it smaller$"):
+        read_image(path)
+
+
 def folder_of(folder: Path, make, suffix: str) -> str:
     for label, name in enumerate(("cat", "dog")):
         (folder / name).mkdir(parents=True)

@@ -181,20 +181,23 @@ from torch import nn
 
 
 class Odd(nn.Module):
-    """Tied weights, a constant that no state holds, and a parameter that is used or not."""
+    """Tied weights, a constant that no state holds, a parameter that is used or not, maybe a complex buffer."""
 
-    def __init__(self, classes, unused):
+    def __init__(self, classes, unused, turn=None):
         super().__init__()
         self.first = nn.Linear(3, 3)
         self.second = nn.Linear(3, 3)
         self.second.weight = self.first.weight
         self.head = nn.Linear(3, classes)
         self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0]), persistent=False)
+        self.register_buffer("turn", turn)
         if unused:
             self.unused = nn.Parameter(torch.zeros(4))
 
     def forward(self, x):
-        return self.head(torch.relu(self.second(self.first(x.mean(dim=(2, 3)) * self.scale))))
+        x = x.mean(dim=(2, 3)) * self.scale
+        x = x if self.turn is None else (x * self.turn).abs()
+        return self.head(torch.relu(self.second(self.first(x))))
 
 
 class Fixed(nn.Module):
@@ -214,6 +217,10 @@ def unused(num_classes):
     return Odd(num_classes, unused=True)
 
 
+def turned(num_classes):
+    return Odd(num_classes, unused=False, turn=torch.tensor([1 + 2j, 3 - 1j, 2j]))
+
+
 def fixed(num_classes):
     return Fixed(num_classes)
 '''
@@ -226,7 +233,7 @@ def odd_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("factory", "traces"), [("tied", 1), ("unused", 3)])
+@pytest.mark.parametrize(("factory", "traces"), [("tied", 1), ("unused", 3), ("turned", 3)])
 def test_a_weight_that_no_graph_holds_has_every_member_traced(
     odd_networks: Path, monkeypatch: pytest.MonkeyPatch, factory: str, traces: int
 ) -> None:

@@ -159,9 +159,12 @@ def read_image(path: Path, shape: tuple[int, int] | None = None, mend: str = MEN
         DataError: it cannot be read; ``mend`` is the last clause of the message.
     """
     from PIL import UnidentifiedImageError
+    from PIL.Image import DecompressionBombError
 
     try:
         return decode(path, shape)
+    except DecompressionBombError as error:
+        raise DataError(f"the image {path} has more pixels than Pillow reads: make it smaller") from error
     except UnidentifiedImageError as error:
         reason = f"it is not of a format that is read ({', '.join(formats())})"
         raise DataError(f"cannot read the image {path}: {reason}: {mend}") from error

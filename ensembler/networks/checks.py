@@ -118,7 +118,8 @@ class NetworkChecks:
             if _differ(answers, self.run(network, x).float(), same):
                 raise UsageError(
                     f"{self.name} answers the same images differently each time in evaluation mode"
-                    f"{_always_on(network)}: F.dropout needs training=self.training, and eval() must reach every layer"
+                    f"{_always_on(network)}: draw random numbers in training mode only (F.dropout needs "
+                    "training=self.training), and let eval() reach every layer"
                 )
             if len(x) > 1 and _differ(answers[:1], self.run(network, x[:1]).float(), _SIMILAR):
                 raise UsageError(

@@ -91,7 +91,9 @@ def holds_weights(model: onnx.ModelProto, graph: Graph) -> bool:
     own = {name: list(tensor.shape) for name, tensor in state.items()}
     named = {i.name for i in model.graph.initializer if own.get(i.name) == list(i.dims) and i.HasField("raw_data")}
     held = {_memory(state[name]) for name in named}
-    return all(_memory(tensor) in held for tensor in state.values() if tensor.is_floating_point())
+    return all(
+        _memory(tensor) in held for tensor in state.values() if tensor.is_floating_point() or tensor.is_complex()
+    )
 
 
 def replace_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[np.generic]]) -> None:
