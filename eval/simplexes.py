@@ -22,6 +22,7 @@ from ensembler.eval.surface import Measured, Measuring
 from ensembler.networks.architectures import Factory
 from ensembler.record import Record
 from ensembler.run import Run, Sampling, versions
+from ensembler.text import counted
 
 __all__ = ["Edge", "Face", "Simplexes", "Vertex", "lattice", "measure_simplexes", "projection", "summary"]
 
@@ -199,10 +200,10 @@ def summary(found: Simplexes) -> str:
         f"w{k}: train loss {vertex.train_loss:.4f}, test error {vertex.test_error:.4f}"
         for k, vertex in enumerate(found.vertices)
     ]
-    for name, each in (("edges", found.edges), ("faces", found.faces)):
+    for name, each in (("edge", found.edges), ("face", found.faces)):
         if each:
             loss, error = max(max(one.train_loss) for one in each), max(max(one.test_error) for one in each)
-            lines.append(f"highest on the {len(each)} {name}: train loss {loss:.4f}, test error {error:.4f}")
+            lines.append(f"highest on {counted(len(each), name)}: train loss {loss:.4f}, test error {error:.4f}")
     if found.faces_left_out:
-        lines.append(f"{found.faces_left_out} more faces were not measured")
+        lines.append(f"not measured: {counted(found.faces_left_out, 'more face', 'more faces')}")
     return "\n".join(lines)

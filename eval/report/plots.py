@@ -35,6 +35,7 @@ __all__ = [
     "plot_rejection",
     "plot_reliability",
     "plot_severity",
+    "settle",
     "style",
     "to_png",
     "to_svg",
@@ -265,6 +266,13 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def settle(figure: Figure) -> None:
+    """Lay a figure out for good: whichever file of it is written first, both are alike."""
+    for _ in range(2):  # panels of a fixed shape find their size in the first, and their titles room in the second
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def to_png(figure: Figure) -> bytes:
