@@ -49,7 +49,7 @@ def run_html(run: Run, title: str) -> str:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=96)
     png = base64.b64encode(content.getvalue()).decode()
-    return f'{shown}\n<img src="data:image/png;base64,{png}" alt="{html.escape(figure.get_label())}">'
+    return f'{shown}\n<img src="data:image/png;base64,{png}" alt="{html.escape(str(figure.get_label()))}">'
 
 
 def table_html(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:

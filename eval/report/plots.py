@@ -208,8 +208,8 @@ def plot_map(
     every = np.concatenate(points)
     low, high = every.min(axis=0), every.max(axis=0)
     half = 0.6 * max(high - low)  # a tenth of the panel stays free around the outermost members and their numbers
-    for limit, middle in zip((axes.set_xlim, axes.set_ylim), (low + high) / 2, strict=True):
-        limit(middle - half, middle + half)
+    x, y = (low + high) / 2
+    axes.set(xlim=(x - half, x + half), ylim=(y - half, y + half))
     axes.set_aspect("equal")
     axes.grid(alpha=0.3)
     add_legend(figure)
