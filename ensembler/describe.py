@@ -49,7 +49,7 @@ def run_html(run: Run, title: str) -> str:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=96)
     png = base64.b64encode(content.getvalue()).decode()
-    return f'{shown}\n<img src="data:image/png;base64,{png}" alt="{html.escape(figure.get_label())}">'
+    return f'{shown}\n<img src="data:image/png;base64,{png}" alt="{html.escape(str(figure.get_label()))}">'
 
 
 def table_html(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> str:
@@ -62,8 +62,9 @@ def table_html(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
         note: below it.
     """
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    cell = "<td>" if columns else '<td style="text-align: left">'
     body = "\n".join(
-        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>"
+        f"<tr><th>{html.escape(name)}</th>{''.join(f'{cell}{html.escape(text)}</td>' for text in cells)}</tr>"
         for name, *cells in rows
     )
     return (

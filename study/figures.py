@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ensembler.eval.report.figures import Picture
 from ensembler.eval.report.notation import percent
-from ensembler.eval.report.plots import add_legend, drawable, new_figure
+from ensembler.eval.report.plots import add_legend, drawable, new_figure, settle
 from ensembler.eval.report.styles import styles
 from ensembler.study.schema import CellReport, StudyReport
 from ensembler.study.sentences import NAMES, pareto
@@ -60,8 +60,7 @@ def _picture(report: StudyReport, cost: str, title: str) -> Picture:
     axes.set(xlabel=title, ylabel=f"{score} (nats)")
     axes.grid(alpha=0.3)
     add_legend(figure)
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    settle(figure)
     named = ", ".join(f"{cell.method} at {cell.budget:g}" for cell in front)
     score = score[0].upper() + score[1:]
     caption = (

@@ -17,16 +17,17 @@ from ensembler.eval.comparison import compare_runs
 from ensembler.eval.metrics.classification import accuracy, ece
 from ensembler.eval.metrics.comparison import Losses
 from ensembler.eval.report import figures as drawing
+from ensembler.eval.report.class_plots import plot_confusion
 from ensembler.eval.report.figures import figures
 from ensembler.eval.report.page import page
-from ensembler.eval.report.plots import plot_entropy, plot_map, plot_reliability, to_png, to_svg
+from ensembler.eval.report.plots import plot_entropy, plot_map, plot_reliability, settle, to_png, to_svg
 from ensembler.eval.report.schema import Group
 from ensembler.eval.report.styles import styles
 from ensembler.eval.report.tables import report_tables
 from tests._reports import comparison, evaluation, named, part
 
 SVG = "data:image/svg+xml;base64"
-VOID = {"meta", "img", "br", "hr", "link", "input"}
+VOID = {"meta", "img", "br", "wbr", "hr", "link", "input"}
 HOSTILE = [
     "<img src=x onerror=alert(1)>",
     r"$\frac{1$ _ & \"quoted\" 'single'",
@@ -233,6 +234,9 @@ def test_every_panel_can_be_read():
         figure.draw_without_rendering()
         labelled = {n for n, axes in enumerate(figure.axes) if any(t.get_visible() for t in axes.get_xticklabels())}
         assert labelled == lowest
+    confusion = plot_confusion([LONG, LONG], own[:2], [np.eye(12, dtype=int).tolist()] * 2, [str(n) for n in range(12)])
+    settle(confusion)
+    assert cut(confusion) == []
     points = [rng.normal(size=(3, 2)) * (1, 9), rng.normal(size=(2, 2))]
     (axes,) = plot_map(names[:2], own[:2], points, np.array([0.5, 0.4])).axes
     places = axes.transAxes.inverted().transform(axes.transData.transform(np.concatenate(points)))

@@ -333,6 +333,21 @@ def test_what_is_no_image_is_told(shown: Page, tmp_path: Path) -> None:
     shown.wait(lambda: shown["message"].text == "")
 
 
+def test_of_several_files_the_first_is_shown_and_that_is_said(shown: Page, driver: Any, tmp_path: Path) -> None:
+    content = base64.b64encode(picture(tmp_path).read_bytes()).decode()
+    drop = (
+        "const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0)), held = new DataTransfer();"
+        "for (let n = 0; n < arguments[1]; n++) held.items.add(new File([bytes], `${n}.png`, { type: 'image/png' }));"
+        "dispatchEvent(new DragEvent('drop', { dataTransfer: held, cancelable: true }));"
+    )
+    assert "files" not in shown["from"].text
+    driver.execute_script(drop, content, 3)
+    shown.wait(lambda: shown["from"].text.endswith(", the first of 3 files"))
+    driver.execute_script(drop, content, 1)
+    shown.wait(lambda: "files" not in shown["from"].text)
+    shown.settle()
+
+
 def test_no_answer_is_passed_off_as_another_images(shown: Page, driver: Any) -> None:
     driver.execute_cdp_cmd("Network.enable", {})
     driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*predictive-uncertainty*"]})

@@ -26,13 +26,14 @@ from ensembler.eval.report.plots import (
     plot_rejection,
     plot_reliability,
     plot_severity,
+    settle,
 )
 from ensembler.eval.report.schema import Report, RunReport, ShiftReport
 from ensembler.eval.report.styles import PALETTE, Style, styles
 
 __all__ = ["Picture", "figures", "run_styles"]
 
-_SHORT = 28  # characters of a class in a figure
+_SHORT = 36  # characters of a class in a figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +133,8 @@ def figures(found: Evaluation, report: Report) -> dict[str, Picture]:
     pictures |= _comparison(report, every)
     first = next(name for name in ("severity", "differences", "reliability") if name in pictures)
     pictures[first] = replace(pictures[first], section="summary")
-    for picture in pictures.values():  # each further layout would move things a little
-        picture.figure.draw_without_rendering()
-        picture.figure.set_layout_engine("none")
+    for picture in pictures.values():
+        settle(picture.figure)
     return pictures
 
 
@@ -151,7 +151,7 @@ def _classes(
     pictures = {}
     listed, classes = count_runs(len(names)), _class_names(report.classes)
     if any(name.startswith("#") for name in classes.values() if name not in report.classes):
-        drawn += " A name that the figure's font lacks is given as #N, the class's place in the order of the classes."
+        drawn += " #N: a class by its place in their order, whose name the figure's font lacks or is too long."
     counts = [run.confusion.counts for run in runs if run.confusion.counts is not None]
     if counts:
         pictures["confusion"] = Picture(

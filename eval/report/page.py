@@ -5,6 +5,7 @@ The same evaluation gives the same bytes, except for the duration and the comman
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -137,7 +138,7 @@ def html_table(table: Table, notes: Sequence[str]) -> str:
     rows = "\n".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
         + "".join(
-            f"<td{kind}>{f'<b>{escape(cell)}</b>' if (number, place) in table.best else escape(cell)}</td>"
+            f"<td{kind}>{f'<b>{_cell(cell)}</b>' if (number, place) in table.best else _cell(cell)}</td>"
             for place, (cell, kind) in enumerate(zip(row[1:], kinds[1:], strict=True), start=1)
         )
         + "</tr>"
@@ -148,6 +149,11 @@ def html_table(table: Table, notes: Sequence[str]) -> str:
         f'<div class="table">\n<table>\n<caption>{escape(table.title)}</caption>\n<thead>\n<tr>{head}</tr>\n</thead>\n'
         f"<tbody>\n{rows}\n</tbody>\n</table>{below}\n</div>"
     )
+
+
+def _cell(text: str) -> str:
+    """Escape a cell, which may be broken before an interval."""
+    return re.sub(r" (?=[(\[][^)\]]*[)\]]$)", " <wbr>", escape(text))
 
 
 def _heading(text: str) -> str:

@@ -35,6 +35,7 @@ __all__ = [
     "plot_rejection",
     "plot_reliability",
     "plot_severity",
+    "settle",
     "style",
     "to_png",
     "to_svg",
@@ -207,8 +208,8 @@ def plot_map(
     every = np.concatenate(points)
     low, high = every.min(axis=0), every.max(axis=0)
     half = 0.6 * max(high - low)  # a tenth of the panel stays free around the outermost members and their numbers
-    for limit, middle in zip((axes.set_xlim, axes.set_ylim), (low + high) / 2, strict=True):
-        limit(middle - half, middle + half)
+    x, y = (low + high) / 2
+    axes.set(xlim=(x - half, x + half), ylim=(y - half, y + half))
     axes.set_aspect("equal")
     axes.grid(alpha=0.3)
     add_legend(figure)
@@ -265,6 +266,13 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def settle(figure: Figure) -> None:
+    """Lay a figure out for good: whichever file of it is written first, both are alike."""
+    for _ in range(2):  # panels of a fixed shape find their size in the first, and their titles room in the second
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
 
 
 def to_png(figure: Figure) -> bytes:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d.art3d import Line3DCollection, Poly3DCollection
 from numpy.typing import NDArray
 
@@ -56,16 +58,17 @@ def plot_simplexes(found: Simplexes) -> bytes:
                 *(place + 0.06 * reach.max() * np.array([0, 0, 1])), f"w{k}", weight="bold", ha="center", zorder=4
             )
         axes.set(xlim=(-reach[0], reach[0]), ylim=(-reach[1], reach[1]), zlim=(-reach[2], reach[2]))
-        axes.set_box_aspect(reach.tolist(), zoom=1.1)
+        axes.set_box_aspect(reach.tolist(), zoom=0.95)  # larger, its corners are cut off
         axes.set_title(title, fontsize="medium")
         axes.tick_params(labelsize="x-small")
         axes.locator_params(nbins=5)
-        figure.colorbar(shade, ax=axes, shrink=0.7, pad=0.12, format="%.3g")
+        _add_scale(figure, shade, ax=axes, shrink=0.7, pad=0.12)
     name_figure(
         figure,
         _title(found),
         f"vertices on the three principal directions of weight space ({', '.join(map(percent, found.shares))} of their "
-        f"squared distances); {_images(found)}",
+        "squared distances)",
+        _images(found),
     )
     return to_png(figure)
 
@@ -119,10 +122,19 @@ def plot_faces(found: Simplexes) -> bytes:
         axes.set(xlim=(-0.12, 1.12), ylim=(-0.12, 1.0), aspect="equal")
     for axes in panels:
         axes.set_axis_off()
-    figure.colorbar(ScalarMappable(norm, _MAP), ax=list(panels), label="train loss (nats)", format="%.3g")
+    _add_scale(figure, ScalarMappable(norm, _MAP), ax=list(panels), label="train loss (nats)")
     left_out = f", {found.faces_left_out} others left out" if found.faces_left_out else ""
     name_figure(figure, _title(found), f"{counted(len(found.faces), 'face')}{left_out}; {_images(found)}")
     return to_png(figure)
+
+
+def _add_scale(figure: Figure, shade: ScalarMappable, **where: Any) -> None:
+    """Add a scale of colours whose ends have their numbers, plain ones on a logarithmic scale, too."""
+    low, high = shade.get_clim()
+    ticks = (np.geomspace if isinstance(shade.norm, LogNorm) else np.linspace)(low, high, 5).tolist()
+    scale = figure.colorbar(shade, **where)
+    scale.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
+    scale.minorticks_off()
 
 
 def _norm(found: Simplexes, measure: str, scale: float) -> Normalize:
