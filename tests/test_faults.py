@@ -401,7 +401,7 @@ def test_a_log_on_a_full_disk(nursery, images, tmp_path):
     result = nursery.run(tmp_path, *TRAIN, *images, "--out", "x", "--log", "log")
     assert_one_line(result, "cannot write log: No space left on device: choose another path")
     assert not (tmp_path / "x").exists()
-    with small_disk(tmp_path / "disk", "4k") as disk:
+    with small_disk(tmp_path / "disk", "16k") as disk, filled(disk, 0):
         result = nursery.run(tmp_path, *TRAIN, *images, "--out", "y", "--tensorboard", disk / "events")
         assert_one_line(result, f"cannot write {disk / 'events'}: No space left on device: choose another path")
 
