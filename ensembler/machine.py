@@ -22,6 +22,7 @@ __all__ = [
     "home",
     "in_threads",
     "kept_folder",
+    "remove_temporary_folder",
     "resident_memory",
     "settle_matplotlib",
     "temporary_folder",
@@ -159,6 +160,12 @@ def temporary_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="ensembler-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def remove_temporary_folder() -> None:
+    """Remove it, if there is one: before this process becomes another program, which runs no cleanup of Python's."""
+    if temporary_folder.cache_info().currsize:
+        shutil.rmtree(temporary_folder(), ignore_errors=True)
 
 
 def settle_matplotlib() -> None:

@@ -295,9 +295,11 @@ class Run:
         content = artefact.read(path, "run", formats=(FORMAT,))
         try:
             manifest = Manifest.model_validate(content)
-            needed = {"history.jsonl", *(() if manifest.parts else ("vertices.safetensors", "members.safetensors"))}
-            if missing := sorted(needed - manifest.files.keys()):
-                raise ValueError(f"its manifest names no {missing[0]}")
+            of_parts = (f"parts/{number}/{artefact.MANIFEST}" for number in range(manifest.parts))
+            own = () if manifest.parts else ("vertices.safetensors", "members.safetensors")
+            for name in chain(("history.jsonl",), own, of_parts):
+                if name not in manifest.files:
+                    raise ValueError(f"its manifest names no {name}")
             parts = [cls.load(path / "parts" / str(number)) for number in range(manifest.parts)]
             members = {"coefficients": torch.empty(0, 0)} if parts else load_tensors(path / "members.safetensors")
             optional = {

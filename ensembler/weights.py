@@ -154,13 +154,22 @@ class FlatWeights:
         return {name: buffer.detach().clone() for name, buffer in self._persistent_buffers().items()}
 
     def load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
-        """Copy buffers into the module, in place."""
+        """Copy buffers into the module, in place.
+
+        Raises:
+            ShapeError: other names, or another shape, which a copy would stretch where it can.
+        """
         own = self._persistent_buffers()
         if set(buffers) != set(own):
             name = sorted(set(buffers) ^ set(own))[0]
             side = "in the weights" if name in buffers else "in the network"
             raise ShapeError(f"buffer {name!r} is only {side}: these weights are another architecture's")
         for name, buffer in own.items():
+            if buffers[name].shape != buffer.shape:
+                raise ShapeError(
+                    f"buffer {name!r}: expected {tuple(buffer.shape)}, found {tuple(buffers[name].shape)}: "
+                    "these weights are another architecture's"
+                )
             buffer.copy_(buffers[name])
 
     def frozen(self) -> dict[str, Tensor]:

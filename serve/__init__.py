@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 from ensembler._lazy import exports
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from ensembler.serve.runtime.runtime import Runtime
 
 __all__ = ["Runtime", "export_run"]
+
+# Where it has one, ONNX Runtime's telemetry keeps a database in the user's home and sends what models it opens.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 for _name in ("ensembler.serve", "ensembler.access"):  # before any module of the layer logs
     logging.getLogger(_name).addFilter(Printable())

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from ensembler import __version__
 from ensembler.errors import EnsemblerError, UsageError
+from ensembler.machine import home
 from ensembler.serve.runtime.manifest import BundleManifest, read_bundle
 from ensembler.storage import artefact
 
@@ -66,7 +67,7 @@ def build_bento(bundle: Path, tag: str | None = None, *, gpu: bool = False) -> s
         The Bento's tag, ``NAME:VERSION``.
 
     Raises:
-        ArtefactError: no bundle there; CorruptError: it has changed.
+        ArtefactError: no bundle there, or BentoML's home cannot be written; CorruptError: it has changed.
         UsageError: not a tag, or a package that building or serving needs is not installed.
         BentoError: BentoML refuses; the message gives its reason.
     """
@@ -78,6 +79,9 @@ def build_bento(bundle: Path, tag: str | None = None, *, gpu: bool = False) -> s
         raise UsageError(
             f"--tag {tag!r} is not a tag: use NAME or NAME:VERSION of lower-case letters, digits, '.', '_' and '-'"
         )
+    artefact.check_writable(
+        Path(os.environ.get("BENTOML_HOME") or home() / "bentoml"), "set BENTOML_HOME to a folder that can be written"
+    )
     with tempfile.TemporaryDirectory(prefix="ensembler-bento-") as scratch:
         folder = Path(scratch) / "bento"
         name, _, version = tag.partition(":")

@@ -11,6 +11,7 @@ Start it with ``ensembler serve BUNDLE``, or from any folder::
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import os
 import shutil
@@ -18,6 +19,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 # BentoML sets it, and Prometheus would then count in memory-mapped files, which end the process on a full disk.
@@ -57,6 +59,14 @@ def _exit_as_failed() -> None:
     if _failures:
         sys.stdout.flush()
         os._exit(1)  # BentoML ends with 0
+
+
+def _say_unusable_address(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report what ends the server as Python does, but an address at which BentoML cannot listen in one sentence."""
+    if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
+        sys.stderr.write(f"Error: cannot listen: {error.strerror}: choose another --host or --port\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 class Images(bentoml.IODescriptor):
@@ -118,6 +128,8 @@ class PredictiveUncertainty:
                 public = socket.socket(fileno=int(listening))
                 public.set_inheritable(False)  # workers have no use for it
             Front(Path(folder), public, _fail).start()
+            if public is None:
+                sys.excepthook = _say_unusable_address
 
     @bentoml.api(route=PREDICT, input_spec=Question, output_spec=Answer)
     async def predictive_uncertainty(self, images: np.ndarray, **options: Any) -> Answer:

@@ -14,6 +14,7 @@ from pathlib import Path
 import typer
 
 from ensembler.errors import UsageError
+from ensembler.machine import remove_temporary_folder
 from ensembler.text import echo
 
 __all__ = ["listen", "start"]
@@ -64,6 +65,7 @@ def start(public: socket.socket, environment: Mapping[str, str], what: str) -> N
             "ENSEMBLER_SHARED": shared,
             "TMPDIR": str(Path(shared).parent),
         }
+        remove_temporary_folder()
         os.execve(sys.executable, [*command, "127.0.0.1", "--port", "0"], own)  # noqa: S606  BentoML takes signals
 
 

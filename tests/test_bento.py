@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from ensembler import __version__
 from ensembler.cli import app
-from ensembler.errors import CorruptError, UsageError
+from ensembler.errors import ArtefactError, CorruptError, UsageError
 from ensembler.serve import Runtime
 from ensembler.serve.bento import BentoError, build_bento, pinned, write_sources
 from ensembler.serve.http.settings import Settings
@@ -160,6 +160,11 @@ def test_what_cannot_be_built_is_told(bundle: Path, tmp_path: Path, monkeypatch:
         patch.setattr(shutil, "which", lambda name: None)
         patch.setattr("ensembler.serve.bento._installed", lambda name: name != "uv")
         with pytest.raises(UsageError, match="needs uv, which is not installed: run pip install uv"):
+            build_bento(bundle)
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setenv("BENTOML_HOME", str(tmp_path / "file"))
+        with pytest.raises(ArtefactError, match="set BENTOML_HOME to a folder that can be written"):
             build_bento(bundle)
     monkeypatch.setattr("ensembler.serve.bento.serving", lambda: [Requirement("no-such-package")])
     with pytest.raises(UsageError, match="needs no-such-package, which is not installed"):

@@ -323,6 +323,10 @@ def test_too_little_room_is_said_before_and_a_full_disk_loses_nothing(tmp_path, 
         ):
             fetch(server, tmp_path)
     assert not server.requests
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"choose another --data$"):  # nothing was fetched, and nothing kept
+        fetch(server, tmp_path / "file")
+    (tmp_path / "file").unlink()
     opened = Path.open
 
     def full_disk(path, mode="r", *rest):

@@ -376,12 +376,10 @@ def test_a_curve_that_was_interrupted_is_resumed_by_the_line_that_says_how(nurse
     """Its command has arguments, which are not typed again."""
     short = [*SMALL[:2], "--device", "cpu", "--epochs", "1", *images]
     for seed in "12":
-        assert (
-            nursery.run(tmp_path, "train-deep-ensemble", "--members", "1", "--seed", seed, *short, "--out", seed)[0]
-            == 0
-        )
+        train = ["train-deep-ensemble", "--members", "1", "--seed", seed, *short, "--out", seed]
+        assert nursery.run(tmp_path, *train)[0] == 0
     command = ["train-curve", "1", "2", "--epochs", "1", "--points", "3", "--checkpoint-every", "0", "--out", "x"]
-    result = nursery.run(tmp_path, *command, largest=2000)
+    result = nursery.run(tmp_path, *command, largest=6000)
     assert_one_line(result, "File too large")
     (line,) = [line for line in result[2].splitlines() if line.startswith("to resume: ensembler ")]
     again = nursery.run(tmp_path, *line.removeprefix("to resume: ensembler ").split())
@@ -396,8 +394,8 @@ def test_a_log_on_a_full_disk(nursery, images, tmp_path):
     result = nursery.run(tmp_path, *TRAIN, *images, "--out", "x", "--log", "log")
     assert_one_line(result, "cannot write log: No space left on device: choose another path")
     assert not (tmp_path / "x").exists()
-    with small_disk(tmp_path / "disk", "4k") as disk:
-        result = nursery.run(tmp_path, *TRAIN, *images, "--out", "x", "--tensorboard", disk / "events")
+    with small_disk(tmp_path / "disk", "16k") as disk, filled(disk, 0):
+        result = nursery.run(tmp_path, *TRAIN, *images, "--out", "y", "--tensorboard", disk / "events")
         assert_one_line(result, f"cannot write {disk / 'events'}: No space left on device: choose another path")
 
 

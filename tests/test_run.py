@@ -239,6 +239,25 @@ def test_a_file_whose_hash_is_not_in_the_manifest_is_not_read(run):
         Run.load(run)
 
 
+def test_a_part_whose_hash_is_not_in_the_manifest_is_not_read(run):
+    (run / "parts").mkdir()
+    (run / "parts" / "0").symlink_to("..", target_is_directory=True)
+    reseal(run, parts=10**15)
+    with pytest.raises(ArtefactError, match=r"names no parts/0/manifest\.json"):
+        Run.load(run)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"shape": [32]}, {"shape": [10**6, 10**6, 3]}, {"shape": [-4, -4, 3]}, {"mean": [0.5]}, {"std": [0.0, 0.1, 0.1]}],
+)
+def test_a_record_of_no_images_is_refused(run, fields):
+    content = json.loads((run / "manifest.json").read_text())
+    reseal(run, dataset=content["dataset"] | fields)
+    with pytest.raises(ArtefactError, match=r"\(dataset: Value error, "):
+        Run.load(run)
+
+
 def test_simplexes_of_vertices_that_are_not_there(run):
     reseal(run, sampling={"simplexes": [[0, 1, 3]], "concentration": 1.0})
     with pytest.raises(ArtefactError, match="vertices beyond its 3"):

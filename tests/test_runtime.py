@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -417,3 +418,14 @@ def test_pixels_that_would_be_answered_wrongly_are_refused(tmp_path: Path, wrong
     for predict in (runtime.predict, runtime.predict_members):
         with pytest.raises(ShapeError, match=r"send whole numbers from 0 to 255|expected images of shape"):
             predict(wrong)
+
+
+def test_nothing_is_written_beside_the_bundle(tmp_path):
+    """ONNX Runtime's telemetry would keep a database in the home, and a file beside the temporary ones."""
+    bundle, home = make_bundle(tmp_path / "bundle"), tmp_path / "home"
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))}
+    code = f"from ensembler.serve import Runtime; Runtime.load({str(bundle)!r})"
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, env=environment | {"HOME": str(home), "TMPDIR": str(home)}, check=True)
+    assert list(home.iterdir()) == []

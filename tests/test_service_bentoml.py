@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
+import socket
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -125,3 +128,20 @@ def test_what_is_wrong_stops_the_server_before_its_workers(tmp_path: Path, monke
     PredictiveUncertainty.inner.verify()
     monkeypatch.setenv("ENSEMBLER_MAX_BATCH", "many")
     refused("ENSEMBLER_MAX_BATCH must be a whole number")
+
+
+def test_an_address_that_is_taken_is_a_sentence(bundle: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "bentoml", "serve", "ensembler.serve.service:PredictiveUncertainty"]
+        done = subprocess.run(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            env=os.environ | {"ENSEMBLER_BUNDLE": str(bundle), "TMPDIR": str(tmp_path), "BENTOML_HOME": str(tmp_path)},
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    said = "Error: cannot listen: Address already in use: choose another --host or --port"
+    assert done.stderr.splitlines()[-1] == said
+    assert not [*tmp_path.glob("ensembler-serve-*")]

@@ -613,7 +613,7 @@ def test_bad_input_gets_one_line(tmp_path):
 def test_a_full_disk_is_said(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-        with pytest.raises(ArtefactError, match=r"has 0\.0 GB free, and 4 corruptions take 0\.0 GB: make room"):
+        with pytest.raises(ArtefactError, match=r"has 0\.0 MB free, and 4 corruptions take \d\.\d MB: make room"):
             write_corruptions(dataset(), tmp_path, SOME)
     opened = Path.open
 

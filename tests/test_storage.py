@@ -587,6 +587,7 @@ def test_what_is_not_there_and_what_is_no_url(tmp_path):
             type("NoCredentialsError", (Exception,), {})("Unable to locate"),
             "Unable to locate: check that the credentials",
         ),
+        (OSError(28, "No space left on device"), "No space left on device: make room, and try again"),
         (ConnectionError("network is\nunreachable"), "network is: check the URL and the network, and try again"),
         (TimeoutError(), "TimeoutError: check the URL and the network"),
         (FileNotFoundError("The specified bucket does not exist"), "it does not exist: create it first"),

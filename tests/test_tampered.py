@@ -451,6 +451,15 @@ def test_no_other_command_uses_one(name: str, bundles: dict[str, Path], tmp_path
     assert_one_sentence(CliRunner().invoke(app, ["predict", str(folder), str(tmp_path / "image.png")]))
 
 
+@pytest.mark.parametrize("name", ["graph cut, sealed", "a class less", "opset unknown"])
+def test_no_model_of_triton_is_made_of_one(name: str, bundles: dict[str, Path], tmp_path: Path) -> None:
+    which, change = TAMPERED[name]
+    folder = copied(bundles, which, tmp_path / "bundle")
+    change(folder)
+    assert_one_sentence(CliRunner().invoke(app, ["triton", str(folder), "--out", str(tmp_path / "out")]))
+    assert not (tmp_path / "out").exists()
+
+
 def test_files_of_tensors_are_found_wherever_a_graph_names_them(tmp_path: Path) -> None:
     def tensor(location: str) -> onnx.TensorProto:
         found = onnx.TensorProto(data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)

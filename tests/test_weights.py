@@ -112,6 +112,9 @@ def test_frozen_parameters_and_buffers_stay_outside_the_vector():
     changed = {name: tensor + 1 for name, tensor in weights.buffers().items()}
     weights.load_buffers(changed)
     assert all(torch.equal(tensor, changed[name]) for name, tensor in weights.buffers().items())
+    for stretched in (torch.ones(1), torch.ones(3, 1)):  # both would be copied into each of its places
+        with pytest.raises(ShapeError, match=r"buffer '.*': expected .* another architecture's"):
+            weights.load_buffers(changed | {next(name for name, buffer in changed.items() if buffer.dim()): stretched})
     weights.load_frozen({"0.weight": torch.ones_like(module[0].weight)})
     assert torch.equal(module[0].weight, torch.ones_like(module[0].weight))
 

@@ -20,6 +20,7 @@ from ensembler.text import some
 
 __all__ = ["Layout", "Part", "describe", "find_images", "place", "read_layout", "split_folder", "stat_files"]
 
+_KINDS = 6  # of files left out that are named
 _SYSTEM = {"__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "lost+found"}
 _SYSTEM |= {"system volume information"}
 _ROLES = {
@@ -116,8 +117,10 @@ def stat_files(folder: Path, files: Iterable[str]) -> Iterator[tuple[str, os.sta
 
 
 def describe(left_out: Mapping[str, list[str]]) -> str:
-    """Return how many files are left out, by reason, with the names of the first few."""
-    return ", ".join(f"{len(names)} {reason} ({some(names, _SHOWN)})" for reason, names in left_out.items())
+    """Return how many files are left out, by the first few reasons, with the names of the first few."""
+    kinds = [f"{len(names)} {reason} ({some(names, _SHOWN)})" for reason, names in left_out.items()]
+    others = sum(map(len, left_out.values())) - sum(map(len, list(left_out.values())[:_KINDS]))
+    return ", ".join(kinds[:_KINDS] + ([f"{others} others"] if others else []))
 
 
 def place(folder: Path, root: Path | None) -> Path:

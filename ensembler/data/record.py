@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ensembler.data import datasets
 from ensembler.data.augmentations import check_augmentation
@@ -19,6 +20,8 @@ from ensembler.naming import is_importable
 from ensembler.record import Record
 
 __all__ = ["DatasetRecord"]
+
+_LARGEST = 2**31  # bytes of an image
 
 
 class DatasetRecord(Record):
@@ -52,6 +55,15 @@ class DatasetRecord(Record):
     same_size: bool = False
     lazy: bool = False
     skipped: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _of_images(self) -> Self:
+        if self.kind == "images":
+            if len(self.shape) != 3 or not 0 < math.prod(self.shape) < _LARGEST or min(self.shape) < 1:
+                raise ValueError(f"{self.shape} is no shape [H, W, 3] of images")
+            if len(self.mean) != len(self.std) or not all(std > 0 for std in self.std):
+                raise ValueError("mean and std are not those of an image's channels")
+        return self
 
     @classmethod
     def of(cls, dataset: Dataset, augmentation: str | None = None) -> DatasetRecord:

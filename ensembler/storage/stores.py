@@ -5,6 +5,7 @@ fsspec and huggingface_hub are imported when a URL is opened, because few comman
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -200,7 +201,8 @@ class Store:
             reason = (error.strerror if isinstance(error, OSError) else "") or str(error).strip()
             reason = reason or type(error).__name__
             status = getattr(getattr(error, "response", None), "status_code", None)
-            remedy = "check the URL and the network, and try again"
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "make room, and try again" if full else "check the URL and the network, and try again"
             if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in type(error).__name__:
                 remedy = "check that the credentials in the environment allow it"
             raise ArtefactError(f"cannot {verb} {self.url}: {reason.splitlines()[0]}: {remedy}") from error

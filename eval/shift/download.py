@@ -153,9 +153,9 @@ def download(
             _unpack(archive, tar, folder, watch)
             partial.unlink(missing_ok=True)
     except OSError as error:
+        kept = "; fetched bytes were kept: run the command again to resume" if _size(partial) else ""
         raise DataError(
-            f"cannot write to {root}: {error.strerror or error}: make room there or choose another --data; fetched "
-            "bytes were kept: run the command again to resume"
+            f"cannot write to {root}: {error.strerror or error}: make room there or choose another --data{kept}"
         ) from error
     return folder
 

@@ -75,7 +75,7 @@ def write_corruptions(
             total, free = len(missing) * size, shutil.disk_usage(out).free
             if total > free:
                 raise ArtefactError(
-                    f"{out} has {free / 1e9:.1f} GB free, and {len(missing)} corruptions take {total / 1e9:.1f} GB: "
+                    f"{out} has {free / 1e6:,.1f} MB free, and {len(missing)} corruptions take {total / 1e6:,.1f} MB: "
                     "make room, choose another --out, or fewer --corruptions"
                 )
             for number, name in enumerate(missing):

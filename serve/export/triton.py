@@ -13,7 +13,7 @@ import onnx
 from ensembler.errors import UsageError
 from ensembler.serve.export.graphs import save
 from ensembler.serve.export.single import single_graph
-from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.serve.runtime.verify import verify_bundle
 from ensembler.storage import artefact
 from ensembler.text import printable
 
@@ -24,7 +24,7 @@ _TYPES: dict[int, str] = {onnx.TensorProto.UINT8: "TYPE_UINT8", onnx.TensorProto
 
 
 def write_triton(bundle: str | Path, repository: str | Path, name: str | None = None, max_batch: int = 64) -> Path:
-    """Write a bundle into a model repository, whole or not at all.
+    """Write a bundle into a model repository, whole or not at all, after running its members as ``verify`` does.
 
     Args:
         bundle: its folder.
@@ -36,11 +36,12 @@ def write_triton(bundle: str | Path, repository: str | Path, name: str | None = 
         The model's folder.
 
     Raises:
-        ArtefactError: no bundle there, or the repository cannot be written; CorruptError: the bundle has changed.
+        ArtefactError: no bundle there, members that answer otherwise than it says, or the repository cannot be
+            written; CorruptError: the bundle has changed.
         UsageError: no name of a model, or the repository has one of that name.
     """
     bundle, repository = Path(bundle), Path(repository)
-    manifest = read_bundle(bundle)
+    manifest = verify_bundle(bundle).manifest
     name = manifest.run.name if name is None else name
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is not a name of a model: give a --name of letters, digits, '.', '_' and '-'")
