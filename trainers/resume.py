@@ -39,7 +39,7 @@ from ensembler.trainers.spec import SPEC, Spec, unfinished
 
 __all__ = ["JobResult", "Store", "UnfinishedRun"]
 
-FORMAT = 2
+FORMAT = 1
 _FILE = "state.pt"
 
 
