@@ -27,7 +27,7 @@ TITLES = {
     "eval": "Score runs",
     "study": "Compare methods",
     "serve": "Ship runs",
-    "": "Move runs and bundles",
+    "storage": "Move runs and bundles",
 }
 
 

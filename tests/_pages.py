@@ -113,8 +113,8 @@ def shows(shown: str, printed: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Without space, figures, or the length of rules."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    """Without space, figures, the length of rules, or what says that a figure is one."""
+    text = re.sub(r"\bthreads\b", "thread", re.sub(r"\x1b\[[0-9;]*m", "", text))
     return re.sub(r"\s+", "", re.sub(r"[─━]+", "─", _NUMBER.sub("#", text)))
 
 

@@ -360,7 +360,7 @@ def test_predict_answers_what_it_can_and_exits_with_1(bundle: Path, many: list[P
     summary, named, last = done.stderr.splitlines()
     assert summary == f"abstains from {sum(one['abstain'] for one in found)} of {len(found)} images"
     assert named.startswith(f"{many[13]}: the image is of no format that is read")
-    assert last == f"error: 1 of {len(many)} images could not be read and have no answer"
+    assert last == f"error: 1 of {len(many)} images could not be read and has no answer"
 
 
 def test_the_python_example(server: Server, pictures: Path, bundle: Path) -> None:

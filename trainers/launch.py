@@ -130,7 +130,7 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
         UsageError: options that do not go together, or a run that already exists.
     """
     own = Launch.typed(given)
-    for record in (Data, kind, Settings):  # before torch is loaded: a mistake is answered at once
+    for record in () if own.resume else (Data, kind, Settings):  # before torch is loaded: a mistake is answered at once
         record.typed({name: _written(value) for name, value in given.items()})
     from ensembler.engine import choose
     from ensembler.trainers.distributed import join_group, under_torchrun
