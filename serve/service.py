@@ -17,7 +17,6 @@ import os
 import shutil
 import socket
 import sys
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,6 +38,7 @@ from ensembler.serve.http.schemas import Answer
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
 from ensembler.serve.runtime.runtime import Runtime
+from ensembler.serve.starting import shared_folder
 
 __all__ = ["PredictiveUncertainty"]
 
@@ -121,7 +121,7 @@ class PredictiveUncertainty:
         """Start the front in the parent of the workers, which BentoML starts with this environment."""
         if os.name != "nt":
             atexit.register(_exit_as_failed)  # runs last
-            folder = os.environ[_SHARED] = os.environ.get(_SHARED) or tempfile.mkdtemp(prefix="ensembler-serve-")
+            folder = os.environ[_SHARED] = os.environ.get(_SHARED) or shared_folder()
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             public = None
             if listening := os.environ.pop(_LISTEN, None):

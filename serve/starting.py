@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from ensembler.errors import UsageError
 from ensembler.machine import remove_temporary_folder
 from ensembler.text import echo
 
-__all__ = ["listen", "start"]
+__all__ = ["listen", "shared_folder", "start"]
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -49,7 +50,7 @@ def start(public: socket.socket, environment: Mapping[str, str], what: str) -> N
     """
     host, port, *_ = public.getsockname()
     with public:
-        shared = _temporary_folder()
+        shared = shared_folder()
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         echo(f"{what} at {address}/predictive-uncertainty; Ctrl-C stops it")
         sys.stdout.flush()
@@ -69,17 +70,24 @@ def start(public: socket.socket, environment: Mapping[str, str], what: str) -> N
         os.execve(sys.executable, [*command, "127.0.0.1", "--port", "0"], own)  # noqa: S606  BentoML takes signals
 
 
-def _temporary_folder() -> str:
-    """Make the folder of one server's processes.
+def shared_folder() -> str:
+    """Make the folder of one server's processes, for files and for sockets, whose paths have at most 100 bytes or so.
 
     Raises:
-        UsageError: no temporary folder can be written.
+        UsageError: there is no place for it.
     """
-    for place_of in (None, "/dev/shm"):  # noqa: S108  where the root file system is read-only
+    for place_of in (None, "/tmp", "/dev/shm"):  # noqa: S108  where the root file system is read-only
         try:
             folder = Path(tempfile.mkdtemp(prefix="ensembler-serve-", dir=place_of))
-            (folder / "probe").write_bytes(b"x")  # a full disk makes folders, but no files
         except OSError:
             continue
+        try:
+            (folder / "probe").write_bytes(b"x")  # a full disk makes folders, but no files
+            if os.name != "nt":
+                with socket.socket(socket.AF_UNIX) as probe:
+                    probe.bind(str(folder / "probe.sock"))
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            continue
         return str(folder)
-    raise UsageError("serving needs a folder for temporary files: set TMPDIR to one that can be written")
+    raise UsageError("serving needs a folder for temporary files: set TMPDIR to a short path that can be written")

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -238,7 +238,8 @@ def _become(request: dict[str, Any]) -> None:
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush()
+    with suppress(KeyboardInterrupt):  # the command had ended
+        sys.stdout.flush()
     os._exit(code)  # an interpreter's own end takes longer than some commands
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -31,6 +32,7 @@ from ensembler.serve.http import front as front_module
 from ensembler.serve.http import intake
 from ensembler.serve.http.front import CHANNEL, NUMBER, Front, listen
 from ensembler.serve.http.intake import join_front
+from ensembler.serve.starting import shared_folder
 from tests._runs import make_bundle
 from tests._service import ROUTE, Server, free_port, tiny_images
 
@@ -401,3 +403,16 @@ def test_a_bundle_harmed_while_it_serves_does_not_restart_for_ever(tmp_path: Pat
     log = server.log.read_text()
     assert log.count("Error: ") == 1 and "member-000.onnx" in log
     assert "Traceback" not in log
+
+
+def test_the_folder_of_a_server_is_one_whose_sockets_can_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    folder = Path(shared_folder())
+    try:
+        assert len(str(folder)) < 80 and [path.name for path in deep.iterdir()] == []
+    finally:
+        shutil.rmtree(folder)

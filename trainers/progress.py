@@ -192,9 +192,7 @@ def _tensorboard(folder: Path) -> Iterator[OnEvent]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError("--tensorboard needs TensorBoard: pip install 'ensembler[tensorboard]'") from error
-    with _writing(folder):
-        writer = SummaryWriter(str(folder))
-    report = threading.excepthook
+    report, others = threading.excepthook, set(threading.enumerate())
 
     def report_others(failed: threading.ExceptHookArgs) -> None:
         if not isinstance(failed.exc_value, OSError):  # of the writer's thread, which the next flush raises again
@@ -213,9 +211,14 @@ def _tensorboard(folder: Path) -> Iterator[OnEvent]:
 
     threading.excepthook = report_others
     try:
+        with _writing(folder):
+            writer = SummaryWriter(str(folder))
         with closing(writer):
             yield watch
     finally:
+        for thread in set(threading.enumerate()) - others:
+            if type(thread).__module__.startswith("tensorboard"):  # if it failed, it may not have reported yet
+                thread.join(1)
         threading.excepthook = report
 
 
