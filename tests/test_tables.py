@@ -19,9 +19,10 @@ from ensembler.eval.metrics.groups import GROUPED
 from ensembler.eval.report.notation import NOTHING, SCORES, Score, compact, verdict
 from ensembler.eval.report.schema import CellScores, Report
 from ensembler.eval.report.sentences import findings
+from ensembler.eval.report.table import Table
 from ensembler.eval.report.tables import report_tables
 from ensembler.eval.report.text import csv as as_csv
-from ensembler.eval.report.text import markdown, tables
+from ensembler.eval.report.text import markdown, tables, terminal_table
 from tests._reports import OUTSIDE, comparison, evaluation, named, part
 
 DIFFERENCES = "differences from 1: single in error and NLL"
@@ -303,3 +304,12 @@ def test_every_field_of_the_report_is_documented():
     assert fields(Report, set()) - named == set()
     rows = next(csv.reader(io.StringIO(as_csv(part().report))))
     assert set(rows) - named == set()
+
+
+def test_no_figure_is_broken_on_a_terminal():
+    columns = ("run", *("one standard deviation either way",) * 4, "in this order")
+    table = Table("members", "figures", columns, (("1 simplex", *("1.0 to 1.7", "> 2") * 2, "1 2 3 4 5 6 7 8 9"),))
+    console = Console(width=80, file=io.StringIO())
+    for each in terminal_table(table, [], 80):
+        console.print(each)
+    assert console.file.getvalue().count("1.0 to 1.7") == 2

@@ -26,6 +26,7 @@ _COLUMNS = (
 
 _LONG = ("summary", "costs", "groups")  # sections that the terminal shows only if asked
 _GAP = 2  # blanks between two columns of the terminal
+_FIGURE = 16  # characters; what is longer is a list, which may be broken
 
 __all__ = ["csv", "escape", "markdown", "markdown_table", "tables", "terminal_table"]
 
@@ -100,8 +101,10 @@ def _grids(table: Table, short: Callable[[str], str], width: int) -> Iterator[Re
 
 
 def _least(column: Sequence[str]) -> int:
-    """Return the length of the longest word."""
-    return max(len(word) for cell in column for word in cell.split() or [""])
+    """Return the width that breaks no word of a column's heading, and no figure such as ``1.0 to 1.7``."""
+    _, *cells = column
+    pieces = [word for text in column for word in text.split()] + [cell for cell in cells if len(cell) <= _FIGURE]
+    return max(map(len, pieces), default=0)
 
 
 def _parts(columns: Sequence[list[str]], room: int) -> Iterator[list[list[str]]]:
