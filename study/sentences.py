@@ -165,4 +165,4 @@ def _cost(report: StudyReport, cell: CellReport) -> str:
 
 
 def _forward(cell: CellReport) -> str:
-    return f"{cell.members} forward pass{'es' * (cell.members > 1)} a prediction"
+    return f"{counted(cell.members, 'forward pass', 'forward passes')} a prediction"

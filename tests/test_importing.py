@@ -98,7 +98,7 @@ def test_what_cannot_be_members_is_refused(files, tmp_path):
         imported([])
     with pytest.raises(UsageError, match=r"a\.pt and .*again\.pt hold the same weights: leave one of them out"):
         again = tmp_path / "again.pt"
-        torch.save(torch.load(files[0])["state_dict"], again)
+        torch.save(torch.load(files[0], weights_only=True)["state_dict"], again)
         imported([*files, again])
     with pytest.raises(UsageError) as caught:
         imported(files, dataset(train=90, classes=4))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.progress import bars_on, has_bars
-from ensembler.text import echo, print_prose, printable
+from ensembler.text import counted, echo, print_prose, printable
 from ensembler.trainers.events import EpochEnd, Event, Message, OnEvent, Progress
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _bars(console: Console) -> Iterator[OnEvent]:
         else:
             bars.update(tasks[event.part], state=_beside(event, room - min(len(event.part), _LONG)))
             if ended := event.epoch.number == event.epochs:
-                say(f"{event.part}: {event.epochs} epoch{'s' * (event.epochs > 1)}, {_state(event)}")
+                say(f"{event.part}: {counted(event.epochs, 'epoch')}, {_state(event)}")
         if ended:
             bars.remove_task(tasks.pop(event.part))
 

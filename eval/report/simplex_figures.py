@@ -13,7 +13,7 @@ from mpl_toolkits.mplot3d.art3d import Line3DCollection, Poly3DCollection
 from numpy.typing import NDArray
 
 from ensembler.eval.report.notation import percent
-from ensembler.eval.report.plots import add_legend, drawable, name_figure, new_figure, style, to_png
+from ensembler.eval.report.plots import add_legend, drawable, name_figure, new_figure, panels, style, to_png
 from ensembler.eval.simplexes import Face, Simplexes
 from ensembler.text import counted
 
@@ -98,11 +98,9 @@ def plot_edges(found: Simplexes) -> bytes:
 def plot_faces(found: Simplexes) -> bytes:
     """Plot the train loss over every face, as a triangle of barycentric coordinates."""
     columns = min(4, len(found.faces))
-    rows = -(-len(found.faces) // columns)
-    figure = new_figure(max(6.5, 3.2 * columns + 1.2), 2.9 * rows + 1.1)
-    norm = _norm(found, "train_loss", 1.0)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, face in zip(panels, found.faces, strict=False):
+    figure = new_figure(max(6.5, 3.2 * columns + 1.2), 2.9 * -(-len(found.faces) // columns) + 1.1)
+    norm, grid = _norm(found, "train_loss", 1.0), panels(figure, len(found.faces), columns)
+    for axes, face in zip(grid, found.faces, strict=True):
         places = np.array(face.points) @ _CORNERS
         triangles = _triangles(face)
         axes.tripcolor(
@@ -120,9 +118,8 @@ def plot_faces(found: Simplexes) -> bytes:
                 va="bottom" if above else "top",
             )
         axes.set(xlim=(-0.12, 1.12), ylim=(-0.12, 1.0), aspect="equal")
-    for axes in panels:
         axes.set_axis_off()
-    _add_scale(figure, ScalarMappable(norm, _MAP), ax=list(panels), label="train loss (nats)")
+    _add_scale(figure, ScalarMappable(norm, _MAP), ax=grid, label="train loss (nats)")
     left_out = f", {found.faces_left_out} others left out" if found.faces_left_out else ""
     name_figure(figure, _title(found), f"{counted(len(found.faces), 'face')}{left_out}; {_images(found)}")
     return to_png(figure)

@@ -15,6 +15,7 @@ from ensembler.eval.report.schema import CellScores, Report, RunReport
 from ensembler.eval.report.sentences import findings
 from ensembler.eval.report.table import BEST, Table
 from ensembler.eval.report.tables import about, report_tables
+from ensembler.text import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -129,7 +130,7 @@ def _short_labels(report: Report) -> Callable[[str], str]:
 
 def markdown(report: Report) -> str:
     """Render the main tables and their notes as GitHub Markdown."""
-    parts = [f"# {escape(plain(report.dataset))}: {len(report.runs)} run{'s' * (len(report.runs) > 1)}"]
+    parts = [f"# {escape(plain(report.dataset))}: {counted(len(report.runs), 'run')}"]
     parts.append("\n".join(f"- {escape(line)}" for line in [*about(report), *findings(report)]))
     for table in report_tables(report):
         if table.detail:
