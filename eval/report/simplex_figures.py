@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.tri import Triangulation
 from mpl_toolkits.mplot3d.art3d import Line3DCollection, Poly3DCollection
 from numpy.typing import NDArray
 
@@ -101,11 +102,9 @@ def plot_faces(found: Simplexes) -> bytes:
     figure = new_figure(max(6.5, 3.2 * columns + 1.2), 2.9 * -(-len(found.faces) // columns) + 1.1)
     norm, grid = _norm(found, "train_loss", 1.0), panels(figure, len(found.faces), columns)
     for axes, face in zip(grid, found.faces, strict=True):
-        places = np.array(face.points) @ _CORNERS
-        triangles = _triangles(face)
-        axes.tripcolor(
-            *places.T, face.train_loss, triangles=triangles, cmap=_MAP, norm=norm, shading="gouraud", rasterized=True
-        )
+        x, y = (np.array(face.points) @ _CORNERS).T
+        mesh = Triangulation(x, y, _triangles(face))
+        axes.tripcolor(mesh, face.train_loss, cmap=_MAP, norm=norm, shading="gouraud", rasterized=True)
         axes.plot(*_CORNERS[[0, 1, 2, 0]].T, color="black", lw=0.8)
         for corner, place, side in zip(face.corners, _CORNERS, ("right", "left", "center"), strict=True):
             above = side == "center"
