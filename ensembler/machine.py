@@ -26,6 +26,7 @@ __all__ = [
     "resident_memory",
     "settle_matplotlib",
     "temporary_folder",
+    "under_torchrun",
     "user_cache",
 ]
 
@@ -79,6 +80,11 @@ def resident_memory() -> int | None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def under_torchrun() -> bool:
+    """Return whether torchrun, or a launcher that sets the same variables, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def gpu_count() -> int:

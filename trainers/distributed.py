@@ -27,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from ensembler.device import choose_device
 from ensembler.errors import EnsemblerError, GroupError, UsageError
 
-__all__ = ["ALONE", "Group", "join_group", "under_torchrun"]
+__all__ = ["ALONE", "Group", "join_group"]
 
 T = TypeVar("T")
 
@@ -134,11 +134,6 @@ def _bounds(count: int, parts: int) -> list[int]:
     """Return the parts + 1 bounds of as even parts of so many examples as there are, from 0 to ``count``."""
     least, more = divmod(count, parts)
     return [least * part + min(part, more) for part in range(parts + 1)]
-
-
-def under_torchrun() -> bool:
-    """Return whether torchrun, or a launcher that sets the same variables, started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from ensembler.errors import UsageError
+from ensembler.machine import under_torchrun
 from ensembler.options import Options, option
 from ensembler.storage.transfers import push_finished
 from ensembler.storage.urls import destination
@@ -130,10 +131,11 @@ def launch(kind: type[Method], given: Mapping[str, Any], chosen: set[str]) -> No
         UsageError: options that do not go together, or a run that already exists.
     """
     own = Launch.typed(given)
-    for record in () if own.resume else (Data, kind, Settings):  # before torch is loaded: a mistake is answered at once
+    # Before torch is loaded, so that a mistake is answered at once; of several processes, only the first one answers.
+    for record in () if own.resume or under_torchrun() else (Data, kind, Settings):
         record.typed({name: _written(value) for name, value in given.items()})
     from ensembler.engine import choose
-    from ensembler.trainers.distributed import join_group, under_torchrun
+    from ensembler.trainers.distributed import join_group
     from ensembler.trainers.events import Message
     from ensembler.trainers.progress import progress
     from ensembler.trainers.runs import Runs
@@ -246,8 +248,6 @@ def _unnamed(name: str) -> Path:
         UsageError: several processes train it, which would each find another name.
     """
     from ensembler.run import new_path
-    from ensembler.trainers.distributed import under_torchrun
-
     if under_torchrun():
         raise UsageError("under torchrun, name the run with --out: every process and every restart must mean the same")
     return new_path(Path("runs"), name)
