@@ -248,6 +248,7 @@ def _unnamed(name: str) -> Path:
         UsageError: several processes train it, which would each find another name.
     """
     from ensembler.run import new_path
+
     if under_torchrun():
         raise UsageError("under torchrun, name the run with --out: every process and every restart must mean the same")
     return new_path(Path("runs"), name)
