@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+from tests._kills import Changes, kill, kill_in_the_next_file
+
 ROOT = Path(__file__).parents[1]
 HEAVY = (  # but ONNX Runtime, which starts a thread that no fork would inherit
     "ensembler.trainers.launch",
@@ -63,6 +65,11 @@ class Process:
     def err(self) -> str:
         return self._read(".err")
 
+    @property
+    def changes(self) -> int:
+        """How many changes of files in its folder it made, now that it has ended by itself."""
+        return int(self._read(".changes"))
+
     def _read(self, suffix: str) -> str:
         file = self._log.with_suffix(suffix)
         return file.read_text() if file.exists() else ""  # not yet
@@ -88,10 +95,6 @@ class Process:
     def wait_until_stopped(self) -> None:
         """Wait until it has come to where :meth:`Nursery.start` was told to stop it; SIGCONT lets it go on."""
         until(lambda: self._state() == "T", self)
-
-    def wait_until_listening(self) -> None:
-        """Wait until SIGTERM is told to the command, and does not just end the process."""
-        until(lambda: int(self._status("SigCgt"), 16) >> (signal.SIGTERM - 1) & 1, self)
 
     def _state(self) -> str:
         return self._status("State")[0]
@@ -122,6 +125,7 @@ class Nursery:
         largest: int | None = None,
         clock: Path | None = None,
         stops: tuple[str, str, int] | None = None,
+        ends: tuple[int, int] | None = None,
     ) -> Process:
         """Start ``ensembler ARGUMENTS`` in a folder.
 
@@ -133,6 +137,8 @@ class Nursery:
                 at which it stands still; it may change meanwhile.
             stops: an event of Python's, a pattern of the path that it is about, and a number: SIGSTOP comes just before
                 each of the first so many.
+            ends: a signal, and the number of the change of files in the folder just before which it comes; SIGXFSZ
+                comes in the middle of a file that is written later.
         """
         self._count += 1
         log = self._folder / f"{self._count}"
@@ -143,6 +149,7 @@ class Nursery:
             largest=largest,
             clock=None if clock is None else str(clock),
             stops=stops,
+            ends=ends,
         )
         return Process(self, pid, log)
 
@@ -230,6 +237,9 @@ def _become(request: dict[str, Any]) -> None:
         _wrong_clock(Path(request["clock"]))
     if request["stops"]:
         _stop_before(*request["stops"])
+    number, before = request["ends"] or (0, 0)
+    acts = {signal.SIGKILL: kill, signal.SIGXFSZ: kill_in_the_next_file}
+    changes = Changes(Path.cwd(), before, acts.get(number, lambda: os.kill(os.getpid(), number)))
     sys.argv, code = ["ensembler", *request["arguments"]], 0
     try:
         sys.modules["ensembler.cli"].main()
@@ -240,6 +250,7 @@ def _become(request: dict[str, Any]) -> None:
         code = 1
     with suppress(KeyboardInterrupt):  # the command had ended
         sys.stdout.flush()
+    Path(f"{request['log']}.changes").write_text(str(changes.count))
     os._exit(code)  # an interpreter's own end takes longer than some commands
 
 

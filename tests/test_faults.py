@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ from tests._small import make_images
 SMALL = ["--arch", "tests._small:noisy", "--epochs", "6", "--device", "cpu"]
 TRAIN = ["train-simplex", "--vertices", "3", "--vertex-epochs", "2", "--checkpoint-every", "0", *SMALL]
 LONG = pytest.mark.long
-KILLS = [pytest.param(2, id="quick"), pytest.param(20, id="long", marks=LONG)]
+KILLS = pytest.mark.parametrize("kills", [pytest.param(2, id="quick"), pytest.param(20, id="long", marks=LONG)])
 EVAL = ["--ood", "noise:uniform", "--ood", "noise:gaussian", "--examples", "18", "--device", "cpu"]
 # Where to stop a process: before it makes a checkpoint, while it writes one, and while it writes a bundle.
 BEFORE_CHECKPOINT = ("os.mkdir", "*x.unfinished/*", 1)
@@ -56,9 +55,9 @@ def nursery(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, nursery):
-    """Images, a run of them, and what the commands made of it when nothing disturbed them."""
-    world = tmp_path_factory.mktemp("world")
+def made(tmp_path_factory, nursery):
+    """Images, a run of them, and what the commands made of it undisturbed, with how often each changed a file."""
+    world, changes = tmp_path_factory.mktemp("world"), {}
     images = make_images(world / "images")
     for command in (
         [*TRAIN, *images, "--out", "run"],
@@ -66,9 +65,20 @@ def world(tmp_path_factory, nursery):
         ["export", "run", "--out", "bundle"],
         ["calibrate", "run", "--risk", "0.4"],
     ):
-        code, _, errors = nursery.run(world, *command)
-        assert code == 0, errors
-    return world
+        process = nursery.start(world, *command)
+        assert process.wait() == 0, process.err
+        changes[command[0]] = process.changes
+    return world, changes
+
+
+@pytest.fixture(scope="module")
+def world(made):
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def changes(made):
+    return made[1]
 
 
 @pytest.fixture
@@ -107,38 +117,30 @@ def assert_one_line(process: tuple[int, str, str], message: str) -> None:
     assert message in errors.splitlines()[-1], errors
 
 
-def killed_at_random(start: Callable[[], Process], seconds: float, rng: random.Random) -> bool:
-    """Whether the kill was quicker than the end."""
-    process = start()
-    time.sleep(rng.uniform(0, seconds))
-    return process.kill() == -signal.SIGKILL
+def moments(kills: int, changes: int) -> list[tuple[int, int]]:
+    """Kills spread over a command's changes, the last one first; every second one is in the middle of a file."""
+    places = [changes * place // kills for place in range(kills, 0, -1)]
+    return [*zip(cycle((signal.SIGKILL, signal.SIGXFSZ)), places, strict=False)]
 
 
-def seconds_of(start: Callable[[], Process]) -> float:
-    began = time.monotonic()
-    process = start()
-    assert process.wait() == 0, process.err
-    return time.monotonic() - began
+# --- killed at moments that are counted in changes of files ---
 
 
-# --- SIGKILL at random moments ---
-
-
-@pytest.mark.parametrize("kills", KILLS)
-def test_killed_while_training(nursery, world, images, tmp_path, kills):
-    whole, rng, killed, number = weights(world / "run"), random.Random(kills), 0, count()
-    command = [*TRAIN, *images]
-    seconds = seconds_of(lambda: nursery.start(tmp_path, *command, "--out", "first/run"))
-    assert weights(tmp_path / "first" / "run") == whole
+@KILLS
+def test_killed_while_training(nursery, world, changes, images, tmp_path, kills):
+    whole, killed, number = weights(world / "run"), 0, count()
     name = f"runs/{next(number)}"
 
-    def begin() -> Process:
+    def begin(ends: tuple[int, int] | None = None) -> Process:
         begun = (tmp_path / f"{name}.unfinished" / "spec.json").exists()
-        return nursery.start(tmp_path, *(["train-simplex", "--resume", name] if begun else [*command, "--out", name]))
+        command = ["train-simplex", "--resume", name] if begun else [*TRAIN, *images, "--out", name]
+        return nursery.start(tmp_path, *command, ends=ends)
 
-    while killed < kills:
-        killed += killed_at_random(begin, seconds, rng)
-        for path in (tmp_path / "runs").glob("[!.]*") if (tmp_path / "runs").exists() else ():
+    for ends in moments(kills, changes["train-simplex"]):
+        process = begin(ends)
+        assert process.wait() in (0, -ends[0]), process.err
+        killed += process.code < 0
+        for path in (tmp_path / "runs").glob("[!.]*"):
             if path.suffix == ".unfinished":
                 json.loads((path / "spec.json").read_text())
             else:
@@ -147,6 +149,7 @@ def test_killed_while_training(nursery, world, images, tmp_path, kills):
             assert latest(tmp_path / "runs").exists()
             shutil.rmtree(tmp_path / f"{name}.unfinished", ignore_errors=True)  # killed between the two
             name = f"runs/{next(number)}"
+    assert killed > kills // 2
     process = begin()
     assert process.wait() == 0, process.err
     assert weights(tmp_path / name) == whole
@@ -154,49 +157,41 @@ def test_killed_while_training(nursery, world, images, tmp_path, kills):
     assert nursery.run(tmp_path, "show", name)[0] == 0
 
 
-@pytest.mark.parametrize("kills", [pytest.param(1, id="quick"), pytest.param(20, id="long", marks=LONG)])
-def test_killed_while_evaluating(nursery, world, tmp_path, kills):
-    whole, rng, killed = (world / "report" / "report.json").read_bytes(), random.Random(kills), 0
+@KILLS
+def test_killed_while_evaluating(nursery, world, changes, tmp_path, kills):
+    whole = (world / "report" / "report.json").read_bytes()
+    kept = {path.name for path in (world / "cache").rglob("*.*")}
 
-    def begin() -> Process:
-        return nursery.start(tmp_path, "eval", world / "run", *EVAL, "--cache", "cache", "--out", "report")
+    def evaluate(ends: tuple[int, int] | None = None) -> int:
+        command = ["eval", world / "run", *EVAL, "--cache", "cache", "--out", "report"]
+        return nursery.start(tmp_path, *command, ends=ends).wait()
 
-    seconds = seconds_of(begin)
-    kept = {path.name for path in (tmp_path / "cache").rglob("*.*")}
-    shutil.rmtree(tmp_path / "cache")
-    shutil.rmtree(tmp_path / "report")
-    while killed < kills:
-        for _ in range(2):  # the second goes on where the first was killed
-            killed += killed_at_random(begin, seconds, rng)
-            assert {path.name for path in (tmp_path / "cache").rglob("[!.]*.*")} <= kept
+    for ends in moments(kills, changes["eval"]):
+        assert evaluate(ends) == -ends[0]
+        assert {path.name for path in (tmp_path / "cache").rglob("[!.]*.*")} <= kept
         report = tmp_path / "report" / "report.json"
         assert not report.exists() or report.read_bytes() == whole
-        process = begin()
-        assert process.wait() == 0, process.err
-        assert (tmp_path / "report" / "report.json").read_bytes() == whole
+        assert evaluate() == 0
+        assert report.read_bytes() == whole
         assert {path.name for path in (tmp_path / "cache").rglob("[!.]*.*")} == kept
         for folder in ("cache", "report"):
             shutil.rmtree(tmp_path / folder)
 
 
-@pytest.mark.parametrize("kills", KILLS)
-def test_killed_while_calibrating(nursery, world, run, tmp_path, kills):
-    whole, rng, killed = fitted(world / "run"), random.Random(kills), 0
+@KILLS
+def test_killed_while_calibrating(nursery, world, changes, run, tmp_path, kills):
+    whole = fitted(world / "run")
 
-    def begin() -> Process:
-        return nursery.start(tmp_path, "calibrate", run, "--risk", "0.4")
+    def calibrate(ends: tuple[int, int] | None = None) -> int:
+        return nursery.start(run, "calibrate", ".", "--risk", "0.4", ends=ends).wait()
 
-    seconds = seconds_of(begin)
-    (run / calibration.FILE).unlink()
-    while killed < kills:
-        killed += killed_at_random(begin, seconds, rng)
+    for ends in moments(kills, changes["calibrate"]):
+        assert calibrate(ends) in (0, -ends[0])
         assert calibration.load(run) is None or fitted(run) == whole
         Run.load(run)
-        process = begin()
-        assert process.wait() == 0, process.err
+        assert calibrate() == 0
         assert fitted(run) == whole
-        if rng.random() < 0.5:  # else the next one replaces it
-            (run / calibration.FILE).unlink()
+        (run / calibration.FILE).unlink()
 
 
 def fitted(run: Path) -> calibration.Calibration:
@@ -205,27 +200,25 @@ def fitted(run: Path) -> calibration.Calibration:
     return found.model_copy(update={"created": ""})
 
 
-@pytest.mark.parametrize("kills", [pytest.param(1, id="quick"), pytest.param(20, id="long", marks=LONG)])
-def test_killed_while_exporting(nursery, world, tmp_path, kills):
-    whole, rng, killed = files(world / "bundle"), random.Random(kills), 0
-    run = uncalibrated(world / "run", tmp_path / "run")
-    (tmp_path / "bundles").mkdir()
+@KILLS
+def test_killed_while_exporting(nursery, world, changes, tmp_path, kills):
+    whole, run = files(world / "bundle"), uncalibrated(world / "run", tmp_path / "run")
+    bundle = tmp_path / "bundles" / "bundle"
 
-    def begin() -> Process:
-        return nursery.start(tmp_path, "export", run, "--out", "bundles/bundle")
+    def export(ends: tuple[int, int] | None = None) -> int:
+        return nursery.start(tmp_path, "export", run, "--out", bundle, ends=ends).wait()
 
-    seconds = seconds_of(begin)
-    while killed < kills:
-        shutil.rmtree(tmp_path / "bundles" / "bundle", ignore_errors=True)
-        killed += killed_at_random(begin, seconds, rng)
-        if visible(tmp_path / "bundles"):
-            assert files(tmp_path / "bundles" / "bundle") == whole
-            verify_bundle(tmp_path / "bundles" / "bundle")
-    shutil.rmtree(tmp_path / "bundles" / "bundle", ignore_errors=True)
-    process = begin()
-    assert process.wait() == 0, process.err
-    assert files(tmp_path / "bundles" / "bundle") == whole
-    verify_bundle(tmp_path / "bundles" / "bundle")
+    def assert_whole() -> None:
+        assert files(bundle) == whole
+        verify_bundle(bundle)
+
+    for ends in moments(kills, changes["export"]):
+        assert export(ends) in (0, -ends[0])
+        if bundle.exists():
+            assert_whole()
+            shutil.rmtree(bundle)
+    assert export() == 0
+    assert_whole()
 
 
 def files(bundle: Path) -> dict[str, str]:
@@ -500,10 +493,11 @@ def test_a_run_replaced_while_latest_is_calibrated(nursery, world, images, tmp_p
     (second / "manifest.json").write_text(json.dumps(manifest))
     (second / "manifest.sha256").write_text(f"{artefact.sha256(second / 'manifest.json')}  manifest.json\n")
     (runs / "latest").symlink_to("first")
-    process = nursery.start(tmp_path, "calibrate", "runs/latest")
-    until(lambda: "validation: " in process.err, process)
+    process = nursery.start(tmp_path, "calibrate", "runs/latest", stops=("open", "*/.partial-*", 1))
+    process.wait_until_stopped()
     (runs / "latest").unlink()
     (runs / "latest").symlink_to("second")
+    process.send(signal.SIGCONT)
     assert process.wait() == 0, process.err
     assert calibration.load(first) is not None
     assert calibration.load(second) is None
@@ -683,24 +677,21 @@ def interruptible(world: Path, images: list[str]) -> dict[str, list]:
 @pytest.mark.parametrize("tries", [pytest.param(1, id="quick"), pytest.param(5, id="long", marks=LONG)])
 @pytest.mark.parametrize("name", quick(list(interruptible(Path(), [])), "train-simplex", "calibrate"))
 def test_sigterm_ctrl_c_and_a_closed_terminal(nursery, world, images, run, tmp_path, name, tries):
-    command, rng = interruptible(world, images)[name], random.Random(name)
+    command = interruptible(world, images)[name]
     if name == "compare":
         shutil.copytree(world / "run", tmp_path / "other")
         command[2] = "other"
-    seconds, interrupted = seconds_of(lambda: nursery.start(tmp_path, *command)), 0
-    made = visible(tmp_path / "x") if (tmp_path / "x").exists() else None
-    while interrupted < 2 * tries:
+    process = nursery.start(tmp_path, *command)
+    assert process.wait() == 0, process.err
+    changes, made = process.changes, visible(tmp_path / "x") if (tmp_path / "x").exists() else None
+    whole = fitted(run) if name == "calibrate" else None
+    for interrupted in range(2 * tries):
         for path in ("x", "cache", "x.unfinished"):
             shutil.rmtree(tmp_path / path, ignore_errors=True)
         (run / calibration.FILE).unlink(missing_ok=True)
         number, code = ENDINGS[(interrupted + len(name)) % 3]
-        process = nursery.start(tmp_path, *command)
-        process.wait_until_listening()
-        time.sleep(rng.uniform(0.05, 0.9) * seconds)
-        process.send(number)
-        if process.wait() == 0:
-            continue  # it was quicker
-        interrupted += 1
+        process = nursery.start(tmp_path, *command, ends=(number, changes * (interrupted + 1) // (2 * tries)))
+        process.wait()
         assert_interrupted(process, code)
         assert hidden(tmp_path) == []
         left = {path.name for path in tmp_path.iterdir()} - {"run", "other", "cache", "latest", "x.unfinished"}
@@ -708,8 +699,8 @@ def test_sigterm_ctrl_c_and_a_closed_terminal(nursery, world, images, run, tmp_p
             assert not left or set(visible(tmp_path / "x")) <= set(made)
         else:  # unless it came after the last file had been written
             assert not left or visible(tmp_path / "x") == made
-        assert calibration.load(run) is None
-        begun = (tmp_path / "x.unfinished").exists()
+        assert calibration.load(run) is None or fitted(run) == whole
+        begun = (tmp_path / "x.unfinished").exists() and not left  # else it came while that was removed
         assert (f"to resume: ensembler {name} --resume x" in process.err) == begun
 
 

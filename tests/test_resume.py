@@ -204,16 +204,17 @@ def test_checkpoints_are_written_when_due_and_at_the_end_of_a_part_and_of_a_job(
 
 
 _TEN_KILLS = """
-import os, random, signal, sys, time
+import os, random, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from ensembler.trainers import DeepEnsemble, Settings, Simplex
 from tests._interrupt import make
+from tests._kills import Changes, kill, kill_in_the_next_file
 from tests._small import SETTINGS
 
-options, random_moments = {"architecture": "tests._small:noisy", "epochs": 15, "augmentation": "crop"}, random.Random(0)
-for method in (DeepEnsemble(members=3), Simplex(vertices=3)):
+options, moments = {"architecture": "tests._small:noisy", "epochs": 4, "augmentation": "crop"}, random.Random(0)
+for method in (DeepEnsemble(members=3), Simplex(vertices=3, vertex_epochs=4)):
     folder, kills, made = Path(sys.argv[1]) / method.command, 0, 0
 
     def train(path):
@@ -221,22 +222,21 @@ for method in (DeepEnsemble(members=3), Simplex(vertices=3)):
 
     train(None).save(folder / "whole")
     while kills < 10 or not (folder / f"killed-{made}").exists():
-        made += (folder / f"killed-{made}").exists()  # quicker than ten kills: another one
-        child = os.fork()
-        if child == 0:
+        made += (folder / f"killed-{made}").exists()  # finished before ten kills: another one
+        moment = moments.randint(1, 40)
+        if (child := os.fork()) == 0:
+            if kills < 10:
+                Changes(folder, moment, (kill, kill_in_the_next_file)[kills % 2])
             train(folder / f"killed-{made}").save(folder / f"killed-{made}")
             os._exit(0)
-        if kills < 10:
-            time.sleep(random_moments.uniform(0.02, 0.3))
-            os.kill(child, signal.SIGKILL)
-            kills += os.waitpid(child, 0)[1] == signal.SIGKILL
-        else:
-            os.waitpid(child, 0)
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or not status
+        kills += bool(status)
     print(kills)
 """
 
 
-def test_ten_kills_at_random_moments_change_nothing(tmp_path):
+def test_ten_kills_at_any_change_of_files_change_nothing(tmp_path):
     command = [sys.executable, "-c", _TEN_KILLS, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=True)
     assert done.stdout.split() == ["10", "10"]

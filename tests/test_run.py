@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +18,8 @@ from ensembler.errors import ArtefactError, CorruptError, DivergedError, UsageEr
 from ensembler.run import Run, latest, load_tensors, new_path, save_tensors
 from ensembler.storage import artefact
 from tests._runs import make_run
+
+ROOT = Path(__file__).parents[1]
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -168,26 +169,27 @@ def test_two_writers_of_one_path_make_one_whole_run(run, tmp_path):
 
 
 SAVER = """
-import os, signal, sys, time
+import sys
 from pathlib import Path
 from ensembler.run import Run
+from tests._kills import killed_everywhere
 run = Run.load(Path(sys.argv[1]))
-for delay in (0.0, 0.013, 0.05):
-    child = os.fork()
-    while child == 0:
-        run.save(Path(sys.argv[2]) / str(delay) / f"run-{time.monotonic_ns()}")
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    print(os.waitpid(child, 0)[1])
+print(killed_everywhere(lambda folder: run.save(folder / "runs" / "new"), Path(sys.argv[2])))
 """
 
 
-def test_a_kill_while_saving_leaves_whole_runs_or_none(run, tmp_path):
-    command = [sys.executable, "-c", SAVER, run, tmp_path / "out"]
-    killed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    assert killed == [str(int(signal.SIGKILL))] * 3
-    for path in (tmp_path / "out").glob("*/run-*"):
-        Run.load(path)
+def test_a_kill_while_saving_leaves_a_whole_run_or_none(run, tmp_path):
+    command = [sys.executable, "-c", SAVER, run, tmp_path / "killed"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    kills = int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    saved = [folder / "runs" / "new" for folder in (tmp_path / "killed").iterdir()]
+    assert len(saved) == kills + 2 > 12
+    for path in saved:
+        if path.exists():
+            assert torch.equal(Run.load(path).coefficients, Run.load(run).coefficients)
+        else:
+            Run.load(run).save(path)  # nothing of the killed one is in the way
+            assert latest(path.parent) == path
 
 
 # --- runs from elsewhere, whose hashes are all true ---
