@@ -1,23 +1,37 @@
 """What torchrun starts in the tests: every process trains the same, and writes down what it holds.
 
-``python -m torch.distributed.run --nproc-per-node 2 tests/_together.py FOLDER``; or, to fail, with the rank of the one
-that does in place of the folder, or with ``both`` and the rank of the slower one.
+``python -m torch.distributed.run --nproc-per-node 2 tests/_together.py FOLDER``; or, to fail, a command line of
+ensembler's in place of the folder, or ``alone``, whose second process does.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from ensembler import cli
 from ensembler.errors import DataError, EnsemblerError
 from ensembler.run import Run, save_tensors
-from ensembler.trainers import FGE, SWAG, Curve, CyclicalSGMCMC, DeepEnsemble, Method, Settings, Simplex, Subspace
+from ensembler.trainers import (
+    FGE,
+    SWAG,
+    Curve,
+    CyclicalSGMCMC,
+    DeepEnsemble,
+    Method,
+    Settings,
+    Simplex,
+    Subspace,
+    distributed,
+)
 from ensembler.trainers.distributed import ALONE, Group, join_group
 from tests._interrupt import make
 from tests._small import SETTINGS, dataset
@@ -62,25 +76,38 @@ def train(folder: Path, name: str, group: Group = ALONE) -> Run:
     return make(path, method, given, data=DATASET, writer=group.first, group=group)
 
 
-def fail(ranks: str, slower: int) -> None:
-    """As a command does it whose processes fail."""
+def fail_alone() -> None:
+    """The second process fails. The first one never does, so the second need not wait to hear it say so."""
+    distributed._COMMON = timedelta(milliseconds=1)
     try:
         with join_group("cpu") as group:
-            if ranks == "both":
-                time.sleep(2 * (group.rank == slower))
-                raise DataError("all of them have failed")
-            if group.rank == int(ranks):
-                raise DataError("this process alone has failed")
-            while True:
+            while group.first:
                 group.sum_(torch.ones(()))
+            raise DataError("this process alone has failed")
     except EnsemblerError as error:
-        time.sleep(2 * (group.rank == slower))
         sys.exit(f"error: {error}")
 
 
+def command() -> None:
+    """Run a command of which the first process is slow to fail and to say so; the others wait for it, however long."""
+    distributed._COMMON = timedelta(hours=1)
+    say = cli._print_error
+
+    def slowly(sentence: object) -> None:
+        time.sleep(2)
+        say(f"{sentence}, says the first")
+
+    if os.environ["RANK"] == "0":
+        time.sleep(2)
+        cli._print_error = slowly
+    cli.main()
+
+
 def main() -> None:
-    if len(sys.argv) == 3:
-        return fail(sys.argv[1], int(sys.argv[2]))
+    if sys.argv[1] == "alone":
+        return fail_alone()
+    if len(sys.argv) > 2:
+        return command()
     folder = Path(sys.argv[1])
     with join_group("cpu") as group:
         for name in NAMES:
