@@ -44,6 +44,7 @@ _PART = 2**20  # pixels of a part of a request: many small files at a time
 _METADATA = 2**20  # bytes of a file beside its pixels
 _PIXEL = 8  # bytes of a pixel in a file: four channels of 16 bits
 _MEMORY = 256 * 2**20  # bytes that a process may take, beside 64 a pixel
+_READY = b"?"  # written by a process that waits for a question
 _TOO_MUCH = "the image takes too much time or memory to decode: send a smaller one"
 
 
@@ -169,9 +170,10 @@ class _Job:
                 return None, b""
             self._process = process()
         timer = Timer(self._seconds, self.end)
-        timer.start()
         assert self._process.stdin and self._process.stdout  # noqa: S101  both are pipes
         try:
+            _exactly(self._process.stdout, len(_READY))  # however long it takes to start
+            timer.start()
             _write(self._process.stdin, [self._head, *self._files])
             head, content = _read(self._process.stdout), _read(self._process.stdout)
             return json.loads(head), content
@@ -298,12 +300,13 @@ def _main() -> None:
     questions = sys.stdin.buffer
     with suppress(EOFError):
         while True:
+            answers.write(_READY)
+            answers.flush()
             question = json.loads(_read(questions))
             files = [_exactly(questions, size) for size in question["bytes"]]
             answer, content = _answer(question, files)
             head = json.dumps(answer).encode()
             answers.write(struct.pack("<Q", len(head)) + head + struct.pack("<Q", len(content)) + content)
-            answers.flush()
 
 
 if __name__ == "__main__":
