@@ -14,7 +14,6 @@ import venv
 from importlib import metadata
 from pathlib import Path
 
-import httpx
 import pytest
 import typer
 import yaml
@@ -178,15 +177,15 @@ def assert_serves(server: Server, bundle: Path) -> None:
         server.wait_until_ready()
         images = tiny_images(2)
         known = Runtime.load(bundle).predict(images)
-        answer = httpx.post(server.url + ROUTE, json={"images": images.tolist()}, timeout=300).json()
+        answer = server.post(ROUTE, json={"images": images.tolist()}).json()
         assert [one["label"] for one in answer["predictions"]] == known.labels
         found = [one["mutual_information"] for one in answer["predictions"]]
         assert found == pytest.approx(list(known.mutual_information), abs=1e-5)
         file = ROOT / "docs" / "images" / "ui.png"
         kind = {"Content-Type": "image/png"}
-        assert httpx.post(server.url + ROUTE, content=file.read_bytes(), headers=kind).status_code == 200
-        assert httpx.get(f"{server.url}/ui").status_code == 200
-        card = httpx.get(f"{server.url}/metadata").json()
+        assert server.post(ROUTE, content=file.read_bytes(), headers=kind).status_code == 200
+        assert server.get("/ui").status_code == 200
+        card = server.get("/metadata").json()
         assert card["bundle"] == artefact.sha256(bundle / "manifest.json")
         assert "Traceback" not in server.log.read_text()
     finally:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -185,7 +184,7 @@ def test_nvidias_client(bundle: Path, tmp_path: Path) -> None:
         client = triton.InferenceServerClient(server.url.removeprefix("http://"))
         assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("none")
         for path, said in {"live": {"live": True}, "ready": {"ready": True}}.items():
-            assert httpx.get(f"{server.url}/v2/health/{path}").json() == said  # of the front, not of a worker
+            assert server.get(f"/v2/health/{path}").json() == said  # of the front, not of a worker
         assert client.get_model_metadata("none")["inputs"][0]["name"] == "images"
         for binary in (True, False):
             images = triton.InferInput("images", list(PIXELS.shape), "UINT8")

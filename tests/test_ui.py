@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -123,11 +122,11 @@ def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 def test_the_page_needs_no_token_and_the_bundles_images_do(server: Server) -> None:
-    answer = httpx.get(f"{server.url}/ui")
+    answer = server.get("/ui")
     assert answer.status_code == 200
     assert answer.headers["content-security-policy"] == page.headers()["Content-Security-Policy"]
-    assert httpx.get(f"{server.url}/examples").status_code == 401
-    allowed = httpx.get(f"{server.url}/examples", headers={"Authorization": f"Bearer {TOKEN}"})
+    assert server.get("/examples").status_code == 401
+    allowed = server.get("/examples", headers={"Authorization": f"Bearer {TOKEN}"})
     assert len(allowed.json()["examples"]) == 4
 
 
@@ -264,9 +263,8 @@ def test_abstention_and_sets_are_the_services(shown: Page, server: Server) -> No
         shown.settle()
         file = io.BytesIO()
         Image.fromarray(shown.pixels()[0]).save(file, "PNG")
-        address = f"{server.url}/predictive-uncertainty"
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "image/png"}
-        (one,) = httpx.post(address, content=file.getvalue(), headers=headers).json()["predictions"]
+        (one,) = server.post("/predictive-uncertainty", content=file.getvalue(), headers=headers).json()["predictions"]
         verdict = shown["verdict"].text
         assert ("It abstains" in verdict) == one["abstain"] and ("It answers" in verdict) != one["abstain"]
         tagged = [row.find_element("css selector", "th") for row in shown.all("#classes tbody tr")]
