@@ -5,11 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import get_args
 
@@ -172,21 +170,6 @@ def start(folder, *arguments):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=listen)  # noqa: PLW1509
-
-
-@pytest.mark.long
-def test_a_kill_at_any_moment_leaves_no_run_or_a_whole_one(tmp_path, images):
-    rng, began = random.Random(0), time.monotonic()
-    arguments = ["train-simplex", "--vertices", 2, *SMALL, *images]
-    assert start(tmp_path, *arguments, "--out", tmp_path / "whole").communicate() and Run.load(tmp_path / "whole")
-    duration = time.monotonic() - began
-    for attempt in range(5):
-        process = start(tmp_path, *arguments, "--out", tmp_path / "killed" / str(attempt))
-        time.sleep(rng.uniform(0.4, 1.05) * duration)
-        process.kill()
-        process.communicate()
-        if (tmp_path / "killed" / str(attempt)).exists():
-            Run.load(tmp_path / "killed" / str(attempt))
 
 
 def test_no_path_is_made_of_what_a_parser_returns():

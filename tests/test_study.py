@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,7 +207,7 @@ def test_an_error_names_its_run(tmp_path):
     assert not (tmp_path / name).exists()
 
 
-def test_what_started_from_a_run_that_was_trained_again_is_not_taken(tmp_path):
+def test_what_started_from_a_run_that_was_trained_again_is_not_taken(tmp_path, monkeypatch):
     _, found = planned(methods={"simplex": {"vertices": 2}}, budgets=[2])
     made(found, tmp_path)
     base = next(name for name, node in found.nodes.items() if not node.starts)
@@ -216,7 +216,8 @@ def test_what_started_from_a_run_that_was_trained_again_is_not_taken(tmp_path):
     with pytest.raises(CorruptError, match=f"{base}/manifest.json has changed since it was written"):
         made(found, tmp_path)
     shutil.rmtree(tmp_path / base)
-    time.sleep(1.1)  # a run's manifest says in which second it was made
+    later = SimpleNamespace(now=lambda zone: datetime.now(zone) + timedelta(seconds=1))  # as its manifest says
+    monkeypatch.setattr("ensembler.trainers.training.datetime", later)
     with pytest.raises(UsageError, match="what it starts from was trained again"):
         made(found, tmp_path)
 
@@ -571,14 +572,27 @@ def contents(folder: Path) -> list[bytes]:
     return [(folder / name).read_bytes() for name in REPORT]
 
 
-def killed(folder: Path, *command, runs: int, seconds: float) -> None:
-    """Start a study and kill it, so many seconds after so many of its runs are there: Python starts in peace."""
-    started = [sys.executable, "-m", "ensembler", *map(str, command), "--out", str(folder)]
-    with subprocess.Popen(started, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and len(list(folder.glob("runs/[!.]*-s*-*/manifest.json"))) < runs:
-            time.sleep(0.01)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
+KILLED = """
+import os, sys
+from pathlib import Path
+left = int(sys.argv.pop(1))
+def hook(event, found):
+    global left
+    if event == "os.rename" and Path(found[1]).match("runs/[!.]*-s*-*") and Path(found[1]).suffix != ".unfinished":
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), 9)
+sys.addaudithook(hook)
+from ensembler.cli import main
+main()
+"""
+
+
+def killed(folder: Path, *command, runs: int) -> None:
+    """Start a study that is killed after so many of its runs are there, when the next one is trained but not saved."""
+    started = [sys.executable, "-c", KILLED, str(runs), *map(str, command), "--out", str(folder)]
+    assert subprocess.run(started, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert len(list(folder.glob("runs/[!.]*-s*-*/manifest.json"))) == runs
 
 
 def finished(folder: Path, *command) -> list[str]:
@@ -620,7 +634,7 @@ def test_a_run_of_another_name_is_taken_too(whole, tmp_path):
 def test_killed_and_resumed_it_says_the_same_and_a_seed_more_trains_its_own_runs_only(whole, tmp_path):
     folder, command, result = whole
     every = trained(result)
-    killed(tmp_path / "killed", *command, runs=1, seconds=0.05)
+    killed(tmp_path / "killed", *command, runs=1)
     assert set(finished(tmp_path / "killed", *command)) < set(every)
     assert contents(tmp_path / "killed") == contents(folder)
     found = json.loads((folder / "report.json").read_bytes())
@@ -641,13 +655,12 @@ def test_killed_and_resumed_it_says_the_same_and_a_seed_more_trains_its_own_runs
 
 
 @pytest.mark.long
-def test_digits_killed_at_three_random_moments(tmp_path):
+def test_digits_killed_three_times(tmp_path):
     command = ("study", "--dataset", "digits", "--budget", 4, "--budgets", "1,2", "--seeds", 2, "--device", "cpu")
     command += ("--threads", 1, "--checkpoint-every", 0.5, "--runs", "nowhere")
     every = finished(tmp_path / "whole", *command)
-    rng = random.Random(0)
     for runs in (1, 7, 15):
-        killed(tmp_path / "killed", *command, runs=runs, seconds=4 * rng.random())
+        killed(tmp_path / "killed", *command, runs=runs)
     assert set(finished(tmp_path / "killed", *command)) < set(every)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     more = finished(tmp_path / "killed", *command[:8], 3, *command[9:])
