@@ -104,7 +104,7 @@ class Holding(nn.Module):
     """Lets everything pass until the folder in ``TESTS_HOLD_AT`` has a checkpoint of a second part; then waits."""
 
     def forward(self, x):
-        held = os.environ.get("TESTS_HOLD_AT") if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" else None
+        held = os.environ.get("TESTS_HOLD_AT") if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" else None
         while held and any(Path(held).glob("*/vertex-2.*")):
             time.sleep(0.01)
         return x

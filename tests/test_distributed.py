@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -40,19 +41,29 @@ ROOT = Path(__file__).parents[1]
 TOGETHER = ROOT / "tests" / "_together.py"
 
 
+def started(*arguments, **environment):
+    command = [sys.executable, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def torchrun(*arguments, options=(), **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
-    environment |= os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    options = ["--standalone", "--nproc-per-node", 2, *options]
+    return started("-m", "torch.distributed.run", *options, *arguments, **environment)
 
 
-def ended(process, code=0):
-    """What it printed, once it has ended with the given code, or with any but 0."""
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == code if code == 0 else process.returncode != 0, err
-    return out, err
+def two(*arguments, **environment):
+    """The two processes that torchrun would start, by rank: it takes as long to start as they do."""
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | environment
+    return [started(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+
+
+def ended(*processes, code=0):
+    """What they printed, once all have ended with the given code, or with any but 0."""
+    printed = [process.communicate(timeout=600) for process in processes]
+    for process in processes:
+        assert process.returncode == code if code == 0 else process.returncode != 0, printed
+    return ["".join(texts) for texts in zip(*printed, strict=True)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -109,7 +120,7 @@ def trained(tmp_path_factory):
         after(patch, 27)
         train(folder, "resumed")
     expected["resumed"] = expected["simplex"]
-    ended(torchrun(TOGETHER, folder))
+    ended(*two(TOGETHER, folder))
     return folder, expected
 
 
@@ -146,10 +157,8 @@ def whole(tmp_path_factory):
     """A run of two processes through the command line, its command, and what it printed."""
     folder = tmp_path_factory.mktemp("run")
     images = make_photos(folder / "images", count=12, size=(8, 8))
-    # Without the dashes, torchrun takes --log for one of its own.
-    command = ["-m", "ensembler", "--", "train-simplex", *LENGTH, *NETWORK, "--dataset", images]
-    process = torchrun(*command, "--log", folder / "log", "--out", folder / "whole")
-    return folder, command, ended(process)
+    command = ["-m", "ensembler", "train-simplex", *LENGTH, *NETWORK, "--dataset", images]
+    return folder, command, ended(*two(*command, "--log", folder / "log", "--out", folder / "whole"))
 
 
 def same_bytes(one, other):
@@ -182,23 +191,22 @@ def processes_of(torchrun_process):
     return found
 
 
-def killed(command, rank, folder, options=()):
-    """A training of which one process gets SIGKILL in the middle of the second part, where all of them wait for it."""
+def interrupted(start, command, folder):
+    """What trains at a folder, in the middle of the second part, where every process waits to be killed."""
     unfinished = folder.with_name(f"{folder.name}.unfinished")
-    arguments = [*command, "--checkpoint-every", 0, "--out", folder]
-    process = torchrun(*arguments, options=options, TESTS_HOLD_AT=str(unfinished))
-    deadline = time.monotonic() + 300
+    found = start(*command, "--checkpoint-every", 0, "--out", folder, TESTS_HOLD_AT=str(unfinished))
     while not list(unfinished.glob("*/vertex-2.*")):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
+        for process in found if isinstance(found, list) else [found]:
+            assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-    processes_of(process)[rank].send_signal(signal.SIGKILL)
-    return process
+    return found
 
 
 def test_a_killed_process_costs_no_more_than_a_restart(whole):
     folder, command, _ = whole
-    _, err = ended(killed(command, 1, folder / "killed", options=["--max-restarts", "2"]))
+    process = interrupted(partial(torchrun, options=["--max-restarts", 2]), command, folder / "killed")
+    processes_of(process)[1].send_signal(signal.SIGKILL)
+    _, err = ended(process)
     assert same_bytes(folder / "whole", folder / "killed")
     assert not (folder / "killed.unfinished").exists()
     assert err.count("solution 1: epoch 1 of 10,") == 1, "it was not begun anew"
@@ -206,9 +214,11 @@ def test_a_killed_process_costs_no_more_than_a_restart(whole):
 
 def test_what_was_interrupted_is_resumed(whole):
     folder, command, _ = whole
-    ended(killed(command, 0, folder / "first"), code=1)
+    processes = interrupted(two, command, folder / "first")
+    processes[0].send_signal(signal.SIGKILL)
+    ended(*processes, code=1)
     assert not (folder / "first").exists()
-    ended(torchrun("-m", "ensembler", "train-simplex", "--resume", folder / "first"))
+    ended(*two("-m", "ensembler", "train-simplex", "--resume", folder / "first"))
     assert same_bytes(folder / "whole", folder / "first")
 
 
@@ -222,12 +232,7 @@ def test_a_common_error_is_said_once_by_the_first_process_however_slow_it_is(tmp
 
 def test_an_error_of_one_process_is_said_by_it_and_ends_the_other():
     """Without torchrun, which may end the other one before it has said anything."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, TOGETHER, "alone"]
-    first, second = (
-        subprocess.Popen(command, env=environment | {"RANK": rank}, stderr=subprocess.PIPE, text=True) for rank in "01"
-    )
+    first, second = two(TOGETHER, "alone")
     messages = [process.communicate(timeout=600)[1] for process in (first, second)]
     assert "another process of this training has ended" in messages[0]
     assert messages[1].count("rank 1: error: this process alone has failed") == 1
