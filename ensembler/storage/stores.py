@@ -6,7 +6,6 @@ fsspec and huggingface_hub are imported when a URL is opened, because few comman
 from __future__ import annotations
 
 import errno
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from urllib.parse import unquote
 
 from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, UsageError
 from ensembler.progress import Watcher
-from ensembler.storage.artefact import LARGEST_TEXT, MANIFEST, NAME, SEAL, open_file
+from ensembler.storage.artefact import LARGEST_TEXT, MANIFEST, NAME, SEAL, open_file, partial_file
 
 __all__ = ["HubRepository", "Store", "is_url", "mismatch", "name_of", "open_store", "silent"]
 
@@ -143,27 +142,23 @@ class Store:
         watch(label, done, total)
 
     def _put(self, name: str, source: Path | bytes, sent: Callable[[int], None]) -> None:
+        target, protocols = self._path(name), self._protocols()
+        if "file" in protocols:
+            with partial_file(Path(target)) as hidden:
+                self._send(source, str(hidden), sent)
+            return
+        if not _FLAT.intersection(protocols):
+            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        self._send(source, target, sent)
+
+    def _send(self, source: Path | bytes, target: str, sent: Callable[[int], None]) -> None:
         from fsspec.callbacks import Callback
 
-        protocols = self._protocols()
-        target = self._path(name)
-        folder, _, last = target.rpartition("/")
-        if not _FLAT.intersection(protocols):
-            self._fs.makedirs(folder, exist_ok=True)
-        hidden = f"{folder}/.partial-{os.getpid()}-{last}" if "file" in protocols else target
-        try:
-            if isinstance(source, bytes):
-                self._fs.pipe_file(hidden, source)
-            else:
-                callback = Callback(hooks={"sent": lambda size, value, **_: sent(value)})
-                self._fs.put_file(str(source), hidden, callback=callback)
-            if hidden != target:
-                self._fs.mv(hidden, target)
-        except BaseException:
-            if hidden != target:
-                with suppress(OSError):
-                    self._fs.rm_file(hidden)
-            raise
+        if isinstance(source, bytes):
+            self._fs.pipe_file(target, source)
+        else:
+            callback = Callback(hooks={"sent": lambda size, value, **_: sent(value)})
+            self._fs.put_file(str(source), target, callback=callback)
 
     def _open(self, name: str) -> Any:
         if "file" in self._protocols():  # another's shared folder
