@@ -568,7 +568,7 @@ def test_what_is_not_there_and_what_is_no_url(tmp_path):
     refused(call("show", "memory://nowhere"), "no run or bundle at memory://nowhere")
     refused(call("pull", "runs/x"), "runs/x is not a URL")
     refused(call("push", "runs/x"), "push takes a run or bundle, and the URL to push it to", "which runs/x is not")
-    refused(call("push", "runs/x", "s3://"), "s3:// must end with a name", "such as s3://BUCKET/NAME")
+    refused(call("pull", "s3://"), "s3:// must end with a name", "such as s3://BUCKET/NAME")
     refused(call("push", "a", "b", "memory://c"), "push takes a run or bundle, and the URL")
     refused(call("push", "memory://x"), "no run in runs")
     refused(
@@ -608,9 +608,7 @@ def test_a_server_that_fails_is_not_taken_for_one_that_has_no_file(tmp_path, mon
         pull(f"{host}/mine", "new/run")
         assert content(Path("new/run")) == content(run)
         refused(call("push", run, f"{host}/new"), f"{host}/new can only be read: push to")
-        refused(
-            call("train-fge", "--out", f"{host}/new"), f"{host}/new can only be read: push to"
-        )  # before the training
+        refused(call("train-fge", "--out", f"{host}/new"), f"{host}/new can only be read: push to")
         server.shutdown()
     refused(call("pull", f"{host}/mine", "--quiet"), f"cannot read {host}/mine: ", "check the URL and the network")
 

@@ -206,9 +206,8 @@ class Store:
             remedy = f"pip install {package}" if package else str(error)
             raise UsageError(f"{self.url} needs a package that is not installed: {remedy}") from error
         except FileNotFoundError as error:
-            raise ArtefactError(
-                f"cannot {verb} {self.url}: its bucket or folder does not exist: check the URL, or create it first"
-            ) from error
+            reason = "its bucket or folder does not exist: check the URL, or create it first"
+            raise ArtefactError(f"cannot {verb} {self.url}: {reason}") from error
         except Exception as error:
             reason = (error.strerror if isinstance(error, OSError) else "") or str(error).strip()
             reason = reason or type(error).__name__
