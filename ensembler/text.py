@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["Printable", "cell", "counted", "echo", "echo_once", "print_prose", "printable", "some"]
+__all__ = ["Printable", "cell", "counted", "echo", "echo_once", "print_prose", "print_rows", "printable", "some"]
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -62,6 +62,26 @@ def print_prose(text: object, *, label: str = "", err: bool = False) -> None:
         lines = [textwrap.fill(each, console.width, break_long_words=False, break_on_hyphens=False) for each in lines]
     written = "\n".join(lines).removeprefix(label)
     typer.echo(typer.style(label, fg=typer.colors.RED, bold=True) * bool(label) + written, err=err)
+
+
+def print_rows(rows: Sequence[tuple[str, object]]) -> None:
+    """Print rows of a name and a text, :func:`printable`, in two columns.
+
+    On a terminal, texts are wrapped between words: a path stays whole, however long. In a pipe, a row is a line.
+    """
+    import textwrap
+
+    from rich.console import Console
+
+    console, indent = Console(), max(len(name) for name, _ in rows) + 2
+    for name, text in rows:
+        line = f"{name:{indent}}{printable(text)}"
+        if console.is_terminal:
+            below = " " * indent
+            line = textwrap.fill(
+                line, console.width, subsequent_indent=below, break_long_words=False, break_on_hyphens=False
+            )
+        typer.echo(line)
 
 
 def cell(text: object) -> Text:

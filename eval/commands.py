@@ -12,7 +12,7 @@ import typer
 
 from ensembler.eval import data_commands
 from ensembler.eval.options import CalibrationOptions, EvaluationOptions, ReportOptions, SurfaceOptions
-from ensembler.eval.outputs import new_folder, print_lines, write_files
+from ensembler.eval.outputs import print_lines, write_result
 from ensembler.options import Options, parameters, with_parameters
 from ensembler.progress import waiting, watching
 from ensembler.storage.urls import is_url, place
@@ -133,8 +133,7 @@ def _report(
             found = replace(found, report=compare_runs(found, **comparison))
         took, command = time.monotonic() - start, shlex.join(["ensembler", *sys.argv[1:]])
         files = report_files(found, seconds=took, command=command)
-    folder = report.out or new_folder(Path("reports"), name)
-    write_files(folder, files, report.json_file)
+    folder = write_result(report.out, "reports", name, files, report.json_file)
     console = Console(highlight=False)
     console.print(tables(found.report, console.width, report.full, bold=console.is_terminal))
     print_lines(f"took {time.monotonic() - start:.0f} s; report: {folder}/report.html")
@@ -218,8 +217,7 @@ def _surface(
         "surface.png": plot_surface(found),
         **({"path.png": plot_paths(found)} if found.paths else {}),
     }
-    folder = out or new_folder(Path("surfaces"), "surface")
-    write_files(folder, files, json)
+    folder = write_result(out, "surfaces", "surface", files, json)
     print_lines(f"took {found.seconds:.0f} s; surface: {folder} ({', '.join(files)})", prose=summary(found))
 
 
@@ -236,6 +234,5 @@ def _simplexes(run: Path, options: SurfaceOptions, out: Path | None, json: Path 
         "edges.png": plot_edges(found),
         **({"faces.png": plot_faces(found)} if found.faces else {}),
     }
-    folder = out or new_folder(Path("surfaces"), "simplexes")
-    write_files(folder, files, json)
+    folder = write_result(out, "surfaces", "simplexes", files, json)
     print_lines(f"took {found.seconds:.0f} s; simplexes: {folder} ({', '.join(files)})", prose=summary(found))

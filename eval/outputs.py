@@ -8,25 +8,41 @@ from pathlib import Path
 
 from ensembler.text import print_prose
 
-__all__ = ["LIST", "new_folder", "print_lines", "write_files"]
+__all__ = ["LIST", "print_lines", "write_files", "write_result"]
 
 LIST = "files.sha256"
 """Of each of a result's files, the SHA-256 and the name, as ``sha256sum --check`` reads them."""
 
 
-def new_folder(parent: Path, label: str) -> Path:
-    """Create a folder that no other process has, even where another names one in the same second."""
-    from ensembler.run import new_path
+def write_result(out: Path | None, parent: str, label: str, files: dict[str, bytes], json: Path | None = None) -> Path:
+    """Write a command's files to ``out``, or to a new folder in ``parent`` that no other process names at that moment.
 
-    while True:
-        path = new_path(parent, label)
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        except OSError:
-            pass  # writing into it says it better
-        return path
+    Returns:
+        The folder.
+
+    Raises:
+        As :func:`write_files`.
+    """
+    from ensembler.run import new_path
+    from ensembler.storage.artefact import ensure_folder, writing_to
+
+    if out is not None:
+        write_files(out, files, json)
+        return out
+    with writing_to(Path(parent)), ensure_folder(Path(parent)):
+        while True:
+            folder = new_path(Path(parent), label)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            try:
+                write_files(folder, files, json)
+            except BaseException:  # Ctrl-C, too
+                with suppress(OSError):
+                    folder.rmdir()
+                raise
+            return folder
 
 
 def write_files(folder: Path, files: dict[str, bytes], json: Path | None = None) -> None:
@@ -34,6 +50,9 @@ def write_files(folder: Path, files: dict[str, bytes], json: Path | None = None)
 
     Of an older result in the folder, what this one has not is removed: the files that its list, :data:`LIST`, names and
     that nobody has changed since. All else in the folder stays.
+
+    Raises:
+        ArtefactError: a file cannot be written.
     """
     from ensembler.storage.artefact import replace_files
 
@@ -42,12 +61,7 @@ def write_files(folder: Path, files: dict[str, bytes], json: Path | None = None)
     contents = {folder / name: content for name, content in (files | {LIST: listing.encode()}).items()}
     if json is not None:
         contents[json] = next(content for name, content in files.items() if name.endswith(".json"))
-    try:
-        replace_files(contents)
-    except BaseException:  # Ctrl-C, too
-        with suppress(OSError):
-            folder.rmdir()  # where nothing is in it
-        raise
+    replace_files(contents)
     for path in old - contents.keys():
         with suppress(OSError):
             path.unlink()

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +30,7 @@ from ensembler import __version__
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError
 from ensembler.machine import kept_folder
-from ensembler.storage.artefact import HELD, check_writable, hold, replace_file, sha256, sweep
+from ensembler.storage.artefact import HELD, check_writable, ensure_folder, hold, replace_file, sha256
 
 __all__ = ["PREDICTING", "Arrays", "Entry", "MembersFile", "code_sha256", "folder_of", "identity"]
 
@@ -154,14 +154,14 @@ class MembersFile:
         self._lock: int | None = None
 
     def __enter__(self) -> Self:
-        with self._writing():
-            self._partial.parent.mkdir(parents=True, exist_ok=True)
-            sweep(self._partial.parent)
+        with self._writing(), ExitStack() as folder:
+            folder.enter_context(ensure_folder(self._partial.parent))
             self._file = self._partial.open("wb")
             self._lock = hold(self._partial)
+            self._folder = folder.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: Any) -> None:
         if self._file is not None:
             with suppress(OSError):  # on a full disk, its buffer cannot be written
                 self._file.close()
@@ -169,6 +169,7 @@ class MembersFile:
             self._partial.unlink(missing_ok=True)
         if self._lock is not None:
             os.close(self._lock)
+        self._folder.__exit__(*raised)
 
     def write(self, start: int, part: NDArray[np.float32]) -> None:
         """Write the probabilities (M, b, C) of the examples from ``start`` on."""

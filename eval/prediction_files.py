@@ -12,7 +12,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,11 +20,11 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from ensembler.errors import ArtefactError, DataError, UsageError, first_line
+from ensembler.errors import DataError, UsageError, first_line
 from ensembler.eval.given import title_of
 from ensembler.eval.predictions import Prediction
 from ensembler.eval.shift.test_set import TestSet
-from ensembler.storage.artefact import HELD, hold, sweep
+from ensembler.storage.artefact import partial_file, writing_to
 
 __all__ = ["SUFFIXES", "Writer", "is_predictions", "read", "write_set", "writing"]
 
@@ -74,26 +74,12 @@ def writing(path: Path) -> Iterator[Writer]:
     Raises:
         ArtefactError: the file cannot be written.
     """
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}{HELD}")
-    lock: int | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        with partial.open("wb") as file:
-            lock = hold(partial)
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                yield Writer(archive)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise ArtefactError(f"cannot write {path}: {reason}: make room, or choose another place") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if lock is not None:
-            os.close(lock)
+    with (
+        writing_to(path),
+        partial_file(path) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+    ):
+        yield Writer(archive)
 
 
 class Writer:

@@ -150,14 +150,17 @@ class AnswerLog:
 
 
 def check_appendable(file: Path) -> None:
-    """Check that a log can be written.
+    """Check that a log can be written; a new one is begun with the first answer.
 
     Raises:
         UsageError: it cannot.
     """
     try:
+        is_new = not file.exists()
         with file.open("a"):
             pass
+        if is_new:
+            file.unlink()
     except OSError as error:
         raise UsageError(
             f"answers cannot be logged to {file}: {error.strerror or error}: choose another --log-answers"

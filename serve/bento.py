@@ -94,7 +94,11 @@ def build_bento(bundle: Path, tag: str | None = None, *, gpu: bool = False) -> s
     if done.returncode:
         lines = [line.strip(" |+-") for line in (done.stdout + done.stderr).splitlines()]
         reason = next((line for line in reversed(lines) if line), f"it ended with {done.returncode}")
-        raise BentoError(f"bentoml build failed: {reason}")
+        if "already exists in the store" in reason:
+            raise UsageError(
+                f"the Bento {name}:{version} already exists: choose another --tag, or bentoml delete {name}:{version}"
+            )
+        raise BentoError(f"bentoml build failed: {reason.removeprefix('Error: ')}")
     return f"{name}:{version}"  # BentoML prints cat:one with a picture of a cat
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,11 +18,9 @@ from ensembler.errors import ShapeError, UsageError
 from ensembler.serve.client import is_url
 from ensembler.storage.transfers import push_finished
 from ensembler.storage.urls import destination, place
-from ensembler.text import cell, counted, echo, some
+from ensembler.text import cell, counted, echo, print_rows, some
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from ensembler.serve.runtime.manifest import BundleManifest
 
 __all__ = ["app"]
@@ -114,7 +113,8 @@ def export(
             key=sign,
             say=lambda sentence: console.print(cell(sentence)),
         )
-    console.print(_of_bundle(folder, read_bundle(folder), time.perf_counter() - started))
+    print_rows(_of_bundle(folder, read_bundle(folder), time.perf_counter() - started))
+    echo(f"next: ensembler serve {quote(str(folder))}")
     push_finished(folder, url)
 
 
@@ -126,28 +126,24 @@ def verify(
     ] = None,
 ) -> None:
     """Check every byte of a bundle, run every member, and compare its answers with PyTorch's."""
-    from rich.console import Console
-    from rich.table import Table
-
     from ensembler.serve.runtime.verify import verify_bundle
 
     found = verify_bundle(bundle, key)
     manifest = found.manifest
     largest = max(found.differences)
     stored = "PyTorch's" if manifest.precision == "float32" else "those stored at export"
-    answers = f"within {largest:.1e} of {stored} on {found.images} images ({found.allowed:.0e} allowed)"
-    table = Table(show_header=False, box=None)
-    table.add_row("bundle", cell(f"{bundle}, format {manifest.format}"))
-    table.add_row("files", f"{len(manifest.files)}, all with their SHA-256 as written")
+    rows = [("bundle", f"{bundle}, format {manifest.format}")]
+    rows.append(("files", f"{len(manifest.files)}, all with their SHA-256 as written"))
     if key is not None:
-        table.add_row("signed", cell(f"with the private key of {key}"))
-    table.add_row("members", f"{manifest.members}, {manifest.precision}, all run on this machine's {found.device}")
-    table.add_row("answers", answers)
+        rows.append(("signed", f"with the private key of {key}"))
+    rows.append(("members", f"{manifest.members}, {manifest.precision}, all run on this machine's {found.device}"))
+    allowed = f"{found.images} images ({found.allowed:.0e} allowed)"
+    rows.append(("answers", f"within {largest:.1e} of {stored} on {allowed}"))
     if found.merged is not None:
-        table.add_row("in one graph", f"within {found.merged:.1e}")
+        rows.append(("in one graph", f"within {found.merged:.1e}"))
     if found.single is not None:
-        table.add_row("in one file", f"within {found.single:.1e}, with the mean and the uncertainty")
-    Console().print(table)
+        rows.append(("in one file", f"within {found.single:.1e}, with the mean and the uncertainty"))
+    print_rows(rows)
 
 
 @app.command()
@@ -321,11 +317,12 @@ def drift(
         typer.echo(found.model_dump_json(indent=1))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("from", "to", *found.bound):
-        table.add_column(name, justify="right" if name in found.bound else "left", no_wrap=True)
+    for name in ("from (UTC)", "to (UTC)", *found.bound):
+        measured = name in found.bound
+        table.add_column(name.replace("_", "\n") if measured else name, justify="right" if measured else "left")
     for one in found.windows:
         marked = [f"{index:.3f}{'*' if index > found.bound[measure] else ' '}" for measure, index in one.index.items()]
-        table.add_row(one.first, one.last, *marked)
+        table.add_row(*(cell(time.removesuffix("+00:00").replace("T", " ")) for time in (one.first, one.last)), *marked)
     table.add_row("bound", "", *(f"{value:.3f} " for value in found.bound.values()), style="dim")
     console = Console()
     console.print(table)
@@ -366,43 +363,34 @@ def triton(
 
     folder = write_triton(bundle, out, name, max_batch)
     echo(f"model: {folder}")
-    echo(f"serve it: tritonserver --model-repository {out}")
+    echo(f"serve it: tritonserver --model-repository {quote(str(out))}")
 
 
-def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> Table:
-    """A bundle that ``export`` made, as a table."""
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    table.add_row("bundle", cell(str(out)))
-    table.add_row("members", cell(f"{bundle.members} x {bundle.architecture} ({bundle.method}, {bundle.dataset})"))
+def _of_bundle(out: Path, bundle: BundleManifest, seconds: float) -> list[tuple[str, object]]:
+    """A bundle that ``export`` made, as rows of a table."""
+    rows: list[tuple[str, object]] = [("bundle", out)]
+    rows.append(("members", f"{bundle.members} x {bundle.architecture} ({bundle.method}, {bundle.dataset})"))
     megabytes = sum((out / name).stat().st_size for name in bundle.files) / 1e6
     held = f"{bundle.vertices} vertices" if bundle.layout == "vertices" else "a file for each member"
-    table.add_row("size", f"{megabytes:.1f} MB, {held}, {bundle.precision}, ONNX opset {bundle.opset}")
+    rows.append(("size", f"{megabytes:.1f} MB, {held}, {bundle.precision}, ONNX opset {bundle.opset}"))
     allowed = f" ({bundle.tolerance:.0e} allowed)" if bundle.precision == "float32" else ""
     images = " and ".join(bundle.compared_on)
-    table.add_row(
-        "agreement", cell(f"within {bundle.max_difference:.1e} of PyTorch's probabilities on {images}{allowed}")
-    )
+    rows.append(("agreement", f"within {bundle.max_difference:.1e} of PyTorch's probabilities on {images}{allowed}"))
     if (check := bundle.precision_check) is not None:
         ranks = check.rank_correlation
         kept = "" if ranks is None else f"rank correlation {ranks:.4f} (at least {check.least_rank_correlation}), "
-        table.add_row(
-            bundle.precision,
-            f"on {check.examples} validation images: mutual information's {kept}"
-            f"accuracy drop {check.accuracy_drop:.4f} (at most {check.most_accuracy_drop})",
-        )
-    table.add_row("calibration", "the run's" if bundle.calibration else "none")
+        drop = f"accuracy drop {check.accuracy_drop:.4f} (at most {check.most_accuracy_drop})"
+        rows.append((bundle.precision, f"on {check.examples} validation images: mutual information's {kept}{drop}"))
+    rows.append(("calibration", "the run's" if bundle.calibration else "none"))
     if (known := bundle.validation) is not None:
-        table.add_row("validation", f"accuracy {known.accuracy:.3f}, NLL {known.nll:.3f} on {known.examples} images")
+        rows.append(("validation", f"accuracy {known.accuracy:.3f}, NLL {known.nll:.3f} on {known.examples} images"))
     order = some([str(member + 1) for member in bundle.order], 8)
-    table.add_row("order", f"by {bundle.ordered_by}: {order}")
+    rows.append(("order", f"by {bundle.ordered_by}: {order}"))
     if (tuning := bundle.tuning) is not None:
         for batch, winner in tuning.winners.items():
             times = [f"{row.strategy} {row.seconds * 1e3:.2f} ms" for row in tuning.table if row.batch == batch]
-            table.add_row(f"batch {batch}", f"{winner} ({', '.join(times)})")
+            rows.append((f"batch {batch}", f"{winner} ({', '.join(times)})"))
         if tuning.load is not None and tuning.load > 0.5:
-            table.add_row("", f"the machine was shared: {tuning.load:.1f} processes wanted a CPU at the start")
-    table.add_row("time", f"{seconds:.1f} s")
-    table.add_row("next", cell(f"ensembler serve {out}"))
-    return table
+            rows.append(("", f"the machine was shared: {tuning.load:.1f} processes wanted a CPU at the start"))
+    rows.append(("time", f"{seconds:.1f} s"))
+    return rows

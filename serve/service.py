@@ -127,6 +127,7 @@ class PredictiveUncertainty:
             if listening := os.environ.pop(_LISTEN, None):
                 public = socket.socket(fileno=int(listening))
                 public.set_inheritable(False)  # workers have no use for it
+                logging.getLogger("bentoml.serve").setLevel(logging.WARNING)  # its line names another address
             Front(Path(folder), public, _fail).start()
             if public is None:
                 sys.excepthook = _say_unusable_address

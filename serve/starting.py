@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import shutil
@@ -37,7 +38,8 @@ def listen(host: str, port: int) -> socket.socket:
         return front.listen(host, port)
     except OSError as error:
         reason = str(error.strerror).partition(" (while")[0]  # Python adds the address
-        raise UsageError(f"cannot listen on {host}, port {port}: {reason}: choose another --port") from error
+        other = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+        raise UsageError(f"cannot listen on {host}, port {port}: {reason}: choose another {other}") from error
 
 
 def start(public: socket.socket, environment: Mapping[str, str], what: str) -> None:

@@ -24,7 +24,7 @@ from ensembler import __version__
 from ensembler.cli import app
 from ensembler.errors import ArtefactError, CorruptError, UsageError
 from ensembler.serve import Runtime
-from ensembler.serve.bento import BentoError, build_bento, pinned, write_sources
+from ensembler.serve.bento import build_bento, pinned, write_sources
 from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.manifest import read_bundle
 from ensembler.storage import artefact, signing
@@ -51,7 +51,7 @@ def home(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert build_bento(bundle, "made:one") == "made:one"
         names = {one.metadata["Name"] for one in before}
         assert {one.metadata["Name"] for one in metadata.distributions()} == names  # it installs nothing, as uv
-        with pytest.raises(BentoError, match="already exists"):
+        with pytest.raises(UsageError, match="already exists: choose another --tag"):
             build_bento(bundle, "made:one")
     return home
 

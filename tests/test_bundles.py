@@ -528,6 +528,13 @@ def test_verify_says_what_it_found(bundle: Path) -> None:
     assert "of PyTorch's on 10 images (1e-04 allowed)" in result.output
 
 
+def test_verify_names_the_whole_path(bundle: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(bundle, tmp_path / ("a bundle " * 20).strip())
+    for columns in ("40", "200"):
+        result = CliRunner().invoke(app, ["verify", str(place)], env={"COLUMNS": columns})
+        assert f"{place}, format 1\n" in result.output
+
+
 def test_verify_names_a_damaged_file(bundle: Path, tmp_path: Path) -> None:
     for name in ("graph.onnx", "weights.npz", "probe.npz", "manifest.json"):
         damaged = shutil.copytree(bundle, tmp_path / name)

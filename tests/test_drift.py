@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,9 @@ def test_a_log_of_answers_shows_when_drift_began(bundle: Path, tmp_path: Path) -
     by_hand = Window(runtime.manifest.validation.drift, 200)
     by_hand.add(measures(known))
     assert found.windows[0].index == by_hand.indices()
-    result = CliRunner().invoke(app, ["drift", str(log), "--window", "200"], env={"COLUMNS": "140"})
+    result = CliRunner().invoke(app, ["drift", str(log), "--window", "200"], env={"COLUMNS": "80"})
+    for figures in (*(one.index for one in found.windows), found.bound):
+        assert all(f"{value:.3f}" in result.output for value in figures.values()), "a figure is cut off"
     assert result.exit_code == 0 and "the last window has drifted: " in result.output and "30 others" in result.output
     printed = CliRunner().invoke(app, ["drift", str(log), "--window", "200", "--json"])
     assert json.loads(printed.output)["drifted"] == found.drifted
@@ -183,6 +186,10 @@ def test_what_is_no_log_is_told(bundle: Path, tmp_path: Path) -> None:
         drift_of(tmp_path / "nothing", 1000)
     result = CliRunner().invoke(app, ["serve", str(bundle), "--log-answers", str(tmp_path / "no" / "log")])
     assert result.exit_code == 1 and "choose another --log-answers" in result.output
+    with socket.create_server(("127.0.0.1", 0)) as taken:  # a server that does not start begins no log
+        options = ["--log-answers", str(tmp_path / "new"), "--port", str(taken.getsockname()[1])]
+        assert CliRunner().invoke(app, ["serve", str(bundle), *options]).exit_code == 2
+    assert not (tmp_path / "new").exists()
     for name, value in (("LOG_SAMPLE", "0"), ("LOG_SAMPLE", "1.5"), ("LOG_SAMPLE", "nan"), ("DRIFT_WINDOW", "5")):
         with pytest.raises(UsageError, match=f"ENSEMBLER_{name} must"):
             Settings.read({"ENSEMBLER_BUNDLE": "b", f"ENSEMBLER_{name}": value})

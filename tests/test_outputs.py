@@ -1,15 +1,23 @@
-"""What a command's result leaves of an older one in its folder: nothing of its own, and all that is anybody else's."""
+"""What a command's result leaves of an older one in its folder, and what one that fails leaves: nothing of its own."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
+import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ensembler.errors import ArtefactError
-from ensembler.eval.outputs import LIST, print_lines, write_files
+from ensembler.eval.outputs import LIST, print_lines, write_files, write_result
+from ensembler.eval.prediction_cache import Entry, MembersFile
+from ensembler.eval.prediction_files import writing
+from ensembler.storage import artefact, urls
+from ensembler.storage.artefact import ensure_folder, replace_file, writing_to
 
 OLD = {"report.json": b"{}", "members.png": b"old picture", "table.csv": b"old table"}
 NEW = {"report.json": b"[]", "severity.png": b"new picture"}
@@ -66,3 +74,72 @@ def test_prose_is_wrapped_between_words_on_a_terminal_and_a_path_never(terminal,
     assert last == path
     assert " ".join(line.strip() for line in wrapped) == prose
     assert (len(wrapped) > 1) == terminal and all(len(line) <= 40 for line in wrapped if terminal)
+
+
+def _npz(path: Path) -> None:
+    with writing(path) as file:
+        file.add("probabilities", np.zeros(3))
+
+
+def _members(path: Path) -> None:
+    with MembersFile(Entry(path), (1, 1, 2)) as file:
+        file.write(0, np.zeros((1, 1, 2), np.float32))
+        replace_file(path, b"full")
+
+
+def _artefact(path: Path) -> None:
+    with artefact.write(path, {"kind": "run", "format": 1}) as folder:
+        (folder / "history.jsonl").touch()
+
+
+def _push(path: Path) -> None:
+    _artefact(path.parents[2] / "source")
+    with pytest.MonkeyPatch.context() as full:
+        full.setattr(os, "fsync", _full)
+        urls.push(path.parents[2] / "source", f"file://{path}")
+
+
+def _full(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: replace_file(path, b"report"),
+        lambda path: write_files(path, NEW, path.with_name("copy.json")),
+        lambda path: write_result(None, str(path), "report", NEW),
+        _npz,
+        _members,
+        _artefact,
+    ],
+)
+def test_what_fails_leaves_no_folder_that_it_made(write, tmp_path, monkeypatch):
+    (tmp_path / "own").mkdir()
+    write(tmp_path / "own" / "new" / "deep" / "result")  # where there is room
+    shutil.rmtree(tmp_path / "own" / "new")
+    monkeypatch.setattr(os, "fsync", _full)
+    with pytest.raises(ArtefactError, match="No space left"):
+        write(tmp_path / "own" / "new" / "deep" / "result")
+    assert [*tmp_path.rglob("*")] == [tmp_path / "own"]  # a user's own stays, empty or not
+
+
+def test_a_push_that_sent_nothing_leaves_no_folder(tmp_path):
+    with pytest.raises(ArtefactError, match="No space left"):
+        _push(tmp_path / "shared" / "deep" / "run")
+    assert not (tmp_path / "shared").exists()
+
+
+def test_a_folder_in_which_another_has_written_meanwhile_stays(tmp_path):
+    with pytest.raises(ArtefactError), writing_to(tmp_path), ensure_folder(tmp_path / "new" / "deep"):
+        (tmp_path / "new" / "theirs").touch()
+        raise OSError
+    assert [*tmp_path.rglob("*")] == [tmp_path / "new", tmp_path / "new" / "theirs"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_said_and_stays(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ArtefactError, match="Not a directory"), writing_to(tmp_path):  # noqa: SIM117
+        with ensure_folder(tmp_path / "file" / "deep"):
+            raise AssertionError
+    assert (tmp_path / "file").read_text() == "in the way"

@@ -779,7 +779,9 @@ def test_a_real_server_serves(server: Server) -> None:
         assert answer.status_code == 400 or len(answer.json()["predictions"]) == len(body["images"])
     assert server.get("/livez").status_code == 200
     assert "predictive-uncertainty" in server.get("/metrics").text
-    assert "Traceback" not in server.log.read_text()
+    log = server.log.read_text()
+    assert "Traceback" not in log
+    assert set(re.findall(r"http://[^\s/]+", log)) == {server.url}  # no address at which nothing is answered
 
 
 def test_bentoml_itself_starts_the_service_from_any_folder(bundle: Path, tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def test_what_is_not_signed_with_the_key_is_refused(signed: Path, keys: tuple[Pa
     read_bundle(signed, keys[1])
     other = pair(tmp_path, "other")
     assert_one_sentence(call("verify", signed, "--key", other[1]))
+    missing = call("verify", signed, "--key", tmp_path / "missing.pub").stderr
+    assert "-pubout" in missing and "genpkey" not in missing  # a new pair would not do
     assert_one_sentence(call("serve", signed, "--require-signature", other[1]))
     with pytest.raises(ArtefactError, match="is not signed: export it with --sign"):
         Runtime.load(tmp_path / "plain", key=keys[1])

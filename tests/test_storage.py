@@ -12,6 +12,9 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
+import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
@@ -553,7 +556,8 @@ def test_what_is_not_there_and_what_is_no_url(tmp_path):
     refused(call("pull", f"file://{tmp_path}/nowhere"), f"no run or bundle at file://{tmp_path}/nowhere")
     refused(call("show", "memory://nowhere"), "no run or bundle at memory://nowhere")
     refused(call("pull", "runs/x"), "runs/x is not a URL")
-    refused(call("push", "runs/x"), "push takes a run or bundle, and the URL to push it to")
+    refused(call("push", "runs/x"), "push takes a run or bundle, and the URL to push it to", "which runs/x is not")
+    refused(call("pull", "s3://"), "s3:// must end with a name", "such as s3://BUCKET/NAME")
     refused(call("push", "a", "b", "memory://c"), "push takes a run or bundle, and the URL")
     refused(call("push", "memory://x"), "no run in runs")
     refused(
@@ -562,6 +566,40 @@ def test_what_is_not_there_and_what_is_no_url(tmp_path):
     )
     (tmp_path / "file").write_bytes(b"")
     refused(call("push", tmp_path / "source", f"file://{tmp_path}/file/x", "--quiet"), "cannot write file://")
+
+
+def test_a_server_that_fails_is_not_taken_for_one_that_has_no_file(tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    run, failing = made(tmp_path / "runs" / "mine"), set()
+    calibrate(run)
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(tmp_path / "runs"))
+
+        def send_head(self):
+            if self.path.rpartition("/")[2] in failing:
+                return self.send_error(503)
+            return super().send_head()
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"http://127.0.0.1:{server.server_port}"
+        for name in ("calibration.json", "manifest.sha256", "vertices.safetensors"):
+            failing.add(name)
+            refused(call("pull", f"{host}/mine", "--out", "new/run", "--quiet"), f"cannot read {host}/mine: 503")
+            failing.remove(name)
+        assert not Path("new").exists()  # nor a run without its calibration
+        refused(call("pull", f"{host}/other"), f"no run or bundle at {host}/other")
+        pull(f"{host}/mine", "new/run")
+        assert content(Path("new/run")) == content(run)
+        refused(call("push", run, f"{host}/new"), f"{host}/new can only be read: push to")
+        refused(call("train-fge", "--out", f"{host}/new"), f"{host}/new can only be read: push to")
+        server.shutdown()
+    refused(call("pull", f"{host}/mine", "--quiet"), f"cannot read {host}/mine: ", "check the URL and the network")
 
 
 @pytest.mark.parametrize(
@@ -578,7 +616,7 @@ def test_what_is_not_there_and_what_is_no_url(tmp_path):
         (OSError(28, "No space left on device"), "No space left on device: make room, and try again"),
         (ConnectionError("network is\nunreachable"), "network is: check the URL and the network, and try again"),
         (TimeoutError(), "TimeoutError: check the URL and the network"),
-        (FileNotFoundError("The specified bucket does not exist"), "it does not exist: create it first"),
+        (FileNotFoundError("The specified bucket does not exist"), "does not exist: check the URL, or create it"),
     ],
 )
 def test_what_a_file_system_raises_becomes_one_sentence(error, words, tmp_path):

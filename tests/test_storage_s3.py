@@ -81,9 +81,9 @@ def test_what_is_missing_is_said_and_mended(s3, tmp_path):
 
 def test_a_bucket_that_is_not_there_is_not_made(s3, tmp_path):
     source = made(tmp_path / "source")
-    with pytest.raises(ArtefactError, match="it does not exist: create it first"):
-        urls.push(source, "s3://nowhere/mine")
-    for url in ("s3://nowhere/mine", "s3://bucket/nothing"):
-        with pytest.raises(ArtefactError, match="no run or bundle at"):
-            urls.local(url)
+    for use in (lambda url: urls.push(source, url), urls.local, urls.check_free):  # the last before hours of training
+        with pytest.raises(ArtefactError, match="its bucket or folder does not exist: check the URL, or create it"):
+            use("s3://nowhere/mine")
+    with pytest.raises(ArtefactError, match="no run or bundle at"):
+        urls.local("s3://bucket/nothing")
     assert [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]] == ["bucket"]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.progress import bars_on, has_bars
+from ensembler.storage.artefact import ensure_folder
 from ensembler.text import counted, echo, print_prose, printable
 from ensembler.trainers.events import EpochEnd, Event, Message, OnEvent, Progress
 
@@ -168,8 +169,7 @@ def _bars(console: Console) -> Iterator[OnEvent]:
 @contextmanager
 def _json_lines(path: Path) -> Iterator[OnEvent]:
     start = time.monotonic()
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(path), ensure_folder(path.parent):
         file = path.open("a", encoding="utf-8", buffering=1)  # flushed after every line, for tail -f
 
     def watch(event: Event) -> None:

@@ -99,25 +99,24 @@ class UnfinishedRun:
             return
         name = self.path.name
         partial = self.folder.with_name(f".partial-{name}-{secrets.token_hex(4)}")
-        try:
-            partial.mkdir(parents=True)
-            self._acquire_lock(partial)
-            self.spec.write(partial)
-            for number in count(2):
-                try:
-                    partial.rename(self.folder)
-                    break
-                except OSError:
-                    if not self.folder.exists():
-                        raise
-                    if not (self.folder / SPEC).is_file():  # the rest of a folder that was being removed
-                        shutil.rmtree(self.folder, ignore_errors=True)
-                    if self.folder.exists():
-                        self.folder = unfinished(self.path.with_name(f"{name}-{number}"))
-        except OSError as error:
-            raise ArtefactError(f"cannot write {self.folder}: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # it has been renamed, unless there was an error
+        with artefact.writing_to(self.folder), artefact.ensure_folder(partial.parent):
+            try:
+                partial.mkdir()
+                self._acquire_lock(partial)
+                self.spec.write(partial)
+                for number in count(2):
+                    try:
+                        partial.rename(self.folder)
+                        break
+                    except OSError:
+                        if not self.folder.exists():
+                            raise
+                        if not (self.folder / SPEC).is_file():  # the rest of a folder that was being removed
+                            shutil.rmtree(self.folder, ignore_errors=True)
+                        if self.folder.exists():
+                            self.folder = unfinished(self.path.with_name(f"{name}-{number}"))
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)  # it has been renamed, unless there was an error
         self._exists = True
 
     def _acquire_lock(self, folder: Path) -> None:

@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -29,7 +28,7 @@ from ensembler.data.examples import hash_tensors
 from ensembler.data.folders import stat_files
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.machine import user_cache
-from ensembler.storage.artefact import HELD, hold, sweep
+from ensembler.storage.artefact import partial_file
 from ensembler.text import echo_once
 
 __all__ = ["LIMIT", "Listed", "clear", "default_folder", "kept", "listed", "maximum", "recorded"]
@@ -228,28 +227,20 @@ def _load(path: Path, labels: Sequence[Tensor]) -> tuple[Tensor, dict[str, str]]
 def _save(path: Path, tensor: Tensor, metadata: dict[str, str], limit: int) -> None:
     """Write an entry whole or not at all; where that fails, say so."""
     needed = tensor.nbytes
-    partial = path.with_name(f".partial-{os.getpid()}-{secrets.token_hex(4)}-{path.name}{HELD}")
-    lock = None
     try:
         if needed > limit:
             raise OSError(f"they need {needed / 1e6:,.1f} MB, and {LIMIT} allows {limit / 1e6:,.1f} MB")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        if (free := shutil.disk_usage(path.parent).free) < 2 * needed:
-            raise OSError(f"they need {needed / 1e6:,.1f} MB, more than half of the {free / 1e6:,.1f} MB left there")
-        _make_room(path.parent, limit - needed)
-        partial.touch(mode=0o600, exist_ok=False)
-        lock = hold(partial)
-        save_file({_NAME: tensor.contiguous()}, partial, metadata)
-        partial.replace(path)
+        with partial_file(path) as partial:
+            if (free := shutil.disk_usage(path.parent).free) < 2 * needed:
+                raise OSError(
+                    f"they need {needed / 1e6:,.1f} MB, more than half of the {free / 1e6:,.1f} MB left there"
+                )
+            _make_room(path.parent, limit - needed)
+            partial.chmod(0o600)
+            save_file({_NAME: tensor.contiguous()}, partial, metadata)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         echo_once(f"decoded images are not kept in {path.parent}: {reason}; they are decoded again when needed")
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if lock is not None:
-            os.close(lock)
 
 
 def _make_room(folder: Path, room: int) -> None:

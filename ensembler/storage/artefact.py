@@ -6,17 +6,19 @@ in the format of ``sha256sum``). Standard library only, so that serving can veri
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,13 @@ __all__ = [
     "SEAL",
     "appear",
     "check_writable",
+    "ensure_folder",
     "hold",
     "lock",
     "open_file",
     "parse",
     "parse_json",
+    "partial_file",
     "read",
     "read_text",
     "replace_file",
@@ -43,6 +47,7 @@ __all__ = [
     "sha256",
     "sweep",
     "write",
+    "writing_to",
 ]
 
 MANIFEST = "manifest.json"
@@ -240,6 +245,73 @@ def sweep(folder: Path) -> None:
                 os.close(lock)
 
 
+@contextmanager
+def ensure_folder(path: Path) -> Iterator[None]:
+    """Make a folder and its parents where they are missing; if the block raises, those made here and empty are removed.
+
+    What killed processes left in the folder is removed, too (:func:`sweep`).
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    made: list[Path] = []
+    try:
+        for folder in reversed((path, *path.parents)):
+            if not folder.is_dir():
+                try:
+                    folder.mkdir()
+                    made.append(folder)
+                except FileExistsError as error:
+                    if not folder.is_dir():  # no other process made it meanwhile
+                        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from error
+        sweep(path)
+        yield
+    except BaseException:
+        with suppress(OSError):  # the first that is not empty, and its parents, stay
+            for folder in reversed(made):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[Path]:
+    """Write or replace one file atomically, in a folder that is made where it is missing.
+
+    Yields an empty hidden file beside ``path``. If the block succeeds, it is flushed to disk and takes its place;
+    otherwise it is removed.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    partial, lock = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}{HELD}"), None
+    with ensure_folder(path.parent):
+        try:
+            partial.touch()
+            lock = hold(partial)
+            yield partial
+            _flush(partial)
+            partial.replace(path)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            if lock is not None:
+                os.close(lock)
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn the system's errors in the block into one sentence about ``path``.
+
+    Raises:
+        ArtefactError: the disk is full, or ``path`` cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ArtefactError(f"cannot write {path}: {reason}: make room, or choose another place") from error
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write or replace one file atomically.
 
@@ -255,26 +327,12 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
     Raises:
         ArtefactError: the disk is full, or a file cannot be written.
     """
-    path, locks = Path(), list[int | None]()
-    partials = {path: path.with_name(f".partial-{os.getpid()}-{path.name}{HELD}") for path in contents}
-    try:
-        for path, partial in partials.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sweep(path.parent)
-            partial.write_bytes(contents[path])
-            locks.append(hold(partial))
+    with ExitStack() as files:
+        for path, content in contents.items():
+            files.enter_context(writing_to(path))
+            partial = files.enter_context(partial_file(path))
+            partial.write_bytes(content)
             _flush(partial)
-        for path, partial in partials.items():
-            partial.replace(path)
-    except OSError as error:
-        raise ArtefactError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        for partial in partials.values():
-            with suppress(OSError):
-                partial.unlink()
-        for lock in locks:
-            if lock is not None:
-                os.close(lock)
 
 
 @contextmanager
@@ -291,30 +349,32 @@ def appear(path: Path) -> Iterator[Path]:
     """
     if path.exists():
         raise UsageError(f"{path} already exists: choose another path, or remove it first")
-    partial: Path | None = None
-    lock: int | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
-        partial = Path(tempfile.mkdtemp(prefix=f".partial-{path.name}-", suffix=HELD, dir=path.parent))
-        lock = hold(partial)
-        partial.chmod(0o777 & ~_umask())
+    with writing_to(path), ensure_folder(path.parent), _partial_folder(path) as partial:
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~_umask())  # safetensors makes its files readable by their owner only
         for file in [*partial.rglob("*"), partial]:
             _flush(file)
-        partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError as error:
+            if path.exists():  # another process created it meanwhile
+                raise UsageError(f"{path} already exists: choose another path, or remove it first") from error
+            raise
         _flush(path.parent)
-    except OSError as error:
-        if path.exists():  # another process created it meanwhile
-            raise UsageError(f"{path} already exists: choose another path, or remove it first") from error
-        reason = error.strerror or error
-        raise ArtefactError(f"cannot write {path}: {reason}: make room, or choose another place") from error
+
+
+@contextmanager
+def _partial_folder(path: Path) -> Iterator[Path]:
+    """Make a hidden folder beside ``path``, and remove it at the end unless it was renamed."""
+    partial = Path(tempfile.mkdtemp(prefix=f".partial-{path.name}-", suffix=HELD, dir=path.parent))
+    lock = hold(partial)
+    try:
+        partial.chmod(0o777 & ~_umask())
+        yield partial
     finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 

@@ -40,7 +40,8 @@ def push(
     """Verify a run or bundle and upload it to a URL, with a model card; an incomplete upload is never used."""
     *given, url = places
     if len(given) > 1 or not urls.is_url(url):
-        raise UsageError("push takes a run or bundle, and the URL to push it to, such as s3://BUCKET/NAME")
+        mistake = "" if urls.is_url(url) else f", which {url} is not"
+        raise UsageError(f"push takes a run or bundle, and the URL to push it to, such as s3://BUCKET/NAME{mistake}")
     with watching(quiet, **MEGABYTES) as watch:
         sent = urls.push(urls.local(given[0], watch) if given else _latest(), url, private=private, watch=watch)
     echo(f"pushed: {url} ({', '.join(sent)})" if sent else f"{url} is up to date: nothing was sent")

@@ -53,7 +53,7 @@ def private_key(path: str | Path) -> Ed25519PrivateKey:
     Raises:
         UsageError: there is none.
     """
-    content = _read(path)
+    content = _read(path, f"make one with {_MAKE}")
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -74,7 +74,7 @@ def public_key(path: str | Path) -> Ed25519PublicKey:
     Raises:
         UsageError: there is none.
     """
-    content = _read(path)
+    content = _read(path, f"give the signer's public key, made with {_MAKE_PUBLIC}")
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -87,9 +87,9 @@ def public_key(path: str | Path) -> Ed25519PublicKey:
     return key
 
 
-def _read(path: str | Path) -> bytes:
+def _read(path: str | Path, mend: str) -> bytes:
     try:
         with Path(path).open("rb") as file:
             return file.read(2**20)
     except OSError as error:
-        raise UsageError(f"cannot read the key {path}: {error.strerror or error}: make one with {_MAKE}") from error
+        raise UsageError(f"cannot read the key {path}: {error.strerror or error}: {mend}") from error

@@ -6,7 +6,6 @@ fsspec and huggingface_hub are imported when a URL is opened, because few comman
 from __future__ import annotations
 
 import errno
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,7 +16,7 @@ from urllib.parse import unquote
 
 from ensembler.errors import ArtefactError, CorruptError, EnsemblerError, UsageError
 from ensembler.progress import Watcher
-from ensembler.storage.artefact import LARGEST_TEXT, MANIFEST, NAME, SEAL, open_file
+from ensembler.storage.artefact import LARGEST_TEXT, MANIFEST, NAME, SEAL, open_file, partial_file
 
 __all__ = ["HubRepository", "Store", "is_url", "mismatch", "name_of", "open_store", "silent"]
 
@@ -44,9 +43,11 @@ def name_of(url: str) -> str:
         UsageError: it is not a valid name of a folder.
     """
     repository = _HUB.fullmatch(url)
-    name = (repository[1] if repository else url.partition("://")[2]).rstrip("/").rpartition("/")[2]
+    scheme, _, path = url.partition("://")
+    name = (repository[1] if repository else path).rstrip("/").rpartition("/")[2]
     if not NAME.fullmatch(name):
-        raise UsageError(f"{url} must end with a name for the run or bundle, such as {url.rstrip('/')}/NAME")
+        example = f"{scheme}://{path.rstrip('/') or 'BUCKET'}/NAME"
+        raise UsageError(f"{url} must end with a name for the run or bundle, such as {example}")
     return name
 
 
@@ -69,6 +70,15 @@ class Store:
             self._root = root.rstrip("/")
             self._fs.invalidate_cache()
 
+    def check_writes(self) -> None:
+        """Check that something can be pushed to this kind of URL.
+
+        Raises:
+            UsageError: it can only be read.
+        """
+        if "http" in self._protocols():
+            raise UsageError(f"{self.url} can only be read: push to s3://, gs://, hf:// or file:// instead")
+
     def prepare(self, private: bool) -> None:
         """Create what must exist before the first write."""
 
@@ -82,7 +92,8 @@ class Store:
             try:
                 with self._open(name) as file:
                     content: bytes = file.read(LARGEST_TEXT + 1)
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError) as error:
+                _check_missing(error)
                 return None
         if len(content) > LARGEST_TEXT:
             raise ArtefactError(f"{self.url}/{name} is larger than {LARGEST_TEXT >> 20} MiB: do not use it")
@@ -99,7 +110,8 @@ class Store:
             try:
                 self._fs.invalidate_cache()
                 paths = self._fs.ls(self._root, detail=False)
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError) as error:
+                _check_missing(error)
                 return []
         return [path.rstrip("/").rpartition("/")[2] for path in paths if path.rstrip("/") != self._root]
 
@@ -109,7 +121,8 @@ class Store:
             try:
                 self._fs.invalidate_cache()
                 files = self._fs.find(self._root, maxdepth=2, detail=True)
-            except (FileNotFoundError, NotADirectoryError):
+            except (FileNotFoundError, NotADirectoryError) as error:
+                _check_missing(error)
                 return {}
         sizes = {path.removeprefix(self._root).lstrip("/"): entry["size"] for path, entry in files.items()}
         return {name: size for name, size in sizes.items() if size is not None}
@@ -120,6 +133,7 @@ class Store:
             try:
                 file = self._stream(name)
             except FileNotFoundError as error:
+                _check_missing(error)
                 raise CorruptError(mismatch(f"{self.url}/{name}", missing=True)) from error
         with file:
             while True:
@@ -143,27 +157,23 @@ class Store:
         watch(label, done, total)
 
     def _put(self, name: str, source: Path | bytes, sent: Callable[[int], None]) -> None:
+        target, protocols = self._path(name), self._protocols()
+        if "file" in protocols:
+            with partial_file(Path(target)) as hidden:
+                self._send(source, str(hidden), sent)
+            return
+        if not _FLAT.intersection(protocols):
+            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+        self._send(source, target, sent)
+
+    def _send(self, source: Path | bytes, target: str, sent: Callable[[int], None]) -> None:
         from fsspec.callbacks import Callback
 
-        protocols = self._protocols()
-        target = self._path(name)
-        folder, _, last = target.rpartition("/")
-        if not _FLAT.intersection(protocols):
-            self._fs.makedirs(folder, exist_ok=True)
-        hidden = f"{folder}/.partial-{os.getpid()}-{last}" if "file" in protocols else target
-        try:
-            if isinstance(source, bytes):
-                self._fs.pipe_file(hidden, source)
-            else:
-                callback = Callback(hooks={"sent": lambda size, value, **_: sent(value)})
-                self._fs.put_file(str(source), hidden, callback=callback)
-            if hidden != target:
-                self._fs.mv(hidden, target)
-        except BaseException:
-            if hidden != target:
-                with suppress(OSError):
-                    self._fs.rm_file(hidden)
-            raise
+        if isinstance(source, bytes):
+            self._fs.pipe_file(target, source)
+        else:
+            callback = Callback(hooks={"sent": lambda size, value, **_: sent(value)})
+            self._fs.put_file(str(source), target, callback=callback)
 
     def _open(self, name: str) -> Any:
         if "file" in self._protocols():  # another's shared folder
@@ -196,11 +206,12 @@ class Store:
             remedy = f"pip install {package}" if package else str(error)
             raise UsageError(f"{self.url} needs a package that is not installed: {remedy}") from error
         except FileNotFoundError as error:
-            raise ArtefactError(f"cannot {verb} {self.url}: it does not exist: create it first") from error
+            reason = "its bucket or folder does not exist: check the URL, or create it first"
+            raise ArtefactError(f"cannot {verb} {self.url}: {reason}") from error
         except Exception as error:
             reason = (error.strerror if isinstance(error, OSError) else "") or str(error).strip()
             reason = reason or type(error).__name__
-            status = getattr(getattr(error, "response", None), "status_code", None)
+            status = _status(error)
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             remedy = "make room, and try again" if full else "check the URL and the network, and try again"
             if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in type(error).__name__:
@@ -270,6 +281,22 @@ def open_store(url: str) -> Store:
         UsageError: the URL is invalid, or its package is not installed. ArtefactError: it cannot be reached.
     """
     return HubRepository(url) if url.startswith("hf://") else Store(url)
+
+
+def _check_missing(error: OSError) -> None:
+    """Raise what is no missing file, but reported as one: a host that does not answer, an HTTP error, no bucket."""
+    cause = error.__cause__
+    if type(cause).__name__ == "NoSuchBucket":
+        raise error
+    if type(cause).__module__.startswith("aiohttp.") and _status(cause) not in (403, 404, 410):
+        raise cause  # (403: of S3, to whoever may not list)
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The status of an HTTP error of any library."""
+    response = getattr(error, "response", None)
+    status: int | None = getattr(error, "status", None) or getattr(response, "status_code", None)
+    return status
 
 
 def _report(watch: Watcher, label: str, before: int, total: int, sent: int) -> None:

@@ -267,6 +267,7 @@ def _check(store: Store, seal: bytes | None, manifest: bytes | None) -> bool:
     Raises:
         UsageError: it holds something else.
     """
+    store.check_writes()
     remedy = "choose another URL, or remove what is there first"
     other_seal, other_manifest = store.read(SEAL), store.read(MANIFEST)
     if other_seal and _SEALED.fullmatch(other_seal.decode("ascii", "replace")):

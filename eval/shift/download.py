@@ -25,7 +25,7 @@ from ensembler.eval.shift.corruptions import HEADLINE, VALIDATION
 from ensembler.eval.shift.generated import RECORD
 from ensembler.eval.shift.layout import LABELS
 from ensembler.progress import Watcher
-from ensembler.storage.artefact import lock
+from ensembler.storage.artefact import ensure_folder, lock
 
 __all__ = ["ARCHIVES", "HOST", "Archive", "download"]
 
@@ -141,8 +141,7 @@ def download(
     if _is_there(archive, folder):
         return folder
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with lock(root / f".{archive.folder}.lock", folder) or nullcontext():
+        with ensure_folder(root), lock(root / f".{archive.folder}.lock", folder) or nullcontext():
             if _is_there(archive, folder):  # another process was quicker
                 return folder
             tar = own if own.is_file() else partial

@@ -20,7 +20,7 @@ from ensembler.eval.shift.layout import LABELS, StoredFolder
 from ensembler.eval.shift.test_set import check_images
 from ensembler.progress import Watcher
 from ensembler.run import versions
-from ensembler.storage.artefact import lock, replace_file
+from ensembler.storage.artefact import ensure_folder, lock, replace_file
 
 __all__ = ["write_corruptions"]
 
@@ -63,8 +63,7 @@ def write_corruptions(
     folder = generated_folder(out, dataset.test)
     size = math.prod(folder.shape)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with lock(out / ".lock", out) or nullcontext():
+        with ensure_folder(out), lock(out / ".lock", out) or nullcontext():
             _begin(dataset, out, seed)
             labels = io.BytesIO()
             dtype = np.uint8 if len(dataset.classes) <= 256 else np.int64
