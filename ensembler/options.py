@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from ensembler.errors import UsageError
 from ensembler.storage.urls import place
+from ensembler.text import brief
 from ensembler.typed import wanted
 
 __all__ = ["Options", "chosen", "option", "parameters", "with_parameters"]
@@ -122,10 +123,12 @@ def _fill(record: Options, values: Mapping[str, Any], flags: Mapping[str, str], 
 
 
 def _as_field(record: type[Options], name: str, value: Any) -> Any:
-    """A value from Python as its field holds it: a path as text where it may be a URL, one of a list as a list."""
+    """A value from Python as its field holds it: a device by its name, a path as text, one of a list as a list."""
     if (field := record.model_fields.get(name)) is None:
         return value
     kinds = [field.annotation, *get_args(field.annotation)]
+    if name == "device" and type(value).__name__ == "device":  # torch's, which is not imported here
+        return str(value)
     if isinstance(value, str | Path) and any(get_origin(kind) is list for kind in kinds):
         value = [value]
     if not _extra(field)["path"]:
@@ -210,6 +213,6 @@ def _explained(error: ErrorDetails, options: type[Options], flags: Mapping[str, 
         "finite_number": "finite",
     }.get(error["type"])
     if extent:
-        return f"{shown} must be {extent}, not {found}"
+        return f"{shown} must be {extent}, not {brief(found)}"
     each = "each " if any(isinstance(place, int) for place in error["loc"]) else ""
-    return f"{each}{shown} must be {wanted(options.model_fields[name].annotation)}, not {found!r}"
+    return f"{each}{shown} must be {wanted(options.model_fields[name].annotation)}, not {brief(found)}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ensembler.arguments import checked
 from ensembler.calibration import Calibration, Conformal, ConformalMethod, conformal_quantile, conformal_scores
 from ensembler.calibration_maps import Temperature
 from ensembler.errors import UsageError
@@ -34,6 +35,7 @@ _TITLES = {"error": "the error", "nll": "the NLL", "ece": "the ECE"}
 _ROUNDING = 1e-9  # of a score
 
 
+@checked
 def calibrate(
     path: str | Path,
     options: CalibrationOptions | None = None,

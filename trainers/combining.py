@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 
 import torch
 
+from ensembler.arguments import checked
 from ensembler.data.datasets import Dataset
 from ensembler.errors import UsageError
 from ensembler.run import Cost, CostEntry, Run, versions
@@ -22,6 +23,7 @@ from ensembler.trainers.training import measure
 __all__ = ["combination", "combine"]
 
 
+@checked
 def combine(runs: Mapping[str, Run], dataset: Dataset | None = None, device: str | None = None) -> Run:
     """Combine the members of runs of one dataset, and measure them on the held-out and the test data.
 

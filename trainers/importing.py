@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensembler.arguments import checked
 from ensembler.data import datasets, normalisation
 from ensembler.data.examples import Examples
 from ensembler.ensemble import Ensemble
@@ -38,6 +39,7 @@ __all__ = ["import_checkpoints"]
 EXAMPLES = 1000  # validation examples on which other normalisations are tried, at most
 
 
+@checked
 def import_checkpoints(
     files: str | Path | Sequence[str | Path],
     architecture: str | Factory,

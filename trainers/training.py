@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ensembler.arguments import checked
 from ensembler.data import datasets
 from ensembler.data.datasets import Dataset
 from ensembler.data.examples import Examples
@@ -38,6 +39,7 @@ from ensembler.trainers.trainer import Trainer
 __all__ = ["Training", "assemble", "centroid", "collapse_run", "measure", "train", "with_network"]
 
 
+@checked
 def train(
     dataset: Any,
     method: Method,
@@ -252,6 +254,7 @@ def centroid(trainer: Trainer, members: Members) -> Members:
     return Members(one, torch.ones(1, 1), buffers, metrics=metrics)
 
 
+@checked
 def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
     """The centroid of a run's vertices as a run of one network; it costs what the run cost, and its statistics.
 

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensembler.arguments import checked
 from ensembler.data.decoded import DecodedSplit, find_unreadable
 from ensembler.data.decoding import MEND_OR_SKIP, read_image
 from ensembler.data.folder_notes import Notes, describe_folder
@@ -117,6 +118,7 @@ class Dataset:
         return dict(zip(self.classes, counts, strict=True))
 
 
+@checked
 def load(
     name: str,
     root: str | Path | None = None,

@@ -65,10 +65,17 @@ class Source:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The names of the classes, where the dataset has them as torchvision's do, in ``classes``."""
+        """The names of the classes, where the dataset has them as torchvision's do, in ``classes``.
+
+        Raises:
+            DataError: they cannot be read.
+        """
         dataset, seen = self.examples, 0
         while dataset is not None and seen < 10:  # Subset and its like lie around the dataset that has the names
-            names = getattr(dataset, "classes", None)
+            try:
+                names = getattr(dataset, "classes", None)
+            except Exception as error:  # whatever a user's code raises
+                raise DataError(f"cannot read the classes of {self.role}: {reason(error)}") from error
             if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
                 return tuple(names)
             dataset, seen = getattr(dataset, "dataset", None), seen + 1
@@ -94,7 +101,7 @@ def sources(train: Any, test: Any = None, validation: Any = None) -> dict[str, S
             raise UsageError(f"{type(train).__name__}.train_dataloader() returns no loader: return one")
         return found
     given = {"train": train, "validation": validation, "test": test}
-    return {role: _source(role, one) for role, one in given.items() if one is not None}
+    return {role: _source(role, one) for role, one in given.items() if one is not None or role == "train"}
 
 
 def _from_module(module: Any) -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensembler import calibration
+from ensembler.arguments import checked
 from ensembler.calibration import Calibration
 from ensembler.calibration_maps import Temperature
 from ensembler.data.datasets import NAMES, Dataset
@@ -67,6 +68,7 @@ _SHOWN = 8  # test images for the page
 Say = Callable[[str], object]
 
 
+@checked
 def export_run(
     run_path: str | Path,
     out: str | Path,
