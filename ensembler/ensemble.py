@@ -22,7 +22,7 @@ from ensembler.arguments import checked
 from ensembler.data import examples
 from ensembler.data.examples import Examples
 from ensembler.data.inputs import as_tensor, batches
-from ensembler.device import choose_device, limit_threads
+from ensembler.device import choose_device, default_modes, limit_threads
 from ensembler.errors import ShapeError, UsageError
 from ensembler.networks.architectures import Factory
 from ensembler.networks.batchnorm import has_batchnorm
@@ -76,6 +76,7 @@ class Ensemble:
         UsageError: there is no such device, ``batch_size < 1``, or the architecture computes with what no run holds.
     """
 
+    @default_modes()
     @checked
     def __init__(self, run: Run, device: str | torch.device | None = None, batch_size: int | None = None) -> None:
         if batch_size is not None and batch_size < 1:
@@ -225,7 +226,9 @@ class Ensemble:
                     part = slice(start, start + self.batch_size)
                     outputs = predict(seen[part], stored, captured)
                     if not start and not member:
-                        result = torch.empty(self.members, len(x), *outputs.shape[1:], device=self.device)
+                        result = torch.empty(
+                            self.members, len(x), *outputs.shape[1:], dtype=torch.float32, device=self.device
+                        )
                     result[member, part] = outputs
             return result.cpu()
 
@@ -264,6 +267,7 @@ class Ensemble:
         ood: str | Sequence[str] | None = None,
         examples: int | None = None,
         *,
+        dataset: Any = None,
         quiet: bool = False,
         **options: Any,
     ) -> Evaluation:
@@ -273,6 +277,8 @@ class Ensemble:
             shift: other test images of the same classes, such as ``"cifar10c"``.
             ood: out-of-distribution images, such as ``"noise:gaussian"``.
             examples: number of test images; all by default.
+            dataset: what the run was trained on, or its name now, where it has no name to load it by; see
+                :func:`ensembler.as_dataset`.
             quiet: show no progress; see :func:`ensembler.progress.interactive`.
             **options: of :class:`ensembler.eval.options.EvaluationOptions`.
 
@@ -288,13 +294,14 @@ class Ensemble:
         given = {"shift": shift, "ood": ood, "examples": examples, **self._computed, **options}
         with _scratch() as scratch, watching(quiet or not interactive(), unit="images") as watch:
             found = EvaluationOptions(**given | self._kept(scratch))
-            return evaluate_paths(self._folder(scratch), found, watch=watch, network=self._network)
+            return evaluate_paths(self._folder(scratch), found, dataset=dataset, watch=watch, network=self._network)
 
     @checked
-    def calibrate(self, *, quiet: bool = False, **options: Any) -> Calibration:
+    def calibrate(self, *, dataset: Any = None, quiet: bool = False, **options: Any) -> Calibration:
         """Fit and store the run's calibration, prediction sets and abstention, as ``ensembler calibrate`` does.
 
         Args:
+            dataset: as of :meth:`evaluate`.
             quiet: show no progress.
             **options: of :class:`ensembler.eval.options.CalibrationOptions`, such as ``alpha=0.05``.
 
@@ -314,7 +321,7 @@ class Ensemble:
             raise UsageError("a calibration is kept beside its run: save this one first, run.save('runs/NAME')")
         with _scratch() as scratch, watching(quiet or not interactive(), unit="images") as watch:
             given = CalibrationOptions(**self._computed | options | self._kept(scratch))
-            found = calibrate(path, given, watch=watch, network=self._network)
+            found = calibrate(path, given, dataset=dataset, watch=watch, network=self._network)
         calibration.save(found, path)
         return found
 
@@ -325,7 +332,7 @@ class Ensemble:
         Args:
             out: the bundle's folder; must not exist.
             quiet: do not say which steps were left out, and why.
-            **options: of :func:`ensembler.serve.export_run`, such as ``layout="single"``.
+            **options: of :func:`ensembler.serve.export_run`, such as ``layout="single"`` or ``dataset=data``.
 
         Returns:
             ``out``, for :meth:`ensembler.serve.Runtime.load` and ``ensembler serve``.
@@ -367,6 +374,7 @@ class Ensemble:
         """Where predictions are kept, as an option: temporarily, if the network's code cannot be read."""
         return {} if self._network is None else {"cache": Path(scratch, "predictions")}
 
+    @default_modes()
     @checked
     def sample(self, members: int, seed: int = 0, train: Examples | None = None) -> Ensemble:
         """Draw an ensemble of new members from the same simplexes or Gaussians.
@@ -389,6 +397,7 @@ class Ensemble:
             return self._drawn(sampling.scale, members, seed, train)
         return self.at(sample_coefficients(sampling, self.run.coefficients.shape[1], members, seed), train)
 
+    @default_modes()
     @checked
     def at(self, coefficients: Tensor | NDArray[np.floating[Any]], train: Examples | None = None) -> Ensemble:
         """Return an ensemble with other coefficients of the same vertices: any points of their affine span.

@@ -60,6 +60,7 @@ def calibrate(
         DataError: the dataset is missing or not the one that the run was trained on.
         ArtefactError: no run there, or the prediction cannot be kept.
     """
+    from ensembler.device import default_modes
     from ensembler.ensemble import Ensemble
     from ensembler.eval.evaluation import check_task
     from ensembler.eval.prediction_cache import folder_of
@@ -74,7 +75,8 @@ def calibrate(
     given = options.dataset if dataset is None else dataset
     validation = record.load(options.data, download=options.download, dataset=given).validation
     folder = folder_of(options.cache)
-    ((_, (prediction,)),) = predictions([Predictor(ensemble, folder)], [validation_set(validation)], watch)
+    with default_modes():
+        ((_, (prediction,)),) = predictions([Predictor(ensemble, folder)], [validation_set(validation)], watch)
     return fit(
         mean_probabilities(np.asarray(prediction.members)),  # in float64, as it is served: a threshold may be a tie
         validation.labels.numpy(),

@@ -17,7 +17,7 @@ from torch import Tensor
 from ensembler.arguments import checked
 from ensembler.data.datasets import Dataset
 from ensembler.data.images import FileSplit, Images
-from ensembler.device import configure, limit_threads
+from ensembler.device import configure, default_modes, limit_threads
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
@@ -144,6 +144,7 @@ def named_arrays(predictions: ArrayLike | Mapping[str, ArrayLike], labels: Array
     return arrays | {"labels": labels}
 
 
+@default_modes()
 @checked
 def evaluate_given(
     given: Sequence[Predictions],
@@ -209,6 +210,7 @@ def evaluate_given(
     return Evaluation(report, [run for _, run in scored], first.labels)
 
 
+@default_modes()
 @checked
 def evaluate_paths(
     paths: str | Path | Sequence[str | Path],

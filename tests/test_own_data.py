@@ -654,6 +654,10 @@ def test_a_run_of_data_without_a_name_takes_them_from_python(tmp_path, monkeypat
         assert result.exit_code == 1
         assert "error: own data was given from Python and cannot be loaded by name" in result.output.replace("\n", " ")
         assert "(--dataset)" in result.output
+    ensemble = Ensemble(run, "cpu")
+    assert ensemble.evaluate(dataset=data).report == evaluate_paths(path, dataset=data).report
+    assert ensemble.calibrate(dataset=data).fitted == calibrate(path, dataset=data).fitted
+    (path / "calibration.json").unlink()
     said = []
     with pytest.raises(UsageError, match="int8 is accepted only after a comparison on validation images"):
         export_run(path, tmp_path / "without", precision="int8", say=said.append)

@@ -15,6 +15,7 @@ import torch
 
 from ensembler.arguments import checked
 from ensembler.data.datasets import Dataset
+from ensembler.device import default_modes
 from ensembler.errors import UsageError
 from ensembler.run import Cost, CostEntry, Run, versions
 from ensembler.trainers.spec import Spec
@@ -23,6 +24,7 @@ from ensembler.trainers.training import measure
 __all__ = ["combination", "combine"]
 
 
+@default_modes()
 @checked
 def combine(runs: Mapping[str, Run], dataset: Dataset | None = None, device: str | None = None) -> Run:
     """Combine the members of runs of one dataset, and measure them on the held-out and the test data.

@@ -15,6 +15,7 @@ from torch import Tensor
 from ensembler.arguments import checked
 from ensembler.data import datasets, normalisation
 from ensembler.data.examples import Examples
+from ensembler.device import default_modes
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.networks import checkpoints, matching
@@ -39,6 +40,7 @@ __all__ = ["import_checkpoints"]
 EXAMPLES = 1000  # validation examples on which other normalisations are tried, at most
 
 
+@default_modes()
 @checked
 def import_checkpoints(
     files: str | Path | Sequence[str | Path],

@@ -35,6 +35,7 @@ from ensembler.data.image_cache import kept
 from ensembler.data.images import MEMORY_LIMIT, FileSplit, Images, Split, normalise, resized
 from ensembler.data.published import cifar, digits, fashion_mnist
 from ensembler.data.splits import complete, hold_out
+from ensembler.device import default_modes
 from ensembler.errors import DataError, EnsemblerError, UsageError
 from ensembler.machine import home
 from ensembler.naming import import_object, is_importable, reason
@@ -118,6 +119,7 @@ class Dataset:
         return dict(zip(self.classes, counts, strict=True))
 
 
+@default_modes()
 @checked
 def load(
     name: str,

@@ -42,7 +42,9 @@ def refuse_holes(given: Any, where: str) -> None:
         DataError: a masked array, or a tensor that is sparse, nested, quantized or on the device ``meta``.
     """
     if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
-        raise DataError(f"{where}: {np.ma.count_masked(given):,} masked entries, which have no value: leave them out")
+        raise DataError(
+            f"{where}: {int(np.ma.getmaskarray(given).sum()):,} masked entries, which have no value: leave them out"
+        )
     if isinstance(given, torch.Tensor):
         if given.is_meta:
             raise DataError(f"{where}: a tensor on the device meta, which holds no numbers: make it on the CPU")

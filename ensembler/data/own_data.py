@@ -25,6 +25,7 @@ from ensembler.data.images import MEMORY_LIMIT, Split
 from ensembler.data.normalisation import normalised
 from ensembler.data.sources import Source, sources
 from ensembler.data.splits import complete
+from ensembler.device import default_modes
 from ensembler.errors import DataError, UsageError
 
 __all__ = ["as_dataset"]
@@ -32,6 +33,7 @@ __all__ = ["as_dataset"]
 _READ_TWICE = 64  # examples that are read again, to find random transforms
 
 
+@default_modes()
 @checked
 def as_dataset(
     train: Any,
