@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Self, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol, Self, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,7 +19,34 @@ from ensembler.storage.urls import place
 from ensembler.text import brief
 from ensembler.typed import wanted
 
-__all__ = ["Options", "chosen", "option", "parameters", "with_parameters"]
+__all__ = ["Device", "Given", "Options", "chosen", "option", "parameters", "with_parameters"]
+
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+if TYPE_CHECKING:
+
+    class Given(Generic[In, Out]):
+        """The type of a field that is given as one type and held as another: ``Given[str | Path, str]``."""
+
+        def __get__(self, record: object, owner: Any = None) -> Out: ...
+        def __set__(self, record: object, value: In) -> None: ...
+
+else:
+
+    class Given:
+        """The type of a field that is given as one type and held as another: ``Given[str | Path, str]``."""
+
+        def __class_getitem__(cls, kinds: tuple[Any, Any]) -> Any:
+            return kinds[1]
+
+
+class Device(Protocol):
+    """A ``torch.device``, without its import."""
+
+    @property
+    def type(self) -> str: ...
 
 
 def option(
