@@ -10,6 +10,8 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
+from numpy.typing import ArrayLike
+
 from ensembler.errors import UsageError
 from ensembler.text import brief
 from ensembler.typed import wanted
@@ -18,13 +20,14 @@ __all__ = ["checked"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_ARRAY = get_args(ArrayLike)
 _NUMBERS: Mapping[Any, type] = {int: Integral, float: Real}
 
 
 def checked(function: F) -> F:
     """Have a function refuse arguments of other types than its annotations name; NumPy's numbers are numbers.
 
-    What an annotation names for type checkers alone is not checked, nor what is in a list.
+    What an annotation names for type checkers alone is not checked.
 
     Raises:
         UsageError: by the function, of an argument of another type.
@@ -71,16 +74,28 @@ def _is(value: Any, kind: Any) -> bool:
     if own in (int, float, Sequence) and isinstance(value, bool | str | bytes):
         return False
     try:
-        return own in (Any, inspect.Parameter.empty) or isinstance(value, _NUMBERS.get(own, own))
+        anything = own in (Any, inspect.Parameter.empty)
+        return anything or (isinstance(value, _NUMBERS.get(own, own)) and _holds(value, kind))
     except TypeError:  # a protocol or a type variable, of which nothing can be told
         return True
+
+
+def _holds(value: Any, kind: Any) -> bool:
+    """Return whether each of a list's or a mapping's values is what it must be; arrays are not looked at."""
+    own, each = get_origin(kind), get_args(kind)[-1:]
+    if own not in (Sequence, Mapping) or _ARRAY[0] in get_args(each[0]):
+        return True
+    return all(_is(part, each[0]) for part in (value.values() if own is Mapping else value))
 
 
 def _words(kind: Any) -> str:
     """Return in words what a value of a type is: "text or a path", "a list of text"."""
     own = get_origin(kind) or kind
     if own in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_words(each) for each in get_args(kind) if each is not NoneType))
+        kinds = [each for each in get_args(kind) if each is not NoneType]
+        if _ARRAY[0] in kinds:
+            return " or ".join(["an array", *(_words(each) for each in kinds if each not in _ARRAY)])
+        return " or ".join(dict.fromkeys(map(_words, kinds)))
     if own is Sequence:
         return f"a list of {_words(get_args(kind)[0])}"
     if own is Mapping:

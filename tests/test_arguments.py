@@ -14,6 +14,7 @@ import ensembler
 from ensembler import Ensemble, Run, as_dataset, load_dataset
 from ensembler.arguments import checked
 from ensembler.errors import UsageError
+from ensembler.eval import compare, evaluate
 from ensembler.trainers import FGE, DeepEnsemble, Settings, collapse_run, combine, import_checkpoints, train
 
 ROWS = (np.ones((9, 2)), np.arange(9) % 3)
@@ -29,8 +30,15 @@ ROWS = (np.ones((9, 2)), np.arange(9) % 3)
         (lambda: train("digits", FGE(), engine="local"), "engine must be an Engine, not 'local'"),
         (lambda: train("digits", FGE(), quiet="no"), "quiet must be true or false, not 'no'"),
         (lambda: combine([]), r"runs must be a mapping of text to a Run, not \[\]"),
+        (
+            lambda: combine({"a": "runs/a", "b": "runs/b"}),
+            "runs must be a mapping of text to a Run, not ",
+        ),
+        (lambda: import_checkpoints([{"w": 1}], "cnn", "digits"), r"files must be text or .*, not \[{'w': 1}\]"),
         (lambda: collapse_run("runs/x", "digits"), "run must be a Run, not 'runs/x'"),
         (lambda: import_checkpoints(None, "cnn", "digits"), "files must be text or a path or a list of .*, not None"),
+        (lambda: compare([]), "predictions must be a mapping of text to an array or a mapping of text to an array"),
+        (lambda: evaluate(None), "predictions must be an array or a mapping of text to an array, not None"),
         (lambda: as_dataset(ROWS, name=5), "name must be text, not 5"),
         (lambda: as_dataset(ROWS, image_size="8"), "image_size must be a whole number, not '8'"),
         (lambda: as_dataset(ROWS, image_size=8.5), "image_size must be a whole number, not 8.5"),

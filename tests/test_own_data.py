@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    random_split,
+)
 from torchvision.transforms import v2
 
 from ensembler import as_dataset, calibration
@@ -172,6 +181,8 @@ def test_image_size_resizes_as_files_are(tmp_path):
 
 
 def test_names_of_classes_are_taken_from_the_dataset():
+    parts = random_split(Named(X, Y), [30, 30])
+    assert as_dataset(ConcatDataset(parts)).classes == as_dataset(parts[0]).classes == as_dataset(Named(X, Y)).classes
     assert as_dataset((X, Y), classes=np.array(["a", "b", "c"])).classes == ("a", "b", "c")
     x, y = bars()
     assert as_dataset(Named(x, y)).classes == ("cat", "dog", "emu")
@@ -271,6 +282,11 @@ FAULTS = {
     "no pixels": ((X[:, :0], Y), "the images of train: 0 x 8 x 3, which holds no pixel"),
     "no features": ((np.ones((60, 0)), Y), "the rows of train hold no feature"),
     "rows beyond float32": ((np.full((60, 4), 1e300), Y), "row 0 of train has a number that is not finite in float32"),
+    "joined names": (
+        ConcatDataset([Named(X, Y), type("Other", (Own,), {"classes": ("cat", "emu", "dog")})(X, Y)]),
+        r"train joins datasets of different classes \(.*\), so that a label means two things",
+    ),
+    "joined with no names": (ConcatDataset([Named(X, Y), Own(X, Y)]), "train joins datasets of different classes"),
     "classes that fail": (Nameless(X, Y), "cannot read the classes of train: NotImplementedError: later"),
     "one class": ((X, Y * 0), "all images have the same label: at least two classes"),
     "length": ((X, Y[:50]), "train has 60 images and 50 labels: give one label an image"),
@@ -344,7 +360,8 @@ class RandomLabels(Own):
         ((X, Y), {"classes": "abc"}, "classes must be a list of text or an? ndarray, not 'abc'"),
         ((X, Y), {"classes": {"a", "b", "c"}}, "classes must be a list of text .* type set"),  # in no order
         ((X, Y), {"classes": {"a": 1, "b": 0, "c": 2}}, "classes must be a list of text"),
-        ((X, Y), {"classes": [1, 2, 3]}, "classes are names in label order"),
+        ((X, Y), {"classes": [1, 2, 3]}, r"classes must be a list of text or a ndarray, not \[1, 2, 3\]"),
+        ((X, Y), {"classes": np.array([1, 2, 3])}, "classes are names in label order"),
         ((X, Y), {"name": "cifar10"}, "'cifar10' is no name for data of your own"),
         ((X, Y), {"name": "folder:x"}, "'folder:x' is no name for data of your own"),
         ((X, Y), {"image_size": 0}, "image_size must be at least 1 pixel"),

@@ -26,7 +26,7 @@ __all__ = ["combination", "combine"]
 
 @default_modes()
 @checked
-def combine(runs: Mapping[str, Run], dataset: Dataset | None = None, device: str | None = None) -> Run:
+def combine(runs: Mapping[str, Run], dataset: Dataset | None = None, device: str | torch.device | None = None) -> Run:
     """Combine the members of runs of one dataset, and measure them on the held-out and the test data.
 
     ::

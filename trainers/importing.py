@@ -47,7 +47,7 @@ def import_checkpoints(
     architecture: str | Factory,
     dataset: Any,
     *,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> Run:
     """Make a deep ensemble of checkpoints, and measure it on the held-out and the test data.

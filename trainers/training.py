@@ -262,7 +262,7 @@ def centroid(trainer: Trainer, members: Members) -> Members:
 
 @default_modes()
 @checked
-def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
+def collapse_run(run: Run, dataset: Dataset, device: str | torch.device | None = None) -> Run:
     """The centroid of a run's vertices as a run of one network; it costs what the run cost, and its statistics.
 
     Raises:

@@ -249,8 +249,9 @@ def _class_names(
     Raises:
         UsageError: names that are not distinct text. DataError: labels that are not 0 to C - 1.
     """
-    known = {role: source.classes for role, source in given.items() if source.classes is not None}
-    if classes is None and len(set(known.values())) > 1:
+    own = {role: source.classes for role, source in given.items()} if classes is None else {}
+    known = {role: names for role, names in own.items() if names is not None}
+    if len(set(known.values())) > 1:
         (first, ours), (second, theirs), *_ = known.items()
         one, other = next(((a, b) for a, b in zip(ours, theirs, strict=False) if a != b), (len(ours), len(theirs)))
         raise DataError(
