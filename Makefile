@@ -38,8 +38,9 @@ lint: $(VENV)/.installed-dev  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/wheel/ensembler  ## mypy on the built wheel, from outside the source tree
+types: $(VENV)/wheel/ensembler  ## mypy on the built wheel, from outside the source tree, and on a user's script
 	cd $(VENV)/wheel && MYPYPATH=. ../bin/mypy --config-file $(CURDIR)/pyproject.toml -p ensembler
+	cd $(VENV)/wheel && MYPYPATH=. ../bin/mypy --config-file= --strict --follow-imports=silent $(CURDIR)/tests/_typed.py
 
 smoke: $(VENV)/wheel/ensembler  ## the built wheel goes the demo's way, with less training, from a temporary folder
 	sh .ci/smoke "$(abspath $(BIN))/python" "$(abspath $(VENV))/wheel"

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, ValidationError
 
+from ensembler.arguments import checked
 from ensembler.calibration_maps import FLOOR, Map, Temperature
 from ensembler.errors import ArtefactError, CorruptError, ShapeError, UsageError
 from ensembler.record import Record, mistake
@@ -279,6 +280,7 @@ def abstentions_of(calibration: Calibration, p: Array) -> NDArray[np.bool_]:
     return np.ones(len(confidence), dtype=bool) if threshold is None else confidence < threshold
 
 
+@checked
 def save(calibration: Calibration, run: str | Path) -> Path:
     """Write the calibration into its run's folder, or replace it, atomically.
 
@@ -294,6 +296,7 @@ def save(calibration: Calibration, run: str | Path) -> Path:
     return run / FILE
 
 
+@checked
 def load(run: str | Path) -> Calibration | None:
     """Load the calibration in a run's folder; ``None`` if there is none.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from numbers import Integral
 from typing import Annotated, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from ensembler.errors import UsageError
 from ensembler.record import Record
 from ensembler.task import TINY, softmax
 
-__all__ = ["FLOOR", "Beta", "Histogram", "Isotonic", "Map", "Temperature", "bin_indices", "temper"]
+__all__ = ["FLOOR", "Beta", "Histogram", "Isotonic", "Map", "Temperature", "bin_count", "bin_indices", "temper"]
 
 FLOOR = TINY
 """Smallest probability whose logarithm is computed: float32's smallest normal number, 1.2e-38, or 87.3 nats."""
@@ -98,6 +99,17 @@ class Beta(Record):
 Map = Annotated[Temperature | Isotonic | Histogram | Beta, Field(discriminator="method")]
 
 
+def bin_count(bins: int) -> int:
+    """Return a number of bins.
+
+    Raises:
+        UsageError: it is no whole number, or below 1.
+    """
+    if not isinstance(bins, Integral) or bins < 1:
+        raise UsageError(f"bins is {bins!r}; give a whole number, at least 1")
+    return int(bins)
+
+
 def bin_indices(values: ArrayLike, bins: int) -> NDArray[np.int64]:
     """Find the bin, from 0, of each value, among bins of equal width: those of the expected calibration error.
 
@@ -109,11 +121,9 @@ def bin_indices(values: ArrayLike, bins: int) -> NDArray[np.int64]:
         bins: their number, at least 1.
 
     Raises:
-        UsageError: fewer than one bin.
+        UsageError: as of :func:`bin_count`.
     """
-    if bins < 1:
-        raise UsageError(f"bins is {bins}; give at least 1")
-    return np.searchsorted(np.linspace(0.0, 1.0, bins + 1)[1:-1], np.asarray(values), side="left")
+    return np.searchsorted(np.linspace(0.0, 1.0, bin_count(bins) + 1)[1:-1], np.asarray(values), side="left")
 
 
 def temper(probs: ArrayLike, temperature: float) -> Array:

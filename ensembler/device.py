@@ -6,7 +6,7 @@ import ctypes
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 
 import numpy as np
@@ -20,6 +20,7 @@ __all__ = [
     "Room",
     "choose_device",
     "configure",
+    "default_modes",
     "device_name",
     "forget_peak",
     "keep_freed",
@@ -65,6 +66,27 @@ def configure(device: torch.device) -> None:
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = True
+
+
+@contextmanager
+def default_modes() -> Iterator[None]:
+    """Compute in the default modes of PyTorch and NumPy within the block, whatever the caller has chosen for itself.
+
+    They are gradients, float32, no autocast, the CPU where no device is named, and underflow that is no error.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ensembler import gaussian, task
+from ensembler.arguments import checked
 from ensembler.data import examples
 from ensembler.data.examples import Examples
-from ensembler.data.inputs import batches
-from ensembler.device import choose_device, limit_threads
+from ensembler.data.inputs import as_tensor, batches
+from ensembler.device import choose_device, default_modes, limit_threads
 from ensembler.errors import ShapeError, UsageError
 from ensembler.networks.architectures import Factory
 from ensembler.networks.batchnorm import has_batchnorm
@@ -44,6 +46,8 @@ __all__ = ["Ensemble"]
 # Numbers in a batch, 341 images of CIFAR's size, below which a forward pass takes longer to launch than to compute.
 _CAPTURED = 2**20
 
+_ROUNDING = 1e-3  # of the sum of a point's coefficients
+
 _scratch = partial(TemporaryDirectory, prefix="ensembler-")
 
 
@@ -51,7 +55,8 @@ class Ensemble:
     """Members ``coefficients @ vertices`` of one network, ready to predict.
 
     All members of one network share one copy of it: each member's weights are written into it before its forward pass.
-    A combination of different networks has one copy of each.
+    A combination of different networks has one copy of each. Threads that predict with one ensemble take turns; a copy
+    (``copy.deepcopy``, ``pickle``) has networks of its own.
 
     :meth:`predict` takes images of any kind, and all that it returns is NumPy; so are the uncertainties of
     :meth:`uncertainty`. For further work in PyTorch, :meth:`predict_outputs`, :meth:`predict_members` and
@@ -71,6 +76,8 @@ class Ensemble:
         UsageError: there is no such device, ``batch_size < 1``, or the architecture computes with what no run holds.
     """
 
+    @default_modes()
+    @checked
     def __init__(self, run: Run, device: str | torch.device | None = None, batch_size: int | None = None) -> None:
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"the batch size must be at least 1, not {batch_size}")
@@ -85,8 +92,14 @@ class Ensemble:
         self._kind = examples.find(record.kind)
         self._parts = [MemberNetworks(part, self.task, outputs, self.device) for part in run.networks]
         self._places = [(part, row) for part in self._parts for row in range(len(part.run.coefficients))]
+        self._turn = RLock()  # a thread's, in which it writes members' weights into the networks
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy by what it is made of: its networks compute on views of one vector, which a copy would tear apart."""
+        return type(self), (self.run, self.device, self.batch_size)
 
     @classmethod
+    @checked
     def load(
         cls,
         path: str | Path,
@@ -129,17 +142,32 @@ class Ensemble:
         """Names of the classes, in label order."""
         return tuple(self.run.manifest.dataset.classes)
 
+    @checked
     def network(self, member: int) -> nn.Module:
         """Return the network with one member's weights and buffers, in evaluation mode.
 
-        Members of one network are the same module every time: the next call overwrites its weights.
+        Members of one network are the same module every time: the next call, and every prediction, overwrites its
+        weights.
+
+        Raises:
+            UsageError: there is no such member; they count from 0.
         """
-        part, row = self._places[member]
+        part, row = self._place(member)
         return part.network(row)
 
+    @checked
     def run_of(self, member: int) -> Run:
-        """Return the run of a member's network: one of the parts of a combination, else :attr:`run`."""
-        return self._places[member][0].run
+        """Return the run of a member's network: one of the parts of a combination, else :attr:`run`.
+
+        Raises:
+            UsageError: as of :meth:`network`.
+        """
+        return self._place(member)[0].run
+
+    def _place(self, member: int) -> tuple[MemberNetworks, int]:
+        if not 0 <= member < self.members:
+            raise UsageError(f"there is no member {member}: the {self.members} count from 0")
+        return self._places[member]
 
     def predict(self, images: Any) -> Prediction:
         """Predict classes, probabilities and uncertainties, as NumPy arrays.
@@ -155,7 +183,7 @@ class Ensemble:
 
         Raises:
             UsageError: something else, or the ensemble is no classifier. ShapeError: no image, or an array of another
-                shape or type. DataError: a file that cannot be read.
+                shape or type. DataError: a file that cannot be read, or an array some of whose numbers are missing.
         """
         if not isinstance(self.task, Classification):
             raise UsageError(f"classes are predicted by classifiers, not by {self.task.name}: use predict_proba")
@@ -179,23 +207,28 @@ class Ensemble:
             (M, B, O) float32 on the CPU.
 
         Raises:
-            ShapeError: ``x`` has another shape or type, or floats that are pixels rather than normalised inputs.
+            ShapeError: ``x``, or what ``vary`` makes of it, has another shape or type, or floats that are pixels rather
+                than normalised inputs. UsageError, DataError: as of :func:`ensembler.data.inputs.as_tensor`.
         """
-        x = torch.as_tensor(x)
+        x = as_tensor(x)
         record = self.run.manifest.dataset
         stored = self._kind.check(x, record.shape, record.mean, record.std)
         x, result = x.to(self.device), torch.empty(0)  # once for all members
         captured = self._captures and x[: self.batch_size].numel() <= _CAPTURED
-        with torch.inference_mode(), on_stream(self.device) if captured else nullcontext():
+        with self._turn, torch.inference_mode(), on_stream(self.device) if captured else nullcontext():
             for member in range(self.members):
                 self.network(member)
                 predict = self._places[member][0].outputs
                 seen = x if vary is None else vary(member, x)
+                if not isinstance(seen, Tensor) or (seen.shape, seen.dtype) != (x.shape, x.dtype):
+                    raise ShapeError(f"vary must return a tensor of {tuple(x.shape)} {x.dtype}, as it is given")
                 for start in range(0, max(1, len(x)), self.batch_size):
                     part = slice(start, start + self.batch_size)
                     outputs = predict(seen[part], stored, captured)
                     if not start and not member:
-                        result = torch.empty(self.members, len(x), *outputs.shape[1:], device=self.device)
+                        result = torch.empty(
+                            self.members, len(x), *outputs.shape[1:], dtype=torch.float32, device=self.device
+                        )
                     result[member, part] = outputs
             return result.cpu()
 
@@ -227,12 +260,14 @@ class Ensemble:
 
         return uncertainty(self.predict_members(x).numpy())
 
+    @checked
     def evaluate(
         self,
         shift: str | Sequence[str] | None = None,
         ood: str | Sequence[str] | None = None,
         examples: int | None = None,
         *,
+        dataset: Any = None,
         quiet: bool = False,
         **options: Any,
     ) -> Evaluation:
@@ -242,6 +277,8 @@ class Ensemble:
             shift: other test images of the same classes, such as ``"cifar10c"``.
             ood: out-of-distribution images, such as ``"noise:gaussian"``.
             examples: number of test images; all by default.
+            dataset: what the run was trained on, or its name now, where it has no name to load it by; see
+                :func:`ensembler.as_dataset`.
             quiet: show no progress; see :func:`ensembler.progress.interactive`.
             **options: of :class:`ensembler.eval.options.EvaluationOptions`.
 
@@ -257,12 +294,14 @@ class Ensemble:
         given = {"shift": shift, "ood": ood, "examples": examples, **self._computed, **options}
         with _scratch() as scratch, watching(quiet or not interactive(), unit="images") as watch:
             found = EvaluationOptions(**given | self._kept(scratch))
-            return evaluate_paths(self._folder(scratch), found, watch=watch, network=self._network)
+            return evaluate_paths(self._folder(scratch), found, dataset=dataset, watch=watch, network=self._network)
 
-    def calibrate(self, *, quiet: bool = False, **options: Any) -> Calibration:
+    @checked
+    def calibrate(self, *, dataset: Any = None, quiet: bool = False, **options: Any) -> Calibration:
         """Fit and store the run's calibration, prediction sets and abstention, as ``ensembler calibrate`` does.
 
         Args:
+            dataset: as of :meth:`evaluate`.
             quiet: show no progress.
             **options: of :class:`ensembler.eval.options.CalibrationOptions`, such as ``alpha=0.05``.
 
@@ -282,17 +321,18 @@ class Ensemble:
             raise UsageError("a calibration is kept beside its run: save this one first, run.save('runs/NAME')")
         with _scratch() as scratch, watching(quiet or not interactive(), unit="images") as watch:
             given = CalibrationOptions(**self._computed | options | self._kept(scratch))
-            found = calibrate(path, given, watch=watch, network=self._network)
+            found = calibrate(path, given, dataset=dataset, watch=watch, network=self._network)
         calibration.save(found, path)
         return found
 
+    @checked
     def export(self, out: str | Path, *, quiet: bool = False, **options: Any) -> Path:
         """Export the members to ONNX, each compared with PyTorch, as ``ensembler export`` does.
 
         Args:
             out: the bundle's folder; must not exist.
             quiet: do not say which steps were left out, and why.
-            **options: of :func:`ensembler.serve.export_run`, such as ``layout="single"``.
+            **options: of :func:`ensembler.serve.export_run`, such as ``layout="single"`` or ``dataset=data``.
 
         Returns:
             ``out``, for :meth:`ensembler.serve.Runtime.load` and ``ensembler serve``.
@@ -334,6 +374,8 @@ class Ensemble:
         """Where predictions are kept, as an option: temporarily, if the network's code cannot be read."""
         return {} if self._network is None else {"cache": Path(scratch, "predictions")}
 
+    @default_modes()
+    @checked
     def sample(self, members: int, seed: int = 0, train: Examples | None = None) -> Ensemble:
         """Draw an ensemble of new members from the same simplexes or Gaussians.
 
@@ -355,25 +397,30 @@ class Ensemble:
             return self._drawn(sampling.scale, members, seed, train)
         return self.at(sample_coefficients(sampling, self.run.coefficients.shape[1], members, seed), train)
 
-    def at(self, coefficients: Tensor, train: Examples | None = None) -> Ensemble:
+    @default_modes()
+    @checked
+    def at(self, coefficients: Tensor | NDArray[np.floating[Any]], train: Examples | None = None) -> Ensemble:
         """Return an ensemble with other coefficients of the same vertices: any points of their affine span.
 
         Each point takes over the buffers of the member whose coefficients are nearest; where they are the same, to the
         bit, else as in :mod:`ensembler.networks.buffers`.
 
         Args:
-            coefficients: (M, K), M >= 1; rows with sum 1.
+            coefficients: (M, K), M >= 1; rows with sum 1, to a thousandth.
             train: the training examples, from which BatchNorm statistics are recomputed for every member; by default
                 the run's dataset is loaded from its default folder.
 
         Raises:
-            ShapeError: the coefficients have another shape.
+            ShapeError: the coefficients have another shape, or rows with another sum.
         """
         self.run.check_one_network("for a point between them")
-        count = self.run.coefficients.shape[1]
+        count, coefficients = self.run.coefficients.shape[1], as_tensor(coefficients).float()
         if coefficients.dim() != 2 or not len(coefficients) or coefficients.shape[1] != count:
             shape = tuple(coefficients.shape)
             raise ShapeError(f"expected coefficients (M, {count}) with M >= 1, found {shape}")
+        for number, row in enumerate(coefficients.double()):
+            if not (row.sum() - 1).abs() <= _ROUNDING * row.abs().max().clamp_min(1):  # NaN is refused, too
+                raise ShapeError(f"the coefficients of point {number} have the sum {row.sum():g}, and must have 1")
         return self._moved(self.run, self._parts[0].vertices, coefficients, self._starts(coefficients), train)
 
     def _drawn(self, scale: float, members: int, seed: int, train: Examples | None) -> Ensemble:
@@ -395,7 +442,8 @@ class Ensemble:
         record, (part,) = run.manifest.dataset, self._parts
         if train is None and not all(own for _, own in starts) and has_batchnorm(part.weights.module):
             train = record.load().train
-        found = member_buffers(part.weights, vertices, coefficients, train, record, starts)
+        with self._turn:
+            found = member_buffers(part.weights, vertices, coefficients, train, record, starts)
         buffers = {name: rows.cpu() for name, rows in found.items()}
         sizes = {"vertices": len(vertices), "members": len(coefficients), "files": {}}
         manifest = run.manifest.model_copy(update=sizes)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Self, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol, Self, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,9 +16,37 @@ from pydantic_core import ErrorDetails
 
 from ensembler.errors import UsageError
 from ensembler.storage.urls import place
+from ensembler.text import brief
 from ensembler.typed import wanted
 
-__all__ = ["Options", "chosen", "option", "parameters", "with_parameters"]
+__all__ = ["Device", "Given", "Options", "chosen", "option", "parameters", "with_parameters"]
+
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+if TYPE_CHECKING:
+
+    class Given(Generic[In, Out]):
+        """The type of a field that is given as one type and held as another: ``Given[str | Path, str]``."""
+
+        def __get__(self, record: object, owner: Any = None) -> Out: ...
+        def __set__(self, record: object, value: In) -> None: ...
+
+else:
+
+    class Given:
+        """The type of a field that is given as one type and held as another: ``Given[str | Path, str]``."""
+
+        def __class_getitem__(cls, kinds: tuple[Any, Any]) -> Any:
+            return kinds[1]
+
+
+class Device(Protocol):
+    """A ``torch.device``, without its import."""
+
+    @property
+    def type(self) -> str: ...
 
 
 def option(
@@ -122,10 +150,12 @@ def _fill(record: Options, values: Mapping[str, Any], flags: Mapping[str, str], 
 
 
 def _as_field(record: type[Options], name: str, value: Any) -> Any:
-    """A value from Python as its field holds it: a path as text where it may be a URL, one of a list as a list."""
+    """A value from Python as its field holds it: a device by its name, a path as text, one of a list as a list."""
     if (field := record.model_fields.get(name)) is None:
         return value
     kinds = [field.annotation, *get_args(field.annotation)]
+    if name == "device" and type(value).__name__ == "device":  # torch's, which is not imported here
+        return str(value)
     if isinstance(value, str | Path) and any(get_origin(kind) is list for kind in kinds):
         value = [value]
     if not _extra(field)["path"]:
@@ -210,6 +240,6 @@ def _explained(error: ErrorDetails, options: type[Options], flags: Mapping[str, 
         "finite_number": "finite",
     }.get(error["type"])
     if extent:
-        return f"{shown} must be {extent}, not {found}"
+        return f"{shown} must be {extent}, not {brief(found)}"
     each = "each " if any(isinstance(place, int) for place in error["loc"]) else ""
-    return f"{each}{shown} must be {wanted(options.model_fields[name].annotation)}, not {found!r}"
+    return f"{each}{shown} must be {wanted(options.model_fields[name].annotation)}, not {brief(found)}"

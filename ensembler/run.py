@@ -39,6 +39,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ensembler.arguments import checked
 from ensembler.data.record import DatasetRecord
 from ensembler.errors import ArtefactError, CorruptError, DivergedError, UsageError
 from ensembler.naming import is_given
@@ -239,6 +240,7 @@ class Run:
                 f"{purpose}: name a run of one network"
             )
 
+    @checked
     def save(self, path: str | Path) -> Path:
         """Write the run to ``path`` atomically, and point the link ``latest`` beside it to it.
 
@@ -278,6 +280,7 @@ class Run:
         self.manifest.files, self.sha256 = content["files"], _manifest_sha256(path)
 
     @classmethod
+    @checked
     def load(cls, path: str | Path, network: Factory | None = None) -> Run:
         """Read a run and verify every byte. Later changes of its files do not affect the run in memory.
 

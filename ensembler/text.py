@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Sequence
 from functools import cache
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import typer
@@ -12,7 +14,22 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-__all__ = ["Printable", "cell", "counted", "echo", "echo_once", "print_prose", "print_rows", "printable", "some"]
+__all__ = [
+    "Printable",
+    "brief",
+    "cell",
+    "counted",
+    "echo",
+    "echo_once",
+    "print_prose",
+    "print_rows",
+    "printable",
+    "some",
+]
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 80
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -23,6 +40,17 @@ def counted(count: int, noun: str, plural: str = "") -> str:
 def some(names: Sequence[str], shown: int) -> str:
     """Return the first few of many names: ``a, b, c, ...``."""
     return ", ".join(names[:shown]) + ", ..." * (len(names) > shown)
+
+
+def brief(value: object) -> str:
+    """Return in a few words what a value is: numbers, text and lists of them as written, anything else by its type."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if value is None or type(value) in (list, tuple, dict) or isinstance(value, str | bytes | int | float | PurePath):
+        written = _BRIEF.repr(value)
+        if written.isprintable() and len(written) <= 100:
+            return written
+    return f"an object of type {type(value).__name__}"
 
 
 def printable(text: object) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ensembler.errors import ShapeError
 
@@ -51,22 +51,22 @@ def entropy(probabilities: NDArray[np.floating]) -> Array:
     return np.maximum(-(p * logs).sum(axis=-1), 0.0)
 
 
-def mean_probabilities(members: NDArray[np.floating]) -> Array:
+def mean_probabilities(members: ArrayLike) -> Array:
     """Compute the ensemble's prediction (B, C): the mean of the members' probabilities, not of their logits."""
     return _check(members).mean(axis=0, dtype=np.float64)
 
 
-def predictive_entropy(members: NDArray[np.floating]) -> Array:
+def predictive_entropy(members: ArrayLike) -> Array:
     """Compute the total uncertainty (B,): the entropy of the mean prediction; in [0, log C]."""
     return entropy(mean_probabilities(members))
 
 
-def expected_entropy(members: NDArray[np.floating]) -> Array:
+def expected_entropy(members: ArrayLike) -> Array:
     """Compute the mean (B,) of the members' entropies; in [0, log C]."""
     return entropy(_check(members)).mean(axis=0)
 
 
-def mutual_information(members: NDArray[np.floating]) -> Array | None:
+def mutual_information(members: ArrayLike) -> Array | None:
     """Compute predictive minus expected entropy (B,), at least 0; at most log min(M, C). ``None`` if M = 1."""
     if len(_check(members)) == 1:
         return None
@@ -82,12 +82,10 @@ def information(predictive: Array, expected: Array) -> Array:
     return np.where(gap > _ROUNDING, gap, 0.0)
 
 
-def disagreement(members: NDArray[np.floating]) -> Array | None:
+def disagreement(members: ArrayLike) -> Array | None:
     """Compute the share (B,) of pairs of members that predict different classes; in [0, 1]. ``None`` if M = 1."""
-    M = len(_check(members))
-    if M == 1:
-        return None
-    return disagreement_of_votes(_votes(members))
+    found = _check(members)
+    return None if len(found) == 1 else disagreement_of_votes(_votes(found))
 
 
 def disagreement_of_votes(votes: NDArray[np.floating]) -> Array:
@@ -96,10 +94,10 @@ def disagreement_of_votes(votes: NDArray[np.floating]) -> Array:
     return 1.0 - (votes * (votes - 1)).sum(axis=-1) / (M * (M - 1))
 
 
-def variation_ratio(members: NDArray[np.floating]) -> Array | None:
+def variation_ratio(members: ArrayLike) -> Array | None:
     """Compute the share (B,) of members outside the majority class; in [0, 1 - 1/M]. ``None`` if M = 1."""
-    M = len(_check(members))
-    return None if M == 1 else 1.0 - _votes(members).max(axis=-1) / M
+    found = _check(members)
+    return None if len(found) == 1 else 1.0 - _votes(found).max(axis=-1) / len(found)
 
 
 @dataclass(frozen=True)
@@ -113,8 +111,8 @@ class Uncertainty:
     variation_ratio: Array | None
 
 
-def uncertainty(members: NDArray[np.floating]) -> Uncertainty:
-    """Compute all measures of one batch of members' probabilities (M, B, C).
+def uncertainty(members: ArrayLike) -> Uncertainty:
+    """Compute all measures of one batch of members' probabilities (M, B, C), an array or a tensor.
 
     Raises:
         ShapeError: not (M, B, C) with M >= 1 and C >= 1, or no probabilities, such as logits or NaN.
@@ -134,7 +132,9 @@ def _votes(members: NDArray[np.floating]) -> Array:
     return (classes[..., None] == np.arange(members.shape[-1])).sum(axis=0, dtype=np.float64)
 
 
-def _check(members: NDArray[np.floating]) -> NDArray[np.floating]:
+def _check(members: ArrayLike) -> NDArray[np.floating]:
+    """Return probabilities (M, B, C) as an array, also of a tensor on any device."""
+    members = np.asarray(members.detach().cpu() if hasattr(members, "detach") else members)
     if members.ndim != 3 or members.shape[0] < 1 or members.shape[2] < 1:
         raise ShapeError(f"expected the members' probabilities (M, B, C), found shape {members.shape}")
     return _distributions(members)

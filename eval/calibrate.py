@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ensembler.arguments import checked
 from ensembler.calibration import Calibration, Conformal, ConformalMethod, conformal_quantile, conformal_scores
 from ensembler.calibration_maps import Temperature
 from ensembler.errors import UsageError
@@ -34,6 +35,7 @@ _TITLES = {"error": "the error", "nll": "the NLL", "ece": "the ECE"}
 _ROUNDING = 1e-9  # of a score
 
 
+@checked
 def calibrate(
     path: str | Path,
     options: CalibrationOptions | None = None,
@@ -58,6 +60,7 @@ def calibrate(
         DataError: the dataset is missing or not the one that the run was trained on.
         ArtefactError: no run there, or the prediction cannot be kept.
     """
+    from ensembler.device import default_modes
     from ensembler.ensemble import Ensemble
     from ensembler.eval.evaluation import check_task
     from ensembler.eval.prediction_cache import folder_of
@@ -72,7 +75,8 @@ def calibrate(
     given = options.dataset if dataset is None else dataset
     validation = record.load(options.data, download=options.download, dataset=given).validation
     folder = folder_of(options.cache)
-    ((_, (prediction,)),) = predictions([Predictor(ensemble, folder)], [validation_set(validation)], watch)
+    with default_modes():
+        ((_, (prediction,)),) = predictions([Predictor(ensemble, folder)], [validation_set(validation)], watch)
     return fit(
         mean_probabilities(np.asarray(prediction.members)),  # in float64, as it is served: a threshold may be a tie
         validation.labels.numpy(),

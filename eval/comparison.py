@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ensembler.arguments import checked
 from ensembler.errors import UsageError
 from ensembler.eval.evaluation import Evaluation, evaluate_given, named_arrays
 from ensembler.eval.given import Predictions
@@ -44,6 +45,7 @@ _HOW = {
 _STARTS = {"init", "first", "second", "modes"}  # options that name the runs or files that training starts from
 
 
+@checked
 def compare(
     predictions: Mapping[str, ArrayLike | Mapping[str, ArrayLike]],
     labels: ArrayLike | None = None,

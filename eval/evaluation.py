@@ -14,9 +14,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ensembler.arguments import checked
 from ensembler.data.datasets import Dataset
 from ensembler.data.images import FileSplit, Images
-from ensembler.device import configure, limit_threads
+from ensembler.device import configure, default_modes, limit_threads
 from ensembler.engine import Engine
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
@@ -69,6 +70,7 @@ class Evaluation:
     def _repr_html_(self) -> str:
         return evaluation_html(self)
 
+    @checked
     def compare(self, baseline: str | None = None, *, curves: bool = False) -> Evaluation:
         """Return the evaluation with a comparison of its runs, as ``ensembler compare`` makes it.
 
@@ -87,6 +89,7 @@ class Evaluation:
         place = 0 if baseline is None else names.index(baseline)
         return replace(self, report=compare_runs(self, baseline=place, curves=curves))
 
+    @checked
     def save(self, folder: str | Path) -> Path:
         """Write the report, as ``ensembler eval`` and ``compare`` do: a page, Markdown, CSV, JSON and the figures.
 
@@ -108,6 +111,7 @@ class Evaluation:
         return Path(folder) / "report.html"
 
 
+@checked
 def evaluate(
     predictions: ArrayLike | Mapping[str, ArrayLike],
     labels: ArrayLike | None = None,
@@ -140,6 +144,8 @@ def named_arrays(predictions: ArrayLike | Mapping[str, ArrayLike], labels: Array
     return arrays | {"labels": labels}
 
 
+@default_modes()
+@checked
 def evaluate_given(
     given: Sequence[Predictions],
     *,
@@ -204,6 +210,8 @@ def evaluate_given(
     return Evaluation(report, [run for _, run in scored], first.labels)
 
 
+@default_modes()
+@checked
 def evaluate_paths(
     paths: str | Path | Sequence[str | Path],
     options: EvaluationOptions | None = None,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from ensembler.options import Options, option
+from ensembler.options import Device, Given, Options, option
 
 __all__ = ["CalibrationOptions", "EvaluationOptions", "ReportOptions", "SurfaceOptions"]
 
@@ -13,7 +14,7 @@ __all__ = ["CalibrationOptions", "EvaluationOptions", "ReportOptions", "SurfaceO
 class _Predicting(Options):
     """Where the data are, and how predictions are made."""
 
-    data: Path | None = option(
+    data: Given[str | Path | None, Path | None] = option(
         None,
         panel="Prediction",
         help="Folder of the datasets, and of CIFAR-10-C/; or of the run's images, where they have moved. (default: "
@@ -23,8 +24,10 @@ class _Predicting(Options):
         None, panel="Prediction", help="Name of the runs' dataset, if it is another now: package.module:NAME."
     )
     download: bool = option(False, panel="Prediction", flag="--download", help="Download the dataset if it is missing.")
-    cache: Path | None = option(None, panel="Prediction", help="Folder of kept predictions. (default: a cache folder)")
-    device: str | None = option(
+    cache: Given[str | Path | None, Path | None] = option(
+        None, panel="Prediction", help="Folder of kept predictions. (default: a cache folder)"
+    )
+    device: Given[str | Device | None, str | None] = option(
         None, panel="Prediction", help="Device, such as cpu or cuda. (default: CUDA where available)"
     )
     batch_size: int | None = option(
@@ -35,20 +38,20 @@ class _Predicting(Options):
 class EvaluationOptions(_Predicting):
     """The test sets of an evaluation, and how they are predicted."""
 
-    shift: list[str] | None = option(
+    shift: Given[str | Sequence[str] | None, list[str] | None] = option(
         None,
         help="Other test images of the same classes: cifar10c or cifar100c (official files where they exist, else "
         "generated), corruptions (generated), some of them (gaussian_noise,fog), a folder or its name in --data, or "
         "hf:NAME. Repeatable.",
     )
-    ood: list[str] | None = option(
+    ood: Given[str | Sequence[str] | None, list[str] | None] = option(
         None, help="Out-of-distribution images: a dataset, folder:PATH, or noise:gaussian|uniform|constant. Repeatable."
     )
     corrupt: Literal["refuse", "skip"] = option(
         "refuse", help="Images of an --ood folder that cannot be read: stop, or leave them out and count them."
     )
     examples: int | None = option(None, ge=1, help="Number of test images. (default: all)")
-    group: Path | None = option(
+    group: Given[str | Path | None, Path | None] = option(
         None, help="CSV file with the columns image and group, to score groups of test images. (default: by class)"
     )
     views: list[int] = option(
@@ -56,7 +59,7 @@ class EvaluationOptions(_Predicting):
         help="Test-time augmentation: random variations of each image, as in training, over which a prediction is "
         "averaged; each member sees its own. 0: the image itself. Repeatable: --views 0 --views 8 scores both.",
     )
-    save_predictions: Path | None = option(
+    save_predictions: Given[str | Path | None, Path | None] = option(
         None, help="Also write the run's predictions to this .npz file, which eval and compare read as they do runs."
     )
     threads: int | None = option(None, ge=1, panel="Prediction", help="CPU threads. (default: all)")
@@ -102,11 +105,13 @@ class SurfaceOptions(Options):
     batchnorm_examples: int = option(
         512, ge=2, help="Largest number of training images for BatchNorm statistics at each point."
     )
-    data: Path | None = option(
+    data: Given[str | Path | None, Path | None] = option(
         None,
         help="Folder of the datasets, or of the run's images, where they have moved. (default: $ENSEMBLER_DATA, or a "
         "cache folder)",
     )
     dataset: str | None = option(None, help="Name of the runs' dataset, if it is another now: package.module:NAME.")
-    device: str | None = option(None, help="Device, such as cpu or cuda. (default: CUDA where available)")
+    device: Given[str | Device | None, str | None] = option(
+        None, help="Device, such as cpu or cuda. (default: CUDA where available)"
+    )
     seed: int = option(0, help="Random seed of the choice of images.")

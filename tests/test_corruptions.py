@@ -176,6 +176,7 @@ def test_any_size_works(
         (IMAGES, "rain", 1, None, UsageError, "'rain' is not available here; choose one of gaussian_noise, shot_noise"),
         (IMAGES, "contrast", 0, None, UsageError, "severity 0 of contrast does not exist; choose one of 1, 2, 3, 4, 5"),
         (IMAGES, "contrast", True, None, UsageError, "severity True"),
+        (IMAGES, "contrast", 1.0, None, UsageError, "severity 1.0"),
         (IMAGES.float(), "contrast", 1, None, ShapeError, "found torch.float32; give the bytes 0 to 255"),
         (IMAGES.numpy(), "contrast", 1, None, ShapeError, "found ndarray"),
         (IMAGES.permute(0, 3, 1, 2), "contrast", 1, None, ShapeError, r"\(24, 3, 32, 32\); put the channels last"),
@@ -191,7 +192,10 @@ def test_bad_input_is_named(images, name, severity, indices, error: type[Ensembl
         corrupt(images, name, severity, indices=indices)
 
 
-def test_unknown_constants_are_named() -> None:
+def test_unknown_constants_and_seeds_are_named() -> None:
+    for seed in ("7", 1.5):
+        with pytest.raises(UsageError, match=f"the seed must be a whole number, not {seed!r}"):
+            corrupt(IMAGES, "contrast", 1, seed=seed)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="constants 'mnist' do not exist; choose 'cifar', 'imagenet' or None"):
         corrupt(IMAGES, "contrast", 1, constants="mnist")  # type: ignore[arg-type]
 

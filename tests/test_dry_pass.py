@@ -102,7 +102,9 @@ def test_a_fault_is_one_sentence(name, sentence):
     assert "\n" not in said
 
 
-@pytest.mark.parametrize("name", ["plain", "silent", "layerdrop", "seeded_attribute", "normalised"])
+@pytest.mark.parametrize(
+    "name", ["plain", "silent", "layerdrop", "seeded_attribute", "normalised", "beside_another_thread"]
+)
 def test_what_is_taken_as_it_is(name):
     assert tried(name) == ("channels-last", [])
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +14,7 @@ from torch import nn
 from ensembler import Ensemble
 from ensembler.data.datasets import normalise
 from ensembler.device import choose_device
-from ensembler.errors import ShapeError, UsageError
+from ensembler.errors import DataError, ShapeError, UsageError
 from ensembler.networks.architectures import build
 from ensembler.run import Run
 from ensembler.trainers import DeepEnsemble, Simplex
@@ -162,6 +166,113 @@ def test_uncertainty_of_a_batch(tmp_path):
     assert found.mutual_information.shape == (5,)
     single = Ensemble.load(make_run(tmp_path / "single", members=1), device="cpu")
     assert single.uncertainty(images()).mutual_information is None
+
+
+def unwritable(array):
+    array.setflags(write=False)
+    return array
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        images()[:, :, ::-1][:, :, ::-1],
+        images()[:, ::-1].copy()[:, ::-1],
+        np.asfortranarray(images()),
+        unwritable(images()),
+        torch.from_numpy(images()),
+        list(images()),
+        np.ma.masked_array(images(), mask=False),
+    ],
+)
+def test_the_same_images_in_any_memory(tmp_path, given, recwarn):
+    ensemble = Ensemble.load(make_run(tmp_path / "run"), "cpu")
+    expected = ensemble.predict_outputs(images())
+    assert torch.equal(ensemble.predict_outputs(given), expected)
+    np.testing.assert_array_equal(ensemble.predict(given).members, expected.softmax(-1).numpy())
+    assert not recwarn.list
+
+
+def test_inputs_of_another_byte_order(tmp_path):
+    ensemble = Ensemble.load(make_run(tmp_path / "run"), "cpu")
+    x = TOTENSOR * 2 - 1
+    assert torch.equal(ensemble.predict_outputs(x.astype(">f4")), ensemble.predict_outputs(x))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (np.array(["a", "b"]), ShapeError, "this is no array of numbers .*: give uint8 or float32"),
+        (np.array([None, 1]), ShapeError, "this is no array of numbers"),
+        (np.zeros(3, "M8[s]"), ShapeError, "this is no array of numbers"),
+        (np.ma.masked_greater(images(), 3), DataError, "masked entries, which have no value"),
+        (torch.from_numpy(images()).to_sparse(), DataError, "a sparse, nested or quantized tensor: give a dense one"),
+        (torch.empty(4, 32, 32, 3, dtype=torch.uint8, device="meta"), DataError, "a tensor on the device meta"),
+    ],
+)
+def test_arrays_of_no_numbers_are_refused(tmp_path, wrong, error, message):
+    ensemble = Ensemble.load(make_run(tmp_path / "run"), "cpu")
+    for predict in (ensemble.predict, ensemble.predict_outputs, ensemble.uncertainty):
+        with pytest.raises(error, match=message):
+            predict(wrong)
+
+
+def test_what_only_predict_takes_is_said(tmp_path):
+    ensemble = Ensemble.load(make_run(tmp_path / "run"), "cpu")
+    for wrong in (None, "digit.png", dataset().test):
+        with pytest.raises(UsageError, match=r"an array or a tensor is expected here, not a \w+: predict takes a path"):
+            ensemble.predict_proba(wrong)
+
+
+def test_threads_that_predict_with_one_ensemble_take_turns():
+    """Another thread comes when the first one has written a member's weights, and has not yet used them."""
+    ensemble, x = Ensemble(trained(), "cpu"), dataset().test.images
+    expected = ensemble.predict_outputs(x)
+    threads = []
+
+    def vary(member, images):
+        threads.append(Thread(target=ensemble.predict, args=(images,)))
+        threads[-1].start()
+        threads[-1].join(0.2)
+        return images
+
+    found = ensemble.predict_outputs(x, vary)
+    for thread in threads:
+        thread.join()
+    assert len(threads) == ensemble.members and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda own: pickle.loads(pickle.dumps(own))])
+def test_a_copy_predicts_the_same(copied):
+    ensemble, x = Ensemble(trained("tests._small:batchnorm"), "cpu", batch_size=4), dataset().test.images
+    expected = ensemble.predict_outputs(x)
+    other = copied(ensemble)
+    assert torch.equal(other.predict_outputs(x), expected) and other.batch_size == 4
+    assert torch.equal(ensemble.predict_outputs(x), expected)
+    assert other.network(0) is not ensemble.network(0)
+
+
+def test_points_without_the_sum_1_are_refused():
+    ensemble, x = Ensemble(trained(), "cpu"), dataset().test.images
+    expected = ensemble.at(torch.tensor([[0.5, 0.5, 0.0]])).predict_outputs(x)
+    for same in (np.array([[0.5, 0.5, 0.0]]), torch.tensor([[0.5, 0.5, 0.0]]).double()):
+        assert torch.equal(ensemble.at(same).predict_outputs(x), expected)
+    assert ensemble.at(torch.tensor([[1, 0, 0]])).members == 1
+    ensemble.at(torch.tensor([[3000.5, -1999.5, -1000.0]]))
+    for wrong, shown in (([[0.5, 0.5, 0.5]], "1.5"), ([[0.5, float("nan"), 0.5]], "nan")):
+        with pytest.raises(ShapeError, match=f"coefficients of point 0 have the sum {shown}, and must have 1"):
+            ensemble.at(torch.tensor(wrong))
+
+
+def test_members_and_variations_that_are_not_there():
+    ensemble, x = Ensemble(trained(), "cpu"), dataset().test.images
+    for wrong in (2, -1):
+        for ask in (ensemble.network, ensemble.run_of):
+            with pytest.raises(UsageError, match=f"there is no member {wrong}: the 2 count from 0"):
+                ask(wrong)
+    for vary in (lambda member, images: None, lambda member, images: images[:, :4]):
+        with pytest.raises(ShapeError, match=r"vary must return a tensor of \(15, 8, 8, 3\) torch.uint8"):
+            ensemble.predict_outputs(x, vary)
 
 
 def trained(architecture="tests._small:network"):

@@ -511,10 +511,11 @@ def test_bad_coverages_and_points_are_refused() -> None:
 
 @pytest.mark.parametrize("score", [ece, max_calibration_error, adaptive_ece, classwise_ece])
 def test_no_bins_is_refused(score) -> None:
-    with pytest.raises(UsageError, match="bins is 0; give at least 1"):
-        score(HALVES, [0], bins=0)
-    with pytest.raises(UsageError, match="bins is 0; give at least 1"):
-        reliability([0.5], [True], bins=0)
+    for bins in (0, 2.5, "5"):
+        with pytest.raises(UsageError, match=f"bins is {bins!r}; give a whole number, at least 1"):
+            score(HALVES, [0], bins=bins)
+        with pytest.raises(UsageError, match=f"bins is {bins!r}; give a whole number, at least 1"):
+            reliability([0.5], [True], bins=bins)
     assert issubclass(UsageError, EnsemblerError)
 
 

@@ -162,7 +162,7 @@ def test_jobs_elsewhere_have_the_network_too():
     ("network", "message"),
     [
         (own(3), "given as a Sequential, but every member needs one of its own: give the function or class"),
-        (7, "given as a int, but"),
+        (7, "network must be a function or text, not 7"),
         (lambda: own(3), r"cannot be called as <lambda>\(num_classes=3\)"),
         (lambda num_classes: 3, "returned int, not a torch.nn.Module"),
         ("tests._small:nothing", "cannot import the architecture 'tests._small:nothing'"),

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    random_split,
+)
 from torchvision.transforms import v2
 
 from ensembler import as_dataset, calibration
@@ -172,6 +181,9 @@ def test_image_size_resizes_as_files_are(tmp_path):
 
 
 def test_names_of_classes_are_taken_from_the_dataset():
+    parts = random_split(Named(X, Y), [30, 30])
+    assert as_dataset(ConcatDataset(parts)).classes == as_dataset(parts[0]).classes == as_dataset(Named(X, Y)).classes
+    assert as_dataset((X, Y), classes=np.array(["a", "b", "c"])).classes == ("a", "b", "c")
     x, y = bars()
     assert as_dataset(Named(x, y)).classes == ("cat", "dog", "emu")
     assert as_dataset(Subset(Named(x, y), range(0, 60, 2))).classes == ("cat", "dog", "emu")
@@ -229,6 +241,12 @@ class Dicts(Own):
         return {"image": self.images[index], "label": self.labels[index]}
 
 
+class Nameless(Own):
+    @property
+    def classes(self):
+        raise NotImplementedError("later")
+
+
 def shaky(image):
     return image if random.random() < 0.5 else image[::-1].copy()
 
@@ -253,6 +271,23 @@ FAULTS = {
     "None": (Own(X, [None] * 60), "image 0 of train: labels that are no numbers"),
     "unlabelled": ((X, at(Y, 5, -1)), "the label -1, and classes count from 0: leave out images without a class"),
     "unlabelled one by one": (Own(X, at(Y, 5, -1)), "image 5 of train: the label -1"),
+    "unlabelled, unsigned": ((X, at(Y, 5, -1).astype(np.uint64)), "the label 18446744073709551615, and classes count"),
+    "numbers of something": ((X, at(Y, 5, 10**9)), "the label 1000000000, and classes count from 0"),
+    "masked labels": ((X, np.ma.masked_equal(Y, 2)), "the labels of train: 20 masked entries, which have no value"),
+    "masked images": ((np.ma.masked_equal(X, X[0, 0, 0, 0]), Y), r"the images of train: [\d,]+ masked entries"),
+    "masked one by one": (Own(np.ma.masked_equal(X, X[0, 0, 0, 0]), Y), "image 0 of train: 1 masked"),
+    "sparse": ((torch.tensor(X).to_sparse(), Y), "the images of train: a sparse, nested or quantized tensor"),
+    "meta": ((torch.empty(60, 8, 8, 3, device="meta"), Y), "the images of train: a tensor on the device meta"),
+    "nothing": (None, "train is a NoneType, expected"),
+    "no pixels": ((X[:, :0], Y), "the images of train: 0 x 8 x 3, which holds no pixel"),
+    "no features": ((np.ones((60, 0)), Y), "the rows of train hold no feature"),
+    "rows beyond float32": ((np.full((60, 4), 1e300), Y), "row 0 of train has a number that is not finite in float32"),
+    "joined names": (
+        ConcatDataset([Named(X, Y), type("Other", (Own,), {"classes": ("cat", "emu", "dog")})(X, Y)]),
+        r"train joins datasets of different classes \(.*\), so that a label means two things",
+    ),
+    "joined with no names": (ConcatDataset([Named(X, Y), Own(X, Y)]), "train joins datasets of different classes"),
+    "classes that fail": (Nameless(X, Y), "cannot read the classes of train: NotImplementedError: later"),
     "one class": ((X, Y * 0), "all images have the same label: at least two classes"),
     "length": ((X, Y[:50]), "train has 60 images and 50 labels: give one label an image"),
     "empty": ((X[:0], Y[:0]), "train has no image"),
@@ -322,11 +357,16 @@ class RandomLabels(Own):
         ((X, Y), {"validation": ([], [])}, "validation has no image"),
         ((X, Y), {"classes": ["a", "b"]}, r"train has the label 2, and the 2 classes \(a, ...\) count from 0 to 1"),
         ((X, Y), {"classes": ["a", "b", "a"]}, "two classes are called 'a'"),
-        ((X, Y), {"classes": "abc"}, "classes are names in label order"),
-        ((X, Y), {"classes": [1, 2, 3]}, "classes are names in label order"),
+        ((X, Y), {"classes": "abc"}, "classes must be a list of text or an? ndarray, not 'abc'"),
+        ((X, Y), {"classes": {"a", "b", "c"}}, "classes must be a list of text .* type set"),  # in no order
+        ((X, Y), {"classes": {"a": 1, "b": 0, "c": 2}}, "classes must be a list of text"),
+        ((X, Y), {"classes": [1, 2, 3]}, r"classes must be a list of text or a ndarray, not \[1, 2, 3\]"),
+        ((X, Y), {"classes": np.array([1, 2, 3])}, "classes are names in label order"),
         ((X, Y), {"name": "cifar10"}, "'cifar10' is no name for data of your own"),
         ((X, Y), {"name": "folder:x"}, "'folder:x' is no name for data of your own"),
         ((X, Y), {"image_size": 0}, "image_size must be at least 1 pixel"),
+        ((X, Y), {"image_size": 10**7}, r"60 images of 10000000 x 10000000 pixels take .* GiB in memory"),
+        ((list(X), Y), {"image_size": 10**7}, r"60 images of 10000000 x 10000000 pixels take .* GiB in memory"),
         ((X, Y), {"validation_share": 1}, "validation_share must be between 0 and 1"),
         ((X, Y), {"normalisation": "no"}, "--normalisation must be"),
         ((np.ones((60, 4)), Y), {"image_size": 4}, "train holds rows of features, not images: leave out image_size"),
@@ -631,6 +671,10 @@ def test_a_run_of_data_without_a_name_takes_them_from_python(tmp_path, monkeypat
         assert result.exit_code == 1
         assert "error: own data was given from Python and cannot be loaded by name" in result.output.replace("\n", " ")
         assert "(--dataset)" in result.output
+    ensemble = Ensemble(run, "cpu")
+    assert ensemble.evaluate(dataset=data).report == evaluate_paths(path, dataset=data).report
+    assert ensemble.calibrate(dataset=data).fitted == calibrate(path, dataset=data).fitted
+    (path / "calibration.json").unlink()
     said = []
     with pytest.raises(UsageError, match="int8 is accepted only after a comparison on validation images"):
         export_run(path, tmp_path / "without", precision="int8", say=said.append)

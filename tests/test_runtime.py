@@ -204,6 +204,7 @@ def test_a_bundle_without_its_probe_is_refused(bundle: Path, tmp_path: Path) -> 
         (np.full((1, 4, 6, 3), -1), "images hold values from -1 to -1"),
         ([np.zeros((4, 6, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)], "images differ in shape"),
         (np.zeros((3, 4, 6, 3), np.uint8), "3 images are more than 2 at a time"),
+        (np.ma.masked_less(np.ones((1, 4, 6, 3), np.uint8), 2), "images have masked entries, which have no value"),
         (None, r"found \(\)"),
         ("images", r"found \(\)"),
     ],

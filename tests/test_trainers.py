@@ -6,18 +6,23 @@ import importlib.util
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 import ensembler
 import ensembler.trainers
+from ensembler import as_dataset
 from ensembler.data.datasets import normalise
 from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, DivergedError, UsageError
 from ensembler.run import Run
 from ensembler.subspace import log_volume
-from ensembler.trainers import FGE, DeepEnsemble, Settings, Simplex, Snapshots, train
+from ensembler.trainers import FGE, DeepEnsemble, Settings, Simplex, Snapshots, collapse_run, train
 from ensembler.trainers.methods.fge import cyclic, cyclic_middles
 from ensembler.trainers.plan import Plan
 from ensembler.trainers.schedules import after, constant, cosine, one_cycle, repeated
@@ -198,6 +203,50 @@ def test_members_are_a_function_of_the_seed_and_the_callers_random_numbers_are_l
         assert torch.equal(before, torch.random.get_rng_state())
     assert same(*runs)
     assert all(torch.equal(rows, runs[1].buffers[name]) for name, rows in runs[0].buffers.items())
+
+
+@contextmanager
+def float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        assert torch.get_default_dtype() == torch.float64
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        float64,
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),
+        lambda: np.errstate(all="raise"),
+    ],
+)
+def test_the_callers_modes_of_torch_and_numpy_change_nothing(mode, tmp_path):
+    """What autocast had changed would also have been kept, as a prediction in float32."""
+    data, rows = dataset(), (np.arange(60.0).reshape(20, 3), np.arange(20) % 2)
+    plain, moments = make(DeepEnsemble(members=2), data, architecture="tests._small:noisy"), as_dataset(rows).mean
+    report = Ensemble(plain, "cpu").evaluate(dataset=data, cache=tmp_path / "plain").report
+    with mode():
+        run = make(DeepEnsemble(members=2), data, architecture="tests._small:noisy")
+        again = Ensemble(plain, "cpu").evaluate(dataset=data, cache=tmp_path / "again").report
+        collapsed = collapse_run(run, data)
+        assert as_dataset(rows).mean == moments
+    assert run.manifest.metrics == plain.manifest.metrics and again == report
+    assert same(run, plain) and same(collapsed, collapse_run(plain, data))
+
+
+def test_threads_that_train_take_turns():
+    """PyTorch's random generators, and its hooks of all modules, are those of the process."""
+    train_one = partial(make, DeepEnsemble(members=2), architecture="tests._small:noisy")
+    expected = [train_one(seed=seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda seed: train_one(seed=seed), range(3)))
+    assert all(map(same, found, expected))
 
 
 def test_deep_ensemble_members_are_independent_and_of_equal_cost():

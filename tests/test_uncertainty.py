@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ensembler.uncertainty
 from ensembler.errors import ShapeError
 from ensembler.uncertainty import uncertainty
 
@@ -59,3 +61,12 @@ def test_members_that_are_sure_of_different_classes():
 def test_a_batch_without_a_members_axis_is_refused():
     with pytest.raises(ShapeError, match=r"\(M, B, C\), found shape \(3, 10\)"):
         uncertainty(np.full((3, 10), 0.1))
+
+
+def test_members_may_be_a_tensor():
+    """As ``Ensemble.predict_members`` returns them."""
+    p = np.random.default_rng(0).dirichlet(np.ones(3), (2, 5)).astype(np.float32)
+    for tensor in (torch.from_numpy(p), torch.from_numpy(p).requires_grad_()):
+        for name, values in vars(uncertainty(tensor)).items():
+            np.testing.assert_array_equal(values, getattr(uncertainty(p), name))
+            np.testing.assert_array_equal(values, getattr(ensembler.uncertainty, name)(tensor))

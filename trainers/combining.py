@@ -13,7 +13,9 @@ from datetime import UTC, datetime
 
 import torch
 
+from ensembler.arguments import checked
 from ensembler.data.datasets import Dataset
+from ensembler.device import default_modes
 from ensembler.errors import UsageError
 from ensembler.run import Cost, CostEntry, Run, versions
 from ensembler.trainers.spec import Spec
@@ -22,7 +24,9 @@ from ensembler.trainers.training import measure
 __all__ = ["combination", "combine"]
 
 
-def combine(runs: Mapping[str, Run], dataset: Dataset | None = None, device: str | None = None) -> Run:
+@default_modes()
+@checked
+def combine(runs: Mapping[str, Run], dataset: Dataset | None = None, device: str | torch.device | None = None) -> Run:
     """Combine the members of runs of one dataset, and measure them on the held-out and the test data.
 
     ::

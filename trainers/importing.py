@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensembler.arguments import checked
 from ensembler.data import datasets, normalisation
 from ensembler.data.examples import Examples
+from ensembler.device import default_modes
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
 from ensembler.networks import checkpoints, matching
@@ -38,12 +40,14 @@ __all__ = ["import_checkpoints"]
 EXAMPLES = 1000  # validation examples on which other normalisations are tried, at most
 
 
+@default_modes()
+@checked
 def import_checkpoints(
     files: str | Path | Sequence[str | Path],
     architecture: str | Factory,
     dataset: Any,
     *,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> Run:
     """Make a deep ensemble of checkpoints, and measure it on the held-out and the test data.

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import field_validator
 
 from ensembler.errors import UsageError
 from ensembler.naming import reason, register
-from ensembler.options import Options, option
+from ensembler.options import Device, Given, Options, option
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from ensembler.data.datasets import Dataset
 
 __all__ = ["Settings"]
+
+
+class Numbers(Protocol):
+    """An array of NumPy or a tensor."""
+
+    def tolist(self) -> Any: ...
 
 
 class Settings(Options):
@@ -33,7 +39,7 @@ class Settings(Options):
         help="cnn, preresnet20/56/110/164, vgg16, vgg16bn, wrn28x10, torchvision:NAME, timm:NAME or "
         "package.module:factory.",
     )
-    init: str | None = option(
+    init: Given[str | Path | None, str | None] = option(
         None, path=True, help="Start from a run (its first member) or from a .safetensors or .pt file."
     )
     weights: str | None = option(None, help="Start from published weights of torchvision or timm: DEFAULT, or a name.")
@@ -44,12 +50,12 @@ class Settings(Options):
     accumulate: int = option(
         1, ge=1, help="N, parts of each batch that go forward and backward one after another: less memory, same step."
     )
-    optimiser: str = option(
+    optimiser: Given[str | Callable[..., Any], str] = option(
         "sgd",
         metavar="sgd | adamw | MODULE:CLASS",
         help="sgd, adamw, or any class such as torch.optim:RAdam.",
     )
-    parameter_groups: str | None = option(
+    parameter_groups: Given[str | Callable[..., Any] | None, str | None] = option(
         None,
         metavar="MODULE:FUNCTION",
         help="Function from the network to parameter groups, as torch.optim takes them. (default: all weights decay "
@@ -78,7 +84,7 @@ class Settings(Options):
         help="Stop a solution after so many epochs without a lower held-out loss, and keep its best weights; 0: never.",
     )
     clip: float = option(1.0, ge=0, help="Largest norm of the gradient; 0 for no limit.")
-    loss: str = option(
+    loss: Given[str | Callable[..., Any], str] = option(
         "task",
         metavar="task | MODULE:FUNCTION",
         help="Training loss: the task's, cross entropy, or your own, package.module:function of outputs (B, C) and "
@@ -87,7 +93,7 @@ class Settings(Options):
     label_smoothing: float = option(
         0.0, ge=0, lt=1, metavar="E", help="Share of a label's probability that is spread evenly over all classes."
     )
-    class_weights: str = option(
+    class_weights: Given[str | Path | Sequence[float] | Numbers, str] = option(
         "none",
         metavar="balanced | none | NUMBERS",
         help="Weight of each class in the loss: balanced, none, numbers as in 1,2.5,1, or a file of numbers.",
@@ -98,7 +104,7 @@ class Settings(Options):
     cutmix: float = option(
         0.0, ge=0, metavar="ALPHA", help="Paste a box of another image, whose area is drawn from Beta(ALPHA, ALPHA)."
     )
-    augmentation: str | None = option(
+    augmentation: Given[str | Callable[..., Any] | None, str | None] = option(
         None,
         panel="Images",
         help="crop-flip, crop, resized-crop-flip or none; trivialaugment, randaugment or autoaugment, after the crop "
@@ -136,7 +142,9 @@ class Settings(Options):
         "forward passes.",
     )
     seed: int = option(0, help="Random seed.")
-    device: str | None = option(None, computing=True, help="cpu, cuda, ... (default: CUDA where there is one)")
+    device: Given[str | Device | None, str | None] = option(
+        None, computing=True, help="cpu, cuda, ... (default: CUDA where there is one)"
+    )
     threads: int | None = option(
         None,
         ge=1,

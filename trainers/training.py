@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from itertools import pairwise
+from threading import RLock
 from typing import Any
 
 import torch
 
+from ensembler.arguments import checked
 from ensembler.data import datasets
 from ensembler.data.datasets import Dataset
 from ensembler.data.examples import Examples
 from ensembler.data.normalisation import describe
+from ensembler.device import default_modes
 from ensembler.engine import Engine, Local
 from ensembler.ensemble import Ensemble
 from ensembler.errors import UsageError
@@ -37,7 +40,11 @@ from ensembler.trainers.trainer import Trainer
 
 __all__ = ["Training", "assemble", "centroid", "collapse_run", "measure", "train", "with_network"]
 
+_TURN = RLock()  # a thread's, as PyTorch's random generators are those of the process
 
+
+@default_modes()
+@checked
 def train(
     dataset: Any,
     method: Method,
@@ -48,7 +55,7 @@ def train(
     network: Factory | str | None = None,
     engine: Engine | None = None,
 ) -> Run:
-    """Make an ensemble, and measure it on the held-out and the test data.
+    """Make an ensemble, and measure it on the held-out and the test data. Threads that train take turns.
 
     ::
 
@@ -84,7 +91,8 @@ def train(
     for note in dataset.notes:
         on_event(Message(note))
     training = Training.of(dataset, method, settings, starts, factory=factory)
-    return training.tried(on_event).make(on_event, engine=engine)
+    with _TURN:
+        return training.tried(on_event).make(on_event, engine=engine)
 
 
 def with_network(settings: Settings, network: Factory | str | None) -> tuple[Settings, Factory | None]:
@@ -252,7 +260,9 @@ def centroid(trainer: Trainer, members: Members) -> Members:
     return Members(one, torch.ones(1, 1), buffers, metrics=metrics)
 
 
-def collapse_run(run: Run, dataset: Dataset, device: str | None = None) -> Run:
+@default_modes()
+@checked
+def collapse_run(run: Run, dataset: Dataset, device: str | torch.device | None = None) -> Run:
     """The centroid of a run's vertices as a run of one network; it costs what the run cost, and its statistics.
 
     Raises:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensembler.arguments import checked
 from ensembler.data.decoded import DecodedSplit, find_unreadable
 from ensembler.data.decoding import MEND_OR_SKIP, read_image
 from ensembler.data.folder_notes import Notes, describe_folder
@@ -34,6 +35,7 @@ from ensembler.data.image_cache import kept
 from ensembler.data.images import MEMORY_LIMIT, FileSplit, Images, Split, normalise, resized
 from ensembler.data.published import cifar, digits, fashion_mnist
 from ensembler.data.splits import complete, hold_out
+from ensembler.device import default_modes
 from ensembler.errors import DataError, EnsemblerError, UsageError
 from ensembler.machine import home
 from ensembler.naming import import_object, is_importable, reason
@@ -117,6 +119,8 @@ class Dataset:
         return dict(zip(self.classes, counts, strict=True))
 
 
+@default_modes()
+@checked
 def load(
     name: str,
     root: str | Path | None = None,

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from ensembler.data.decoding import on_white, to_rgb
 from ensembler.errors import DataError, first_line
 
-__all__ = ["is_array", "resize", "to_array", "to_image", "to_images", "to_label", "to_labels"]
+__all__ = ["is_array", "refuse_holes", "resize", "to_array", "to_image", "to_images", "to_label", "to_labels"]
 
 Pixels = NDArray[np.uint8]
 
 _CHANNELS = (1, 3, 4)
 _CHUNK = 1024  # images that are converted at once
+_MOST_CLASSES = 2**24  # beyond which a label is a number of something else, or -1 in unsigned integers
 
 
 def is_array(given: Any) -> bool:
@@ -34,8 +35,30 @@ def is_array(given: Any) -> bool:
     return isinstance(given, torch.Tensor | np.ndarray)
 
 
-def to_array(given: Any) -> NDArray[Any]:
-    """Return a tensor on any device, an array, or numbers in lists as a NumPy array."""
+def refuse_holes(given: Any, where: str) -> None:
+    """Refuse arrays and tensors some of whose numbers are not there, or not in memory one beside another.
+
+    Raises:
+        DataError: a masked array, or a tensor that is sparse, nested, quantized or on the device ``meta``.
+    """
+    if isinstance(given, np.ma.MaskedArray) and np.ma.is_masked(given):
+        raise DataError(
+            f"{where}: {int(np.ma.getmaskarray(given).sum()):,} masked entries, which have no value: leave them out"
+        )
+    if isinstance(given, torch.Tensor):
+        if given.is_meta:
+            raise DataError(f"{where}: a tensor on the device meta, which holds no numbers: make it on the CPU")
+        if given.layout != torch.strided or given.is_nested or given.is_quantized:
+            raise DataError(f"{where}: a sparse, nested or quantized tensor: give a dense one of plain numbers")
+
+
+def to_array(given: Any, where: str) -> NDArray[Any]:
+    """Return a tensor on any device, an array, or numbers in lists as a NumPy array; ``where`` is for messages.
+
+    Raises:
+        DataError: see :func:`refuse_holes`.
+    """
+    refuse_holes(given, where)
     if isinstance(given, torch.Tensor):
         tensor = given.detach().cpu()
         return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
@@ -61,7 +84,7 @@ def to_image(image: Any, where: str, size: int | None = None) -> Pixels:
         except Exception as error:  # of any class: the file behind it may be damaged
             raise DataError(f"{where}: {error}") from error
     elif is_array(image):
-        pixels = to_images(to_array(image)[None], where)[0]
+        pixels = to_images(to_array(image, where)[None], where)[0]
     else:
         raise DataError(f"{where} is a {type(image).__name__}, expected a PIL image, an array or a tensor")
     return pixels if size is None else resize(pixels, size)
@@ -99,7 +122,9 @@ def _channel_axis(shape: Sequence[int], where: str) -> int | None:
     Raises:
         DataError: none, or either could.
     """
-    shown = f"{where}: {' x '.join(map(str, shape[1:]))}"
+    shown = f"{where}: {' x '.join(map(str, shape[1:])) or 'single numbers'}"
+    if 0 in shape[1:]:
+        raise DataError(f"{shown}, which holds no pixel: give images of at least one")
     if len(shape) == 3:
         return None
     if len(shape) != 4:
@@ -148,7 +173,7 @@ def to_label(label: Any, where: str) -> int:
     Raises:
         DataError: it is no such number.
     """
-    return int(to_labels([label] if not is_array(label) else to_array(label)[None], where)[0])
+    return int(to_labels([label] if not is_array(label) else to_array(label, where)[None], where)[0])
 
 
 def to_labels(labels: Any, where: str) -> NDArray[np.int64]:
@@ -158,7 +183,9 @@ def to_labels(labels: Any, where: str) -> NDArray[np.int64]:
         DataError: they are not whole numbers from 0.
     """
     try:
-        found = to_array(labels)
+        found = to_array(labels, where)
+    except DataError:
+        raise
     except Exception as error:  # of any class, as of lists of different lengths
         raise DataError(f"{where}: no labels, expected one class each, from 0: {first_line(error)}") from error
     if found.ndim == 2 and found.shape[1] > 1:
@@ -176,9 +203,9 @@ def to_labels(labels: Any, where: str) -> NDArray[np.int64]:
             found.dtype.kind, "give classes.index(label), and the names as classes"
         )
         raise DataError(f"{where}: labels that are {what}{shown}, expected whole numbers from 0: {mend}")
-    if len(found) and found.min() < 0:
+    if len(found) and not 0 <= (wrong := found.min() if found.min() < 0 else found.max()) < _MOST_CLASSES:
         raise DataError(
-            f"{where}: the label {found.min()}, and classes count from 0: leave out images without a class, or "
-            "renumber the labels"
+            f"{where}: the label {wrong}, and classes count from 0: leave out images without a class, or renumber the "
+            "labels"
         )
     return found.astype(np.int64)

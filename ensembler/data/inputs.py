@@ -18,14 +18,39 @@ from torch import Tensor
 
 from ensembler.data.decoding import pixels, read_image
 from ensembler.data.examples import Examples
+from ensembler.data.image_arrays import refuse_holes
 from ensembler.errors import ShapeError, UsageError
 from ensembler.naming import reason
 
-__all__ = ["batches", "check_images"]
+__all__ = ["as_tensor", "batches", "check_images"]
 
 _KINDS = "a path, an image of Pillow, an array (H, W, 3) of uint8, or several of them in a list or as (N, H, W, 3)"
 
 _OVERSHOOT = 0.1  # of the pixels' range: what resampling may add to it
+
+
+def as_tensor(given: Any) -> Tensor:
+    """Return an array of NumPy, or several in a list, as a tensor; tensors as they are.
+
+    Memory is shared where PyTorch can read it: not of another byte order, in reverse, or that may not be written.
+
+    Raises:
+        UsageError: it is no array. ShapeError: of no numbers, or lists of different lengths.
+        DataError: some of its numbers are not there (:func:`ensembler.data.image_arrays.refuse_holes`).
+    """
+    refuse_holes(given, "the array")
+    if isinstance(given, Tensor):
+        return given
+    if not isinstance(given, np.ndarray | list | tuple):
+        raise UsageError(f"an array or a tensor is expected here, not a {type(given).__name__}: predict takes {_KINDS}")
+    try:
+        array = np.asarray(given)
+        odd = any(step < 0 or step % array.itemsize for step in array.strides)
+        if odd or not (array.dtype.isnative and array.flags.writeable):
+            array = array.astype(array.dtype.newbyteorder("="), order="C")
+        return torch.from_numpy(array)
+    except (TypeError, ValueError) as error:  # text, objects, dates
+        raise ShapeError(f"this is no array of numbers ({reason(error)}): give uint8 or float32") from error
 
 
 def batches(images: Any, shape: Sequence[int], size: int) -> Iterator[Tensor]:
@@ -46,7 +71,7 @@ def batches(images: Any, shape: Sequence[int], size: int) -> Iterator[Tensor]:
         yield from (part.data for part in images.batches(size))
         return
     if isinstance(images, np.ndarray | Tensor):
-        whole = torch.as_tensor(images)
+        whole = as_tensor(images)
         many: Any = whole[None] if whole.shape == torch.Size(shape) else whole
     else:
         many = [images] if _is_file(images) or not isinstance(images, Sequence) else images
@@ -75,7 +100,7 @@ def _one(image: Any, shape: Sequence[int], number: int) -> Tensor:
     from PIL.Image import Image
 
     if isinstance(image, np.ndarray | Tensor):
-        return torch.as_tensor(image)
+        return as_tensor(image)
     if not _is_file(image) and not isinstance(image, Image):
         raise UsageError(f"image {number} is of type {type(image).__name__}: give {_KINDS}")
     if len(shape) != 3:

@@ -6,14 +6,17 @@ pixels have a hash, by which a run finds them again, and are the same in trainin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ensembler.arguments import checked
 from ensembler.data.datasets import NAMES, OWN, Dataset, moments
 from ensembler.data.examples import Arrays
 from ensembler.data.folder_notes import Notes, describe_splits
@@ -22,6 +25,7 @@ from ensembler.data.images import MEMORY_LIMIT, Split
 from ensembler.data.normalisation import normalised
 from ensembler.data.sources import Source, sources
 from ensembler.data.splits import complete
+from ensembler.device import default_modes
 from ensembler.errors import DataError, UsageError
 
 __all__ = ["as_dataset"]
@@ -29,12 +33,14 @@ __all__ = ["as_dataset"]
 _READ_TWICE = 64  # examples that are read again, to find random transforms
 
 
+@default_modes()
+@checked
 def as_dataset(
     train: Any,
     test: Any = None,
     validation: Any = None,
     *,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | NDArray[np.str_] | None = None,
     name: str = OWN,
     image_size: int | None = None,
     normalisation: str | None = None,
@@ -114,7 +120,8 @@ def _read(source: Source, image_size: int | None, total: int) -> Split | Arrays:
         images, labels = source.arrays
         targets = to_labels(labels, f"the labels of {source.role}")
         if is_array(images) and images.dtype != object:
-            return _arrays(to_array(images), targets, source.role, image_size)
+            inputs = to_array(images, f"the images of {source.role}")
+            return _arrays(inputs, targets, source.role, image_size, total)
         source = Source(source.role, arrays=(images, targets))
     first, _ = source.item(0)
     if is_array(first) and first.ndim == 1:
@@ -122,24 +129,32 @@ def _read(source: Source, image_size: int | None, total: int) -> Split | Arrays:
     return _images(source, first, image_size, total)
 
 
-def _arrays(inputs: NDArray[Any], labels: NDArray[np.int64], role: str, image_size: int | None) -> Split | Arrays:
+def _arrays(
+    inputs: NDArray[Any], labels: NDArray[np.int64], role: str, image_size: int | None, total: int
+) -> Split | Arrays:
     if inputs.ndim == 2:
         return _features(inputs, labels, role, image_size)
     images = to_images(inputs, f"the images of {role}")
     if image_size is not None:
+        _check_memory(total, (image_size, image_size, 3))
         images = np.stack([resize(image, image_size) for image in images])
     return Split(torch.from_numpy(images), torch.from_numpy(labels))
 
 
-def _images(source: Source, first: Any, image_size: int | None, total: int) -> Split:
-    shape = to_image(first, source.where(0), image_size).shape
-    size = total * int(np.prod(shape))
+def _check_memory(total: int, shape: tuple[int, ...]) -> None:
+    """Refuse so many images of a shape (H, W, 3) that take more than the limit; ``total`` 0 lifts it."""
+    size = total * math.prod(shape)
     if size > MEMORY_LIMIT:
         raise UsageError(
             f"{total:,} images of {shape[1]} x {shape[0]} pixels take {size / 2**30:.1f} GiB in memory, and the limit "
             f"is {MEMORY_LIMIT / 2**30:g} GiB: write them to a folder (folder:PATH is read from files), make them "
             "smaller (image_size), or allow it (in_memory=True, --in-memory)"
         )
+
+
+def _images(source: Source, first: Any, image_size: int | None, total: int) -> Split:
+    shape = to_image(first, source.where(0)).shape if image_size is None else (image_size, image_size, 3)
+    _check_memory(total, shape)
     images, labels = np.empty((len(source), *shape), np.uint8), np.empty(len(source), np.int64)
     for index in range(len(source)):
         image, label = source.item(index)
@@ -163,7 +178,7 @@ def _images(source: Source, first: Any, image_size: int | None, total: int) -> S
 def _rows(source: Source, image_size: int | None) -> Arrays:
     """Read rows of features one by one."""
     items = [source.item(index) for index in range(len(source))]
-    rows = [to_array(row) for row, _ in items]
+    rows = [to_array(row, source.where(index)) for index, (row, _) in enumerate(items)]
     for index, row in enumerate(rows):
         if row.shape != rows[0].shape:
             raise DataError(
@@ -172,8 +187,8 @@ def _rows(source: Source, image_size: int | None) -> Arrays:
     labels = np.array([to_label(label, source.where(index)) for index, (_, label) in enumerate(items)])
 
     def again(index: int) -> bool:
-        row, label = source.item(index)
-        return np.array_equal(to_array(row), rows[index]) and to_label(label, source.where(index)) == labels[index]
+        (row, label), where = source.item(index), source.where(index)
+        return np.array_equal(to_array(row, where), rows[index]) and to_label(label, where) == labels[index]
 
     found = _features(np.stack(rows), labels, source.role, image_size)
     _check_still(source, again)
@@ -185,11 +200,15 @@ def _features(rows: NDArray[Any], labels: NDArray[np.int64], role: str, image_si
         raise UsageError(f"{role} holds rows of features, not images: leave out image_size (--image-size)")
     if rows.dtype.kind not in "iuf":
         raise DataError(f"the rows of {role}: {rows.dtype}, expected numbers")
-    found = np.array(rows, dtype=np.float32, order="C")
+    if not rows.shape[1]:
+        raise DataError(f"the rows of {role} hold no feature: give at least one")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused as infinite
+        found = np.array(rows, dtype=np.float32, order="C")
     if not np.isfinite(found).all():
         index = int(np.flatnonzero(~np.isfinite(found).all(axis=1))[0])
         raise DataError(
-            f"row {index} of {role} has a number that is not finite (NaN or infinite): leave the row out, or fill it"
+            f"row {index} of {role} has a number that is not finite in float32 (NaN or infinite): leave the row out, "
+            "or fill it"
         )
     return Arrays(torch.from_numpy(found), torch.from_numpy(labels))
 
@@ -223,15 +242,16 @@ def _check_alike(found: Mapping[str, Split | Arrays]) -> None:
 
 
 def _class_names(
-    classes: Sequence[str] | None, given: Mapping[str, Source], found: Mapping[str, Split | Arrays]
+    classes: Sequence[str] | NDArray[np.str_] | None, given: Mapping[str, Source], found: Mapping[str, Split | Arrays]
 ) -> tuple[str, ...]:
     """Return the class names, which fit the labels of all splits.
 
     Raises:
         UsageError: names that are not distinct text. DataError: labels that are not 0 to C - 1.
     """
-    known = {role: source.classes for role, source in given.items() if source.classes is not None}
-    if classes is None and len(set(known.values())) > 1:
+    own = {role: source.classes for role, source in given.items()} if classes is None else {}
+    known = {role: names for role, names in own.items() if names is not None}
+    if len(set(known.values())) > 1:
         (first, ours), (second, theirs), *_ = known.items()
         one, other = next(((a, b) for a, b in zip(ours, theirs, strict=False) if a != b), (len(ours), len(theirs)))
         raise DataError(
@@ -242,13 +262,13 @@ def _class_names(
     most = max(present) + 1
     names = next(iter(known.values()), None) if classes is None else tuple(classes)
     if names is None or (classes is None and len(names) < most):
-        if missing := sorted(set(range(most)) - present)[:5]:
+        if missing := [*islice((label for label in range(most) if label not in present), 5)]:
             raise DataError(
                 f"no image of train has the label {', '.join(map(str, missing))}, and classes count from 0 to "
                 f"{most - 1}: renumber the labels, or name every class (classes)"
             )
         names = tuple(map(str, range(most)))
-    if isinstance(classes, str) or not all(isinstance(one, str) and one.strip() for one in names):
+    if not all(isinstance(one, str) and one.strip() for one in names):
         raise UsageError("classes are names in label order, as in classes=['cat', 'dog']")
     if len(set(names)) < len(names):
         twice = next(one for one in names if names.count(one) > 1)

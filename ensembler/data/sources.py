@@ -9,11 +9,13 @@ from typing import Any
 from ensembler.data.image_arrays import is_array
 from ensembler.errors import DataError, UsageError
 from ensembler.naming import reason
+from ensembler.text import some
 
 __all__ = ["Source", "is_data_module", "sources"]
 
 _LIGHTNING = {"lightning", "pytorch_lightning"}
 _LOADERS = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}
+_WRAPPED = 10  # datasets around the one that has the names of the classes
 _STAGES = {"train": "fit", "validation": "fit", "test": "test"}
 
 
@@ -65,14 +67,34 @@ class Source:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The names of the classes, where the dataset has them as torchvision's do, in ``classes``."""
-        dataset, seen = self.examples, 0
-        while dataset is not None and seen < 10:  # Subset and its like lie around the dataset that has the names
-            names = getattr(dataset, "classes", None)
-            if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
-                return tuple(names)
-            dataset, seen = getattr(dataset, "dataset", None), seen + 1
+        """The names of the classes, where the dataset has them as torchvision's do, in ``classes``.
+
+        Raises:
+            DataError: they cannot be read, or datasets that are joined have different ones.
+        """
+        return _classes(self.examples, self.role, _WRAPPED)
+
+
+def _classes(dataset: Any, role: str, depth: int) -> tuple[str, ...] | None:
+    """Return the names of a dataset's classes, or of those that it joins or chooses from, as ``Subset`` does."""
+    if dataset is None or not depth:
         return None
+    try:
+        names = getattr(dataset, "classes", None)
+    except Exception as error:  # whatever a user's code raises
+        raise DataError(f"cannot read the classes of {role}: {reason(error)}") from error
+    if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+        return tuple(names)
+    joined = getattr(dataset, "datasets", None)
+    parts = joined if isinstance(joined, list | tuple) else [getattr(dataset, "dataset", None)]
+    found = list(dict.fromkeys(_classes(part, role, depth - 1) for part in parts))
+    if len(found) > 1:
+        shown = " and ".join("none" if one is None else some(one, 5) for one in found[:2])
+        raise DataError(
+            f"{role} joins datasets of different classes ({shown}), so that a label means two things: give all of them "
+            "the same classes, or name them (classes)"
+        )
+    return found[0] if found else None
 
 
 def is_data_module(given: Any) -> bool:
@@ -94,7 +116,7 @@ def sources(train: Any, test: Any = None, validation: Any = None) -> dict[str, S
             raise UsageError(f"{type(train).__name__}.train_dataloader() returns no loader: return one")
         return found
     given = {"train": train, "validation": validation, "test": test}
-    return {role: _source(role, one) for role, one in given.items() if one is not None}
+    return {role: _source(role, one) for role, one in given.items() if one is not None or role == "train"}
 
 
 def _from_module(module: Any) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -265,15 +266,23 @@ class _Watch:
 
     def __post_init__(self) -> None:
         self._names = {id(module): name for name, module in self.network.named_modules()}
-        self._version = self.x._version
+        self._version, self._thread = self.x._version, get_ident()
+
+    def _is_other_thread(self) -> bool:
+        """Whether another network computes: PyTorch calls these hooks for all modules of the process."""
+        return get_ident() != self._thread
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
+        if self._is_other_thread():
+            return
         self.look()
         self.stack.append(module)
         if self.foreign is None and id(module) not in self._names and module.state_dict():
             self.foreign = module
 
     def leave(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if self._is_other_thread():
+            return
         self.look()
         while self.stack and self.stack.pop() is not module:
             pass

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ensembler.calibration_maps import FLOOR, bin_indices
-from ensembler.errors import ShapeError, UsageError
+from ensembler.calibration_maps import FLOOR, bin_count, bin_indices
+from ensembler.errors import ShapeError
 from ensembler.eval.metrics.selective import (
     augrc,
     aurc,
@@ -227,17 +227,17 @@ class Answers:
     def ece(self, bins: int = BINS) -> float:
         from netcal.metrics import ECE  # loads torch, pyro and gpytorch: seconds
 
-        return float(ECE(bins=_count(bins)).measure(*self._for_netcal()))
+        return float(ECE(bins=bin_count(bins)).measure(*self._for_netcal()))
 
     def max_calibration_error(self, bins: int = BINS) -> float:
         from netcal.metrics import MCE
 
-        return float(MCE(bins=_count(bins)).measure(*self._for_netcal()))
+        return float(MCE(bins=bin_count(bins)).measure(*self._for_netcal()))
 
     def adaptive_ece(self, bins: int = BINS) -> float:
         # netcal's ACE weighs all bins equally, and its equal_intervals=False fails if two edges are equal, as they are
         # when a bin's worth of confidences is: a float32 softmax is often exactly 1.
-        last = -(-np.arange(1, _count(bins) + 1) * len(self.y) // bins) - 1
+        last = -(-np.arange(1, bin_count(bins) + 1) * len(self.y) // bins) - 1
         places = np.searchsorted(np.sort(self.confidence)[last], self.confidence, side="left")
         return _gap(places, self.correct - self.confidence) / len(self.y)
 
@@ -270,12 +270,6 @@ class Answers:
 def _gap(places: NDArray[np.int64], differences: Array) -> float:
     """Compute ``sum_b n_b * |mean of the differences in bin b|``."""
     return float(np.abs(np.bincount(places, weights=differences)).sum())
-
-
-def _count(bins: int) -> int:
-    if bins < 1:
-        raise UsageError(f"bins is {bins}; give at least 1")
-    return int(bins)
 
 
 def _labels(labels: ArrayLike, p: Array) -> NDArray[np.int64]:

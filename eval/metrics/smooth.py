@@ -14,6 +14,7 @@ _POINTS = 2**13  # of the grid on [0, 1]
 Array = NDArray[np.float64]
 
 
+@np.errstate(under="ignore")
 def smooth_error(confidence: ArrayLike, correct: ArrayLike) -> float:
     """Compute the smooth expected calibration error, smECE (Blasiok & Nakkiran 2023, https://arxiv.org/abs/2309.12236).
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -179,8 +180,10 @@ def corrupt(
     """
     if corruption not in _TABLE:
         raise UsageError(f"corruption {corruption!r} is not available here; choose one of {', '.join(AVAILABLE)}")
-    if severity not in SEVERITIES or isinstance(severity, bool):
+    if severity not in SEVERITIES or not isinstance(severity, Integral) or isinstance(severity, bool):
         raise UsageError(f"severity {severity!r} of {corruption} does not exist; choose one of 1, 2, 3, 4, 5")
+    if not isinstance(seed, Integral):
+        raise UsageError(f"the seed must be a whole number, not {seed!r}")
     if constants not in (None, "cifar", "imagenet"):
         raise UsageError(f"constants {constants!r} do not exist; choose 'cifar', 'imagenet' or None")
     _check(images)

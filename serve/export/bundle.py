@@ -21,9 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensembler import calibration
+from ensembler.arguments import checked
 from ensembler.calibration import Calibration
 from ensembler.calibration_maps import Temperature
 from ensembler.data.datasets import NAMES, Dataset
+from ensembler.device import default_modes
 from ensembler.ensemble import Ensemble
 from ensembler.errors import ArtefactError, DataError, ExportError, UsageError
 from ensembler.machine import available_cpus
@@ -67,6 +69,8 @@ _SHOWN = 8  # test images for the page
 Say = Callable[[str], object]
 
 
+@default_modes()
+@checked
 def export_run(
     run_path: str | Path,
     out: str | Path,

@@ -30,6 +30,8 @@ def check_images(images: object, image_shape: Sequence[int], max_batch: int | No
         ShapeError: another shape, ragged lists, no image, too many, or a value that is not such an integer.
     """
     values: list[Any] | NDArray[Any]
+    if np.ma.is_masked(images):
+        raise ShapeError("images have masked entries, which have no value: leave them out")
     if isinstance(images, list) and not any(isinstance(image, np.ndarray) for image in images):
         values, shape = _flat(images)
     else:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensembler import calibration
+from ensembler.arguments import checked
 from ensembler.calibration import Calibration
 from ensembler.errors import ArtefactError, UsageError
 from ensembler.machine import available_cpus, gpu_memory, resident_memory
@@ -71,6 +72,7 @@ class Runtime:
         self.memory = manifest.parameters * _BYTES[manifest.precision] * copies * len(members)
 
     @classmethod
+    @checked
     def load(
         cls,
         bundle: str | Path,

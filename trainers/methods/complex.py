@@ -9,11 +9,13 @@ code counts only the first, and draws the simplexes uniformly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensembler.errors import UsageError
-from ensembler.options import option
+from ensembler.options import Given, option
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.methods.simplex import BASE, BENTON_2021
 from ensembler.trainers.recipes import Recipe
@@ -40,7 +42,7 @@ class Complex(Method):
     # One sample a step here; in g-benton/loss-surface-simplexes there are 5, which are summed.
     published = (Recipe("vgg16", BASE | {"epochs": 25, "lr": 0.05, "regularisation": 1e-7}, BENTON_2021),)
 
-    modes: list[str] = option(
+    modes: Given[Sequence[str | Path], list[str]] = option(
         argument=True, path=True, metavar="RUN...", help="Two runs or more; of each, the first member."
     )
     connectors: int = option(1, ge=1, help="Vertices that all simplexes share, added one at a time.")

@@ -7,10 +7,11 @@ sampled weights, as in the paper's code.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ensembler.errors import UsageError
-from ensembler.options import option
+from ensembler.options import Given, option
 from ensembler.trainers.method import Members, Method
 from ensembler.trainers.recipes import GARIPOV_2018, SOLUTIONS, Recipe
 
@@ -39,8 +40,10 @@ class Curve(Method):
         for name, options in _CURVES.items()
     )
 
-    first: str = option(argument=True, path=True, metavar="FIRST", help="The run whose first member is one end.")
-    second: str = option(
+    first: Given[str | Path, str] = option(
+        argument=True, path=True, metavar="FIRST", help="The run whose first member is one end."
+    )
+    second: Given[str | Path, str] = option(
         argument=True, path=True, metavar="SECOND", help="The run whose first member is the other end."
     )
     curve: Literal["bezier", "chain"] = option("bezier", help="bezier, or chain for straight pieces.")
