@@ -31,7 +31,7 @@ from ensembler.prediction import Prediction, predict
 from ensembler.progress import interactive, watching
 from ensembler.run import Gaussians, Run
 from ensembler.sampling import sample_coefficients
-from ensembler.task import Classification
+from ensembler.task import Classification, check_finite
 from ensembler.text import echo
 
 if TYPE_CHECKING:
@@ -180,13 +180,14 @@ class Ensemble:
 
         Raises:
             ShapeError: ``x`` has another shape or type, or floats that are pixels rather than normalised inputs.
+            DivergedError: a member answers with NaN or infinity.
         """
         x = torch.as_tensor(x)
         record = self.run.manifest.dataset
         stored = self._kind.check(x, record.shape, record.mean, record.std)
         x, result = x.to(self.device), torch.empty(0)  # once for all members
         captured = self._captures and x[: self.batch_size].numel() <= _CAPTURED
-        with torch.inference_mode(), on_stream(self.device) if captured else nullcontext():
+        with torch.no_grad(), on_stream(self.device) if captured else nullcontext():
             for member in range(self.members):
                 self.network(member)
                 predict = self._places[member][0].outputs
@@ -197,7 +198,10 @@ class Ensemble:
                     if not start and not member:
                         result = torch.empty(self.members, len(x), *outputs.shape[1:], device=self.device)
                     result[member, part] = outputs
-            return result.cpu()
+            result = result.cpu()
+        for member, outputs in enumerate(result):
+            check_finite(outputs, f"member {member + 1}")
+        return result
 
     @property
     def _captures(self) -> bool:

@@ -6,14 +6,16 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ensembler.data.images import normalise
 from ensembler.errors import ExportError
@@ -61,7 +63,7 @@ def trace(graph: Graph, dataset: DatasetRecord) -> onnx.ModelProto:
     """
     example = torch.zeros(2, *dataset.shape, dtype=torch.float32 if graph.scaled else torch.uint8)
     try:
-        with silence(), torch.no_grad():
+        with silence(), torch.no_grad(), _Steps() if _has_projections(graph) else contextlib.nullcontext():
             program = torch.onnx.export(
                 graph,
                 (example,),
@@ -180,6 +182,21 @@ def silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+class _Steps(TorchFunctionMode):
+    """Computes an LSTM with projections, for which ONNX has no operator, step by step."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.lstm and isinstance(args[1], list | tuple) and args[1][0].shape != args[1][1].shape:
+            return torch.ops.aten.lstm.input.decompose(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _has_projections(network: nn.Module) -> bool:
+    return any(isinstance(layer, nn.LSTM) and layer.proj_size for layer in network.modules())
 
 
 def _check_shapes(model: onnx.ModelProto, image_shape: list[int], classes: int) -> None:
