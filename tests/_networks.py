@@ -188,6 +188,12 @@ class Odd(nn.Module):
     def __init__(self, num_classes: int, kind: str) -> None:
         super().__init__()
         self.kind, self.head = kind, nn.Linear(3 * 8 * 8, num_classes)
+        if kind == "packed":
+            self.rows = nn.GRU(24, 24, batch_first=True)
+        if kind == "scripted":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch advises against it
+                self.script = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(192, 192)))
 
     def forward(self, x):
         if self.kind == "branch" and x.mean() > 0:
@@ -197,9 +203,25 @@ class Odd(nn.Module):
                 x = x + 1
         if self.kind == "median":
             x = x - x.flatten(2).median(-1).values[..., None, None]
+        if self.kind == "solve":
+            x = torch.linalg.solve(x.abs() + 9 * torch.eye(8), x)
+        if self.kind == "packed":
+            lengths = torch.full((x.shape[0],), 8)
+            rows = nn.utils.rnn.pack_padded_sequence(x.transpose(1, 2).flatten(2), lengths, batch_first=True)
+            x = nn.utils.rnn.pad_packed_sequence(self.rows(rows)[0], batch_first=True)[0]
+        if self.kind == "scripted":
+            x = self.script(x)
+        if self.kind == "attention":
+            rows = x.transpose(1, 2).flatten(2)
+            x = functional.scaled_dot_product_attention(rows, rows, rows, torch.zeros(x.shape[0], 8, 8))
+        if self.kind == "distances":
+            x = torch.cdist(x, x.transpose(2, 3))
+        if self.kind == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                x = functional.conv2d(x, torch.ones(3, 3, 1, 1))
         if self.kind == "max_pool":
             return self.head(functional.adaptive_max_pool2d(x, 5).repeat(1, 1, 2, 2)[..., :8, :8].flatten(1))
-        return self.head(x.flatten(1))
+        return self.head(x.float().flatten(1))
 
 
 def branch(num_classes: int) -> nn.Module:
@@ -212,6 +234,30 @@ def loop(num_classes: int) -> nn.Module:
 
 def median(num_classes: int) -> nn.Module:
     return Odd(num_classes, "median")
+
+
+def solve(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "solve")
+
+
+def packed(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "packed")
+
+
+def scripted(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "scripted")
+
+
+def attention(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "attention")
+
+
+def distances(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "distances")
+
+
+def autocast(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "autocast")
 
 
 def max_pool(num_classes: int) -> nn.Module:

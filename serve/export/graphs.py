@@ -6,21 +6,21 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ensembler.data.images import normalise
 from ensembler.errors import ExportError
 from ensembler.run import DatasetRecord
-from ensembler.serve.export.reasons import reason
+from ensembler.serve.export.reasons import explained
+from ensembler.serve.export.rewriting import rewritten
 from ensembler.serve.runtime.manifest import GIVEN
 from ensembler.serve.runtime.sessions import merged_name
 
@@ -62,23 +62,13 @@ def trace(graph: Graph, dataset: DatasetRecord) -> onnx.ModelProto:
         ExportError: PyTorch cannot export it.
     """
     example = torch.zeros(2, *dataset.shape, dtype=torch.float32 if graph.scaled else torch.uint8)
-    try:
-        with silence(), torch.no_grad(), _Steps() if _has_projections(graph) else contextlib.nullcontext():
-            program = torch.onnx.export(
-                graph,
-                (example,),
-                dynamo=True,
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-                input_names=["images"],
-                output_names=["logits"],
-                optimize=False,  # folding would rename the weights; ONNX Runtime folds as it loads
-                verbose=False,
-            )
-            if program is None:
-                raise RuntimeError("the exporter returned nothing")
-            model = program.model_proto
-    except Exception as error:  # the exporter raises errors of any class
-        raise ExportError(f"PyTorch cannot export this network to ONNX with a free batch: {reason(error)}") from error
+    with silence(), torch.no_grad():
+        try:
+            model = rewritten(graph, partial(_export, graph, example))
+        except Exception as error:  # the exporter raises errors of any class
+            raise ExportError(
+                f"PyTorch cannot export this network to ONNX with a free batch: {explained(error, graph)}"
+            ) from error
     _check_shapes(model, [*dataset.shape], len(dataset.classes))
     _strip(model)
     return model
@@ -184,19 +174,21 @@ def silence() -> Iterator[None]:
         logging.disable(level)
 
 
-class _Steps(TorchFunctionMode):
-    """Computes an LSTM with projections, for which ONNX has no operator, step by step."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.lstm and isinstance(args[1], list | tuple) and args[1][0].shape != args[1][1].shape:
-            return torch.ops.aten.lstm.input.decompose(*args)
-        return func(*args, **(kwargs or {}))
-
-
-def _has_projections(network: nn.Module) -> bool:
-    return any(isinstance(layer, nn.LSTM) and layer.proj_size for layer in network.modules())
+def _export(graph: Graph, example: Tensor) -> onnx.ModelProto:
+    program = torch.onnx.export(
+        graph,
+        (example,),
+        dynamo=True,
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        input_names=["images"],
+        output_names=["logits"],
+        optimize=False,  # folding would rename the weights; ONNX Runtime folds as it loads
+        verbose=False,
+    )
+    if program is None:
+        raise RuntimeError("the exporter returned nothing")
+    model: onnx.ModelProto = program.model_proto
+    return model
 
 
 def _check_shapes(model: onnx.ModelProto, image_shape: list[int], classes: int) -> None:
