@@ -33,7 +33,7 @@ from ensembler.prediction import Prediction, predict
 from ensembler.progress import interactive, watching
 from ensembler.run import Gaussians, Run
 from ensembler.sampling import sample_coefficients
-from ensembler.task import Classification
+from ensembler.task import Classification, check_finite
 from ensembler.text import echo
 
 if TYPE_CHECKING:
@@ -209,13 +209,14 @@ class Ensemble:
         Raises:
             ShapeError: ``x``, or what ``vary`` makes of it, has another shape or type, or floats that are pixels rather
                 than normalised inputs. UsageError, DataError: as of :func:`ensembler.data.inputs.as_tensor`.
+            DivergedError: a member answers with NaN or infinity.
         """
         x = as_tensor(x)
         record = self.run.manifest.dataset
         stored = self._kind.check(x, record.shape, record.mean, record.std)
         x, result = x.to(self.device), torch.empty(0)  # once for all members
         captured = self._captures and x[: self.batch_size].numel() <= _CAPTURED
-        with self._turn, torch.inference_mode(), on_stream(self.device) if captured else nullcontext():
+        with self._turn, torch.no_grad(), on_stream(self.device) if captured else nullcontext():
             for member in range(self.members):
                 self.network(member)
                 predict = self._places[member][0].outputs
@@ -230,7 +231,10 @@ class Ensemble:
                             self.members, len(x), *outputs.shape[1:], dtype=torch.float32, device=self.device
                         )
                     result[member, part] = outputs
-            return result.cpu()
+            result = result.cpu()
+        for member, outputs in enumerate(result):
+            check_finite(outputs, f"member {member + 1}")
+        return result
 
     @property
     def _captures(self) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ensembler.errors import UsageError
+from ensembler.errors import DivergedError, UsageError
 from ensembler.naming import import_object
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _Float = TypeVar("_Float", bound=np.floating[Any])
 
-__all__ = ["TINY", "Classification", "Task", "find", "softmax"]
+__all__ = ["TINY", "Classification", "Task", "check_finite", "find", "not_finite", "softmax"]
 
 TINY = float(np.finfo(np.float32).tiny)
 """Smallest probability whose logarithm is computed; smaller ones count as this."""
@@ -142,6 +142,28 @@ class Classification(Task):
 
         shares = disagreement(members.numpy())
         return 0.0 if shares is None else float(shares.mean())
+
+
+def not_finite(outputs: Tensor) -> bool:
+    """Return whether outputs hold NaN or infinity; minus infinity is a logit, of a class that is left out."""
+    return bool((outputs.isnan() | outputs.isposinf()).any())
+
+
+def check_finite(outputs: Tensor, whose: str) -> None:
+    """Refuse outputs that are not finite, of which no score or probability could be made.
+
+    Args:
+        outputs: of any shape.
+        whose: the subject of the message, such as ``"member 2"``.
+
+    Raises:
+        DivergedError: they hold NaN or infinity.
+    """
+    if not_finite(outputs):
+        raise DivergedError(
+            f"{whose} answers with numbers that are not finite (NaN or infinity) in evaluation mode, although its "
+            "weights are finite: train with a lower learning rate, or mend the network's forward"
+        )
 
 
 def find(name: str) -> Task:

@@ -39,8 +39,8 @@ PREDICTING = tuple(
     f"ensembler.{name}"
     for name in (
         *("data.augmentations", "data.decoding", "data.examples", "data.images", "device", "ensemble", "gaussian"),
-        *("networks.architectures", "networks.capture", "networks.checks", "networks.dropout", "networks.members"),
-        *("task", "uncertainty", "weights", "eval.predictions", "eval.views"),
+        *("networks.architectures", "networks.attention", "networks.capture", "networks.checks", "networks.dropout"),
+        *("networks.members", "task", "uncertainty", "weights", "eval.predictions", "eval.views"),
     )
 )
 """The modules that build the network, prepare images, predict and reduce."""

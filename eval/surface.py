@@ -165,9 +165,10 @@ class Measuring:
         still = self.still.to(ensemble.device)
         for start in range(0, len(coefficients), _CHUNK):
             moved = ensemble.at(coefficients[start : start + _CHUNK], still)
-            seen, unseen = moved.predict_members(self.train.data), moved.predict_members(self.test.data)
-            if not (seen.isfinite().all() and unseen.isfinite().all()):
-                raise DivergedError(f"the outputs are not finite everywhere on the plane: {mend}")
+            try:
+                seen, unseen = moved.predict_members(self.train.data), moved.predict_members(self.test.data)
+            except DivergedError as error:
+                raise DivergedError(f"the outputs are not finite everywhere on the plane: {mend}") from error
             losses += [ensemble.task.nll(predicted, self.train.labels) for predicted in seen]
             errors += [ensemble.task.error(predicted, self.test.labels) for predicted in unseen]
             watch(label, len(losses), len(coefficients))

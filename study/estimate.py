@@ -63,7 +63,7 @@ def measure_speed(plan: Plan, dataset: Dataset, settings: Settings) -> Speed:
     batch = next(iter(dataset.test.batches(512)))
     module.eval()
     seen, start = 0, time.monotonic()
-    with torch.inference_mode():
+    with torch.no_grad():
         while time.monotonic() - start < _SECONDS or not seen:
             module(prepare(batch.data.to(trainer.device))).cpu()
             seen += len(batch)

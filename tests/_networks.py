@@ -188,6 +188,12 @@ class Odd(nn.Module):
     def __init__(self, num_classes: int, kind: str) -> None:
         super().__init__()
         self.kind, self.head = kind, nn.Linear(3 * 8 * 8, num_classes)
+        if kind == "packed":
+            self.rows = nn.GRU(24, 24, batch_first=True)
+        if kind == "scripted":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch advises against it
+                self.script = torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(192, 192)))
 
     def forward(self, x):
         if self.kind == "branch" and x.mean() > 0:
@@ -197,9 +203,25 @@ class Odd(nn.Module):
                 x = x + 1
         if self.kind == "median":
             x = x - x.flatten(2).median(-1).values[..., None, None]
+        if self.kind == "solve":
+            x = torch.linalg.solve(x.abs() + 9 * torch.eye(8), x)
+        if self.kind == "packed":
+            lengths = torch.full((x.shape[0],), 8)
+            rows = nn.utils.rnn.pack_padded_sequence(x.transpose(1, 2).flatten(2), lengths, batch_first=True)
+            x = nn.utils.rnn.pad_packed_sequence(self.rows(rows)[0], batch_first=True)[0]
+        if self.kind == "scripted":
+            x = self.script(x)
+        if self.kind == "attention":
+            rows = x.transpose(1, 2).flatten(2)
+            x = functional.scaled_dot_product_attention(rows, rows, rows, torch.zeros(x.shape[0], 8, 8))
+        if self.kind == "distances":
+            x = torch.cdist(x, x.transpose(2, 3))
+        if self.kind == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                x = functional.conv2d(x, torch.ones(3, 3, 1, 1))
         if self.kind == "max_pool":
             return self.head(functional.adaptive_max_pool2d(x, 5).repeat(1, 1, 2, 2)[..., :8, :8].flatten(1))
-        return self.head(x.flatten(1))
+        return self.head(x.float().flatten(1))
 
 
 def branch(num_classes: int) -> nn.Module:
@@ -214,5 +236,113 @@ def median(num_classes: int) -> nn.Module:
     return Odd(num_classes, "median")
 
 
+def solve(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "solve")
+
+
+def packed(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "packed")
+
+
+def scripted(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "scripted")
+
+
+def attention(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "attention")
+
+
+def distances(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "distances")
+
+
+def autocast(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "autocast")
+
+
 def max_pool(num_classes: int) -> nn.Module:
     return Odd(num_classes, "max_pool")
+
+
+class Rows(nn.Module):
+    """The rows of an image as a sequence, in a transformer with a mask."""
+
+    def __init__(self, num_classes: int, kind: str) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.3, batch_first=True)
+        layer.self_attn.dropout = 0.0
+        self.first, self.body = nn.Linear(24, 8), nn.TransformerEncoder(layer, 1)
+        self.head = nn.Linear(8, num_classes)
+        apart = (torch.arange(8) - torch.arange(8)[:, None]).abs() > 2
+        masks = {"booleans": apart, "numbers": torch.linspace(-1, 1, 64).reshape(8, 8), "padding": None}
+        self.register_buffer("mask", masks[kind])
+
+    def forward(self, x):
+        rows = self.first(x.transpose(1, 2).flatten(2))
+        if self.mask is not None:
+            return self.head(self.body(rows, self.mask).mean(1))
+        return self.head(self.body(rows, src_key_padding_mask=rows[..., 0].cummax(1).values > 1.2).mean(1))
+
+
+class Projected(nn.Module):
+    """The rows of an image as a sequence, in an LSTM with projections."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body, self.head = nn.LSTM(24, 8, proj_size=4, bidirectional=True), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        return self.head(self.body(x.transpose(1, 2).flatten(2).transpose(0, 1))[0].mean(0))
+
+
+def numbers(num_classes: int) -> nn.Module:
+    return Rows(num_classes, "numbers")
+
+
+def booleans(num_classes: int) -> nn.Module:
+    return Rows(num_classes, "booleans")
+
+
+def padding(num_classes: int) -> nn.Module:
+    return Rows(num_classes, "padding")
+
+
+def projected(num_classes: int) -> nn.Module:
+    return Projected(num_classes)
+
+
+class Energy(nn.Module):
+    """Its forward takes a step along a gradient, in evaluation mode, too."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(192, 8), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            features = self.first(x.flatten(1))
+            energy = self.head(features).pow(2).sum()
+            (gradient,) = torch.autograd.grad(energy, features, create_graph=self.training)
+        return self.head(features - 0.1 * gradient)
+
+
+def energy(num_classes: int) -> nn.Module:
+    return Energy(num_classes)
+
+
+class Cooling(nn.Module):
+    """Answers with numbers until it was trained for ten steps, from when on evaluation takes a root of less than 0."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(192, num_classes)
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, x):
+        self.steps += self.training
+        logits = self.head(x.flatten(1))
+        return logits if self.training else logits * (10.5 - self.steps).sqrt()
+
+
+def cooling(num_classes: int) -> nn.Module:
+    return Cooling(num_classes)

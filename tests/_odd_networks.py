@@ -91,6 +91,15 @@ def auxiliary_by_option(num_classes):
     return net
 
 
+class Output:
+    def __init__(self, logits):
+        self.loss, self.logits = None, logits
+
+
+def as_object(num_classes):
+    return Net(num_classes, lambda net, x: Output(logits(net, x)))
+
+
 def nothing(num_classes):
     return Net(num_classes, lambda net, x: None)
 
@@ -105,6 +114,18 @@ def probabilities(num_classes):
 
 def probabilities_at_last(num_classes):
     return Net(num_classes, lambda net, x: logits(net, x) if net.training else logits(net, x).softmax(1))
+
+
+def sigmoid(num_classes):
+    return nn.Sequential(plain(num_classes), nn.Sigmoid())
+
+
+def not_a_number(num_classes):
+    return Net(num_classes, lambda net, x: logits(net, x) + (net.body(x).mean() * 0 - 1).sqrt())
+
+
+def not_a_number_at_last(num_classes):
+    return Net(num_classes, lambda net, x: logits(net, x) if net.training else logits(net, x) / 0)
 
 
 # --- inputs and weights ---
@@ -280,6 +301,24 @@ def deaf(num_classes):
     return nn.Sequential(body(), Deaf(0.5), nn.Linear(4, num_classes))
 
 
+def counted(num_classes):
+    def forward(net, x):
+        net.calls += 1
+        return logits(net, x) * net.calls
+
+    net = Net(num_classes, forward)
+    net.register_buffer("calls", torch.tensor(0))
+    return net
+
+
+def remembered(num_classes):
+    def forward(net, x):
+        net.before = 1 - net.before
+        return logits(net, x) * (1 + net.before)
+
+    return Net(num_classes, forward, before=0)
+
+
 def batch_mean(num_classes):
     return Net(num_classes, lambda net, x: net.head(net.body(x) - net.body(x).mean(0)))
 
@@ -305,6 +344,11 @@ def in_place_in_forward(num_classes):
 
 
 # --- taken as they are ---
+
+
+def left_out(num_classes):
+    """Minus infinity is a logit: of a class that is never chosen."""
+    return Net(num_classes, lambda net, x: torch.cat([logits(net, x)[:, 1:], torch.full((len(x), 1), -torch.inf)], 1))
 
 
 class Silent(nn.Sequential):

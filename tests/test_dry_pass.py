@@ -48,10 +48,21 @@ def tried(name, data=None, **settings):
         ("as_tuple", "returns a tuple of (B, 3), (B, 4) in training mode, expected (B, 3): return the logits alone"),
         ("auxiliary", "in training mode, expected (B, 3): return the logits alone, outputs[0]"),
         ("auxiliary_by_option", "in training mode, expected (B, 3): build it with aux_logits=False"),
+        (
+            "as_object",
+            "returns an object of class Output in training mode, expected (B, 3): return the logits alone, out",
+        ),
+        ("as_object", "return the logits alone, outputs.logits"),
         ("nothing", "returns nothing (None) in training mode, expected (B, 3)"),
         ("classes", "returns numbers of type int64 in training mode, expected float32: return the logits"),
         ("probabilities", "returns probabilities in training mode, expected logits: leave out the softmax"),
         ("probabilities_at_last", "returns probabilities, expected logits: leave out the softmax"),
+        ("sigmoid", "returns what a sigmoid gives, numbers from 0 to 1, expected logits: leave out the sigmoid"),
+        (
+            "not_a_number",
+            "returns numbers that are not finite (NaN or infinity) in training mode, before it is trained",
+        ),
+        ("not_a_number_at_last", "not finite (NaN or infinity) in evaluation mode, before it is trained: look in its"),
         ("five_channels", "in its layer '0.0', Conv2d(5, 4, kernel_size=(3, 3)"),
         ("five_channels", "give its first layer 3 input channels"),
         ("other_size", "it may be made for another size: give that by --image-size, or build it for 8 x 8"),
@@ -86,8 +97,13 @@ def tried(name, data=None, **settings):
         ("dropout_always", f"{EACH_TIME}: draw random numbers in training mode only (F.dropout needs training="),
         ("noise_always", f"{EACH_TIME}: draw random numbers in training mode only"),
         ("deaf", f"{EACH_TIME} (its layer '1' stays in training mode)"),
+        (
+            "counted",
+            f"{EACH_TIME}, for it changes its buffer 'calls' there: change it only where self.training is true",
+        ),
+        ("remembered", "and keep nothing from call to call"),
         ("batch_mean", f"{ALONE}: an answer must depend on its image alone"),
-        ("batch_statistics", f"{ALONE} (its layer '1' normalises by the batch's own statistics)"),
+        ("batch_statistics", f"{ALONE} (its layer '1' normalises by the batch's own statistics): leave out track_run"),
         ("fixed_batch", "it must take a batch of any size, also of one"),
         ("in_place", f"changes the tensor that it is given (in its layer '0'), {IN_PLACE}"),
         ("in_place_in_forward", f"changes the tensor that it is given (in its forward), {IN_PLACE}"),
@@ -103,7 +119,7 @@ def test_a_fault_is_one_sentence(name, sentence):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "silent", "layerdrop", "seeded_attribute", "normalised", "beside_another_thread"]
+    "name", ["plain", "silent", "layerdrop", "seeded_attribute", "normalised", "beside_another_thread", "left_out"]
 )
 def test_what_is_taken_as_it_is(name):
     assert tried(name) == ("channels-last", [])

@@ -19,12 +19,13 @@ from ensembler.run import Run
 from ensembler.serve import Runtime, export_run
 from ensembler.serve.export import graphs, writer
 from ensembler.serve.http import page
-from ensembler.serve.runtime.manifest import read_bundle
+from ensembler.serve.runtime.manifest import Precision, read_bundle
 from ensembler.serve.runtime.verify import verify_bundle
 from ensembler.storage import artefact
 from ensembler.task import Task
 from ensembler.trainers import DeepEnsemble
 from tests._runs import CLASSES, SHAPE, make_run
+from tests._small import dataset
 from tests._training import make
 
 BUNDLE_FILES = ["manifest.json", "manifest.sha256", *(f"member-00{m}.onnx" for m in range(3)), "probe.npz"]
@@ -152,10 +153,16 @@ def test_a_wrong_graph_is_refused_whatever_float64_says(
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("branch", r"a branch on a value of the images \(_networks\.py:\d+\)"),
-        ("loop", r"a branch on a value of the images \(_networks\.py:\d+\)"),
-        ("median", r"no ONNX function for aten\.median\.dim"),
-        ("max_pool", r"no ONNX function for aten\.adaptive_max_pool2d"),
+        ("branch", r"a branch on a value of the images \(_networks\.py:\d+\): compute both .* with torch\.where"),
+        ("loop", r"a branch on a value of the images \(_networks\.py:\d+\): compute both .* with torch\.where"),
+        ("median", r"no ONNX function for aten\.median\.dim: take it from the values that sort\(\) gives"),
+        (
+            "max_pool",
+            r"no ONNX function for aten\.adaptive_max_pool2d: use max_pool2d with a kernel, or .* average pool",
+        ),
+        ("solve", r"no ONNX function for aten\._linalg_solve_ex: compute that with other operations of PyTorch"),
+        ("packed", r"TypeError: .* \(_networks\.py:\d+\): give recurrent layers whole batches, not packed sequences"),
+        ("scripted", r"TypeError: .* \(_networks\.py:\d+\): leave out torch\.jit\.script, .*"),
     ],
 )
 def test_what_stopped_the_exporter_is_said_in_one_line(tmp_path: Path, kind: str, reason: str) -> None:
@@ -163,6 +170,22 @@ def test_what_stopped_the_exporter_is_said_in_one_line(tmp_path: Path, kind: str
     with pytest.raises(ExportError, match=f"with a free batch: {reason}$") as raised:
         export_run(record, tmp_path / "bundle", use_data=False)
     assert str(raised.value).isprintable()
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "sentence"),
+    [
+        ("float32", r"ONNX Runtime cannot run this network \(.*bfloat16.*\): leave out autocast in its forward"),
+        ("int8", r"this network cannot be converted to int8 \(.*bfloat16.*\): use float32"),
+    ],
+)
+def test_a_graph_that_onnx_runtime_cannot_run_is_named_with_its_mend(
+    tmp_path: Path, precision: Precision, sentence: str
+) -> None:
+    run = make(DeepEnsemble(members=1), architecture="tests._networks:autocast", epochs=0.1).save(tmp_path / "run")
+    with pytest.raises(ExportError, match=sentence):
+        export_run(run, tmp_path / "bundle", precision=precision, dataset=dataset(), use_data=precision != "float32")
     assert not (tmp_path / "bundle").exists()
 
 

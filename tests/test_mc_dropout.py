@@ -116,6 +116,14 @@ def test_every_kind_of_dropout_is_pytorchs_own_with_that_mask(layer, p):
     torch.testing.assert_close(fixed(x), drawn)
 
 
+def test_masks_act_within_a_transformer():
+    """Its fast path would leave out whatever takes the place of a dropout layer."""
+    run = make(MCDropout(members=3), architecture="tests._networks:booleans", epochs=0.5)
+    found = Ensemble(run, "cpu").predict_outputs(dataset().test.images)
+    assert {"body.layers.0.dropout1.mc_dropout_mask", "body.layers.0.dropout.mc_dropout_mask"} < run.buffers.keys()
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
 def test_what_has_no_dropout_or_none_that_can_be_fixed_is_refused_before_training(tmp_path):
     out = tmp_path / "run"
     command = ["train-mc-dropout", "--dataset", "digits", "--epochs", "0.1", "--device", "cpu", "--out", out, "--arch"]

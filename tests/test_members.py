@@ -25,6 +25,7 @@ FAMILIES = (
     *("frozen_alike", "instance_norm", "still_batchnorm", "spectral_hook", "spectral", "weight_normed", "pruned"),
     *("scaled", "tied", "tied_by_memory", "masked"),
 )
+EXPORTED = ("scaled", "spectral_hook", "pruned", "booleans", "projected", "attention", "distances")
 IMAGES = dataset()
 
 
@@ -96,10 +97,10 @@ def test_every_member_of_every_method_is_right(family: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("scaled", "vertices"), ("scaled", "members"), *((name, "vertices") for name in ("spectral_hook", "pruned"))],
+    [("scaled", "members"), *((n, "vertices") for n in EXPORTED)],
 )
 def test_exported_members_answer_as_pytorch(name: str, layout: str, tmp_path: Path) -> None:
-    """Also parameters and buffers without dimensions, in both layouts."""
+    """Also parameters and buffers without dimensions, in both layouts, and functions that PyTorch's exporter lacks."""
     run = make(Simplex(vertices=2, members=3, vertex_epochs=1), architecture=f"tests._networks:{name}")
     run.save(tmp_path / "run")
     bundle = export_run(tmp_path / "run", tmp_path / "bundle", layout=layout, use_data=False)
@@ -121,6 +122,22 @@ def test_a_bundle_makes_new_members_where_no_statistics_are_recomputed(
     else:
         with pytest.raises(UsageError, match="cannot make new members: their BatchNorm statistics"):
             Runtime.load(bundle, members=5)
+
+
+@pytest.mark.parametrize("name", ["numbers", "booleans", "padding"])
+def test_a_transformer_answers_with_the_layers_that_were_trained(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's fast path takes a mask of numbers for one of booleans, and gives zeros at padded places."""
+    run = make(DeepEnsemble(members=1), architecture=f"tests._networks:{name}", epochs=0.5)
+    found = says(run)
+    assert torch.backends.mha.get_fastpath_enabled()  # it is the user's
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
+    torch.testing.assert_close(found, by_torch(run))
+
+
+def test_a_forward_that_differentiates_is_evaluated() -> None:
+    run = make(Simplex(vertices=2, members=3, vertex_epochs=1), architecture="tests._networks:energy")
+    for member in range(3):
+        torch.testing.assert_close(says(run, member), by_torch(run, member))
 
 
 def test_what_is_recomputed_is_what_training_updates_by_itself() -> None:

@@ -296,3 +296,9 @@ def test_half_precision_trains_to_about_the_same_weights():
         torch.testing.assert_close(rows, half.vertices[name], rtol=0.05, atol=0.02)
     with pytest.raises(UsageError, match="float16 needs a GPU"):
         make(DeepEnsemble(), precision="float16")
+
+
+@pytest.mark.parametrize("method", [DeepEnsemble(members=1), DeepEnsemble(members=2), Simplex(vertices=2)])
+def test_answers_that_are_not_finite_are_named_after_training(method):
+    with pytest.raises(DivergedError, match=r"^(member 1|the network) answers with numbers that are not finite"):
+        make(method, architecture="tests._networks:cooling", epochs=3)

@@ -152,6 +152,7 @@ class _Trial:
         precision = self.settings.dtype
         with torch.autocast(x.device.type, precision, enabled=precision != torch.float32):
             outputs = self.checks.run(network, x, " in training mode")
+        self.checks.finite(outputs, " in training mode")
         self._backward(network, outputs.float())
         self.checks.answers(network, x, memory_format)
         return network

@@ -19,7 +19,7 @@ from ensembler.networks.batchnorm import has_batchnorm
 from ensembler.networks.buffers import BATCHNORM_EXAMPLES, Start
 from ensembler.seeds import generator
 from ensembler.subspace import dirichlet, edge_lengths, log_volume
-from ensembler.task import Task
+from ensembler.task import Task, check_finite
 from ensembler.trainers.trainer import Trainer
 
 __all__ = ["Point", "averages", "describe", "inside", "member_buffers", "path_scores", "points"]
@@ -262,11 +262,13 @@ def _predict(trainer: Trainer, examples: Examples) -> Tensor:
     """Predict distributions (N, D), on the CPU, with the network's current weights."""
     trainer.weights.module.eval()
     prepare = examples.inputs(trainer.record.mean, trainer.record.std, trainer.device)
-    with torch.inference_mode():
+    with torch.no_grad():
         parts = examples.batches(trainer.settings.batch_size or 1)
         call = trainer.weights.module._call_impl  # not compiled: that takes longer than so few batches
         outputs = [call(prepare(part.data.to(trainer.device))) for part in parts]  # type: ignore[no-untyped-call]
-    return trainer.task.distribution(torch.cat(outputs)).cpu()
+    found = torch.cat(outputs)
+    check_finite(found, "the network")
+    return trainer.task.distribution(found).cpu()
 
 
 def _clearly_above(losses: NDArray[np.float64], others: NDArray[np.float64]) -> bool:

@@ -34,6 +34,7 @@ from torch.nn.parameter import is_lazy
 from ensembler.device import restored_generators, seed_generators
 from ensembler.errors import UsageError, first_line
 from ensembler.naming import import_object, is_given, name_of, reason
+from ensembler.networks.attention import without_fast_path
 from ensembler.seeds import derive
 from ensembler.weights import tie
 
@@ -116,6 +117,7 @@ def build(
             raise UsageError(f"unknown architecture {name!r}: use {known} or package.module:factory")
     _check_weights(name, network)
     tie(network)
+    without_fast_path(network)
     if takes_one_channel(network):
         network.register_forward_pre_hook(_one_channel)
     if memory_format == "contiguous":

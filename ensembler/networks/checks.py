@@ -25,7 +25,7 @@ from ensembler.naming import reason
 from ensembler.networks import architectures
 from ensembler.networks.architectures import Factory, MemoryFormat
 from ensembler.networks.unheld import differences, unheld
-from ensembler.task import Classification, Task
+from ensembler.task import Classification, Task, not_finite
 from ensembler.weights import FlatWeights
 
 __all__ = ["NetworkChecks"]
@@ -96,6 +96,20 @@ class NetworkChecks:
         result: Tensor = found
         return result
 
+    def finite(self, outputs: Tensor, mode: str) -> None:
+        """Refuse outputs (B, O) of the network's own first weights that are not finite; ``-inf`` is a logit.
+
+        Args:
+            outputs: of :meth:`run`.
+            mode: ``" in training mode"`` or ``" in evaluation mode"``, for the message.
+        """
+        if not_finite(outputs):
+            raise UsageError(
+                f"{self.name} returns numbers that are not finite (NaN or infinity){mode}, before it is trained: look "
+                "in its forward for a division by zero, a logarithm or root of what is not positive, or a row of "
+                "attention that is masked whole"
+            )
+
     def answers(self, network: nn.Module, x: Tensor, memory_format: MemoryFormat) -> None:
         """Check that answers in evaluation mode depend on the weights and on the image alone.
 
@@ -111,21 +125,21 @@ class NetworkChecks:
         same = _SAME if x.device.type == "cpu" else _SAME_ON_GPU
         weights = FlatWeights(network)
         with restored_generators(), torch.no_grad():
+            self.finite(self.run(network, x), " in evaluation mode")
             seed_generators(1)
             weights.vector += _NOISE * torch.randn(len(weights)).to(weights.vector)
             seed_generators(2)
-            answers = self.run(network, x).float()
+            answers, buffers = self.run(network, x).float(), weights.buffers()
             seed_generators(3)
             if _differ(answers, self.run(network, x).float(), same):
                 raise UsageError(
                     f"{self.name} answers the same images differently each time in evaluation mode"
-                    f"{_always_on(network)}: draw random numbers in training mode only (F.dropout needs "
-                    "training=self.training), and let eval() reach every layer"
+                    f"{_each_time(network, _changed(buffers, weights.buffers()))}"
                 )
             if len(x) > 1 and _differ(answers[:1], self.run(network, x[:1]).float(), _SIMILAR):
                 raise UsageError(
                     f"{self.name} answers an image differently alone than beside another one in evaluation mode"
-                    f"{_batch_statistics(network)}: an answer must depend on its image alone"
+                    f"{_batch_statistics(network)}"
                 )
             builds: list[tuple[int, MemoryFormat, float]] = [(1, memory_format, same)]
             if self._users_own:
@@ -244,6 +258,11 @@ class NetworkChecks:
                 f"{self.name} returns probabilities{mode}, expected logits: leave out the softmax at its end, which "
                 "the loss and the predictions apply themselves"
             )
+        if isinstance(self.task, Classification) and type(found.grad_fn).__name__ == "SigmoidBackward0":
+            raise UsageError(
+                f"{self.name} returns what a sigmoid gives, numbers from 0 to 1, expected logits: leave out the "
+                "sigmoid at its end, for the loss and the predictions apply softmax themselves"
+            )
 
 
 @dataclass
@@ -334,7 +353,7 @@ def _described(found: Any, examples: int) -> str:
     elif isinstance(found, list | tuple):
         parts = [_of(each, examples) for each in found]
     else:
-        return f"a {kind}" if found is not None else "nothing (None)"
+        return f"an object of class {kind}" if found is not None else "nothing (None)"
     return f"a {kind} of {', '.join(parts)}" if parts else f"an empty {kind}"
 
 
@@ -344,25 +363,41 @@ def _of(each: Any, examples: int) -> str:
 
 def _which(found: Any, outputs: int) -> str:
     """Name the part of outputs that seems to be the logits."""
-    parts = found if isinstance(found, Mapping) else dict(enumerate(found)) if isinstance(found, list | tuple) else {}
+    indexed = isinstance(found, Mapping | list | tuple)
+    parts = dict(enumerate(found)) if isinstance(found, list | tuple) else found if indexed else _attributes(found)
     keys = [key for key, each in parts.items() if isinstance(each, Tensor) and each.shape[1:] == (outputs,)]
-    return f", outputs[{keys[0]!r}]" if keys else ""
+    if not keys:
+        return ""
+    return f", outputs[{keys[0]!r}]" if indexed else f", outputs.{keys[0]}"
 
 
-def _always_on(network: nn.Module) -> str:
-    """Name a layer that draws masks in evaluation mode."""
+def _attributes(found: Any) -> dict[str, Any]:
+    return getattr(found, "__dict__", {})
+
+
+def _changed(buffers: Mapping[str, Tensor], later: Mapping[str, Tensor]) -> str | None:
+    """Name a buffer that is another one later."""
+    return next((name for name, tensor in buffers.items() if not torch.equal(tensor, later[name])), None)
+
+
+def _each_time(network: nn.Module, changed: str | None) -> str:
+    """End the sentence for answers that vary: a buffer that evaluation changes, or a layer that draws masks."""
+    if changed is not None:
+        return f", for it changes its buffer {changed!r} there: change it only where self.training is true"
     on = [name for name, module in network.named_modules() if isinstance(module, _DropoutNd) and module.training]
-    return f" (its layer {on[0]!r} stays in training mode)" if on else ""
+    return (
+        f"{f' (its layer {on[0]!r} stays in training mode)' if on else ''}: draw random numbers in training mode only "
+        "(F.dropout needs training=self.training), let eval() reach every layer, and keep nothing from call to call"
+    )
 
 
 def _batch_statistics(network: nn.Module) -> str:
-    """Name a layer that normalises by the batch's own statistics in evaluation mode."""
-    own = [
-        name
-        for name, module in network.named_modules()
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
-    ]
-    return f" (its layer {own[0]!r} normalises by the batch's own statistics)" if own else ""
+    """End the sentence for answers that depend on the batch: a layer that normalises by the batch's own statistics."""
+    for name, module in network.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            mend = "let eval() reach it" if module.running_mean is not None else "leave out track_running_stats=False"
+            return f" (its layer {name!r} normalises by the batch's own statistics): {mend}, or use GroupNorm"
+    return ": an answer must depend on its image alone, so compute nothing over the first dimension, the batch's"
 
 
 def _short(module: nn.Module) -> str:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from ensembler.data.images import normalise
 from ensembler.ensemble import Ensemble
-from ensembler.errors import ExportError, first_line
+from ensembler.errors import ExportError
 from ensembler.seeds import derive
+from ensembler.serve.export.reasons import unfit
 from ensembler.serve.runtime.manifest import PROBE, Precision
 from ensembler.serve.runtime.strategies import Members
 from ensembler.serve.runtime.verify import TOLERANCE
@@ -121,10 +122,13 @@ def _difference(
         try:
             found = opened.ask(images[part], "loop", member, member + 1)[0]
         except Exception as error:
-            raise ExportError(f"the graph fails at a batch of {batch}: {first_line(error)}") from error
+            raise ExportError(unfit(error)) from error
         difference = float(np.abs(found - expected[part]).max())
         if np.isnan(difference):
-            raise ExportError(f"the graph answers with NaN at a batch of {batch}")
+            raise ExportError(
+                f"ONNX Runtime answers with NaN at a batch of {batch}, where PyTorch does not: look in its forward for "
+                "what overflows, or an infinity that is multiplied by zero"
+            )
         differences.append((difference, batch))
         start += batch
     return max(differences, key=lambda found: found[0])
@@ -140,7 +144,7 @@ def _rounding(ensemble: Ensemble, member: int, images: NDArray[np.uint8], expect
     inputs = normalise(torch.from_numpy(images), record.mean, record.std)
     try:
         twin = copy.deepcopy(ensemble.network(member)).cpu().double()
-        with torch.inference_mode():
+        with torch.no_grad():
             exact = twin(inputs.double()).softmax(dim=-1).numpy()
     except RuntimeError:  # a type of its own somewhere inside
         return 0.0

@@ -34,6 +34,7 @@ from ensembler.run import DatasetRecord, Gaussians, Sampling, versions
 from ensembler.serve.export.agreement import check_merged, compare, patches
 from ensembler.serve.export.graphs import save
 from ensembler.serve.export.precision import calibration_lost
+from ensembler.serve.export.reasons import unfit
 from ensembler.serve.export.single import single_graph
 from ensembler.serve.export.validation import Judgement, judge, some
 from ensembler.serve.export.writer import Writer, Written, write_merged
@@ -214,7 +215,10 @@ def _open(folder: Path, written: Written, record: DatasetRecord, order: list[int
     threads = available_cpus()
     ways = providers(GpuOptions(), written.precision == "tf32", len(order) + merged)
     together = open_merged(folder, written.layout, order, threads, ways) if merged else None
-    sessions = open_members(folder, written.layout, written.graphs, order, ways)
+    try:
+        sessions = open_members(folder, written.layout, written.graphs, order, ways)
+    except ArtefactError as error:
+        raise ExportError(unfit(error)) from error
     if written.precision == "tf32" and not on_gpu(sessions):
         raise UsageError(
             "TF32 is computed by NVIDIA's GPUs only, and ONNX Runtime finds none here to compare it on: export on a "

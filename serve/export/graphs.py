@@ -7,6 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from ensembler.data.images import normalise
 from ensembler.errors import ExportError
 from ensembler.run import DatasetRecord
-from ensembler.serve.export.reasons import reason
+from ensembler.serve.export.reasons import explained
+from ensembler.serve.export.rewriting import rewritten
 from ensembler.serve.runtime.manifest import GIVEN
 from ensembler.serve.runtime.sessions import merged_name
 
@@ -60,23 +62,13 @@ def trace(graph: Graph, dataset: DatasetRecord) -> onnx.ModelProto:
         ExportError: PyTorch cannot export it.
     """
     example = torch.zeros(2, *dataset.shape, dtype=torch.float32 if graph.scaled else torch.uint8)
-    try:
-        with silence(), torch.no_grad():
-            program = torch.onnx.export(
-                graph,
-                (example,),
-                dynamo=True,
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-                input_names=["images"],
-                output_names=["logits"],
-                optimize=False,  # folding would rename the weights; ONNX Runtime folds as it loads
-                verbose=False,
-            )
-            if program is None:
-                raise RuntimeError("the exporter returned nothing")
-            model = program.model_proto
-    except Exception as error:  # the exporter raises errors of any class
-        raise ExportError(f"PyTorch cannot export this network to ONNX with a free batch: {reason(error)}") from error
+    with silence(), torch.no_grad():
+        try:
+            model = rewritten(graph, partial(_export, graph, example))
+        except Exception as error:  # the exporter raises errors of any class
+            raise ExportError(
+                f"PyTorch cannot export this network to ONNX with a free batch: {explained(error, graph)}"
+            ) from error
     _check_shapes(model, [*dataset.shape], len(dataset.classes))
     _strip(model)
     return model
@@ -180,6 +172,23 @@ def silence() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+def _export(graph: Graph, example: Tensor) -> onnx.ModelProto:
+    program = torch.onnx.export(
+        graph,
+        (example,),
+        dynamo=True,
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        input_names=["images"],
+        output_names=["logits"],
+        optimize=False,  # folding would rename the weights; ONNX Runtime folds as it loads
+        verbose=False,
+    )
+    if program is None:
+        raise RuntimeError("the exporter returned nothing")
+    model: onnx.ModelProto = program.model_proto
+    return model
 
 
 def _check_shapes(model: onnx.ModelProto, image_shape: list[int], classes: int) -> None:

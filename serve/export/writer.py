@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ensembler.ensemble import Ensemble
-from ensembler.errors import ExportError, UsageError
+from ensembler.errors import ExportError, UsageError, first_line
 from ensembler.networks.buffers import recomputed
 from ensembler.serve.export.graphs import (
     Graph,
@@ -163,13 +163,24 @@ class Writer:
             raise ExportError(f"member {member + 1}: {error}") from error
 
     def _converted(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        if self._precision == "float16":
-            return to_float16(model)
-        if self._precision == "int8":
-            if self._images is None:
-                raise UsageError("int8 needs training images to take the ranges of its activations from")
-            scaled = self._images.astype(np.float32) / np.float32(255) if self._pixels == "float" else self._images
-            return to_int8(model, scaled)
+        """Return the model at the precision that was asked for.
+
+        Raises:
+            UsageError: int8 without images. ExportError: the graph cannot be converted.
+        """
+        if self._precision == "int8" and self._images is None:
+            raise UsageError("int8 needs training images to take the ranges of its activations from")
+        try:
+            if self._precision == "float16":
+                return to_float16(model)
+            if self._precision == "int8" and self._images is not None:
+                scaled = self._images.astype(np.float32) / np.float32(255) if self._pixels == "float" else self._images
+                return to_int8(model, scaled)
+        except Exception as error:  # ONNX Runtime's, of any class
+            reason = first_line(error)
+            raise ExportError(
+                f"this network cannot be converted to {self._precision} ({reason}): use float32"
+            ) from error
         return model
 
 
