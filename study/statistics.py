@@ -1,12 +1,16 @@
-"""Means over seeds with intervals over seeds and images: both are resampled, seeds first, then images.
+"""Means over seeds, with intervals over seeds and images that hold for a few seeds, too.
 
-All runs of a study are scored on the same images, so the design is crossed: each resample draws the seeds, and one set
-of images for all of them (Owen 2007, "The pigeonhole bootstrap", https://arxiv.org/abs/0712.1111). The same resamples
-serve every method, so that differences are paired by seed and image.
+All runs of a study are scored on the same images, so the design is crossed, as where several readers judge the same
+cases (Obuchowski & Rockette 1995, Communications in Statistics 24, 285-308). A mean over S seeds varies with the
+seeds, by their standard error, and with the images, by the covariance that the seeds' scores have over resamples of the
+images. Each part has its own Student's t, and the two half-widths add in quadrature (MOVER, Zou & Donner 2008,
+https://doi.org/10.1002/sim.3095). Resampled seeds would be too alike: intervals at 95 % from two seeds then hold as
+seldom as 59 % of the time. The same resamples serve every method: differences are paired by seed and image.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +23,7 @@ from ensembler.eval.scoring import ScoredRun
 from ensembler.seeds import derive
 from ensembler.study.schema import Estimate
 
-__all__ = ["CONFIDENCE", "RESAMPLES", "Scored", "auroc", "difference", "draw_seeds", "estimate", "scored"]
+__all__ = ["CONFIDENCE", "RESAMPLES", "Scored", "auroc", "difference", "estimate", "mean", "scored"]
 
 Array = NDArray[np.float64]
 
@@ -34,10 +38,12 @@ class Scored:
     Attributes:
         value: on the test images.
         drawn: (R,) on each resample of them.
+        examples: the number of images.
     """
 
     value: float
     drawn: Array
+    examples: int
 
 
 def scored(run: ScoredRun, labels: NDArray[np.int64], temperature: float | None) -> dict[str, Scored]:
@@ -60,18 +66,18 @@ def scored(run: ScoredRun, labels: NDArray[np.int64], temperature: float | None)
     if outside:
         each = [auroc(run.entropies["clean"], values) for values in outside]
         value, drawn = float(np.mean([one.value for one in each])), np.mean([one.drawn for one in each], axis=0)
-        found["ood_auroc"] = Scored(value, drawn)
+        found["ood_auroc"] = Scored(value, drawn, min(one.examples for one in each))
     return found
 
 
 def _of(losses: Losses, names: Sequence[str]) -> dict[str, Scored]:
-    """The scores of these names; that of ECE, which resampling raises, is centred on its value."""
+    """The scores of these names."""
     resampled = resample(losses, RESAMPLES)
     places = list(resampled.scores)
     found = {}
     for name in names:
         value, drawn = resampled.scores[name], resampled.drawn[:, places.index(name)]
-        found[name] = Scored(value, drawn + (value - drawn.mean()) if name == "ece" else drawn)
+        found[name] = Scored(value, drawn, len(losses.error))
     return found
 
 
@@ -92,7 +98,7 @@ def auroc(inside: NDArray[np.floating], outside: NDArray[np.floating]) -> Scored
         for rows in (min(_ROWS, RESAMPLES - start) for start in range(0, RESAMPLES, _ROWS))
     ]
     value = weighted(np.ones((1, len(inside))), np.ones((1, len(outside))))
-    return Scored(float(value[0]), np.concatenate(drawn))
+    return Scored(float(value[0]), np.concatenate(drawn), min(len(inside), len(outside)))
 
 
 def _counts(rng: np.random.Generator, rows: int, size: int) -> Array:
@@ -101,29 +107,39 @@ def _counts(rng: np.random.Generator, rows: int, size: int) -> Array:
     return np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
 
 
-def draw_seeds(count: int) -> NDArray[np.int64]:
-    """Draw the seeds of each resample, (R, count) of ``count``: the same for every method."""
-    return np.random.default_rng(derive(0, "seeds")).integers(0, count, (RESAMPLES, count))
-
-
-def estimate(runs: Sequence[Scored], seeds: NDArray[np.int64]) -> Estimate:
-    """The mean over seeds, with its percentile interval.
-
-    Args:
-        runs: one a seed.
-        seeds: of :func:`draw_seeds`.
-    """
-    drawn = np.stack([one.drawn for one in runs], axis=1)  # (R, S)
-    means = np.take_along_axis(drawn, seeds, axis=1).mean(axis=1)
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
-    return Estimate(mean=float(np.mean([one.value for one in runs])), low=low, high=high)
+def mean(runs: Sequence[Mapping[str, Scored]], name: str) -> Estimate:
+    """The mean of a score over seeds; its interval ends where the score's range does."""
+    found = estimate([one[name] for one in runs])
+    most = math.inf if name.endswith("nll") else 1.0
+    return found.model_copy(update={"low": max(0.0, found.low), "high": min(most, found.high)})
 
 
 def difference(
-    ours: Sequence[Mapping[str, Scored]], theirs: Sequence[Mapping[str, Scored]], name: str, seeds: NDArray[np.int64]
+    ours: Sequence[Mapping[str, Scored]],
+    theirs: Sequence[Mapping[str, Scored]],
+    name: str,
+    confidence: float = CONFIDENCE,
 ) -> Estimate:
     """A score of some runs minus that of others, paired by seed and image."""
-    pairs = [
-        Scored(a[name].value - b[name].value, a[name].drawn - b[name].drawn) for a, b in zip(ours, theirs, strict=True)
-    ]
-    return estimate(pairs, seeds)
+    pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True)]
+    return estimate([Scored(a.value - b.value, a.drawn - b.drawn, a.examples) for a, b in pairs], confidence)
+
+
+def estimate(runs: Sequence[Scored], confidence: float = CONFIDENCE) -> Estimate:
+    """The mean over seeds, with its interval; that of one seed is over images only.
+
+    Args:
+        runs: one a seed, on the same images, two at least.
+        confidence: of the interval, in (0, 1).
+    """
+    from scipy.stats import t
+
+    S, values = len(runs), np.array([one.value for one in runs])
+    covariance = np.atleast_2d(np.cov([one.drawn for one in runs]))
+    shared = covariance[~np.eye(S, dtype=bool)].mean() if S > 1 else covariance[0, 0]
+    level = (1 + confidence) / 2
+    half = t.ppf(level, max(1, runs[0].examples - 1)) * math.sqrt(max(0.0, shared))
+    if S > 1:
+        half = math.hypot(half, t.ppf(level, S - 1) * values.std(ddof=1) / math.sqrt(S))
+    centre = float(values.mean())
+    return Estimate(mean=centre, low=centre - half, high=centre + half)

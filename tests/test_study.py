@@ -19,25 +19,25 @@ import pytest
 import torch
 from rich.console import Console
 from rich.live import Live
+from scipy.stats import t
 from sklearn.metrics import roc_auc_score
 
 from ensembler.engine import Local
 from ensembler.errors import CorruptError, UsageError
-from ensembler.eval.metrics import comparison
 from ensembler.eval.metrics.comparison import Losses
 from ensembler.eval.metrics.members import Equivalent
 from ensembler.run import Run
 from ensembler.side_by_side import SideBySide
 from ensembler.study import statistics
-from ensembler.study.analysis import equivalents_said
+from ensembler.study.analysis import _behind, equivalents_said
 from ensembler.study.board import Board
 from ensembler.study.file import known_methods, study_of
 from ensembler.study.plan import plan
 from ensembler.study.report import files, terminal
 from ensembler.study.run import Maker, index
 from ensembler.study.schema import CellReport, Estimate, StudyReport
-from ensembler.study.sentences import answers, compared, pareto, recommendations
-from ensembler.study.statistics import Scored, auroc, difference, draw_seeds, estimate, scored
+from ensembler.study.sentences import answers, compared, pareto, recommendations, worse
+from ensembler.study.statistics import Scored, auroc, difference, estimate, mean, scored
 from ensembler.trainers import DeepEnsemble, train
 from ensembler.trainers.budget import Budget
 from tests import _tally
@@ -243,43 +243,96 @@ class OfRun:
         self.mean = probs
 
 
-def test_intervals_resample_seeds_then_images(monkeypatch):
-    monkeypatch.setattr(statistics, "RESAMPLES", 60)
+def test_an_interval_is_of_seeds_and_images():
+    """From per-image losses, by formulas: the bootstrap's covariance is that of the images' mean."""
+    S, N = 3, 60
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 40)
-    probs = [rng.dirichlet(np.ones(3), 40) for _ in range(3)]
-    runs = [scored(OfRun(p, labels, {"clean": rng.random(40)}), labels, 1.0) for p in probs]
-    seeds = draw_seeds(3)
-    found = {name: estimate([run[name] for run in runs], seeds) for name in ("nll", "error", "calibrated_nll")}
-    weights = np.concatenate(list(comparison._resamples(40, 60, 0)))
-    nll = [-np.log(p[np.arange(40), labels]) for p in probs]
-    drawn = []
-    for chosen, counts in zip(seeds, weights, strict=True):  # one by one, as the definition has it
-        images = np.repeat(np.arange(40), counts.astype(int))
-        drawn.append(np.mean([nll[seed][images].mean() for seed in chosen]))
-    assert found["nll"].mean == pytest.approx(np.mean(nll))
-    assert (found["nll"].low, found["nll"].high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
-    assert found["calibrated_nll"].mean == pytest.approx(found["nll"].mean)  # a temperature of 1 changes nothing
-    wrong = [(p.argmax(axis=1) != labels).mean() for p in probs]
-    assert found["error"].mean == pytest.approx(np.mean(wrong))
+    labels, easy = rng.integers(0, 3, N), rng.normal(0, 1, (N, 1))
+    logits = [2 * np.eye(3)[labels] * easy + rng.normal(0, 1, (N, 3)) for _ in range(S)]
+    probs = [np.exp(each) / np.exp(each).sum(axis=1, keepdims=True) for each in logits]
+    runs = [scored(OfRun(p, labels, {"clean": rng.random(N)}), labels, 1.0) for p in probs]
+    for name, losses in {
+        "nll": np.array([-np.log(p[np.arange(N), labels]) for p in probs]),
+        "error": np.array([p.argmax(axis=1) != labels for p in probs], dtype=float),
+    }.items():
+        found, values = estimate([run[name] for run in runs]), losses.mean(axis=1)
+        covariance = np.cov(losses) / N
+        shared = (covariance.sum() - np.trace(covariance)) / (S * (S - 1))
+        seeds = t.ppf(0.975, S - 1) * values.std(ddof=1) / np.sqrt(S)
+        half = np.hypot(seeds, t.ppf(0.975, N - 1) * np.sqrt(shared))
+        assert found.mean == pytest.approx(values.mean())
+        assert (found.mean - found.low, found.high - found.mean) == pytest.approx((half, half), rel=0.06)
+        (one,) = [estimate([runs[0][name]])]
+        assert one.high - one.mean == pytest.approx(t.ppf(0.975, N - 1) * losses[0].std() / np.sqrt(N), rel=0.06)
+    plain, calibrated = (estimate([run[name] for run in runs]) for name in ("nll", "calibrated_nll"))
+    assert (calibrated.mean, calibrated.low) == pytest.approx((plain.mean, plain.low))  # a temperature of 1
 
 
-def test_seeds_widen_an_interval():
-    narrow = [Scored(value, np.full(1000, value)) for value in (1.0, 1.0, 1.0)]
-    wide = [Scored(value, np.full(1000, value)) for value in (0.0, 1.0, 2.0)]
-    seeds = draw_seeds(3)
-    assert (estimate(narrow, seeds).low, estimate(narrow, seeds).high) == (1.0, 1.0)
-    assert estimate(wide, seeds).low < 0.5
-    assert estimate(wide, seeds).high > 1.5
+def crossed(rng, seeds, *, images=200, of_seed, of_image, of_both, skewed=False):
+    """A score of each seed whose true mean is 0, from losses of every seed on the same images."""
+    shared = rng.exponential(1, images) - 1 if skewed else rng.normal(0, 1, images)
+    own = rng.normal(0, of_seed, (seeds, 1)) + rng.normal(0, of_both, (seeds, images))
+    losses = own + of_image * shared
+    # A bootstrap's resamples by their first two moments, at a hundredth of its cost.
+    root = np.linalg.cholesky(np.atleast_2d(np.cov(losses)) / images + 1e-12 * np.eye(seeds))
+    drawn = losses.mean(axis=1, keepdims=True) + root @ rng.normal(0, 1, (seeds, 300))
+    return [Scored(row.mean(), around, images) for row, around in zip(losses, drawn, strict=True)]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize(
+    "variance",
+    [
+        {"of_seed": 0.1, "of_image": 0.1, "of_both": 0.1},  # seeds decide: resampled, 3 of them covered 75 %
+        {"of_seed": 0.05, "of_image": 0.5, "of_both": 0.5},
+        {"of_seed": 0.0, "of_image": 0.1, "of_both": 0.5},  # as differences between methods
+        {"of_seed": 0.02, "of_image": 1.0, "of_both": 0.3, "skewed": True},  # as scores
+    ],
+)
+def test_intervals_of_a_few_seeds_hold_as_often_as_they_say(seeds, variance):
+    rng = np.random.default_rng(0)
+    found = [estimate(crossed(rng, seeds, **variance)) for _ in range(400)]
+    assert sum(one.low <= 0 <= one.high for one in found) / 400 >= 0.925
 
 
 def test_differences_are_paired():
     rng = np.random.default_rng(0)
     common = rng.normal(size=(2, 1000))
-    a = [{"nll": Scored(1.0, 1 + row)} for row in common]
-    b = [{"nll": Scored(0.9, 0.9 + row)} for row in common]
-    found = difference(a, b, "nll", draw_seeds(2))
+    a = [{"nll": Scored(1.0, 1 + row, 50)} for row in common]
+    b = [{"nll": Scored(0.9, 0.9 + row, 50)} for row in common]
+    found = difference(a, b, "nll")
     assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_intervals_of_means_end_with_the_scores_range():
+    runs = [
+        {name: Scored(value, np.full(9, value), 50) for name in ("error", "nll", "shifted_nll", "ood_auroc")}
+        for value in (0.01, 0.99)
+    ]
+    for name, most in (("error", 1), ("ood_auroc", 1), ("nll", 6.7261), ("shifted_nll", 6.7261)):
+        found = mean(runs, name)
+        assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0, most), rel=1e-4)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+def test_of_equal_methods_none_is_called_worse(seeds):
+    """Of 11 equal methods, the lowest is low by chance: in half of all studies one seemed worse than it."""
+    rng, studies = np.random.default_rng(0), 100
+    wrong = 0
+    for _ in range(studies):
+        of = {
+            (1.0, f"m{number}"): [{"nll": one} for one in crossed(rng, seeds, of_seed=0.05, of_image=0.0, of_both=0.3)]
+            for number in range(11)
+        }
+        cells = [cell(label, 1, 1, np.mean([one["nll"].value for one in scores])) for (_, label), scores in of.items()]
+        wrong += any(worse(one.behind) for one in _behind(cells, of, "nll"))
+    assert wrong / studies <= 0.15
+
+
+def test_a_difference_of_rounding_is_none():
+    alike = Estimate(mean=3e-8, low=3e-8, high=3e-8)
+    assert not worse(alike)
+    assert worse(Estimate(mean=3e-5, low=3e-5, high=3e-5))
 
 
 def test_auroc_of_resamples_is_that_of_the_drawn_images(monkeypatch):
@@ -371,15 +424,17 @@ def test_the_answer_names_the_best_and_what_is_not_told_apart():
     said = recommendations(found)
     assert said["Cheapest to train"].startswith("b at 2 budgets: NLL 0.3050")
     assert said["Cheapest to serve"].startswith("b at 2 budgets: NLL 0.3050 (0.2950 to 0.3150), 2 forward passes")
-    assert said["Cheapest to serve"].endswith("not told apart from the lowest NLL of all, a at 2 budgets (0.3000).")
+    assert said["Cheapest to serve"].endswith(
+        "not told apart from the lowest NLL of all, a at 2 budgets (0.3000): 0.0050 (-0.0050 to 0.0150) higher."
+    )
     assert said["Best under shift"] == "not measured: name shifted test images with --shift."
-    assert "Intervals from 2 seeds are too narrow: add seeds before you rely on them." in compared(found)
+    assert "2 seeds say little of the next, so intervals are wide: more seeds tell more apart." in compared(found)
 
 
 def test_a_confidence_that_a_temperature_mends_does_not_decide():
     cells = [cell("sharp", 1, 1, 0.9, None, None), cell("soft", 1, 4, 0.5, 0.1, 0.1)]
-    for one, mean in zip(cells, (0.3, 0.4), strict=True):
-        one.scores["calibrated_nll"] = Estimate(mean=mean, low=mean - 0.01, high=mean + 0.01)
+    for one, value in zip(cells, (0.3, 0.4), strict=True):
+        one.scores["calibrated_nll"] = Estimate(mean=value, low=value - 0.01, high=value + 0.01)
     found = report(*cells).model_copy(update={"by": "calibrated_nll"})
     assert answers(found)[0].startswith("At 1 budget, sharp: calibrated NLL 0.3000 (0.2900 to 0.3100), error")
     said = recommendations(found)
