@@ -22,8 +22,8 @@ from ensembler.eval.scoring import ScoredRun
 from ensembler.ordering import greedy_order
 from ensembler.study.file import Published, Study
 from ensembler.study.plan import Cell, Plan
-from ensembler.study.schema import CellReport, Estimate, LeftOutReport, PublishedFigure, StudyReport
-from ensembler.study.statistics import CONFIDENCE, RESAMPLES, Scored, difference, mean, scored
+from ensembler.study.schema import CellReport, LeftOutReport, PublishedFigure, StudyReport
+from ensembler.study.statistics import CONFIDENCE, RESAMPLES, Scored, behind, mean, scored
 
 __all__ = ["analyse", "equivalents_said"]
 
@@ -112,30 +112,21 @@ def _cell(
 
 
 def _behind(cells: Sequence[CellReport], of: Mapping[Key, Sequence[Mapping[str, Scored]]], by: str) -> list[CellReport]:
-    """The cells with their distances from the best ones.
+    """The cells with their distances from the best ones."""
+    found = [cell.model_copy() for cell in cells]
 
-    Of many methods the lowest is low by chance, too, so the intervals of the distances from it hold together
-    (Bonferroni): the method that is truly the best is called worse in at most 5 % of studies (Hsu 1981, Annals of
-    Statistics 9, 1026-1034), and not one of 11 equal ones in half of them.
-    """
+    def note(field: str, some: Sequence[CellReport], name: str) -> None:
+        best = min(range(len(some)), key=lambda at: (some[at].scores[name].mean, some[at].passes, some[at].members))
+        distances = behind([of[cell.budget, cell.method] for cell in some], best, name)
+        for cell, distance in zip(some, distances, strict=True):
+            setattr(cell, field, None if cell is some[best] else distance)
 
-    def behind(cell: CellReport, some: Sequence[CellReport], name: str) -> Estimate | None:
-        best = min(some, key=lambda one: (one.scores[name].mean, one.passes, one.members))
-        ours, theirs = (cell.budget, cell.method), (best.budget, best.method)
-        together = 1 - (1 - CONFIDENCE) / max(1, len(some) - 1)
-        return None if ours == theirs else difference(of[ours], of[theirs], name, together)
-
-    shifted = f"shifted_{by}"
-    return [
-        cell.model_copy(
-            update={
-                "behind": behind(cell, [one for one in cells if one.budget == cell.budget], by),
-                "behind_all": behind(cell, cells, by),
-                "shift_behind": behind(cell, cells, shifted) if shifted in cell.scores else None,
-            }
-        )
-        for cell in cells
-    ]
+    for budget in {cell.budget for cell in found}:
+        note("behind", [cell for cell in found if cell.budget == budget], by)
+    note("behind_all", found, by)
+    if f"shifted_{by}" in found[0].scores:
+        note("shift_behind", found, f"shifted_{by}")
+    return found
 
 
 def _needed(run: ScoredRun) -> int | None:

@@ -34,6 +34,7 @@ NAMES: dict[str, Score] = {
 """The scores of a study's tables; lower is better, except for the AUROC."""
 
 _FEW_SEEDS = 5
+_NAMED = 5  # methods of all budgets that a sentence names
 
 
 def compared(report: StudyReport) -> list[str]:
@@ -93,25 +94,26 @@ def _answer(report: StudyReport, budget: float) -> str:
 
 
 def recommendations(report: StudyReport) -> dict[str, str]:
-    """What to take, by what the user cares for."""
+    """What to take, by what the user cares for; methods at one budget cost the same to train."""
     best = next(cell for cell in report.cells if cell.behind_all is None)
     alike = [cell for cell in report.cells if not worse(cell.behind_all)]
-    train = min(alike, key=lambda cell: (cell.passes, cell.members, cell.scores[report.by].mean))
-    serve = min(alike, key=lambda cell: (cell.members, cell.passes, cell.scores[report.by].mean))
+    train = min(alike, key=lambda cell: (cell.budget, cell.members, cell.scores[report.by].mean))
+    serve = min(alike, key=lambda cell: (cell.members, cell.budget, cell.scores[report.by].mean))
+    trained, served = f"{_cost(report, train)}, {_forward(train)}", f"{_forward(serve)}, {_cost(report, serve)}"
     return {
-        "Cheapest to train": _recommended(report, train, best, f"{_cost(report, train)}, {_forward(train)}"),
-        "Cheapest to serve": _recommended(report, serve, best, f"{_forward(serve)}, {_cost(report, serve)}"),
+        "Cheapest to train": _recommended(report, train, best, trained, "at smaller budgets"),
+        "Cheapest to serve": _recommended(report, serve, best, served, "of fewer forward passes"),
         "Best under shift": _shifted(report),
     }
 
 
-def _recommended(report: StudyReport, chosen: CellReport, best: CellReport, cost: str) -> str:
+def _recommended(report: StudyReport, chosen: CellReport, best: CellReport, cost: str, cheaper: str) -> str:
     text = f"{_named(chosen)}: {_judged(report, chosen)}, {cost}"
     lowest = f"the lowest {NAMES[report.by].title} of all"
-    if chosen is best:
-        return f"{text}; it has {lowest}, and everything that costs less is worse."
+    if chosen.behind_all is None:
+        return f"{text}; it has {lowest}, and everything {cheaper} is worse."
     text += f"; not told apart from {lowest}, {_named(best)} ({_value(best, report.by)})"
-    return text if chosen.behind_all is None else f"{text}: {within(report.by, chosen.behind_all)} higher."
+    return f"{text}: {within(report.by, chosen.behind_all)} higher."
 
 
 def _shifted(report: StudyReport) -> str:
@@ -120,12 +122,14 @@ def _shifted(report: StudyReport) -> str:
         return "not measured: name shifted test images with --shift."
     best = next(cell for cell in report.cells if cell.shift_behind is None)
     alike = [cell for cell in report.cells if cell is not best and not worse(cell.shift_behind)]
+    alike.sort(key=lambda cell: cell.scores[name].mean)
     text = (
         f"{_named(best)}: {NAMES[name].title} {within(name, best.scores[name])}, {_cost(report, best)}, "
         f"{_forward(best)}"
     )
-    listed = ", ".join(f"{_named(cell)} ({_value(cell, name)})" for cell in alike)
-    return f"{text}; not told apart from it: {listed}." if listed else f"{text}; everything else is worse."
+    named = [f"{_named(cell)} ({_value(cell, name)})" for cell in alike[:_NAMED]]
+    named += [f"{len(alike) - _NAMED} more"] if len(alike) > _NAMED else []
+    return f"{text}; not told apart from it: {', '.join(named)}." if named else f"{text}; everything else is worse."
 
 
 def pareto(cells: Sequence[CellReport], cost: str, by: str) -> list[CellReport]:
