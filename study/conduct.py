@@ -136,4 +136,4 @@ def _images(dataset: Dataset, tests: EvaluationOptions) -> int:
 
 
 def _label(study: Study) -> str:
-    return re.sub(r"[^\w.-]+", "-", f"{study.data.dataset or 'digits'}-{study.settings.architecture}")
+    return re.sub(r"[^\w.-]+", "-", f"{study.data.name}-{study.settings.architecture}")

@@ -27,7 +27,7 @@ _LONG = 90  # minutes, from which on a time is in hours
 _LEGEND = (
     "B: example passes of training, in those of one network. M: members, forward passes a prediction. needed: members "
     "that suffice, judged on the validation images. DEE: networks of a deep ensemble with the same calibrated NLL. *: "
-    "worse than the first row, from which the intervals of all differences hold together, and this one is without 0."
+    "worse than the first row: the intervals of all differences from it hold together, and this one is above 0."
 )
 
 

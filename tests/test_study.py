@@ -587,6 +587,20 @@ def test_the_pareto_front_is_what_nothing_beats():
             "[[published]]\nsource='a'\ndataset='b'\narch='c'\nscore='accuracy'\n[published.values]\n",
             "published 1: score must be error or nll or calibrated_nll or ece, not 'accuracy'",
         ),
+        *(
+            (
+                f"[[published]]\nsource='a'\ndataset='b'\narch='c'\nscore='nll'\n[published.values]\nfge = {values}",
+                f"published 1: values {said}",
+            )
+            for values, said in (
+                ("3", "must be a table of numbers, not 3"),
+                ("{a = 3}", "must be a table of numbers, not 'a'"),
+                ("{-1 = 3}", "of fge must be at budgets, each given once, not {'-1': 3}"),
+                ('{1 = 3, "1.0" = 4}', "of fge must be at budgets, each given once, not {'1': 3, '1.0': 4}"),
+            )
+        ),
+        ("out = 'x'", "out says how a study is run, not what it is: type --out"),
+        ("BUDGET = 3", "there is no option 'BUDGET': did you mean budget"),
         ("recipe = 'paper'", "no recipe was published for cnn on digits: give the options instead of recipe"),
         ("budget = ", "is not TOML"),
     ],
@@ -610,6 +624,7 @@ def test_what_cannot_be_evaluated_is_refused_before_training(tmp_path):
         (("--ood", "nothing"), "nothing"),
         (("--shift", "nothing"), "nothing"),
         (("--examples", 1000), "the test set has 360 images: cannot evaluate on 1,000"),
+        (("--examples", 1), "one test image gives no interval: a study takes two at least"),
     ):
         result = call(*common, *wrong)
         assert result.exit_code == 1
@@ -622,6 +637,12 @@ def test_the_command_line_takes_precedence_over_the_file():
     study = study_of(content, {"budgets": "1", "methods": "fge", "seeds": 5})
     assert (study.grid.multiples, study.grid.seeds, study.settings.lr, study.settings.epochs) == ([1], 5, 0.05, 4)
     assert [(entry.label, entry.method.cycle) for entry in study.entries] == [("fge", 1)]
+
+
+def test_one_of_a_list_may_be_written_alone():
+    study = study_of({"shift": "fog", "ood": "noise:uniform", "methods": "fge, single"}, {})
+    assert (study.grid.shift, study.grid.ood) == (["fog"], ["noise:uniform"])
+    assert [entry.label for entry in study.entries] == ["fge", "single"]
 
 
 def test_a_recipe_gives_each_method_what_was_published():
