@@ -104,7 +104,10 @@ def missing(context: Any, name: str, shown: str) -> str:
 
 
 def _typed(context: Any) -> str:
-    return " ".join(["ensembler", *(context.command_path if context is not None else "").split()[1:]])
+    """Return a command as it is typed, also where it runs as ``python -m ensembler``."""
+    if context is None:
+        return "ensembler"
+    return f"ensembler{context.command_path.removeprefix(context.find_root().command_path)}"
 
 
 def _name(error: Any) -> str:
