@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import random
@@ -229,6 +230,39 @@ def test_a_run_of_other_data_is_not_taken(tmp_path):
     (tmp_path / next(iter(other.nodes))).rename(tmp_path / name)
     with pytest.raises(UsageError, match="is not the run that the study needs there"):
         made(found, tmp_path)
+
+
+def test_a_network_whose_code_has_changed_is_trained_again(tmp_path, monkeypatch):
+    """The runs of the old code were taken, and scored as the new network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    one = Path("one.py")
+    one.write_text(
+        "from torch import nn\n\nSTRIDE = 3\nunused = [1]\n\n\ndef middle():\n    return nn.Tanh()\n\n\n"
+        "class Net(nn.Sequential):\n    def forward(self, x):\n        return super().forward(x)\n\n\n"
+        "def make(num_classes):\n    unused.append(2)\n"
+        "    return Net(nn.Conv2d(3, 4, 3, STRIDE), middle(), nn.Flatten(), nn.LazyLinear(num_classes))\n"
+    )
+    text = one.read_text()
+
+    def nodes(old="", new=""):
+        one.write_text(text.replace(old, new))
+        sys.modules.pop("one", None)
+        shutil.rmtree("__pycache__", ignore_errors=True)
+        importlib.invalidate_caches()
+        study = study_of(SMALL | {"arch": "one:make", "methods": {"single": {}}, "budgets": [1]}, {})
+        found = plan(study, dataset(40))
+        (node,) = found.nodes.values()
+        return node.name, Maker(found, dataset(40), tmp_path, Local(), {}, {}, print).training(node).spec.fingerprint
+
+    before = nodes()
+    assert (
+        nodes("STRIDE = 3", "STRIDE = 3  # a note")
+        == nodes("\n\n\ndef make", "\n\n\nOTHER = 1\n\n\ndef make")
+        == before
+    )
+    for old, new in (("nn.Tanh", "nn.ReLU"), ("STRIDE = 3", "STRIDE = 2"), ("forward(x)\n", "forward(x) / 2\n")):
+        assert not set(nodes(old, new)) & set(before)
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------
