@@ -104,7 +104,7 @@ def _from_file(
     def check(key: Any, known: Mapping[str, str], problem: str) -> str:
         name = _plain(str(key))
         if name not in known:
-            near = " or ".join(dict.fromkeys(known[one] for one in get_close_matches(name, known)))
+            near = " or ".join(dict.fromkeys(known[one] for one in get_close_matches(name.lower(), known)))
             hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted({*known.values()}))}"
             raise UsageError(f"{path}: {problem} {key!r}: {hint}")
         return name

@@ -15,7 +15,7 @@ import typer
 
 from ensembler.storage.stores import is_url
 
-__all__ = ["reader", "sentence", "shown", "wanted"]
+__all__ = ["missing", "reader", "sentence", "shown", "wanted"]
 
 
 def wanted(annotation: Any) -> str:
@@ -23,7 +23,8 @@ def wanted(annotation: Any) -> str:
     kinds = _kinds(annotation)
     choices = [str(value) for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
     words = {bool: "true or false", int: "a whole number", float: "a number", Path: "a path", str: "text"}
-    named = [next((words[kind] for kind in words if each is kind), "") for each in kinds]
+    words |= {dict: "a table of numbers"}
+    named = [next((words[kind] for kind in words if kind in (each, get_origin(each))), "") for each in kinds]
     return " or ".join([*dict.fromkeys(name for name in named if name), *choices])
 
 
@@ -78,10 +79,10 @@ def shown(kind: Any) -> str | None:
 def sentence(error: Any) -> str:
     """Return what is wrong with what was typed: one of Click's usage errors, as one sentence."""
     context = error.ctx
-    command = " ".join(["ensembler", *(context.command_path if context is not None else "").split()[1:]])
+    command = _typed(context)
     kind, name = type(error).__name__, _name(error)
     if kind == "MissingParameter":
-        return f"{name} is missing: see {command} --help"
+        return missing(context, error.param.name, name)
     if kind == "NoSuchOption":
         near = [each for each in error.possibilities or () if each.startswith("--")]
         hint = f"did you mean {' or '.join(near)}?" if near else f"see {command} --help"
@@ -93,6 +94,20 @@ def sentence(error: Any) -> str:
         return f"{command} takes fewer arguments: leave out {extra}, or see {command} --help"
     message = error.message.rstrip(".").replace("No such command", "there is no command").replace(". Did", ": did")
     return f"{name} {message}" if name else message
+
+
+def missing(context: Any, name: str, shown: str) -> str:
+    """Return what is said of an argument that is missing; where a file gives options, it has the name of its key."""
+    if context.default_map is None:
+        return f"{shown} is missing: see {_typed(context)} --help"
+    return f"{name.replace('_', '-')} is missing: write it in the file of --config, or see {_typed(context)} --help"
+
+
+def _typed(context: Any) -> str:
+    """Return a command as it is typed, also where it runs as ``python -m ensembler``."""
+    if context is None:
+        return "ensembler"
+    return f"ensembler{context.command_path.removeprefix(context.find_root().command_path)}"
 
 
 def _name(error: Any) -> str:

@@ -22,8 +22,8 @@ from ensembler.eval.scoring import ScoredRun
 from ensembler.ordering import greedy_order
 from ensembler.study.file import Published, Study
 from ensembler.study.plan import Cell, Plan
-from ensembler.study.schema import CellReport, Estimate, LeftOutReport, PublishedFigure, StudyReport
-from ensembler.study.statistics import CONFIDENCE, RESAMPLES, Scored, difference, draw_seeds, estimate, scored
+from ensembler.study.schema import CellReport, LeftOutReport, PublishedFigure, StudyReport
+from ensembler.study.statistics import CONFIDENCE, RESAMPLES, Scored, behind, mean, scored
 
 __all__ = ["analyse", "equivalents_said"]
 
@@ -55,11 +55,10 @@ def analyse(
         groups.setdefault((cell.budget, cell.label), []).append(cell)
     runs = {key: [numbers[cell.name] for cell in cells] for key, cells in groups.items()}
     of = {key: [scores[number] for number in places] for key, places in runs.items()}
-    seeds = draw_seeds(len(plan.seeds))
     equivalents = _equivalents(found, runs)
-    cells = [_cell(found, cells, runs[key], of[key], seeds, equivalents.get(key)) for key, cells in groups.items()]
+    cells = [_cell(found, cells, runs[key], of[key], equivalents.get(key)) for key, cells in groups.items()]
     by: Literal["calibrated_nll", "nll"] = "calibrated_nll" if all("calibrated_nll" in one for one in scores) else "nll"
-    cells = _behind(sorted(cells, key=lambda one: (one.budget, one.scores[by].mean)), of, seeds, by)
+    cells = _behind(sorted(cells, key=lambda one: (one.budget, one.scores[by].mean)), of, by)
     report = found.report
     return StudyReport(
         dataset=report.dataset,
@@ -94,7 +93,6 @@ def _cell(
     cells: Sequence[Cell],
     numbers: Sequence[int],
     scores: Sequence[Mapping[str, Scored]],
-    seeds: np.ndarray,
     equivalent: str | None,
 ) -> CellReport:
     runs = [found.runs[number] for number in numbers]
@@ -107,37 +105,28 @@ def _cell(
         members=first.members,
         passes=cells[0].passes,
         forward_passes=first.training_forward_passes or 0,
-        scores={name: estimate([one[name] for one in scores], seeds) for name in scores[0]},
+        scores={name: mean(scores, name) for name in scores[0]},
         needed=float(np.mean(needed)) if needed else None,
         equivalent=equivalent,
     )
 
 
-def _behind(
-    cells: Sequence[CellReport], of: Mapping[Key, Sequence[Mapping[str, Scored]]], seeds: np.ndarray, by: str
-) -> list[CellReport]:
+def _behind(cells: Sequence[CellReport], of: Mapping[Key, Sequence[Mapping[str, Scored]]], by: str) -> list[CellReport]:
     """The cells with their distances from the best ones."""
+    found = [cell.model_copy() for cell in cells]
 
-    def against(cell: CellReport, best: CellReport, name: str) -> Estimate | None:
-        ours, theirs = (cell.budget, cell.method), (best.budget, best.method)
-        return None if ours == theirs else difference(of[ours], of[theirs], name, seeds)
+    def note(field: str, some: Sequence[CellReport], name: str) -> None:
+        best = min(range(len(some)), key=lambda at: (some[at].scores[name].mean, some[at].passes, some[at].members))
+        distances = behind([of[cell.budget, cell.method] for cell in some], best, name)
+        for cell, distance in zip(some, distances, strict=True):
+            setattr(cell, field, None if cell is some[best] else distance)
 
-    def best(some: Sequence[CellReport], name: str) -> CellReport:
-        return min(some, key=lambda one: (one.scores[name].mean, one.passes, one.members))
-
-    best_of_all = best(cells, by)
-    shifted = f"shifted_{by}"
-    best_shifted = best(cells, shifted) if shifted in cells[0].scores else None
-    return [
-        cell.model_copy(
-            update={
-                "behind": against(cell, best([one for one in cells if one.budget == cell.budget], by), by),
-                "behind_all": against(cell, best_of_all, by),
-                "shift_behind": against(cell, best_shifted, shifted) if best_shifted else None,
-            }
-        )
-        for cell in cells
-    ]
+    for budget in {cell.budget for cell in found}:
+        note("behind", [cell for cell in found if cell.budget == budget], by)
+    note("behind_all", found, by)
+    if f"shifted_{by}" in found[0].scores:
+        note("shift_behind", found, f"shifted_{by}")
+    return found
 
 
 def _needed(run: ScoredRun) -> int | None:

@@ -119,6 +119,8 @@ def _images(dataset: Dataset, tests: EvaluationOptions) -> int:
     count = len(dataset.test) if tests.examples is None else tests.examples
     if count > len(dataset.test):
         raise UsageError(f"the test set has {len(dataset.test):,} images: cannot evaluate on {count:,}")
+    if count < 2:
+        raise UsageError("one test image gives no interval: a study takes two at least")
     shifts = load_shifts(tests.shift or (), dataset, torch.arange(count), tests.data)
     for one in shifts:
         if not one.corruptions:
@@ -134,4 +136,4 @@ def _images(dataset: Dataset, tests: EvaluationOptions) -> int:
 
 
 def _label(study: Study) -> str:
-    return re.sub(r"[^\w.-]+", "-", f"{study.data.dataset or 'digits'}-{study.settings.architecture}")
+    return re.sub(r"[^\w.-]+", "-", f"{study.data.name}-{study.settings.architecture}")

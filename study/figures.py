@@ -40,13 +40,10 @@ def _picture(report: StudyReport, cost: str, title: str) -> Picture:
         cells = sorted((cell for cell in report.cells if cell.method == method), key=lambda one: one.budget)
         found = [cell.scores[report.by] for cell in cells]
         values = [one.mean for one in found]
-        # A percentile interval need not hold the mean itself.
-        below = [max(0.0, one.mean - one.low) for one in found]
-        above = [max(0.0, one.high - one.mean) for one in found]
         axes.errorbar(
             [at(cell) + aside for cell in cells],
             values,
-            yerr=[below, above],
+            yerr=[[one.mean - one.low for one in found], [one.high - one.mean for one in found]],
             color=own.colour,
             marker=own.marker,
             capsize=3,

@@ -29,6 +29,7 @@ from typing import Any, Literal, get_origin
 
 from ensembler.errors import UsageError
 from ensembler.options import Options, option
+from ensembler.study.options import StudyOptions
 from ensembler.trainers.budget import one_network
 from ensembler.trainers.launch import Data
 from ensembler.trainers.method import Method, methods
@@ -171,6 +172,7 @@ def study_of(content: Mapping[str, Any], typed: Mapping[str, Any], name: str = "
     for key in ("budgets", "methods"):
         if isinstance(fields.get(key), list):
             fields[key] = ",".join(map(str, fields[key]))
+    fields |= {key: [fields[key]] for key in ("shift", "ood") if isinstance(fields.get(key), str)}
     if isinstance(fields.get("budgets"), int | float):
         fields["budgets"] = str(fields["budgets"])
     grid, data, settings = (
@@ -182,7 +184,7 @@ def study_of(content: Mapping[str, Any], typed: Mapping[str, Any], name: str = "
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from error
     chosen = fields.keys() | typed.keys()
-    dataset, architecture = data.dataset or "digits", settings.architecture
+    dataset, architecture = data.name, settings.architecture
     if grid.recipe:
         base = published(type(one_network()), architecture, dataset)
         if not base:
@@ -232,7 +234,9 @@ def _fields(place: str, values: Mapping[str, Any], kinds: list[type[Options]], w
         if plain not in known:
             if plain in {name.replace("_", "-") for name in without}:
                 raise UsageError(f"{place}: {key} is not an option of a study: the plan decides it")
-            near = " or ".join(get_close_matches(plain, known))
+            if plain in {flag.lstrip("-") for flag in StudyOptions.flags().values()}:
+                raise UsageError(f"{place}: {key} says how a study is run, not what it is: type --{plain}")
+            near = " or ".join(get_close_matches(plain.lower(), known))
             hint = f"did you mean {near}?" if near else f"there are {', '.join(sorted(known))}"
             raise UsageError(f"{place}: there is no option {key!r}: {hint}")
         if known[plain] in found:
@@ -245,7 +249,7 @@ def _entries(name: str, tables: Mapping[str, Any], grid: Grid, settings: Setting
     """The methods of a study: those that were asked for, of the file, or all."""
     known = known_methods()
     ruled = [label for label, (kind, _) in known.items() if kind.at_budget is not Method.at_budget]
-    asked = list(tables) or ruled if grid.methods is None else grid.methods.split(",")
+    asked = list(tables) or ruled if grid.methods is None else [label.strip() for label in grid.methods.split(",")]
     if len(set(asked)) < len(asked):
         raise UsageError(f"{name}: methods are each named once, not as in {grid.methods!r}")
     for label in asked:
@@ -306,6 +310,10 @@ def _figures(name: str, tables: Any, labels: set[str], dataset: str, architectur
             found.append(Published.written(_fields(place, table, [Published], set())))
         except UsageError as error:
             raise error if str(error).startswith(place) else UsageError(f"{place}: {error}") from error
+        for label, figures in found[-1].values.items():
+            if len(figures) < len(table["values"][label]) or not all(budget > 0 for budget in figures):
+                said = f"values of {label} must be at budgets, each given once, not {table['values'][label]}"
+                raise UsageError(f"{place}: {said}")
         if unknown := found[-1].values.keys() - labels:
             raise UsageError(f"{place}: no method is called {min(unknown)!r}: there are {', '.join(sorted(labels))}")
     return [one for one in found if (one.dataset, one.architecture) == (dataset, architecture)]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ensembler.data.datasets import Dataset
 from ensembler.errors import UsageError
+from ensembler.source import hash_sources
 from ensembler.study.file import Entry, Study
 from ensembler.trainers.batches import batch_sizes
 from ensembler.trainers.budget import LEAST, Budget, Piece
@@ -219,6 +220,8 @@ class _Builder:
             "data": self.data,
             "starts": {name: list(_names(given)) for name, given in starts.items()},
         }
+        if code := hash_sources(settings.model_dump().values()):
+            content["code"] = code
         return Node(f"{piece.method.name}-s{own}-{_digest(content)}", piece.method, settings, starts, piece.passes)
 
 

@@ -15,7 +15,7 @@ from ensembler.study.estimate import Speed
 from ensembler.study.figures import figures
 from ensembler.study.plan import Cell, Plan
 from ensembler.study.schema import CellReport, StudyReport
-from ensembler.study.sentences import NAMES, answers, compared, recommendations, within
+from ensembler.study.sentences import NAMES, answers, compared, recommendations, within, worse
 from ensembler.text import counted
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _LONG = 90  # minutes, from which on a time is in hours
 _LEGEND = (
     "B: example passes of training, in those of one network. M: members, forward passes a prediction. needed: members "
     "that suffice, judged on the validation images. DEE: networks of a deep ensemble with the same calibrated NLL. *: "
-    "worse than the first row, the interval of the difference without 0."
+    "worse than the first row: the intervals of all differences from it hold together, and this one is above 0."
 )
 
 
@@ -116,7 +116,7 @@ def _table(
     columns = ("method", "B", "M", *(NAMES[name].title for name in names), "needed", "DEE")
     rows = tuple(
         (
-            cell.method + ("" if cell.behind is None or cell.behind.low <= 0 else "*"),
+            cell.method + "*" * worse(cell.behind),
             f"{cell.passes / report.one:.3f}",
             str(cell.members),
             *(_score(cell, name, intervals) for name in names),
@@ -159,7 +159,7 @@ def _made(report: StudyReport) -> dict[str, str]:
         "seeds": ", ".join(map(str, report.seeds)),
         "test sha256": f"<code>{html(report.test_sha256 or 'unknown')}</code>",
         "out of distribution": html(plain("; ".join(report.ood))) or "nothing",
-        "bootstrap": f"{report.resamples:,} resamples of seeds and test images",
+        "bootstrap": f"{report.resamples:,} resamples of the test images",
         "versions": html(", ".join(f"{name} {version}" for name, version in report.versions.items())),
     }
 

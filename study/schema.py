@@ -12,7 +12,7 @@ __all__ = ["CellReport", "Estimate", "LeftOutReport", "PublishedFigure", "StudyR
 
 
 class Estimate(Record):
-    """A mean over seeds with its interval, from resampled seeds and images."""
+    """A mean over seeds with its interval, over seeds and images."""
 
     mean: float
     low: float
@@ -29,9 +29,9 @@ class CellReport(Record):
         passes: example passes that it took; a training that members share counts once.
         forward_passes: of its training, for BatchNorm statistics and measurements.
         scores: by name; those that were not measured are missing.
-        behind: its score ``by`` which methods are judged minus that of the best one at this budget, and of the best of
-            all; ``null`` of itself.
-        shift_behind: likewise under shift, minus that of the best of all.
+        behind: its score ``by`` which methods are judged minus that of the best one at this budget, ``null`` of itself;
+            the intervals of all of these differences hold together.
+        behind_all, shift_behind: likewise, minus that of the best of all, and of the best of all under shift.
         needed: members whose validation NLL is not significantly worse than that of all, mean over the seeds that
             can tell.
         equivalent: networks of a deep ensemble of the same calibrated NLL, mean over the seeds, and how to say it.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ensembler.eval.metrics.comparison import ROUNDING
 from ensembler.eval.report.notation import SCORES, Score, compact, percent, plain
 from ensembler.study.schema import CellReport, Estimate, StudyReport
 from ensembler.text import counted
 
-__all__ = ["NAMES", "answers", "compared", "pareto", "recommendations", "within"]
+__all__ = ["NAMES", "answers", "compared", "pareto", "recommendations", "within", "worse"]
 
 NAMES: dict[str, Score] = {
     **{name: SCORES[name] for name in ("error", "nll", "calibrated_nll", "ece")},
@@ -33,6 +34,7 @@ NAMES: dict[str, Score] = {
 """The scores of a study's tables; lower is better, except for the AUROC."""
 
 _FEW_SEEDS = 5
+_NAMED = 5  # methods of all budgets that a sentence names
 
 
 def compared(report: StudyReport) -> list[str]:
@@ -51,12 +53,18 @@ def compared(report: StudyReport) -> list[str]:
     if len(report.seeds) == 1:
         found.append("One seed says nothing of the next: the intervals hold for these networks only.")
     elif len(report.seeds) < _FEW_SEEDS:
-        found.append(f"Intervals from {len(report.seeds)} seeds are too narrow: add seeds before you rely on them.")
+        found.append(
+            f"{len(report.seeds)} seeds say little of the next, so intervals are wide: more seeds tell more apart."
+        )
     if report.by == "calibrated_nll":
         found.append(
             "Methods are ordered and told apart by calibrated NLL: one temperature each, fitted on the validation "
             "images, so that none wins by a confidence that one number mends."
         )
+    found.append(
+        f"Told apart is what the {percent(report.confidence)} intervals of all differences from the best one, which "
+        "hold together (Bonferroni), put above 0. What is not told apart need not be as good."
+    )
     if report.shift:
         found.append(report.shift)
     return found
@@ -77,7 +85,7 @@ def _answer(report: StudyReport, budget: float) -> str:
     )
     if not others:
         return f"{text}; nothing else was compared at this budget."
-    alike = [cell for cell in others if not _worse(cell.behind)]
+    alike = [cell for cell in others if not worse(cell.behind)]
     if not alike:
         return f"{text}; everything else is worse, its interval without 0."
     listed = ", ".join(f"{cell.method} ({_value(cell, report.by)})" for cell in alike)
@@ -86,24 +94,26 @@ def _answer(report: StudyReport, budget: float) -> str:
 
 
 def recommendations(report: StudyReport) -> dict[str, str]:
-    """What to take, by what the user cares for."""
+    """What to take, by what the user cares for; methods at one budget cost the same to train."""
     best = next(cell for cell in report.cells if cell.behind_all is None)
-    alike = [cell for cell in report.cells if not _worse(cell.behind_all)]
-    train = min(alike, key=lambda cell: (cell.passes, cell.members, cell.scores[report.by].mean))
-    serve = min(alike, key=lambda cell: (cell.members, cell.passes, cell.scores[report.by].mean))
+    alike = [cell for cell in report.cells if not worse(cell.behind_all)]
+    train = min(alike, key=lambda cell: (cell.budget, cell.members, cell.scores[report.by].mean))
+    serve = min(alike, key=lambda cell: (cell.members, cell.budget, cell.scores[report.by].mean))
+    trained, served = f"{_cost(report, train)}, {_forward(train)}", f"{_forward(serve)}, {_cost(report, serve)}"
     return {
-        "Cheapest to train": _recommended(report, train, best, f"{_cost(report, train)}, {_forward(train)}"),
-        "Cheapest to serve": _recommended(report, serve, best, f"{_forward(serve)}, {_cost(report, serve)}"),
+        "Cheapest to train": _recommended(report, train, best, trained, "at smaller budgets"),
+        "Cheapest to serve": _recommended(report, serve, best, served, "of fewer forward passes"),
         "Best under shift": _shifted(report),
     }
 
 
-def _recommended(report: StudyReport, chosen: CellReport, best: CellReport, cost: str) -> str:
+def _recommended(report: StudyReport, chosen: CellReport, best: CellReport, cost: str, cheaper: str) -> str:
     text = f"{_named(chosen)}: {_judged(report, chosen)}, {cost}"
     lowest = f"the lowest {NAMES[report.by].title} of all"
-    if chosen is best:
-        return f"{text}; it has {lowest}, and everything that costs less is worse."
-    return f"{text}; not told apart from {lowest}, {_named(best)} ({_value(best, report.by)})."
+    if chosen.behind_all is None:
+        return f"{text}; it has {lowest}, and everything {cheaper} is worse."
+    text += f"; not told apart from {lowest}, {_named(best)} ({_value(best, report.by)})"
+    return f"{text}: {within(report.by, chosen.behind_all)} higher."
 
 
 def _shifted(report: StudyReport) -> str:
@@ -111,13 +121,15 @@ def _shifted(report: StudyReport) -> str:
     if name not in report.cells[0].scores:
         return "not measured: name shifted test images with --shift."
     best = next(cell for cell in report.cells if cell.shift_behind is None)
-    alike = [cell for cell in report.cells if cell is not best and not _worse(cell.shift_behind)]
+    alike = [cell for cell in report.cells if cell is not best and not worse(cell.shift_behind)]
+    alike.sort(key=lambda cell: cell.scores[name].mean)
     text = (
         f"{_named(best)}: {NAMES[name].title} {within(name, best.scores[name])}, {_cost(report, best)}, "
         f"{_forward(best)}"
     )
-    listed = ", ".join(f"{_named(cell)} ({_value(cell, name)})" for cell in alike)
-    return f"{text}; not told apart from it: {listed}." if listed else f"{text}; everything else is worse."
+    named = [f"{_named(cell)} ({_value(cell, name)})" for cell in alike[:_NAMED]]
+    named += [f"{len(alike) - _NAMED} more"] if len(alike) > _NAMED else []
+    return f"{text}; not told apart from it: {', '.join(named)}." if named else f"{text}; everything else is worse."
 
 
 def pareto(cells: Sequence[CellReport], cost: str, by: str) -> list[CellReport]:
@@ -144,8 +156,9 @@ def _value(cell: CellReport, name: str) -> str:
     return NAMES[name].write(cell.scores[name].mean)
 
 
-def _worse(behind: Estimate | None) -> bool:
-    return behind is not None and behind.low > 0
+def worse(behind: Estimate | None) -> bool:
+    """Whether a distance from the best one is told apart from 0."""
+    return behind is not None and behind.low > ROUNDING
 
 
 def _budgets(report: StudyReport) -> list[float]:

@@ -216,6 +216,21 @@ def test_the_best_are_those_whose_interval_from_the_lowest_holds_0() -> None:
     assert best(drawn[:1]) == {name: [0] for name in ("error", "nll", "brier", "ece")}
 
 
+def test_the_best_of_many_runs_is_seldom_called_worse() -> None:
+    """Of 11 equal runs the lowest is low by chance: one at a time, intervals tell each apart from it more than 5 %."""
+    rng = np.random.default_rng(0)
+    labels, together, alone, trials = np.zeros(60, int), 0, 0, 30
+    for _ in range(trials):
+        p = rng.uniform(0.3, 0.9, (11, 60))
+        drawn = [resample(Losses.of(np.stack([each, 1 - each], axis=1), labels), 500) for each in p]
+        lowest, *tied = best(drawn)["nll"]
+        together += 10 - len(tied)
+        others = [differences(run, drawn[lowest])["nll"].low for place, run in enumerate(drawn) if place != lowest]
+        alone += sum(low > 0 for low in others)
+    assert together / trials / 11 < 0.05
+    assert alone / trials / 11 > 0.1
+
+
 def test_the_interval_of_ece_covers_what_another_test_set_would_measure() -> None:
     """A calibrated run against one that is too sure of itself: what is measured is known from 200 test sets."""
 

@@ -148,6 +148,29 @@ def test_what_is_wrong_with_a_file_is_said_on_one_line(name, text, message):
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "text", "said"),
+    [
+        (
+            "train-curve",
+            "second = 'b'",
+            "first is missing: write it in the file of --config, or see ensembler train-curve --help",
+        ),
+        ("train-complex", "modes = []", "modes is missing: write it in the file of --config, or see ensembler train-c"),
+        ("train-curve", "first = ''\nsecond = 'b'", "a.toml: first = '': it takes a path or a URL, and it is empty"),
+        ("train-curve", "FIRST = 'a'\nsecond = 'b'", "a.toml: no command has an option 'FIRST': did you mean first"),
+    ],
+)
+def test_an_argument_of_a_file_is_called_as_it_is_written_there(command, text, said):
+    """Typed, it is FIRST, as --help has it."""
+    Path("a.toml").write_text(text)
+    result = call(command, "--config", "a.toml")
+    assert result.exit_code in (1, 2)
+    assert result.stderr.startswith(f"error: {said}")
+    assert len(result.stderr.splitlines()) == 1
+    assert call("train-curve").stderr == "error: FIRST is missing: see ensembler train-curve --help\n"
+
+
 def test_a_file_that_is_not_there_or_not_text():
     assert "nowhere.toml does not exist" in call("eval", "--config", "nowhere.toml").stderr
     Path("binary.toml").write_bytes(b"\xff\xfe")

@@ -18,6 +18,7 @@ from ensembler.data import images as pictures
 from ensembler.data.datasets import Split, normalise
 from ensembler.data.images import FileSplit, augment, draw, read_images
 from ensembler.errors import DataError, UsageError
+from ensembler.trainers.launch import Data
 
 
 def disjoint(dataset):
@@ -89,6 +90,8 @@ def test_what_is_not_there_is_said_with_the_mend(tmp_path):
         datasets.load(f"folder:{tmp_path / 'nowhere'}")
     with pytest.raises(UsageError, match="unknown dataset 'imagenet': use one of digits"):
         datasets.load("imagenet")
+    with pytest.raises(UsageError, match="unknown dataset ''"):  # an empty variable of a shell: it was the digits
+        Data(dataset="").load()
     with pytest.raises(UsageError, match="validation share"):
         datasets.load("digits", validation=1.5)
 

@@ -255,7 +255,10 @@ def test_under_torchrun_a_run_has_a_name_and_its_command_resumes_by_itself(tmp_p
     assert Path("x.unfinished").is_dir()
     refused = call(*command, "--out", "x", "--lr", 0.2)
     assert refused.exit_code == 1
-    assert "x.unfinished was started with other options or data: resume it with those, or remove it" in refused.stderr
+    assert (
+        "x.unfinished was started with other options, data or code: resume it with those, or remove it"
+        in refused.stderr
+    )
     gone_on = call(*command, "--out", "x")
     assert gone_on.exit_code == 0
     assert "epoch" not in gone_on.stderr, "nothing was left to train"

@@ -369,7 +369,7 @@ def test_a_damaged_job_is_done_again_and_the_result_of_another_run_refused(tmp_p
     assert again == ["solution 2", "solution 2"]
     assert_the_same(resumed, train(dataset(), method, settings()))
     for other, changed in ((method, settings(seed=5)), (method, settings(epochs=3)), (DeepEnsemble(), settings())):
-        with pytest.raises(UsageError, match="was started with other options or data"):
+        with pytest.raises(UsageError, match="was started with other options, data or code"):
             make(path, other, changed)
 
 
@@ -458,7 +458,7 @@ def test_seeds_that_were_interrupted_go_on_by_the_same_command(tmp_path, images,
     assert "to resume: the same command with --out x" in result.stderr
     result = call(*command, "--lr", 0.02, "--out", "x")
     assert result.exit_code == 1
-    assert "x-s0.unfinished was started with other options or data: resume it with those" in result.stderr
+    assert "x-s0.unfinished was started with other options, data or code: resume it with those" in result.stderr
     assert call(*command, "--out", "x", "--quiet").exit_code == 0
     for seed in (0, 1):
         same_bytes(Path(f"whole-s{seed}"), Path(f"x-s{seed}"))

@@ -169,9 +169,9 @@ def test_checkpoints_of_another_run_are_refused_and_stay(tmp_path):
     folder = interrupted(tmp_path / "x", method, 3)
     before = sorted(folder.rglob("*"))
     for other, changes in ((method, {"seed": 5}), (method, {"epochs": 2}), (method, {"batch_size": 4}), (FGE(), {})):
-        with pytest.raises(UsageError, match=r"x\.unfinished was started with other options or data"):
+        with pytest.raises(UsageError, match=r"x\.unfinished was started with other options, data or code"):
             make(tmp_path / "x", other, settings(**changes))
-    with pytest.raises(UsageError, match="was started with other options or data"):
+    with pytest.raises(UsageError, match="was started with other options, data or code"):
         make(tmp_path / "x", method, settings(), data=dataset(train=33))
     assert sorted(folder.rglob("*")) == before
     assert_the_same(make(tmp_path / "x", method, settings(threads=1)), make(None, method, settings()))
@@ -466,7 +466,7 @@ def test_another_start_is_refused_and_what_was_reached_stays(here, images, monke
     Path("start").rename("kept")
     Path("other").rename("start")
     said = refusal("train-simplex", "--resume", "x")
-    assert "x.unfinished was started with other options or data: resume it with those, or remove it" in said
+    assert "x.unfinished was started with other options, data or code: resume it with those, or remove it" in said
     assert sorted(Path("x.unfinished").rglob("*")) == before
     shutil.rmtree("start")
     Path("kept").rename("start")

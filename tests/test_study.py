@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import re
@@ -19,25 +20,25 @@ import pytest
 import torch
 from rich.console import Console
 from rich.live import Live
+from scipy.stats import t, ttest_rel
 from sklearn.metrics import roc_auc_score
 
 from ensembler.engine import Local
 from ensembler.errors import CorruptError, UsageError
-from ensembler.eval.metrics import comparison
 from ensembler.eval.metrics.comparison import Losses
 from ensembler.eval.metrics.members import Equivalent
 from ensembler.run import Run
 from ensembler.side_by_side import SideBySide
 from ensembler.study import statistics
-from ensembler.study.analysis import equivalents_said
+from ensembler.study.analysis import _behind, equivalents_said
 from ensembler.study.board import Board
 from ensembler.study.file import known_methods, study_of
 from ensembler.study.plan import plan
 from ensembler.study.report import files, terminal
 from ensembler.study.run import Maker, index
 from ensembler.study.schema import CellReport, Estimate, StudyReport
-from ensembler.study.sentences import answers, compared, pareto, recommendations
-from ensembler.study.statistics import Scored, auroc, difference, draw_seeds, estimate, scored
+from ensembler.study.sentences import answers, compared, pareto, recommendations, worse
+from ensembler.study.statistics import Scored, auroc, behind, estimate, mean, scored
 from ensembler.trainers import DeepEnsemble, train
 from ensembler.trainers.budget import Budget
 from tests import _tally
@@ -232,6 +233,39 @@ def test_a_run_of_other_data_is_not_taken(tmp_path):
         made(found, tmp_path)
 
 
+def test_a_network_whose_code_has_changed_is_trained_again(tmp_path, monkeypatch):
+    """The runs of the old code were taken, and scored as the new network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    one = Path("one.py")
+    one.write_text(
+        "from torch import nn\n\nSTRIDE = 3\nunused = [1]\n\n\ndef middle():\n    return nn.Tanh()\n\n\n"
+        "class Net(nn.Sequential):\n    def forward(self, x):\n        return super().forward(x)\n\n\n"
+        "def make(num_classes):\n    unused.append(2)\n"
+        "    return Net(nn.Conv2d(3, 4, 3, STRIDE), middle(), nn.Flatten(), nn.LazyLinear(num_classes))\n"
+    )
+    text = one.read_text()
+
+    def nodes(old="", new=""):
+        one.write_text(text.replace(old, new))
+        sys.modules.pop("one", None)
+        shutil.rmtree("__pycache__", ignore_errors=True)
+        importlib.invalidate_caches()
+        study = study_of(SMALL | {"arch": "one:make", "methods": {"single": {}}, "budgets": [1]}, {})
+        found = plan(study, dataset(40))
+        (node,) = found.nodes.values()
+        return node.name, Maker(found, dataset(40), tmp_path, Local(), {}, {}, print).training(node).spec.fingerprint
+
+    before = nodes()
+    assert (
+        nodes("STRIDE = 3", "STRIDE = 3  # a note")
+        == nodes("\n\n\ndef make", "\n\n\nOTHER = 1\n\n\ndef make")
+        == before
+    )
+    for old, new in (("nn.Tanh", "nn.ReLU"), ("STRIDE = 3", "STRIDE = 2"), ("forward(x)\n", "forward(x) / 2\n")):
+        assert not set(nodes(old, new)) & set(before)
+
+
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
@@ -244,43 +278,123 @@ class OfRun:
         self.mean = probs
 
 
-def test_intervals_resample_seeds_then_images(monkeypatch):
-    monkeypatch.setattr(statistics, "RESAMPLES", 60)
+def test_an_interval_is_of_seeds_and_images():
+    """From per-image losses, by formulas: the bootstrap's covariance is that of the images' mean."""
+    S, N = 3, 60
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, 3, 40)
-    probs = [rng.dirichlet(np.ones(3), 40) for _ in range(3)]
-    runs = [scored(OfRun(p, labels, {"clean": rng.random(40)}), labels, 1.0) for p in probs]
-    seeds = draw_seeds(3)
-    found = {name: estimate([run[name] for run in runs], seeds) for name in ("nll", "error", "calibrated_nll")}
-    weights = np.concatenate(list(comparison._resamples(40, 60, 0)))
-    nll = [-np.log(p[np.arange(40), labels]) for p in probs]
-    drawn = []
-    for chosen, counts in zip(seeds, weights, strict=True):  # one by one, as the definition has it
-        images = np.repeat(np.arange(40), counts.astype(int))
-        drawn.append(np.mean([nll[seed][images].mean() for seed in chosen]))
-    assert found["nll"].mean == pytest.approx(np.mean(nll))
-    assert (found["nll"].low, found["nll"].high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
-    assert found["calibrated_nll"].mean == pytest.approx(found["nll"].mean)  # a temperature of 1 changes nothing
-    wrong = [(p.argmax(axis=1) != labels).mean() for p in probs]
-    assert found["error"].mean == pytest.approx(np.mean(wrong))
+    labels, easy = rng.integers(0, 3, N), rng.normal(0, 1, (N, 1))
+    logits = [2 * np.eye(3)[labels] * easy + rng.normal(0, 1, (N, 3)) for _ in range(S)]
+    probs = [np.exp(each) / np.exp(each).sum(axis=1, keepdims=True) for each in logits]
+    runs = [scored(OfRun(p, labels, {"clean": rng.random(N)}), labels, 1.0) for p in probs]
+    for name, losses in {
+        "nll": np.array([-np.log(p[np.arange(N), labels]) for p in probs]),
+        "error": np.array([p.argmax(axis=1) != labels for p in probs], dtype=float),
+    }.items():
+        found, values = estimate([run[name] for run in runs]), losses.mean(axis=1)
+        covariance = np.cov(losses) / N
+        shared = (covariance.sum() - np.trace(covariance)) / (S * (S - 1))
+        seeds = t.ppf(0.975, S - 1) * values.std(ddof=1) / np.sqrt(S)
+        half = np.hypot(seeds, t.ppf(0.975, N - 1) * np.sqrt(shared))
+        assert found.mean == pytest.approx(values.mean())
+        assert (found.mean - found.low, found.high - found.mean) == pytest.approx((half, half), rel=0.06)
+        (one,) = [estimate([runs[0][name]])]
+        assert one.high - one.mean == pytest.approx(t.ppf(0.975, N - 1) * losses[0].std() / np.sqrt(N), rel=0.06)
+    plain, calibrated = (estimate([run[name] for run in runs]) for name in ("nll", "calibrated_nll"))
+    assert (calibrated.mean, calibrated.low) == pytest.approx((plain.mean, plain.low))  # a temperature of 1
 
 
-def test_seeds_widen_an_interval():
-    narrow = [Scored(value, np.full(1000, value)) for value in (1.0, 1.0, 1.0)]
-    wide = [Scored(value, np.full(1000, value)) for value in (0.0, 1.0, 2.0)]
-    seeds = draw_seeds(3)
-    assert (estimate(narrow, seeds).low, estimate(narrow, seeds).high) == (1.0, 1.0)
-    assert estimate(wide, seeds).low < 0.5
-    assert estimate(wide, seeds).high > 1.5
+def crossed(rng, seeds, *, images=200, of_seed, of_image, of_both, skewed=False):
+    """A score of each seed whose true mean is 0, from losses of every seed on the same images."""
+    shared = rng.exponential(1, images) - 1 if skewed else rng.normal(0, 1, images)
+    own = rng.normal(0, of_seed, (seeds, 1)) + rng.normal(0, of_both, (seeds, images))
+    losses = own + of_image * shared
+    # A bootstrap's resamples by their first two moments, at a hundredth of its cost.
+    root = np.linalg.cholesky(np.atleast_2d(np.cov(losses)) / images + 1e-12 * np.eye(seeds))
+    drawn = losses.mean(axis=1, keepdims=True) + root @ rng.normal(0, 1, (seeds, 300))
+    return [Scored(row.mean(), around, images) for row, around in zip(losses, drawn, strict=True)]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize(
+    "variance",
+    [
+        {"of_seed": 0.1, "of_image": 0.1, "of_both": 0.1},  # seeds decide: resampled, 3 of them covered 75 %
+        {"of_seed": 0.05, "of_image": 0.5, "of_both": 0.5},
+        {"of_seed": 0.0, "of_image": 0.1, "of_both": 0.5},  # as differences between methods
+        {"of_seed": 0.02, "of_image": 1.0, "of_both": 0.3, "skewed": True},  # as scores
+    ],
+)
+def test_intervals_of_a_few_seeds_hold_as_often_as_they_say(seeds, variance):
+    rng = np.random.default_rng(0)
+    found = [estimate(crossed(rng, seeds, **variance)) for _ in range(400)]
+    assert sum(one.low <= 0 <= one.high for one in found) / 400 >= 0.925
 
 
 def test_differences_are_paired():
     rng = np.random.default_rng(0)
     common = rng.normal(size=(2, 1000))
-    a = [{"nll": Scored(1.0, 1 + row)} for row in common]
-    b = [{"nll": Scored(0.9, 0.9 + row)} for row in common]
-    found = difference(a, b, "nll", draw_seeds(2))
+    a = [{"nll": Scored(1.0, 1 + row, 50)} for row in common]
+    b = [{"nll": Scored(0.9, 0.9 + row, 50)} for row in common]
+    found, own = behind([a, b], 1, "nll")
     assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert (own.mean, own.low, own.high) == (0, 0, 0)
+
+
+def test_what_seeds_do_to_differences_is_estimated_from_all_methods():
+    """Two methods: the paired t interval. Four: an analysis of variance with seeds as blocks, and Bonferroni."""
+    values = np.array([[1.0, 1.2, 1.1], [1.3, 1.6, 1.2], [1.4, 1.5, 1.6], [1.1, 1.4, 1.2]])
+    methods = [[{"nll": Scored(value, np.full(9, value), 50)} for value in row] for row in values]
+    found = behind(methods[:2], 0, "nll")[1]
+    paired = ttest_rel(values[1], values[0]).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((paired.low, paired.high))
+    design = np.column_stack([np.kron(np.eye(4), np.ones((3, 1))), np.kron(np.ones((4, 1)), np.eye(3))])
+    rest = values.ravel() - design @ np.linalg.lstsq(design, values.ravel(), rcond=None)[0]
+    pooled = 2 * (rest @ rest) / 6
+    for row, one in zip(values, behind(methods, 0, "nll"), strict=True):
+        variance = max(pooled, (row - values[0]).var(ddof=1))  # a method of more noise is not taken for the others
+        half = t.ppf(1 - 0.025 / 3, 6) * np.sqrt(variance / 3)
+        assert (one.mean, one.high - one.mean) == pytest.approx((row.mean() - 1.1, half))
+    assert max((row - values[0]).var(ddof=1) for row in values) > pooled
+
+
+def test_intervals_of_means_end_with_the_scores_range():
+    runs = [
+        {name: Scored(value, np.full(9, value), 50) for name in ("error", "nll", "shifted_nll", "ood_auroc")}
+        for value in (0.01, 0.99)
+    ]
+    for name, most in (("error", 1), ("ood_auroc", 1), ("nll", 6.7261), ("shifted_nll", 6.7261)):
+        found = mean(runs, name)
+        assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0, most), rel=1e-4)
+
+
+@pytest.mark.parametrize("noise", [1, 3])
+@pytest.mark.parametrize("seeds", [2, 3, 10])
+def test_of_equal_methods_none_is_called_worse(seeds, noise):
+    """Of 11 equal methods, the lowest is low by chance: in half of all studies one seemed worse than it.
+
+    So, too, where the seeds of one differ ``noise`` times as much as those of the others.
+    """
+    rng, studies, wrong, first = np.random.default_rng(0), 60, 0, 0
+    for _ in range(studies):
+        of = {
+            (1.0, f"m{number}"): [
+                {"nll": one}
+                for one in crossed(rng, seeds, of_seed=0.05 * (1 if number else noise), of_image=0.0, of_both=0.3)
+            ]
+            for number in range(11)
+        }
+        cells = [cell(label, 1, 1, np.mean([one["nll"].value for one in scores])) for (_, label), scores in of.items()]
+        found = [worse(one.behind) for one in _behind(cells, of, "nll")]
+        wrong += any(found)
+        first += found[0]
+    assert wrong / studies <= 0.2
+    assert first / studies <= 0.1
+
+
+def test_a_difference_of_rounding_is_none():
+    alike = Estimate(mean=3e-8, low=3e-8, high=3e-8)
+    assert not worse(alike)
+    assert worse(Estimate(mean=3e-5, low=3e-5, high=3e-5))
 
 
 def test_auroc_of_resamples_is_that_of_the_drawn_images(monkeypatch):
@@ -372,21 +486,23 @@ def test_the_answer_names_the_best_and_what_is_not_told_apart():
     said = recommendations(found)
     assert said["Cheapest to train"].startswith("b at 2 budgets: NLL 0.3050")
     assert said["Cheapest to serve"].startswith("b at 2 budgets: NLL 0.3050 (0.2950 to 0.3150), 2 forward passes")
-    assert said["Cheapest to serve"].endswith("not told apart from the lowest NLL of all, a at 2 budgets (0.3000).")
+    assert said["Cheapest to serve"].endswith(
+        "not told apart from the lowest NLL of all, a at 2 budgets (0.3000): 0.0050 (-0.0050 to 0.0150) higher."
+    )
     assert said["Best under shift"] == "not measured: name shifted test images with --shift."
-    assert "Intervals from 2 seeds are too narrow: add seeds before you rely on them." in compared(found)
+    assert "2 seeds say little of the next, so intervals are wide: more seeds tell more apart." in compared(found)
 
 
 def test_a_confidence_that_a_temperature_mends_does_not_decide():
     cells = [cell("sharp", 1, 1, 0.9, None, None), cell("soft", 1, 4, 0.5, 0.1, 0.1)]
-    for one, mean in zip(cells, (0.3, 0.4), strict=True):
-        one.scores["calibrated_nll"] = Estimate(mean=mean, low=mean - 0.01, high=mean + 0.01)
+    for one, value in zip(cells, (0.3, 0.4), strict=True):
+        one.scores["calibrated_nll"] = Estimate(mean=value, low=value - 0.01, high=value + 0.01)
     found = report(*cells).model_copy(update={"by": "calibrated_nll"})
     assert answers(found)[0].startswith("At 1 budget, sharp: calibrated NLL 0.3000 (0.2900 to 0.3100), error")
     said = recommendations(found)
     assert said["Cheapest to serve"].startswith("sharp at 1 budget: calibrated NLL 0.3000")
     assert said["Cheapest to train"].endswith(
-        "it has the lowest calibrated NLL of all, and everything that costs less is worse."
+        "it has the lowest calibrated NLL of all, and everything at smaller budgets is worse."
     )
     assert [one.method for one in pareto(cells, "members", "calibrated_nll")] == ["sharp"]
     assert [one.method for one in pareto(cells, "members", "nll")] == ["sharp", "soft"]
@@ -412,10 +528,32 @@ def test_where_everything_else_is_worse_it_is_said():
     )
     assert answers(found)[0].endswith("; everything else is worse, its interval without 0.")
     said = recommendations(found)
-    assert said["Cheapest to train"].endswith("it has the lowest NLL of all, and everything that costs less is worse.")
+    assert said["Cheapest to train"].endswith(
+        "it has the lowest NLL of all, and everything at smaller budgets is worse."
+    )
     assert said["Best under shift"].startswith("b at 1 budget: shifted NLL 0.8000")
     assert said["Best under shift"].endswith("everything else is worse.")
     assert "One seed says nothing of the next: the intervals hold for these networks only." in compared(found)
+
+
+def test_methods_at_one_budget_cost_the_same_to_train():
+    """A method that spends 98 % of a budget is no cheaper: it was recommended over a better one of fewer members."""
+    most = cell("most", 2, 9, 0.30, None, None)
+    short = cell("short", 2, 4, 0.38, 0.08, 0.0).model_copy(update={"passes": 1965})
+    found = report(most, cell("whole", 2, 1, 0.31, 0.01, 0.0), short)
+    for to in ("train", "serve"):
+        assert recommendations(found)[f"Cheapest to {to}"].startswith("whole at 2 budgets: NLL 0.3100")
+
+
+def test_of_many_methods_under_shift_the_best_are_named():
+    cells = [cell(f"m{n}", 1, 1, 0.3, n * 0.001 or None, n * 0.001 or None, 0.9 - n / 100, 0.001) for n in range(9)]
+    cells[8].shift_behind = None
+    said = recommendations(report(*cells))["Best under shift"]
+    assert said.startswith("m8 at 1 budget: shifted NLL 0.8200")
+    assert said.endswith(
+        "not told apart from it: m7 at 1 budget (0.8300), m6 at 1 budget (0.8400), m5 at 1 budget (0.8500), m4 at 1 "
+        "budget (0.8600), m3 at 1 budget (0.8700), 3 more."
+    )
 
 
 def test_a_terminal_of_80_columns_shows_every_score():
@@ -484,6 +622,20 @@ def test_the_pareto_front_is_what_nothing_beats():
             "[[published]]\nsource='a'\ndataset='b'\narch='c'\nscore='accuracy'\n[published.values]\n",
             "published 1: score must be error or nll or calibrated_nll or ece, not 'accuracy'",
         ),
+        *(
+            (
+                f"[[published]]\nsource='a'\ndataset='b'\narch='c'\nscore='nll'\n[published.values]\nfge = {values}",
+                f"published 1: values {said}",
+            )
+            for values, said in (
+                ("3", "must be a table of numbers, not 3"),
+                ("{a = 3}", "must be a table of numbers, not 'a'"),
+                ("{-1 = 3}", "of fge must be at budgets, each given once, not {'-1': 3}"),
+                ('{1 = 3, "1.0" = 4}', "of fge must be at budgets, each given once, not {'1': 3, '1.0': 4}"),
+            )
+        ),
+        ("out = 'x'", "out says how a study is run, not what it is: type --out"),
+        ("BUDGET = 3", "there is no option 'BUDGET': did you mean budget"),
         ("recipe = 'paper'", "no recipe was published for cnn on digits: give the options instead of recipe"),
         ("budget = ", "is not TOML"),
     ],
@@ -507,6 +659,7 @@ def test_what_cannot_be_evaluated_is_refused_before_training(tmp_path):
         (("--ood", "nothing"), "nothing"),
         (("--shift", "nothing"), "nothing"),
         (("--examples", 1000), "the test set has 360 images: cannot evaluate on 1,000"),
+        (("--examples", 1), "one test image gives no interval: a study takes two at least"),
     ):
         result = call(*common, *wrong)
         assert result.exit_code == 1
@@ -519,6 +672,12 @@ def test_the_command_line_takes_precedence_over_the_file():
     study = study_of(content, {"budgets": "1", "methods": "fge", "seeds": 5})
     assert (study.grid.multiples, study.grid.seeds, study.settings.lr, study.settings.epochs) == ([1], 5, 0.05, 4)
     assert [(entry.label, entry.method.cycle) for entry in study.entries] == [("fge", 1)]
+
+
+def test_one_of_a_list_may_be_written_alone():
+    study = study_of({"shift": "fog", "ood": "noise:uniform", "methods": "fge, single"}, {})
+    assert (study.grid.shift, study.grid.ood) == (["fog"], ["noise:uniform"])
+    assert [entry.label for entry in study.entries] == ["fge", "single"]
 
 
 def test_a_recipe_gives_each_method_what_was_published():

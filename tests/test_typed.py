@@ -129,6 +129,7 @@ def test_what_is_typed_wrong_is_one_line_and_the_exit_code_2():
         "error: --out takes a path on this machine, not a URL (s3://bucket/report)"
     )
     assert refused("serve") == "error: BUNDLE is missing: see ensembler serve --help"
+    assert refused("eval", "") == "error: RUNS takes a path or a URL, and it is empty"
     assert "has no option --memb: did you mean --members?" in refused("serve", "x", "--memb", "3")
     assert refused("evl").startswith("error: there is no command 'evl'")
     assert "leave out b c" in refused("show", "a", "b", "c")

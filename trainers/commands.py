@@ -19,6 +19,7 @@ from ensembler.text import cell, counted, echo
 from ensembler.trainers.launch import Data, Import, Launch
 from ensembler.trainers.method import Method, methods
 from ensembler.trainers.settings import Settings
+from ensembler.typed import missing
 
 if TYPE_CHECKING:
     from ensembler.run import Run
@@ -42,10 +43,8 @@ def command_of(method: type[Method]) -> Callable[..., None]:
     def command(context: typer.Context, **given: Any) -> None:
         from ensembler.trainers.launch import launch
 
-        if missing := [name for name in method.required() if not given[name] and given["resume"] is None]:
-            raise typer.BadParameter(
-                f"is missing: see ensembler {method.command} --help", param_hint=method.flags()[missing[0]]
-            )
+        if absent := [name for name in method.required() if not given[name] and given["resume"] is None]:
+            raise typer.BadParameter(missing(context, absent[0], method.flags()[absent[0]]))
         # A start at a URL has been fetched; the run's manifest names the URL, not the cache.
         typed = {
             name: context.params[name] for name in given.keys() & (method.marked("path") | Settings.marked("path"))

@@ -57,6 +57,11 @@ class Data(Options):
         "(default: those of the training images)",
     )
 
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+        return "digits" if self.dataset is None else self.dataset
+
     def load(self) -> Dataset:
         """Load them.
 
@@ -67,7 +72,7 @@ class Data(Options):
         from ensembler.data.normalisation import normalised
 
         asked = self.model_dump(include={"download", "image_size", "in_memory", "corrupt"})
-        return normalised(datasets.load(self.dataset or "digits", self.data, **asked), self.normalisation)
+        return normalised(datasets.load(self.name, self.data, **asked), self.normalisation)
 
 
 class Launch(Options):
@@ -209,7 +214,7 @@ def _given(kind: type[Method], given: Mapping[str, Any], chosen: set[str], own: 
         raise UsageError(f"the run that training starts from is of --arch {start.architecture}: leave out --arch")
     if own.recipe:
         architecture = start.architecture if start else values["architecture"]
-        name = data.dataset or (start.dataset.name if start else "digits")
+        name = start.dataset.name if start and data.dataset is None else data.name
         found = recipes.find(own.recipe, kind, architecture, name)
         values |= {name: value for name, value in found.items() if name not in chosen}
     if start and data.normalisation:

@@ -83,7 +83,7 @@ class UnfinishedRun:
             if Spec.read(self.folder).fingerprint != self.spec.fingerprint:
                 self.close()
                 raise UsageError(
-                    f"{self.folder} was started with other options or data: resume it with those, or remove it"
+                    f"{self.folder} was started with other options, data or code: resume it with those, or remove it"
                 )
             for partial in self.folder.rglob(".partial-*") if self._lock else ():
                 shutil.rmtree(partial, ignore_errors=True)  # from a process that was killed while writing

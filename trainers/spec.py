@@ -35,6 +35,7 @@ class Spec(Record):
         task: what outputs mean.
         starts: SHA-256 of each run or file that training starts from, by its path.
         collapse: whether only the centroid of the vertices is kept.
+        code: SHA-256 of the user's own code that the settings name: network, loss, augmentation, ...
         url: where the finished run is pushed to, if anywhere.
         fingerprint: SHA-256 of all that decides the result: everything but paths, and how it is computed.
     """
@@ -46,15 +47,18 @@ class Spec(Record):
     task: str = "classification"
     starts: dict[str, str] = Field(default_factory=dict)
     collapse: bool = False
+    code: list[str] = Field(default_factory=list)
     url: str | None = None
     fingerprint: str = ""
 
     def fingerprinted(self, left_out: set[str]) -> Spec:
         """The same with its fingerprint, for which the options and settings of the names ``left_out`` do not count."""
-        content = self.model_dump(exclude={"fingerprint", "starts", "dataset", "url"})
+        content = self.model_dump(exclude={"fingerprint", "starts", "dataset", "url", "code"})
         for part in ("options", "settings"):
             content[part] = {name: value for name, value in content[part].items() if name not in left_out}
         content["starts"] = list(self.starts.values())
+        if self.code:
+            content["code"] = self.code
         data = self.dataset
         content["data"] = [data.shape, data.train_sha256, data.validation_sha256, data.test_sha256, data.mean, data.std]
         text = json.dumps(content, sort_keys=True)

@@ -26,6 +26,7 @@ from ensembler.networks.architectures import Factory, factory_name
 from ensembler.networks.dropout import without_masks
 from ensembler.progress import interactive
 from ensembler.run import DatasetRecord, Manifest, Run, versions
+from ensembler.source import hash_sources
 from ensembler.trainers.distributed import ALONE, Group
 from ensembler.trainers.dry_pass import dry_pass
 from ensembler.trainers.events import Message, OnEvent
@@ -163,6 +164,7 @@ class Training:
             task=self.dataset.task,
             starts={name: identity(name, start) for name, start in self.starts.items()},
             collapse=self.collapse,
+            code=hash_sources(self.settings.model_dump(mode="json").values()),
         )
         marks = [options.marked(mark) for options in (own, shared) for mark in ("path", "computing")]
         return spec.fingerprinted(set().union(*marks))

@@ -117,7 +117,7 @@ class DatasetRecord(Record):
         """
         if dataset is not None and not isinstance(dataset, str):
             return self.adopt(datasets.find(dataset))
-        name = dataset or self.name
+        name = self.name if dataset is None else dataset
         try:
             found = self._load(name, root, download)
         except UsageError as error:

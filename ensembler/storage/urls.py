@@ -65,6 +65,10 @@ def place(text: str | Path) -> Path:
     For Typer's ``parser=``. It is annotated as a path because the command line replaces URLs by :func:`local` paths
     before a command runs.
     """
+    if not str(text):
+        import typer
+
+        raise typer.BadParameter("takes a path or a URL, and it is empty")
     return Url(text) if isinstance(text, str) and is_url(text) else Path(text)  # type: ignore[return-value]
 
 

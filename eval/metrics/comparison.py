@@ -19,12 +19,14 @@ from ensembler.eval.metrics.classification import BINS, Answers
 from ensembler.record import Record
 from ensembler.seeds import derive
 
-__all__ = ["Difference", "Losses", "Resampled", "Spread", "best", "differences", "resample", "spread"]
+__all__ = ["ROUNDING", "Difference", "Losses", "Resampled", "Spread", "best", "differences", "resample", "spread"]
 
 Array = NDArray[np.float64]
 
 _MEANS = ("error", "nll", "brier")  # scores that are means over the examples
-_ROUNDING = 1e-6  # of scores of float32 predictions: a smaller difference is none, however often it is drawn
+ROUNDING = 1e-6
+"""Of scores of float32 predictions: a smaller difference is none, however often it is drawn."""
+
 _DRAWS = 2_000_000  # examples drawn at once in a bootstrap: some 50 MB
 
 
@@ -201,7 +203,7 @@ def differences(a: Resampled, b: Resampled, confidence: float = 0.95) -> dict[st
         raise UsageError(f"confidence must lie between 0 and 1, not {confidence}")
     drawn = a.drawn - b.drawn
     drawn[:, -1] += a.scores["ece"] - b.scores["ece"] - drawn[:, -1].mean()
-    drawn = np.where(np.abs(drawn) > _ROUNDING, drawn, 0.0)
+    drawn = np.where(np.abs(drawn) > ROUNDING, drawn, 0.0)
     low, high = np.quantile(drawn, _levels(a.of[1], confidence), axis=0)
     if 2 * 0.5 ** a.of[1] > 1 - confidence:
         low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
@@ -229,18 +231,23 @@ def _levels(examples: int, confidence: float) -> tuple[float, float]:
 
 
 def best(runs: Sequence[Resampled], confidence: float = 0.95) -> dict[str, list[int]]:
-    """Find the run with the lowest value of each score, and those that a paired interval does not tell apart from it.
+    """Find the run with the lowest value of each score, and those that paired intervals do not tell apart from it.
+
+    Of many runs the lowest is low by chance, too. So the intervals of all differences from it hold together: each of
+    K - 1 at a confidence of ``1 - (1 - confidence) / (K - 1)`` (Bonferroni). The run that is truly the best is then
+    among those found, with ``confidence`` (Hsu 1981, Annals of Statistics 9, 1026-1034).
 
     Returns:
         By score: positions of ``runs``, that of the lowest value first.
     """
+    together = 1 - (1 - confidence) / max(1, len(runs) - 1)
     found = {}
     for name in runs[0].scores:
         lowest = min(range(len(runs)), key=lambda place: runs[place].scores[name])
         tied = [
             place
             for place, run in enumerate(runs)
-            if place != lowest and differences(run, runs[lowest], confidence)[name].low <= 0
+            if place != lowest and differences(run, runs[lowest], together)[name].low <= 0
         ]
         found[name] = [lowest, *tied]
     return found

@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 BEST = (
-    "Bold: the lowest error, NLL, Brier score or ECE, and those that the 95 % interval of the paired difference does "
-    "not tell apart from it."
+    "Bold: the lowest error, NLL, Brier score or ECE, and those that the 95 % intervals of the paired differences do "
+    "not tell apart from it; the intervals hold together."
 )
 ONE_MEMBER = f"{NOTHING}: not defined for one member."
 
