@@ -72,7 +72,7 @@ class ReportOptions(Options):
         "local", panel="Prediction", help="Where shifted images are predicted: in this process, or by Ray."
     )
     address: str | None = option(
-        None, panel="Prediction", help="Address of a Ray cluster. (default: RAY_ADDRESS, or a new local Ray)"
+        None, panel="Prediction", help="Address of a Ray cluster. (default: $RAY_ADDRESS, or a new Ray on this machine)"
     )
     full: bool = option(False, flag="--full", help="Print every table; otherwise, some are on the report's page only.")
     quiet: bool = option(False, flag="--quiet", help="Print only the final result.")

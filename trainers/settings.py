@@ -132,11 +132,13 @@ class Settings(Options):
     measure: Literal["all", "none"] = option(
         "all",
         computing=True,
-        help="Whether held-out images are predicted after every epoch, and points of a simplex or curve in the end: "
-        "forward passes.",
+        help="all: score held-out images after every epoch, and points of a simplex or curve at the end, which takes "
+        "forward passes; none: neither.",
     )
     seed: int = option(0, help="Random seed.")
-    device: str | None = option(None, computing=True, help="cpu, cuda, ... (default: CUDA where there is one)")
+    device: str | None = option(
+        None, computing=True, help="Device, such as cpu or cuda. (default: CUDA where available)"
+    )
     threads: int | None = option(
         None,
         ge=1,
