@@ -136,15 +136,13 @@ def test_what_is_typed_wrong_is_one_line_and_the_exit_code_2():
     assert not Path("s3:").exists()
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_help_names_arguments_as_errors_do_and_no_option_that_there_is_not(name):
-    command = ALL[name]
-    shown = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": "200"}).stdout
-    for parameter in command.params:
-        if parameter.param_type_name == "argument":
-            assert parameter.metavar == parameter.metavar.upper() or "." in parameter.metavar
-            assert parameter.metavar in shown and "[[" not in shown
-    options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-    for parameter in command.params:
-        text = re.sub(r"ensembler \w+ --[\w-]+", "", parameter.help or "")  # of another command, by its name
-        assert set(re.findall(r"--[a-z0-9][\w-]*", text)) <= options, parameter.name
+def test_help_names_arguments_as_errors_do_and_no_option_that_there_is_not():
+    for name, command in ALL.items():
+        usage = command.get_usage(command.context_class(command, info_name=name))
+        options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for parameter in command.params:
+            if parameter.param_type_name == "argument":
+                assert parameter.metavar == parameter.metavar.upper() or "." in parameter.metavar
+                assert parameter.metavar in usage and "[[" not in usage
+            text = re.sub(r"ensembler \w+ --[\w-]+", "", parameter.help or "")  # of another command, by its name
+            assert set(re.findall(r"--[a-z0-9][\w-]*", text)) <= options, (name, parameter.name)
