@@ -39,7 +39,7 @@ class FGE(Method):
     by_budget = frozenset({"members"})
     published = (
         *(Recipe(name, SOLUTIONS[name] | options, GARIPOV_2018) for name, options in _CYCLES.items()),
-        # SamsungLabs/pytorch-ensembles starts from a solution that is trained out in 160 epochs.
+        # SamsungLabs/pytorch-ensembles starts from a solution that has converged in 160 epochs.
         Recipe("vgg16bn", SOLUTIONS["vgg16"] | _CYCLES["vgg16"] | {"epochs": 160, "start": 1.0}, ASHUKHA_2020),
     )
 
