@@ -87,7 +87,10 @@ class CalibrationOptions(_Predicting):
     alpha: float = option(0.1, gt=0, lt=1, help="Largest share of prediction sets that miss the true class.")
     conformal: Literal["lac", "aps"] = option("lac", help="Kind of prediction sets.")
     risk: float | None = option(
-        None, gt=0, lt=1, help="Largest share of wrong answers, above which to abstain. (default: no abstention)"
+        None,
+        gt=0,
+        lt=1,
+        help="Largest share of wrong answers, of those not abstained from. (default: no abstention)",
     )
     confidence: float = option(0.95, gt=0, lt=1, help="Probability with which --risk holds.")
     seed: int = option(0, help="Random seed of the choice of images that fit the map.")

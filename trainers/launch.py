@@ -42,7 +42,7 @@ class Data(Options):
         "folder)",
     )
     download: bool = option(False, flag="--download", help="Download the dataset if it is missing.")
-    image_size: int | None = option(None, ge=1, help="Resize every image to this many pixels a side.")
+    image_size: int | None = option(None, ge=1, help="Resize every image to this many pixels per side.")
     in_memory: bool | None = option(
         None,
         flag="--in-memory/--from-files",
@@ -95,7 +95,7 @@ class Launch(Options):
     )
     resume: Path | None = option(None, metavar="RUN", help="Resume an interrupted run with its original options.")
     seeds: int = option(
-        1, ge=1, panel="Engine", help="N, runs with the seeds --seed, --seed + 1, ...: OUT-s0, OUT-s1, ... where N > 1."
+        1, ge=1, panel="Engine", help="N, runs with the seeds --seed, --seed + 1, ...; for N > 1, OUT-s0, OUT-s1, ..."
     )
     engine: Literal["local", "ray"] = option(
         "local", panel="Engine", help="What runs independent jobs (members, simplexes, seeds): this process, or Ray."
@@ -115,7 +115,7 @@ class Launch(Options):
 class Import(Options):
     """Which checkpoints become a run, and where it goes."""
 
-    checkpoints: list[Path] = option(argument=True, help="Files of weights, one a member: .safetensors, .pt, .ckpt.")
+    checkpoints: list[Path] = option(argument=True, help="Files of weights, one per member: .safetensors, .pt, .ckpt.")
     architecture: str = option(flag="--arch", help="Network of all of them, named as in training.")
     device: str | None = option(None, help="Device, such as cpu or cuda. (default: CUDA where available)")
     out: str | None = option(None, metavar="PATH|URL", help="Folder of the new run, or a URL. (default: one in runs/)")
