@@ -24,6 +24,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from ensembler.cli import app
+from ensembler.trainers import Settings, launch
 from tests import _preloaded
 from tests._pages import (
     PAGES,
@@ -220,6 +221,13 @@ def test_every_command_in_the_text_exists():
                 check_span(words, command_line())
             except AssertionError as error:
                 pytest.fail(f"{name(page)}: `{' '.join(words)}`: {error}")
+
+
+def test_the_page_names_every_option_that_resuming_takes():
+    flags = launch.Data.flags() | Settings.flags() | launch.Launch.flags()
+    page = (ROOT / "docs" / "gotchas.md").read_text(encoding="utf-8")
+    listed = page.partition("### A resumed run keeps its options")[2].partition(". For a run")[0]
+    assert set(re.findall(r"`(--[\w-]+)`", listed)) == {flags[name] for name in launch._WITH_RESUME}
 
 
 def test_every_row_of_a_table_is_in_a_table_and_has_its_cells():
