@@ -80,9 +80,8 @@ def _rows(command: Any) -> Iterator[Row]:
         kind, info = _annotation(signature.parameters[parameter.name].annotation)
         flag = kind is bool
         if isinstance(info, typer.models.ArgumentInfo):
-            many = typing.get_origin(kind) is list
-            name = info.metavar or parameter.name.upper() + "..." * many
-            panel = "Arguments"
+            several = typing.get_origin(kind) is list and " " not in info.metavar
+            name, panel = info.metavar + "..." * several, "Arguments"
         else:
             name = " / ".join(f"`{each}`" for each in (*parameter.opts, *parameter.secondary_opts))
             panel = info.rich_help_panel or "Options"
@@ -105,7 +104,8 @@ def _takes(kind: Any, info: Any) -> str:
         return ", ".join(f"`{value}`" for value in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"{_takes(typing.get_args(kind)[0], info)}, several"
-    own = None if (info.metavar or "<").startswith("<") else info.metavar  # else what stands for the type in --help
+    named = isinstance(info, typer.models.OptionInfo) and not (info.metavar or "<").startswith("<")
+    own = info.metavar if named else None  # else it is an argument's name, or stands for the type in --help
     name = own or {int: "whole number", float: "number", Path: "path", str: "path" if info.parser else "text"}[kind]
     bounds = [f"from {info.min:g}"] if info.min is not None else []
     bounds += [f"to {info.max:g}"] if info.max is not None else []
@@ -141,7 +141,7 @@ def _tables(rows: Sequence[Row]) -> Iterator[str]:
     for panel, own in panels.items():
         yield from (f"| {panel} | takes | default | |", "|---|---|---|---|")
         for row in own:
-            name = f"`{row.name}`" if panel == "Arguments" else row.name
+            name = _code(row.name) if panel == "Arguments" else row.name
             yield f"| {name} | {_cell(row.takes)} | {row.default} | {_cell(row.help)} |"
         yield ""
 
@@ -156,6 +156,11 @@ def _sentence(text: str) -> str:
 
 def _cell(text: str) -> str:
     return _sentence(text).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _code(name: str) -> str:
+    """A name as code; GitHub ends a cell at a bar between backticks, and Markdown shows an escape as it is."""
+    return f"<code>{name.replace('|', '&#124;')}</code>" if "|" in name else f"`{name}`"
 
 
 def _anchor(name: str) -> str:

@@ -1,14 +1,13 @@
 """Whether networks off the shelf go through: one small one of each family of torchvision and timm.
 
 Each is trained as a simplex of two vertices for one epoch on 24 images (224 x 224 pixels; 299 x 299 for Inception),
-then exported, in processes of its own, so that one that crashes or hangs does not end the sweep. Prints the table of
-docs/what-it-takes.md.
+then exported, in processes of its own, so that one that crashes or hangs does not end the sweep. Prints a table.
 
     python benchmarks/zoo.py                                # all of them: hours on two CPUs
     python benchmarks/zoo.py torchvision:resnet18 timm:levit_128s
     python benchmarks/zoo.py --quick                        # three of the smallest
 
-timm is needed for its own networks only: pip install timm
+timm is needed for its own networks only: pip install -e '.[zoo]'
 """
 
 from __future__ import annotations

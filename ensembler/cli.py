@@ -205,8 +205,8 @@ def _as_parsed(parameter: inspect.Parameter) -> inspect.Parameter:
     kind, *infos = get_args(parameter.annotation) or (None,)
     for info in (info for info in infos if isinstance(info, ParameterInfo)):
         info.parser = info.parser or reader(kind, info.min, info.max)
-        if info.metavar is None and (isinstance(info, OptionInfo) or "|" in (shown(kind) or "")):
-            info.metavar = shown(kind)
+        if info.metavar is None:  # an argument is called the same in --help, in errors and in the documentation
+            info.metavar = shown(kind) if isinstance(info, OptionInfo) else parameter.name.upper()
     if not any(getattr(info, "parser", None) for info in infos):
         return parameter
     return parameter.replace(annotation=Annotated[_without_path(kind), *infos])

@@ -75,7 +75,7 @@ def _parse(path: Path) -> dict[str, Any]:
     parse: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": json.loads}
     parse |= {".yaml": _parse_yaml, ".yml": _parse_yaml}
     if not path.exists():
-        raise UsageError(f"--config: {path} does not exist")
+        raise UsageError(f"--config: {path} does not exist: check the path")
     if path.suffix not in parse:
         raise UsageError(f"--config takes a {', '.join(parse)} file or a run's folder, not {path}")
     try:

@@ -117,8 +117,7 @@ def _name(error: Any) -> str:
         return getattr(error, "param_hint", None) or ""
     if parameter.param_type_name == "option":
         return str(max(parameter.opts, key=len))
-    named = parameter.metavar if parameter.metavar and " " not in parameter.metavar else parameter.name.upper()
-    return str(named.strip("[]."))
+    return str(parameter.metavar.split()[-1].strip("."))
 
 
 def _kinds(annotation: Any) -> list[Any]:

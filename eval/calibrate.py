@@ -115,7 +115,7 @@ def fit(
     options = options or CalibrationOptions()
     answers = Answers(probs, labels)
     if len(labels) < 2:
-        raise UsageError(f"{len(labels)} validation image cannot calibrate: at least two are needed")
+        raise UsageError(f"{len(labels)} validation image cannot calibrate: train on a dataset with at least two")
     order = np.random.default_rng(derive(options.seed, "calibration")).permutation(len(labels))
     seen, held_out = np.split(order, [len(order) // 2])
     mapping = fit_map(answers.p[seen], labels[seen], options.method)

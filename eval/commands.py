@@ -142,7 +142,7 @@ def _report(
 @_command("calibrate", CalibrationOptions)
 def _calibrate(
     options: CalibrationOptions,
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="The run. (default: the newest in runs/)")] = None,
+    run: Annotated[str | None, typer.Argument(help="The run. (default: the newest in runs/)")] = None,
     quiet: _Quiet = False,
 ) -> None:
     """Fit a run's calibration, prediction sets and abstention on its validation images; stored in the run's folder."""

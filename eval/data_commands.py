@@ -16,7 +16,7 @@ __all__ = ["app"]
 app = typer.Typer(
     name="data",
     no_args_is_help=True,
-    help="Corrupted test sets: download the official ones, or generate some. Decoded images: list them.",
+    help="Download published test sets, or generate corrupted ones; list cached images.",
 )
 
 _Data = Annotated[Path | None, typer.Option(help="Folder of datasets. (default: $ENSEMBLER_DATA, or a cache folder)")]
@@ -63,7 +63,9 @@ def corrupt(
     seed: Annotated[int, typer.Option(help="Random seed of the corruptions.")] = 0,
     data: _Data = None,
     download: Annotated[bool, typer.Option("--download", help="Download the dataset if it is missing.")] = False,
-    image_size: Annotated[int | None, typer.Option(help="Size to bring every image to first. (default: none)")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="First resize every image to this many pixels per side. (default: not)")
+    ] = None,
     unreadable: Annotated[
         Literal["refuse", "skip"],
         typer.Option("--corrupt", help="Images of a folder that cannot be read: stop, or leave them out."),

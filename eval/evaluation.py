@@ -415,7 +415,7 @@ def _choose(available: int, examples: int | None, seed: int) -> Tensor:
     if examples is None:
         return torch.arange(available)
     if examples > available:
-        raise UsageError(f"the test set has {available} images: cannot evaluate on {examples}")
+        raise UsageError(f"the test set has {available} images: give at most as many --examples, not {examples}")
     return torch.randperm(available, generator=generator(seed, "examples"))[:examples].sort().values
 
 

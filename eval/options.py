@@ -75,7 +75,7 @@ class ReportOptions(Options):
         "local", panel="Prediction", help="Where shifted images are predicted: in this process, or by Ray."
     )
     address: str | None = option(
-        None, panel="Prediction", help="Address of a Ray cluster. (default: RAY_ADDRESS, or a new local Ray)"
+        None, panel="Prediction", help="Address of a Ray cluster. (default: $RAY_ADDRESS, or a new Ray on this machine)"
     )
     full: bool = option(False, flag="--full", help="Print every table; otherwise, some are on the report's page only.")
     quiet: bool = option(False, flag="--quiet", help="Print only the final result.")
@@ -90,7 +90,10 @@ class CalibrationOptions(_Predicting):
     alpha: float = option(0.1, gt=0, lt=1, help="Largest share of prediction sets that miss the true class.")
     conformal: Literal["lac", "aps"] = option("lac", help="Kind of prediction sets.")
     risk: float | None = option(
-        None, gt=0, lt=1, help="Largest share of wrong answers, above which to abstain. (default: no abstention)"
+        None,
+        gt=0,
+        lt=1,
+        help="Largest share of wrong answers, of those not abstained from. (default: no abstention)",
     )
     confidence: float = option(0.95, gt=0, lt=1, help="Probability with which --risk holds.")
     seed: int = option(0, help="Random seed of the choice of images that fit the map.")

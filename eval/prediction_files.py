@@ -46,7 +46,7 @@ def is_predictions(path: Path) -> bool:
         return False
     if path.suffix.lower() in SUFFIXES:
         if not path.is_file():
-            raise DataError(f"no file of predictions at {path}")
+            raise DataError(f"no file of predictions at {path}: check the path")
         return True
     if path.is_file():
         raise UsageError(f"{path} is neither a run's folder nor a file of predictions ({', '.join(SUFFIXES)})")
@@ -215,16 +215,16 @@ def _from_rows(path: Path, headings: Sequence[str], rows: Iterable[Sequence[Any]
             f"order; found {', '.join(map(repr, headings[:6])) or 'no columns'}"
         )
     if len(set(classes)) < len(classes):
-        raise DataError(f"{path} has the column {next(c for c in classes if classes.count(c) > 1)!r} twice")
+        raise DataError(f"{path} has the column {next(c for c in classes if classes.count(c) > 1)!r} twice: rename one")
     labels, probabilities = [], []
     for number, row in enumerate(rows, start=1):
         if len(row) != len(headings):
-            raise DataError(f"{path}, row {number}: {len(row)} values, not {len(headings)}")
+            raise DataError(f"{path}, row {number}: {len(row)} values, not {len(headings)}: give one for each column")
         cells = list(row)
         labels.append(cells.pop(found[0]))
         probabilities.append(_numbers(path, number, cells, classes))
     if not labels:
-        raise DataError(f"{path} has no rows")
+        raise DataError(f"{path} has no rows: give one for each test image")
     arrays = {"probabilities": np.stack(probabilities), "labels": _classes(path, labels, classes)}
     return arrays | {"classes": np.array(classes)}
 

@@ -254,7 +254,7 @@ def predict(
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE|-", help="Write CSV to this file instead, or with - to the terminal.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead, a line for each image.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead, one line per image.")] = False,
 ) -> None:
     """Predict images, a line each, with a bundle or a service; exits with 1 where one cannot be read.
 

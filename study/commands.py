@@ -28,7 +28,7 @@ def _study(context: typer.Context, file: Path | None, **given: Any) -> None:
     conduct(file, typed, StudyOptions.typed(given))
 
 
-_File = Annotated[Path | None, typer.Argument(metavar="[FILE.toml]", help="A study, with its methods and options.")]
+_File = Annotated[Path | None, typer.Argument(metavar="FILE.toml", help="A study, with its methods and options.")]
 _context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
 _file = inspect.Parameter("file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_File)
 _every = [

@@ -118,7 +118,7 @@ def _images(dataset: Dataset, tests: EvaluationOptions) -> int:
     """Images that each run predicts; an unknown test set is refused before hours of training."""
     count = len(dataset.test) if tests.examples is None else tests.examples
     if count > len(dataset.test):
-        raise UsageError(f"the test set has {len(dataset.test):,} images: cannot evaluate on {count:,}")
+        raise UsageError(f"the test set has {len(dataset.test):,} images: give at most as many examples, not {count:,}")
     if count < 2:
         raise UsageError("one test image gives no interval: a study takes two at least")
     shifts = load_shifts(tests.shift or (), dataset, torch.arange(count), tests.data)

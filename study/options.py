@@ -20,7 +20,7 @@ class StudyOptions(Options):
     dry_run: bool = option(False, flag="--dry-run", help="Print the plan and an estimate of its time; train nothing.")
     engine: Literal["local", "ray"] = option("local", help="What trains independent runs: this process, or Ray.")
     address: str | None = option(
-        None, help="Address of a Ray cluster. (default: RAY_ADDRESS, or a Ray of this machine's own)"
+        None, help="Address of a Ray cluster. (default: $RAY_ADDRESS, or a new Ray on this machine)"
     )
     parallel_members: int = option(1, ge=1, metavar="M", help="M independent runs at once on one GPU.")
     checkpoint_every: float = option(60.0, ge=0, help="Seconds between two checkpoints of a run.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,10 @@ import psutil
 import pytest
 import typer.main
 import yaml
+from markdown_it import MarkdownIt
 
 from ensembler.cli import app
+from ensembler.trainers import Settings, launch
 from tests import _preloaded
 from tests._pages import (
     PAGES,
@@ -218,6 +221,27 @@ def test_every_command_in_the_text_exists():
                 check_span(words, command_line())
             except AssertionError as error:
                 pytest.fail(f"{name(page)}: `{' '.join(words)}`: {error}")
+
+
+def test_the_page_names_every_option_that_resuming_takes():
+    flags = launch.Data.flags() | Settings.flags() | launch.Launch.flags()
+    page = (ROOT / "docs" / "gotchas.md").read_text(encoding="utf-8")
+    listed = page.partition("### A resumed run keeps its options")[2].partition(". For a run")[0]
+    assert set(re.findall(r"`(--[\w-]+)`", listed)) == {flags[name] for name in launch._WITH_RESUME}
+
+
+def test_every_row_of_a_table_is_in_a_table_and_has_its_cells():
+    """A blank line ends a table, and a bar that is not escaped begins a cell: GitHub shows neither as it was meant."""
+    for page in PAGES:
+        lines = page.read_text(encoding="utf-8").splitlines()
+        tokens = MarkdownIt().enable("table").parse("\n".join(lines))
+        inside = {line for token in tokens if token.type in ("fence", "table_open") for line in range(*token.map)}
+        for token in (token for token in tokens if token.type == "table_open"):
+            bars = [len(re.findall(r"(?<!\\)\|", lines[line])) for line in range(*token.map)]
+            wrong = next((line for line, count in enumerate(bars) if count != bars[0]), None)
+            assert wrong is None, f"{name(page)}:{token.map[0] + wrong + 1}: a row of another number of cells"
+        outside = [number + 1 for number, line in enumerate(lines) if line.startswith("|") and number not in inside]
+        assert not outside, f"{name(page)}: rows in no table, lines {outside}"
 
 
 def test_every_block_can_be_parsed():

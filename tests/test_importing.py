@@ -137,10 +137,7 @@ def test_the_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(build("cnn", 10, seed=1).state_dict(), "a.pt")
     result = call("import", "a.pt", "--arch", "cnn", "--out", "run")
-    assert (result.exit_code, result.stderr.strip()) == (
-        1,
-        "error: --dataset is required: the images that the checkpoints were trained on",
-    )
+    assert (result.exit_code, result.stderr) == (2, "error: --dataset is missing: see ensembler import --help\n")
     result = call(
         "import", "a.pt", "--arch", "cnn", "--dataset", "digits", "--normalisation", "imagenet", "--out", "run"
     )

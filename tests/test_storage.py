@@ -788,7 +788,10 @@ def test_a_repository_that_another_commits_to_meanwhile_is_not_mixed(hub, tmp_pa
 
 def test_repositories_that_cannot_be_had(hub, tmp_path, monkeypatch):
     source = made(tmp_path / "source")
-    refused(call("pull", "hf://user/nowhere"), "no run or bundle at hf://user/nowhere; if it is private, set HF_TOKEN")
+    refused(
+        call("pull", "hf://user/nowhere"),
+        "no run or bundle at hf://user/nowhere: check the URL; if it is private, set HF_TOKEN",
+    )
     refused(call("pull", "hf://mine"), "is not a repository: give hf://USER/NAME")
     push(source, "hf://user/mine")
     refused(call("pull", "hf://user/mine@v9"), "no run or bundle at hf://user/mine@v9")

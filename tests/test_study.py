@@ -658,7 +658,7 @@ def test_what_cannot_be_evaluated_is_refused_before_training(tmp_path):
     for wrong, said in (
         (("--ood", "nothing"), "nothing"),
         (("--shift", "nothing"), "nothing"),
-        (("--examples", 1000), "the test set has 360 images: cannot evaluate on 1,000"),
+        (("--examples", 1000), "the test set has 360 images: give at most as many examples, not 1,000"),
         (("--examples", 1), "one test image gives no interval: a study takes two at least"),
     ):
         result = call(*common, *wrong)

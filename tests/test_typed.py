@@ -130,7 +130,20 @@ def test_what_is_typed_wrong_is_one_line_and_the_exit_code_2():
     )
     assert refused("serve") == "error: BUNDLE is missing: see ensembler serve --help"
     assert refused("eval", "") == "error: RUNS takes a path or a URL, and it is empty"
+    assert refused("push") == "error: URL is missing: see ensembler push --help"
     assert "has no option --memb: did you mean --members?" in refused("serve", "x", "--memb", "3")
     assert refused("evl").startswith("error: there is no command 'evl'")
     assert "leave out b c" in refused("show", "a", "b", "c")
     assert not Path("s3:").exists()
+
+
+def test_help_names_arguments_as_errors_do_and_no_option_that_there_is_not():
+    for name, command in ALL.items():
+        usage = command.get_usage(command.context_class(command, info_name=name))
+        options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for parameter in command.params:
+            if parameter.param_type_name == "argument":
+                assert parameter.metavar == parameter.metavar.upper() or "." in parameter.metavar
+                assert parameter.metavar in usage and "[[" not in usage
+            text = re.sub(r"ensembler \w+ --[\w-]+", "", parameter.help or "")  # of another command, by its name
+            assert set(re.findall(r"--[a-z0-9][\w-]*", text)) <= options, (name, parameter.name)

@@ -16,7 +16,7 @@ from ensembler.progress import waiting
 from ensembler.storage.transfers import push_finished
 from ensembler.storage.urls import destination, place
 from ensembler.text import cell, counted, echo
-from ensembler.trainers.launch import Data, Import, Launch
+from ensembler.trainers.launch import CheckpointData, Data, Import, Launch
 from ensembler.trainers.method import Method, methods
 from ensembler.trainers.settings import Settings
 from ensembler.typed import missing
@@ -31,7 +31,7 @@ app = typer.Typer()
 _Run = Annotated[Path | None, typer.Argument(parser=place, help="Any run. (default: the newest in runs/)")]
 _Data = Annotated[Path | None, typer.Option(help="Folder of the dataset's files, if it has moved.")]
 _Dataset = Annotated[str | None, typer.Option(help="Name of the run's dataset, if it is another now: module:NAME.")]
-_Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... (default: CUDA where there is one)")]
+_Device = Annotated[str | None, typer.Option(help="Device, such as cpu or cuda. (default: CUDA where available)")]
 _Out = Annotated[
     str | None, typer.Option(metavar="PATH|URL", help="Folder of the new run, or a URL. (default: one in runs/)")
 ]
@@ -101,16 +101,14 @@ def _import(**given: Any) -> None:
     from ensembler.trainers.importing import import_checkpoints
     from ensembler.trainers.progress import progress
 
-    own, data = Import.typed(given), Data.typed(given)
-    if data.dataset is None:
-        raise UsageError("--dataset is required: the images that the checkpoints were trained on")
+    own, data = Import.typed(given), CheckpointData.typed(given)
     keep, dataset = _keeper(own.out), data.load()
     with progress() as on_event:
         run = import_checkpoints(own.checkpoints, own.architecture, dataset, device=own.device, on_event=on_event)
     keep(run, f"imported-{own.architecture}")
 
 
-app.command("import")(with_parameters(_import, [*parameters(Import, "Run"), *parameters(Data, "Images")]))
+app.command("import")(with_parameters(_import, [*parameters(Import, "Run"), *parameters(CheckpointData, "Images")]))
 
 
 @app.command("combine")

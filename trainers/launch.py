@@ -26,22 +26,23 @@ if TYPE_CHECKING:
     from ensembler.trainers.spec import Spec
     from ensembler.trainers.training import Training
 
-__all__ = ["Data", "Import", "Launch", "check_free", "label", "launch", "save"]
+__all__ = ["CheckpointData", "Data", "Import", "Launch", "check_free", "label", "launch", "save"]
+
+
+_DATASETS = "digits, cifar10, cifar100, fashion-mnist, folder:PATH, or your own: package.module:NAME or file.py:NAME."
 
 
 class Data(Options):
     """Which images to train on."""
 
-    dataset: str | None = option(
-        None,
-        help="digits, cifar10, cifar100, fashion-mnist, folder:PATH, or your own: package.module:NAME or file.py:NAME. "
-        "(default: that of --init, or digits)",
-    )
+    dataset: str | None = option(None, help=f"{_DATASETS} (default: digits, or that of a run to start from)")
     data: Path | None = option(
-        None, help="Folder of the dataset's files; of folder:PATH, where it is now. (default: ~/.cache/ensembler/data)"
+        None,
+        help="Folder of the dataset's files; of folder:PATH, where it is now. (default: $ENSEMBLER_DATA, or a cache "
+        "folder)",
     )
-    download: bool = option(False, flag="--download", help="Download the dataset if it is not there.")
-    image_size: int | None = option(None, ge=1, help="Resize every image to this many pixels a side.")
+    download: bool = option(False, flag="--download", help="Download the dataset if it is missing.")
+    image_size: int | None = option(None, ge=1, help="Resize every image to this many pixels per side.")
     in_memory: bool | None = option(
         None,
         flag="--in-memory/--from-files",
@@ -75,6 +76,12 @@ class Data(Options):
         return normalised(datasets.load(self.name, self.data, **asked), self.normalisation)
 
 
+class CheckpointData(Data):
+    """Which images checkpoints were trained on: nothing says it but their user."""
+
+    dataset: str = option(help=f"What they were trained on: {_DATASETS}")
+
+
 class Launch(Options):
     """Where a command's runs go, how many there are, and what is shown of them."""
 
@@ -93,13 +100,13 @@ class Launch(Options):
     )
     resume: Path | None = option(None, metavar="RUN", help="Resume an interrupted run with its original options.")
     seeds: int = option(
-        1, ge=1, panel="Engine", help="N, runs with the seeds --seed, --seed + 1, ...: OUT-s0, OUT-s1, ... where N > 1."
+        1, ge=1, panel="Engine", help="N, runs with the seeds --seed, --seed + 1, ...; for N > 1, OUT-s0, OUT-s1, ..."
     )
     engine: Literal["local", "ray"] = option(
         "local", panel="Engine", help="What runs independent jobs (members, simplexes, seeds): this process, or Ray."
     )
     address: str | None = option(
-        None, panel="Engine", help="Address of a Ray cluster. (default: RAY_ADDRESS, or a Ray of this machine's own)"
+        None, panel="Engine", help="Address of a Ray cluster. (default: $RAY_ADDRESS, or a new Ray on this machine)"
     )
     parallel_members: int = option(
         1, ge=1, metavar="M", panel="Engine", help="M independent jobs at once on one GPU: members, simplexes, seeds."
@@ -113,9 +120,9 @@ class Launch(Options):
 class Import(Options):
     """Which checkpoints become a run, and where it goes."""
 
-    checkpoints: list[Path] = option(argument=True, help="Files of weights, one a member: .safetensors, .pt, .ckpt.")
-    architecture: str = option(flag="--arch", help="The network of all of them, named as in training.")
-    device: str | None = option(None, help="cpu, cuda, ... (default: CUDA where there is one)")
+    checkpoints: list[Path] = option(argument=True, help="Files of weights, one per member: .safetensors, .pt, .ckpt.")
+    architecture: str = option(flag="--arch", help="Network of all of them, named as in training.")
+    device: str | None = option(None, help="Device, such as cpu or cuda. (default: CUDA where available)")
     out: str | None = option(None, metavar="PATH|URL", help="Folder of the new run, or a URL. (default: one in runs/)")
 
 

@@ -45,7 +45,7 @@ class Settings(Options):
     weights: str | None = option(None, help="Start from published weights of torchvision or timm: DEFAULT, or a name.")
     epochs: float = option(20, gt=0, help="Passes over the training images for one solution.")
     batch_size: int | None = option(
-        None, ge=1, help="Images a step, all processes together. (default: 128, or 32 under 10,000 images)"
+        None, ge=1, help="Images per step, all processes together. (default: 128, or 32 under 10,000 images)"
     )
     accumulate: int = option(
         1, ge=1, help="N, parts of each batch that go forward and backward one after another: less memory, same step."
@@ -81,7 +81,7 @@ class Settings(Options):
         0,
         ge=0,
         metavar="EPOCHS",
-        help="Stop a solution after so many epochs without a lower held-out loss, and keep its best weights; 0: never.",
+        help="Stop a solution after this many epochs without a lower held-out loss; keep its best weights. 0: never.",
     )
     clip: float = option(1.0, ge=0, help="Largest norm of the gradient; 0 for no limit.")
     loss: Given[str | Callable[..., Any], str] = option(
@@ -116,7 +116,7 @@ class Settings(Options):
     sync_batchnorm: bool = option(
         False,
         flag="--sync-batchnorm",
-        help="Under torchrun, normalise over the images of all GPUs, not of each.",
+        help="Under torchrun, normalise over the images of all GPUs, not of each alone.",
     )
     compile: bool = option(
         False,
@@ -138,12 +138,12 @@ class Settings(Options):
     measure: Literal["all", "none"] = option(
         "all",
         computing=True,
-        help="Whether held-out images are predicted after every epoch, and points of a simplex or curve in the end: "
-        "forward passes.",
+        help="all: score held-out images after every epoch, and points of a simplex or curve at the end, which takes "
+        "forward passes; none: neither.",
     )
     seed: int = option(0, help="Random seed.")
     device: Given[str | Device | None, str | None] = option(
-        None, computing=True, help="cpu, cuda, ... (default: CUDA where there is one)"
+        None, computing=True, help="Device, such as cpu or cuda. (default: CUDA where available)"
     )
     threads: int | None = option(
         None,
@@ -156,7 +156,7 @@ class Settings(Options):
         ge=0,
         computing=True,
         panel="Images",
-        help="Processes that read images from files. (default: one a CPU, at most 8)",
+        help="Processes that read images from files. (default: one per CPU, at most 8)",
     )
 
     @field_validator("loss", "augmentation", "optimiser", "parameter_groups", mode="before")

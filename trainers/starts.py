@@ -138,7 +138,7 @@ def vertices(trainer: Trainer, run: Run) -> Tensor:
     run.manifest.dataset.check(trainer.dataset)
     own, other = trainer.settings.architecture, run.manifest.architecture
     if other != own:
-        raise UsageError(f"a run of {other} and {own} have no weights in common")
+        raise UsageError(f"a run of {other} and {own} have no weights in common: name runs of one --arch")
     trainer.weights.load_frozen(run.frozen)
     return trainer.weights.flatten(run.vertices)
 

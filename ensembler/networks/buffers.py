@@ -81,7 +81,9 @@ def member_buffers(
             _iterate(weights.module)
             if has_batchnorm(weights.module):
                 if train is None:
-                    raise UsageError("new members of a network with BatchNorm need its training images")
+                    raise UsageError(
+                        "new members of a network with BatchNorm need its training images: give the dataset"
+                    )
                 batchnorm.recompute(weights.module, _inputs(train, record, vertices.device))
         rows.append(weights.buffers())
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]} if rows else {}

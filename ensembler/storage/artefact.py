@@ -421,7 +421,7 @@ def read(
         CorruptError: a file is missing, truncated or changed; the message names it.
     """
     if not path.is_dir():
-        raise ArtefactError(f"no {kind} at {path}: there is no such folder")
+        raise ArtefactError(f"no {kind} at {path}: there is no such folder, check the path")
     if not os.path.lexists(path / MANIFEST):
         raise ArtefactError(f"{path} is not a {kind}: it has no {MANIFEST}")
     try:

@@ -224,7 +224,7 @@ def _read_seal(store: Store) -> tuple[bytes, str]:
         return seal, match[1]
     if seal is None and store.read(MANIFEST) is None:
         hidden = "; if it is private, set HF_TOKEN" if isinstance(store, HubRepository) else ""
-        raise ArtefactError(f"no run or bundle at {store.url}{hidden}")
+        raise ArtefactError(f"no run or bundle at {store.url}: check the URL{hidden}")
     raise CorruptError(
         f"{store.url} is incomplete: wait until its push has finished, or push it again if that was interrupted"
     )
@@ -255,7 +255,7 @@ def _verify(path: Path) -> dict[str, Any]:
     try:
         manifest = _parse(artefact.read_text(path, MANIFEST), path)
     except FileNotFoundError as error:
-        raise ArtefactError(f"no run or bundle at {path}: it has no {MANIFEST}") from error
+        raise ArtefactError(f"no run or bundle at {path}: it has no {MANIFEST}; check the path") from error
     except OSError as error:
         raise ArtefactError(f"cannot read {path}: {error.strerror or error}") from error
     return artefact.read(path, manifest["kind"], (manifest.get("format"),))  # type: ignore[arg-type]

@@ -302,9 +302,12 @@ def _unpack(archive: Archive, tar: Path, folder: Path, watch: Watcher) -> None:
                         os.fsync(file.fileno())
         missing = [name for name in archive.files if not (hidden / name).is_file()]
         if not archive.files and not any(hidden.iterdir()):
-            raise DataError(f"{tar} has no image: it is not the published archive")
+            raise DataError(f"{tar} has no image: it is not the published archive, remove it and run the command again")
         if missing:
-            raise DataError(f"{tar} has no {archive.folder}/{missing[0]}: it is not the published archive")
+            raise DataError(
+                f"{tar} has no {archive.folder}/{missing[0]}: it is not the published archive, remove it and "
+                "run the command again"
+            )
         if not archive.files and hasattr(os, "sync"):
             os.sync()  # once: hundreds of thousands of small files
         hidden.rename(folder)

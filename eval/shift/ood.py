@@ -114,7 +114,9 @@ def _folder(folder: Path, skip: bool) -> tuple[tuple[str, ...], int]:
     paths, left_out = find_images(part)
     if not paths:
         held = f"; it holds {describe(left_out)}" if left_out else ""
-        raise DataError(f"{part} holds no image that is read ({', '.join(sorted(suffixes()))}){held}")
+        raise DataError(
+            f"{part} holds no image that is read ({', '.join(sorted(suffixes()))}){held}: name a folder of images"
+        )
     files = [path.relative_to(folder).as_posix() for path in paths]
     bad = find_unreadable(folder, files) if skip else set()
     if len(bad) == len(paths):

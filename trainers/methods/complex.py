@@ -43,7 +43,7 @@ class Complex(Method):
     published = (Recipe("vgg16", BASE | {"epochs": 25, "lr": 0.05, "regularisation": 1e-7}, BENTON_2021),)
 
     modes: Given[Sequence[str | Path], list[str]] = option(
-        argument=True, path=True, metavar="RUN...", help="Two runs or more; of each, the first member."
+        argument=True, path=True, metavar="RUNS", help="Two runs or more; of each, the first member."
     )
     connectors: int = option(1, ge=1, help="Vertices that all simplexes share, added one at a time.")
     members: int = option(10, ge=1, help="M: the vertices first, then points drawn inside.")

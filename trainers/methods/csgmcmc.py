@@ -51,9 +51,9 @@ class CyclicalSGMCMC(Method):
     )
 
     members: int = option(12, ge=1, help="M, samples in all.")
-    samples_per_cycle: int = option(3, ge=1, help="Samples a cycle; M is a multiple of it.")
+    samples_per_cycle: int = option(3, ge=1, help="Samples per cycle; M is a multiple of it.")
     cycle: float | None = option(
-        None, gt=0, help="Epochs a cycle; the paper takes 50. (default: --epochs divided by the cycles)"
+        None, gt=0, help="Epochs per cycle; the paper takes 50. (default: --epochs divided by the cycles)"
     )
     exploration: float = option(0.8, ge=0, lt=1, help="beta, share of a cycle before the noise and the samples.")
     temperature: float = option(

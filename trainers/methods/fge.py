@@ -39,12 +39,12 @@ class FGE(Method):
     by_budget = frozenset({"members"})
     published = (
         *(Recipe(name, SOLUTIONS[name] | options, GARIPOV_2018) for name, options in _CYCLES.items()),
-        # SamsungLabs/pytorch-ensembles starts from a solution that is trained out in 160 epochs.
+        # SamsungLabs/pytorch-ensembles starts from a solution that has converged in 160 epochs.
         Recipe("vgg16bn", SOLUTIONS["vgg16"] | _CYCLES["vgg16"] | {"epochs": 160, "start": 1.0}, ASHUKHA_2020),
     )
 
-    members: int = option(5, ge=1, help="M, snapshots taken, one a cycle.")
-    cycle: float = option(2, gt=0, help="c, epochs a cycle; the paper takes 2 to 4.")
+    members: int = option(5, ge=1, help="M, snapshots taken, one per cycle.")
+    cycle: float = option(2, gt=0, help="c, epochs per cycle; the paper takes 2 to 4.")
     high: float | None = option(None, gt=0, help="alpha_1, highest learning rate of a cycle. (default: half of --lr)")
     low: float | None = option(None, gt=0, help="alpha_2, lowest learning rate of a cycle. (default: a 200th of --lr)")
     start: float = option(0.8, gt=0, le=1, help="Share of one solution's budget before the cycles.")

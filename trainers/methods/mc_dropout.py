@@ -31,7 +31,7 @@ class MCDropout(Method):
     # Dropout of VGG16's head is a part of its usual training: the network is that of a deep ensemble.
     published = (Recipe("vgg16bn", SOLUTIONS["vgg16"] | {"epochs": 400, "members": 100}, ASHUKHA_2020),)
 
-    members: int = option(10, ge=1, help="M, dropout masks drawn, one a member.")
+    members: int = option(10, ge=1, help="M, dropout masks drawn, one per member.")
 
     def check(self, name: str, network: nn.Module, x: Tensor) -> None:
         """Refuse a network without dropout, or with dropout that no masks can take the place of."""

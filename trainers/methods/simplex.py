@@ -98,7 +98,7 @@ class Simplex(Method):
         True, flag="--corners/--no-corners", help="Whether the first members are the vertices themselves."
     )
     samples_per_step: int = option(
-        1, ge=1, help="Points a step; the batch is split among them, two images each at least."
+        1, ge=1, help="Points per step; the batch is split among them, at least two images each."
     )
     simplexes: int = option(1, ge=1, help="S, each around a solution of its own; several are ESPRO.")
 

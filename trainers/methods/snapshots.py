@@ -42,9 +42,9 @@ class Snapshots(Method):
         ),
     )
 
-    members: int = option(5, ge=1, help="M, snapshots taken, one a cycle.")
+    members: int = option(5, ge=1, help="M, snapshots taken, one per cycle.")
     cycle: float | None = option(
-        None, gt=0, help="Epochs a cycle; the paper takes 20 to 40. (default: --epochs divided by M)"
+        None, gt=0, help="Epochs per cycle; the paper takes 20 to 40. (default: --epochs divided by M)"
     )
 
     def resolved(self, settings: Settings) -> Self:
