@@ -15,15 +15,17 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 
 from tests._kills import Changes, kill, kill_in_the_next_file
+from tests._preloaded import LATE
 
 ROOT = Path(__file__).parents[1]
 HEAVY = (  # but ONNX Runtime, which starts a thread that no fork would inherit
@@ -42,6 +44,7 @@ HEAVY = (  # but ONNX Runtime, which starts a thread that no fork would inherit
     "rich.progress",
     "rich.table",
     "ensembler.cli",
+    *LATE,
 )
 
 
@@ -126,6 +129,8 @@ class Nursery:
         clock: Path | None = None,
         stops: tuple[str, str, int] | None = None,
         ends: tuple[int, int] | None = None,
+        module: str = "ensembler.cli",
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> Process:
         """Start ``ensembler ARGUMENTS`` in a folder.
 
@@ -139,6 +144,8 @@ class Nursery:
                 each of the first so many.
             ends: a signal, and the number of the change of files in the folder just before which it comes; SIGXFSZ
                 comes in the middle of a file that is written later.
+            module: whose ``main`` is called.
+            environment: further variables.
         """
         self._count += 1
         log = self._folder / f"{self._count}"
@@ -150,6 +157,8 @@ class Nursery:
             clock=None if clock is None else str(clock),
             stops=stops,
             ends=ends,
+            module=module,
+            environment=dict(environment),
         )
         return Process(self, pid, log)
 
@@ -241,10 +250,14 @@ def _become(request: dict[str, Any]) -> None:
     acts = {signal.SIGKILL: kill, signal.SIGXFSZ: kill_in_the_next_file}
     changes = Changes(Path.cwd(), before, acts.get(number, lambda: os.kill(os.getpid(), number)))
     sys.argv, code = ["ensembler", *request["arguments"]], 0
+    os.environ.update(request["environment"])
     try:
-        sys.modules["ensembler.cli"].main()
+        importlib.import_module(request["module"]).main()
     except SystemExit as error:
         code = error.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1

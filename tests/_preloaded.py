@@ -19,6 +19,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+LATE = (  # what is imported by the first run, evaluation or export: half of what these take, if each does it again
+    "netcal.metrics",
+    "networkx",
+    "sklearn.model_selection",
+    "torch._dynamo",
+    "torch._export.non_strict_utils",
+    "torch._functorch.aot_autograd",
+)
 IMPORTS = (  # not ensembler.cli: a page's own command is added before that is imported
     "ensembler.eval.calibrate",
     "ensembler.eval.comparison",
@@ -37,6 +45,7 @@ IMPORTS = (  # not ensembler.cli: a page's own command is added before that is i
     "rich.console",
     "sklearn.datasets",
     "torchvision.models",
+    *LATE,
 )
 
 _CLIENT = """#!{python} -IS

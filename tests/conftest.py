@@ -46,6 +46,16 @@ def _cache_of_its_own(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "caches" / str(next(_numbers))))
 
 
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    """Starts commands in processes of their own, without their imports."""
+    from tests._faults import Nursery
+
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.close()
+
+
 @pytest.fixture
 def images(tmp_path):
     """A folder of images, as options of a command."""

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -41,29 +40,25 @@ ROOT = Path(__file__).parents[1]
 TOGETHER = ROOT / "tests" / "_together.py"
 
 
-def started(*arguments, **environment):
-    command = [sys.executable, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def torchrun(*arguments, options=(), **environment):
-    options = ["--standalone", "--nproc-per-node", 2, *options]
-    return started("-m", "torch.distributed.run", *options, *arguments, **environment)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    environment |= os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
-def two(*arguments, **environment):
+def two(nursery, folder, *arguments, module="ensembler.cli", **environment):
     """The two processes that torchrun would start, by rank: it takes as long to start as they do."""
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | environment
-    return [started(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+    ranks = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    return [nursery.start(folder, *arguments, module=module, environment=own) for own in ranks]
 
 
-def ended(*processes, code=0):
-    """What they printed, once all have ended with the given code, or with any but 0."""
-    printed = [process.communicate(timeout=600) for process in processes]
-    for process in processes:
-        assert process.returncode == code if code == 0 else process.returncode != 0, printed
-    return ["".join(texts) for texts in zip(*printed, strict=True)]
+def succeeded(processes):
+    """What both printed, once they have ended."""
+    assert [process.wait() for process in processes] == [0, 0], [process.err for process in processes]
+    return "".join(process.out for process in processes), "".join(process.err for process in processes)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -109,7 +104,7 @@ def test_the_shares_of_a_batch_are_the_batch(tmp_path, in_memory, workers, augme
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, nursery):
     """What two processes hold after each method, and what a single one does."""
     folder = tmp_path_factory.mktemp("together")
     for seed in (1, 2):
@@ -120,7 +115,7 @@ def trained(tmp_path_factory):
         after(patch, 27)
         train(folder, "resumed")
     expected["resumed"] = expected["simplex"]
-    ended(*two(TOGETHER, folder))
+    succeeded(two(nursery, folder, folder, module="tests._together"))
     return folder, expected
 
 
@@ -153,12 +148,12 @@ LENGTH = ["--vertices", 2, "--epochs", 10, "--vertex-epochs", 10]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, nursery):
     """A run of two processes through the command line, its command, and what it printed."""
     folder = tmp_path_factory.mktemp("run")
     images = make_photos(folder / "images", count=12, size=(8, 8))
-    command = ["-m", "ensembler", "train-simplex", *LENGTH, *NETWORK, "--dataset", images]
-    return folder, command, ended(*two(*command, "--log", folder / "log", "--out", folder / "whole"))
+    command = ["train-simplex", *LENGTH, *NETWORK, "--dataset", images]
+    return folder, command, succeeded(two(nursery, folder, *command, "--log", "log", "--out", folder / "whole"))
 
 
 def same_bytes(one, other):
@@ -191,52 +186,55 @@ def processes_of(torchrun_process):
     return found
 
 
-def interrupted(start, command, folder):
-    """What trains at a folder, in the middle of the second part, where every process waits to be killed."""
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    found = start(*command, "--checkpoint-every", 0, "--out", folder, TESTS_HOLD_AT=str(unfinished))
+def wait_until_held(unfinished, ended):
+    """Wait until the processes of a training are in its second part, where they wait to be killed."""
     while not list(unfinished.glob("*/vertex-2.*")):
-        for process in found if isinstance(found, list) else [found]:
-            assert process.poll() is None, process.communicate()[1]
+        assert not ended()
         time.sleep(0.01)
-    return found
 
 
 def test_a_killed_process_costs_no_more_than_a_restart(whole):
     folder, command, _ = whole
-    process = interrupted(partial(torchrun, options=["--max-restarts", 2]), command, folder / "killed")
+    killed, unfinished = folder / "killed", folder / "killed.unfinished"
+    arguments = ["-m", "ensembler", *command, "--checkpoint-every", 0, "--out", killed]
+    process = torchrun(*arguments, options=["--max-restarts", "2"], TESTS_HOLD_AT=str(unfinished))
+    wait_until_held(unfinished, process.poll)
     processes_of(process)[1].send_signal(signal.SIGKILL)
-    _, err = ended(process)
-    assert same_bytes(folder / "whole", folder / "killed")
-    assert not (folder / "killed.unfinished").exists()
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert same_bytes(folder / "whole", killed)
+    assert not unfinished.exists()
     assert err.count("solution 1: epoch 1 of 10,") == 1, "it was not begun anew"
 
 
-def test_what_was_interrupted_is_resumed(whole):
+def test_what_was_interrupted_is_resumed(whole, nursery):
     folder, command, _ = whole
-    processes = interrupted(two, command, folder / "first")
-    processes[0].send_signal(signal.SIGKILL)
-    ended(*processes, code=1)
+    unfinished = folder / "first.unfinished"
+    arguments = [*command, "--checkpoint-every", 0, "--out", "first"]
+    first, second = two(nursery, folder, *arguments, TESTS_HOLD_AT=str(unfinished))
+    wait_until_held(unfinished, lambda: first.ended() or second.ended())
+    assert first.kill() == -signal.SIGKILL
+    assert second.kill() in (-signal.SIGKILL, 1), "it waits as well, or has seen that the first is gone"
     assert not (folder / "first").exists()
-    ended(*two("-m", "ensembler", "train-simplex", "--resume", folder / "first"))
+    succeeded(two(nursery, folder, "train-simplex", "--resume", "first"))
     assert same_bytes(folder / "whole", folder / "first")
 
 
 def test_a_common_error_is_said_once_by_the_first_process_however_slow_it_is(tmp_path):
-    command = [TOGETHER, "train-simplex", "--vertices", 1, "--out", tmp_path / "x"]
-    _, err = ended(torchrun(*command), code=1)
+    process = torchrun(TOGETHER, "train-simplex", "--vertices", 1, "--out", tmp_path / "x")
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 1, err
     assert err.count("--vertices must be at least 2, not 1") == 1
     assert "error: --vertices must be at least 2, not 1, says the first" in " ".join(err.split())
     assert not list(tmp_path.iterdir())
 
 
-def test_an_error_of_one_process_is_said_by_it_and_ends_the_other():
+def test_an_error_of_one_process_is_said_by_it_and_ends_the_other(nursery, tmp_path):
     """Without torchrun, which may end the other one before it has said anything."""
-    first, second = two(TOGETHER, "alone")
-    messages = [process.communicate(timeout=600)[1] for process in (first, second)]
-    assert "another process of this training has ended" in messages[0]
-    assert messages[1].count("rank 1: error: this process alone has failed") == 1
-    assert (first.returncode, second.returncode) == (1, 1)
+    first, second = two(nursery, tmp_path, "alone", module="tests._together")
+    assert [process.wait() for process in (first, second)] == [1, 1]
+    assert "another process of this training has ended" in first.err
+    assert second.err.count("rank 1: error: this process alone has failed") == 1
 
 
 def test_under_torchrun_a_run_has_a_name_and_its_command_resumes_by_itself(tmp_path, images, monkeypatch):

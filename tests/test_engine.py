@@ -89,7 +89,7 @@ def die(shared, argument, emit):
 
 def wait(shared, argument, emit):
     emit("began")
-    time.sleep(1200)
+    time.sleep(3600)
 
 
 def threads(shared, argument, emit):
@@ -133,10 +133,10 @@ def test_what_is_pending_is_cancelled(ray):
 
     with pytest.raises(KeyboardInterrupt):
         run(Ray(threads=1), wait, None, [1, 2, 3], interrupt)
-    # The two CPUs are free again at once.
+    # The two CPUs are free again, long before the jobs would have ended.
     start = time.monotonic()
     assert run(Ray(threads=2), threads, None, [1]) == [(0, 2)]
-    assert time.monotonic() - start < 600
+    assert time.monotonic() - start < 3600
 
 
 def test_what_a_job_asks_for():

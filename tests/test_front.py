@@ -394,14 +394,6 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "set TMPDIR" in f"{result.exception} {result.stderr}"  # the message alone, where no other command ran before
 
 
-def test_what_cannot_be_loaded_ends_the_server_with_a_sentence(tmp_path: Path) -> None:
-    server = started(tmp_path, "--members", "99")
-    assert server.process.wait(PATIENCE) == 2
-    log = server.log.read_text()
-    assert "error: the bundle holds 3 members and no vertices to make 99 of" in log
-    assert "Traceback" not in log
-
-
 def test_a_bundle_harmed_while_it_serves_does_not_restart_for_ever(tmp_path: Path) -> None:
     server = started(tmp_path)
     try:
