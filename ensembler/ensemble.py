@@ -118,9 +118,11 @@ class Ensemble:
 
         Raises:
             ArtefactError: there is no run. CorruptError: a file of the run has changed. UsageError: the network cannot
-                be imported and is not passed, or another one is.
+                be imported and is not passed, or another one is, or it computes otherwise than when the run was made.
         """
-        return cls(Run.load(path, network), device, batch_size)
+        found = cls(Run.load(path, network), device, batch_size)
+        found.check_networks()
+        return found
 
     def __repr__(self) -> str:
         from ensembler.describe import lines
@@ -163,6 +165,24 @@ class Ensemble:
             UsageError: as of :meth:`network`.
         """
         return self._place(member)[0].run
+
+    @default_modes()
+    def check_networks(self) -> None:
+        """Refuse a network that computes otherwise than when the run was made.
+
+        Raises:
+            UsageError: its code or its arguments have changed.
+        """
+        with self._turn:
+            for part in self._parts:
+                part.check()
+
+    @default_modes()
+    def record_probes(self) -> None:
+        """Note in the run's manifests what its networks compute, for :meth:`check_networks`."""
+        with self._turn:
+            for part in self._parts:
+                part.run.manifest.probe = part.probe()
 
     def _place(self, member: int) -> tuple[MemberNetworks, int]:
         if not 0 <= member < self.members:
@@ -449,7 +469,7 @@ class Ensemble:
         with self._turn:
             found = member_buffers(part.weights, vertices, coefficients, train, record, starts)
         buffers = {name: rows.cpu() for name, rows in found.items()}
-        sizes = {"vertices": len(vertices), "members": len(coefficients), "files": {}}
+        sizes = {"vertices": len(vertices), "members": len(coefficients), "files": {}, "probe": []}
         manifest = run.manifest.model_copy(update=sizes)
         moved = replace(run, manifest=manifest, coefficients=coefficients, buffers=buffers, path=None)
         return Ensemble(moved, self.device, self.batch_size)

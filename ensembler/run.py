@@ -153,6 +153,8 @@ class Manifest(Record):
         vertices, members, parameters: K, M and P; of a combination of different networks, their sums.
         parts: number of different networks; 0 for one.
         sampling: how to draw further members; ``None`` if the members are fixed.
+        probe: what the first member answers to two images of noise, by which a network is found that computes otherwise
+            now (:meth:`ensembler.networks.members.MemberNetworks.check`); empty for data of another kind.
     """
 
     kind: Literal["run"] = "run"
@@ -169,6 +171,7 @@ class Manifest(Record):
     parameters: int
     parts: int = 0
     sampling: Sampling | Gaussians | None
+    probe: list[float] = Field(default_factory=list)
     options: dict[str, Any] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     fingerprint: str = ""

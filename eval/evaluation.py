@@ -272,6 +272,8 @@ def evaluate_paths(
     ]
     folder = folder_of(options.cache)
     ensembles = [Ensemble(run, options.device, options.batch_size) for run in runs]
+    for ensemble in ensembles:
+        ensemble.check_networks()
     predictors = [Predictor(one, folder, views, seed) for one in ensembles for views in options.views]
     configure(predictors[0].ensemble.device)
     shifted_sets = [one for shift in shifts for one in shift.sets if isinstance(one, TestSet)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from threading import Thread
 
 import numpy as np
@@ -15,9 +16,11 @@ from ensembler import Ensemble
 from ensembler.data.datasets import normalise
 from ensembler.device import choose_device
 from ensembler.errors import DataError, ShapeError, UsageError
+from ensembler.eval.evaluation import evaluate_paths
+from ensembler.eval.options import EvaluationOptions
 from ensembler.networks.architectures import build
 from ensembler.run import Run
-from ensembler.trainers import DeepEnsemble, Simplex
+from ensembler.trainers import DeepEnsemble, Settings, Simplex, collapse_run, combine, train
 from tests._host import CpuGraph
 from tests._runs import make_run
 from tests._small import dataset
@@ -262,6 +265,30 @@ def test_points_without_the_sum_1_are_refused():
     for wrong, shown in (([[0.5, 0.5, 0.5]], "1.5"), ([[0.5, float("nan"), 0.5]], "nan")):
         with pytest.raises(ShapeError, match=f"coefficients of point 0 have the sum {shown}, and must have 1"):
             ensemble.at(torch.tensor(wrong))
+
+
+def activated(activation, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), activation(), nn.Linear(8, num_classes))
+
+
+def test_a_network_that_computes_otherwise_than_in_training_is_refused(tmp_path):
+    """With the same weights and the same name, by another argument or changed code."""
+    relu, tanh = partial(activated, nn.ReLU), partial(activated, nn.Tanh)
+    settings, data = Settings(epochs=1, device="cpu"), dataset()
+    runs = {"single": train(data, DeepEnsemble(members=1), settings, network=relu)}
+    runs["simplex"] = train(data, Simplex(vertices=2), settings, network=relu)
+    runs["others"] = Ensemble(runs["simplex"], "cpu").sample(3, seed=1).run
+    runs["both"] = combine({"a": runs["single"], "b": runs["simplex"]}, data)
+    runs["centroid"] = collapse_run(runs["simplex"], data)
+    for name, run in runs.items():
+        path = run.save(tmp_path / name)
+        assert Ensemble.load(path, "cpu", network=relu).members == run.manifest.members
+        if name == "others":  # were not measured: nothing is known of them
+            continue
+        with pytest.raises(UsageError, match="the network __main__:partial computes otherwise than when the run was"):
+            Ensemble.load(path, "cpu", network=tanh)
+    with pytest.raises(UsageError, match="computes otherwise"):
+        evaluate_paths(tmp_path / "both", EvaluationOptions(device="cpu"), dataset=data, network=tanh)
 
 
 def test_members_and_variations_that_are_not_there():

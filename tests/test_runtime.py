@@ -183,6 +183,12 @@ def test_a_manifest_of_another_shape_is_refused(
         Runtime.load(tmp_path / "other")
 
 
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_threads_are_refused(bundle: Path, threads: int) -> None:
+    with pytest.raises(UsageError, match=f"threads must be at least 1, not {threads}"):
+        Runtime.load(bundle, threads)
+
+
 def test_a_bundle_without_its_probe_is_refused(bundle: Path, tmp_path: Path) -> None:
     manifest = Runtime.load(bundle).manifest
     with artefact.write(tmp_path / "other", manifest.model_dump()) as folder:

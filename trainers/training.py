@@ -332,8 +332,9 @@ def assemble(spec: Spec, trainer: Trainer, members: Members, name: str, independ
 
 
 def measure(run: Run, dataset: Dataset, device: torch.device | str | None) -> dict[str, dict[str, float | None]]:
-    """The run's scores on the held-out and the test data."""
+    """The run's scores on the held-out and the test data; its manifest gets what its networks compute."""
     ensemble = Ensemble(run, device)
+    ensemble.record_probes()
     splits = {"validation": dataset.validation, "test": dataset.test}
     return {split: _scores(ensemble, examples) for split, examples in splits.items()}
 

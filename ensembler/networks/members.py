@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ensembler.data import examples
+from ensembler.errors import UsageError
 from ensembler.networks.capture import Captured, CudaGraph
 from ensembler.networks.checks import NetworkChecks
 from ensembler.networks.dropout import fix_masks
@@ -16,6 +17,8 @@ from ensembler.weights import FlatWeights
 
 __all__ = ["MemberNetworks"]
 
+_PROBED = 8  # outputs that a run records
+_SAME = 5e-2  # of the largest of them: far more than what rounding changes, on a GPU also in TF32
 _GRAPHS = 8  # shapes of batches that have one; each holds memory
 
 
@@ -65,6 +68,31 @@ class MemberNetworks:
         self._graphs(stored, x)
         return self._outputs[key]
 
+    def probe(self) -> list[float]:
+        """Return what the first member answers to noise: the first outputs for each of two images."""
+        if (x := self._noise(self.vertices.device)) is None:
+            return []
+        self.network(0)
+        with torch.inference_mode():
+            return self._forward(x, stored=False)[:, :_PROBED].float().flatten().tolist()  # type: ignore[no-any-return]
+
+    def check(self) -> None:
+        """Refuse a network that computes otherwise than when the run was made: its weights alone do not say so.
+
+        Raises:
+            UsageError: the first member's :meth:`probe` is not the manifest's.
+        """
+        manifest = self.run.manifest
+        expected = torch.tensor(manifest.probe)
+        if not len(expected):
+            return
+        found = torch.tensor(self.probe())
+        if not torch.allclose(found, expected, rtol=0, atol=_SAME * max(1e-3, expected.abs().max().item())):
+            raise UsageError(
+                f"the network {manifest.architecture} computes otherwise than when the run was made, with the same "
+                "weights: give it the code and the arguments of then, or train again"
+            )
+
     def _forget(self, modes: list[bool]) -> None:
         """Begin without graphs, for a network in these modes."""
         self._modes, self._outputs = modes, dict[object, Tensor]()
@@ -84,10 +112,14 @@ class MemberNetworks:
         A user's own network is checked: its module may have changed, or the run may come from elsewhere.
         """
         manifest = self.run.manifest
-        record, checks = manifest.dataset, NetworkChecks(manifest.architecture, kind, outputs, self.run.network)
+        checks = NetworkChecks(manifest.architecture, kind, outputs, self.run.network)
+        return checks.built(manifest.settings.get("memory_format"), self._noise(device), device)
+
+    def _noise(self, device: torch.device) -> Tensor | None:
+        """Return inputs made of two images of noise; ``None`` for data of a user's own kind."""
+        record = self.run.manifest.dataset
         pixels = torch.randint(0, 256, (2, *record.shape), dtype=torch.uint8, generator=generator(0, "probe"))
-        x = self.inputs(pixels.to(device)) if record.kind in ("images", "arrays") else None
-        return checks.built(manifest.settings.get("memory_format"), x, device)
+        return self.inputs(pixels.to(device)) if record.kind in ("images", "arrays") else None
 
 
 def _unsaid(reason: str) -> None:

@@ -95,11 +95,13 @@ class Runtime:
             key: PEM file of the public key that the bundle must be signed with.
 
         Raises:
-            UsageError: members that the bundle neither holds nor can make, a GPU that does not exist, or TF32 for a
-                bundle that was not compared in it.
+            UsageError: no thread, members that the bundle neither holds nor can make, a GPU that does not exist, or
+                TF32 for a bundle that was not compared in it.
             ArtefactError: no bundle there, of an unknown format, or a graph that ONNX Runtime cannot open.
             CorruptError: a file is missing or has changed; it is named.
         """
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads must be at least 1, not {threads}")
         bundle = Path(bundle)
         manifest = read_bundle(bundle, key)
         gpu = gpu or GpuOptions()
