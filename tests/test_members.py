@@ -16,7 +16,7 @@ from ensembler.networks.buffers import recomputed
 from ensembler.run import Run
 from ensembler.serve import Runtime, export_run
 from ensembler.serve.runtime.verify import verify_bundle
-from ensembler.trainers import FGE, Complex, Curve, DeepEnsemble, Simplex, Subspace, collapse_run
+from ensembler.trainers import FGE, Complex, Curve, DeepEnsemble, Method, Simplex, Subspace, collapse_run
 from ensembler.weights import FlatWeights, tie
 from tests._small import dataset
 from tests._training import make, saved
@@ -149,6 +149,17 @@ def test_what_is_recomputed_is_what_training_updates_by_itself() -> None:
     assert names("spectral_hook") == {"0.0.weight_u", "0.0.weight_v"}
     assert names("spectral") == {f"1.parametrizations.weight.0._{vector}" for vector in "uv"}
     assert names("frozen") == names("still_batchnorm") == names("scaled") == names("masked") == set()
+
+
+def test_own_running_statistics_that_members_take_over_are_named() -> None:
+    def said(name: str, method: Method = Simplex(vertices=2, members=3, vertex_epochs=1)) -> list[str]:  # noqa: B008
+        found: list[str] = []
+        make(method, architecture=f"tests._networks:{name}", epochs=1, said=found)
+        return [text for text in found if "changes buffers of its own" in text]
+
+    (sentence,) = said("scaled")
+    assert "tests._networks:scaled changes buffers of its own in training (average): members that were not" in sentence
+    assert said("scaled", DeepEnsemble(members=1)) == said("spectral") == said("pruned") == said("masked") == []
 
 
 @pytest.mark.parametrize("name", ["spectral_hook", "spectral"])
