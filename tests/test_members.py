@@ -97,7 +97,7 @@ def test_every_member_of_every_method_is_right(family: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("scaled", "members"), *((n, "vertices") for n in EXPORTED)],
+    [("scaled", "members"), ("projected", "single"), *((n, "vertices") for n in EXPORTED)],
 )
 def test_exported_members_answer_as_pytorch(name: str, layout: str, tmp_path: Path) -> None:
     """Also parameters and buffers without dimensions, in both layouts, and functions that PyTorch's exporter lacks."""
