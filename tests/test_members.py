@@ -25,7 +25,7 @@ FAMILIES = (
     *("frozen_alike", "instance_norm", "still_batchnorm", "spectral_hook", "spectral", "weight_normed", "pruned"),
     *("scaled", "tied", "tied_by_memory", "masked"),
 )
-EXPORTED = ("scaled", "spectral_hook", "pruned", "booleans", "projected", "attention", "distances")
+EXPORTED = ("scaled", "spectral_hook", "pruned", "booleans", "projected", "attention", "distances", "bag")
 IMAGES = dataset()
 
 
