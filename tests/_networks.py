@@ -188,6 +188,8 @@ class Odd(nn.Module):
     def __init__(self, num_classes: int, kind: str) -> None:
         super().__init__()
         self.kind, self.head = kind, nn.Linear(3 * 8 * 8, num_classes)
+        if kind in ("bag", "bags"):
+            self.bag = nn.EmbeddingBag(9, 192, mode="sum" if kind == "bag" else "mean")
         if kind == "packed":
             self.rows = nn.GRU(24, 24, batch_first=True)
         if kind == "scripted":
@@ -205,6 +207,10 @@ class Odd(nn.Module):
             x = x - x.flatten(2).median(-1).values[..., None, None]
         if self.kind == "solve":
             x = torch.linalg.solve(x.abs() + 9 * torch.eye(8), x)
+        if self.kind in ("bag", "bags"):
+            values = (x.flatten(1)[:, :6].clamp(-2, 2) * 2 + 4).long()
+            starts = torch.arange(x.shape[0]) * 6
+            x = self.bag(values) if self.kind == "bag" else self.bag(values.flatten(), starts)
         if self.kind == "packed":
             lengths = torch.full((x.shape[0],), 8)
             rows = nn.utils.rnn.pack_padded_sequence(x.transpose(1, 2).flatten(2), lengths, batch_first=True)
@@ -258,6 +264,14 @@ def distances(num_classes: int) -> nn.Module:
 
 def autocast(num_classes: int) -> nn.Module:
     return Odd(num_classes, "autocast")
+
+
+def bag(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "bag")
+
+
+def bags(num_classes: int) -> nn.Module:
+    return Odd(num_classes, "bags")
 
 
 def max_pool(num_classes: int) -> nn.Module:

@@ -161,6 +161,7 @@ def test_a_wrong_graph_is_refused_whatever_float64_says(
             r"no ONNX function for aten\.adaptive_max_pool2d: use max_pool2d with a kernel, or .* average pool",
         ),
         ("solve", r"no ONNX function for aten\._linalg_solve_ex: compute that with other operations of PyTorch"),
+        ("bags", r"NotImplementedError: nn\.EmbeddingBag with offsets .*: use nn\.Embedding, and sum over each row.*"),
         ("packed", r"TypeError: .* \(_networks\.py:\d+\): give recurrent layers whole batches, not packed sequences"),
         ("scripted", r"TypeError: .* \(_networks\.py:\d+\): leave out torch\.jit\.script, .*"),
     ],

@@ -16,7 +16,7 @@ from ensembler.networks.buffers import recomputed
 from ensembler.run import Run
 from ensembler.serve import Runtime, export_run
 from ensembler.serve.runtime.verify import verify_bundle
-from ensembler.trainers import FGE, Complex, Curve, DeepEnsemble, Simplex, Subspace, collapse_run
+from ensembler.trainers import FGE, Complex, Curve, DeepEnsemble, Method, Simplex, Subspace, collapse_run
 from ensembler.weights import FlatWeights, tie
 from tests._small import dataset
 from tests._training import make, saved
@@ -25,7 +25,7 @@ FAMILIES = (
     *("frozen_alike", "instance_norm", "still_batchnorm", "spectral_hook", "spectral", "weight_normed", "pruned"),
     *("scaled", "tied", "tied_by_memory", "masked"),
 )
-EXPORTED = ("scaled", "spectral_hook", "pruned", "booleans", "projected", "attention", "distances")
+EXPORTED = ("scaled", "spectral_hook", "pruned", "booleans", "projected", "attention", "distances", "bag")
 IMAGES = dataset()
 
 
@@ -97,7 +97,7 @@ def test_every_member_of_every_method_is_right(family: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("scaled", "members"), *((n, "vertices") for n in EXPORTED)],
+    [("scaled", "members"), ("projected", "single"), *((n, "vertices") for n in EXPORTED)],
 )
 def test_exported_members_answer_as_pytorch(name: str, layout: str, tmp_path: Path) -> None:
     """Also parameters and buffers without dimensions, in both layouts, and functions that PyTorch's exporter lacks."""
@@ -149,6 +149,17 @@ def test_what_is_recomputed_is_what_training_updates_by_itself() -> None:
     assert names("spectral_hook") == {"0.0.weight_u", "0.0.weight_v"}
     assert names("spectral") == {f"1.parametrizations.weight.0._{vector}" for vector in "uv"}
     assert names("frozen") == names("still_batchnorm") == names("scaled") == names("masked") == set()
+
+
+def test_own_running_statistics_that_members_take_over_are_named() -> None:
+    def said(name: str, method: Method = Simplex(vertices=2, members=3, vertex_epochs=1)) -> list[str]:  # noqa: B008
+        found: list[str] = []
+        make(method, architecture=f"tests._networks:{name}", epochs=1, said=found)
+        return [text for text in found if "changes buffers of its own" in text]
+
+    (sentence,) = said("scaled")
+    assert "tests._networks:scaled changes buffers of its own in training (average): members that were not" in sentence
+    assert said("scaled", DeepEnsemble(members=1)) == said("spectral") == said("pruned") == said("masked") == []
 
 
 @pytest.mark.parametrize("name", ["spectral_hook", "spectral"])

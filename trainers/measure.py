@@ -20,6 +20,7 @@ from ensembler.networks.buffers import BATCHNORM_EXAMPLES, Start
 from ensembler.seeds import generator
 from ensembler.subspace import dirichlet, edge_lengths, log_volume
 from ensembler.task import Task, check_finite
+from ensembler.text import some
 from ensembler.trainers.trainer import Trainer
 
 __all__ = ["Point", "averages", "describe", "inside", "member_buffers", "path_scores", "points"]
@@ -141,9 +142,20 @@ def member_buffers(
 
         def compute() -> dict[str, Tensor]:
             own = carried.member_buffers(trainer.weights, vertices, coefficients, train, trainer.record, starts)
+            if not all(kept for _, kept in starts):
+                _say_carried(trainer)
             return {name: rows.cpu() for name, rows in own.items()}
 
         return trainer.group.from_first(compute)
+
+
+def _say_carried(trainer: Trainer) -> None:
+    """Say which running statistics are not recomputed, as they are of no layer that PyTorch has."""
+    if names := carried.own_statistics(trainer.weights, trainer.train_examples, trainer.record):
+        trainer.say(
+            f"{trainer.settings.architecture} changes buffers of its own in training ({some(names, 3)}): members that "
+            "were not trained themselves take them over as they are; those of PyTorch's BatchNorm would be recomputed"
+        )
 
 
 def inside(vertices: int) -> Tensor:

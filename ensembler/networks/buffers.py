@@ -22,7 +22,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ensembler.data.examples import Examples
-from ensembler.device import upload
+from ensembler.device import restored_generators, upload
 from ensembler.errors import UsageError
 from ensembler.networks import batchnorm
 from ensembler.networks.batchnorm import has_batchnorm, keeping_modes
@@ -30,7 +30,7 @@ from ensembler.run import DatasetRecord
 from ensembler.seeds import generator
 from ensembler.weights import FlatWeights
 
-__all__ = ["BATCHNORM_EXAMPLES", "Start", "member_buffers", "recomputed"]
+__all__ = ["BATCHNORM_EXAMPLES", "Start", "member_buffers", "own_statistics", "recomputed"]
 
 BATCHNORM_EXAMPLES = 8192  # enough for a channel's mean and variance; all images could cost more than the training
 
@@ -95,6 +95,30 @@ def recomputed(network: nn.Module) -> set[str]:
     for name, layer in batchnorm.layers(network).items():
         found |= {f"{name}.{own}".lstrip(".") for own, _ in layer.named_buffers(recurse=False)}
     return found
+
+
+def own_statistics(weights: FlatWeights, train: Examples, record: DatasetRecord) -> list[str]:
+    """Return the names of buffers that look like a network's own running statistics, which are carried.
+
+    They are of floating point, have a dimension, change in a forward pass in training mode, and are not recomputed. The
+    network's weights and buffers stay as they are.
+
+    Args:
+        weights: the network.
+        train: training examples, of which some are used.
+        record: their normalisation and augmentation.
+    """
+    network, before = weights.module, weights.buffers()
+    names = {name for name, tensor in before.items() if tensor.is_floating_point() and tensor.dim()}
+    if not (names := names - recomputed(network)):
+        return []
+    with keeping_modes(network), restored_generators(), torch.no_grad():
+        network.train()
+        few = train.part(torch.arange(min(8, len(train))))
+        network._call_impl(next(_inputs(few, record, weights.vector.device)))  # type: ignore[no-untyped-call]
+    after = weights.buffers()
+    weights.load_buffers(before)
+    return sorted(name for name in names if not torch.equal(before[name], after[name]))
 
 
 def _iterate(network: nn.Module) -> None:

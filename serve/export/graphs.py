@@ -126,7 +126,9 @@ def merge(models: Iterable[onnx.ModelProto]) -> onnx.ModelProto:
         merged.functions.extend(f for f in model.functions if (f.domain, f.name) not in held)
         known = {entry.domain for entry in merged.opset_import}
         merged.opset_import.extend(entry for entry in model.opset_import if entry.domain not in known)
-        graph = onnx.compose.add_prefix_graph(model.graph, merged_name(place, ""), rename_inputs=False)
+        prefix = merged_name(place, "")
+        named = {i.name: f"{prefix}{i.name}" for i in model.graph.initializer}  # the body of a loop refers to them, too
+        graph = onnx.compose.add_prefix_graph(model.graph, prefix, rename_inputs=False, name_map=named)
         merged.graph.node.extend(graph.node)
         merged.graph.initializer.extend(graph.initializer)
         outputs.append(graph.output[0].name)

@@ -18,13 +18,14 @@ _T = TypeVar("_T")
 def rewritten(network: nn.Module, trace: Callable[[], _T]) -> _T:
     """Return what ``trace`` returns: of the network as it is, or where it raises, with other functions in places.
 
-    An LSTM with projections is traced without an error, into a graph that cannot run: it is always rewritten.
+    An LSTM with projections and ``nn.EmbeddingBag`` are traced without an error, into graphs that ONNX Runtime cannot
+    run, or of which it crashes: they are always rewritten.
 
     Raises:
         Exception: of the network as it is, where the other functions do not help.
     """
     first: Exception | None = None
-    if not any(isinstance(layer, nn.LSTM) and layer.proj_size for layer in network.modules()):
+    if not any(_unfit(layer) for layer in network.modules()):
         try:
             return trace()
         except Exception as error:  # the exporter raises errors of any class
@@ -34,6 +35,10 @@ def rewritten(network: nn.Module, trace: Callable[[], _T]) -> _T:
             return trace()
     except Exception as error:
         raise first or error  # noqa: B904  (the first's cause is told apart from its context)
+
+
+def _unfit(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.EmbeddingBag) or (isinstance(layer, nn.LSTM) and layer.proj_size > 0)
 
 
 class _Rewriting(TorchFunctionMode):
@@ -66,8 +71,19 @@ def _cdist(one: Tensor, other: Tensor, p: float = 2.0, compute_mode: str | None 
     return torch.linalg.vector_norm(one[..., :, None, :] - other[..., None, :, :], ord=p, dim=-1)
 
 
+def _embedding_bag(indices: Tensor, weight: Tensor, offsets: Tensor | None = None, **options: Any) -> Tensor:
+    """Compute the sum, mean or maximum (B, E) of the embeddings of each row of indices (B, N)."""
+    if indices.dim() != 2 or options.get("padding_idx") is not None:
+        raise NotImplementedError("nn.EmbeddingBag with offsets or padding: use nn.Embedding, and sum over each row")
+    rows, mode = functional.embedding(indices, weight), options.get("mode", "mean")
+    if (factors := options.get("per_sample_weights")) is not None:
+        rows = rows * factors[..., None]
+    return rows.amax(1) if mode == "max" else rows.sum(1) if mode == "sum" else rows.mean(1)
+
+
 _OTHERS: dict[Any, Callable[..., Any]] = {
     torch.lstm: _lstm,
     functional.scaled_dot_product_attention: _attention,
     torch.cdist: _cdist,
+    functional.embedding_bag: _embedding_bag,
 }
