@@ -20,6 +20,7 @@ from ensembler.ensemble import Ensemble
 from ensembler.errors import DataError, DivergedError, UsageError
 from ensembler.eval import surface as module
 from ensembler.eval.options import SurfaceOptions
+from ensembler.eval.report.plots import new_figure, scale_by_log
 from ensembler.eval.report.surface_figures import draw_surface, plot_paths, plot_surface
 from ensembler.eval.surface import Surface, plane, plane_coefficients
 from ensembler.run import Run
@@ -199,6 +200,14 @@ def test_every_path_of_a_complex_has_its_row(runs, tmp_path):
     one = surface.model_copy(update={"paths": surface.paths[:1]})
     heights = [Image.open(io.BytesIO(plot_paths(part))).height for part in (one, surface)]
     assert heights[1] > 1.8 * heights[0]
+
+
+def test_a_logarithmic_axis_has_plain_numbers():
+    axes = new_figure(4, 3).subplots()
+    axes.plot([0.6, 0.9, 2.5])
+    scale_by_log(axes)
+    labels = [label.get_text() for minor in (False, True) for label in axes.get_yticklabels(minor=minor)]
+    assert {"0.6", "2"} <= set(labels) and not [label for label in labels if "e" in label or "$" in label]
 
 
 def test_pictures_of_flat_and_of_narrow_planes(runs):

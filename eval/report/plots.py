@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cbook import boxplot_stats
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
 from ensembler.eval.metrics.selective import Reliability, RiskCoverage
@@ -35,6 +36,7 @@ __all__ = [
     "plot_rejection",
     "plot_reliability",
     "plot_severity",
+    "scale_by_log",
     "settle",
     "style",
     "to_png",
@@ -251,6 +253,20 @@ def name_figure(figure: Figure, *lines: str) -> None:
 def name_panel(axes: Axes, name: str, inches: float, colour: str = "black") -> None:
     """Write a run's name above its panel, in as many lines as it needs at that width."""
     axes.set_title(textwrap.fill(name, max(8, int(13 * inches))), fontsize="small", color=colour)
+
+
+class _Plain(LogFormatter):
+    """Plain numbers, such as 0.6 and 2, wherever matplotlib labels a logarithmic axis."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def scale_by_log(axes: Axes) -> None:
+    """Make the y axis logarithmic, with plain numbers instead of powers of ten."""
+    axes.set_yscale("log")
+    for labels in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        labels(_Plain(minor_thresholds=(2, 0.5)))
 
 
 def add_legend(figure: Figure, most: int = 3) -> None:

@@ -14,7 +14,16 @@ from mpl_toolkits.mplot3d.art3d import Line3DCollection, Poly3DCollection
 from numpy.typing import NDArray
 
 from ensembler.eval.report.notation import percent
-from ensembler.eval.report.plots import add_legend, drawable, name_figure, new_figure, panels, style, to_png
+from ensembler.eval.report.plots import (
+    add_legend,
+    drawable,
+    name_figure,
+    new_figure,
+    panels,
+    scale_by_log,
+    style,
+    to_png,
+)
 from ensembler.eval.simplexes import Face, Simplexes
 from ensembler.text import counted
 
@@ -90,7 +99,7 @@ def plot_edges(found: Simplexes) -> bytes:
         axes.grid(alpha=0.3)
     figure.axes[1].set_ylim(bottom=0)
     if min(min(edge.train_loss) for edge in found.edges) > 0:
-        figure.axes[0].set_yscale("log")
+        scale_by_log(figure.axes[0])
     add_legend(figure, most=8)
     name_figure(figure, _title(found), f"along the edges; {_images(found)}")
     return to_png(figure)

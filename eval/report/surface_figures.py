@@ -6,10 +6,9 @@ import matplotlib.patheffects as effects
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
-from ensembler.eval.report.plots import add_legend, drawable, name_figure, new_figure, style, to_png
+from ensembler.eval.report.plots import add_legend, drawable, name_figure, new_figure, scale_by_log, style, to_png
 from ensembler.eval.surface import Surface
 
 __all__ = ["draw_surface", "plot_paths", "plot_surface"]
@@ -128,9 +127,7 @@ def plot_paths(surface: Surface) -> bytes:
                 )
             axes.set(xlabel="t", ylabel=label, xlim=(0, 1))
             axes.grid(alpha=0.3)
-        row[0].set_yscale("log")
-        for labels in (row[0].yaxis.set_major_formatter, row[0].yaxis.set_minor_formatter):
-            labels(LogFormatter(minor_thresholds=(2, 0.5)))  # 0.6 and 2, not powers of ten
+        scale_by_log(row[0])
         row[0].legend(frameon=False, fontsize="small")
         row[1].set_title(drawable(path.name), fontsize="medium")
     name_figure(figure, _title(surface))
