@@ -9,7 +9,7 @@ import io
 import json
 import sys
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
@@ -21,16 +21,20 @@ _LIBRARIES = {"timm", "torch", "torchvision"}  # whose version a run records
 _LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 
 
-def hash_sources(names: Iterable[Any]) -> list[str]:
-    """Hash the source of what each name, ``package.module:attribute``, stands for; other values are passed over.
+def hash_sources(options: Mapping[str, Any]) -> list[str]:
+    """Hash the source of what options name as ``package.module:attribute``; other values are passed over.
 
     With it counts what it uses of its own package: functions, classes and constants. Comments and layout do not count.
 
     Raises:
         UsageError: a name that cannot be imported.
     """
-    own = [name for name in names if isinstance(name, str) and is_importable(name) and not is_given(name)]
-    return [_hash(import_object(name, "code")) for name in own if name.split(":")[0].split(".")[0] not in _LIBRARIES]
+    return [
+        _hash(import_object(name, option.replace("_", " ")))
+        for option, name in options.items()
+        if isinstance(name, str) and is_importable(name) and not is_given(name)
+        if name.split(":")[0].split(".")[0] not in _LIBRARIES
+    ]
 
 
 def _hash(value: Any) -> str:

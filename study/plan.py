@@ -220,7 +220,7 @@ class _Builder:
             "data": self.data,
             "starts": {name: list(_names(given)) for name, given in starts.items()},
         }
-        if code := hash_sources(settings.model_dump().values()):
+        if code := hash_sources(settings.model_dump()):
             content["code"] = code
         return Node(f"{piece.method.name}-s{own}-{_digest(content)}", piece.method, settings, starts, piece.passes)
 

@@ -164,7 +164,7 @@ class Training:
             task=self.dataset.task,
             starts={name: identity(name, start) for name, start in self.starts.items()},
             collapse=self.collapse,
-            code=hash_sources(self.settings.model_dump(mode="json").values()),
+            code=hash_sources(self.settings.model_dump(mode="json")),
         )
         marks = [options.marked(mark) for options in (own, shared) for mark in ("path", "computing")]
         return spec.fingerprinted(set().union(*marks))
