@@ -128,7 +128,9 @@ class PredictiveUncertainty:
                 public = socket.socket(fileno=int(listening))
                 public.set_inheritable(False)  # workers have no use for it
                 logging.getLogger("bentoml.serve").setLevel(logging.WARNING)  # its line names another address
-            Front(Path(folder), public, _fail).start()
+            front = Front(Path(folder), public, _fail)
+            front.start()
+            atexit.register(front.close)  # the interpreter takes its time to end
             if public is None:
                 sys.excepthook = _say_unusable_address
 

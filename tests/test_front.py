@@ -207,6 +207,27 @@ def test_one_address_has_half_of_the_connections(front: Fixture) -> None:
     assert len(held) == 5
 
 
+def test_a_front_that_ends_answers_those_who_wait_and_accepts_nobody_else() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        public = listen("127.0.0.1", 0)
+        address, front = public.getsockname(), Front(Path(folder), public, [].append)
+        busy = threading.Event()
+        front._loop.call_soon(busy.wait, PATIENCE)
+        front.start()
+        accepted = [socket.create_connection(address, timeout=PATIENCE) for _ in range(100)]  # by the system alone
+        for peer in accepted:
+            peer.sendall(HEAD)
+        ending = threading.Thread(target=front.close)
+        ending.start()
+        busy.set()
+        for peer in accepted:
+            assert b" 503 " in read(peer)
+            peer.close()
+        ending.join()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+
+
 def test_the_socket_of_a_worker_becomes_the_fronts(front: Fixture) -> None:
     with tempfile.TemporaryDirectory() as folder:
         other = Front(Path(folder), None, front.failures.append)

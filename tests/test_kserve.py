@@ -64,6 +64,11 @@ def test_the_server_and_its_model_describe_themselves(client: TestClient) -> Non
         assert (told["name"], told["datatype"]) == (found["name"], found["datatype"])
         sizes = zip(told["shape"], found["shape"], strict=True)
         assert all(size in (-1, actual) for size, actual in sizes)
+    assert described["versions"] == ["1"]
+    version = f"{MODEL}/versions/1"  # as clients ask that take it from there
+    assert client.get(version).json() == described and client.get(f"{version}/ready").json()["ready"]
+    assert client.post(f"{version}/infer", json={"inputs": [tensor()], "outputs": names}).json() == answered.json()
+    assert_refused(client.post(f"{MODEL}/versions/2/infer", json={"inputs": [tensor()]}), 404)
     for path in ("", "/ready", "/infer"):
         answer = client.request("POST" if path == "/infer" else "GET", f"/v2/models/other{path}", content=b"{}")
         assert 'has the model "none" only' in assert_refused(answer, 404)

@@ -223,3 +223,14 @@ def test_a_command_reports_to_all_of_them(tmp_path, monkeypatch):
     events = event_accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
     found = [(event.step, event.value) for event in events.Scalars("solution 1/loss")]
     assert found == [(record["number"], pytest.approx(record["loss"])) for record in log[:2]]
+
+
+@pytest.mark.parametrize("option", ["log", "tensorboard"])
+def test_a_training_that_does_not_begin_leaves_no_log(option, tmp_path):
+    if option == "tensorboard":
+        pytest.importorskip("tensorboard")
+    (tmp_path / "own").touch()
+    for place in ("new/deep/log", "own") if option == "log" else ("new/deep/log",):
+        with pytest.raises(UsageError), progress(quiet=True, **{option: tmp_path / place}):
+            raise UsageError("a mistake in its options")
+    assert [*tmp_path.rglob("*")] == [tmp_path / "own"]

@@ -6,6 +6,7 @@ Each is a function that handles the events of :mod:`ensembler.trainers.events`.
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -169,8 +170,6 @@ def _bars(console: Console) -> Iterator[OnEvent]:
 @contextmanager
 def _json_lines(path: Path) -> Iterator[OnEvent]:
     start = time.monotonic()
-    with _writing(path), ensure_folder(path.parent):
-        file = path.open("a", encoding="utf-8", buffering=1)  # flushed after every line, for tail -f
 
     def watch(event: Event) -> None:
         if not isinstance(event, EpochEnd):
@@ -179,11 +178,18 @@ def _json_lines(path: Path) -> Iterator[OnEvent]:
         with _writing(path):
             file.write(json.dumps(record | {"seconds": round(time.monotonic() - start, 3)}) + "\n")
 
-    try:
-        yield watch
-    finally:
-        with suppress(OSError):
-            file.close()  # a failed write has already been reported
+    with ExitStack() as folder:
+        with _writing(path):
+            folder.enter_context(ensure_folder(path.parent))
+            is_new = not path.exists()
+            file = path.open("a", encoding="utf-8", buffering=1)  # flushed after every line, for tail -f
+        try:
+            yield watch
+        finally:
+            with suppress(OSError):
+                file.close()  # a failed write has already been reported
+            if is_new and not path.stat().st_size:
+                path.unlink()
 
 
 @contextmanager
@@ -198,10 +204,13 @@ def _tensorboard(folder: Path) -> Iterator[OnEvent]:
         if not isinstance(failed.exc_value, OSError):  # of the writer's thread, which the next flush raises again
             report(failed)
 
+    is_new, is_empty = not folder.exists(), True
+
     def watch(event: Event) -> None:
+        nonlocal is_empty
         if not isinstance(event, EpochEnd):
             return
-        record = event.record()
+        record, is_empty = event.record(), False
         with _writing(folder):
             names = ("loss", event.metric, "lr", "held_out_loss", f"held_out_{event.metric}")
             for name in names:
@@ -210,11 +219,18 @@ def _tensorboard(folder: Path) -> Iterator[OnEvent]:
             writer.flush()
 
     threading.excepthook = report_others
+    parents = ExitStack()
     try:
-        with _writing(folder):
-            writer = SummaryWriter(str(folder))
-        with closing(writer):
-            yield watch
+        with parents:
+            with _writing(folder):
+                parents.enter_context(ensure_folder(folder.parent))
+                writer = SummaryWriter(str(folder))
+            try:
+                with closing(writer):
+                    yield watch
+            finally:
+                if is_new and is_empty:
+                    shutil.rmtree(folder, ignore_errors=True)
     finally:
         for thread in set(threading.enumerate()) - others:
             if type(thread).__module__.startswith("tensorboard"):  # if it failed, it may not have reported yet

@@ -288,7 +288,7 @@ def _check_missing(error: OSError) -> None:
     cause = error.__cause__
     if type(cause).__name__ == "NoSuchBucket":
         raise error
-    if type(cause).__module__.startswith("aiohttp.") and _status(cause) not in (403, 404, 410):
+    if cause and type(cause).__module__.startswith("aiohttp.") and _status(cause) not in (403, 404, 410):
         raise cause  # (403: of S3, to whoever may not list)
 
 

@@ -40,6 +40,7 @@ from ensembler.serve.http.routes import (
     V2_INFER,
     V2_MODEL,
     V2_READY,
+    V2_VERSION,
     answer_of_probe,
 )
 from ensembler.serve.http.settings import Settings
@@ -220,7 +221,13 @@ _ROUTES = [
     *(_route(path, _alive) for path in ALIVE),
     *(_route(path, _ready) for path in READY),
     _route(V2, _server),
-    _route(V2_MODEL, _model),
-    _route(V2_READY, _model_ready),
-    _route(V2_INFER, _infer, "POST"),
+    *(
+        _route(route.replace("{name}", f"{{name}}{version}"), endpoint, method)
+        for route, endpoint, method in (
+            (V2_MODEL, _model, "GET"),
+            (V2_READY, _model_ready, "GET"),
+            (V2_INFER, _infer, "POST"),
+        )
+        for version in ("", V2_VERSION)
+    ),
 ]

@@ -21,6 +21,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -41,7 +42,9 @@ NUMBER = 8
 """Bytes of a connection's number, with which its open socket is passed to a worker."""
 
 _HEAD = 2**16  # bytes
+_BACKLOG = 2048  # connections that the system accepts before this process does
 _ACCEPTED = 64  # connections at a time
+_LAST_SECONDS = 0.2  # for the heads of those that connected just before the end
 _SILENT = 60.0  # seconds without a word of any worker, after which the server is held to hang
 _TRIES = 2  # of opening the bundle
 _RESERVED = 64  # files that are not connections
@@ -75,7 +78,7 @@ class _Waiting:
 def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket at an IP address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=2048)
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
 
 
 def raise_file_limit() -> int:
@@ -119,15 +122,25 @@ class Front:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread and close all sockets."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        """Answer the connections that wait, stop listening, end the thread and close all sockets."""
+        self._loop.call_soon_threadsafe(self._end)
         self._thread.join()
         self._drop(self._waiting.values())
-        for open_one in (self._public, self._channels, *(worker.channel for worker in self._workers)):
-            if open_one is not None:
-                self._loop.remove_reader(open_one)
-                open_one.close()
+        for open_one in (self._channels, *(worker.channel for worker in self._workers)):
+            self._loop.remove_reader(open_one)
+            open_one.close()
         self._loop.close()
+
+    def _end(self) -> None:
+        """Stop listening: the system would accept connections as long as this process lives, and then reset them."""
+        if self._public is not None:
+            for _ in range(_BACKLOG // _ACCEPTED):
+                self._accept()
+            self._loop.remove_reader(self._public)
+            with suppress(OSError):
+                self._public.shutdown(socket.SHUT_RDWR)  # in every process that has it
+            self._public.close()
+        self._loop.call_later(_LAST_SECONDS if self._waiting else 0, self._loop.stop)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

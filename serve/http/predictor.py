@@ -29,6 +29,7 @@ from ensembler.serve.http.settings import Settings
 from ensembler.serve.runtime.early_exit import Mode
 from ensembler.serve.runtime.images import check_images
 from ensembler.serve.runtime.runtime import Runtime
+from ensembler.text import counted
 
 __all__ = ["Predictor"]
 
@@ -84,8 +85,10 @@ class Predictor:
         self.runtime.warm_up(self.settings.run_batch)
         gc.collect()
         gc.freeze()  # what exists now stays: tracing it again would delay every request
-        counts = (self.runtime.members, self.runtime.device, self.runtime.threads, self.runtime.memory / 2**20)
-        _logger.info("%d members on %s, %d at a time, %.0f MiB of memory", *counts)
+        members, megabytes = counted(self.runtime.members, "member"), self.runtime.memory / 2**20
+        _logger.info(
+            "%s on %s, %d at a time, %.0f MiB of memory", members, self.runtime.device, self.runtime.threads, megabytes
+        )
         if self.runtime.gpu_memory is not None:
             _logger.info("%.0f MiB of the GPU's memory", self.runtime.gpu_memory / 2**20)
 

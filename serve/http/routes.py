@@ -21,6 +21,7 @@ __all__ = [
     "V2_INFER",
     "V2_MODEL",
     "V2_READY",
+    "V2_VERSION",
     "answer_of_probe",
     "reads_a_body",
     "route_of",
@@ -38,6 +39,8 @@ V2 = "/v2"
 V2_MODEL = "/v2/models/{name}"
 V2_READY = f"{V2_MODEL}/ready"
 V2_INFER = f"{V2_MODEL}/infer"
+V2_VERSION = "/versions/1"
+"""What may follow the name in the three: the version that the model says it has."""
 
 ALIVE = ("/livez", "/healthz", "/v2/health/live")
 READY = ("/readyz", "/v2/health/ready")
@@ -46,7 +49,9 @@ PUBLIC = (*PROBES, "/", PAGE)
 """Routes that need no token: health checks, and the page, which contains nothing of the bundle."""
 
 _FIXED = (PREDICT, *PUBLIC, EXAMPLES, METADATA, DOCS, METRICS, SCHEMA, V2)
-_OF_A_MODEL = {route: re.compile(route.replace("{name}", "[^/]+")) for route in (V2_MODEL, V2_READY, V2_INFER)}
+_OF_A_MODEL = {
+    route: re.compile(route.replace("{name}", f"[^/]+({V2_VERSION})?")) for route in (V2_MODEL, V2_READY, V2_INFER)
+}
 
 
 def answer_of_probe(path: str, healthy: bool) -> tuple[bytes, str]:
