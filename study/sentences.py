@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 from ensembler.eval.metrics.comparison import ROUNDING
 from ensembler.eval.report.notation import SCORES, Score, compact, percent, plain
@@ -94,9 +95,13 @@ def _answer(report: StudyReport, budget: float) -> str:
 
 
 def recommendations(report: StudyReport) -> dict[str, str]:
-    """What to take, by what the user cares for; methods at one budget cost the same to train."""
-    best = next(cell for cell in report.cells if cell.behind_all is None)
-    alike = [cell for cell in report.cells if not worse(cell.behind_all)]
+    """What to take, by what the user cares for; methods at one budget cost the same to train.
+
+    In the order of the score, the methods down to the first one that is worse: a higher score is not recommended
+    because its interval is wider.
+    """
+    ordered = sorted(report.cells, key=lambda cell: (cell.behind_all is not None, cell.scores[report.by].mean))
+    best, alike = ordered[0], [*takewhile(lambda cell: not worse(cell.behind_all), ordered)]
     train = min(alike, key=lambda cell: (cell.budget, cell.members, cell.scores[report.by].mean))
     serve = min(alike, key=lambda cell: (cell.members, cell.budget, cell.scores[report.by].mean))
     trained, served = f"{_cost(report, train)}, {_forward(train)}", f"{_forward(serve)}, {_cost(report, serve)}"
@@ -111,7 +116,7 @@ def _recommended(report: StudyReport, chosen: CellReport, best: CellReport, cost
     text = f"{_named(chosen)}: {_judged(report, chosen)}, {cost}"
     lowest = f"the lowest {NAMES[report.by].title} of all"
     if chosen.behind_all is None:
-        return f"{text}; it has {lowest}, and everything {cheaper} is worse."
+        return f"{text}; it has {lowest}, and nothing {cheaper} comes near enough to be taken instead."
     text += f"; not told apart from {lowest}, {_named(best)} ({_value(best, report.by)})"
     return f"{text}: {within(report.by, chosen.behind_all)} higher."
 

@@ -502,7 +502,7 @@ def test_a_confidence_that_a_temperature_mends_does_not_decide():
     said = recommendations(found)
     assert said["Cheapest to serve"].startswith("sharp at 1 budget: calibrated NLL 0.3000")
     assert said["Cheapest to train"].endswith(
-        "it has the lowest calibrated NLL of all, and everything at smaller budgets is worse."
+        "it has the lowest calibrated NLL of all, and nothing at smaller budgets comes near enough to be taken instead."
     )
     assert [one.method for one in pareto(cells, "members", "calibrated_nll")] == ["sharp"]
     assert [one.method for one in pareto(cells, "members", "nll")] == ["sharp", "soft"]
@@ -529,11 +529,23 @@ def test_where_everything_else_is_worse_it_is_said():
     assert answers(found)[0].endswith("; everything else is worse, its interval without 0.")
     said = recommendations(found)
     assert said["Cheapest to train"].endswith(
-        "it has the lowest NLL of all, and everything at smaller budgets is worse."
+        "it has the lowest NLL of all, and nothing at smaller budgets comes near enough to be taken instead."
     )
     assert said["Best under shift"].startswith("b at 1 budget: shifted NLL 0.8000")
     assert said["Best under shift"].endswith("everything else is worse.")
     assert "One seed says nothing of the next: the intervals hold for these networks only." in compared(found)
+
+
+def test_a_wide_interval_recommends_nothing():
+    """Of two methods at one budget, the worse one was recommended, as its difference from the best was less certain."""
+    unsure = cell("unsure", 1, 1, 0.35, None, 0.05)
+    unsure.behind_all = Estimate(mean=0.05, low=-0.01, high=0.11)
+    found = report(cell("best", 2, 3, 0.3, None, None), cell("near", 1, 1, 0.33, None, 0.03), unsure)
+    said = recommendations(found)
+    assert said["Cheapest to train"].startswith("best at 2 budgets")
+    assert said["Cheapest to serve"].endswith(
+        "it has the lowest NLL of all, and nothing of fewer forward passes comes near enough to be taken instead."
+    )
 
 
 def test_methods_at_one_budget_cost_the_same_to_train():
