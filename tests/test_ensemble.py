@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from ensembler import Ensemble
+from ensembler import Ensemble, as_dataset
 from ensembler.data.datasets import normalise
 from ensembler.device import choose_device
 from ensembler.errors import DataError, ShapeError, UsageError
@@ -289,6 +289,25 @@ def test_a_network_that_computes_otherwise_than_in_training_is_refused(tmp_path)
             Ensemble.load(path, "cpu", network=tanh)
     with pytest.raises(UsageError, match="computes otherwise"):
         evaluate_paths(tmp_path / "both", EvaluationOptions(device="cpu"), dataset=data, network=tanh)
+
+
+class Absent(nn.Sequential):
+    """A class that no example has is left out: its logit is minus infinity."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return torch.cat([logits[:, :-1], torch.full_like(logits[:, -1:], -torch.inf)], 1)
+
+
+def test_a_logit_of_minus_infinity_is_saved_and_loaded(tmp_path):
+    def absent(num_classes):
+        return Absent(nn.Flatten(), nn.Linear(192, num_classes))
+
+    images, labels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8), np.arange(40) % 2
+    data = as_dataset((images, labels), classes=["a", "b", "none"])
+    run = train(data, DeepEnsemble(members=1), Settings(epochs=1, device="cpu"), network=absent)
+    found = Ensemble.load(run.save(tmp_path / "run"), "cpu", network=absent).predict(images[:2])
+    assert found.probabilities[:, 2].tolist() == [0, 0]
 
 
 def test_members_and_variations_that_are_not_there():

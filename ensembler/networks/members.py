@@ -73,8 +73,10 @@ class MemberNetworks:
         if (x := self._noise(self.vertices.device)) is None:
             return []
         self.network(0)
-        with torch.inference_mode():
-            return self._forward(x, stored=False)[:, :_PROBED].float().flatten().tolist()  # type: ignore[no-any-return]
+        with torch.no_grad():
+            outputs = self._forward(x, stored=False)[:, :_PROBED].float()
+        found: list[float] = outputs.nan_to_num(0, 0, 0).flatten().tolist()  # JSON has no infinite logits
+        return found
 
     def check(self) -> None:
         """Refuse a network that computes otherwise than when the run was made: its weights alone do not say so.
