@@ -259,7 +259,7 @@ def ensure_folder(path: Path) -> Iterator[None]:
         for folder in reversed((path, *path.parents)):
             if not folder.is_dir():
                 try:
-                    folder.mkdir()
+                    folder.mkdir(parents=True)  # one that was removed meanwhile is made again
                     made.append(folder)
                 except FileExistsError as error:
                     if not folder.is_dir():  # no other process made it meanwhile
@@ -291,9 +291,11 @@ def partial_file(path: Path) -> Iterator[Path]:
             yield partial
             _flush(partial)
             partial.replace(path)
-        finally:
+        except BaseException:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
+            raise
+        finally:
             if lock is not None:
                 os.close(lock)
 
@@ -328,7 +330,7 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
         ArtefactError: the disk is full, or a file cannot be written.
     """
     with ExitStack() as files:
-        for path, content in contents.items():
+        for path, content in reversed(contents.items()):  # the first written is replaced last
             files.enter_context(writing_to(path))
             partial = files.enter_context(partial_file(path))
             partial.write_bytes(content)
