@@ -330,7 +330,7 @@ def replace_files(contents: Mapping[Path, bytes]) -> None:
         ArtefactError: the disk is full, or a file cannot be written.
     """
     with ExitStack() as files:
-        for path, content in reversed(contents.items()):  # the first written is replaced last
+        for path, content in reversed([*contents.items()]):  # the last written is replaced first
             files.enter_context(writing_to(path))
             partial = files.enter_context(partial_file(path))
             partial.write_bytes(content)
