@@ -39,8 +39,8 @@ from ensembler.trainers.starts import load_starts
 from ensembler.trainers.step import Step
 from ensembler.weights import FlatWeights
 from tests._host import CpuGraph, Operations, Recorder, on_meta
+from tests._small import NEWER, dataset
 from tests._small import batchnorm as small_batchnorm
-from tests._small import dataset
 from tests._training import fit, make, random_batches, saved, trainer
 
 
@@ -233,8 +233,14 @@ OPTIMISERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize(
+    ("optimiser", "precision"),
+    [
+        pytest.param(name, precision, marks=NEWER if (name, precision) == ("Adagrad", torch.float16) else ())
+        for name in OPTIMISERS
+        for precision in (torch.float32, torch.bfloat16, torch.float16)
+    ],
+)
 def test_captured_steps_are_the_eager_ones_with_every_optimiser_and_precision(optimiser, precision):
     before, make = CpuGraph.replays, OPTIMISERS[optimiser]
     eager, found = (train_loop(make, precision, graph) for graph in (None, CpuGraph))

@@ -218,7 +218,7 @@ def _rgb(image: Image) -> Image:
 
 def _scale_transparency(opened: Image) -> None:
     """Scale the transparent grey of a PNG of 2 or 4 bits to 8 bits, as Pillow scales the pixels alone."""
-    kinds = [tile.args for tile in getattr(opened, "tile", ())]
+    kinds = [tile[3] for tile in getattr(opened, "tile", ())]
     if "transparency" in opened.info and kinds in (["L;2"], ["L;4"]):
         opened.info["transparency"] *= 85 if kinds == ["L;2"] else 17
 
