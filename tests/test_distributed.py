@@ -165,7 +165,8 @@ def same_bytes(one, other):
 
 def test_only_the_first_process_writes(whole):
     folder, _, (out, err) = whole
-    assert out.splitlines()[-1] == f"run: {folder / 'whole'}"
+    own = [line for line in out.splitlines() if not line.startswith("[Gloo]")]  # PyTorch 2.8 prints such lines here
+    assert own[-1] == f"run: {folder / 'whole'}"
     assert out.count("run: ") == 1
     assert err.count("solution 1: epoch 3 of 10,") == 1
     assert sorted(path.name for path in folder.iterdir()) == ["images", "latest", "log", "whole"]

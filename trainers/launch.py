@@ -323,6 +323,6 @@ def label(architecture: str) -> str:
 
 def _written(value: Any) -> Any:
     """A path as a manifest holds it: a link such as latest points elsewhere tomorrow."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_written(one) for one in value]
     return str(value.resolve()) if isinstance(value, Path) else value
