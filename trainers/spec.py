@@ -53,12 +53,10 @@ class Spec(Record):
 
     def fingerprinted(self, left_out: set[str]) -> Spec:
         """The same with its fingerprint, for which the options and settings of the names ``left_out`` do not count."""
-        content = self.model_dump(exclude={"fingerprint", "starts", "dataset", "url", "code"})
+        content = self.model_dump(exclude={"fingerprint", "starts", "dataset", "url"})
         for part in ("options", "settings"):
             content[part] = {name: value for name, value in content[part].items() if name not in left_out}
         content["starts"] = list(self.starts.values())
-        if self.code:
-            content["code"] = self.code
         data = self.dataset
         content["data"] = [data.shape, data.train_sha256, data.validation_sha256, data.test_sha256, data.mean, data.std]
         text = json.dumps(content, sort_keys=True)
